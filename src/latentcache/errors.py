@@ -1,0 +1,93 @@
+"""Every error that latentcache raises on purpose.
+
+    LatentCacheError                exit code 1
+     ├── ConfigError                2   the config, an option or an argument is wrong
+     │    └── CheckpointError       2   a VAE checkpoint cannot be used
+     ├── ContractMismatch           2   the output holds latents made another way
+     ├── StorageError               1   a store cannot be reached, read or written
+     │    ├── ObjectNotFound        1   nothing lies at that URL
+     │    └── DiskFull              1   the disk or bucket has no room left: the whole run stops
+     ├── SourceError                1   a source shard cannot be read, or changed while it was
+     ├── DatasetError               1   what lies on disk is not a readable latent dataset
+     ├── ClusterError               1   Ray cannot give what the config asks for
+     ├── IncompleteRun              1   a run ended with units left to do
+     └── CheckFailed                3   a verification, the reject budget or a gate failed
+
+The message is one line that names the thing and says the mend; `cli.py` prints it and exits with
+`exit_code`. A sample that cannot become a latent is not an error: it is a `Reject`, which the unit
+turns into a row of the rejects file.
+"""
+
+from __future__ import annotations
+
+
+class LatentCacheError(Exception):
+    """The root: catch this to catch every error that latentcache raises on purpose."""
+
+    exit_code = 1
+
+
+class ConfigError(LatentCacheError):
+    """The config, a command-line option or an argument is wrong."""
+
+    exit_code = 2
+
+
+class CheckpointError(ConfigError):
+    """A VAE checkpoint is missing, damaged, or of an architecture this package does not know."""
+
+
+class ContractMismatch(LatentCacheError):
+    """The output already holds latents made under another contract."""
+
+    exit_code = 2
+
+
+class StorageError(LatentCacheError):
+    """A store cannot be reached, read or written, after all retries."""
+
+
+class ObjectNotFound(StorageError):
+    """Nothing lies at that URL."""
+
+
+class DiskFull(StorageError):
+    """The local disk or the output store has no room left; no retry can help."""
+
+
+class SourceError(LatentCacheError):
+    """A source shard cannot be read, or was overwritten while it was being read."""
+
+
+class DatasetError(LatentCacheError):
+    """What lies at the URL is not a readable latent dataset, or has been damaged."""
+
+
+class ClusterError(LatentCacheError):
+    """Ray cannot be started or cannot give what the config asks for."""
+
+
+class IncompleteRun(LatentCacheError):
+    """A run ended with units left to do; the same command takes it up again."""
+
+
+class CheckFailed(LatentCacheError):
+    """A verification, the reject budget or a quality gate failed."""
+
+    exit_code = 3
+
+
+class Reject(Exception):  # noqa: N818  (an outcome of one sample, not an error of the program)
+    """Why one sample is left out: raised by the stage that finds it, recorded by the unit.
+
+    Args:
+        stage: where it was found: `read`, `decode`, `transform` or `encode`.
+        reason: a stable snake_case word that tools may count by, such as `truncated_image`.
+        message: one line for a person.
+    """
+
+    def __init__(self, stage: str, reason: str, message: str) -> None:
+        super().__init__(stage, reason, message)
+        self.stage = stage
+        self.reason = reason
+        self.message = message

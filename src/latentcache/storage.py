@@ -1,0 +1,364 @@
+"""Object stores and local folders behind one small class: read, list, and put exactly once.
+
+Everything the package reads or writes goes through a `Store`, so that retries, error messages and
+the put-if-absent protocol have one home. fsspec does the transport.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar, cast
+from urllib.parse import unquote, urlsplit
+
+import fsspec
+
+from latentcache.errors import ConfigError, DiskFull, ObjectNotFound, StorageError
+
+T = TypeVar("T")
+
+# Pauses between tries. Short enough that a mistyped endpoint is told within ten seconds, long
+# enough for a store that asks to slow down; an outage longer than that is the unit retry's.
+_RETRY_PAUSES_S = (0.2, 0.5, 1.0, 2.0, 4.0)
+
+_READ_BLOCK_BYTES = 8 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class StorageOptions:
+    """How to reach a store. Credentials come from the environment or from the named profile."""
+
+    endpoint_url: str | None = None
+    profile: str | None = None
+    anon: bool = False
+    requester_pays: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectInfo:
+    """One object: `path` below the store's root, and what tells its versions apart.
+
+    `version` is the ETag where there is one, else the generation or the time of change.
+    `modified_at` is in seconds since 1970 by the store's own clock, None where it does not say.
+    """
+
+    path: str
+    size_bytes: int
+    version: str
+    modified_at: float | None
+
+
+def split_url(url: str) -> tuple[str, str]:
+    """Split a URL into its folder and its name: `s3://b/d/x.tar` into `s3://b/d` and `x.tar`."""
+    folder, _, name = url.rstrip("/").rpartition("/")
+    return (folder or ("/" if url.startswith("/") else ".")), name
+
+
+class Store:
+    """One folder, local or remote, and what lies below it.
+
+    Paths are relative to that folder and use `/`. Methods raise `ObjectNotFound` where nothing lies
+    at a path, `DiskFull` where there is no room, and `StorageError` for all else, after retries.
+
+    Args:
+        url: a local path or any fsspec URL (`s3://bucket/folder`, `hf://org/repo`, …).
+        options: how to reach it; ignored by local folders.
+
+    Raises:
+        ConfigError: no such protocol, or the package that speaks it is not installed.
+    """
+
+    def __init__(self, url: str, options: StorageOptions = StorageOptions()) -> None:  # noqa: B008
+        self.options = options
+        self.is_local = "://" not in url or url.startswith(("file://", "local://"))
+        if self.is_local:
+            local = unquote(urlsplit(url).path) if "://" in url else os.path.expanduser(url)
+            self._root = os.path.abspath(local)
+            self.url = f"file://{self._root}"
+        else:
+            self.url = url.rstrip("/")
+            self._root = self.url
+        self._fs = _filesystem(self.url, options)
+        self.is_conditional = True
+        """Whether put-if-absent is the store's own doing; `probe_conditional` finds out."""
+
+    def url_of(self, path: str) -> str:
+        """Give the absolute URL of a path."""
+        return f"{self.url}/{path}" if path else self.url
+
+    def local_path(self, path: str) -> Path | None:
+        """Give the file that holds a path, or None where the store is remote."""
+        return Path(self._full(path)) if self.is_local else None
+
+    def _full(self, path: str) -> str:
+        return f"{self._root.rstrip('/')}/{path}" if path else self._root
+
+    def _info_of(self, path: str, details: dict[str, Any]) -> ObjectInfo:
+        version = details.get("ETag") or details.get("etag") or details.get("generation")
+        changed = details.get("LastModified") or details.get("last_modified")
+        changed = changed or details.get("mtime") or details.get("updated")
+        if self.is_local:
+            # Nanoseconds: two writes within a second must not look the same.
+            version = f"{os.stat(details['name']).st_mtime_ns}"
+        if isinstance(changed, datetime):
+            changed = changed.timestamp()
+        return ObjectInfo(
+            path=path,
+            size_bytes=int(details["size"] or 0),
+            version=str(version or changed or "").strip('"'),
+            modified_at=float(changed) if isinstance(changed, int | float) else None,
+        )
+
+    @contextmanager
+    def named(self, path: str) -> Iterator[None]:
+        """Turn what fsspec and its transports raise inside into a `StorageError` naming the URL."""
+        try:
+            yield
+        except _foreign_errors() as error:
+            raise _translate(error, self.url_of(path), self.options) from error
+
+    def _retry(self, path: str, action: Callable[[], T]) -> T:
+        for pause_s in (*_RETRY_PAUSES_S, None):
+            try:
+                with self.named(path):
+                    return action()
+            except StorageError as error:
+                if pause_s is None or _is_final(error):
+                    raise
+                time.sleep(pause_s * random.uniform(0.5, 1.5))
+        raise AssertionError("unreachable")
+
+    def read_bytes(self, path: str) -> bytes:
+        """Read a whole object."""
+        return self._retry(path, lambda: cast(bytes, self._fs.cat_file(self._full(path))))
+
+    def open(self, path: str) -> BinaryIO:
+        """Open an object for reading. Errors of later reads are foreign: read inside `named`."""
+        return self._retry(
+            path,
+            lambda: cast(
+                BinaryIO,
+                self._fs.open(self._full(path), "rb", block_size=_READ_BLOCK_BYTES),
+            ),
+        )
+
+    def info(self, path: str) -> ObjectInfo:
+        """Ask for an object's size and version."""
+        details = self._retry(path, lambda: self._fs.info(self._full(path)))
+        if details["type"] == "directory":
+            raise ObjectNotFound(f"{self.url_of(path)} is a folder, not a file")
+        return self._info_of(path, details)
+
+    def exists(self, path: str) -> bool:
+        """Whether an object lies at that path."""
+        try:
+            self.info(path)
+        except ObjectNotFound:
+            return False
+        return True
+
+    def list(self, folder: str = "") -> list[ObjectInfo]:
+        """List the objects directly in a folder, by path; an empty list where there is none."""
+        try:
+            entries = self._retry(
+                folder, lambda: self._fs.ls(self._full(folder), detail=True, refresh=True)
+            )
+        except ObjectNotFound:
+            return []
+        prefix = f"{folder}/" if folder else ""
+        # A file given as the folder lists as itself; it is not in the folder.
+        files = [e for e in entries if e["type"] == "file" and e["size"] is not None]
+        infos = [self._info_of(prefix + e["name"].rpartition("/")[2], e) for e in files]
+        return sorted(infos, key=lambda info: info.path)
+
+    def put_file(self, local: Path, path: str) -> None:
+        """Upload a closed local file, whole, under a path that nobody else writes."""
+        if self.is_local:
+            self._retry(path, lambda: self._replace_local(path, local.read_bytes()))
+        else:
+            self._retry(path, lambda: self._fs.put_file(str(local), self._full(path)))
+
+    def put(self, path: str, data: bytes) -> None:
+        """Write a small object, replacing what is there (leases and pointers only)."""
+        if self.is_local:
+            self._retry(path, lambda: self._replace_local(path, data))
+        else:
+            self._retry(path, lambda: self._fs.pipe_file(self._full(path), data))
+
+    def delete(self, path: str) -> None:
+        """Delete an object; it is no error if it is gone already."""
+        try:
+            self._retry(path, lambda: self._fs.rm_file(self._full(path)))
+        except ObjectNotFound:
+            return
+
+    def put_if_absent(self, path: str, data: bytes) -> bool:
+        """Put a small object only if nothing lies at the path yet. True if `data` lies there now.
+
+        One PUT, never multipart. Any error of it leaves open whether the bytes were stored, even
+        "exists already", which a retried request gets for its own first try. So the object is read
+        back: these bytes are a win, others a loss, and none means trying again. `data` must
+        therefore differ between writers that may not both win.
+        """
+        if self.is_local:
+            return self._retry(path, lambda: self._link_local(path, data))
+        if not self.is_conditional and (found := self._read_or_none(path)) is not None:
+            return found == data
+        for pause_s in (*_RETRY_PAUSES_S, None):
+            try:
+                with self.named(path):
+                    self._fs.pipe_file(self._full(path), data, mode="create")
+                return True
+            except StorageError as error:
+                found = self._read_or_none(path)
+                if found is not None:
+                    return found == data
+                if pause_s is None or _is_final(error):
+                    raise
+                time.sleep(pause_s * random.uniform(0.5, 1.5))
+        raise AssertionError("unreachable")
+
+    def probe_conditional(self, path: str, data: bytes) -> bool:
+        """Find out whether the store refuses a second put; remembers the answer.
+
+        Args:
+            path: an object that holds `data` already: a store without conditional writes then
+                replaces it by itself, which harms nobody.
+            data: its bytes.
+        """
+        if not self.is_local:
+            try:
+                with self.named(path):
+                    self._fs.pipe_file(self._full(path), data, mode="create")
+                self.is_conditional = False
+            except StorageError:
+                self.is_conditional = True
+        return self.is_conditional
+
+    def _read_or_none(self, path: str) -> bytes | None:
+        try:
+            return self.read_bytes(path)
+        except ObjectNotFound:
+            return None
+
+    def _write_temp(self, target: str, data: bytes) -> str:
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        handle, temp = tempfile.mkstemp(dir=os.path.dirname(target), prefix=".tmp-")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temp, 0o666 & ~_umask())
+        except OSError:
+            os.unlink(temp)
+            raise
+        return temp
+
+    def _replace_local(self, path: str, data: bytes) -> None:
+        target = self._full(path)
+        os.replace(self._write_temp(target, data), target)
+
+    def _link_local(self, path: str, data: bytes) -> bool:
+        # link(2) fails if the name is taken, on NFS too; open(mode="x") is visible half written.
+        target = self._full(path)
+        temp = self._write_temp(target, data)
+        try:
+            os.link(temp, target)
+        except FileExistsError:
+            with open(target, "rb") as file:
+                return file.read() == data
+        finally:
+            os.unlink(temp)
+        return True
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def _filesystem(url: str, options: StorageOptions) -> Any:
+    protocol = url.split("://")[0]
+    arguments: dict[str, Any] = {"skip_instance_cache": True}
+    if protocol in ("s3", "s3a"):
+        arguments |= {
+            "anon": options.anon,
+            "endpoint_url": options.endpoint_url,
+            "profile": options.profile,
+            "requester_pays": options.requester_pays,
+            # Another process writes here too: a cached listing would lie.
+            "use_listings_cache": False,
+            "config_kwargs": {
+                "connect_timeout": 10,
+                "read_timeout": 60,
+                # Stores that are not AWS send no checksums, or wrong ones for ranges.
+                "response_checksum_validation": "when_required",
+                "request_checksum_calculation": "when_required",
+            },
+        }
+    try:
+        return fsspec.filesystem(protocol, **arguments)
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"cannot open {url}: {error}") from error
+
+
+def _foreign_errors() -> tuple[type[BaseException], ...]:
+    """List what the transports in use raise; only modules already imported can raise."""
+    names = (
+        ("botocore.exceptions", "BotoCoreError"),  # EndpointConnectionError is not an OSError
+        ("aiohttp", "ClientError"),
+        ("httpx", "HTTPError"),
+        ("requests", "RequestException"),
+        ("huggingface_hub.errors", "HfHubHTTPError"),
+        ("huggingface_hub.errors", "HFValidationError"),
+    )
+    found = [getattr(sys.modules[m], name, None) for m, name in names if m in sys.modules]
+    return (OSError, *(error for error in found if error is not None))
+
+
+def _translate(error: BaseException, url: str, options: StorageOptions) -> StorageError:
+    kind = type(error).__name__
+    if isinstance(error, StorageError):
+        return error
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DiskFull(f"no room left to write {url}: free some space and run again")
+    if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError):
+        missing = str(error).splitlines()[0] if "bucket" in str(error).lower() else "no such file"
+        return ObjectNotFound(f"{url}: {missing}")
+    if kind in ("NoCredentialsError", "PartialCredentialsError"):
+        return _Final(
+            f"no credentials for {url}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, name a "
+            "profile in `storage.profile`, or set `storage.anon: true` for a public bucket"
+        )
+    if kind == "ProfileNotFound":
+        return _Final(f"cannot open {url}: no profile {options.profile!r} in the AWS config files")
+    if isinstance(error, PermissionError):
+        return _Final(f"access to {url} denied: {_first_line(error)}; check the credentials")
+    if kind in ("ParamValidationError", "HFValidationError", "RepositoryNotFoundError"):
+        return _Final(f"{url}: {_first_line(error)}")
+    where = f" (endpoint {options.endpoint_url})" if options.endpoint_url else ""
+    return StorageError(f"cannot reach or use {url}{where}: {_first_line(error)}")
+
+
+class _Final(StorageError):
+    """A `StorageError` that trying again cannot mend."""
+
+
+def _is_final(error: StorageError) -> bool:
+    return isinstance(error, _Final | ObjectNotFound | DiskFull)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
