@@ -77,8 +77,10 @@ class CheckFailed(LatentCacheError):
     exit_code = 3
 
 
-class Reject(Exception):  # noqa: N818  (an outcome of one sample, not an error of the program)
+class Reject(Exception):
     """Why one sample is left out: raised by the stage that finds it, recorded by the unit.
+
+    An outcome of that sample, not an error of the program, so it stands outside the tree.
 
     Args:
         stage: where it was found: `read`, `decode`, `transform` or `encode`.

@@ -7,8 +7,10 @@ the put-if-absent protocol have one home. fsspec does the transport.
 from __future__ import annotations
 
 import errno
+import io
 import os
 import random
+import shutil
 import sys
 import tempfile
 import time
@@ -31,6 +33,11 @@ T = TypeVar("T")
 _RETRY_PAUSES_S = (0.2, 0.5, 1.0, 2.0, 4.0)
 
 _READ_BLOCK_BYTES = 8 * 2**20
+
+# mkstemp makes files private; what we publish follows the umask, which can only be read by setting.
+_UMASK = os.umask(0o022)
+os.umask(_UMASK)
+_FILE_MODE = 0o666 & ~_UMASK
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +84,7 @@ class Store:
         ConfigError: no such protocol, or the package that speaks it is not installed.
     """
 
-    def __init__(self, url: str, options: StorageOptions = StorageOptions()) -> None:  # noqa: B008
+    def __init__(self, url: str, options: StorageOptions = StorageOptions()) -> None:
         self.options = options
         self.is_local = "://" not in url or url.startswith(("file://", "local://"))
         if self.is_local:
@@ -183,14 +190,15 @@ class Store:
     def put_file(self, local: Path, path: str) -> None:
         """Upload a closed local file, whole, under a path that nobody else writes."""
         if self.is_local:
-            self._retry(path, lambda: self._replace_local(path, local.read_bytes()))
+            with local.open("rb") as source:
+                self._retry(path, lambda: self._replace_local(path, source))
         else:
             self._retry(path, lambda: self._fs.put_file(str(local), self._full(path)))
 
     def put(self, path: str, data: bytes) -> None:
         """Write a small object, replacing what is there (leases and pointers only)."""
         if self.is_local:
-            self._retry(path, lambda: self._replace_local(path, data))
+            self._retry(path, lambda: self._replace_local(path, io.BytesIO(data)))
         else:
             self._retry(path, lambda: self._fs.pipe_file(self._full(path), data))
 
@@ -250,28 +258,29 @@ class Store:
         except ObjectNotFound:
             return None
 
-    def _write_temp(self, target: str, data: bytes) -> str:
+    def _write_temp(self, target: str, source: BinaryIO) -> str:
         os.makedirs(os.path.dirname(target), exist_ok=True)
         handle, temp = tempfile.mkstemp(dir=os.path.dirname(target), prefix=".tmp-")
         try:
             with os.fdopen(handle, "wb") as file:
-                file.write(data)
+                source.seek(0)
+                shutil.copyfileobj(source, file)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(temp, 0o666 & ~_umask())
+            os.chmod(temp, _FILE_MODE)
         except OSError:
             os.unlink(temp)
             raise
         return temp
 
-    def _replace_local(self, path: str, data: bytes) -> None:
+    def _replace_local(self, path: str, source: BinaryIO) -> None:
         target = self._full(path)
-        os.replace(self._write_temp(target, data), target)
+        os.replace(self._write_temp(target, source), target)
 
     def _link_local(self, path: str, data: bytes) -> bool:
         # link(2) fails if the name is taken, on NFS too; open(mode="x") is visible half written.
         target = self._full(path)
-        temp = self._write_temp(target, data)
+        temp = self._write_temp(target, io.BytesIO(data))
         try:
             os.link(temp, target)
         except FileExistsError:
@@ -280,12 +289,6 @@ class Store:
         finally:
             os.unlink(temp)
         return True
-
-
-def _umask() -> int:
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
 
 
 def _filesystem(url: str, options: StorageOptions) -> Any:

@@ -1,0 +1,270 @@
+"""The config of a run: what `latentcache run config.yaml` reads, checks and refuses.
+
+Each section is a frozen Pydantic model, so that a config is valid as a whole before anything
+starts. Credentials never stand in a config: they come from the environment or a named profile.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
+
+from latentcache.errors import ConfigError
+
+# Names that every row has already; a kept field may not take one.
+ROW_COLUMNS = (
+    "key",
+    "latent",
+    "latent_shape",
+    "latent_dtype",
+    "original_width",
+    "original_height",
+    "crop_top",
+    "crop_left",
+)
+
+Side = Annotated[int, Field(ge=8, le=16384, multiple_of=8)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Storage(_Section):
+    """How to reach an object store."""
+
+    endpoint_url: str | None = Field(None, description="An S3-compatible server other than AWS.")
+    profile: str | None = Field(None, description="A profile of the AWS config files.")
+    anon: bool = Field(False, description="Read a public bucket without credentials.")
+    requester_pays: bool = Field(False, description="Accept the charges of a requester-pays one.")
+
+
+class Source(_Section):
+    """Which images are read."""
+
+    shards: str | list[str] = Field(
+        description="WebDataset tars: a URL, with brace ranges or a glob, or a list of such URLs."
+    )
+    image: list[str] = Field(
+        ["jpg", "jpeg", "png", "webp"], min_length=1, description="Fields that hold the image."
+    )
+    keep: list[str] = Field(
+        [], description="Fields kept as columns: text, `cls` as integer; `txt` becomes `caption`."
+    )
+    on_missing: Literal["keep", "drop"] = Field(
+        "keep", description="Whether rows stay when their shard is no longer listed."
+    )
+    storage: Storage = Storage()
+
+    @field_validator("keep")
+    @classmethod
+    def _keep_names_are_free(cls, keep: list[str]) -> list[str]:
+        for name in keep:
+            if name in (*ROW_COLUMNS, "caption"):
+                raise ValueError(f"{name!r} is a column of every row already")
+        if len(set(keep)) < len(keep):
+            raise ValueError("names a field twice")
+        return keep
+
+
+class RatioBuckets(_Section):
+    """Aspect-ratio buckets of about `resolution_px` squared pixels."""
+
+    max_ratio: float = Field(ge=1.0, le=16.0, description="Longest side over shortest, at most.")
+    step_px: Side = Field(64, description="Sides are multiples of this.")
+
+
+class Transform(_Section):
+    """How an image becomes the pixels that are encoded."""
+
+    resolution_px: Side
+    crop: Literal["center"] = "center"
+    resample: Literal["bicubic"] = "bicubic"
+    buckets: RatioBuckets | list[tuple[Side, Side]] | None = Field(
+        None, description="[width, height] sizes, or a rule; none means one square."
+    )
+    min_side_px: int | None = Field(None, ge=1, description="Reject images with a shorter side.")
+    max_upscale: float | None = Field(
+        None, gt=0, description="Reject images that would be enlarged by more than this factor."
+    )
+    max_pixels: int = Field(
+        100_000_000, ge=1, description="Reject images of more pixels, before decoding them."
+    )
+
+    @field_validator("buckets")
+    @classmethod
+    def _buckets_are_distinct(cls, buckets: Any) -> Any:
+        if isinstance(buckets, list) and not buckets:
+            raise ValueError("names no size; leave it out for one square")
+        if isinstance(buckets, list) and len(set(buckets)) < len(buckets):
+            raise ValueError("names a size twice")
+        return buckets
+
+
+class Vae(_Section):
+    """The autoencoder; it has no default, because latents of different ones do not mix."""
+
+    checkpoint: str = Field(
+        description="A diffusers folder, a single-file or CompVis checkpoint, by path or URL; "
+        "`demo` is the small one in this package, whose latents are not Stable Diffusion's."
+    )
+    storage: Storage = Storage()
+
+
+class Latents(_Section):
+    """What is stored."""
+
+    posterior: Literal["mean", "moments", "sample"] = "mean"
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    format: Literal["parquet", "safetensors"] = "parquet"
+
+
+class Output(_Section):
+    """Where the dataset is written."""
+
+    url: str
+    storage: Storage = Storage()
+
+
+class Rejects(_Section):
+    """How many samples may be left out."""
+
+    max_rate: float = Field(
+        0.02, ge=0, le=1, description="Of the run's samples; judged from 1,000 samples on."
+    )
+
+
+class Compute(_Section):
+    """What the run may use."""
+
+    num_gpus: int = Field(1, ge=0, description="One actor each; 0 encodes on CPUs.")
+    num_cpu_actors: int = Field(1, ge=1, description="Actors where `num_gpus` is 0.")
+    batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    decode_threads: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto", description="Per actor; also the CPUs that the actor asks Ray for."
+    )
+    unit_retries: int = Field(3, ge=0, description="Tries after the first, before a unit fails.")
+    precision: Literal["auto", "fp32", "fp16", "bf16"] = Field(
+        "auto", description="auto: the fastest whose first batch stays 55 dB from fp32."
+    )
+
+
+class Config(_Section):
+    """A whole config file."""
+
+    name: str = Field(min_length=1)
+    source: Source
+    transform: Transform
+    vae: Vae
+    latents: Latents = Latents()
+    output: Output
+    rejects: Rejects = Rejects()
+    compute: Compute = Compute()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_mapping(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping | Config):
+            raise ValueError("a config is a mapping with `source`, `transform`, `vae`, `output`")
+        return value
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML config.
+
+    Args:
+        path: the file.
+        overrides: `a.b=c` settings that replace single values; `c` is read as YAML.
+
+    Raises:
+        ConfigError: the file cannot be read, is not YAML, or a value is wrong; the message has one
+            line per mistake with its dotted path and, for an unknown name, the nearest valid one.
+    """
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ConfigError(f"cannot read the config {path}: {reason}") from error
+    except yaml.YAMLError as error:
+        where = " ".join(str(error).split())
+        raise ConfigError(f"{path} is not valid YAML: {where}") from error
+    for override in overrides:
+        _apply(tree, override)
+    return parse_config(tree, origin=str(path))
+
+
+def parse_config(tree: Any, origin: str = "config") -> Config:
+    """Check a config that is already a tree of dicts and lists; see `load_config`."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(f"{origin}: {line}" for line in _explain(error))) from error
+
+
+def _apply(tree: Any, override: str) -> None:
+    path, equals, text = override.partition("=")
+    names = path.split(".")
+    if not equals or not all(names):
+        raise ConfigError(f"--set {override}: write it as a.b=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: the value is not valid YAML") from error
+    for name in names[:-1]:
+        if not isinstance(tree, dict):
+            break
+        if tree.get(name) is None:
+            tree[name] = {}
+        tree = tree[name]
+    if not isinstance(tree, dict):
+        raise ConfigError(f"--set {override}: {path} does not lead through sections of the config")
+    tree[names[-1]] = value
+
+
+def _explain(error: ValidationError) -> Iterable[str]:
+    """One line per setting that is wrong, its dotted path first."""
+    reasons: dict[str, list[str]] = {}
+    for mistake in error.errors():
+        names = [str(part) for part in mistake["loc"]]
+        # Pydantic names the tried member of a union in the path; a config has no such level.
+        dotted = ".".join(n for n in names if not _is_union_member(n)) or "(whole file)"
+        reasons.setdefault(dotted, []).append(_reason(mistake, names))
+    for dotted, found in reasons.items():
+        # A union complains once per member; what a deeper path says is the one that was meant.
+        if not any(other.startswith(f"{dotted}.") for other in reasons):
+            yield f"{dotted}: {' or '.join(found)}"
+
+
+def _reason(mistake: ErrorDetails, names: Sequence[str]) -> str:
+    if mistake["type"] == "missing":
+        return "required, but missing"
+    if mistake["type"] == "extra_forbidden":
+        known = _field_names(names[:-1])
+        nearest = difflib.get_close_matches(names[-1], known, n=1, cutoff=0.5)
+        if nearest:
+            return f"no such setting; did you mean {nearest[0]!r}?"
+        return f"no such setting; known here: {', '.join(known)}"
+    message = mistake["msg"].removeprefix("Value error, ")
+    return f"{message[:1].lower()}{message[1:]} (got {mistake['input']!r:.60})"
+
+
+def _is_union_member(name: str) -> bool:
+    return any(m in name for m in "[(") or name in ("int", "str", "constrained-int", "RatioBuckets")
+
+
+def _field_names(path: Sequence[str]) -> list[str]:
+    section: type[BaseModel] | None = Config
+    for name in path:
+        if name == "RatioBuckets":
+            section = RatioBuckets
+            continue
+        field = section.model_fields.get(name) if section else None
+        kind = field.annotation if field else None
+        section = kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+    return list(section.model_fields) if section else list(RatioBuckets.model_fields)
