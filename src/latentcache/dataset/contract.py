@@ -1,0 +1,199 @@
+"""The contract: what the latents of a dataset are, and the hash that stands for it.
+
+Two runs may write to one output only if their contracts agree in every field. The contract holds
+nothing that may differ between two correct runs: no times, no versions, no places.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+from latentcache.errors import ContractMismatch, DatasetError, ObjectNotFound
+from latentcache.storage import Store
+
+FORMAT_VERSION = 1
+CONTRACT_PATH = "contract.json"
+
+
+def canonical_json(tree: Any) -> bytes:
+    """One value, one text: sorted keys, no spaces, UTF-8, no NaN."""
+    text = json.dumps(tree, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return text.encode()
+
+
+@dataclass(frozen=True)
+class VaeContract:
+    """The autoencoder as far as it decides the latents; its decoder does not."""
+
+    family: str
+    encoder_fingerprint: str
+    architecture: dict[str, Any]
+    latent_channels: int
+    downsample_factor: int
+    scaling_factor: float
+    shift_factor: float
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
+    pixel_range: tuple[int, int] = (-1, 1)
+
+
+@dataclass(frozen=True)
+class TransformContract:
+    """From a decoded image to the pixels that are encoded; `buckets` are (width, height)."""
+
+    crop: str
+    resample: str
+    buckets: tuple[tuple[int, int], ...]
+    min_side_px: int | None
+    max_upscale: float | None
+    max_pixels: int
+
+
+@dataclass(frozen=True)
+class LatentContract:
+    """How a latent is drawn from the posterior and stored (always unscaled)."""
+
+    posterior: str
+    dtype: str
+    format: str
+    precision: str
+
+
+@dataclass(frozen=True)
+class Contract:
+    """All that must agree between the runs that fill one dataset."""
+
+    vae: VaeContract
+    transform: TransformContract
+    latents: LatentContract
+    image_fields: tuple[str, ...]
+    columns: tuple[str, ...]
+    format_version: int = field(default=FORMAT_VERSION)
+
+    @property
+    def stored_channels(self) -> int:
+        """Channels of a stored latent: C, or 2C for moments (mean, then log-variance)."""
+        return self.vae.latent_channels * (2 if self.latents.posterior == "moments" else 1)
+
+    def latent_shape(self, bucket: tuple[int, int]) -> tuple[int, int, int]:
+        """Shape [C, H, W] of a stored latent of a (width, height) bucket."""
+        width_px, height_px = bucket
+        factor = self.vae.downsample_factor
+        return self.stored_channels, height_px // factor, width_px // factor
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the contract as plain JSON."""
+        tree: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return tree
+
+    @classmethod
+    def from_json(cls, tree: dict[str, Any]) -> Contract:
+        """Read what `to_json` gave.
+
+        Raises:
+            DatasetError: it is of another format version, or not a contract.
+        """
+        version = tree.get("format_version")
+        if version != FORMAT_VERSION:
+            raise DatasetError(
+                f"contract.json has format version {version}; this latentcache reads "
+                f"{FORMAT_VERSION}: install the release that wrote it"
+            )
+        try:
+            transform = dict(tree["transform"])
+            transform["buckets"] = tuple((int(w), int(h)) for w, h in transform["buckets"])
+            vae: dict[str, Any] = {
+                k: tuple(v) if isinstance(v, list) else v for k, v in tree["vae"].items()
+            }
+            return cls(
+                vae=VaeContract(**vae),
+                transform=TransformContract(**transform),
+                latents=LatentContract(**tree["latents"]),
+                image_fields=tuple(tree["image_fields"]),
+                columns=tuple(tree["columns"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise DatasetError(f"contract.json is damaged: {error}") from error
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the canonical JSON, hex."""
+        return hashlib.sha256(canonical_json(self.to_json())).hexdigest()
+
+
+def contract_diff(there: Contract, wanted: Contract) -> list[str]:
+    """Name each field that differs: `transform.crop: "center" there, "random" wanted`."""
+    before, after = dict(_leaves(there.to_json())), dict(_leaves(wanted.to_json()))
+    return [
+        f"{path}: {json.dumps(before.get(path))} there, {json.dumps(after.get(path))} wanted"
+        for path in sorted(before.keys() | after.keys())
+        if before.get(path) != after.get(path)
+    ]
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def read_contract(store: Store) -> Contract | None:
+    """Read the contract of a dataset; None where there is none yet."""
+    try:
+        data = store.read_bytes(CONTRACT_PATH)
+    except ObjectNotFound:
+        return None
+    return _parse(store, data)
+
+
+def _parse(store: Store, data: bytes) -> Contract:
+    try:
+        tree = json.loads(data)
+        contract = Contract.from_json(tree["contract"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise DatasetError(f"{store.url_of(CONTRACT_PATH)} is not a contract") from error
+    if tree.get("fingerprint") != contract.fingerprint:
+        raise DatasetError(
+            f"{store.url_of(CONTRACT_PATH)} was edited: its fingerprint is not that of its fields"
+        )
+    return contract
+
+
+def establish_contract(store: Store, wanted: Contract, provenance: dict[str, Any]) -> bytes:
+    """Put the contract, or agree with the one that lies there. Returns the bytes that lie there.
+
+    Args:
+        store: the output.
+        wanted: this run's contract.
+        provenance: what is worth knowing but need not agree: checkpoint URL, versions.
+
+    Raises:
+        ContractMismatch: another contract lies there; the message names each field.
+    """
+    tree = {
+        "contract": wanted.to_json(),
+        "fingerprint": wanted.fingerprint,
+        "provenance": provenance,
+    }
+    data = json.dumps(tree, indent=1, sort_keys=True).encode()
+    if not store.put_if_absent(CONTRACT_PATH, data):
+        data = store.read_bytes(CONTRACT_PATH)
+    require_same(store, _parse(store, data), wanted)
+    return data
+
+
+def require_same(store: Store, there: Contract, wanted: Contract) -> None:
+    """Refuse an output whose contract differs; see `establish_contract`."""
+    if there.fingerprint != wanted.fingerprint:
+        lines = "\n  ".join(contract_diff(there, wanted))
+        raise ContractMismatch(
+            f"{store.url} holds latents made another way; give this config another `output.url`, "
+            f"or make these agree:\n  {lines}"
+        )

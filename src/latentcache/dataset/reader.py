@@ -1,0 +1,183 @@
+"""Reading a latent dataset back: `open_dataset`."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from latentcache.dataset.contract import Contract, read_contract
+from latentcache.dataset.manifest import Manifest, list_manifests, read_manifest, read_records
+from latentcache.dataset.receipts import DataFile, UnitRecord
+from latentcache.dataset.shards import RejectRow, SafetensorsRows, tensor_from_bytes
+from latentcache.dataset.statistics import Statistics
+from latentcache.errors import DatasetError
+from latentcache.storage import StorageOptions, Store
+
+# Row groups are at most 32 MiB: a sequential read keeps the one it is in, a random one a few.
+_CACHED_ROW_GROUPS = 4
+_CACHED_FILES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One sample that became a latent.
+
+    `latent` is [C, H, W] in the stored dtype, unscaled: a diffusion model wants
+    `(latent - shift_factor) * scaling_factor`. Sizes and crop offsets are in pixels, the offsets
+    within the resized image. (`unit`, `key`) names the row.
+    """
+
+    unit: str
+    key: str
+    latent: torch.Tensor
+    original_width: int
+    original_height: int
+    crop_top: int
+    crop_left: int
+    columns: dict[str, Any]
+
+    @property
+    def caption(self) -> str | None:
+        """Give the sample's `txt` field, if it was kept and there was one."""
+        return self.columns.get("caption")
+
+
+@dataclass(frozen=True, slots=True)
+class _Shard:
+    """The files that hold the same rows: one Parquet file, or safetensors and its rows."""
+
+    unit: str
+    rows: DataFile
+    tensors: DataFile | None
+
+
+class Dataset(Sequence[Row]):
+    """A latent dataset as one manifest names it; see `open_dataset`.
+
+    Rows are in the order of their source shards, within one by bucket. Reading one row reads its
+    row group; neighbours are then at hand.
+    """
+
+    def __init__(self, store: Store, contract: Contract, manifest: Manifest) -> None:
+        self._store = store
+        self.contract = contract
+        self.manifest = manifest
+        self.units: list[UnitRecord] = read_records(store, manifest)
+        self._shards = [shard for record in self.units for shard in _pair(record)]
+        self._ends = list(accumulate(shard.rows.num_rows for shard in self._shards))
+        self._file: Callable[[int], Any] = lru_cache(_CACHED_FILES)(self._open_file)
+        self._group: Callable[[int, int], pa.Table] = lru_cache(_CACHED_ROW_GROUPS)(
+            self._read_group
+        )
+
+    @property
+    def stats(self) -> Statistics:
+        """Per-channel statistics of the stored latents, merged over all units."""
+        return self.manifest.statistics
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, index: int) -> Row:  # type: ignore[override]  # no slices
+        position = index + len(self) if index < 0 else index
+        if not 0 <= position < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        number = bisect_right(self._ends, position)
+        shard = self._shards[number]
+        offset = position - (self._ends[number] - shard.rows.num_rows)
+        with self._store.named(shard.rows.path):
+            return self._row(number, shard, offset)
+
+    def _row(self, number: int, shard: _Shard, offset: int) -> Row:
+        file, tensors = self._file(number)
+        within = offset
+        for group in range(file.num_row_groups):
+            num_rows = file.metadata.row_group(group).num_rows
+            if within < num_rows:
+                break
+            within -= num_rows
+        columns = self._group(number, group).slice(within, 1).to_pylist()[0]
+        dtype, shape = columns.pop("latent_dtype"), columns.pop("latent_shape")
+        if tensors is None:
+            latent = tensor_from_bytes(columns.pop("latent"), dtype, shape)
+        else:
+            latent = tensors[offset]
+        fixed = ("key", "original_width", "original_height", "crop_top", "crop_left")
+        return Row(
+            unit=shard.unit,
+            latent=latent,
+            **{name: columns.pop(name) for name in fixed},
+            columns=columns,
+        )
+
+    def _open_file(self, number: int) -> tuple[pq.ParquetFile, SafetensorsRows | None]:
+        shard = self._shards[number]
+        try:
+            file = pq.ParquetFile(self._store.open(shard.rows.path))
+        except pa.ArrowInvalid as error:
+            url = self._store.url_of(shard.rows.path)
+            raise DatasetError(f"{url} is damaged: {error}; run `latentcache verify`") from error
+        if shard.tensors is None:
+            return file, None
+        return file, SafetensorsRows(self._store.open(shard.tensors.path))
+
+    def _read_group(self, number: int, group: int) -> pa.Table:
+        file, _ = self._file(number)
+        return file.read_row_group(group)
+
+    def rejects(self) -> Iterator[tuple[UnitRecord, RejectRow]]:
+        """Give every sample that was left out, with the unit that it was left out of."""
+        for record in self.units:
+            if record.rejects:
+                with self._store.named(record.rejects.path):
+                    table = pq.read_table(self._store.open(record.rejects.path))
+                for row in table.to_pylist():
+                    yield record, RejectRow(**row)
+
+
+def _pair(record: UnitRecord) -> Iterator[_Shard]:
+    tensors = {f.bucket: f for f in record.files if f.path.endswith(".safetensors")}
+    for file in record.files:
+        if file.path.endswith(".parquet"):
+            yield _Shard(record.unit.id, file, tensors.get(file.bucket))
+
+
+def open_dataset(
+    url: str, manifest: int | None = None, *, storage: StorageOptions | None = None
+) -> Dataset:
+    """Open a latent dataset.
+
+    Args:
+        url: the `output.url` of the run that made it.
+        manifest: the number of a manifest; None takes the newest complete one.
+        storage: how to reach the store.
+
+    Raises:
+        DatasetError: there is no dataset, or no such manifest, or no complete one.
+        StorageError: the store cannot be reached.
+    """
+    store = Store(url, storage or StorageOptions())
+    contract = read_contract(store)
+    if contract is None:
+        raise DatasetError(f"{store.url} is not a latent dataset: it has no contract.json")
+    if manifest is not None:
+        return Dataset(store, contract, read_manifest(store, manifest))
+    numbers = list_manifests(store)
+    for number in reversed(numbers):
+        found = read_manifest(store, number)
+        if found.complete:
+            return Dataset(store, contract, found)
+    if not numbers:
+        raise DatasetError(f"{store.url} has no manifest yet: no run has got that far")
+    raise DatasetError(
+        f"{store.url} has no complete manifest yet; finish the run, or ask for manifest "
+        f"{numbers[-1]} to read what is there"
+    )

@@ -1,0 +1,188 @@
+"""Receipts: the records that commit units, and the hints that units leave when they fail.
+
+A unit's rows exist from the moment its receipt does. Its state is its receipt of the highest
+generation: `rows`, or `void` where it is to be encoded again. Receipts are never deleted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from latentcache.dataset.contract import canonical_json
+from latentcache.dataset.statistics import Statistics
+from latentcache.errors import DatasetError
+from latentcache.storage import Store
+
+COMMITS = "commits"
+FAILURES = "failures"
+
+_READ_THREADS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """One piece of work: a source shard in one version, to be encoded under one contract."""
+
+    id: str
+    source: str
+    size_bytes: int
+    version: str
+
+    @classmethod
+    def of(cls, source: str, size_bytes: int, version: str, contract_fingerprint: str) -> Unit:
+        """Name the unit: its id is a hash (128 bits, hex) of all that decides its rows."""
+        parts = [source, size_bytes, version, None, contract_fingerprint]  # None: no range
+        digest = hashlib.sha256(canonical_json(parts)).hexdigest()
+        return cls(digest[:32], source, size_bytes, version)
+
+
+def new_attempt() -> str:
+    """Name one attempt at a unit: 128 random bits, hex, so that no two ever share a file."""
+    return secrets.token_hex(16)
+
+
+@dataclass(frozen=True, slots=True)
+class DataFile:
+    """One immutable file of a unit; `bucket` is `WIDTHxHEIGHT`, empty for rejects."""
+
+    path: str
+    size_bytes: int
+    sha256: str
+    num_rows: int
+    bucket: str
+
+
+@dataclass(frozen=True, slots=True)
+class UnitRecord:
+    """What a committed unit holds: all that a manifest repeats of its receipt."""
+
+    unit: Unit
+    generation: int
+    attempt: str
+    num_samples: int
+    num_rows: int
+    num_rejects: int
+    files: tuple[DataFile, ...]
+    rejects: DataFile | None
+
+    @property
+    def name(self) -> str:
+        """The receipt's own name, `<unit>-<generation>`."""
+        return f"{self.unit.id}-{self.generation}"
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """The record that commits a unit.
+
+    `stages` holds busy and wait seconds by stage, `versions` what encoded it; `notes` counts what
+    is worth knowing, such as latents that were not finite and were encoded again in fp32.
+    """
+
+    record: UnitRecord
+    contract_fingerprint: str
+    statistics: Statistics
+    state: Literal["rows", "void"] = "rows"
+    stages: dict[str, dict[str, float]] | None = None
+    versions: dict[str, str] | None = None
+    notes: dict[str, int] | None = None
+
+    @property
+    def path(self) -> str:
+        """Where the receipt lies."""
+        return f"{COMMITS}/{self.record.name}.json"
+
+    def to_bytes(self) -> bytes:
+        """Give the receipt as JSON."""
+        tree = asdict(replace(self, statistics=None))  # type: ignore[arg-type]
+        tree["statistics"] = self.statistics.to_json()
+        return canonical_json(tree)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Receipt:
+        """Read what `to_bytes` gave.
+
+        Raises:
+            DatasetError: it is not a receipt.
+        """
+        try:
+            tree = json.loads(data)
+            tree["record"] = record_from_json(tree["record"])
+            tree["statistics"] = Statistics.from_json(tree["statistics"])
+            return cls(**tree)
+        except (ValueError, KeyError, TypeError) as error:
+            raise DatasetError(f"not a receipt: {error}") from error
+
+    def voided(self) -> Receipt:
+        """Give the receipt that undoes this one: no rows, at the next generation."""
+        record = replace(
+            self.record,
+            generation=self.record.generation + 1,
+            attempt=new_attempt(),
+            num_samples=0,
+            num_rows=0,
+            num_rejects=0,
+            files=(),
+            rejects=None,
+        )
+        empty = Statistics.empty(len(self.statistics.mean))
+        return Receipt(record, self.contract_fingerprint, empty, state="void")
+
+
+def record_from_json(tree: dict[str, Any]) -> UnitRecord:
+    """Read a `UnitRecord` as JSON or an Arrow struct hold it."""
+    return UnitRecord(
+        **{
+            **tree,
+            "unit": Unit(**tree["unit"]),
+            "files": tuple(DataFile(**file) for file in tree["files"]),
+            "rejects": DataFile(**tree["rejects"]) if tree["rejects"] else None,
+        }
+    )
+
+
+def read_receipts(store: Store, names: Iterable[str]) -> list[Receipt]:
+    """Read receipts by name, many at a time.
+
+    Raises:
+        DatasetError: one is damaged; the message names it.
+    """
+
+    def read(name: str) -> Receipt:
+        path = f"{COMMITS}/{name}.json"
+        try:
+            return Receipt.from_bytes(store.read_bytes(path))
+        except DatasetError as error:
+            raise DatasetError(f"{store.url_of(path)}: {error}") from error
+
+    with ThreadPoolExecutor(_READ_THREADS) as pool:
+        return list(pool.map(read, names))
+
+
+def list_receipt_names(store: Store) -> list[str]:
+    """List the names of all receipts. A listing is a hint: one it misses costs work, not rows."""
+    paths = (info.path for info in store.list(COMMITS))
+    return [
+        p.removeprefix(f"{COMMITS}/").removesuffix(".json") for p in paths if p.endswith(".json")
+    ]
+
+
+def put_failure(store: Store, unit: Unit, attempt: str, message: str) -> None:
+    """Leave a hint that a unit failed, and how; the next plan tells it."""
+    tree = {"unit": asdict(unit), "attempt": attempt, "message": message}
+    store.put(f"{FAILURES}/{unit.id}-{attempt}.json", canonical_json(tree))
+
+
+def read_failures(store: Store) -> dict[str, str]:
+    """Read the failure hints: unit id to message."""
+    found: dict[str, str] = {}
+    for info in store.list(FAILURES):
+        tree = json.loads(store.read_bytes(info.path))
+        found[tree["unit"]["id"]] = tree["message"]
+    return found

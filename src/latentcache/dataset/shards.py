@@ -1,0 +1,290 @@
+"""The data files of a unit: rows of one bucket, as Parquet or as safetensors beside Parquet.
+
+A file is written on local disk, closed, opened again and checked before it is uploaded, so that
+what a receipt names has been read back once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from latentcache.dataset.contract import Contract
+from latentcache.dataset.receipts import DataFile
+from latentcache.errors import DatasetError
+
+# Row groups of 8 to 32 MiB stream well and are read whole; 1,024 rows bound a shuffle window.
+_ROW_GROUP_BYTES = 16 * 2**20
+_ROW_GROUP_ROWS = 1024
+
+# Room for the safetensors header, which is written last: its row count is not known before.
+_SAFETENSORS_HEADER_BYTES = 248
+
+TORCH_DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+}
+SAFETENSORS_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+
+REJECT_SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.string()),  # null where no sample could be named
+        pa.field("stage", pa.string(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("message", pa.string(), nullable=False),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RowMeta:
+    """All of a row but its latent. Sizes and crop offsets are in pixels."""
+
+    key: str
+    original_width: int
+    original_height: int
+    crop_top: int
+    crop_left: int
+    columns: dict[str, str | int | None]
+
+
+@dataclass(frozen=True, slots=True)
+class RejectRow:
+    """A sample left out: `key` is None where no sample could be named."""
+
+    key: str | None
+    stage: str
+    reason: str
+    message: str
+
+
+def bucket_name(bucket: tuple[int, int]) -> str:
+    """Name a (width, height) bucket: `256x192`."""
+    return f"{bucket[0]}x{bucket[1]}"
+
+
+def column_type(name: str) -> pa.DataType:
+    """Arrow type of a kept column: `cls` is a class number, all others are text."""
+    return pa.int64() if name == "cls" else pa.string()
+
+
+def row_schema(contract: Contract, unit_id: str) -> pa.Schema:
+    """Schema of a data file; `latent` stands second, and is absent beside safetensors."""
+    fields = [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("latent", pa.binary(), nullable=False),
+        pa.field("latent_shape", pa.list_(pa.int32()), nullable=False),
+        pa.field("latent_dtype", pa.string(), nullable=False),
+        *(
+            pa.field(name, pa.int32(), nullable=False)
+            for name in ("original_width", "original_height", "crop_top", "crop_left")
+        ),
+        *(pa.field(name, column_type(name)) for name in contract.columns),
+    ]
+    if contract.latents.format == "safetensors":
+        del fields[1]
+    metadata = {"latentcache.unit": unit_id, "latentcache.contract": contract.fingerprint}
+    return pa.schema(fields, metadata=metadata)
+
+
+class BucketWriter:
+    """Writes the rows of one bucket of one unit to local disk.
+
+    Args:
+        stem: the path without its ending; the folder exists.
+        contract: names dtype, format and columns.
+        unit_id: recorded in the file.
+        bucket: (width, height) in pixels.
+    """
+
+    def __init__(
+        self, stem: Path, contract: Contract, unit_id: str, bucket: tuple[int, int]
+    ) -> None:
+        self.bucket = bucket
+        self.num_rows = 0
+        self._contract = contract
+        self._shape = contract.latent_shape(bucket)
+        self._schema = row_schema(contract, unit_id)
+        self._pending: list[tuple[bytes, RowMeta]] = []
+        itemsize = TORCH_DTYPES[contract.latents.dtype].itemsize
+        self._latent_bytes = int(np.prod(self._shape)) * itemsize
+        self._group_rows = max(1, min(_ROW_GROUP_ROWS, _ROW_GROUP_BYTES // self._latent_bytes))
+        self._tensor_file: BinaryIO | None = None
+        if contract.latents.format == "safetensors":
+            self.paths = [Path(f"{stem}.safetensors"), Path(f"{stem}.rows.parquet")]
+            self._tensor_file = self.paths[0].open("wb")
+            self._tensor_file.write(bytes(8 + _SAFETENSORS_HEADER_BYTES))
+        else:
+            self.paths = [Path(f"{stem}.parquet")]
+        plain = [name for name in self._schema.names if name != "latent"]
+        self._parquet = pq.ParquetWriter(
+            self.paths[-1],
+            self._schema,
+            compression={
+                name: "NONE" if name == "latent" else "ZSTD" for name in self._schema.names
+            },
+            use_dictionary=["latent_shape.list.element", "latent_dtype"],
+            write_statistics=plain,
+        )
+
+    def append(self, latents: torch.Tensor, rows: Sequence[RowMeta]) -> None:
+        """Append latents [N, C, H, W] in the stored dtype, and their N rows."""
+        assert tuple(latents.shape) == (len(rows), *self._shape), latents.shape
+        data = tensor_bytes(latents)
+        size = self._latent_bytes
+        for index, row in enumerate(rows):
+            self._pending.append((data[index * size : (index + 1) * size], row))
+            if len(self._pending) == self._group_rows:
+                self._flush()
+
+    def _flush(self) -> None:
+        latents = [latent for latent, _ in self._pending]
+        rows = [row for _, row in self._pending]
+        num = len(rows)
+        columns: dict[str, Any] = {
+            "key": [row.key for row in rows],
+            "latent": latents,
+            "latent_shape": [list(self._shape)] * num,
+            "latent_dtype": [self._contract.latents.dtype] * num,
+        }
+        for name in ("original_width", "original_height", "crop_top", "crop_left"):
+            columns[name] = [getattr(row, name) for row in rows]
+        for name in self._contract.columns:
+            columns[name] = [row.columns.get(name) for row in rows]
+        if self._tensor_file:
+            self._tensor_file.writelines(columns.pop("latent"))
+        self._parquet.write_table(pa.table(columns, self._schema), row_group_size=num)
+        self.num_rows += num
+        self._pending.clear()
+
+    def close(self) -> None:
+        """Write what is pending and close the files."""
+        if self._pending:
+            self._flush()
+        self._parquet.close()
+        if self._tensor_file:
+            header = {
+                "__metadata__": {"format": "pt"},
+                "latents": {
+                    "dtype": SAFETENSORS_DTYPES[self._contract.latents.dtype],
+                    "shape": [self.num_rows, *self._shape],
+                    "data_offsets": [0, self.num_rows * self._latent_bytes],
+                },
+            }
+            text = json.dumps(header).encode().ljust(_SAFETENSORS_HEADER_BYTES)
+            self._tensor_file.seek(0)
+            self._tensor_file.write(len(text).to_bytes(8, "little") + text)
+            self._tensor_file.close()
+
+    def abandon(self) -> None:
+        """Close the files without finishing them; they are never uploaded."""
+        self._parquet.is_open = False  # closing would write, and there may be no room
+        if self._tensor_file:
+            self._tensor_file.close()
+
+    def check(self) -> None:
+        """Open the closed files again and hold them against what was appended.
+
+        Raises:
+            DatasetError: a file is not what was written: the disk lost or changed bytes.
+        """
+        with pq.ParquetFile(self.paths[-1]) as file:
+            if file.metadata.num_rows != self.num_rows or not file.schema_arrow.equals(
+                self._schema
+            ):
+                raise DatasetError(f"{self.paths[-1]} does not read back as written")
+        if self._tensor_file:
+            with self.paths[0].open("rb") as raw:
+                if SafetensorsRows(raw).num_rows != self.num_rows:
+                    raise DatasetError(f"{self.paths[0]} does not read back as written")
+
+
+def write_rejects(path: Path, rejects: Sequence[RejectRow]) -> None:
+    """Write the rejects file of a unit."""
+    columns = {name: [getattr(reject, name) for reject in rejects] for name in REJECT_SCHEMA.names}
+    pq.write_table(pa.table(columns, REJECT_SCHEMA), path, compression="ZSTD")
+
+
+def describe_file(local: Path, path: str, num_rows: int, bucket: str) -> DataFile:
+    """Hash a closed local file: the entry that a receipt has of it."""
+    with local.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return DataFile(path, local.stat().st_size, digest, num_rows, bucket)
+
+
+def tensor_bytes(tensor: torch.Tensor) -> bytes:
+    """Little-endian C-order bytes of a tensor (every platform torch runs on is little-endian)."""
+    return tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def tensor_from_bytes(data: bytes, dtype: str, shape: Sequence[int]) -> torch.Tensor:
+    """Make a tensor of one row's bytes."""
+    # bytearray: torch warns about memory that it must not write to.
+    return torch.frombuffer(bytearray(data), dtype=TORCH_DTYPES[dtype]).reshape(list(shape))
+
+
+class SafetensorsRows:
+    """Rows of the stacked tensor of a safetensors file, read one range at a time.
+
+    Raises:
+        DatasetError: the header is damaged or names no tensor `latents`.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        file.seek(0)
+        try:
+            length = int.from_bytes(file.read(8), "little")
+            if length > 2**20:
+                raise ValueError("header too long")
+            entry = json.loads(file.read(length))["latents"]
+            names = {code: name for name, code in SAFETENSORS_DTYPES.items()}
+            self.dtype = names[entry["dtype"]]
+            self.num_rows, *self.shape = entry["shape"]
+            start, end = entry["data_offsets"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DatasetError(f"damaged safetensors header: {error}") from error
+        self._start = 8 + length + start
+        self._row_bytes = (end - start) // self.num_rows if self.num_rows else 0
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        self._file.seek(self._start + index * self._row_bytes)
+        data = self._file.read(self._row_bytes)
+        if len(data) < self._row_bytes:
+            raise DatasetError("damaged safetensors file: it ends early")
+        return tensor_from_bytes(data, self.dtype, self.shape)
+
+
+def iterate_latents(files: Sequence[Path]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Read (key, latent) of all rows of one bucket's local files, in order.
+
+    Raises:
+        DatasetError: the files are damaged.
+    """
+    try:
+        with pq.ParquetFile(files[-1]) as file:
+            if len(files) == 1:
+                for batch in file.iter_batches(
+                    columns=["key", "latent", "latent_dtype", "latent_shape"]
+                ):
+                    for row in batch.to_pylist():
+                        data, dtype, shape = row["latent"], row["latent_dtype"], row["latent_shape"]
+                        yield row["key"], tensor_from_bytes(data, dtype, shape)
+                return
+            keys = file.read(columns=["key"])["key"].to_pylist()
+        with files[0].open("rb") as raw:
+            latents = SafetensorsRows(raw)
+            for index, key in enumerate(keys):
+                yield key, latents[index]
+    except (pa.ArrowException, OSError, ValueError, RuntimeError) as error:
+        raise DatasetError(f"{files[-1]}: {error}") from error

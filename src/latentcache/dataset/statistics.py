@@ -1,0 +1,118 @@
+"""Per-channel statistics of latents that merge exactly: unit by unit into a dataset."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+# Fixed edges, so that histograms of different units add up. Unscaled KL-f8 latents have a standard
+# deviation of 1 to 6 and log-variances lie in [-30, 20]; what falls outside is counted at the ends.
+HISTOGRAM_EDGES = np.linspace(-32.0, 32.0, 129)
+
+Float64 = npt.NDArray[np.float64]
+Int64 = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """What is known of `count` values in each of C channels.
+
+    `mean`, `m2` (the sum of squared deviations from the mean), `minimum` and `maximum` are float64
+    [C]; `histogram` is int64 [C, 130]: below the first of `HISTOGRAM_EDGES`, between each two, and
+    above the last. All are of the stored values, after the cast to the stored dtype.
+    """
+
+    count: int
+    mean: Float64
+    m2: Float64
+    minimum: Float64
+    maximum: Float64
+    histogram: Int64
+
+    @classmethod
+    def empty(cls, num_channels: int) -> Statistics:
+        """Statistics of no values."""
+        return cls(
+            count=0,
+            mean=np.zeros(num_channels),
+            m2=np.zeros(num_channels),
+            minimum=np.full(num_channels, np.inf),
+            maximum=np.full(num_channels, -np.inf),
+            histogram=np.zeros((num_channels, len(HISTOGRAM_EDGES) + 1), np.int64),
+        )
+
+    @classmethod
+    def of(cls, latents: npt.NDArray[np.float32]) -> Statistics:
+        """Statistics of a batch: float32 [N, C, H, W], N ≥ 1."""
+        channels = latents.transpose(1, 0, 2, 3).reshape(latents.shape[1], -1)
+        mean = channels.mean(axis=1, dtype=np.float64)
+        bins = np.searchsorted(HISTOGRAM_EDGES, channels, side="right")
+        return cls(
+            count=channels.shape[1],
+            mean=mean,
+            m2=np.square(channels - mean[:, None]).sum(axis=1),
+            minimum=channels.min(axis=1).astype(np.float64),
+            maximum=channels.max(axis=1).astype(np.float64),
+            histogram=np.stack(
+                [np.bincount(row, minlength=len(HISTOGRAM_EDGES) + 1) for row in bins]
+            ),
+        )
+
+    def merge(self, other: Statistics) -> Statistics:
+        """Statistics of both sets of values (Chan, Golub and LeVeque 1979, pairwise update)."""
+        count = self.count + other.count
+        if count == 0:
+            return self
+        delta = other.mean - self.mean
+        return Statistics(
+            count=count,
+            mean=self.mean + delta * (other.count / count),
+            m2=self.m2 + other.m2 + np.square(delta) * (self.count * other.count / count),
+            minimum=np.minimum(self.minimum, other.minimum),
+            maximum=np.maximum(self.maximum, other.maximum),
+            histogram=self.histogram + other.histogram,
+        )
+
+    @property
+    def std(self) -> Float64:
+        """Population standard deviation, float64 [C]; zero where there are no values."""
+        return np.sqrt(self.m2 / max(self.count, 1))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON; `minimum` and `maximum` are null where there are no values."""
+        empty = self.count == 0
+        return {
+            "count": self.count,
+            "mean": self.mean.tolist(),
+            "m2": self.m2.tolist(),
+            "min": None if empty else self.minimum.tolist(),
+            "max": None if empty else self.maximum.tolist(),
+            "histogram": self.histogram.tolist(),
+        }
+
+    @classmethod
+    def from_json(cls, tree: dict[str, Any]) -> Statistics:
+        """Read what `to_json` gave."""
+        num_channels = len(tree["mean"])
+        if tree["count"] == 0:
+            return cls.empty(num_channels)
+        return cls(
+            count=tree["count"],
+            mean=np.array(tree["mean"], np.float64),
+            m2=np.array(tree["m2"], np.float64),
+            minimum=np.array(tree["min"], np.float64),
+            maximum=np.array(tree["max"], np.float64),
+            histogram=np.array(tree["histogram"], np.int64),
+        )
+
+
+def merge_all(parts: Iterable[Statistics], num_channels: int) -> Statistics:
+    """Merge any number of statistics."""
+    total = Statistics.empty(num_channels)
+    for part in parts:
+        total = total.merge(part)
+    return total
