@@ -1,0 +1,208 @@
+"""The transform against Pillow's bicubic, and its arithmetic against exact fractions."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from PIL import Image
+
+from latentcache.errors import ConfigError, Reject
+from latentcache.images.transform import (
+    MAX_CROP_FACTOR,
+    Bucket,
+    TransformSpec,
+    choose_bucket,
+    ratio_buckets,
+    transform,
+)
+
+BUCKETS_512 = ratio_buckets(512, 2.0, 64)
+sides = st.one_of(st.integers(1, 8), st.integers(1, 1500))
+buckets = st.builds(Bucket, st.integers(1, 40).map(lambda n: 8 * n), st.integers(1, 40))
+
+
+def spec_of(*sizes: Bucket, min_side_px: int | None = None, max_upscale: float | None = None):
+    return TransformSpec(sizes, min_side_px, max_upscale, max_pixels=10**9)
+
+
+def noise(width: int, height: int, seed: int = 0) -> NDArray[np.uint8]:
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def stripes(width: int, height: int) -> NDArray[np.uint8]:
+    """Hard edges, so that the filter overshoots 0 and 255 everywhere."""
+    y, x = np.mgrid[0:height, 0:width]
+    return np.stack([x // 3 % 2 * 255, y // 2 % 2 * 255, (x + y) // 5 % 2 * 255], -1).astype(
+        np.uint8
+    )
+
+
+def pillow_reference(image: NDArray[np.uint8], bucket: Bucket) -> NDArray[np.uint8]:
+    """Resize with Pillow to the exact covering size (as a fraction, half up) and crop."""
+    height, width = image.shape[:2]
+    scale = max(Fraction(bucket.width_px, width), Fraction(bucket.height_px, height))
+    size = tuple(math.floor(side * scale + Fraction(1, 2)) for side in (width, height))
+    resized = Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)
+    left, top = (size[0] - bucket.width_px) // 2, (size[1] - bucket.height_px) // 2
+    return np.asarray(resized.crop((left, top, left + bucket.width_px, top + bucket.height_px)))
+
+
+def reject_reason(image: NDArray[np.uint8], spec: TransformSpec) -> str | None:
+    try:
+        transform(image, spec)
+    except Reject as reject:
+        return reject.reason
+    return None
+
+
+def difference(image: NDArray[np.uint8], bucket: Bucket) -> NDArray[np.int64]:
+    pixels = transform(image, spec_of(bucket)).pixels
+    return np.abs(
+        pixels.permute(1, 2, 0).numpy().astype(np.int64) - pillow_reference(image, bucket)
+    )
+
+
+def test_pixels_are_pillows_bicubic_within_two_levels_over_many_sizes():
+    rng = np.random.default_rng(7)
+    means = []
+    for i in range(400):
+        width, height = (int(2 ** rng.uniform(0, 9.5)) for _ in range(2))
+        if i % 10 == 0:
+            width = 1
+        if i % 10 == 1:
+            height = 1
+        bucket = Bucket(*(8 * int(rng.integers(1, 40)) for _ in range(2)))
+        image = noise(width, height, i) if i % 2 else stripes(width, height)
+        if (reason := reject_reason(image, spec_of(bucket))) is not None:
+            assert reason == "aspect_ratio"
+            continue
+        worst = difference(image, bucket)
+        assert worst.max() <= 2, (width, height, bucket)
+        means.append(worst.mean())
+    assert len(means) > 200
+    assert np.mean(means) < 0.1
+
+
+@pytest.mark.parametrize("size", [(1000, 667), (667, 1000), (3000, 2000), (300, 1100), (1100, 300)])
+def test_photograph_sized_pictures_match_pillow_closely(size: tuple[int, int]):
+    width, height = size
+    y, x = np.mgrid[0:height, 0:width]
+    waves = [127.5 + 127.5 * np.sin(x / a + y / b) for a, b in ((9, 40), (33, 7), (120, 90))]
+    worst = difference(np.stack(waves, -1).astype(np.uint8), Bucket(256, 256))
+    assert worst.max() <= 2
+    assert worst.mean() < 0.02
+
+
+def test_an_image_of_the_buckets_size_passes_through():
+    image = noise(64, 48)
+    done = transform(image, spec_of(Bucket(64, 48)))
+    assert torch.equal(done.pixels, torch.from_numpy(image).permute(2, 0, 1))
+    assert done.pixels.is_contiguous()
+    assert (done.crop_top, done.crop_left) == (0, 0)
+
+
+@settings(deadline=None, max_examples=200)
+@given(sides, sides, st.lists(buckets, min_size=1, max_size=6))
+def test_the_resized_image_always_covers_the_bucket(width: int, height: int, choice: list[Bucket]):
+    image = np.zeros((height, width, 3), np.uint8)
+    if (reason := reject_reason(image, spec_of(*choice))) is not None:
+        assert reason == "aspect_ratio"
+        return
+    done = transform(image, spec_of(*choice))
+    bucket = done.bucket
+    assert done.pixels.shape == (3, bucket.height_px, bucket.width_px)
+    assert done.pixels.dtype == torch.uint8
+    assert (done.original_width, done.original_height) == (width, height)
+    # One of the two offsets is 0, the other leaves as much on the far side, or one pixel more.
+    assert min(done.crop_top, done.crop_left) == 0
+    scale = max(Fraction(bucket.width_px, width), Fraction(bucket.height_px, height))
+    surplus = max(height * scale - bucket.height_px, width * scale - bucket.width_px)
+    assert abs(2 * max(done.crop_top, done.crop_left) - surplus) <= Fraction(3, 2)
+
+
+@given(sides, sides, st.lists(buckets, min_size=1, max_size=12), st.randoms())
+def test_the_chosen_bucket_is_the_nearest_and_the_order_does_not_matter(
+    width: int, height: int, choice: list[Bucket], random
+):
+    chosen = choose_bucket(width, height, choice)
+
+    def distance(bucket: Bucket) -> Fraction:
+        ratio = Fraction(width * bucket.height_px, height * bucket.width_px)
+        return max(ratio, 1 / ratio)
+
+    assert distance(chosen) == min(map(distance, choice))
+    shuffled = list(choice)
+    random.shuffle(shuffled)
+    assert choose_bucket(width, height, shuffled) == chosen
+
+
+def test_of_equally_near_buckets_the_largest_then_the_widest_is_chosen():
+    assert choose_bucket(300, 300, [Bucket(256, 256), Bucket(512, 512)]) == Bucket(512, 512)
+    assert choose_bucket(300, 300, [Bucket(256, 512), Bucket(512, 256)]) == Bucket(512, 256)
+
+
+def test_ratio_buckets_of_512():
+    names = [bucket.name for bucket in BUCKETS_512]
+    assert names == [
+        "384x640", "384x704", "448x576", "512x512", "576x448", "640x384", "704x384",
+    ]  # fmt: skip
+
+
+@given(
+    st.integers(1, 32),
+    st.sampled_from([8, 32, 64, 128]),
+    st.floats(1.0, 16.0),
+)
+def test_ratio_buckets_keep_their_promises(num_steps: int, step_px: int, max_ratio: float):
+    resolution_px = num_steps * step_px
+    found = ratio_buckets(resolution_px, max_ratio, step_px)
+    sizes = [(b.width_px, b.height_px) for b in found]
+    assert sizes == sorted(set(sizes))
+    assert (resolution_px, resolution_px) in sizes
+    assert {(h, w) for w, h in sizes} == set(sizes)
+    for width, height in sizes:
+        assert width % step_px == 0
+        assert height % step_px == 0
+        assert max(width, height) <= max_ratio * min(width, height)
+        # Nearest multiple: the area is off by at most half a step of the long side.
+        assert abs(width * height - resolution_px**2) <= max(width, height) * step_px / 2
+    # Nothing within the ratio is left out at the end.
+    long = max(sizes)[0] + step_px
+    short = round(resolution_px**2 / long / step_px) * step_px
+    assert short == 0 or long > max_ratio * short
+
+
+def test_a_resolution_off_the_step_is_a_config_error():
+    with pytest.raises(ConfigError, match=r"transform\.resolution_px 500 .*step_px 64"):
+        ratio_buckets(500, 2.0, 64)
+
+
+@pytest.mark.parametrize(
+    ("size", "limits", "reason", "text"),
+    [
+        ((63, 400), {"min_side_px": 64}, "too_small", "63x400.*min_side_px 64"),
+        ((100, 64), {"max_upscale": 3.9}, "upscaled", "100x64 to 256x256 enlarges 4 times"),
+        ((60_000, 1), {}, "aspect_ratio", "60000x1"),
+        ((1, 60_000), {}, "aspect_ratio", "1x60000"),
+    ],
+)
+def test_rejects(size: tuple[int, int], limits: dict[str, float], reason: str, text: str):
+    image = np.zeros((size[1], size[0], 3), np.uint8)
+    with pytest.raises(Reject, match=text) as caught:
+        transform(image, spec_of(Bucket(256, 256), **limits))
+    assert (caught.value.stage, caught.value.reason) == ("transform", reason)
+
+
+def test_limits_are_inclusive():
+    spec = spec_of(Bucket(256, 256), min_side_px=64, max_upscale=4.0)
+    assert transform(noise(64, 100), spec).bucket == Bucket(256, 256)
+    strip = noise(64 * MAX_CROP_FACTOR, 64)
+    assert transform(strip, spec).crop_left == (256 * MAX_CROP_FACTOR - 256) // 2
