@@ -1,1 +1,1 @@
-
+"""The KL autoencoder: its modules, its checkpoints, and encoding with it."""

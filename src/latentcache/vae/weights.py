@@ -1,0 +1,317 @@
+"""From a checkpoint's URL to a `KLAutoencoder`, and the fingerprint of its encoder.
+
+Two layouts are read: diffusers (`config.json` beside the weights, or a pipeline with a `vae/`
+folder) and the original CompVis one, alone or inside a whole Stable Diffusion checkpoint. Both are
+renamed to the names `model.py` uses.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentcache.errors import CheckpointError, ConfigError, ObjectNotFound
+from latentcache.storage import StorageOptions, Store, split_url
+from latentcache.vae.model import Architecture, KLAutoencoder
+from latentcache.vae.tensorfile import SUFFIXES, read_tensors
+
+DEMO = "demo"
+"""The URL of the small VAE in this package. Its latents are not Stable Diffusion's."""
+
+_CONFIG = "config.json"
+_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+
+_FIRST_STAGE = "first_stage_model."  # where a whole Stable Diffusion checkpoint keeps its VAE
+_NOT_WEIGHTS = ("loss.", "model_ema.")  # what CompVis's trainer saves beside them
+_DECODER = ("decoder.", "post_quant_conv.")
+
+# CompVis does not write these down. 32 groups: `Normalize` in its code; 0.18215: the configs of
+# Stable Diffusion 1 and 2; 0.13025: SDXL's, whose whole checkpoints carry a `conditioner`.
+_COMPVIS_NUM_GROUPS = 32
+_SD_SCALING_FACTOR = 0.18215
+_SDXL_SCALING_FACTOR = 0.13025
+
+_COMPVIS_RENAMES = (
+    (r"\.(down|up)\.(\d+)\.block\.(\d+)\.", r".\1_blocks.\2.resnets.\3."),
+    (r"\.(down|up)\.(\d+)\.(down|up)sample\.conv\.", r".\1_blocks.\2.\3samplers.0.conv."),
+    (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
+    (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
+    (r"\.mid\.attn_1\.norm\.", ".mid_block.attentions.0.group_norm."),
+    (r"\.mid\.attn_1\.([qkv])\.", r".mid_block.attentions.0.to_\1."),
+    (r"\.mid\.attn_1\.proj_out\.", ".mid_block.attentions.0.to_out.0."),
+    (r"\.nin_shortcut\.", ".conv_shortcut."),
+    (r"^(encoder|decoder)\.norm_out\.", r"\1.conv_norm_out."),
+)
+_DIFFUSERS_RENAMES = (  # attention as diffusers spelt it before 0.17
+    (r"\.attentions\.0\.(q)uery\.", r".attentions.0.to_\1."),
+    (r"\.attentions\.0\.(k)ey\.", r".attentions.0.to_\1."),
+    (r"\.attentions\.0\.(v)alue\.", r".attentions.0.to_\1."),
+    (r"\.attentions\.0\.proj_attn\.", ".attentions.0.to_out.0."),
+)
+_ATTENTION_MATRIX = re.compile(r"\.attentions\.0\.to_(q|k|v|out\.0)\.weight$")
+
+
+def load_vae(
+    url: str,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    decoder: bool = True,
+    options: StorageOptions = StorageOptions(),  # noqa: B008  (frozen)
+) -> KLAutoencoder:
+    """Load a frozen VAE, ready to encode and decode.
+
+    Args:
+        url: a local path or any fsspec URL (`hf://org/repo`, `hf://org/repo@revision/vae`,
+            `s3://…`) of a diffusers folder, a pipeline folder with `vae/`, or one checkpoint file
+            (`.safetensors`, `.bin`, `.ckpt`, `.pt`, `.pth`, or a `.zip` of one); or `demo`. A
+            `config.json` beside a file decides its architecture; a CompVis file does without.
+        device: where the modules go.
+        dtype: what they compute in; weights of any float type are read.
+        decoder: False leaves the decoder out, to save memory.
+        options: how to reach the store.
+
+    Raises:
+        CheckpointError: nothing usable lies there.
+        StorageError: the store cannot be reached.
+    """
+    try:
+        config, name, tensors = _read(url, options)
+    except ObjectNotFound as error:
+        raise CheckpointError(f"no VAE checkpoint: {error}; check vae.checkpoint") from error
+    architecture, tensors = _recognise(config, tensors, name)
+    with torch.device("meta"):
+        vae = KLAutoencoder(architecture, decoder=decoder)
+    if not decoder:
+        tensors = {n: t for n, t in tensors.items() if not n.startswith(_DECODER)}
+    vae.load_state_dict(_fit(tensors, vae.state_dict(), name), assign=True)
+    return vae.to(device=device, dtype=dtype).eval().requires_grad_(False)
+
+
+def encoder_fingerprint(vae: KLAutoencoder) -> str:
+    """Identify what an image becomes: SHA-256 in hex over the encoder and `quant_conv`.
+
+    Taken over the architecture fields that shape the encoder, as canonical JSON, then each tensor's
+    name, shape and little-endian float32 values in C order, by name. The checkpoint's layout and
+    the decoder do not move it.
+
+    Raises:
+        ConfigError: the VAE was loaded in a narrower dtype, which has rounded its weights.
+    """
+    if vae.dtype != torch.float32:
+        raise ConfigError(f"the fingerprint wants a float32 VAE, not {vae.dtype}")
+    architecture = vae.architecture
+    fields = {
+        "family": "AutoencoderKL",
+        "block_out_channels": architecture.block_out_channels,
+        "layers_per_block": architecture.layers_per_block,
+        "latent_channels": architecture.latent_channels,
+        "norm_num_groups": architecture.norm_num_groups,
+        "use_quant_conv": architecture.use_quant_conv,
+        "mid_block_add_attention": architecture.mid_block_add_attention,
+    }
+    digest = hashlib.sha256(_canonical_json(fields))
+    for name, tensor in sorted(vae.state_dict().items()):
+        if not name.startswith(_DECODER):
+            digest.update(_canonical_json([name, list(tensor.shape)]))
+            digest.update(tensor.cpu().contiguous().numpy().astype("<f4", copy=False).data)
+    return digest.hexdigest()
+
+
+def _canonical_json(value: object) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode() + b"\n"
+
+
+def _read(
+    url: str, options: StorageOptions
+) -> tuple[dict[str, Any] | None, str, dict[str, Tensor]]:
+    """Find and read what a URL names: the config if there is one, the weights' URL, the tensors."""
+    config: dict[str, Any] | None = None
+    if url == DEMO:
+        demo = importlib.resources.files("latentcache.vae") / "demo"
+        config = _parse_config((demo / _CONFIG).read_bytes(), f"demo/{_CONFIG}")
+        with importlib.resources.as_file(demo / _WEIGHTS[0]) as path:
+            return config, DEMO, read_tensors(path, DEMO)
+    if url.endswith(SUFFIXES):
+        root, name = split_url(url)
+        store, folder = Store(root, options), ""
+    else:
+        store = Store(url, options)
+        folder, name = _find_weights(store)
+    if store.exists(folder + _CONFIG):
+        data = store.read_bytes(folder + _CONFIG)
+        config = _parse_config(data, store.url_of(folder + _CONFIG))
+    with _local_file(store, name) as path:
+        return config, store.url_of(name), read_tensors(path, store.url_of(name))
+
+
+def _find_weights(store: Store) -> tuple[str, str]:
+    """Find a diffusers VAE in a folder, or in the `vae/` of a pipeline: (folder, weights)."""
+    for folder in ("vae/", ""):
+        if store.exists(folder + _CONFIG):
+            break
+    else:
+        raise CheckpointError(
+            f"{store.url_of(_CONFIG)} does not exist, nor vae/{_CONFIG}: "
+            f"give a diffusers folder, or a checkpoint file ({', '.join(SUFFIXES)})"
+        )
+    for weights in _WEIGHTS:
+        if store.exists(folder + weights):
+            return folder, folder + weights
+    raise CheckpointError(
+        f"{store.url_of(folder + _WEIGHTS[0])} does not exist, nor {_WEIGHTS[1]}: "
+        "download the weights, or name the checkpoint file itself"
+    )
+
+
+@contextmanager
+def _local_file(store: Store, name: str) -> Iterator[Path]:
+    """Give an object as a file: itself if it is local, else a download that is removed after."""
+    store.info(name)  # a missing one is an ObjectNotFound here
+    local = store.local_path(name)
+    if local is not None:
+        yield local
+        return
+    with tempfile.TemporaryDirectory(prefix="latentcache-") as folder:
+        path = Path(folder, "checkpoint" + Path(name).suffix)
+        with store.named(name), store.open(name) as source, path.open("wb") as target:
+            shutil.copyfileobj(source, target, 8 * 2**20)
+        yield path
+
+
+def _parse_config(data: bytes, name: str) -> dict[str, Any]:
+    try:
+        config = json.loads(data)
+    except ValueError as error:
+        raise CheckpointError(f"{name} is not JSON ({error}); download it again") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{name} holds no JSON object; download it again")
+    return config
+
+
+def _recognise(
+    config: Mapping[str, Any] | None, tensors: dict[str, Tensor], name: str
+) -> tuple[Architecture, dict[str, Tensor]]:
+    """Tell the layout by its names; give the architecture and the tensors by canonical name."""
+    is_sdxl = any(key.startswith("conditioner.") for key in tensors)
+    if any(key.startswith(_FIRST_STAGE) for key in tensors):
+        tensors = {
+            key.removeprefix(_FIRST_STAGE): tensor
+            for key, tensor in tensors.items()
+            if key.startswith(_FIRST_STAGE)
+        }
+    if not any(key.startswith("encoder.down.") for key in tensors):
+        if config is None:
+            raise CheckpointError(
+                f"{name} needs its config.json beside it, unless it is a CompVis checkpoint"
+            )
+        named = {_rename(key, _DIFFUSERS_RENAMES): tensor for key, tensor in tensors.items()}
+        return Architecture.from_config(config, name=f"the config.json of {name}"), named
+    tensors = {k: t for k, t in tensors.items() if not k.startswith(_NOT_WEIGHTS)}
+    named = {_rename(key, _COMPVIS_RENAMES): tensor for key, tensor in tensors.items()}
+    named = _reverse_up_blocks(named)
+    if config is not None and config.get("_class_name") == "AutoencoderKL":
+        return Architecture.from_config(config, name=f"the config.json beside {name}"), named
+    scaling_factor = _SDXL_SCALING_FACTOR if is_sdxl else _SD_SCALING_FACTOR
+    return _infer_architecture(named, scaling_factor, name), named
+
+
+def _rename(name: str, renames: Iterable[tuple[str, str]]) -> str:
+    for pattern, replacement in renames:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _reverse_up_blocks(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Count the decoder's blocks from the latent's side: CompVis counts from the image's."""
+    pattern = re.compile(r"^decoder\.up_blocks\.(\d+)\.")
+    indices = [int(match[1]) for name in tensors if (match := pattern.match(name))]
+    last = max(indices, default=0)
+    return {
+        pattern.sub(lambda match: f"decoder.up_blocks.{last - int(match[1])}.", name): tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def _infer_architecture(
+    tensors: Mapping[str, Tensor], scaling_factor: float, name: str
+) -> Architecture:
+    """Read the sizes off the shapes of a CompVis checkpoint's tensors."""
+
+    def out_channels(tensor: str) -> int:
+        if tensor not in tensors:
+            raise CheckpointError(f"{name} is not a KL autoencoder: it has no {tensor}")
+        return int(tensors[tensor].shape[0])
+
+    def count(pattern: str) -> int:
+        matches = (re.match(pattern, key) for key in tensors)
+        return len({match[1] for match in matches if match})
+
+    widths = tuple(
+        out_channels(f"encoder.down_blocks.{i}.resnets.0.conv1.weight")
+        for i in range(count(r"encoder\.down_blocks\.(\d+)\."))
+    )
+    latent_channels = out_channels("encoder.conv_out.weight") // 2
+    if latent_channels != 4:
+        # SD3's and FLUX's have 16 channels and the same shapes, but not the same scale.
+        raise CheckpointError(
+            f"{name} has {latent_channels} latent channels, so its scaling factor is unknown: "
+            "put its diffusers config.json beside it"
+        )
+    if any(width % _COMPVIS_NUM_GROUPS for width in widths):
+        raise CheckpointError(f"{name} has widths {widths}: not multiples of its 32 norm groups")
+    return Architecture(
+        block_out_channels=widths,
+        layers_per_block=count(r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
+        latent_channels=latent_channels,
+        norm_num_groups=_COMPVIS_NUM_GROUPS,
+        use_quant_conv="quant_conv.weight" in tensors,
+        use_post_quant_conv="post_quant_conv.weight" in tensors,
+        mid_block_add_attention="encoder.mid_block.attentions.0.to_q.weight" in tensors,
+        scaling_factor=scaling_factor,
+    )
+
+
+def _fit(
+    tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], name: str
+) -> dict[str, Tensor]:
+    """Check the tensors against the model's; give copies as float32, attention as matrices."""
+    if missing := wanted.keys() - tensors.keys():
+        raise CheckpointError(f"{name} lacks {_some(missing)}: not all of this VAE is there")
+    if surplus := tensors.keys() - wanted.keys():
+        raise CheckpointError(f"{name} has {_some(surplus)} that its architecture does not know")
+    fitted, misshapen, broken = {}, [], []
+    for key, target in wanted.items():
+        tensor = tensors[key]
+        if _ATTENTION_MATRIX.search(key) and tensor.shape[2:] == (1, 1):
+            tensor = tensor[:, :, 0, 0]
+        if tensor.shape != target.shape or not tensor.is_floating_point():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            misshapen.append(f"{key} ({kind} {list(tensor.shape)}, not {list(target.shape)})")
+            continue
+        fitted[key] = tensor.to(torch.float32, copy=True).contiguous()
+        if not fitted[key].isfinite().all():
+            broken.append(key)
+    if misshapen:
+        raise CheckpointError(f"{name} does not fit its architecture: {_some(misshapen)}")
+    if broken:
+        raise CheckpointError(f"{name} has NaN or infinite values in {_some(broken)}")
+    return fitted
+
+
+def _some(names: Iterable[str]) -> str:
+    """List up to three names and count the rest."""
+    ordered = sorted(names)
+    more = f" and {len(ordered) - 3} more tensors" if len(ordered) > 3 else ""
+    return ", ".join(ordered[:3]) + more
