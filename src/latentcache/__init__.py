@@ -1,1 +1,73 @@
+"""latentcache: encode image datasets to KL-f8 latents once, and train from the result.
+
+Everything public is imported on first use, so that `import latentcache`, the command line's help
+and a training process never load what they do not need.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from latentcache.config import Config, load_config, parse_config
+    from latentcache.dataset.reader import Dataset, Row, open_dataset
+    from latentcache.engine.plan import Plan, make_plan
+    from latentcache.engine.run import RunSummary, run
+    from latentcache.errors import LatentCacheError
+    from latentcache.quality.verify import Verification, verify
+    from latentcache.storage import StorageOptions
+    from latentcache.vae.model import KLAutoencoder, to_uint8
+    from latentcache.vae.weights import load_vae
+
+_HOMES = {
+    "Config": "config",
+    "Dataset": "dataset.reader",
+    "KLAutoencoder": "vae.model",
+    "LatentCacheError": "errors",
+    "Plan": "engine.plan",
+    "Row": "dataset.reader",
+    "RunSummary": "engine.run",
+    "StorageOptions": "storage",
+    "Verification": "quality.verify",
+    "load_config": "config",
+    "load_vae": "vae.weights",
+    "make_plan": "engine.plan",
+    "open_dataset": "dataset.reader",
+    "parse_config": "config",
+    "run": "engine.run",
+    "to_uint8": "vae.model",
+    "verify": "quality.verify",
+}
+
+__all__ = [
+    "Config",
+    "Dataset",
+    "KLAutoencoder",
+    "LatentCacheError",
+    "Plan",
+    "Row",
+    "RunSummary",
+    "StorageOptions",
+    "Verification",
+    "load_config",
+    "load_vae",
+    "make_plan",
+    "open_dataset",
+    "parse_config",
+    "run",
+    "to_uint8",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -7,7 +7,8 @@
      ├── StorageError               1   a store cannot be reached, read or written
      │    ├── ObjectNotFound        1   nothing lies at that URL
      │    └── DiskFull              1   the disk or bucket has no room left: the whole run stops
-     ├── SourceError                1   a source shard cannot be read, or changed while it was
+     ├── SourceError                1   a source shard cannot be listed or read
+     │    └── SourceChanged         1   a source shard was overwritten: its unit is planned anew
      ├── DatasetError               1   what lies on disk is not a readable latent dataset
      ├── ClusterError               1   Ray cannot give what the config asks for
      ├── IncompleteRun              1   a run ended with units left to do
@@ -56,7 +57,11 @@ class DiskFull(StorageError):
 
 
 class SourceError(LatentCacheError):
-    """A source shard cannot be read, or was overwritten while it was being read."""
+    """A source shard cannot be listed or read."""
+
+
+class SourceChanged(SourceError):
+    """A source shard is no longer the version that was listed; what was read of it is void."""
 
 
 class DatasetError(LatentCacheError):

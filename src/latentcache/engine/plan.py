@@ -1,0 +1,197 @@
+"""What a run will do, and why: the listed source shards less the receipts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from latentcache.config import Config, RatioBuckets, Storage
+from latentcache.dataset.contract import (
+    Contract,
+    LatentContract,
+    TransformContract,
+    VaeContract,
+    contract_diff,
+    read_contract,
+)
+from latentcache.dataset.manifest import Listing, State
+from latentcache.dataset.receipts import Unit, read_failures
+from latentcache.errors import ConfigError
+from latentcache.images.source import SourceShard, list_shards
+from latentcache.images.transform import Bucket, ratio_buckets
+from latentcache.storage import StorageOptions, Store
+from latentcache.vae.weights import encoder_fingerprint, load_vae
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedUnit:
+    """A unit to encode, the generation that its receipt will have, and why."""
+
+    unit: Unit
+    generation: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is there, and what is left to do.
+
+    `contract` is the one wanted, in which `precision` may still be `auto` before a first run;
+    `there` is the one that lies at the output, and `diff` names the fields in which they disagree.
+    """
+
+    output: Store
+    contract: Contract
+    there: Contract | None
+    diff: list[str]
+    shards: list[SourceShard]
+    units: list[Unit]
+    pending: list[PlannedUnit]
+    state: State
+
+    @property
+    def listing(self) -> Listing:
+        """Each listed source with its units."""
+        return {unit.source: [unit] for unit in self.units}
+
+    @property
+    def num_bytes_pending(self) -> int:
+        """Bytes of source shards to read."""
+        return sum(planned.unit.size_bytes for planned in self.pending)
+
+
+def storage_options(storage: Storage) -> StorageOptions:
+    """Turn a config's `storage` section into options of a `Store`."""
+    return StorageOptions(**storage.model_dump())
+
+
+def make_plan(config: Config, *, retry_rejects: bool = False) -> Plan:
+    """List the source, read the receipts, and say what is left to do.
+
+    Args:
+        config: the run.
+        retry_rejects: encode units with rejects again, at their next generation.
+
+    Raises:
+        ConfigError: the checkpoint or the source cannot be used.
+        SourceError: a named shard is missing, or a glob matches nothing.
+        StorageError: a store cannot be reached.
+        DatasetError: what lies at the output is damaged.
+    """
+    output = Store(config.output.url, storage_options(config.output.storage))
+    contract = wanted_contract(config)
+    there = read_contract(output)
+    if there and contract.latents.precision == "auto":
+        contract = with_precision(contract, there.latents.precision)
+    shards = list_shards(config.source.shards, storage_options(config.source.storage))
+    units = units_of(shards, contract)
+    diff = contract_diff(there, contract) if there else []
+    state = State(output)
+    pending = list(_pending(units, state, read_failures(output), retry_rejects))
+    return Plan(output, contract, there, diff, shards, units, pending, state)
+
+
+def units_of(shards: Iterable[SourceShard], contract: Contract) -> list[Unit]:
+    """Name the units of some shards under a contract."""
+    mark = contract.fingerprint
+    return [Unit.of(shard.url, shard.size_bytes, shard.version, mark) for shard in shards]
+
+
+def _pending(
+    units: Iterable[Unit], state: State, failures: dict[str, str], retry_rejects: bool
+) -> Iterable[PlannedUnit]:
+    known_sources = {record.unit.source for record in state.current.values() if record}
+    for unit in units:
+        record = state.current.get(unit.id)
+        generation = state.generations.get(unit.id, -1) + 1
+        if record is not None:
+            if retry_rejects and record.num_rejects:
+                reason = f"retry of {record.num_rejects} rejects"
+                yield PlannedUnit(unit, generation, reason)
+        elif generation:
+            yield PlannedUnit(unit, generation, "marked to be encoded again")
+        elif unit.id in failures:
+            yield PlannedUnit(unit, generation, f"failed before: {failures[unit.id]}")
+        elif unit.source in known_sources:
+            yield PlannedUnit(unit, generation, "changed")
+        else:
+            yield PlannedUnit(unit, generation, "new")
+
+
+def wanted_contract(config: Config) -> Contract:
+    """Make the contract that a config asks for; reads the checkpoint.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be used.
+        ConfigError: a bucket's side is no multiple of the VAE's downsampling.
+    """
+    options = storage_options(config.vae.storage)
+    vae = load_vae(config.vae.checkpoint, decoder=False, options=options)
+    arch = vae.architecture
+    buckets = _buckets(config)
+    for bucket in buckets:
+        if bucket.width_px % arch.downsample_factor or bucket.height_px % arch.downsample_factor:
+            raise ConfigError(
+                f"transform: {bucket.name} is no multiple of {arch.downsample_factor} px, by which "
+                "this VAE divides each side"
+            )
+    return Contract(
+        vae=VaeContract(
+            family="kl",
+            encoder_fingerprint=encoder_fingerprint(vae),
+            architecture={
+                "block_out_channels": list(arch.block_out_channels),
+                "layers_per_block": arch.layers_per_block,
+                "mid_block_add_attention": arch.mid_block_add_attention,
+                "norm_num_groups": arch.norm_num_groups,
+                "use_quant_conv": arch.use_quant_conv,
+            },
+            latent_channels=arch.latent_channels,
+            downsample_factor=arch.downsample_factor,
+            scaling_factor=float(arch.scaling_factor),
+            shift_factor=float(arch.shift_factor or 0.0),
+            latents_mean=arch.latents_mean,
+            latents_std=arch.latents_std,
+        ),
+        transform=TransformContract(
+            crop=config.transform.crop,
+            resample=config.transform.resample,
+            buckets=tuple((bucket.width_px, bucket.height_px) for bucket in buckets),
+            min_side_px=config.transform.min_side_px,
+            max_upscale=config.transform.max_upscale,
+            max_pixels=config.transform.max_pixels,
+        ),
+        latents=LatentContract(
+            posterior=config.latents.posterior,
+            dtype=config.latents.dtype,
+            format=config.latents.format,
+            precision=_known_precision(config),
+        ),
+        image_fields=tuple(config.source.image),
+        columns=tuple("caption" if name == "txt" else name for name in config.source.keep),
+    )
+
+
+def with_precision(contract: Contract, precision: str) -> Contract:
+    """Fill in the precision that `auto` came to."""
+    tree = contract.to_json()
+    tree["latents"]["precision"] = precision
+    return Contract.from_json(tree)
+
+
+def _known_precision(config: Config) -> str:
+    # On a CPU, auto is fp32; on a GPU only a look at real images can tell.
+    if config.compute.precision == "auto" and config.compute.num_gpus == 0:
+        return "fp32"
+    return config.compute.precision
+
+
+def _buckets(config: Config) -> tuple[Bucket, ...]:
+    resolution_px, wanted = config.transform.resolution_px, config.transform.buckets
+    if wanted is None:
+        return (Bucket(resolution_px, resolution_px),)
+    if isinstance(wanted, RatioBuckets):
+        return ratio_buckets(resolution_px, wanted.max_ratio, wanted.step_px)
+    return tuple(
+        sorted((Bucket(*size) for size in wanted), key=lambda b: (b.width_px, b.height_px))
+    )

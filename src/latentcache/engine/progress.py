@@ -1,0 +1,131 @@
+"""Telling a person how far a run is: a live bar in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+_PLAIN_EVERY_S = 10.0
+
+_ADVICE = {
+    "fetch": "reading the source",
+    "decode": "decoding: give it more CPUs (compute.decode_threads)",
+    "encode": "the encoder, as it should be",
+    "write": "writing rows",
+    "upload": "uploading",
+}
+
+
+class RunProgress:
+    """Shows units, images per second, rejects, time left and the bottleneck, on stderr.
+
+    Args:
+        num_units: how many the run will encode.
+        quiet: show nothing.
+    """
+
+    def __init__(self, num_units: int, *, quiet: bool = False) -> None:
+        self._console = Console(stderr=True, quiet=quiet)
+        self._num_units = num_units
+        self._began = self._said = time.monotonic()
+        self._num_done = self._num_rows = self._num_rejects = self._num_lost = 0
+        self._stats: list[dict[str, float]] = []
+        self._previous: tuple[float, list[dict[str, float]]] = (self._began, [])
+        self._bottleneck = ""
+        self._live: Progress | None = None
+        if self._console.is_terminal and not quiet:
+            self._live = Progress(
+                TextColumn("encoding"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("units"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=self._console,
+            )
+
+    def __enter__(self) -> RunProgress:
+        if self._live:
+            self._task = self._live.add_task("encoding", total=self._num_units, note="starting")
+            self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._live:
+            self._live.stop()
+
+    def say(self, line: str) -> None:
+        """Print one line above the bar."""
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def unit_done(self, num_rows: int, num_rejects: int) -> None:
+        """Count a committed unit."""
+        self._num_done += 1
+        self._num_rows += num_rows
+        self._num_rejects += num_rejects
+        self._show()
+
+    def polled(self, stats: list[dict[str, float]], num_lost: int) -> None:
+        """Take in what the actors say, every two seconds."""
+        self._num_lost = num_lost
+        now = time.monotonic()
+        then, before = self._previous
+        if len(before) == len(stats) and stats:
+            self._bottleneck = bottleneck(before, stats, now - then)
+        self._previous, self._stats = (now, stats), stats
+        self._show()
+
+    def _show(self) -> None:
+        note = self._note()
+        if self._live:
+            self._live.update(self._task, completed=self._num_done, note=note)
+        elif time.monotonic() - self._said >= _PLAIN_EVERY_S:
+            self._said = time.monotonic()
+            self.say(f"{self._num_done}/{self._num_units} units, {note}")
+
+    def _note(self) -> str:
+        elapsed_s = time.monotonic() - self._began
+        # The actors' own counts run ahead of the units; after a loss they start anew.
+        seen = int(sum(stats.get("num_rows", 0) for stats in self._stats))
+        num_rows = max(self._num_rows, seen)
+        parts = [f"{num_rows / max(elapsed_s, 1e-9):.1f} images/s", f"{self._num_rejects} rejects"]
+        if not self._live and self._num_done:
+            left_s = elapsed_s / self._num_done * (self._num_units - self._num_done)
+            parts.append(f"{left_s:.0f} s left")
+        if self._bottleneck:
+            parts.append(f"bottleneck: {self._bottleneck}")
+        if self._num_lost:
+            parts.append(f"{self._num_lost} actors lost")
+        return ", ".join(parts)
+
+
+def bottleneck(
+    before: list[dict[str, float]], after: list[dict[str, float]], seconds: float
+) -> str:
+    """Name the stage whose threads were busiest between two polls of the same actors.
+
+    Args:
+        before: `UnitRunner.stats` of each actor.
+        after: the same, `seconds` later.
+        seconds: between the two.
+    """
+    # Fetch, write and upload have a thread for each of the two units in hand; the encoder has one.
+    threads = {"fetch": 2.0, "encode": 1.0, "write": 2.0, "upload": 2.0}
+    occupancy = {}
+    for stage in _ADVICE:
+        busy_s = sum(
+            new.get(f"{stage}_busy_s", 0) - old.get(f"{stage}_busy_s", 0)
+            for old, new in zip(before, after, strict=True)
+        )
+        per_actor = threads.get(stage) or after[0].get("decode_threads", 1)
+        occupancy[stage] = busy_s / (per_actor * len(after) * max(seconds, 1e-9))
+    busiest = max(occupancy, key=lambda stage: occupancy[stage])
+    return _ADVICE[busiest] if occupancy[busiest] > 0.2 else ""

@@ -1,0 +1,319 @@
+"""The driver: plan, establish the contract, hand out units, put receipts, write manifests.
+
+Everything that makes work visible happens here, in one process: an actor can upload files, but
+only the driver puts the receipt that makes them count.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from types import FrameType
+
+from latentcache.config import Config
+from latentcache.dataset.contract import (
+    CONTRACT_PATH,
+    Contract,
+    establish_contract,
+    read_contract,
+    require_same,
+)
+from latentcache.dataset.manifest import Listing, Manifest, State, write_next
+from latentcache.dataset.receipts import Receipt, Unit, put_failure, read_receipts
+from latentcache.engine.cluster import Cluster, Dispatcher, Failed, Finished, StopSignal
+from latentcache.engine.lease import Lease
+from latentcache.engine.plan import (
+    Plan,
+    PlannedUnit,
+    make_plan,
+    storage_options,
+    units_of,
+    with_precision,
+)
+from latentcache.engine.progress import RunProgress
+from latentcache.engine.unit import Job
+from latentcache.errors import ContractMismatch, SourceError
+from latentcache.images.source import list_shards
+from latentcache.storage import Store
+
+# A manifest now and then during a run, so that a resume reads few receipts one by one.
+MANIFEST_EVERY_UNITS = 1000
+MANIFEST_EVERY_S = 600.0
+
+# The reject rate of fewer samples than this says nothing.
+MIN_SAMPLES_TO_JUDGE = 1000
+
+# Kubernetes kills 30 s after SIGTERM: units in hand get this long, manifests the rest.
+GRACE_S = 20.0
+
+
+@dataclass(slots=True)
+class RunSummary:
+    """How a run ended; `num_rows` and `num_rejects` are of the whole dataset after it.
+
+    `status`: `complete`, `incomplete` (units failed), `interrupted`, or `too_many_rejects`.
+    `num_committed` units were committed by this run, `num_skipped` were there already.
+    """
+
+    status: str
+    num_units: int
+    num_committed: int
+    num_skipped: int
+    num_rows: int
+    num_rejects: int
+    manifest: int | None
+    elapsed_s: float
+    exit_code: int
+    output: str
+    failed: list[dict[str, str]] = field(default_factory=list)
+
+
+def run(
+    config: Config, *, retry_rejects: bool = False, quiet: bool = False, plan: Plan | None = None
+) -> RunSummary:
+    """Encode what is left to do. Run it again after anything: it takes up where it stopped.
+
+    Args:
+        config: the run.
+        retry_rejects: encode units with rejects again.
+        quiet: no progress on stderr.
+        plan: from `make_plan`; None makes it.
+
+    Raises:
+        ContractMismatch: the output holds latents made another way.
+        LatentCacheError: nothing could be started, or no unit can succeed any more.
+    """
+    began = time.monotonic()
+    plan = plan or make_plan(config, retry_rejects=retry_rejects)
+    if plan.there:
+        require_same(plan.output, plan.there, plan.contract)
+    driver = _Driver(config, plan, StopSignal())
+    with RunProgress(len(plan.pending), quiet=quiet) as progress:
+        if plan.pending:
+            driver.encode(progress)
+        manifest = driver.write_manifest()
+    return driver.summary(manifest, time.monotonic() - began)
+
+
+class _Driver:
+    """The state of one run, and what it does to the output."""
+
+    def __init__(self, config: Config, plan: Plan, stop: StopSignal) -> None:
+        self.config = config
+        self.output: Store = plan.output
+        self.contract: Contract = plan.contract
+        self.shards = plan.shards
+        self.pending: list[PlannedUnit] = plan.pending
+        self.left = {planned.unit.id for planned in plan.pending}
+        self.listing: dict[str, list[Unit]] = {unit.source: [unit] for unit in plan.units}
+        self.state: State = plan.state
+        self.stop = stop
+        self.num_skipped = len(plan.units) - len(plan.pending)
+        self.num_committed = 0
+        self.failed: dict[str, str] = {}
+        self.replans: Counter[str] = Counter()
+        done = [self.state.current.get(unit.id) for unit in plan.units]
+        self.num_samples = sum(record.num_samples for record in done if record)
+        self.num_rejects = sum(record.num_rejects for record in done if record)
+        self._manifest_at = (0, time.monotonic())
+
+    def encode(self, progress: RunProgress) -> None:
+        """Encode all pending units, or as many as there is time for."""
+        compute = self.config.compute
+        threads = None if compute.decode_threads == "auto" else compute.decode_threads
+        with Cluster(compute.num_gpus, compute.num_cpu_actors, threads) as cluster:
+            self._establish_contract(cluster)
+            with Lease(self.output, len(self.pending)) as lease, self._signals(progress):
+                if not self.output.is_conditional:
+                    progress.say(
+                        f"{self.output.url} has no conditional writes: one run at a time, by lease"
+                    )
+                    lease.require_alone()
+                self._check_rejects(progress)
+                dispatcher = Dispatcher(
+                    cluster,
+                    self._job(cluster.num_cpus_per_actor),
+                    self.pending,
+                    compute.unit_retries,
+                    self.stop,
+                )
+                for event in dispatcher.run():
+                    lease.num_committed = self.num_committed
+                    lease.renew()
+                    if isinstance(event, Finished):
+                        self._commit(event.receipt, progress)
+                    elif isinstance(event, Failed):
+                        self._give_up(event, dispatcher, progress)
+                    else:
+                        progress.polled(event.stats, event.num_lost)
+
+    def _job(self, decode_threads: int) -> Job:
+        config = self.config
+        batch_size = config.compute.batch_size
+        return Job(
+            contract=self.contract,
+            checkpoint=config.vae.checkpoint,
+            checkpoint_storage=storage_options(config.vae.storage),
+            source_storage=storage_options(config.source.storage),
+            output_url=self.output.url,
+            output_storage=self.output.options,
+            batch_size=None if batch_size == "auto" else batch_size,
+            decode_threads=decode_threads,
+        )
+
+    def _establish_contract(self, cluster: Cluster) -> None:
+        if self.contract.latents.precision == "auto":
+            job = self._job(cluster.num_cpus_per_actor)
+            precision = cluster.resolve_precision(job, self.shards)
+            self._adopt(with_precision(self.contract, precision))
+        provenance = {
+            "name": self.config.name,
+            "checkpoint": self.config.vae.checkpoint,
+            "versions": {name: version(name) for name in ("latentcache", "torch", "pillow", "ray")},
+        }
+        try:
+            data = establish_contract(self.output, self.contract, provenance)
+        except ContractMismatch:
+            there = read_contract(self.output)
+            if self.config.compute.precision != "auto" or there is None:
+                raise
+            # Another driver was first and chose another precision: `auto` takes either.
+            self._adopt(with_precision(self.contract, there.latents.precision))
+            data = establish_contract(self.output, self.contract, provenance)
+        self.output.probe_conditional(CONTRACT_PATH, data)
+
+    def _adopt(self, contract: Contract) -> None:
+        """Take a contract whose precision is known; the units get their names from it."""
+        self.contract = contract
+        units = units_of(self.shards, contract)
+        self.listing = {unit.source: [unit] for unit in units}
+        self.pending = [PlannedUnit(unit, 0, "new") for unit in units]
+        self.left = {unit.id for unit in units}
+
+    @contextmanager
+    def _signals(self, progress: RunProgress) -> Iterator[None]:
+        """Turn SIGINT and SIGTERM into a wish to end; Ray sets its own handlers before."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def ask(number: int, frame: FrameType | None) -> None:
+            again = self.stop.reason is not None
+            self.stop.request("interrupted", grace_s=0.0 if again else GRACE_S)
+            if not again:
+                progress.say(f"stopping: units in hand have {GRACE_S:.0f} s; again to stop at once")
+
+        previous = {
+            number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _commit(self, receipt: Receipt, progress: RunProgress) -> None:
+        """Put the receipt: from here on the unit's rows exist."""
+        if self.output.put_if_absent(receipt.path, receipt.to_bytes()):
+            self.num_committed += 1
+        else:  # another driver committed this unit first, and its rows are as good
+            (receipt,) = read_receipts(self.output, [receipt.record.name])
+            self.num_skipped += 1
+        record, before = receipt.record, self.state.current.get(receipt.record.unit.id)
+        self.state.add(receipt)
+        self.left.discard(record.unit.id)
+        self.num_samples += record.num_samples - (before.num_samples if before else 0)
+        self.num_rejects += record.num_rejects - (before.num_rejects if before else 0)
+        progress.unit_done(record.num_rows, record.num_rejects)
+        self._check_rejects(progress)
+        num_units, since = self._manifest_at
+        if (
+            self.num_committed - num_units >= MANIFEST_EVERY_UNITS
+            or time.monotonic() - since >= MANIFEST_EVERY_S
+        ):
+            self.write_manifest()
+            self._manifest_at = (self.num_committed, time.monotonic())
+
+    def _give_up(self, event: Failed, dispatcher: Dispatcher, progress: RunProgress) -> None:
+        """Plan a changed source anew, or quarantine the unit and go on."""
+        unit, message = event.task.unit, event.message
+        self.replans[unit.source] += 1
+        if event.changed and self.replans[unit.source] <= self.config.compute.unit_retries:
+            try:
+                shards = list_shards(unit.source, storage_options(self.config.source.storage))
+            except SourceError as error:
+                message = str(error)
+            else:
+                (fresh,) = units_of(shards, self.contract)
+                self.listing[fresh.source] = [fresh]
+                self.left = self.left - {unit.id} | {fresh.id}
+                dispatcher.add(PlannedUnit(fresh, 0, "changed"))
+                progress.say(f"{unit.source} changed while it was read: encoding its new version")
+                return
+        self.failed[unit.source] = message
+        progress.say(f"given up: {message}")
+        put_failure(self.output, unit, event.task.attempt, message)
+
+    @property
+    def _has_too_many_rejects(self) -> bool:
+        limit = self.config.rejects.max_rate * self.num_samples
+        return self.num_samples >= MIN_SAMPLES_TO_JUDGE and self.num_rejects > limit
+
+    def _check_rejects(self, progress: RunProgress) -> None:
+        if self._has_too_many_rejects and not self.stop.reason:
+            rate = self.num_rejects / self.num_samples
+            progress.say(
+                f"stopping: {rate:.1%} of {self.num_samples} samples were rejected, more than "
+                f"rejects.max_rate {self.config.rejects.max_rate:.1%}"
+            )
+            self.stop.request("too_many_rejects")
+
+    def write_manifest(self) -> Manifest | None:
+        """Write the next manifest, if it would differ from the newest."""
+        listings = self._listings()
+        self.state, manifest = write_next(
+            self.state,
+            self.contract.fingerprint,
+            self.contract.stored_channels,
+            lambda: next(listings),
+            on_missing=self.config.source.on_missing,
+            may_complete=not self._has_too_many_rejects,
+        )
+        return manifest
+
+    def _listings(self) -> Iterator[Listing]:
+        """Give the listing that the run works on, and after a lost race a new one each time."""
+        yield self.listing
+        while True:
+            source = self.config.source
+            shards = list_shards(source.shards, storage_options(source.storage))
+            yield {unit.source: [unit] for unit in units_of(shards, self.contract)}
+
+    def summary(self, manifest: Manifest | None, elapsed_s: float) -> RunSummary:
+        """Say how it ended."""
+        units = [unit for units in self.listing.values() for unit in units]
+        if self._has_too_many_rejects:
+            status, exit_code = "too_many_rejects", 3
+        elif not self.left:
+            status, exit_code = "complete", 0
+        else:
+            status, exit_code = self.stop.reason or "incomplete", 1
+        return RunSummary(
+            status=status,
+            num_units=len(units),
+            num_committed=self.num_committed,
+            num_skipped=self.num_skipped,
+            num_rows=manifest.num_rows if manifest else 0,
+            num_rejects=manifest.num_rejects if manifest else 0,
+            manifest=manifest.number if manifest else None,
+            elapsed_s=round(elapsed_s, 3),
+            exit_code=exit_code,
+            output=self.output.url,
+            failed=[{"source": s, "message": m} for s, m in sorted(self.failed.items())],
+        )

@@ -1,0 +1,389 @@
+"""One unit from source shard to uploaded files: fetch, decode, batch, encode, write, upload.
+
+A `UnitRunner` lives as long as its process and runs up to two units at a time: while one is being
+finished, the next is already fetched and decoded, so that the encoder never waits at a shard's
+edge. It knows nothing of Ray, and it commits nothing: it gives back the receipt for the driver to
+put, so that a process that was given up for dead cannot commit.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import sys
+import traceback
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from latentcache.dataset.contract import Contract
+from latentcache.dataset.receipts import DataFile, Receipt, Unit, UnitRecord
+from latentcache.dataset.shards import (
+    TORCH_DTYPES,
+    BucketWriter,
+    RejectRow,
+    RowMeta,
+    bucket_name,
+    describe_file,
+    write_rejects,
+)
+from latentcache.dataset.statistics import Statistics
+from latentcache.engine.stages import Background, OldestFirstPool, StageTimes
+from latentcache.errors import (
+    DiskFull,
+    LatentCacheError,
+    Reject,
+    SourceChanged,
+)
+from latentcache.images.decode import decode_image
+from latentcache.images.source import RejectedSample, Sample, SourceShard, read_shard
+from latentcache.images.transform import Bucket, Transformed, TransformSpec, transform
+from latentcache.storage import StorageOptions, Store
+from latentcache.vae.encoder import Encoded, LatentEncoder, draw_latents
+
+STAGES = ("fetch", "decode", "encode", "write", "upload")
+
+# Batches of a unit that may be encoded or wait for the encoder, and for the writer.
+_BATCHES_AHEAD = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What every unit of a run has in common."""
+
+    contract: Contract
+    checkpoint: str
+    checkpoint_storage: StorageOptions
+    source_storage: StorageOptions
+    output_url: str
+    output_storage: StorageOptions
+    batch_size: int | None
+    decode_threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class UnitTask:
+    """One attempt at one unit."""
+
+    unit: Unit
+    generation: int
+    attempt: str
+
+
+@dataclass(frozen=True, slots=True)
+class UnitFailure:
+    """Why an attempt gave no receipt.
+
+    `changed`: the source is no longer the listed version. `fatal`: there is no room left, and
+    no other unit can fare better.
+    """
+
+    message: str
+    changed: bool = False
+    fatal: bool = False
+
+
+def transform_spec(contract: Contract) -> TransformSpec:
+    """Read the transform off a contract."""
+    terms = contract.transform
+    return TransformSpec(
+        buckets=tuple(Bucket(width, height) for width, height in terms.buckets),
+        min_side_px=terms.min_side_px,
+        max_upscale=terms.max_upscale,
+        max_pixels=terms.max_pixels,
+    )
+
+
+def read_columns(fields: dict[str, bytes], columns: tuple[str, ...]) -> dict[str, str | int | None]:
+    """Read the kept fields of a sample; a field that the sample lacks is None.
+
+    Raises:
+        Reject: a field is not UTF-8, or `cls` is not an integer.
+    """
+    found: dict[str, str | int | None] = {}
+    for column in columns:
+        name = source_field(column)
+        data = fields.get(name)
+        try:
+            text = None if data is None else data.decode("utf-8")
+            found[column] = int(text) if text is not None and column == "cls" else text
+        except ValueError as error:  # UnicodeDecodeError is one
+            raise Reject("read", "bad_field", f"field {name!r}: {error}") from error
+    return found
+
+
+def source_field(column: str) -> str:
+    """Name the WebDataset field that a column is read from."""
+    return "txt" if column == "caption" else column
+
+
+class UnitRunner:
+    """Runs units in this process; `run` may be called from two threads at once."""
+
+    def __init__(self, job: Job, encoder: LatentEncoder) -> None:
+        self.job = job
+        self.encoder = encoder
+        self.output = Store(job.output_url, job.output_storage)
+        self.spec = transform_spec(job.contract)
+        self.decode_pool = OldestFirstPool("decode", job.decode_threads)
+        self.encode_pool = OldestFirstPool("encode", 1)
+        self.finished = {stage: StageTimes() for stage in STAGES}
+        self.active: list[_Attempt] = []
+        self.num_rows = 0
+        self.num_rejects = 0
+        self._ranks = itertools.count()
+        self._versions = {
+            "latentcache": version("latentcache"),
+            "torch": torch.__version__,
+            "pillow": version("pillow"),
+        }
+
+    def run(self, task: UnitTask) -> Receipt | UnitFailure:
+        """Encode one unit and upload its files.
+
+        This is the boundary at which anything that goes wrong becomes the failure of one unit.
+        """
+        try:
+            with TemporaryDirectory(prefix="latentcache-") as folder:
+                attempt = _Attempt(self, task, next(self._ranks), Path(folder))
+                self.active.append(attempt)
+                try:
+                    return attempt.run()
+                finally:
+                    self.active.remove(attempt)
+                    for stage, times in attempt.times.items():
+                        self.finished[stage].add(times.busy_s, times.wait_s)
+        except SourceChanged as error:
+            return UnitFailure(str(error), changed=True)
+        except DiskFull as error:
+            return UnitFailure(str(error), fatal=True)
+        except LatentCacheError as error:
+            return UnitFailure(str(error))
+        except Exception as error:  # noqa: BLE001  (the unit boundary)
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                return UnitFailure("no room left on the local disk (TMPDIR)", fatal=True)
+            traceback.print_exc(file=sys.stderr)
+            return UnitFailure(f"{task.unit.source}: {type(error).__name__}: {error}")
+
+    def stats(self) -> dict[str, float]:
+        """Cumulative figures: rows, rejects, and busy thread-seconds by stage."""
+        busy = {f"{stage}_busy_s": times.busy_s for stage, times in self.finished.items()}
+        for attempt in list(self.active):
+            for stage, times in attempt.times.items():
+                busy[f"{stage}_busy_s"] += times.busy_s
+        return {
+            "num_rows": self.num_rows,
+            "num_rejects": self.num_rejects,
+            "decode_threads": self.decode_pool.num_threads,
+            **busy,
+        }
+
+    def receipt(
+        self,
+        record: UnitRecord,
+        statistics: Statistics,
+        stages: dict[str, StageTimes],
+        num_in_fp32: int,
+    ) -> Receipt:
+        """Write up a finished attempt."""
+        return Receipt(
+            record=record,
+            contract_fingerprint=self.job.contract.fingerprint,
+            statistics=statistics,
+            stages={stage: times.to_json() for stage, times in stages.items()},
+            versions=self._versions,
+            notes={"encoded_again_in_fp32": num_in_fp32},
+        )
+
+
+_Decoded = tuple[Transformed, RowMeta]
+_Batch = tuple[Bucket, list[RowMeta], "Future[tuple[torch.Tensor, Encoded]]"]
+
+
+class _Attempt:
+    """One attempt at one unit, in the order in which its data passes."""
+
+    def __init__(self, runner: UnitRunner, task: UnitTask, rank: int, folder: Path) -> None:
+        self.runner = runner
+        self.contract = runner.job.contract
+        self.task = task
+        self.rank = rank
+        self.folder = folder
+        self.stem = f"{task.generation}-{task.attempt}"
+        self.times = {stage: StageTimes() for stage in STAGES}
+        self.rejects: list[RejectRow] = []
+        self.num_samples = 0
+        self.num_in_fp32 = 0
+        self.statistics = Statistics.empty(self.contract.stored_channels)
+
+    def run(self) -> Receipt:
+        runner = self.runner
+        writers: dict[Bucket, BucketWriter] = {}
+        ahead = 2 * runner.decode_pool.num_threads + 16
+        try:
+            with ExitStack() as stack:
+                decoding = stack.enter_context(
+                    Background(self._decode_all(), ahead, self.times["fetch"])
+                )
+                batches = stack.enter_context(Background(self._batch(decoding), _BATCHES_AHEAD))
+                stack.callback(runner.decode_pool.drop, self.rank)
+                stack.callback(runner.encode_pool.drop, self.rank)
+                stack.callback(decoding.stop)
+                for bucket, rows, encoding in batches:
+                    latents, encoded = encoding.result()
+                    with self.times["write"].working():
+                        self._write(writers, bucket, rows, latents, encoded)
+            with self.times["write"].working():
+                for writer in writers.values():
+                    writer.close()
+        except BaseException:
+            for writer in writers.values():
+                writer.abandon()
+            raise
+        return self._finish(list(writers.values()))
+
+    def _decode_all(self) -> Iterator[Future[_Decoded | RejectRow]]:
+        """Fetch: read samples in order, and queue each to be decoded."""
+        unit = self.task.unit
+        shard = SourceShard(unit.source, unit.size_bytes, unit.version)
+        columns = self.contract.columns
+        samples = read_shard(
+            shard,
+            image=self.contract.image_fields,
+            keep=tuple(source_field(column) for column in columns),
+            options=self.runner.job.source_storage,
+        )
+        for sample in samples:
+            self.num_samples += 1
+            job = partial(self._decode, sample)
+            yield self.runner.decode_pool.submit(self.rank, job, self.times["decode"])
+
+    def _decode(self, sample: Sample | RejectedSample) -> _Decoded | RejectRow:
+        if isinstance(sample, RejectedSample):
+            return _reject_row(sample.key, sample.reject)
+        try:
+            columns = read_columns(sample.fields, self.contract.columns)
+            image = decode_image(sample.image, max_pixels=self.runner.spec.max_pixels)
+            done = transform(image, self.runner.spec)
+        except Reject as reject:
+            return _reject_row(sample.key, reject)
+        row = RowMeta(
+            key=sample.key,
+            original_width=done.original_width,
+            original_height=done.original_height,
+            crop_top=done.crop_top,
+            crop_left=done.crop_left,
+            columns=columns,
+        )
+        return done, row
+
+    def _batch(self, decoding: Background[Future[_Decoded | RejectRow]]) -> Iterator[_Batch]:
+        """Group by bucket, in order, and queue each full batch to be encoded."""
+        groups: dict[Bucket, list[_Decoded]] = {}
+        for future in decoding:
+            outcome = future.result()
+            if isinstance(outcome, RejectRow):
+                self._reject(outcome)
+                continue
+            bucket = outcome[0].bucket
+            group = groups.setdefault(bucket, [])
+            group.append(outcome)
+            if len(group) >= self.runner.encoder.batch_size(bucket.width_px, bucket.height_px):
+                yield self._encode_later(bucket, groups.pop(bucket))
+        for bucket, group in groups.items():
+            yield self._encode_later(bucket, group)
+
+    def _encode_later(self, bucket: Bucket, group: list[_Decoded]) -> _Batch:
+        rows = [row for _, row in group]
+        images = torch.stack([done.pixels for done, _ in group])
+
+        def encode() -> tuple[torch.Tensor, Encoded]:
+            encoded = self.runner.encoder.encode(images)
+            terms = self.contract.latents
+            keys = [row.key for row in rows]
+            latents = draw_latents(encoded.moments, terms.posterior, self.task.unit.id, keys)
+            return latents.to(TORCH_DTYPES[terms.dtype]), encoded
+
+        job = self.runner.encode_pool.submit(self.rank, encode, self.times["encode"])
+        return bucket, rows, job
+
+    def _write(
+        self,
+        writers: dict[Bucket, BucketWriter],
+        bucket: Bucket,
+        rows: list[RowMeta],
+        latents: torch.Tensor,
+        encoded: Encoded,
+    ) -> None:
+        self.num_in_fp32 += encoded.num_in_fp32
+        # Storing may overflow where encoding did not: float16 ends at 65,504.
+        finite = latents.isfinite().all(dim=(1, 2, 3))
+        finite[list(encoded.bad)] = False
+        for index in (~finite).nonzero().flatten().tolist():
+            message = "the latent is not finite, in fp32 too"
+            self._reject(RejectRow(rows[index].key, "encode", "not_finite", message))
+        kept = latents[finite]
+        if not len(kept):
+            return
+        size = (bucket.width_px, bucket.height_px)
+        if bucket not in writers:
+            stem = self.folder / f"{self.stem}-{bucket_name(size)}"
+            writers[bucket] = BucketWriter(stem, self.contract, self.task.unit.id, size)
+        kept_rows = [row for row, good in zip(rows, finite.tolist(), strict=True) if good]
+        writers[bucket].append(kept, kept_rows)
+        self.statistics = self.statistics.merge(Statistics.of(kept.float().numpy()))
+        self.runner.num_rows += len(kept)
+
+    def _reject(self, row: RejectRow) -> None:
+        self.rejects.append(row)
+        self.runner.num_rejects += 1
+
+    def _finish(self, writers: list[BucketWriter]) -> Receipt:
+        """Check the closed files, upload them, and write the receipt."""
+        files: list[tuple[Path, DataFile]] = []
+        rejects: DataFile | None = None
+        with self.times["write"].working():
+            for writer in writers:
+                writer.check()
+                for local in writer.paths:
+                    path = f"data/{self.task.unit.id}/{local.name}"
+                    name = bucket_name(writer.bucket)
+                    files.append((local, describe_file(local, path, writer.num_rows, name)))
+            if self.rejects:
+                local = self.folder / f"{self.stem}.parquet"
+                write_rejects(local, self.rejects)
+                path = f"rejects/{self.task.unit.id}/{local.name}"
+                rejects = describe_file(local, path, len(self.rejects), "")
+        with self.times["upload"].working():
+            for local, file in files:
+                self.runner.output.put_file(local, file.path)
+            if rejects:
+                self.runner.output.put_file(self.folder / f"{self.stem}.parquet", rejects.path)
+        num_rows = sum(writer.num_rows for writer in writers)
+        if num_rows + len(self.rejects) != self.num_samples:
+            raise AssertionError(
+                f"{self.task.unit.source}: {self.num_samples} samples came in, but {num_rows} rows "
+                f"and {len(self.rejects)} rejects would go out"
+            )
+        record = UnitRecord(
+            unit=self.task.unit,
+            generation=self.task.generation,
+            attempt=self.task.attempt,
+            num_samples=self.num_samples,
+            num_rows=num_rows,
+            num_rejects=len(self.rejects),
+            files=tuple(file for _, file in files),
+            rejects=rejects,
+        )
+        return self.runner.receipt(record, self.statistics, self.times, self.num_in_fp32)
+
+
+def _reject_row(key: str | None, reject: Reject) -> RejectRow:
+    return RejectRow(key, reject.stage, reject.reason, reject.message)

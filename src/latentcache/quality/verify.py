@@ -1,0 +1,191 @@
+"""Hold a manifest against the objects that it names."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from latentcache.dataset.contract import Contract
+from latentcache.dataset.reader import open_dataset
+from latentcache.dataset.receipts import DataFile, UnitRecord, read_receipts
+from latentcache.dataset.shards import REJECT_SCHEMA, TORCH_DTYPES, iterate_latents
+from latentcache.errors import DatasetError, ObjectNotFound
+from latentcache.storage import StorageOptions, Store
+
+_THREADS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something that is not as the manifest says."""
+
+    unit: str
+    source: str
+    path: str
+    message: str
+
+
+@dataclass(slots=True)
+class Verification:
+    """What was looked at and what was found; `repaired` units wait to be encoded again."""
+
+    ok: bool
+    manifest: int
+    num_units: int
+    num_files: int = 0
+    num_rows: int = 0
+    num_rejects: int = 0
+    problems: list[Problem] = field(default_factory=list)
+    repaired: list[str] = field(default_factory=list)
+
+
+def verify(
+    url: str,
+    manifest: int | None = None,
+    *,
+    storage: StorageOptions | None = None,
+    quick: bool = False,
+    repair: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Verification:
+    """Check every object of a dataset: that it exists, its size, SHA-256, rows and finite latents.
+
+    Args:
+        url: the dataset.
+        manifest: which one; None takes the newest complete one.
+        storage: how to reach it.
+        quick: only that objects exist in the right size.
+        repair: put a `void` receipt for each bad unit, so that the next run encodes it again.
+        progress: told (units done, units in all).
+
+    Raises:
+        DatasetError: there is no manifest to check.
+    """
+    dataset = open_dataset(url, manifest, storage=storage)
+    store = Store(url, storage or StorageOptions())
+    found = Verification(ok=True, manifest=dataset.manifest.number, num_units=len(dataset.units))
+
+    def check(record: UnitRecord) -> tuple[UnitRecord, list[Problem]]:
+        return record, list(_check_unit(store, dataset.contract, record, quick))
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for done, (record, problems) in enumerate(pool.map(check, dataset.units), start=1):
+            found.num_files += len(record.files) + (record.rejects is not None)
+            found.num_rows += record.num_rows
+            found.num_rejects += record.num_rejects
+            found.problems += problems
+            if progress:
+                progress(done, len(dataset.units))
+    found.ok = not found.problems
+    if repair:
+        bad = {problem.unit for problem in found.problems}
+        found.repaired = _mark(store, [r for r in dataset.units if r.unit.id in bad])
+    return found
+
+
+def _mark(store: Store, records: Iterable[UnitRecord]) -> list[str]:
+    """Put void receipts; a unit that has moved on to a later generation already is left alone."""
+    marked = []
+    for receipt in read_receipts(store, (record.name for record in records)):
+        void = receipt.voided()
+        if store.put_if_absent(void.path, void.to_bytes()):
+            marked.append(receipt.record.unit.id)
+    return marked
+
+
+def _check_unit(
+    store: Store, contract: Contract, record: UnitRecord, quick: bool
+) -> Iterator[Problem]:
+    def problem(path: str, message: str) -> Problem:
+        return Problem(record.unit.id, record.unit.source, path, message)
+
+    groups: dict[str, list[DataFile]] = {}
+    for file in record.files:
+        groups.setdefault(file.bucket, []).append(file)
+    num_rows = 0
+    keys: set[str] = set()
+    with tempfile.TemporaryDirectory(prefix="latentcache-") as folder:
+        for files in (*groups.values(), *([[record.rejects]] if record.rejects else [])):
+            local: list[Path] = []
+            for file in files:
+                target = Path(folder) / file.path.rpartition("/")[2]
+                message = _check_object(store, file, None if quick else target)
+                if message:
+                    yield problem(file.path, message)
+                else:
+                    local.append(target)
+            if quick or len(local) < len(files):
+                continue
+            if files[0] is record.rejects:
+                if message := _check_rejects(local[0], record.num_rejects):
+                    yield problem(files[0].path, message)
+                continue
+            num_rows += files[-1].num_rows
+            for message in _check_rows(local, files[-1], contract, keys):
+                yield problem(files[-1].path, message)
+            for path in local:
+                path.unlink()
+    if not quick and num_rows != record.num_rows:
+        yield problem("", f"the files hold {num_rows} rows, the receipt says {record.num_rows}")
+
+
+def _check_object(store: Store, file: DataFile, target: Path | None) -> str | None:
+    """Say what is wrong with one object, None if nothing; copies it to `target`."""
+    try:
+        info = store.info(file.path)
+        if info.size_bytes != file.size_bytes:
+            return f"has {info.size_bytes} bytes, not {file.size_bytes}"
+        if target is None:
+            return None
+        digest = hashlib.sha256()
+        with store.named(file.path), store.open(file.path) as source, target.open("wb") as copy:
+            while chunk := source.read(2**20):
+                digest.update(chunk)
+                copy.write(chunk)
+    except ObjectNotFound:
+        return "is gone"
+    return None if digest.hexdigest() == file.sha256 else "its SHA-256 differs"
+
+
+def _check_rejects(local: Path, num_rejects: int) -> str | None:
+    try:
+        table = pq.read_table(local)
+    except (pa.ArrowException, OSError) as error:
+        return f"cannot be read: {error}"
+    if not table.schema.equals(REJECT_SCHEMA):
+        return "has another schema"
+    if table.num_rows != num_rejects:
+        return f"holds {table.num_rows} rejects, the receipt says {num_rejects}"
+    return None
+
+
+def _check_rows(
+    local: list[Path], file: DataFile, contract: Contract, keys: set[str]
+) -> Iterator[str]:
+    width_px, height_px = map(int, file.bucket.split("x"))
+    shape, dtype = (
+        contract.latent_shape((width_px, height_px)),
+        TORCH_DTYPES[contract.latents.dtype],
+    )
+    num_rows = 0
+    try:
+        for key, latent in iterate_latents(local):
+            num_rows += 1
+            if key in keys:
+                yield f"row {key!r} is there twice"
+            keys.add(key)
+            if tuple(latent.shape) != shape or latent.dtype != dtype:
+                yield f"row {key!r} is {latent.dtype} {list(latent.shape)}, not {dtype} {shape}"
+            elif not latent.isfinite().all():
+                yield f"row {key!r} is not finite"
+    except DatasetError as error:
+        yield f"cannot be read: {error}"
+    if num_rows != file.num_rows:
+        yield f"holds {num_rows} rows, the receipt says {file.num_rows}"
