@@ -76,9 +76,9 @@ class Architecture:
             latents_std=fields.optional_numbers("latents_std"),
             force_upcast=fields.boolean("force_upcast", True),
         )
-        for channels in architecture.block_out_channels:
-            if channels % architecture.norm_num_groups:
-                raise fields.error("norm_num_groups", f"does not divide {channels} channels")
+        num_groups = architecture.norm_num_groups
+        if any(channels % num_groups for channels in architecture.block_out_channels):
+            raise fields.error("block_out_channels", f"has no {num_groups} equal norm groups")
         for field in ("latents_mean", "latents_std"):
             values = getattr(architecture, field)
             if values is not None and len(values) != architecture.latent_channels:

@@ -15,6 +15,7 @@ import shutil
 import struct
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
@@ -37,11 +38,12 @@ _ALLOWED_GLOBALS = {
     ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
 }
 
-# What a damaged pickle or archive has been seen to raise, in the unpickler and in torch's reader.
+# What a damaged pickle or archive makes the unpickler, zipfile and torch's reader raise.
 _DAMAGE = (
     pickle.UnpicklingError,
     zipfile.BadZipFile,
     struct.error,
+    zlib.error,
     ArithmeticError,
     AssertionError,
     AttributeError,
@@ -116,7 +118,7 @@ def _read_zip(path: Path, name: str) -> dict[str, Tensor]:
                 with archive.open(inside[0]) as source, unpacked.open("wb") as target:
                     shutil.copyfileobj(source, target, 2**20)
                 return read_tensors(unpacked, f"{name} ({inside[0]})")
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, NotImplementedError) as error:
+    except _DAMAGE as error:
         raise _damaged(name, error) from error
 
 

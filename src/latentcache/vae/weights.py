@@ -250,8 +250,8 @@ def _infer_architecture(
     """Read the sizes off the shapes of a CompVis checkpoint's tensors."""
 
     def out_channels(tensor: str) -> int:
-        if tensor not in tensors:
-            raise CheckpointError(f"{name} is not a KL autoencoder: it has no {tensor}")
+        if tensor not in tensors or tensors[tensor].ndim != 4:
+            raise CheckpointError(f"{name} is not a whole KL autoencoder: it lacks {tensor}")
         return int(tensors[tensor].shape[0])
 
     def count(pattern: str) -> int:
@@ -260,7 +260,7 @@ def _infer_architecture(
 
     widths = tuple(
         out_channels(f"encoder.down_blocks.{i}.resnets.0.conv1.weight")
-        for i in range(count(r"encoder\.down_blocks\.(\d+)\."))
+        for i in range(max(1, count(r"encoder\.down_blocks\.(\d+)\.")))
     )
     latent_channels = out_channels("encoder.conv_out.weight") // 2
     if latent_channels != 4:
