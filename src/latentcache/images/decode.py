@@ -170,7 +170,7 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
         to_srgb = _srgb_transform(profile, image.mode)
         if to_srgb is not None:
             return to_srgb.apply(image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 @lru_cache(maxsize=32)
