@@ -6,8 +6,11 @@ import gzip
 import io
 import shutil
 import tarfile
+import tracemalloc
+import zlib
 from pathlib import Path
 
+import fsspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -196,7 +199,8 @@ def test_gzip_is_read_through_and_cut_anywhere(tmp_path: Path):
     for end in range(20, len(data)):
         results = read_bytes(tmp_path, data[:end], "x.tgz")
         if results == whole:
-            assert end >= len(data) - 8  # only the checksum is missing
+            came = zlib.decompressobj(wbits=31).decompress(data[:end])
+            assert len(came) >= len(tar_bytes(GOOD, end=False)) + 1024
             continue
         *samples, reject = results
         assert summary([reject])[0][1] in ("truncated_shard", "not_a_tar")
@@ -449,9 +453,7 @@ def test_one_file_under_two_names_is_named_twice(folder: Path, monkeypatch: pyte
         list_shards(["b-0.tar", "./b-0.tar"], OPTIONS)
 
 
-def test_a_shard_on_another_kind_of_store(monkeypatch: pytest.MonkeyPatch):
-    import fsspec
-
+def test_a_shard_on_another_kind_of_store():
     memory = fsspec.filesystem("memory")
     memory.pipe_file("/shards/x.tar", tar_bytes(GOOD))
     (shard,) = list_shards("memory://shards/*.tar", OPTIONS)
@@ -462,8 +464,6 @@ def test_a_shard_on_another_kind_of_store(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_memory_stays_bounded_by_a_sample(tmp_path: Path):
-    import tracemalloc
-
     path = tmp_path / "x.tar"
     with tarfile.open(path, "w") as tar:
         for i in range(60):
