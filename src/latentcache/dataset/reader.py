@@ -68,6 +68,7 @@ class Dataset(Sequence[Row]):
 
     def __init__(self, store: Store, contract: Contract, manifest: Manifest) -> None:
         self._store = store
+        self.url = store.url
         self.contract = contract
         self.manifest = manifest
         self.units: list[UnitRecord] = read_records(store, manifest)

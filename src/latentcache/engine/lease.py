@@ -84,10 +84,11 @@ class Lease:
         """
         for other in active_runs(self._store):
             if other.run < self.run:
+                lease = self._store.url_of(f"{RUNS}/{other.run}.json")
                 raise IncompleteRun(
-                    f"{self._store.url} has no conditional writes, so one run at a time: "
-                    f"{other.run} on {other.host} (pid {other.pid}) renewed its lease {other.age_s:.0f} s ago; "
-                    f"wait for it, or delete {self._store.url_of(RUNS)}/{other.run}.json if it died"
+                    f"{self._store.url} has no conditional writes, so one run at a time, and "
+                    f"one on {other.host} (pid {other.pid}) renewed its lease {other.age_s:.0f} s ago: "
+                    f"wait for it, or delete {lease} if it died"
                 )
 
 

@@ -1,0 +1,392 @@
+"""The command line: parse, call, print.
+
+Only typer is imported here at once, so that help and tab completion answer at once; each command
+imports what it needs. Results go to stdout, everything else to stderr; with `--json`, stdout gets
+exactly one JSON object.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec
+
+import typer
+
+if TYPE_CHECKING:
+    from latentcache.config import Config
+    from latentcache.engine.plan import Plan
+    from latentcache.storage import StorageOptions
+
+P = ParamSpec("P")
+
+app = typer.Typer(
+    help="Encode image datasets to KL-f8 latents once, and train from the result.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ConfigPath = Annotated[Path, typer.Argument(help="The config, a YAML file.", metavar="CONFIG")]
+Target = Annotated[
+    str,
+    typer.Argument(
+        help="The dataset's URL, or the config that made it.",
+        metavar="URL|CONFIG",
+        show_default=False,
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="A.B=C", help="Override a setting of the config; repeatable."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+ManifestNumber = Annotated[
+    int | None, typer.Option("--manifest", help="Its number; the newest complete one if left out.")
+]
+
+
+class _Stdout:
+    """The real stdout: Ray's processes write to file descriptor 1, which is stderr from here on."""
+
+    def __init__(self) -> None:
+        sys.stdout.flush()
+        self._file = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="backslashreplace")
+        os.dup2(2, 1)
+
+    def print(self, text: str) -> None:
+        """Print a line; nobody reading is no error."""
+        try:
+            print(text, file=self._file, flush=True)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._file.fileno())
+
+
+_stdout: _Stdout | None = None
+
+
+def _print(text: str) -> None:
+    assert _stdout
+    _stdout.print(text)
+
+
+def _print_json(tree: dict[str, Any]) -> None:
+    _print(json.dumps(tree, ensure_ascii=False))
+
+
+def _complain(line: str) -> None:
+    print(f"latentcache: {line}", file=sys.stderr, flush=True)
+
+
+def _command(function: Callable[P, int | None]) -> Callable[P, None]:
+    """Make a command: what it returns is the exit code; errors become one line, no traceback."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        global _stdout
+        from latentcache.errors import LatentCacheError
+
+        _stdout = _Stdout()
+        as_json = bool(kwargs.get("json_"))
+        try:
+            code = function(*args, **kwargs) or 0
+        except LatentCacheError as error:
+            _fail(str(error), error.exit_code, as_json)
+        except KeyboardInterrupt:
+            _fail("interrupted", 1, as_json)
+        raise typer.Exit(code)
+
+    return run
+
+
+def _fail(message: str, code: int, as_json: bool) -> NoReturn:
+    _complain(f"error: {message}")
+    if as_json:
+        _print_json({"status": "error", "error": message, "exit_code": code})
+    raise typer.Exit(code)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    show_version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if show_version:
+        from latentcache import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+def _is_config(target: str) -> bool:
+    return target.endswith((".yaml", ".yml"))
+
+
+def _locate(target: str, overrides: list[str] | None) -> tuple[str, StorageOptions]:
+    """Find the dataset that a URL or a config means."""
+    from latentcache.config import load_config
+    from latentcache.errors import ConfigError
+    from latentcache.storage import StorageOptions
+
+    if not _is_config(target):
+        if overrides:
+            raise ConfigError("--set goes with a config, not with a dataset's URL")
+        return target, StorageOptions()
+    output = load_config(target, overrides or ()).output
+    return output.url, StorageOptions(**output.storage.model_dump())
+
+
+@app.command("run")
+@_command
+def run_command(
+    config: ConfigPath,
+    set_: Overrides = None,
+    retry_rejects: Annotated[
+        bool, typer.Option("--retry-rejects", help="Encode units with rejects again.")
+    ] = False,
+    json_: Json = False,
+) -> int:
+    """Encode what is left to do. After anything, run it again: it takes up where it stopped."""
+    from dataclasses import asdict
+
+    parsed = _load(config, set_)
+    from latentcache.engine.run import run
+
+    summary = run(parsed, retry_rejects=retry_rejects)
+    for failure in summary.failed:
+        _complain(f"given up: {failure['message']}")
+    if summary.exit_code == 1:
+        _complain(f"{summary.status}; the same command goes on: {shlex.join(_argv())}")
+    if summary.exit_code == 3:
+        _complain(
+            "too many rejects: look at them with `latentcache inspect`, then mend the source or "
+            "raise rejects.max_rate"
+        )
+    if json_:
+        _print_json(asdict(summary))
+    else:
+        _print(
+            f"{summary.status}: {summary.num_committed} units encoded, {summary.num_skipped} there "
+            f"already, of {summary.num_units}; {summary.num_rows} rows and {summary.num_rejects} "
+            f"rejects in manifest {summary.manifest} of {summary.output} "
+            f"({summary.elapsed_s:.1f} s)"
+        )
+    return summary.exit_code
+
+
+def _argv() -> list[str]:
+    return ["latentcache", *sys.argv[1:]]
+
+
+def _load(path: Path, overrides: list[str] | None) -> Config:
+    from latentcache.config import load_config
+
+    return load_config(path, overrides or ())
+
+
+@app.command("plan")
+@_command
+def plan_command(
+    config: ConfigPath,
+    set_: Overrides = None,
+    retry_rejects: Annotated[
+        bool, typer.Option("--retry-rejects", help="Plan units with rejects again.")
+    ] = False,
+    json_: Json = False,
+) -> int:
+    """Say what `run` would encode, and why. Writes nothing."""
+    parsed = _load(config, set_)
+    from latentcache.engine.plan import make_plan
+
+    plan = make_plan(parsed, retry_rejects=retry_rejects)
+    if json_:
+        _print_json(
+            {
+                "num_units": len(plan.units),
+                "num_pending": len(plan.pending),
+                "num_bytes_pending": plan.num_bytes_pending,
+                "pending": [
+                    {"unit": p.unit.id, "source": p.unit.source, "reason": p.reason}
+                    for p in plan.pending
+                ],
+                "contract_diff": plan.diff,
+            }
+        )
+    else:
+        _print_plan(plan)
+    if plan.diff:
+        _complain("the output holds latents made another way; `run` will refuse:")
+        for line in plan.diff:
+            _complain(f"  {line}")
+        return 2
+    return 0
+
+
+def _print_plan(plan: Plan, most: int = 20) -> None:
+    for planned in plan.pending[:most]:
+        _print(f"{planned.unit.source}  {_bytes(planned.unit.size_bytes)}  {planned.reason}")
+    if len(plan.pending) > most:
+        _print(f"… and {len(plan.pending) - most} more")
+    buckets = ", ".join(f"{width}x{height}" for width, height in plan.contract.transform.buckets)
+    channels, *_ = plan.contract.latent_shape((8, 8))
+    terms = plan.contract.latents
+    _print(
+        f"{len(plan.pending)} of {len(plan.units)} units to encode "
+        f"({_bytes(plan.num_bytes_pending)} to read) into {plan.output.url}\n"
+        f"latents: {terms.posterior}, {channels} channels, {terms.dtype}, {terms.format}; "
+        f"buckets: {buckets}"
+    )
+
+
+def _bytes(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+@app.command("status")
+@_command
+def status_command(target: Target, set_: Overrides = None, json_: Json = False) -> None:
+    """Say how far a dataset is, and who works on it."""
+    from dataclasses import asdict
+
+    from latentcache.engine.status import read_status
+
+    url, options = _locate(target, set_)
+    status = read_status(url, options)
+    if json_:
+        _print_json(asdict(status))
+        return
+    _print(
+        f"{status.num_committed} of {status.num_units} known units committed, "
+        f"{status.num_rows} rows, {status.num_rejects} rejects"
+    )
+    newest = f"manifests: {', '.join(map(str, status.manifests[-10:])) or 'none yet'}"
+    _print(newest + ("" if status.complete else "; the newest is not complete"))
+    for source, message in status.failed.items():
+        _print(f"failed: {source}: {message}")
+    for active in status.active_runs:
+        _print(
+            f"running: {active.run} on {active.host} (pid {active.pid}), {active.num_committed} of "
+            f"{active.num_units} units, seen {active.age_s:.0f} s ago"
+        )
+
+
+@app.command("verify")
+@_command
+def verify_command(
+    target: Target,
+    set_: Overrides = None,
+    manifest: ManifestNumber = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Only that objects exist in the right size.")
+    ] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Mark bad units; the next run encodes them again.")
+    ] = False,
+    json_: Json = False,
+) -> int:
+    """Hold a manifest against its objects: existence, size, SHA-256, rows, finite latents."""
+    from dataclasses import asdict
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from latentcache.quality.verify import verify
+
+    url, options = _locate(target, set_)
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("verifying", total=None)
+        found = verify(
+            url,
+            manifest,
+            storage=options,
+            quick=quick,
+            repair=repair,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    if json_:
+        _print_json(asdict(found))
+    else:
+        for problem in found.problems:
+            _print(f"{problem.path or problem.source}: {problem.message}")
+        verdict = "ok" if found.ok else f"{len(found.problems)} problems"
+        _print(
+            f"{verdict}: manifest {found.manifest}, {found.num_units} units, {found.num_files} "
+            f"files, {found.num_rows} rows, {found.num_rejects} rejects"
+        )
+    if found.repaired:
+        _complain(f"{len(found.repaired)} units marked; run the config again to encode them")
+    elif not found.ok and not repair:
+        _complain("`latentcache verify --repair` marks the bad units to be encoded again")
+    return 0 if found.ok else 3
+
+
+@app.command("inspect")
+@_command
+def inspect_command(
+    target: Target,
+    set_: Overrides = None,
+    manifest: ManifestNumber = None,
+    num_rows: Annotated[int, typer.Option("--rows", min=0, help="How many rows to show.")] = 5,
+    json_: Json = False,
+) -> None:
+    """Show what a dataset is: contract, totals, buckets, statistics, a few rows and rejects."""
+    from latentcache.dataset.reader import open_dataset
+    from latentcache.quality.inspect import describe, render
+
+    url, options = _locate(target, set_)
+    described = describe(open_dataset(url, manifest, storage=options), num_rows)
+    if json_:
+        _print_json(described)
+    else:
+        _print(render(described))
+
+
+@app.command("schema")
+@_command
+def schema_command() -> None:
+    """Print the JSON Schema of a config."""
+    from latentcache.config import Config
+
+    _print(json.dumps(Config.model_json_schema(), indent=2))
+
+
+@app.command("demo-data")
+@_command
+def demo_data_command(
+    folder: Annotated[Path, typer.Argument(help="Where to write the shards.")],
+    shards: Annotated[int, typer.Option(min=1, help="How many shards.")] = 8,
+    samples: Annotated[int, typer.Option(min=1, help="Samples in each.")] = 24,
+    seed: Annotated[int, typer.Option(help="Draws other pictures.")] = 0,
+    broken: Annotated[bool, typer.Option(help="Break some samples on purpose.")] = True,
+    json_: Json = False,
+) -> None:
+    """Draw WebDataset shards of varied pictures with captions, some broken on purpose."""
+    from dataclasses import asdict
+
+    from latentcache.images.demo_data import write_demo_data
+
+    made = write_demo_data(
+        folder, num_shards=shards, samples_per_shard=samples, seed=seed, broken=broken
+    )
+    if json_:
+        _print_json(asdict(made))
+    else:
+        _print(f"{made.num_samples} samples, {made.num_broken} of them broken, in {folder}")
+
+
+def main() -> None:
+    """Run the command line."""
+    app(prog_name="latentcache")
+
+
+if __name__ == "__main__":
+    main()

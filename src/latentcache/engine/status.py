@@ -1,0 +1,58 @@
+"""How far a dataset is: read from its manifest, receipts, failures and leases alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from latentcache.dataset.contract import read_contract
+from latentcache.dataset.manifest import State, list_manifests
+from latentcache.dataset.receipts import read_failures
+from latentcache.engine.lease import RunInfo, active_runs
+from latentcache.errors import DatasetError
+from latentcache.storage import StorageOptions, Store
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """Totals over all committed units, named by a manifest or not.
+
+    `num_units` are the units that have left a trace, or those of a run at work if they are more;
+    `failed` maps the ids of units that were given up, and not committed since, to why.
+    """
+
+    num_units: int
+    num_committed: int
+    num_rows: int
+    num_rejects: int
+    manifests: list[int]
+    complete: bool
+    failed: dict[str, str]
+    active_runs: list[RunInfo]
+
+
+def read_status(url: str, options: StorageOptions) -> Status:
+    """Read the status of an output.
+
+    Raises:
+        DatasetError: nothing has been written there yet.
+    """
+    store = Store(url, options)
+    if read_contract(store) is None:
+        raise DatasetError(f"{store.url} is not a latent dataset: it has no contract.json")
+    state = State(store)
+    # Units that a manifest has dropped are history; those outside it are not in it yet.
+    live = {record.unit.id: record for record in state.live.values()}
+    fresh = {receipt.record.unit.id: receipt.record for receipt in state.outside.values()}
+    committed = [record for unit in live | fresh if (record := state.current.get(unit))]
+    failed = {u: why for u, why in read_failures(store).items() if not state.current.get(u)}
+    runs = active_runs(store)
+    return Status(
+        num_units=max(len(live | fresh | failed), *(run.num_units for run in runs), 0),
+        num_committed=len(committed),
+        num_rows=sum(record.num_rows for record in committed),
+        num_rejects=sum(record.num_rejects for record in committed),
+        manifests=list_manifests(store),
+        complete=bool(state.manifest and state.manifest.complete),
+        failed=failed,
+        active_runs=runs,
+    )

@@ -1,0 +1,110 @@
+"""A dataset at a glance."""
+
+from __future__ import annotations
+
+from collections import Counter
+from io import StringIO
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from latentcache.dataset.reader import Dataset
+
+
+def describe(dataset: Dataset, num_rows: int) -> dict[str, Any]:
+    """Give contract, totals, buckets, statistics, the first rows, and rejects by reason, as JSON.
+
+    Args:
+        dataset: what to describe.
+        num_rows: how many rows to show.
+    """
+    manifest, stats = dataset.manifest, dataset.stats
+    reasons = Counter(f"{reject.stage}: {reject.reason}" for _, reject in dataset.rejects())
+    rows = []
+    for index in range(min(num_rows, len(dataset))):
+        row = dataset[index]
+        rows.append(
+            {
+                "unit": row.unit,
+                "key": row.key,
+                "latent_shape": list(row.latent.shape),
+                "original_size": [row.original_width, row.original_height],
+                "crop_top_left": [row.crop_top, row.crop_left],
+                **row.columns,
+            }
+        )
+    return {
+        "url": dataset.url,
+        "manifest": manifest.number,
+        "complete": manifest.complete,
+        "created_at": manifest.created_at,
+        "num_units": manifest.num_units,
+        "num_rows": manifest.num_rows,
+        "num_rejects": manifest.num_rejects,
+        "num_bytes": sum(file.size_bytes for unit in dataset.units for file in unit.files),
+        "buckets": manifest.buckets,
+        "stale": list(manifest.stale),
+        "contract": dataset.contract.to_json(),
+        "channels": [
+            {"mean": mean, "std": std, "min": low, "max": high}
+            for mean, std, low, high in zip(
+                stats.mean.tolist(),
+                stats.std.tolist(),
+                stats.minimum.tolist(),
+                stats.maximum.tolist(),
+                strict=True,
+            )
+        ]
+        if stats.count
+        else [],
+        "rejects_by_reason": dict(reasons.most_common()),
+        "rows": rows,
+    }
+
+
+def render(described: dict[str, Any]) -> str:
+    """Lay out what `describe` gave, for a terminal."""
+    text = StringIO()
+    console = Console(file=text, width=100, highlight=False)
+    contract = described["contract"]
+    console.print(f"{described['url']}, manifest {described['manifest']}", markup=False)
+    if not described["complete"]:
+        console.print("not complete: units are missing")
+    facts = {
+        "rows": described["num_rows"],
+        "rejects": described["num_rejects"],
+        "units": described["num_units"],
+        "size": f"{described['num_bytes'] / 2**20:.1f} MiB",
+        "made": described["created_at"],
+        "encoder": contract["vae"]["encoder_fingerprint"][:16],
+        "scaling, shift": f"{contract['vae']['scaling_factor']}, {contract['vae']['shift_factor']}",
+        "latents": ", ".join(str(value) for value in contract["latents"].values()),
+    }
+    table = Table.grid(padding=(0, 2))
+    for name, value in facts.items():
+        table.add_row(name, str(value))
+    console.print(table)
+    _print_table(console, "buckets", ("size", "rows"), described["buckets"].items())
+    channels = [
+        (index, *(f"{channel[name]:.4f}" for name in ("mean", "std", "min", "max")))
+        for index, channel in enumerate(described["channels"])
+    ]
+    _print_table(console, "stored latents", ("channel", "mean", "std", "min", "max"), channels)
+    _print_table(console, "rejects", ("reason", "samples"), described["rejects_by_reason"].items())
+    rows = [tuple(row[name] for name in row if name != "unit") for row in described["rows"]]
+    names = tuple(name for name in described["rows"][0] if name != "unit") if rows else ()
+    _print_table(console, "rows", names, rows)
+    for source in described["stale"]:
+        console.print(f"stale: {source}", markup=False)
+    return text.getvalue().rstrip()
+
+
+def _print_table(console: Console, title: str, names: tuple[str, ...], rows: Any) -> None:
+    rows = list(rows)
+    if rows:
+        table = Table(*names, title=title, title_justify="left", box=None, pad_edge=False)
+        for row in rows:
+            table.add_row(*(str(value) for value in row))
+        console.print()
+        console.print(table)
