@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from latentcache.errors import ConfigError, SourceError, StorageError
+from latentcache.errors import ConfigError, SourceChanged, SourceError, StorageError
 from latentcache.images import tarstream
 from latentcache.images.source import (
     RejectedSample,
@@ -285,7 +285,7 @@ def test_shards_that_are_wrong_as_a_whole(
 
 
 @settings(deadline=None, max_examples=300)
-@given(st.lists(st.tuples(st.integers(0, 8000), st.binary(min_size=1, max_size=12)), max_size=5))
+@given(st.lists(st.tuples(st.integers(1, 8000), st.binary(min_size=1, max_size=12)), max_size=5))
 def test_damage_never_raises_and_leaves_at_most_one_keyless_reject(
     tmp_path_factory: pytest.TempPathFactory, patches: list[tuple[int, bytes]]
 ):
@@ -316,6 +316,10 @@ def test_other_compression_is_an_error_that_says_the_mend(tmp_path: Path, magic:
         read_bytes(tmp_path, magic + bytes(2000))
 
 
+def test_a_name_that_begins_like_a_compressed_file_is_a_name(tmp_path: Path):
+    assert summary(read_bytes(tmp_path, tar_bytes(pair("BZh9")))) == [("BZh9", "ok")]
+
+
 def test_a_cut_connection_is_a_storage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     data = tar_bytes(GOOD)
     monkeypatch.setattr(Store, "open", lambda self, path: io.BytesIO(data[:2000]))
@@ -336,17 +340,23 @@ def test_a_failing_read_is_a_storage_error(tmp_path: Path, monkeypatch: pytest.M
             read_bytes(tmp_path, data)
 
 
-def test_a_shard_replaced_or_deleted_while_read_is_a_source_error(tmp_path: Path):
+def test_a_shard_replaced_or_deleted_while_it_is_read_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     path = tmp_path / "x.tar"
     path.write_bytes(tar_bytes(GOOD))
     (shard,) = list_shards(str(path), OPTIONS)
     reading = read_shard(shard, image=IMAGE, keep=KEEP, options=OPTIONS)
     next(reading)
     path.write_bytes(tar_bytes(GOOD))
-    with pytest.raises(SourceError, match="changed"):
+    with pytest.raises(SourceChanged, match="changed"):
         list(reading)
+    monkeypatch.setattr(Store, "open", lambda self, path: io.BytesIO(b"other"))
+    with pytest.raises(SourceChanged, match="changed"):  # though it looks like a cut connection
+        list(read_shard(shard, image=IMAGE, keep=KEEP, options=OPTIONS))
+    monkeypatch.undo()
     path.unlink()
-    with pytest.raises(SourceError, match="vanished"):
+    with pytest.raises(SourceChanged, match="deleted"):
         list(read_shard(shard, image=IMAGE, keep=KEEP, options=OPTIONS))
 
 

@@ -18,7 +18,14 @@ from typing import BinaryIO
 from webdataset.shardlists import expand_urls as expand_braces
 from webdataset.tariterators import base_plus_ext
 
-from latentcache.errors import ConfigError, ObjectNotFound, Reject, SourceError, StorageError
+from latentcache.errors import (
+    ConfigError,
+    ObjectNotFound,
+    Reject,
+    SourceChanged,
+    SourceError,
+    StorageError,
+)
 from latentcache.images.tarstream import MAX_MEMBER_BYTES, TarEnds, TarStream
 from latentcache.storage import ObjectInfo, StorageOptions, Store, split_url
 
@@ -184,9 +191,10 @@ def read_shard(
         options: how to reach the store.
 
     Raises:
-        SourceError: the shard is no longer the listed version, or is compressed in another way.
-            This and the next may come after samples were yielded: discard them all.
+        SourceChanged: the shard is no longer the listed version. This and the next may come after
+            samples were yielded: discard them all.
         StorageError: the store cannot be read, or cut the connection.
+        SourceError: the shard is compressed in a way that is not read.
     """
     folder, name = split_url(shard.url)
     store = Store(folder, options)
@@ -195,19 +203,22 @@ def read_shard(
         trouble = RejectedSample(None, Reject("read", "empty_shard", "the shard holds no bytes"))
     else:
         try:
-            file = store.open(name)
-        except ObjectNotFound as error:
-            raise SourceError(f"{shard.url} vanished after it was listed: run again") from error
-        with file:
-            counted = _CountedFile(store, name, file)
-            tar = TarStream(counted, is_gzip=_is_gzip(shard, counted.peek(8)))
-            trouble = yield from _read_samples(tar, image, keep)
-            if counted.at_end and counted.num_bytes < shard.size_bytes:
-                _check_version(store, name, shard)
-                raise StorageError(
-                    f"{shard.url}: the connection was cut after {counted.num_bytes} of "
-                    f"{shard.size_bytes} bytes"
-                )
+            with store.open(name) as file:
+                counted = _CountedFile(store, name, file)
+                head = counted.peek(8)
+                tar = TarStream(counted, is_gzip=head.startswith(b"\x1f\x8b"))
+                trouble = yield from _read_samples(tar, image, keep)
+                if trouble is not None and trouble.reject.reason == "not_a_tar":
+                    _refuse_compression(shard, head)
+                if counted.at_end and counted.num_bytes < shard.size_bytes:
+                    raise StorageError(
+                        f"{shard.url}: the connection was cut after {counted.num_bytes} of "
+                        f"{shard.size_bytes} bytes"
+                    )
+        except StorageError:
+            # An object replaced or deleted may show as fewer bytes or as a failed read.
+            _check_version(store, name, shard)
+            raise
     _check_version(store, name, shard)
     if trouble is not None:
         yield trouble
@@ -217,9 +228,9 @@ def _check_version(store: Store, name: str, shard: SourceShard) -> None:
     try:
         info = store.info(name)
     except ObjectNotFound as error:
-        raise SourceError(f"{shard.url} was deleted while it was read: run again") from error
+        raise SourceChanged(f"{shard.url} was deleted after it was listed: run again") from error
     if (info.size_bytes, info.version) != (shard.size_bytes, shard.version):
-        raise SourceError(f"{shard.url} changed after it was listed: run again")
+        raise SourceChanged(f"{shard.url} changed after it was listed: run again")
 
 
 class _CountedFile:
@@ -244,13 +255,12 @@ class _CountedFile:
         return data
 
 
-def _is_gzip(shard: SourceShard, head: bytes) -> bool:
+def _refuse_compression(shard: SourceShard, head: bytes) -> None:
     for magic, compression in _OTHER_COMPRESSION.items():
         if head.startswith(magic):
             raise SourceError(
                 f"{shard.url} is compressed by {compression}: repack it as .tar or .tar.gz"
             )
-    return head.startswith(b"\x1f\x8b")
 
 
 @dataclass(slots=True)
