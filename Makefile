@@ -1,0 +1,50 @@
+# The four doors. Each sets up what it needs in .venv; PYTHON names the interpreter (3.11 or newer).
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+.PHONY: demo test check bench clean upgrade
+
+demo: .venv/base  ## draw shards, encode them, check the result
+	@test -d demo/shards || $(BIN)/latentcache demo-data demo/shards
+	$(BIN)/latentcache run configs/demo.yaml
+	$(BIN)/latentcache verify configs/demo.yaml
+	$(BIN)/latentcache inspect configs/demo.yaml --rows 3
+	@echo
+	@echo 'The latents are in demo/latents. To load them:'
+	@echo
+	@echo '    import latentcache'
+	@echo '    dataset = latentcache.open_dataset("demo/latents")'
+	@echo '    row = dataset[0]   # row.latent, row.key, row.caption, …'
+
+test: .venv/dev  ## run the tests
+	$(BIN)/python -m pytest
+
+check: .venv/dev  ## lint, format, types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: .venv/dev  ## measure, print tables, write bench/results/
+	$(BIN)/python bench/stages.py
+
+clean:
+	rm -rf .venv demo dist .mypy_cache .pytest_cache .ruff_cache
+
+upgrade: .venv/dev  ## take the newest versions that the ranges allow, and write them down
+	$(BIN)/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable '.[dev]'
+	{ sed '/^[^#]/d' constraints.txt; $(BIN)/python -m pip freeze --exclude-editable; } > constraints.new
+	sed 's/+cpu$$//' constraints.new > constraints.txt && rm constraints.new
+
+.venv/python:
+	@$(PYTHON) -c 'import sys; sys.exit("latentcache needs Python 3.11 or newer: make PYTHON=…" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	@touch $@
+
+.venv/base: .venv/python pyproject.toml constraints.txt
+	$(PIP) --editable .
+	@touch $@
+
+.venv/dev: .venv/python pyproject.toml constraints.txt
+	$(PIP) --editable '.[dev]'
+	@touch $@ .venv/base
