@@ -1,0 +1,146 @@
+"""WebDataset shards to try everything on: drawn pictures in all the forms that images come in."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import webdataset
+from numpy.typing import NDArray
+from PIL import ExifTags, Image
+
+from latentcache.images.draw import draw_image
+
+Fields = dict[str, bytes]
+
+# Square root of the pixel count, and the longest side over the shortest.
+_MEAN_SIDE_PX = (240, 360)
+_MAX_RATIO = 2.0
+
+# What a picture is stored as, in turn: mostly what the web has most of, and one of each oddity.
+_FORMS = (
+    *("jpeg", "jpeg", "rotated", "webp", "jpeg", "gray"),
+    *("jpeg", "png", "cmyk", "alpha", "palette", "gray16"),
+)
+
+# How the last sample of each shard is broken, in turn, by the reason it is rejected for.
+# `too_small` is one only where `min_side_px` or `max_upscale` says so.
+_FAULTS = ("truncated_image", "no_image", "duplicate_key", "not_an_image", "too_small")
+
+
+@dataclass(frozen=True, slots=True)
+class DemoData:
+    """What was written; `num_by_reason` counts the broken samples by their reject reason."""
+
+    num_shards: int
+    num_samples: int
+    num_broken: int
+    num_by_reason: dict[str, int]
+
+
+def write_demo_data(
+    folder: Path,
+    *,
+    num_shards: int = 8,
+    samples_per_shard: int = 24,
+    seed: int = 0,
+    broken: bool = True,
+) -> DemoData:
+    """Draw shards `demo-000000.tar`, … of pictures with captions (`txt`) and metadata (`json`).
+
+    Sizes and aspect ratios vary; the images are JPEG, PNG and WebP, some of them rotated by EXIF,
+    gray, CMYK, with a palette, with transparency, or of 16 bits. The same arguments give the same
+    bytes; a shard depends on the seed and its own number alone.
+
+    Args:
+        folder: where to write; made if it is not there.
+        num_shards: how many tars.
+        samples_per_shard: samples in each.
+        seed: draws other pictures.
+        broken: whether the last sample of each shard is broken, each in another way than the one
+            before; a shard of one sample has none.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    faults = [_FAULTS[i % len(_FAULTS)] for i in range(num_shards)]
+    if not broken or samples_per_shard < 2:
+        faults = []
+    for shard in range(num_shards):
+        rng = np.random.default_rng([seed, shard])
+        with (
+            (folder / f"demo-{shard:06d}.tar").open("wb") as file,
+            webdataset.TarWriter(file, encoder=False, mtime=0.0) as tar,
+        ):
+            for number in range(samples_per_shard):
+                key = f"{shard:06d}-{number:05d}"
+                fields = _draw_sample(rng, _FORMS[number % len(_FORMS)])
+                if faults and number == samples_per_shard - 1:
+                    if faults[shard] == "duplicate_key":
+                        key = f"{shard:06d}-{0:05d}"
+                    else:
+                        fields = _break(rng, fields, faults[shard])
+                tar.write({"__key__": key, **fields})
+    num_samples = num_shards * samples_per_shard
+    return DemoData(num_shards, num_samples, len(faults), dict(Counter(faults)))
+
+
+def _draw_sample(rng: np.random.Generator, form: str) -> Fields:
+    side_px = rng.uniform(*_MEAN_SIDE_PX)
+    root_ratio = _MAX_RATIO ** rng.uniform(-0.5, 0.5)
+    width_px, height_px = round(side_px * root_ratio), round(side_px / root_ratio)
+    pixels, caption = draw_image(rng, width_px, height_px)
+    name, data = _encode(pixels, form)
+    about = {"width": width_px, "height": height_px, "form": form}
+    return {name: data, "txt": caption.encode(), "json": json.dumps(about).encode()}
+
+
+def _encode(pixels: NDArray[np.uint8], form: str) -> tuple[str, bytes]:
+    """Give a field name and the image's bytes."""
+    image = Image.fromarray(pixels)
+    match form:
+        case "png":
+            return "png", _save(image, "PNG")
+        case "webp":
+            return "webp", _save(image, "WEBP", quality=90, method=2)
+        case "palette":
+            return "png", _save(image.quantize(256), "PNG")
+        case "alpha":
+            # Opaque but for one corner, which fades out.
+            ramp = np.add.outer(*(np.linspace(0, 4, side) for side in pixels.shape[:2]))
+            image.putalpha(Image.fromarray((255 * ramp.clip(0, 1)).astype(np.uint8)))
+            return "png", _save(image, "PNG")
+        case "gray16":
+            levels = pixels.mean(axis=2) * 257
+            return "png", _save(Image.fromarray(levels.astype(np.uint16)), "PNG")
+        case "rotated":
+            exif = Image.Exif()
+            exif[ExifTags.Base.Orientation] = 6  # the camera lay on its side
+            sideways = image.transpose(Image.Transpose.ROTATE_90)
+            return "jpg", _save(sideways, "JPEG", quality=90, exif=exif)
+        case _:
+            mode = {"gray": "L", "cmyk": "CMYK"}.get(form, "RGB")
+            return "jpg", _save(image.convert(mode), "JPEG", quality=90)
+
+
+def _save(image: Image.Image, image_format: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, image_format, **options)
+    return buffer.getvalue()
+
+
+def _break(rng: np.random.Generator, fields: Fields, fault: str) -> Fields:
+    texts = {name: fields[name] for name in ("txt", "json")}
+    pixels, _ = draw_image(rng, 300, 200)
+    jpeg = _encode(pixels, "jpeg")[1]
+    match fault:
+        case "truncated_image":
+            return {**texts, "jpg": jpeg[: len(jpeg) // 2]}
+        case "not_an_image":
+            return {**texts, "jpg": b"This is a text that somebody saved as .jpg.\n"}
+        case "too_small":
+            return {**texts, "jpg": _encode(pixels[:9, :12], "jpeg")[1]}
+        case _:
+            return texts
