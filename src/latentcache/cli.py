@@ -365,7 +365,7 @@ def demo_data_command(
     folder: Annotated[Path, typer.Argument(help="Where to write the shards.")],
     shards: Annotated[int, typer.Option(min=1, help="How many shards.")] = 8,
     samples: Annotated[int, typer.Option(min=1, help="Samples in each.")] = 24,
-    seed: Annotated[int, typer.Option(help="Draws other pictures.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Draws other pictures.")] = 0,
     broken: Annotated[bool, typer.Option(help="Break some samples on purpose.")] = True,
     json_: Json = False,
 ) -> None:

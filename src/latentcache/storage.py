@@ -11,7 +11,6 @@ import io
 import os
 import random
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +19,6 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
-from urllib.parse import unquote, urlsplit
 
 import fsspec
 
@@ -88,8 +86,7 @@ class Store:
         self.options = options
         self.is_local = "://" not in url or url.startswith(("file://", "local://"))
         if self.is_local:
-            local = unquote(urlsplit(url).path) if "://" in url else os.path.expanduser(url)
-            self._root = os.path.abspath(local)
+            self._root = os.path.abspath(os.path.expanduser(url.split("://")[-1]))
             self.url = f"file://{self._root}"
         else:
             self.url = url.rstrip("/")
@@ -130,7 +127,9 @@ class Store:
         """Turn what fsspec and its transports raise inside into a `StorageError` naming the URL."""
         try:
             yield
-        except _foreign_errors() as error:
+        except Exception as error:
+            if not _is_foreign(error):
+                raise
             raise _translate(error, self.url_of(path), self.options) from error
 
     def _retry(self, path: str, action: Callable[[], T]) -> T:
@@ -316,18 +315,16 @@ def _filesystem(url: str, options: StorageOptions) -> Any:
         raise ConfigError(f"cannot open {url}: {error}") from error
 
 
-def _foreign_errors() -> tuple[type[BaseException], ...]:
-    """List what the transports in use raise; only modules already imported can raise."""
-    names = (
-        ("botocore.exceptions", "BotoCoreError"),  # EndpointConnectionError is not an OSError
-        ("aiohttp", "ClientError"),
-        ("httpx", "HTTPError"),
-        ("requests", "RequestException"),
-        ("huggingface_hub.errors", "HfHubHTTPError"),
-        ("huggingface_hub.errors", "HFValidationError"),
-    )
-    found = [getattr(sys.modules[m], name, None) for m, name in names if m in sys.modules]
-    return (OSError, *(error for error in found if error is not None))
+# Packages whose exceptions are a store's doing; not all of them are an OSError.
+_TRANSPORTS = {
+    "adlfs", "aiohttp", "azure", "botocore", "fsspec", "gcsfs", "google", "httpcore", "httpcore2",
+    "httpx", "httpx2", "huggingface_hub", "requests", "s3fs", "urllib3",
+}  # fmt: skip
+
+
+def _is_foreign(error: Exception) -> bool:
+    modules = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
+    return isinstance(error, OSError) or not modules.isdisjoint(_TRANSPORTS)
 
 
 def _translate(error: BaseException, url: str, options: StorageOptions) -> StorageError:
@@ -336,9 +333,10 @@ def _translate(error: BaseException, url: str, options: StorageOptions) -> Stora
         return error
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return DiskFull(f"no room left to write {url}: free some space and run again")
+    if "NoSuchBucket" in str(error.__cause__):
+        return _Final(f"cannot use {url}: there is no such bucket{_where(options)}")
     if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError):
-        missing = str(error).splitlines()[0] if "bucket" in str(error).lower() else "no such file"
-        return ObjectNotFound(f"{url}: {missing}")
+        return ObjectNotFound(f"{url}: no such file")
     if kind in ("NoCredentialsError", "PartialCredentialsError"):
         return _Final(
             f"no credentials for {url}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, name a "
@@ -350,8 +348,11 @@ def _translate(error: BaseException, url: str, options: StorageOptions) -> Stora
         return _Final(f"access to {url} denied: {_first_line(error)}; check the credentials")
     if kind in ("ParamValidationError", "HFValidationError", "RepositoryNotFoundError"):
         return _Final(f"{url}: {_first_line(error)}")
-    where = f" (endpoint {options.endpoint_url})" if options.endpoint_url else ""
-    return StorageError(f"cannot reach or use {url}{where}: {_first_line(error)}")
+    return StorageError(f"cannot reach or use {url}{_where(options)}: {_first_line(error)}")
+
+
+def _where(options: StorageOptions) -> str:
+    return f" (endpoint {options.endpoint_url})" if options.endpoint_url else ""
 
 
 class _Final(StorageError):
