@@ -87,7 +87,7 @@ class Lease:
                 lease = self._store.url_of(f"{RUNS}/{other.run}.json")
                 raise IncompleteRun(
                     f"{self._store.url} has no conditional writes, so one run at a time, and "
-                    f"one on {other.host} (pid {other.pid}) renewed its lease {other.age_s:.0f} s ago: "
+                    f"pid {other.pid} on {other.host} renewed its lease {other.age_s:.0f} s ago: "
                     f"wait for it, or delete {lease} if it died"
                 )
 
