@@ -10,6 +10,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 _PLAIN_EVERY_S = 10.0
 
+# Stages count when a job ends; a batch on a CPU may take seconds.
+_JUDGE_EVERY_S = 8.0
+
 _ADVICE = {
     "fetch": "reading the source",
     "decode": "decoding: give it more CPUs (compute.decode_threads)",
@@ -78,9 +81,12 @@ class RunProgress:
         self._num_lost = num_lost
         now = time.monotonic()
         then, before = self._previous
-        if len(before) == len(stats) and stats:
+        self._stats = stats
+        if len(before) != len(stats):  # an actor came or went
+            self._previous = (now, stats)
+        elif stats and now - then >= _JUDGE_EVERY_S:
             self._bottleneck = bottleneck(before, stats, now - then)
-        self._previous, self._stats = (now, stats), stats
+            self._previous = (now, stats)
         self._show()
 
     def _show(self) -> None:

@@ -207,7 +207,9 @@ class _Driver:
             again = self.stop.reason is not None
             self.stop.request("interrupted", grace_s=0.0 if again else GRACE_S)
             if not again:
-                progress.say(f"stopping: units in hand have {GRACE_S:.0f} s; again to stop at once")
+                progress.say(
+                    f"stopping: units in hand get {GRACE_S:.0f} s to finish; interrupt again to stop at once"
+                )
 
         previous = {
             number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)
