@@ -183,9 +183,18 @@ class Cluster:
         except (ConnectionError, ValueError, RuntimeError, RayError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ClusterError(f"cannot join the Ray cluster at {address}: {reason}") from error
-        resources = ray.cluster_resources()
-        if num_gpus and not resources.get("GPU") and not _autoscaler_offers_gpus():
+        try:
+            self._size_actors(num_gpus, num_cpu_actors, decode_threads)
+        except ClusterError:
             ray.shutdown()
+            raise
+
+    def _size_actors(self, num_gpus: int, num_cpu_actors: int, decode_threads: int | None) -> None:
+        """Decide what each actor asks for; one that no node can hold would pend without a word."""
+        resources = ray.cluster_resources()
+        # Not a public call, but the one that Ray Data plans with; None without an autoscaler.
+        offered = ray._private.state.state.get_max_resources_from_cluster_config() or {}
+        if num_gpus and not resources.get("GPU") and not offered.get("GPU"):
             raise ClusterError(
                 f"compute.num_gpus is {num_gpus}, but Ray finds no GPU here and none to come; "
                 "`--set compute.num_gpus=0` encodes on the CPU"
@@ -194,6 +203,12 @@ class Cluster:
         share = int(resources.get("CPU", 1)) // self.num_actors
         self.num_cpus_per_actor = decode_threads or max(1, min(share, 16))
         self.num_gpus_per_actor = 1 if num_gpus else 0
+        largest = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
+        if self.num_cpus_per_actor > largest and not offered:
+            raise ClusterError(
+                f"compute.decode_threads is {decode_threads}, but the largest node has {largest} "
+                "CPUs; lower it, or leave it at auto"
+            )
 
     def __enter__(self) -> Cluster:
         return self
@@ -229,12 +244,6 @@ class Cluster:
         )(_EncoderActor)
         options = {"num_gpus": self.num_gpus_per_actor, "num_cpus": self.num_cpus_per_actor}
         return actor_class.options(**options).remote(job)
-
-
-def _autoscaler_offers_gpus() -> bool:
-    # Not a public call, but the one that Ray Data plans with.
-    offered = ray._private.state.state.get_max_resources_from_cluster_config()
-    return bool(offered and offered.get("GPU"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -106,6 +106,8 @@ class RunProgress:
         if not self._live and self._num_done:
             left_s = elapsed_s / self._num_done * (self._num_units - self._num_done)
             parts.append(f"{left_s:.0f} s left")
+        if not self._stats:
+            parts.append("waiting for Ray to start actors")
         if self._bottleneck:
             parts.append(f"bottleneck: {self._bottleneck}")
         if self._num_lost:

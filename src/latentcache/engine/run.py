@@ -208,7 +208,8 @@ class _Driver:
             self.stop.request("interrupted", grace_s=0.0 if again else GRACE_S)
             if not again:
                 progress.say(
-                    f"stopping: units in hand get {GRACE_S:.0f} s to finish; interrupt again to stop at once"
+                    f"stopping: units in hand get {GRACE_S:.0f} s to finish; "
+                    "interrupt again to stop at once"
                 )
 
         previous = {
