@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from latentcache.config import Config, load_config, parse_config
-    from latentcache.dataset.reader import Dataset, Row, open_dataset
+    from latentcache.dataset.reader import Dataset, RejectedRow, Row, open_dataset
     from latentcache.engine.plan import Plan, make_plan
     from latentcache.engine.run import RunSummary, run
     from latentcache.errors import LatentCacheError
@@ -28,6 +28,7 @@ _HOMES = {
     "KLAutoencoder": "vae.model",
     "LatentCacheError": "errors",
     "Plan": "engine.plan",
+    "RejectedRow": "dataset.reader",
     "Row": "dataset.reader",
     "RunSummary": "engine.run",
     "StorageOptions": "storage",
@@ -48,6 +49,7 @@ __all__ = [
     "KLAutoencoder",
     "LatentCacheError",
     "Plan",
+    "RejectedRow",
     "Row",
     "RunSummary",
     "StorageOptions",

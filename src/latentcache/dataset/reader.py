@@ -16,7 +16,7 @@ import torch
 from latentcache.dataset.contract import Contract, read_contract
 from latentcache.dataset.manifest import Manifest, list_manifests, read_manifest, read_records
 from latentcache.dataset.receipts import DataFile, UnitRecord
-from latentcache.dataset.shards import RejectRow, SafetensorsRows, tensor_from_bytes
+from latentcache.dataset.shards import SafetensorsRows, tensor_from_bytes
 from latentcache.dataset.statistics import Statistics
 from latentcache.errors import DatasetError
 from latentcache.storage import StorageOptions, Store
@@ -48,6 +48,22 @@ class Row:
     def caption(self) -> str | None:
         """Give the sample's `txt` field, if it was kept and there was one."""
         return self.columns.get("caption")
+
+
+@dataclass(frozen=True, slots=True)
+class RejectedRow:
+    """A sample that was left out, where it came from, and why.
+
+    `key` is None where the shard as a whole is meant, such as one that ends early. `stage` and
+    `reason` are stable words, `message` is for people.
+    """
+
+    unit: str
+    source: str
+    key: str | None
+    stage: str
+    reason: str
+    message: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,14 +150,14 @@ class Dataset(Sequence[Row]):
         file, _ = self._file(number)
         return file.read_row_group(group)
 
-    def rejects(self) -> Iterator[tuple[UnitRecord, RejectRow]]:
-        """Give every sample that was left out, with the unit that it was left out of."""
+    def rejects(self) -> Iterator[RejectedRow]:
+        """Give every sample that was left out."""
         for record in self.units:
             if record.rejects:
                 with self._store.named(record.rejects.path):
                     table = pq.read_table(self._store.open(record.rejects.path))
                 for row in table.to_pylist():
-                    yield record, RejectRow(**row)
+                    yield RejectedRow(unit=record.unit.id, source=record.unit.source, **row)
 
 
 def _pair(record: UnitRecord) -> Iterator[_Shard]:

@@ -41,6 +41,7 @@ from latentcache.engine.unit import Job
 from latentcache.errors import ContractMismatch, SourceError
 from latentcache.images.source import list_shards
 from latentcache.storage import Store
+from latentcache.vae.weights import absolute_url
 
 # A manifest now and then during a run, so that a resume reads few receipts one by one.
 MANIFEST_EVERY_UNITS = 1000
@@ -158,7 +159,7 @@ class _Driver:
         batch_size = config.compute.batch_size
         return Job(
             contract=self.contract,
-            checkpoint=config.vae.checkpoint,
+            checkpoint=absolute_url(config.vae.checkpoint),
             checkpoint_storage=storage_options(config.vae.storage),
             source_storage=storage_options(config.source.storage),
             output_url=self.output.url,

@@ -20,7 +20,7 @@ def describe(dataset: Dataset, num_rows: int) -> dict[str, Any]:
         num_rows: how many rows to show.
     """
     manifest, stats = dataset.manifest, dataset.stats
-    reasons = Counter(f"{reject.stage}: {reject.reason}" for _, reject in dataset.rejects())
+    reasons = Counter(f"{reject.stage}: {reject.reason}" for reject in dataset.rejects())
     rows = []
     for index in range(min(num_rows, len(dataset))):
         row = dataset[index]

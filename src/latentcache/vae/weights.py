@@ -99,6 +99,11 @@ def load_vae(
     return vae.to(device=device, dtype=dtype).eval().requires_grad_(False)
 
 
+def absolute_url(url: str) -> str:
+    """Give a checkpoint's URL as a process with another working directory can use it."""
+    return url if url == DEMO else Store(url).url
+
+
 def encoder_fingerprint(vae: KLAutoencoder) -> str:
     """Identify what an image becomes: SHA-256 in hex over the encoder and `quant_conv`.
 
