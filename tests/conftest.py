@@ -1,0 +1,121 @@
+"""What the tests share: a private home, servers and a Ray cluster started once, a tiny VAE."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from checkpoints import write_diffusers_folder
+from corpus import Shard, make_corpus, objects
+from latentcache import Dataset
+from runs import Cli, Configs, open_at
+from servers import (
+    ACCESS_KEY,
+    SECRET_KEY,
+    FaultyProxy,
+    S3Server,
+    moto_server,
+    ray_cluster,
+    rclone_server,
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before anything is imported that looks for a home, credentials or Ray's settings."""
+    home = tempfile.TemporaryDirectory(prefix="latentcache-home-")
+    config.add_cleanup(home.cleanup)
+    for name in [name for name in os.environ if name.startswith(("AWS_", "RAY_"))]:
+        del os.environ[name]
+    os.environ |= {
+        "HOME": home.name,
+        "AWS_ACCESS_KEY_ID": ACCESS_KEY,
+        "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+
+
+@pytest.fixture(scope="session")
+def servers_folder() -> Iterator[Path]:
+    # Not pytest's own: Ray's sockets need a short path.
+    with tempfile.TemporaryDirectory(prefix="lc-") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(scope="session")
+def moto(servers_folder: Path) -> Iterator[S3Server]:
+    """An S3 server with conditional writes; its bucket `photos` holds the corpus."""
+    with moto_server(servers_folder) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def rclone(servers_folder: Path) -> Iterator[S3Server]:
+    """An S3 server without conditional writes."""
+    with rclone_server(servers_folder) as server:
+        yield server
+
+
+@pytest.fixture
+def proxy(moto: S3Server) -> Iterator[FaultyProxy]:
+    with FaultyProxy(moto.endpoint_url) as proxy:
+        yield proxy
+
+
+@pytest.fixture(scope="session")
+def ray_address(servers_folder: Path) -> Iterator[str]:
+    with ray_cluster(servers_folder) as address:
+        yield address
+
+
+@pytest.fixture(scope="session")
+def cli(ray_address: str) -> Cli:
+    """The command line, with the session's Ray cluster to join."""
+    return Cli(RAY_ADDRESS=ray_address)
+
+
+@pytest.fixture(scope="session")
+def local_cli(servers_folder: Path) -> Cli:
+    """The command line, to start a Ray of its own."""
+    return Cli(RAY_TMPDIR=str(servers_folder))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A KL-f8 of the real depth and no width, with random weights."""
+    return write_diffusers_folder(tmp_path_factory.mktemp("vae") / "tiny")
+
+
+@pytest.fixture
+def configs(tmp_path: Path, checkpoint: Path) -> Configs:
+    folder = tmp_path / "configs"
+    folder.mkdir()
+    return Configs(folder, checkpoint)
+
+
+@pytest.fixture(scope="session")
+def corpus() -> list[Shard]:
+    return make_corpus()
+
+
+@pytest.fixture(scope="session")
+def undisturbed(
+    moto: S3Server,
+    cli: Cli,
+    checkpoint: Path,
+    corpus: list[Shard],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Dataset:
+    """What one run over the corpus makes where nothing goes wrong."""
+    configs = Configs(tmp_path_factory.mktemp("undisturbed"), checkpoint)
+    output = moto.make_bucket("undisturbed")
+    source = moto.make_bucket("photos", objects(corpus))
+    summary = cli.ok("run", configs.write(source, output, endpoint_url=moto.endpoint_url))
+    assert summary["num_committed"] == summary["num_units"] == len(corpus)
+    return open_at(moto, output)

@@ -1,0 +1,188 @@
+"""Running the command line as a user does, and reading what it left with a plain S3 client."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import latentcache
+from corpus import Shard
+from latentcache import Dataset
+from servers import DEADLINE_S, SCRIPTS, S3Server
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        """The one object on stdout."""
+        (line,) = self.stdout.splitlines()
+        tree: dict[str, Any] = json.loads(line)
+        return tree
+
+
+class Running:
+    """A command at work. Whatever happens, it ends in time and never with a traceback."""
+
+    def __init__(self, command: list[str], env: dict[str, str]) -> None:
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            env=env,
+            start_new_session=True,
+        )
+
+    def result(self) -> Result:
+        try:
+            stdout, stderr = self.process.communicate(timeout=DEADLINE_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            stdout, stderr = self.process.communicate()
+            raise AssertionError(f"it hangs; so far it said: {stderr}") from None
+        assert "Traceback" not in stderr, stderr
+        return Result(self.process.returncode, stdout, stderr)
+
+
+class Cli:
+    """`latentcache …` in a process of its own."""
+
+    def __init__(self, **env: str) -> None:
+        self._env = env
+
+    def with_env(self, *without: str, **env: str) -> Cli:
+        kept = {name: value for name, value in self._env.items() if name not in without}
+        return Cli(**kept | env)
+
+    def start(self, *args: str | Path) -> Running:
+        command = [str(SCRIPTS / "latentcache"), *map(str, args)]
+        return Running(command, dict(os.environ) | self._env)
+
+    def __call__(self, *args: str | Path) -> Result:
+        return self.start(*args).result()
+
+    def ok(self, *args: str | Path) -> dict[str, Any]:
+        """Run a command that must succeed, with --json."""
+        result = self(*args, "--json")
+        assert result.code == 0, result.stderr
+        return result.json
+
+
+@dataclass(frozen=True, slots=True)
+class Configs:
+    """Writes configs that differ only in what a test is about."""
+
+    folder: Path
+    checkpoint: Path
+
+    def write(
+        self,
+        source: str,
+        output: str,
+        *,
+        endpoint_url: str | None = None,
+        shards: str = "*.tar",
+        **compute: Any,
+    ) -> Path:
+        storage = {"endpoint_url": endpoint_url} if endpoint_url else {}
+        tree = {
+            "name": "test",
+            "source": {"shards": f"{source}/{shards}", "keep": ["txt"], "storage": storage},
+            "transform": {"resolution_px": 64, "buckets": {"max_ratio": 1.7, "step_px": 16}},
+            "vae": {"checkpoint": str(self.checkpoint)},
+            "output": {"url": output, "storage": storage},
+            # One thread each, so that every run adds up in the same order.
+            "compute": {"num_gpus": 0, "num_cpu_actors": 2, "decode_threads": 1} | compute,
+        }
+        path = self.folder / f"{len(list(self.folder.iterdir()))}.yaml"
+        path.write_text(yaml.safe_dump(tree))
+        return path
+
+
+Row = tuple[str, str, int, int, int, int, str | None, bytes]
+
+
+def rows_of(dataset: Dataset) -> list[Row]:
+    """Every row as plain values, latent included, with the name of its shard; sorted."""
+    names = {record.unit.id: Path(record.unit.source).name for record in dataset.units}
+    return sorted(
+        (
+            names[row.unit],
+            row.key,
+            row.original_width,
+            row.original_height,
+            row.crop_top,
+            row.crop_left,
+            row.caption or "",
+            row.latent.numpy().tobytes(),
+        )
+        for row in dataset
+    )
+
+
+def rejects_of(dataset: Dataset) -> list[tuple[str, str | None, str]]:
+    """Every reject: name of its shard, key, reason; in the order of the shards."""
+    return [
+        (Path(record.unit.source).name, reject.key, reject.reason)
+        for record, reject in dataset.rejects()
+    ]
+
+
+def assert_same(dataset: Dataset, undisturbed: Dataset) -> None:
+    assert rows_of(dataset) == rows_of(undisturbed)
+    assert rejects_of(dataset) == rejects_of(undisturbed)
+
+
+def open_at(server: S3Server, url: str, manifest: int | None = None) -> Dataset:
+    return latentcache.open_dataset(url, manifest, storage=server.options)
+
+
+def receipts_at(server: S3Server, url: str) -> list[dict[str, Any]]:
+    """The receipts below a URL, read without the package."""
+    bucket, _, prefix = url.removeprefix("s3://").partition("/")
+    folder = f"{prefix}/commits/" if prefix else "commits/"
+    keys = [key for key in server.listing(bucket) if key.startswith(folder)]
+    return [json.loads(server.read(bucket, key)) for key in keys]
+
+
+def assert_nothing_lost_or_doubled(server: S3Server, url: str, shards: list[Shard]) -> None:
+    """Hold the receipts against what was planted: samples in = rows + rejects, each once."""
+    records = [receipt["record"] for receipt in receipts_at(server, url)]
+    bucket, _, prefix = url.removeprefix("s3://").partition("/")
+    sizes = {key: size for key, (size, _, _) in server.listing(bucket).items()}
+    found = {Path(record["unit"]["source"]).name: record for record in records}
+    assert len(found) == len(records), "a unit has two receipts"
+    assert found.keys() == {shard.name for shard in shards}
+    for shard in shards:
+        record = found[shard.name]
+        assert record["num_samples"] == record["num_rows"] + record["num_rejects"]
+        assert record["num_samples"] == shard.num_samples, shard.name
+        assert record["num_rejects"] == len(shard.rejects), shard.name
+        files = record["files"] + ([record["rejects"]] if record["rejects"] else [])
+        for file in files:
+            assert sizes[f"{prefix}/{file['path']}".lstrip("/")] == file["size_bytes"]
+    dataset = open_at(server, url)
+    captions = {(name, key): (w, h, c) for name, key, w, h, _, _, c, _ in rows_of(dataset)}
+    assert len(dataset) == len(captions), "a row is there twice"
+    planted = {
+        (shard.name, key): (width, height, caption or "")
+        for shard in shards
+        for key, (width, height, caption) in shard.rows.items()
+    }
+    assert captions == planted
+    assert Counter(rejects_of(dataset)) == Counter(
+        (shard.name, key, reason) for shard in shards for key, reason in shard.rejects
+    )
