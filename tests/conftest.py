@@ -49,16 +49,18 @@ def servers_folder() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def moto(servers_folder: Path) -> Iterator[S3Server]:
+def moto(servers_folder: Path, corpus: list[Shard]) -> Iterator[S3Server]:
     """An S3 server with conditional writes; its bucket `photos` holds the corpus."""
     with moto_server(servers_folder) as server:
+        server.make_bucket("photos", objects(corpus))
         yield server
 
 
 @pytest.fixture(scope="session")
-def rclone(servers_folder: Path) -> Iterator[S3Server]:
-    """An S3 server without conditional writes."""
+def rclone(servers_folder: Path, corpus: list[Shard]) -> Iterator[S3Server]:
+    """An S3 server without conditional writes; its bucket `photos` holds the corpus."""
     with rclone_server(servers_folder) as server:
+        server.make_bucket("photos", objects(corpus))
         yield server
 
 
@@ -115,7 +117,7 @@ def undisturbed(
     """What one run over the corpus makes where nothing goes wrong."""
     configs = Configs(tmp_path_factory.mktemp("undisturbed"), checkpoint)
     output = moto.make_bucket("undisturbed")
-    source = moto.make_bucket("photos", objects(corpus))
-    summary = cli.ok("run", configs.write(source, output, endpoint_url=moto.endpoint_url))
+    config = configs.write("s3://photos", output, endpoint_url=moto.endpoint_url)
+    summary = cli.ok("run", config)
     assert summary["num_committed"] == summary["num_units"] == len(corpus)
     return open_at(moto, output)

@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import tempfile
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
 import latentcache
 from corpus import Shard
 from latentcache import Dataset
-from servers import DEADLINE_S, SCRIPTS, S3Server
+from servers import DEADLINE_S, SCRIPTS, S3Server, wait_until
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,25 +38,39 @@ class Running:
     """A command at work. Whatever happens, it ends in time and never with a traceback."""
 
     def __init__(self, command: list[str], env: dict[str, str]) -> None:
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            encoding="utf-8",
-            env=env,
-            start_new_session=True,
-        )
+        with ExitStack() as stack:
+            # Files, not pipes: what it has said so far can be read while it goes on.
+            self._stdout = stack.enter_context(tempfile.TemporaryFile())
+            self._stderr = stack.enter_context(tempfile.TemporaryFile())
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=self._stdout,
+                stderr=self._stderr,
+                env=env,
+                start_new_session=True,
+            )
+            self._files = stack.pop_all()
+
+    def wait_until_it_says(self, text: str) -> None:
+        wait_until(lambda: text in _read(self._stderr), f"{text!r} on stderr")
 
     def result(self) -> Result:
-        try:
-            stdout, stderr = self.process.communicate(timeout=DEADLINE_S)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            stdout, stderr = self.process.communicate()
-            raise AssertionError(f"it hangs; so far it said: {stderr}") from None
-        assert "Traceback" not in stderr, stderr
-        return Result(self.process.returncode, stdout, stderr)
+        with self._files:
+            try:
+                self.process.wait(DEADLINE_S)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+                raise AssertionError(f"it hangs; it said: {_read(self._stderr)}") from None
+            stderr = _read(self._stderr)
+            assert "Traceback" not in stderr, stderr
+            return Result(self.process.returncode, _read(self._stdout), stderr)
+
+
+def _read(file: IO[bytes]) -> str:
+    # Not by seeking: the command writes at the same offset.
+    return os.pread(file.fileno(), 2**20, 0).decode()
 
 
 class Cli:
@@ -105,7 +121,7 @@ class Configs:
             "vae": {"checkpoint": str(self.checkpoint)},
             "output": {"url": output, "storage": storage},
             # One thread each, so that every run adds up in the same order.
-            "compute": {"num_gpus": 0, "num_cpu_actors": 2, "decode_threads": 1} | compute,
+            "compute": {"num_gpus": 0, "num_cpu_actors": 1, "decode_threads": 1} | compute,
         }
         path = self.folder / f"{len(list(self.folder.iterdir()))}.yaml"
         path.write_text(yaml.safe_dump(tree))
@@ -135,10 +151,7 @@ def rows_of(dataset: Dataset) -> list[Row]:
 
 def rejects_of(dataset: Dataset) -> list[tuple[str, str | None, str]]:
     """Every reject: name of its shard, key, reason; in the order of the shards."""
-    return [
-        (Path(record.unit.source).name, reject.key, reject.reason)
-        for record, reject in dataset.rejects()
-    ]
+    return [(Path(reject.source).name, reject.key, reject.reason) for reject in dataset.rejects()]
 
 
 def assert_same(dataset: Dataset, undisturbed: Dataset) -> None:

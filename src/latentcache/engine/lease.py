@@ -9,7 +9,6 @@ import socket
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from types import TracebackType
 from typing import Any
 
 from latentcache.errors import IncompleteRun, ObjectNotFound
@@ -53,12 +52,7 @@ class Lease:
         self.renew()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._store.delete(self._path)
 
     def renew(self) -> None:
