@@ -76,7 +76,9 @@ class Lease:
         Raises:
             IncompleteRun: another run, begun earlier, holds a lease under ten minutes old.
         """
-        for other in active_runs(self._store):
+        # This lease was written a moment ago, so its time is the store's own.
+        now = self._store.info(self._path).modified_at or time.time()
+        for other in active_runs(self._store, now):
             if other.run < self.run:
                 lease = self._store.url_of(f"{RUNS}/{other.run}.json")
                 raise IncompleteRun(
@@ -86,15 +88,16 @@ class Lease:
                 )
 
 
-def active_runs(store: Store) -> list[RunInfo]:
-    """List the runs that hold a lease, oldest first, but for dead processes of this host."""
-    infos = [info for info in store.list(RUNS) if info.path.endswith(".json")]
-    # The youngest renewal is the nearest that the store comes to telling the time, but where
-    # nobody has renewed for long this host's clock must do.
-    newest = max((info.modified_at or 0.0 for info in infos), default=0.0)
-    now = max(newest, time.time()) if store.is_local else newest
+def active_runs(store: Store, now: float | None = None) -> list[RunInfo]:
+    """List the runs that hold a lease, oldest first, but for dead processes of this host.
+
+    Args:
+        store: the output.
+        now: seconds since 1970 by the store's clock; None takes this host's.
+    """
+    now = time.time() if now is None else now
     found = []
-    for info in infos:
+    for info in store.list(RUNS):
         try:
             tree: dict[str, Any] = json.loads(store.read_bytes(info.path))
         except ObjectNotFound:
