@@ -22,7 +22,9 @@ CONTRACT_PATH = "contract.json"
 
 def canonical_json(tree: Any) -> bytes:
     """One value, one text: sorted keys, no spaces, UTF-8, no NaN."""
-    text = json.dumps(tree, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    text = json.dumps(
+        tree, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    )
     return text.encode()
 
 
@@ -117,7 +119,7 @@ class Contract:
                 image_fields=tuple(tree["image_fields"]),
                 columns=tuple(tree["columns"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise DatasetError(f"contract.json is damaged: {error}") from error
 
     @cached_property
@@ -157,7 +159,7 @@ def _parse(store: Store, data: bytes) -> Contract:
     try:
         tree = json.loads(data)
         contract = Contract.from_json(tree["contract"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DatasetError(f"{store.url_of(CONTRACT_PATH)} is not a contract") from error
     if tree.get("fingerprint") != contract.fingerprint:
         raise DatasetError(
