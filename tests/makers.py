@@ -1,0 +1,214 @@
+"""Small shards, contracts, units and datasets for the tests to work on; nothing is encoded here."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import tarfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from latentcache.dataset.contract import (
+    Contract,
+    LatentContract,
+    TransformContract,
+    VaeContract,
+    establish_contract,
+)
+from latentcache.dataset.manifest import Manifest, State, write_next
+from latentcache.dataset.receipts import Receipt, Unit, UnitRecord, new_attempt
+from latentcache.dataset.shards import (
+    TORCH_DTYPES,
+    BucketWriter,
+    RejectRow,
+    RowMeta,
+    bucket_name,
+    describe_file,
+    write_rejects,
+)
+from latentcache.dataset.statistics import Statistics, merge_all
+from latentcache.storage import Store
+
+Size = tuple[int, int]
+
+
+def draw(width: int, height: int, seed: int = 0) -> Image.Image:
+    """A smooth picture with some noise, other for each seed."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+    pixels = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(np.int16)
+    pixels = pixels + rng.integers(-9, 10, pixels.shape)
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def encode_image(image: Image.Image, kind: str = "png") -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return buffer.getvalue()
+
+
+def png(width: int, height: int, seed: int = 0) -> bytes:
+    return encode_image(draw(width, height, seed))
+
+
+def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            header = tarfile.TarInfo(name)
+            header.size = len(data)
+            tar.addfile(header, io.BytesIO(data))
+    return path
+
+
+def config_tree(folder: Path, **sections: dict[str, Any]) -> dict[str, Any]:
+    """A config that encodes `<folder>/src/*.tar` on the CPU into `<folder>/out`."""
+    tree: dict[str, Any] = {
+        "name": "test",
+        "source": {"shards": f"{folder}/src/*.tar", "keep": ["txt"]},
+        "transform": {"resolution_px": 64},
+        "vae": {"checkpoint": "demo"},
+        "output": {"url": f"{folder}/out"},
+        "compute": {"num_gpus": 0},
+    }
+    for name, section in sections.items():
+        tree[name] = tree.get(name, {}) | section
+    return tree
+
+
+def make_contract(
+    *,
+    buckets: Sequence[Size] = ((64, 64),),
+    posterior: str = "mean",
+    dtype: str = "float16",
+    format: str = "parquet",
+    columns: Sequence[str] = ("caption",),
+    latent_channels: int = 4,
+) -> Contract:
+    vae = VaeContract(
+        family="kl",
+        encoder_fingerprint="e" * 64,
+        architecture={"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2},
+        latent_channels=latent_channels,
+        downsample_factor=8,
+        scaling_factor=0.18215,
+        shift_factor=0.0,
+    )
+    transform = TransformContract("center", "bicubic", tuple(buckets), None, None, 100_000_000)
+    latents = LatentContract(posterior, dtype, format, "fp32")
+    return Contract(vae, transform, latents, ("jpg", "png"), tuple(columns))
+
+
+def make_latents(contract: Contract, bucket: Size, num_rows: int, seed: int = 0) -> torch.Tensor:
+    """Latents [N, C, H, W] in the stored dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    values = 3 * torch.randn((num_rows, *contract.latent_shape(bucket)), generator=generator)
+    return values.to(TORCH_DTYPES[contract.latents.dtype])
+
+
+def make_rows(
+    num_rows: int, columns: Sequence[str] = ("caption",), first: int = 0
+) -> list[RowMeta]:
+    """Rows `k0000`, …; every fifth lacks its kept columns."""
+    rows = []
+    for index in range(first, first + num_rows):
+        kept = {name: index if name == "cls" else f"{name} {index} ü" for name in columns}
+        rows.append(RowMeta(f"k{index:04d}", 640, 480 + index, 0, 7, kept if index % 5 else {}))
+    return rows
+
+
+def commit_unit(
+    store: Store,
+    contract: Contract,
+    folder: Path,
+    source: str,
+    latents: Mapping[Size, torch.Tensor],
+    rejects: Sequence[RejectRow] = (),
+    generation: int = 0,
+) -> Receipt:
+    """Write a unit's files as the engine does, upload them and put the receipt."""
+    folder.mkdir(parents=True, exist_ok=True)
+    unit = Unit.of(source, 1000, "v1", contract.fingerprint)
+    attempt = new_attempt()
+    files, first = [], 0
+    for bucket, tensor in latents.items():
+        stem = folder / f"{generation}-{attempt}-{bucket_name(bucket)}"
+        writer = BucketWriter(stem, contract, unit.id, bucket)
+        writer.append(tensor, make_rows(len(tensor), contract.columns, first))
+        writer.close()
+        writer.check()
+        first += len(tensor)
+        for local in writer.paths:
+            path = f"data/{unit.id}/{local.name}"
+            files.append(describe_file(local, path, len(tensor), bucket_name(bucket)))
+            store.put_file(local, path)
+    rejects_file = None
+    if rejects:
+        local = folder / f"{generation}-{attempt}.parquet"
+        write_rejects(local, rejects)
+        rejects_file = describe_file(local, f"rejects/{unit.id}/{local.name}", len(rejects), "")
+        store.put_file(local, rejects_file.path)
+    statistics = merge_all(
+        (Statistics.of(t.float().numpy()) for t in latents.values()), contract.stored_channels
+    )
+    record = UnitRecord(
+        unit,
+        generation,
+        attempt,
+        first + len(rejects),
+        first,
+        len(rejects),
+        tuple(files),
+        rejects_file,
+    )
+    receipt = Receipt(record, contract.fingerprint, statistics)
+    assert store.put_if_absent(receipt.path, receipt.to_bytes())
+    return receipt
+
+
+def write_dataset(
+    folder: Path,
+    contract: Contract,
+    sources: Mapping[str, Mapping[Size, torch.Tensor]],
+    rejects: Mapping[str, Sequence[RejectRow]] | None = None,
+) -> Manifest:
+    """Write a whole dataset below `<folder>/out`: one unit a source, and one manifest."""
+    store = Store(str(folder / "out"))
+    establish_contract(store, contract, {})
+    receipts = {
+        source: commit_unit(
+            store, contract, folder / "staging", source, latents, (rejects or {}).get(source, ())
+        )
+        for source, latents in sources.items()
+    }
+    listing = {source: [receipt.record.unit] for source, receipt in receipts.items()}
+    _, manifest = write_next(
+        State(store),
+        contract.fingerprint,
+        contract.stored_channels,
+        lambda: listing,
+        on_missing="keep",
+    )
+    assert manifest
+    return manifest
+
+
+def tree_digest(folder: Path) -> dict[str, str]:
+    """Each file below a folder, and the hash of its bytes."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+    }
+
+
+def flip_byte(path: Path, offset: int | None = None) -> None:
+    """Flip the bits of one byte, in the middle if not told where."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 if offset is None else offset] ^= 0xFF
+    path.write_bytes(data)

@@ -1,0 +1,316 @@
+"""Configs: the ones we ship, and every mistake told by its dotted path."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+from checkpoints import write_diffusers_folder
+from latentcache import Config, load_config, make_plan, parse_config
+from latentcache.errors import ConfigError
+from makers import png, write_tar
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+
+TREE: dict[str, Any] = {
+    "name": "photos",
+    "source": {"shards": "photos.tar"},
+    "transform": {"resolution_px": 256},
+    "vae": {"checkpoint": "demo"},
+    "output": {"url": "latents"},
+}
+
+
+def with_setting(path: str, value: object) -> dict[str, Any]:
+    tree = copy.deepcopy(TREE)
+    *sections, name = path.split(".")
+    section = tree
+    for part in sections:
+        section = section.setdefault(part, {})
+    section[name] = value
+    return tree
+
+
+def complaints(tree: object) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(tree)
+    return str(caught.value).splitlines()
+
+
+@pytest.fixture(scope="module")
+def local_source(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Overrides that point a config at a tiny checkpoint, one local shard and an empty folder."""
+    folder = tmp_path_factory.mktemp("local")
+    shard = write_tar(folder / "000000.tar", [("a.jpg", png(64, 64)), ("a.txt", b"a")])
+    checkpoint = write_diffusers_folder(folder / "vae")
+    return [
+        f"vae.checkpoint={checkpoint}",
+        f"source.shards={shard}",
+        f"output.url={folder / 'out'}",
+    ]
+
+
+def test_the_configs_that_the_readme_names_are_there():
+    assert {path.stem for path in CONFIGS} >= {
+        "demo",
+        "sd-vae-ft-mse-256",
+        "sd-vae-ft-mse-512-buckets",
+        "sdxl-1024-buckets",
+    }
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_shipped_config_plans_on_local_fixtures(path: Path, local_source: list[str]):
+    config = load_config(path, local_source)
+    plan = make_plan(config)
+    assert [planned.reason for planned in plan.pending] == ["new"]
+    assert plan.there is None
+    assert not plan.diff
+    contract = plan.contract
+    assert contract.latents.dtype == config.latents.dtype
+    assert contract.latents.format == config.latents.format
+    assert contract.columns == tuple(
+        "caption" if name == "txt" else name for name in config.source.keep
+    )
+    squared = config.transform.resolution_px**2
+    for width_px, height_px in contract.transform.buckets:
+        assert width_px % 8 == height_px % 8 == 0
+        assert 0.8 < width_px * height_px / squared < 1.25
+        assert contract.latent_shape((width_px, height_px)) == (4, height_px // 8, width_px // 8)
+    assert (len(contract.transform.buckets) > 1) == bool(config.transform.buckets)
+    assert not list(plan.output.list()), "planning writes nothing"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_shipped_config_has_no_secret_and_names_its_checkpoint(path: Path):
+    text = path.read_text().lower()
+    assert not any(word in text for word in ("secret", "password", "token", "access_key"))
+    assert yaml.safe_load(text)["vae"]["checkpoint"]
+
+
+TYPOS = {
+    "sauce": "did you mean 'source'",
+    "source.shard": "did you mean 'shards'",
+    "source.images": "did you mean 'image'",
+    "source.storage.endpoint": "did you mean 'endpoint_url'",
+    "transform.resolution": "did you mean 'resolution_px'",
+    "transform.bucket": "did you mean 'buckets'",
+    "vae.checkpont": "did you mean 'checkpoint'",
+    "vae.storage.anonymous": "did you mean 'anon'",
+    "latents.posteriors": "did you mean 'posterior'",
+    "output.uri": "did you mean 'url'",
+    "output.storage.profil": "did you mean 'profile'",
+    "rejects.maxrate": "did you mean 'max_rate'",
+    "compute.num_gpu": "did you mean 'num_gpus'",
+    "compute.batchsize": "did you mean 'batch_size'",
+    "quux": "known here: name, source, transform, vae, latents, output, rejects, compute",
+}
+
+
+@pytest.mark.parametrize("path", TYPOS)
+def test_a_typo_is_told_by_its_path_and_the_nearest_name(path: str):
+    (line,) = complaints(with_setting(path, 1))
+    assert line.startswith(f"config: {path}: no such setting; ")
+    assert TYPOS[path] in line
+
+
+def test_a_typo_inside_a_bucket_rule_is_told_too():
+    (line,) = complaints(with_setting("transform.buckets", {"max_ratio": 2, "step": 64}))
+    assert line == "config: transform.buckets.step: no such setting; did you mean 'step_px'?"
+
+
+def test_all_mistakes_are_told_at_once_one_line_each():
+    tree = with_setting("transform.resolution_px", 250) | {"vea": {}}
+    del tree["vae"]
+    assert set(complaints(tree)) == {
+        "config: vae: required, but missing",
+        "config: transform.resolution_px: input should be a multiple of 8 (got 250)",
+        "config: vea: no such setting; did you mean 'vae'?",
+    }
+
+
+WRONG = [
+    ("name", "", "name"),
+    ("source", ["a.tar"], "source"),
+    ("source.shards", 3, "source.shards"),
+    ("source.shards", ["a.tar", 3], "source.shards.1"),
+    ("source.image", "jpg", "source.image"),
+    ("source.image", [], "source.image"),
+    ("source.keep", ["latent"], "source.keep"),
+    ("source.keep", ["caption"], "source.keep"),
+    ("source.keep", ["txt", "txt"], "source.keep"),
+    ("source.on_missing", "delete", "source.on_missing"),
+    ("source.storage.anon", "maybe", "source.storage.anon"),
+    ("transform.resolution_px", "wide", "transform.resolution_px"),
+    ("transform.resolution_px", 100, "transform.resolution_px"),
+    ("transform.resolution_px", 0, "transform.resolution_px"),
+    ("transform.crop", "random", "transform.crop"),
+    ("transform.buckets", [], "transform.buckets"),
+    ("transform.buckets", [[256, 256], [256, 256]], "transform.buckets"),
+    ("transform.buckets", [[256]], "transform.buckets.0.1"),
+    ("transform.buckets", [[256, 256], [256, 250]], "transform.buckets.1.1"),
+    ("transform.buckets", {"max_ratio": 0.5}, "transform.buckets.max_ratio"),
+    ("transform.buckets", {"step_px": 64}, "transform.buckets.max_ratio"),
+    ("transform.max_upscale", 0, "transform.max_upscale"),
+    ("vae.checkpoint", None, "vae.checkpoint"),
+    ("latents.dtype", "half", "latents.dtype"),
+    ("latents.posterior", "mode", "latents.posterior"),
+    ("latents.format", "webdataset", "latents.format"),
+    ("output", {}, "output.url"),
+    ("rejects.max_rate", 1.5, "rejects.max_rate"),
+    ("compute.num_gpus", -1, "compute.num_gpus"),
+    ("compute.batch_size", 0, "compute.batch_size"),
+    ("compute.batch_size", "automatic", "compute.batch_size"),
+    ("compute.decode_threads", 0.5, "compute.decode_threads"),
+    ("compute.precision", "fp8", "compute.precision"),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "told"), WRONG)
+def test_a_wrong_value_is_told_by_its_path(path: str, value: object, told: str):
+    (line,) = complaints(with_setting(path, value))
+    assert line.startswith(f"config: {told}: ")
+    assert "RatioBuckets[" not in line
+
+
+@pytest.mark.parametrize("value", ["s3://b/{000000..000099}.tar", ["a.tar", "b.tar"]])
+def test_shards_are_a_url_or_a_list(value: str | list[str]):
+    assert parse_config(with_setting("source.shards", value)).source.shards == value
+
+
+@pytest.mark.parametrize("value", ["auto", 7])
+def test_batch_size_is_auto_or_a_count(value: str | int):
+    assert parse_config(with_setting("compute.batch_size", value)).compute.batch_size == value
+
+
+@pytest.mark.parametrize("tree", [None, [], "text", 3])
+def test_what_is_no_mapping_is_told(tree: object):
+    (line,) = complaints(tree)
+    assert line.startswith("config: (whole file): a config is a mapping")
+
+
+def test_the_vae_has_no_default():
+    tree = copy.deepcopy(TREE)
+    del tree["vae"]
+    assert complaints(tree) == ["config: vae: required, but missing"]
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_overrides_replace_and_add_settings_as_yaml(tmp_path: Path):
+    path = write(tmp_path, yaml.safe_dump(TREE))
+    config = load_config(
+        path,
+        [
+            "transform.resolution_px=512",
+            "source.storage.endpoint_url=http://localhost:9000",
+            "source.keep=[txt, json]",
+            "transform.buckets={max_ratio: 2.0}",
+            "output.url=s3://b/x=y",
+            "name=again",
+            "name=last one counts",
+        ],
+    )
+    assert config.transform.resolution_px == 512
+    assert config.source.storage.endpoint_url == "http://localhost:9000"
+    assert config.source.keep == ["txt", "json"]
+    assert config.output.url == "s3://b/x=y"
+    assert config.name == "last one counts"
+    assert config.source.shards == TREE["source"]["shards"]
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("transform.resolution_px", "write it as a.b=value"),
+        ("=3", "write it as a.b=value"),
+        ("transform..x=3", "write it as a.b=value"),
+        ("name.first=x", "does not lead through sections"),
+        ("source.keep=[txt", "not valid YAML"),
+        ("transform.resolution=8", "transform.resolution: no such setting"),
+        ("compute.num_gpus=all", "compute.num_gpus: "),
+    ],
+)
+def test_a_bad_override_is_told(tmp_path: Path, override: str, told: str):
+    path = write(tmp_path, yaml.safe_dump(TREE))
+    with pytest.raises(ConfigError, match=r"^\S") as caught:
+        load_config(path, [override])
+    assert told in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "(whole file): a config is a mapping"),
+        ("- a\n", "(whole file): a config is a mapping"),
+        ("name: [", "is not valid YAML"),
+        ("name: !!python/object/apply:os.getcwd []", "is not valid YAML"),
+        ("name: a\n\tb: c", "is not valid YAML"),
+    ],
+)
+def test_a_bad_file_is_told_in_one_line(tmp_path: Path, text: str, told: str):
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, text))
+    assert told in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_cannot_be_read_is_told(tmp_path: Path):
+    with pytest.raises(ConfigError, match="No such file"):
+        load_config(tmp_path / "none.yaml")
+    with pytest.raises(ConfigError, match="directory"):
+        load_config(tmp_path)
+    (tmp_path / "latin.yaml").write_bytes(b"name: caf\xe9\n")
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        load_config(tmp_path / "latin.yaml")
+
+
+def test_a_config_is_frozen():
+    config = parse_config(TREE)
+    with pytest.raises(ValueError, match="frozen"):
+        config.name = "other"
+
+
+@pytest.fixture(scope="module")
+def schema() -> dict[str, Any]:
+    """What `latentcache schema` prints."""
+    done = subprocess.run(
+        [sys.executable, "-m", "latentcache.cli", "schema"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    tree: dict[str, Any] = json.loads(done.stdout)
+    jsonschema.Draft202012Validator.check_schema(tree)
+    return tree
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_schema_accepts_the_shipped_configs(path: Path, schema: dict[str, Any]):
+    jsonschema.validate(yaml.safe_load(path.read_text()), schema)
+
+
+@pytest.mark.parametrize("path", TYPOS)
+def test_the_schema_refuses_a_typo(path: str, schema: dict[str, Any]):
+    with pytest.raises(jsonschema.ValidationError, match=r"unexpected|not valid under"):
+        jsonschema.validate(with_setting(path, 1), schema)
+
+
+def test_the_schema_describes_every_section(schema: dict[str, Any]):
+    assert schema["properties"].keys() == Config.model_fields.keys()
+    sections = {name.lower(): section for name, section in schema["$defs"].items()}
+    assert all(section.get("description") for section in sections.values())

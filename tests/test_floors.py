@@ -1,0 +1,149 @@
+"""The rule of the house, read off the imports: a file knows its own package and the floors below.
+
+Single files that the packages of a floor share (`errors.py`, `storage.py`, `metrics.py`) stand half
+a floor lower, so that no package imports its neighbour and nothing goes in circles.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import latentcache
+from makers import make_contract, make_latents, write_dataset
+
+PACKAGE = Path(latentcache.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+FLOORS = {
+    "errors": 0.0,
+    "config": 0.5,
+    "storage": 1.0,
+    "dataset": 1.5,
+    "metrics": 2.0,
+    "images": 2.5,
+    "vae": 2.5,
+    "loader": 2.5,
+    "engine": 3.5,
+    "quality": 3.5,
+    "cli": 4.5,
+    "__init__": 5.0,
+}
+
+# Libraries that one place alone may know, relative to the package.
+HOMES = {
+    "ray": {"engine/cluster.py"},
+    "webdataset": {"images/source.py", "images/demo_data.py"},
+    "pydantic": {"config.py"},
+    "pydantic_core": {"config.py"},
+    "typer": {"cli.py"},
+    "diffusers": set(),
+    "torchvision": set(),
+}
+
+
+def name_of(file: Path) -> str:
+    return file.relative_to(PACKAGE).as_posix()
+
+
+def room_of(dotted: str) -> str:
+    """The package or single file of latentcache that a module belongs to."""
+    parts = dotted.split(".")
+    return parts[1] if len(parts) > 1 and parts[1] in FLOORS else "__init__"
+
+
+def imports_of(file: Path) -> list[tuple[ast.stmt, str]]:
+    """Every module that a file imports, at any depth, by its absolute name."""
+    found: list[tuple[ast.stmt, str]] = []
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found += [(node, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name_of(file)}: relative import; write it in full"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            found += [
+                (node, name if node.module == "latentcache" else node.module) for name in names
+            ]
+    return [(node, name) for node, name in found if name]
+
+
+def eager_imports_of(file: Path) -> set[str]:
+    """What importing the file imports at once: its top level, less `if TYPE_CHECKING`."""
+    top = [
+        n for n in ast.parse(file.read_text()).body if isinstance(n, ast.Import | ast.ImportFrom)
+    ]
+    lines = {node.lineno for node in top}
+    return {name for node, name in imports_of(file) if node.lineno in lines}
+
+
+def test_every_file_has_a_floor():
+    rooms = {file.relative_to(PACKAGE).parts[0].removesuffix(".py") for file in FILES}
+    assert rooms <= FLOORS.keys(), "give the new package a floor, here and in DESIGN §3"
+
+
+@pytest.mark.parametrize("file", FILES, ids=name_of)
+def test_a_file_imports_only_its_own_package_and_floors_below(file: Path):
+    room = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    for _, name in imports_of(file):
+        if name.split(".")[0] != "latentcache" or name == "latentcache.__version__":
+            continue
+        other = room_of(name)
+        assert other == room or FLOORS[other] < FLOORS[room], f"{name_of(file)} imports {name}"
+
+
+@pytest.mark.parametrize("library", HOMES)
+def test_a_library_is_known_to_its_home_alone(library: str):
+    users = {
+        name_of(file)
+        for file in FILES
+        if any(name.split(".")[0] == library for _, name in imports_of(file))
+    }
+    assert users <= HOMES[library]
+
+
+def test_the_top_level_and_the_command_line_import_nothing_heavy_at_once():
+    for name in ("__init__.py", "cli.py"):
+        known = {n.split(".")[0] for n in eager_imports_of(PACKAGE / name)}
+        assert known - set(sys.stdlib_module_names) <= {"typer"}, name
+
+
+def modules_after(code: str) -> set[str]:
+    """The top-level modules that a fresh interpreter has loaded after some code."""
+    tail = "\nimport json, sys\nprint(json.dumps(sorted(sys.modules)), file=sys.stderr)"
+    done = subprocess.run(
+        [sys.executable, "-c", code + tail], capture_output=True, text=True, check=True
+    )
+    return {name.split(".")[0] for name in json.loads(done.stderr.splitlines()[-1])}
+
+
+def test_importing_latentcache_loads_nothing_heavy():
+    loaded = modules_after("import latentcache")
+    assert not loaded & {"torch", "ray", "pyarrow", "pydantic", "fsspec", "numpy"}
+
+
+def test_help_loads_nothing_heavy():
+    loaded = modules_after(
+        "import sys\nsys.argv = ['latentcache', '--help']\n"
+        "from latentcache.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code"
+    )
+    assert "typer" in loaded
+    assert not loaded & {"torch", "ray", "pyarrow", "pydantic", "fsspec", "numpy"}
+
+
+def test_reading_a_dataset_never_loads_ray(tmp_path: Path):
+    contract = make_contract()
+    write_dataset(tmp_path, contract, {"a.tar": {(64, 64): make_latents(contract, (64, 64), 3)}})
+    loaded = modules_after(
+        "import latentcache\n"
+        f"dataset = latentcache.open_dataset({str(tmp_path / 'out')!r})\n"
+        "assert len(dataset) == 3 and dataset[-1].key == 'k0002'\n"
+        "assert not list(dataset.rejects())"
+    )
+    assert "pyarrow" in loaded
+    assert not loaded & {"ray", "webdataset", "typer", "pydantic"}

@@ -1,0 +1,629 @@
+"""Contracts, receipts and manifests over any sequence of events, against a model of the rules.
+
+The model knows sources, versions and receipts, and nothing of segments, `removed`, files or JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from latentcache.dataset.contract import (
+    CONTRACT_PATH,
+    Contract,
+    contract_diff,
+    establish_contract,
+    read_contract,
+    require_same,
+)
+from latentcache.dataset.manifest import (
+    Manifest,
+    State,
+    list_manifests,
+    newest_manifest,
+    read_manifest,
+    read_records,
+    write_next,
+)
+from latentcache.dataset.receipts import (
+    DataFile,
+    Receipt,
+    Unit,
+    UnitRecord,
+    new_attempt,
+    read_receipts,
+)
+from latentcache.dataset.statistics import Statistics
+from latentcache.errors import ContractMismatch, DatasetError, SourceError
+from latentcache.storage import ObjectInfo, Store
+from makers import make_contract, tree_digest
+
+CONTRACT = "c" * 64
+NAMES = [f"{index:02d}.tar" for index in range(40)]
+
+Version = tuple[str, str]  # source, version
+Visible = dict[str, tuple[str, int]]  # source -> (version, generation)
+
+
+def values_of(version: Version, generation: int) -> np.ndarray:
+    """The latents, float32 [N, 1, 1, 2], that a receipt stands for; N may be 0."""
+    rng = np.random.default_rng([*f"{version}{generation}".encode()])
+    return rng.normal(0, 9, (int(rng.integers(0, 4)), 1, 1, 2)).astype(np.float32)
+
+
+def unit_of(version: Version) -> Unit:
+    return Unit.of(version[0], 10, version[1], CONTRACT)
+
+
+def receipt_of(version: Version, generation: int) -> Receipt:
+    """A receipt with as many rows as `values_of`, one reject a generation, and no objects."""
+    unit, attempt, values = unit_of(version), new_attempt(), values_of(version, generation)
+    num_rows = len(values)
+    stem = f"data/{unit.id}/{generation}-{attempt}-8x8"
+    files = [DataFile(f"{stem}.safetensors", 9, "0" * 64, num_rows, "8x8")]
+    files += [DataFile(f"{stem}.rows.parquet", 9, "1" * 64, num_rows, "8x8")]
+    rejects = DataFile(f"rejects/{unit.id}/{attempt}.parquet", 9, "2" * 64, generation, "")
+    record = UnitRecord(
+        unit=unit,
+        generation=generation,
+        attempt=attempt,
+        num_samples=num_rows + generation,
+        num_rows=num_rows,
+        num_rejects=generation,
+        files=tuple(files) if num_rows else (),
+        rejects=rejects if generation else None,
+    )
+    statistics = Statistics.of(values) if num_rows else Statistics.empty(1)
+    return Receipt(record, CONTRACT, statistics)
+
+
+@dataclass
+class Snapshot:
+    """What the model says of one manifest."""
+
+    visible: Visible
+    stale: list[str]
+    complete: bool
+
+
+@dataclass
+class Driver:
+    """A driver as the model sees it: the manifest it last read, and the receipts it knows.
+
+    `known` maps a version to its highest generation and whether that holds rows.
+    """
+
+    state: State
+    base: int = 0
+    known: dict[Version, tuple[int, bool]] = field(default_factory=dict)
+
+
+class Refused(Exception):
+    """The model's word for a listing that `drop` does not believe."""
+
+
+class Manifests(RuleBasedStateMachine):
+    """Two drivers on one output, a source that changes under them, and repairs."""
+
+    @initialize(num_sources=st.sampled_from([0, 1, 2, 12]), committed=st.booleans())
+    def begin(self, num_sources: int, committed: bool) -> None:
+        self.folder = Path(tempfile.mkdtemp())
+        self.store = Store(str(self.folder))
+        self.listed: dict[str, str] = {}
+        self.receipts: dict[Version, list[bool]] = {}  # by generation: does it hold rows?
+        self.history = [Snapshot({}, [], False)]  # by number; 0: before the first
+        self.drivers = [Driver(State(self.store)), Driver(State(self.store))]
+        for index in range(num_sources):
+            self.appear(0)
+            if committed:
+                self.commit(0, index)
+
+    def teardown(self) -> None:
+        if hasattr(self, "folder"):
+            shutil.rmtree(self.folder)
+
+    # What happens to the source.
+
+    @rule(pick=st.integers(0, 2))
+    def appear(self, pick: int) -> None:
+        """A source is new, or back again in the version that it had first."""
+        absent = [name for name in NAMES if name not in self.listed]
+        self.listed[absent[pick]] = "v1"
+
+    @rule(pick=st.integers(0, 99), version=st.sampled_from(["v1", "v2", "v3"]))
+    def change(self, pick: int, version: str) -> None:
+        """A source changes, or goes back to what it was."""
+        if self.listed:
+            self.listed[self.source(pick)] = version
+
+    @rule(pick=st.integers(0, 99))
+    def vanish(self, pick: int) -> None:
+        if self.listed:
+            del self.listed[self.source(pick)]
+
+    def source(self, pick: int) -> str:
+        return sorted(self.listed)[pick % len(self.listed)]
+
+    # What the drivers do.
+
+    @rule(who=st.integers(0, 1), pick=st.integers(0, 99))
+    def commit(self, who: int, pick: int) -> None:
+        """Encode a unit, for the first time or again, at the generation the driver thinks next.
+
+        Another driver may have put that receipt already: then its receipt is taken.
+        """
+        if not self.listed:
+            return
+        driver, source = self.drivers[who], self.source(pick)
+        version = (source, self.listed[source])
+        generation = driver.known.get(version, (-1, False))[0] + 1
+        there = self.receipts.setdefault(version, [])
+        assert generation <= len(there)
+        receipt = receipt_of(version, generation)
+        won = self.store.put_if_absent(receipt.path, receipt.to_bytes())
+        assert won == (generation == len(there))
+        if won:
+            there.append(True)
+        else:
+            (receipt,) = read_receipts(self.store, [receipt.record.name])
+        driver.state.add(receipt)
+        driver.known[version] = (generation, there[generation])
+
+    @rule(pick=st.integers(0, 99))
+    def repair(self, pick: int) -> None:
+        """`verify --repair` voids a unit that the newest manifest shows."""
+        visible = self.history[-1].visible
+        if not visible:
+            return
+        source = sorted(visible)[pick % len(visible)]
+        version, generation = (source, visible[source][0]), visible[source][1]
+        (receipt,) = read_receipts(self.store, [f"{unit_of(version).id}-{generation}"])
+        void = receipt.voided()
+        won = self.store.put_if_absent(void.path, void.to_bytes())
+        assert won == (generation + 1 == len(self.receipts[version]))
+        if won:
+            self.receipts[version].append(False)
+
+    @rule(who=st.integers(0, 1), missed=st.sets(st.integers(0, 40), max_size=6))
+    def restart(self, who: int, missed: set[int]) -> None:
+        """A driver starts anew; its listing of receipts may lack some that are there."""
+        self.drivers[who] = self.fresh(missed)
+
+    def fresh(self, missed: set[int] = frozenset()) -> Driver:
+        class Forgetful(Store):
+            def list(self, folder: str = "") -> list[ObjectInfo]:
+                found = super().list(folder)
+                if folder != "commits":
+                    return found
+                return [info for index, info in enumerate(found) if index not in missed]
+
+        listed = {info.path for info in Forgetful.list(self.store_as(Forgetful), "commits")}
+        state = State(self.store_as(Forgetful))
+        state.store = self.store
+        known: dict[Version, tuple[int, bool]] = {}
+        for version, generations in self.receipts.items():
+            for generation, has_rows in enumerate(generations):
+                name = f"commits/{unit_of(version).id}-{generation}.json"
+                if name in listed or self.was_shown(version, generation):
+                    known[version] = (generation, has_rows)
+        return Driver(state, len(self.history) - 1, known)
+
+    def store_as(self, kind: type[Store]) -> Store:
+        return kind(str(self.folder))
+
+    def was_shown(self, version: Version, generation: int) -> bool:
+        """Whether any manifest so far named these rows: its segments tell a new driver."""
+        shown = (version[1], generation)
+        return any(then.visible.get(version[0]) == shown for then in self.history)
+
+    @rule(
+        who=st.integers(0, 1),
+        on_missing=st.sampled_from(["keep", "keep", "drop"]),
+        may_complete=st.sampled_from([True, True, True, False]),
+    )
+    def write(self, who: int, on_missing: str, may_complete: bool) -> None:
+        driver = self.drivers[who]
+        try:
+            expected = self.expected(driver, on_missing, may_complete)
+        except Refused:
+            expected = None
+        listing = {s: [unit_of((s, version))] for s, version in self.listed.items()}
+        before = tree_digest(self.folder / "manifests")
+
+        def write() -> Manifest | None:
+            driver.state, manifest = write_next(
+                driver.state,
+                CONTRACT,
+                1,
+                lambda: listing,
+                on_missing=on_missing,
+                may_complete=may_complete,
+            )
+            return manifest
+
+        if expected is None:
+            with pytest.raises(SourceError, match="no longer listed"):
+                write()
+            # A lost race may have refreshed its state before the refusal; start both anew.
+            self.drivers[who] = self.fresh()
+        else:
+            number, snapshot = expected
+            manifest = write()
+            if number == len(self.history):
+                self.history.append(snapshot)
+            driver.base = number
+            assert (manifest.number if manifest else 0) == number
+        after = tree_digest(self.folder / "manifests")
+        assert after.items() >= before.items(), "a manifest is never rewritten"
+        assert len(after) == len(self.history) - 1
+
+    def expected(self, driver: Driver, on_missing: str, may_complete: bool) -> tuple[int, Snapshot]:
+        """DESIGN §4: the number of the manifest that the driver ends with, and what it names."""
+        while True:
+            base = self.history[driver.base]
+            wanted = self.select(driver, base, on_missing)
+            wanted.complete = wanted.complete and may_complete
+            nothing_yet = driver.base == 0 and not wanted.visible and not wanted.complete
+            if wanted == base or nothing_yet:
+                return driver.base, base
+            if driver.base == len(self.history) - 1:
+                return driver.base + 1, wanted
+            driver.base = len(self.history) - 1
+            driver.known = self.fresh().known
+
+    def select(self, driver: Driver, base: Snapshot, on_missing: str) -> Snapshot:
+        wanted = Snapshot({}, [], True)
+        for source, version in self.listed.items():
+            generation, has_rows = driver.known.get((source, version), (-1, False))
+            if has_rows:
+                wanted.visible[source] = (version, generation)
+                continue
+            wanted.complete = False
+            if source in base.visible:
+                wanted.visible[source] = base.visible[source]
+                wanted.stale.append(source)
+        gone = base.visible.keys() - self.listed.keys()
+        if gone and on_missing == "drop":
+            if not self.listed or len(gone) * 10 > len(base.visible):
+                raise Refused
+        else:
+            wanted.visible |= {source: base.visible[source] for source in gone}
+        wanted.stale.sort()
+        return wanted
+
+    # What anybody may read, at any time.
+
+    @invariant()
+    def the_newest_manifest_is_as_the_model_says(self) -> None:
+        if hasattr(self, "history") and len(self.history) > 1:
+            assert list_manifests(self.store) == list(range(1, len(self.history)))
+            self.check(len(self.history) - 1)
+
+    @rule(pick=st.integers(0, 99))
+    def an_old_manifest_reads_as_ever(self, pick: int) -> None:
+        if len(self.history) > 1:
+            self.check(pick % (len(self.history) - 1) + 1)
+
+    def check(self, number: int) -> None:
+        manifest, snapshot = read_manifest(self.store, number), self.history[number]
+        records = read_records(self.store, manifest)
+        assert {r.unit.source: (r.unit.version, r.generation) for r in records} == snapshot.visible
+        assert [r.unit.source for r in records] == sorted(snapshot.visible)
+        assert list(manifest.stale) == snapshot.stale
+        assert manifest.complete == snapshot.complete
+        parts = [values_of((s, v), g) for s, (v, g) in sorted(snapshot.visible.items())]
+        values = np.concatenate(parts) if parts else np.empty((0, 1, 1, 2), np.float32)
+        num_rejects = sum(generation for _, generation in snapshot.visible.values())
+        assert manifest.num_units == len(snapshot.visible)
+        assert manifest.num_rows == len(values)
+        assert manifest.num_rejects == num_rejects
+        assert manifest.num_samples == len(values) + num_rejects
+        assert manifest.buckets == ({"8x8": len(values)} if len(values) else {})
+        stats = manifest.statistics
+        assert stats.count == values.size
+        if values.size:
+            np.testing.assert_allclose(stats.mean, [values.mean(dtype=np.float64)], atol=1e-9)
+            np.testing.assert_allclose(stats.std, [values.std(dtype=np.float64)], atol=1e-9)
+            assert (stats.minimum[0], stats.maximum[0]) == (values.min(), values.max())
+            np.testing.assert_array_equal(stats.histogram, Statistics.of(values).histogram)
+
+
+Manifests.TestCase.settings = settings(
+    max_examples=100, stateful_step_count=25, deadline=None, print_blob=True
+)
+TestManifests = Manifests.TestCase
+
+
+# The same rules, one by one, where a random walk seldom comes.
+
+
+class Output:
+    """An output that one driver at a time works on."""
+
+    def __init__(self, folder: Path) -> None:
+        self.store = Store(str(folder))
+
+    def commit(self, version: Version, generation: int = 0) -> None:
+        receipt = receipt_of(version, generation)
+        assert self.store.put_if_absent(receipt.path, receipt.to_bytes())
+
+    def write(self, *versions: Version, on_missing: str = "keep") -> Manifest:
+        listing = {version[0]: [unit_of(version)] for version in versions}
+        _, manifest = write_next(
+            State(self.store), CONTRACT, 1, lambda: listing, on_missing=on_missing
+        )
+        assert manifest
+        return manifest
+
+    def shown(self, manifest: Manifest) -> list[tuple[str, str, int]]:
+        records = read_records(self.store, manifest)
+        return [(r.unit.source, r.unit.version, r.generation) for r in records]
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Output:
+    return Output(tmp_path)
+
+
+def committed(output: Output, num_sources: int) -> list[Version]:
+    versions = [(name, "v1") for name in NAMES[:num_sources]]
+    for version in versions:
+        output.commit(version)
+    return versions
+
+
+def test_nothing_committed_writes_nothing(output: Output, tmp_path: Path):
+    listing = {"a.tar": [unit_of(("a.tar", "v1"))]}
+    _, manifest = write_next(State(output.store), CONTRACT, 1, lambda: listing, on_missing="keep")
+    assert manifest is None
+    assert not list(tmp_path.iterdir())
+
+
+def test_drop_believes_a_tenth_and_no_more(output: Output):
+    versions = committed(output, 20)
+    assert len(output.shown(output.write(*versions))) == 20
+    with pytest.raises(SourceError, match=r"3 of 20 sources .*, such as 00\.tar"):
+        output.write(*versions[3:], on_missing="drop")
+    assert list_manifests(output.store) == [1]
+    dropped = output.write(*versions[2:], on_missing="drop")
+    assert dropped.complete
+    assert [source for source, *_ in output.shown(dropped)] == NAMES[2:20]
+
+
+def test_drop_never_believes_an_empty_listing(output: Output):
+    output.write(*committed(output, 1))
+    with pytest.raises(SourceError, match=r"check `source\.shards`"):
+        output.write(on_missing="drop")
+
+
+def test_keep_keeps_the_rows_of_a_source_that_is_gone(output: Output):
+    versions = committed(output, 3)
+    assert output.write(*versions).number == 1
+    kept = output.write(*versions[:1])
+    assert (kept.number, kept.complete, kept.stale) == (1, True, ())
+
+
+def test_a_dropped_source_that_comes_back_counts_again(output: Output):
+    versions = committed(output, 11)
+    first = output.write(*versions)
+    dropped = output.write(*versions[1:], on_missing="drop")
+    back = output.write(*versions, on_missing="drop")
+    assert (first.number, dropped.number, back.number) == (1, 2, 3)
+    assert output.shown(back) == output.shown(first)
+    assert back.segments == first.segments, "nothing is written twice"
+    assert not back.removed
+    assert back.statistics.count == first.statistics.count > dropped.statistics.count
+    np.testing.assert_allclose(back.statistics.m2, first.statistics.m2)
+
+
+def test_an_older_generation_that_no_manifest_named_stays_behind(output: Output):
+    version = ("a.tar", "v1")
+    output.commit(version, 0)
+    output.commit(version, 1)
+    manifest = output.write(version)
+    assert output.shown(manifest) == [("a.tar", "v1", 1)]
+    output.commit(("b.tar", "v1"))
+    after = output.write(version, ("b.tar", "v1"))
+    assert output.shown(after) == [("a.tar", "v1", 1), ("b.tar", "v1", 0)]
+
+
+def test_a_changed_source_is_stale_until_it_is_encoded(output: Output):
+    output.commit(("a.tar", "v1"))
+    output.write(("a.tar", "v1"))
+    stale = output.write(("a.tar", "v2"))
+    assert (stale.stale, stale.complete) == (("a.tar",), False)
+    assert output.shown(stale) == [("a.tar", "v1", 0)]
+    output.commit(("a.tar", "v2"))
+    fresh = output.write(("a.tar", "v2"))
+    assert (fresh.stale, fresh.complete) == ((), True)
+    assert output.shown(fresh) == [("a.tar", "v2", 0)]
+    assert output.shown(read_manifest(output.store, 1)) == [("a.tar", "v1", 0)]
+
+
+def test_who_loses_the_number_reads_everything_again(output: Output):
+    versions = committed(output, 2)
+    listing = {version[0]: [unit_of(version)] for version in versions}
+    late = State(output.store)
+    output.commit(("02.tar", "v1"))
+    output.write(*versions, ("02.tar", "v1"))
+    asked = []
+
+    def list_again() -> dict[str, list[Unit]]:
+        asked.append(len(asked))
+        return listing if len(asked) == 1 else listing | {"02.tar": [unit_of(("02.tar", "v1"))]}
+
+    state, manifest = write_next(late, CONTRACT, 1, list_again, on_missing="keep")
+    assert state is not late
+    assert len(asked) == 2
+    assert manifest
+    assert (manifest.number, manifest.num_units) == (1, 3)
+
+
+def test_a_source_of_several_units_counts_when_all_are_committed(output: Output):
+    parts = [Unit.of("a.tar", 10, f"part {index}", CONTRACT) for index in range(2)]
+    for index, unit in enumerate(parts):
+        receipt = receipt_of(("a.tar", f"part {index}"), 0)
+        assert receipt.record.unit == unit
+        assert output.store.put_if_absent(receipt.path, receipt.to_bytes())
+        _, manifest = write_next(
+            State(output.store), CONTRACT, 1, lambda: {"a.tar": parts}, on_missing="keep"
+        )
+        assert bool(manifest) == (index == 1)
+    assert manifest
+    assert manifest.num_units == 2
+
+
+@pytest.mark.parametrize("damage", [b"", b"[]", b"{}", b"\xff", b'{"format_version": 1}'])
+def test_a_damaged_manifest_or_receipt_is_named(output: Output, tmp_path: Path, damage: bytes):
+    output.commit(("a.tar", "v1"))
+    number = output.write(("a.tar", "v1")).number
+    (tmp_path / "manifests" / f"{number:08d}.json").write_bytes(damage)
+    with pytest.raises(DatasetError, match=r"manifests/00000001\.json"):
+        newest_manifest(output.store)
+    (receipt,) = (tmp_path / "commits").iterdir()
+    receipt.write_bytes(damage)
+    with pytest.raises(DatasetError, match=receipt.name):
+        read_receipts(output.store, [receipt.stem])
+
+
+def test_a_receipt_survives_its_json():
+    receipt = receipt_of(("a.tar", "v1"), 2)
+    back = Receipt.from_bytes(receipt.to_bytes())
+    assert back.to_bytes() == receipt.to_bytes()
+    assert back.record == receipt.record
+    void = Receipt.from_bytes(receipt.voided().to_bytes())
+    assert (void.state, void.record.generation, void.record.num_rows) == ("void", 3, 0)
+    assert void.record.attempt != receipt.record.attempt, "two repairs must not look the same"
+
+
+def test_units_of_one_size_differ_by_source_version_and_contract():
+    ids = {
+        Unit.of(source, size, version, contract).id
+        for source in ("a", "b")
+        for size in (1, 2)
+        for version in ("x", "y")
+        for contract in ("c", "d")
+    }
+    assert len(ids) == 16
+
+
+# The contract.
+
+
+def test_the_fingerprint_never_moves():
+    # A dataset on disk is found again by this very hash: whoever changes it makes all caches stale.
+    assert make_contract().fingerprint == (
+        "315d4738904483b0c800394f4d08319e5d2021310667a078e305c732b1bf6f44"
+    )
+
+
+def test_a_contract_survives_its_json():
+    contract = make_contract(buckets=((64, 128), (128, 64)), posterior="moments")
+    vae = replace(contract.vae, latents_mean=(0.1, 0.2, 0.3, 0.4), latents_std=(1.0, 1.0, 2.0, 3.0))
+    contract = replace(contract, vae=vae)
+    back = Contract.from_json(json.loads(json.dumps(contract.to_json())))
+    assert back == contract
+    assert back.fingerprint == contract.fingerprint
+    assert contract.latent_shape((64, 128)) == (8, 16, 8)
+
+
+def leaves(tree: dict[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def test_every_field_moves_the_fingerprint_and_is_named_in_the_diff():
+    contract = make_contract()
+    for path, value in leaves(contract.to_json()):
+        if path == "format_version":
+            continue
+        tree = contract.to_json()
+        section, names = tree, path.split(".")
+        for name in names[:-1]:
+            section = section[name]
+        section[names[-1]] = [[8, 8]] if isinstance(value, list) else "other"
+        other = Contract.from_json(tree)
+        assert other.fingerprint != contract.fingerprint, path
+        (line,) = contract_diff(contract, other)
+        assert line.startswith(f"{path}: ")
+        assert line == (
+            f"{path}: {json.dumps(value)} there, {json.dumps(section[names[-1]])} wanted"
+        )
+
+
+def test_the_first_contract_stays_and_an_equal_one_agrees(tmp_path: Path):
+    store = Store(str(tmp_path))
+    assert read_contract(store) is None
+    first = establish_contract(store, make_contract(), {"checkpoint": "a"})
+    again = establish_contract(store, make_contract(), {"checkpoint": "b"})
+    assert first == again == (tmp_path / CONTRACT_PATH).read_bytes()
+    assert read_contract(store) == make_contract()
+
+
+def test_another_contract_is_refused_with_each_field(tmp_path: Path):
+    store = Store(str(tmp_path))
+    establish_contract(store, make_contract(), {})
+    before = tree_digest(tmp_path)
+    wanted = make_contract(dtype="float32", buckets=((128, 128),))
+    with pytest.raises(ContractMismatch) as caught:
+        establish_contract(store, wanted, {})
+    first, *lines = str(caught.value).splitlines()
+    assert store.url in first
+    assert "output.url" in first
+    assert [line.strip() for line in lines] == [
+        'latents.dtype: "float16" there, "float32" wanted',
+        "transform.buckets: [[64, 64]] there, [[128, 128]] wanted",
+    ]
+    assert caught.value.exit_code == 2
+    assert tree_digest(tmp_path) == before
+    require_same(store, make_contract(), make_contract())
+
+
+def test_of_two_creators_one_wins_and_the_other_reads_it(tmp_path: Path):
+    """The other driver's contract appears between this one's look and its put."""
+
+    class Late(Store):
+        def put_if_absent(self, path: str, data: bytes) -> bool:
+            establish_contract(Store(str(tmp_path)), make_contract(), {"by": "the other"})
+            return super().put_if_absent(path, data)
+
+    data = establish_contract(Late(str(tmp_path)), make_contract(), {"by": "me"})
+    assert json.loads(data)["provenance"] == {"by": "the other"}
+    with pytest.raises(ContractMismatch):
+        establish_contract(Late(str(tmp_path)), make_contract(dtype="float32"), {})
+
+
+def test_an_edited_contract_is_refused(tmp_path: Path):
+    store = Store(str(tmp_path))
+    establish_contract(store, make_contract(), {})
+    path = tmp_path / CONTRACT_PATH
+    text = path.read_text()
+    path.write_text(text.replace("0.18215", "0.13025"))
+    with pytest.raises(DatasetError, match="was edited"):
+        read_contract(store)
+    path.write_text(text.replace('"format_version": 1', '"format_version": 2'))
+    with pytest.raises(DatasetError, match=r"format version 2.* reads 1"):
+        read_contract(store)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [b"", b"{", b"[]", b"3", b"\xff\xfe", b"{}", b'{"contract": []}', b'{"contract": {}}'],
+)
+def test_a_damaged_contract_is_refused(tmp_path: Path, damage: bytes):
+    (tmp_path / CONTRACT_PATH).write_bytes(damage)
+    with pytest.raises(DatasetError, match="contract"):
+        read_contract(Store(str(tmp_path)))
