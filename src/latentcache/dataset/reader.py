@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -110,8 +111,7 @@ class Dataset(Sequence[Row]):
         number = bisect_right(self._ends, position)
         shard = self._shards[number]
         offset = position - (self._ends[number] - shard.rows.num_rows)
-        with self._store.named(shard.rows.path):
-            return self._row(number, shard, offset)
+        return self._row(number, shard, offset)
 
     def _row(self, number: int, shard: _Shard, offset: int) -> Row:
         file, tensors = self._file(number)
@@ -121,12 +121,14 @@ class Dataset(Sequence[Row]):
             if within < num_rows:
                 break
             within -= num_rows
-        columns = self._group(number, group).slice(within, 1).to_pylist()[0]
+        with self._reading(shard.rows):
+            columns = self._group(number, group).slice(within, 1).to_pylist()[0]
         dtype, shape = columns.pop("latent_dtype"), columns.pop("latent_shape")
-        if tensors is None:
+        if tensors is None or shard.tensors is None:
             latent = tensor_from_bytes(columns.pop("latent"), dtype, shape)
         else:
-            latent = tensors[offset]
+            with self._reading(shard.tensors):
+                latent = tensors[offset]
         fixed = ("key", "original_width", "original_height", "crop_top", "crop_left")
         return Row(
             unit=shard.unit,
@@ -137,14 +139,24 @@ class Dataset(Sequence[Row]):
 
     def _open_file(self, number: int) -> tuple[pq.ParquetFile, SafetensorsRows | None]:
         shard = self._shards[number]
-        try:
+        with self._reading(shard.rows):
             file = pq.ParquetFile(self._store.open(shard.rows.path))
-        except pa.ArrowInvalid as error:
-            url = self._store.url_of(shard.rows.path)
-            raise DatasetError(f"{url} is damaged: {error}; run `latentcache verify`") from error
+            if file.metadata.num_rows != shard.rows.num_rows:
+                raise DatasetError(f"{file.metadata.num_rows} rows, not {shard.rows.num_rows}")
         if shard.tensors is None:
             return file, None
-        return file, SafetensorsRows(self._store.open(shard.tensors.path))
+        with self._reading(shard.tensors):
+            return file, SafetensorsRows(self._store.open(shard.tensors.path))
+
+    @contextmanager
+    def _reading(self, file: DataFile) -> Iterator[None]:
+        """Name the file in whatever is wrong with it."""
+        try:
+            with self._store.named(file.path):
+                yield
+        except (pa.ArrowException, DatasetError) as error:
+            url = self._store.url_of(file.path)
+            raise DatasetError(f"{url} is damaged: {error}; run `latentcache verify`") from error
 
     def _read_group(self, number: int, group: int) -> pa.Table:
         file, _ = self._file(number)
@@ -154,7 +166,7 @@ class Dataset(Sequence[Row]):
         """Give every sample that was left out."""
         for record in self.units:
             if record.rejects:
-                with self._store.named(record.rejects.path):
+                with self._reading(record.rejects):
                     table = pq.read_table(self._store.open(record.rejects.path))
                 for row in table.to_pylist():
                     yield RejectedRow(unit=record.unit.id, source=record.unit.source, **row)

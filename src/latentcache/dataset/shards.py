@@ -119,11 +119,8 @@ class BucketWriter:
         itemsize = TORCH_DTYPES[contract.latents.dtype].itemsize
         self._latent_bytes = int(np.prod(self._shape)) * itemsize
         self._group_rows = max(1, min(_ROW_GROUP_ROWS, _ROW_GROUP_BYTES // self._latent_bytes))
-        self._tensor_file: BinaryIO | None = None
         if contract.latents.format == "safetensors":
             self.paths = [Path(f"{stem}.safetensors"), Path(f"{stem}.rows.parquet")]
-            self._tensor_file = self.paths[0].open("wb")
-            self._tensor_file.write(bytes(8 + _SAFETENSORS_HEADER_BYTES))
         else:
             self.paths = [Path(f"{stem}.parquet")]
         plain = [name for name in self._schema.names if name != "latent"]
@@ -136,6 +133,10 @@ class BucketWriter:
             use_dictionary=["latent_shape.list.element", "latent_dtype"],
             write_statistics=plain,
         )
+        self._tensor_file: BinaryIO | None = None
+        if contract.latents.format == "safetensors":
+            self._tensor_file = self.paths[0].open("wb")
+            self._tensor_file.write(bytes(8 + _SAFETENSORS_HEADER_BYTES))
 
     def append(self, latents: torch.Tensor, rows: Sequence[RowMeta]) -> None:
         """Append latents [N, C, H, W] in the stored dtype, and their N rows."""
