@@ -6,6 +6,7 @@ starts. Credentials never stand in a config: they come from the environment or a
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -219,8 +220,8 @@ def _apply(tree: Any, override: str) -> None:
     for name in names[:-1]:
         if not isinstance(tree, dict):
             break
-        if tree.get(name) is None:
-            tree[name] = {}
+        # A copy: a YAML alias makes one dict of two sections, and only one of them is meant.
+        tree[name] = {} if tree.get(name) is None else copy.copy(tree[name])
         tree = tree[name]
     if not isinstance(tree, dict):
         raise ConfigError(f"--set {override}: {path} does not lead through sections of the config")
