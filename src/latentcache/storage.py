@@ -26,9 +26,10 @@ from latentcache.errors import ConfigError, DiskFull, ObjectNotFound, StorageErr
 
 T = TypeVar("T")
 
-# Pauses between tries. Short enough that a mistyped endpoint is told within ten seconds, long
-# enough for a store that asks to slow down; an outage longer than that is the unit retry's.
-_RETRY_PAUSES_S = (0.2, 0.5, 1.0, 2.0, 4.0)
+# Pauses between tries, each of which is up to three of botocore's own, about 1.5 s together. Short
+# enough that a mistyped endpoint is told within ten seconds, long enough for a store that asks to
+# slow down; an outage longer than that is the unit retry's.
+_RETRY_PAUSES_S = (0.5, 1.0)
 
 _READ_BLOCK_BYTES = 8 * 2**20
 
@@ -218,7 +219,8 @@ class Store:
         """
         if self.is_local:
             return self._retry(path, lambda: self._link_local(path, data))
-        if not self.is_conditional and (found := self._read_or_none(path)) is not None:
+        # Looking first decides nothing, but a store without conditional writes would replace it.
+        if (found := self._read_or_none(path)) is not None:
             return found == data
         for pause_s in (*_RETRY_PAUSES_S, None):
             try:
@@ -304,6 +306,8 @@ def _filesystem(url: str, options: StorageOptions) -> Any:
             "config_kwargs": {
                 "connect_timeout": 10,
                 "read_timeout": 60,
+                # The default of five tries times ours times s3fs's would take a minute to fail.
+                "retries": {"mode": "standard", "total_max_attempts": 3},
                 # Stores that are not AWS send no checksums, or wrong ones for ranges.
                 "response_checksum_validation": "when_required",
                 "request_checksum_calculation": "when_required",
@@ -343,7 +347,7 @@ def _translate(error: BaseException, url: str, options: StorageOptions) -> Stora
             "profile in `storage.profile`, or set `storage.anon: true` for a public bucket"
         )
     if kind == "ProfileNotFound":
-        return _Final(f"cannot open {url}: no profile {options.profile!r} in the AWS config files")
+        return _Final(f"cannot open {url}: {_first_line(error)}")
     if isinstance(error, PermissionError):
         return _Final(f"access to {url} denied: {_first_line(error)}; check the credentials")
     if kind in ("ParamValidationError", "HFValidationError", "RepositoryNotFoundError"):

@@ -73,13 +73,16 @@ class Lease:
     def require_alone(self) -> None:
         """Refuse to work beside another driver, on a store that cannot tell who was first.
 
+        Any other lease counts: of two drivers that see each other's, neither can know whether the
+        other looked before. Started at the very same moment, both refuse.
+
         Raises:
-            IncompleteRun: another run, begun earlier, holds a lease under ten minutes old.
+            IncompleteRun: another run holds a lease under ten minutes old.
         """
         # This lease was written a moment ago, so its time is the store's own.
         now = self._store.info(self._path).modified_at or time.time()
         for other in active_runs(self._store, now):
-            if other.run < self.run:
+            if other.run != self.run:
                 lease = self._store.url_of(f"{RUNS}/{other.run}.json")
                 raise IncompleteRun(
                     f"{self._store.url} has no conditional writes, so one run at a time, and "

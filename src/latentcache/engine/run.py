@@ -128,14 +128,17 @@ class _Driver:
         """Encode all pending units, or as many as there is time for."""
         compute = self.config.compute
         threads = None if compute.decode_threads == "auto" else compute.decode_threads
-        with Cluster(compute.num_gpus, compute.num_cpu_actors, threads) as cluster:
+        with (
+            Cluster(compute.num_gpus, compute.num_cpu_actors, threads) as cluster,
+            Lease(self.output, len(self.pending)) as lease,
+        ):
             self._establish_contract(cluster)
-            with Lease(self.output, len(self.pending)) as lease, self._signals(progress):
-                if not self.output.is_conditional:
-                    progress.say(
-                        f"{self.output.url} has no conditional writes: one run at a time, by lease"
-                    )
-                    lease.require_alone()
+            if not self.output.is_conditional:
+                progress.say(
+                    f"{self.output.url} has no conditional writes: one run at a time, by lease"
+                )
+                lease.require_alone()
+            with self._signals(progress):
                 self._check_rejects(progress)
                 dispatcher = Dispatcher(
                     cluster,
@@ -153,6 +156,7 @@ class _Driver:
                         self._give_up(event, dispatcher, progress)
                     else:
                         progress.polled(event.stats, event.num_lost)
+            self.write_manifest()  # under the lease, on which some stores rely
 
     def _job(self, decode_threads: int) -> Job:
         config = self.config
