@@ -67,13 +67,7 @@ class LatentEncoder:
         Raises:
             torch.OutOfMemoryError: not even one image fits.
         """
-        height_px, width_px = images.shape[2:]
-        moments = torch.cat(
-            [
-                self._encode_padded(chunk)
-                for chunk in torch.split(images, self.batch_size(width_px, height_px))
-            ]
-        )
+        moments = self._encode_in_batches(images)
         finite = moments.isfinite().all(dim=(1, 2, 3))
         if finite.all():
             return Encoded(moments, 0, ())
@@ -84,22 +78,29 @@ class LatentEncoder:
         bad = tuple(index for index in again if not moments[index].isfinite().all())
         return Encoded(moments, len(again) - len(bad), bad)
 
-    def _encode_padded(self, images: torch.Tensor) -> torch.Tensor:
-        num_images = len(images)
+    def _encode_in_batches(self, images: torch.Tensor) -> torch.Tensor:
         height_px, width_px = images.shape[2:]
-        full = self.batch_size(width_px, height_px)
+        done: list[torch.Tensor] = []
+        while len(images):
+            full = self.batch_size(width_px, height_px)
+            try:
+                done.append(self._encode_padded(images[:full], full))
+                images = images[full:]
+                continue
+            except torch.OutOfMemoryError:
+                if full == 1:
+                    raise
+            # Out here, where the error no longer holds on to the tensors that it met.
+            torch.cuda.empty_cache()
+            self._limits[width_px, height_px] = full // 2
+        return torch.cat(done)
+
+    def _encode_padded(self, images: torch.Tensor, full: int) -> torch.Tensor:
+        num_images = len(images)
         if self._device.type == "cuda" and num_images < full:
             # One shape per bucket: cuDNN picks its kernels once, and a tail runs like any batch.
             images = torch.cat([images, images[-1:].expand(full - num_images, -1, -1, -1)])
-        try:
-            return self._vae.encode(images.to(self._device)).cpu()[:num_images]
-        except torch.OutOfMemoryError:
-            if full == 1:
-                raise
-        torch.cuda.empty_cache()
-        self._limits[width_px, height_px] = full // 2
-        chunks = torch.split(images[:num_images], full // 2)
-        return torch.cat([self._encode_padded(chunk) for chunk in chunks])
+        return self._vae.encode(images.to(self._device)).cpu()[:num_images]
 
 
 def draw_latents(
