@@ -1,0 +1,224 @@
+"""The encoder of a unit: batches, memory, precision, and what is not finite."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from checkpoints import write_diffusers_folder
+from latentcache import KLAutoencoder, load_vae
+from latentcache.metrics import drift_db, psnr_db
+from latentcache.vae.encoder import LatentEncoder, draw_latents, resolve_precision
+from makers import draw
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> KLAutoencoder:
+    return load_vae(str(write_diffusers_folder(tmp_path_factory.mktemp("vae"))), decoder=False)
+
+
+@pytest.fixture
+def vae(loaded: KLAutoencoder) -> KLAutoencoder:
+    """A copy to spoil."""
+    return copy.deepcopy(loaded)
+
+
+def images_of(num: int, width: int = 64, height: int = 32) -> Tensor:
+    pixels = [np.asarray(draw(width, height, seed)) for seed in range(num)]
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
+
+
+class Spy:
+    """Stands before a VAE's `encode`: records batch sizes, and may fail above one."""
+
+    def __init__(self, vae: KLAutoencoder, fits: int = 10**9) -> None:
+        self._encode = vae.encode
+        self._fits = fits
+        self.batches: list[int] = []
+        self.num_failed = 0
+        vae.encode = self  # type: ignore[method-assign]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        if len(images) > self._fits:
+            self.num_failed += 1
+            raise torch.OutOfMemoryError("planted")
+        self.batches.append(len(images))
+        return self._encode(images)
+
+
+@pytest.mark.parametrize(("num", "batches"), [(1, [1]), (3, [3]), (7, [3, 3, 1]), (6, [3, 3])])
+def test_a_batch_is_split_and_equals_one_by_one(vae: KLAutoencoder, num: int, batches: list[int]):
+    images = images_of(num)
+    one_by_one = torch.cat([vae.encode(images[i : i + 1]) for i in range(num)])
+    spy = Spy(vae)
+    encoded = LatentEncoder(vae, "fp32", batch_size=3).encode(images)
+    assert spy.batches == batches
+    assert encoded.moments.shape == (num, 8, 4, 8)
+    assert encoded.moments.dtype == torch.float32
+    assert (encoded.num_in_fp32, encoded.bad) == (0, ())
+    # Convolutions may sum in another order for another batch size.
+    torch.testing.assert_close(encoded.moments, one_by_one, rtol=1e-4, atol=1e-4)
+
+
+def test_the_batch_size_depends_on_the_bucket_unless_it_is_given(vae: KLAutoencoder):
+    auto = LatentEncoder(vae, "fp32")
+    assert auto.batch_size(256, 256) == 4
+    assert auto.batch_size(128, 128) == 16
+    assert auto.batch_size(4096, 4096) == 1
+    assert LatentEncoder(vae, "fp32", batch_size=7).batch_size(4096, 4096) == 7
+
+
+def test_running_out_of_memory_halves_the_bucket_and_loses_nothing(vae: KLAutoencoder):
+    images = images_of(11)
+    expected = vae.encode(images)
+    spy = Spy(vae, fits=2)
+    encoder = LatentEncoder(vae, "fp32", batch_size=8)
+    encoded = encoder.encode(images)
+    assert spy.num_failed == 2, "8 and 4 do not fit, and 4 is tried once"
+    assert max(spy.batches) == 2
+    assert sum(spy.batches) == 11
+    torch.testing.assert_close(encoded.moments, expected, rtol=1e-4, atol=1e-4)
+    # From now on this bucket begins at what fits; another one does not suffer.
+    assert encoder.batch_size(64, 32) == 2
+    assert encoder.batch_size(32, 64) == 8
+    encoder.encode(images)
+    assert spy.num_failed == 2
+
+
+def test_an_image_that_does_not_fit_alone_is_an_error(vae: KLAutoencoder):
+    spy = Spy(vae, fits=0)
+    with pytest.raises(torch.OutOfMemoryError):
+        LatentEncoder(vae, "fp32", batch_size=4).encode(images_of(4))
+    assert spy.num_failed == 3
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_narrow_precision_stays_near_fp32_and_leaves_the_vae_alone(
+    vae: KLAutoencoder, precision: str
+):
+    images = images_of(2)
+    expected = vae.encode(images)
+    encoded = LatentEncoder(vae, precision).encode(images)
+    assert encoded.moments.dtype == torch.float32
+    assert not torch.equal(encoded.moments, expected)
+    assert drift_db(encoded.moments, expected) > 30
+    assert vae.dtype == torch.float32
+    assert torch.equal(vae.encode(images), expected)
+
+
+def test_what_overflows_in_fp16_is_encoded_again_in_fp32(vae: KLAutoencoder):
+    """SDXL's VAE does so: its activations leave float16, not float32."""
+    vae.encoder.conv_in.weight.data *= 1e6
+    images = images_of(3)
+    expected = vae.encode(images)
+    assert expected.isfinite().all()
+    encoded = LatentEncoder(vae, "fp16").encode(images)
+    assert (encoded.num_in_fp32, encoded.bad) == (3, ())
+    torch.testing.assert_close(encoded.moments, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_only_the_bad_images_of_a_batch_are_encoded_again_or_given_up(vae: KLAutoencoder):
+    images = images_of(5)
+    expected = vae.encode(images)
+    encode, calls = vae.encode, []
+
+    def spoilt(pixels: Tensor) -> Tensor:
+        """Image 1 fails beside others, image 3 always."""
+        calls.append(len(pixels))
+        moments = encode(pixels)
+        for index, image in enumerate(pixels):
+            if torch.equal(image, images[3]) or (len(pixels) > 1 and torch.equal(image, images[1])):
+                moments[index, 0, 0, 0] = math.nan
+        return moments
+
+    vae.encode = spoilt  # type: ignore[method-assign]
+    encoded = LatentEncoder(vae, "fp32", batch_size=5).encode(images)
+    assert calls == [5, 1, 1]
+    assert (encoded.num_in_fp32, encoded.bad) == (1, (3,))
+    good = [0, 1, 2, 4]
+    torch.testing.assert_close(encoded.moments[good], expected[good], rtol=1e-4, atol=1e-4)
+
+
+def test_a_cpu_resolves_to_fp32(vae: KLAutoencoder):
+    assert resolve_precision(vae, list(images_of(2))) == "fp32"
+    assert resolve_precision(vae, []) == "fp32"
+
+
+# What is drawn from the posterior.
+
+
+def moments_of(num: int, logvar: float) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    mean = torch.randn((num, 4, 4, 4), generator=generator)
+    return torch.cat([mean, torch.full_like(mean, logvar)], dim=1)
+
+
+def test_mean_and_moments_are_the_encoders_own():
+    moments = moments_of(3, -1.0)
+    keys = ["a", "b", "c"]
+    assert torch.equal(draw_latents(moments, "moments", "u", keys), moments)
+    assert torch.equal(draw_latents(moments, "mean", "u", keys), moments[:, :4])
+
+
+def test_a_sample_depends_on_unit_and_key_alone():
+    moments = moments_of(3, 0.0)
+    drawn = draw_latents(moments, "sample", "u", ["a", "b", "c"])
+    assert torch.equal(drawn, draw_latents(moments, "sample", "u", ["a", "b", "c"]))
+    # In other company, in another order.
+    again = draw_latents(moments[[2, 0]], "sample", "u", ["c", "a"])
+    assert torch.equal(again, drawn[[2, 0]])
+    noise = drawn - moments[:, :4]
+    assert not torch.equal(noise[0], noise[1])
+    other_unit = draw_latents(moments, "sample", "v", ["a", "b", "c"]) - moments[:, :4]
+    assert not torch.equal(noise, other_unit)
+    # The separator: ("u", "ab") and ("ua", "b") are not one sample.
+    one = draw_latents(moments[:1], "sample", "u", ["ab"])
+    assert not torch.equal(one, draw_latents(moments[:1], "sample", "ua", ["b"]))
+
+
+def test_the_noise_never_moves():
+    """Rows of one unit that were drawn by two releases must be the same."""
+    drawn = draw_latents(torch.zeros(1, 2, 1, 4), "sample", "unit", ["key"])
+    expected = [0.1739713, 0.5049616, -0.4968230, 0.6239539]
+    assert drawn.flatten().tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_samples_have_the_posteriors_mean_and_deviation():
+    logvar = -2.0
+    moments = moments_of(1, logvar).expand(2000, -1, -1, -1)
+    drawn = draw_latents(moments, "sample", "u", [f"k{index}" for index in range(2000)])
+    std = math.exp(logvar / 2)
+    # 64 values, 2,000 draws each: five standard errors of mean and of deviation.
+    assert (drawn.mean(dim=0) - moments[0, :4]).abs().max() < 5 * std / math.sqrt(2000)
+    assert (drawn.std(dim=0) - std).abs().max() < 5 * std / math.sqrt(2 * 2000)
+
+
+# The measures.
+
+
+def test_psnr_is_numpys():
+    one, other = images_of(4), images_of(5)[1:]
+    found = psnr_db(one, other)
+    a, b = one.numpy().astype(np.float64), other.numpy().astype(np.float64)
+    expected = 10 * np.log10(255**2 / ((a - b) ** 2).mean(axis=(1, 2, 3)))
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-12)
+    assert torch.isinf(psnr_db(one, one)).all()
+
+
+def test_drift_is_numpys():
+    generator = torch.Generator().manual_seed(0)
+    reference = torch.randn((3, 4, 5, 6), generator=generator) + 7
+    latents = reference + 1e-3 * torch.randn(reference.shape, generator=generator)
+    a, b = latents.double().numpy(), reference.double().numpy()
+    signal = ((b - b.mean(axis=(0, 2, 3), keepdims=True)) ** 2).sum()
+    expected = 10 * np.log10(signal / ((a - b) ** 2).sum())
+    assert drift_db(latents, reference) == pytest.approx(expected, rel=1e-9)
+    assert 55 < expected < 65
+    assert drift_db(reference, reference) == math.inf
+    latents[0, 0, 0, 0] = math.nan
+    assert drift_db(latents, reference) == -math.inf

@@ -1,0 +1,225 @@
+"""The two pieces of a unit's pipeline: how far ahead, in which order, and how they end."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import CancelledError, Future
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from latentcache.engine.stages import Background, OldestFirstPool, StageTimes
+
+# So long that only a hang reaches it; nothing here waits for time to pass.
+HANG_S = 60.0
+
+
+def wait(event: threading.Event) -> None:
+    assert event.wait(HANG_S), "hangs"
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_is_left() -> Iterator[None]:
+    before = set(threading.enumerate())
+    yield
+    assert set(threading.enumerate()) == before
+
+
+class Counted:
+    """An iterable of integers that tells when it gives each, and where it was touched."""
+
+    def __init__(self, num: int) -> None:
+        self.given = [threading.Event() for _ in range(num)]
+        self.threads: set[int] = set()
+        self.is_closed = False
+
+    def __iter__(self) -> Iterator[int]:
+        try:
+            for index, event in enumerate(self.given):
+                self.threads.add(threading.get_ident())
+                event.set()
+                yield index
+        finally:
+            self.is_closed = True
+
+
+@given(st.lists(st.integers()), st.integers(1, 5))
+def test_items_come_in_order(items: list[int], depth: int):
+    with Background(items, depth) as background:
+        assert list(background) == items
+
+
+def test_stages_stack():
+    with (
+        Background(range(100), 2) as first,
+        Background((n * n for n in first), 3) as second,
+        Background((n + 1 for n in second), 1) as third,
+    ):
+        assert list(third) == [n * n + 1 for n in range(100)]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 5])
+def test_it_runs_ahead_by_its_depth_and_never_further(depth: int):
+    items = Counted(30)
+    with Background(items, depth) as background:
+        consumer = iter(background)
+        for taken in range(20):
+            # The queue holds `depth`; one more is in the producer's hands.
+            wait(items.given[taken + depth])
+            # It is out of the queue's lock only to wait: by now nothing more may have been given.
+            assert not items.given[taken + depth + 1].is_set()
+            assert next(consumer) == taken
+    assert items.threads
+    assert threading.get_ident() not in items.threads
+
+
+def test_an_error_comes_after_the_items_before_it():
+    def items() -> Iterator[int]:
+        yield 1
+        yield 2
+        raise ValueError("third")
+
+    with Background(items(), 5) as background:
+        consumer = iter(background)
+        assert [next(consumer), next(consumer)] == [1, 2]
+        with pytest.raises(ValueError, match="third"):
+            next(consumer)
+
+
+def test_an_error_passes_through_the_stages_above():
+    def items() -> Iterator[int]:
+        yield 1
+        raise KeyboardInterrupt
+
+    with Background(items(), 1) as first, Background((n for n in first), 1) as second:
+        consumer = iter(second)
+        assert next(consumer) == 1
+        with pytest.raises(KeyboardInterrupt):
+            next(consumer)
+
+
+@pytest.mark.parametrize("num_taken", [0, 1, 3])
+def test_leaving_early_ends_a_producer_that_waits_for_room(num_taken: int):
+    items = Counted(1000)
+    with Background(items, 2) as background:
+        consumer = iter(background)
+        taken = [next(consumer) for _ in range(num_taken)]
+        wait(items.given[num_taken + 2])
+    assert taken == list(range(num_taken))
+    assert not items.given[num_taken + 4].is_set()
+
+
+def test_leaving_early_by_an_error_ends_the_whole_stack():
+    items = Counted(1000)
+    with (  # noqa: PT012
+        pytest.raises(ValueError, match="consumer"),
+        Background(items, 2) as first,
+        Background(first, 2) as second,
+    ):
+        next(iter(second))
+        raise ValueError("consumer")
+
+
+def test_stopping_lets_a_waiting_consumer_go():
+    """The upper stage waits for an item that the lower one cannot give yet."""
+    is_waiting, may_give = threading.Event(), threading.Event()
+
+    def slow() -> Iterator[int]:
+        is_waiting.set()
+        wait(may_give)
+        yield 1
+
+    with Background(slow(), 1) as lower, Background(lower, 1) as upper:
+        wait(is_waiting)
+        lower.stop()
+        assert list(upper) == []
+        may_give.set()
+
+
+def test_times_are_counted():
+    times = StageTimes()
+    with Background(range(10), 1, times) as background:
+        assert list(background) == list(range(10))
+    assert times.busy_s > 0
+    assert times.wait_s >= 0
+    assert times.to_json().keys() == {"busy_s", "wait_s"}
+    before = times.busy_s
+    with pytest.raises(ValueError, match="inside"), times.working():
+        raise ValueError("inside")
+    assert times.busy_s > before
+
+
+@pytest.fixture
+def pool() -> Iterator[OldestFirstPool]:
+    pool = OldestFirstPool("test", 1)
+    yield pool
+    pool.close()
+
+
+def block(pool: OldestFirstPool) -> threading.Event:
+    """Keep the pool's one thread busy until the event is set."""
+    started, release = threading.Event(), threading.Event()
+
+    def job() -> None:
+        started.set()
+        wait(release)
+
+    pool.submit(-1, job)
+    wait(started)
+    return release
+
+
+def test_the_oldest_units_jobs_go_first_each_in_its_order(pool: OldestFirstPool):
+    release = block(pool)
+    ran: list[tuple[int, int]] = []
+    futures = [
+        pool.submit(rank, lambda rank=rank, index=index: ran.append((rank, index)))
+        for index, rank in enumerate([3, 1, 2, 1, 3, 2, 1])
+    ]
+    release.set()
+    for future in futures:
+        future.result(HANG_S)
+    assert ran == [(1, 1), (1, 3), (1, 6), (2, 2), (2, 5), (3, 0), (3, 4)]
+
+
+def test_a_result_and_an_error_come_with_the_future(pool: OldestFirstPool):
+    def fail() -> None:
+        raise ValueError("job")
+
+    assert pool.submit(0, lambda: 42).result(HANG_S) == 42
+    with pytest.raises(ValueError, match="job"):
+        pool.submit(0, fail).result(HANG_S)
+    assert pool.submit(0, lambda: 43).result(HANG_S) == 43, "the thread lives on"
+
+
+def test_dropping_a_unit_cancels_its_waiting_jobs_alone(pool: OldestFirstPool):
+    release = block(pool)
+    ran: list[int] = []
+    futures: dict[int, Future[None]] = {
+        rank: pool.submit(rank, lambda rank=rank: ran.append(rank)) for rank in (1, 2, 3)
+    }
+    pool.drop(2)
+    release.set()
+    futures[3].result(HANG_S)
+    assert ran == [1, 3]
+    with pytest.raises(CancelledError):
+        futures[2].result(HANG_S)
+
+
+def test_all_threads_work_at_once():
+    """Each job waits for all the others: with fewer threads this would hang."""
+    pool = OldestFirstPool("test", 3)
+    barrier = threading.Barrier(3)
+    futures = [pool.submit(0, lambda: barrier.wait(HANG_S)) for _ in range(3)]
+    assert sorted(future.result(HANG_S) for future in futures) == [0, 1, 2]
+    pool.close()
+
+
+def test_jobs_are_timed_for_the_pool_and_for_their_unit(pool: OldestFirstPool):
+    times = StageTimes()
+    pool.submit(0, lambda: sum(range(10_000)), times).result(HANG_S)
+    pool.submit(0, lambda: sum(range(10_000))).result(HANG_S)
+    assert 0 < times.busy_s < pool.times.busy_s
+    assert times.wait_s > 0
