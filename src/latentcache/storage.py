@@ -26,10 +26,11 @@ from latentcache.errors import ConfigError, DiskFull, ObjectNotFound, StorageErr
 
 T = TypeVar("T")
 
-# Pauses between tries, each of which is up to three of botocore's own, about 1.5 s together. Short
-# enough that a mistyped endpoint is told within ten seconds, long enough for a store that asks to
-# slow down; an outage longer than that is the unit retry's.
-_RETRY_PAUSES_S = (0.5, 1.0)
+# Pauses between tries, each of which is up to three of botocore's own, about 1.5 s together. A
+# store that never answered is probably a mistyped endpoint, which should be told within ten
+# seconds; one that did is down for a while, and hours of work may hang on waiting two minutes.
+_NUM_PAUSES_AT_FIRST = 2
+_PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 30.0, 30.0)
 
 _READ_BLOCK_BYTES = 8 * 2**20
 
@@ -93,6 +94,7 @@ class Store:
             self.url = url.rstrip("/")
             self._root = self.url
         self._fs = _filesystem(self.url, options)
+        self._has_answered = False
         self.is_conditional = True
         """Whether put-if-absent is the store's own doing; `probe_conditional` finds out."""
 
@@ -133,16 +135,27 @@ class Store:
                 raise
             raise _translate(error, self.url_of(path), self.options) from error
 
+    def _pauses_s(self) -> Iterator[float]:
+        """Wait between tries; ends when it is time to give up."""
+        for index, pause_s in enumerate(_PAUSES_S):
+            if index >= _NUM_PAUSES_AT_FIRST and not self._has_answered:
+                return
+            yield pause_s * random.uniform(0.5, 1.5)
+
     def _retry(self, path: str, action: Callable[[], T]) -> T:
-        for pause_s in (*_RETRY_PAUSES_S, None):
+        pauses_s = self._pauses_s()
+        while True:
             try:
                 with self.named(path):
-                    return action()
+                    result = action()
+                self._has_answered = True
+                return result
             except StorageError as error:
-                if pause_s is None or _is_final(error):
+                self._has_answered |= isinstance(error, ObjectNotFound)
+                pause_s = None if _is_final(error) else next(pauses_s, None)
+                if pause_s is None:
                     raise
-                time.sleep(pause_s * random.uniform(0.5, 1.5))
-        raise AssertionError("unreachable")
+                time.sleep(pause_s)
 
     def read_bytes(self, path: str) -> bytes:
         """Read a whole object."""
@@ -222,19 +235,18 @@ class Store:
         # Looking first decides nothing, but a store without conditional writes would replace it.
         if (found := self._read_or_none(path)) is not None:
             return found == data
-        for pause_s in (*_RETRY_PAUSES_S, None):
-            try:
-                with self.named(path):
-                    self._fs.pipe_file(self._full(path), data, mode="create")
-                return True
-            except StorageError as error:
-                found = self._read_or_none(path)
-                if found is not None:
-                    return found == data
-                if pause_s is None or _is_final(error):
-                    raise
-                time.sleep(pause_s * random.uniform(0.5, 1.5))
-        raise AssertionError("unreachable")
+        return self._retry(path, lambda: self._create(path, data))
+
+    def _create(self, path: str, data: bytes) -> bool:
+        try:
+            with self.named(path):
+                self._fs.pipe_file(self._full(path), data, mode="create")
+        except StorageError:
+            found = self._read_or_none(path)
+            if found is None:
+                raise
+            return found == data
+        return True
 
     def probe_conditional(self, path: str, data: bytes) -> bool:
         """Find out whether the store refuses a second put; remembers the answer.
