@@ -21,7 +21,7 @@ Layer = tuple[Floats, str]  # pixels and the words for the caption
 
 # Luminance, warm-cool and green-magenta axes as RGB directions.
 _OPPONENT_AXES = np.array([[1.0, 1.0, 1.0], [1.0, 0.1, -1.1], [-0.55, 1.0, -0.45]], np.float32)
-_SYLLABLES = ("ka", "lo", "mi", "tra", "ven", "sul", "do", "pe", "chan", "ost", "ber", "qua", "zin")
+_SYLLABLES = "ka lo mi tra ven sul do pe ri chan ost ber ly qua zin for gu hem".split()  # noqa: SIM905
 
 
 def draw_image(
