@@ -302,7 +302,8 @@ def verify_command(
     from latentcache.quality.verify import verify
 
     url, options = _locate(target, set_)
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("verifying", total=None)
         found = verify(
             url,

@@ -20,6 +20,7 @@ from latentcache.errors import ConfigError
 from latentcache.images.source import SourceShard, list_shards
 from latentcache.images.transform import Bucket, ratio_buckets
 from latentcache.storage import StorageOptions, Store
+from latentcache.vae.model import FAMILY
 from latentcache.vae.weights import encoder_fingerprint, load_vae
 
 
@@ -137,15 +138,9 @@ def wanted_contract(config: Config) -> Contract:
             )
     return Contract(
         vae=VaeContract(
-            family="kl",
+            family=FAMILY,
             encoder_fingerprint=encoder_fingerprint(vae),
-            architecture={
-                "block_out_channels": list(arch.block_out_channels),
-                "layers_per_block": arch.layers_per_block,
-                "mid_block_add_attention": arch.mid_block_add_attention,
-                "norm_num_groups": arch.norm_num_groups,
-                "use_quant_conv": arch.use_quant_conv,
-            },
+            architecture=arch.encoder_fields,
             latent_channels=arch.latent_channels,
             downsample_factor=arch.downsample_factor,
             scaling_factor=float(arch.scaling_factor),

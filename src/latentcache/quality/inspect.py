@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from latentcache.dataset.reader import Dataset
 
@@ -83,7 +84,7 @@ def render(described: dict[str, Any]) -> str:
     }
     table = Table.grid(padding=(0, 2))
     for name, value in facts.items():
-        table.add_row(name, str(value))
+        table.add_row(name, _plain(value))
     console.print(table)
     _print_table(console, "buckets", ("size", "rows"), described["buckets"].items())
     channels = [
@@ -105,6 +106,11 @@ def _print_table(console: Console, title: str, names: tuple[str, ...], rows: Any
     if rows:
         table = Table(*names, title=title, title_justify="left", box=None, pad_edge=False)
         for row in rows:
-            table.add_row(*(str(value) for value in row))
+            table.add_row(*(_plain(value) for value in row))
         console.print()
         console.print(table)
+
+
+def _plain(value: object) -> Text:
+    """Show a value as it is: a caption is neither Rich's markup nor a command to the terminal."""
+    return Text("".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in str(value)))

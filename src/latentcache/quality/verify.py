@@ -109,7 +109,9 @@ def _check_unit(
     groups: dict[str, list[DataFile]] = {}
     for file in record.files:
         groups.setdefault(file.bucket, []).append(file)
-    num_rows = 0
+    num_rows = sum(files[-1].num_rows for files in groups.values())
+    if num_rows != record.num_rows:
+        yield problem("", f"the files hold {num_rows} rows, the receipt says {record.num_rows}")
     keys: set[str] = set()
     with tempfile.TemporaryDirectory(prefix="latentcache-") as folder:
         for files in (*groups.values(), *([[record.rejects]] if record.rejects else [])):
@@ -127,13 +129,10 @@ def _check_unit(
                 if message := _check_rejects(local[0], record.num_rejects):
                     yield problem(files[0].path, message)
                 continue
-            num_rows += files[-1].num_rows
             for message in _check_rows(local, files[-1], contract, keys):
                 yield problem(files[-1].path, message)
             for path in local:
                 path.unlink()
-    if not quick and num_rows != record.num_rows:
-        yield problem("", f"the files hold {num_rows} rows, the receipt says {record.num_rows}")
 
 
 def _check_object(store: Store, file: DataFile, target: Path | None) -> str | None:

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 
 from latentcache.errors import CheckpointError, ConfigError
 
+FAMILY = "AutoencoderKL"
+
 GROUP_NORM_EPS = 1e-6
 LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0  # diffusers' DiagonalGaussianDistribution clamps to these
 
@@ -52,6 +54,18 @@ class Architecture:
     def downsample_factor(self) -> int:
         """Image pixels per latent pixel along one side: each block but the last halves the side."""
         return int(2 ** (len(self.block_out_channels) - 1))
+
+    @property
+    def encoder_fields(self) -> dict[str, Any]:
+        """The fields that shape the encoder, as plain JSON; the others do not move a latent."""
+        return {
+            "block_out_channels": list(self.block_out_channels),
+            "layers_per_block": self.layers_per_block,
+            "latent_channels": self.latent_channels,
+            "norm_num_groups": self.norm_num_groups,
+            "use_quant_conv": self.use_quant_conv,
+            "mid_block_add_attention": self.mid_block_add_attention,
+        }
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], name: str = "config.json") -> Architecture:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from latentcache.errors import CheckpointError, ConfigError, ObjectNotFound
 from latentcache.storage import StorageOptions, Store, split_url
-from latentcache.vae.model import Architecture, KLAutoencoder
+from latentcache.vae.model import FAMILY, Architecture, KLAutoencoder
 from latentcache.vae.tensorfile import SUFFIXES, read_tensors
 
 DEMO = "demo"
@@ -68,7 +68,7 @@ def load_vae(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     decoder: bool = True,
-    options: StorageOptions = StorageOptions(),  # noqa: B008  (frozen)
+    options: StorageOptions = StorageOptions(),
 ) -> KLAutoencoder:
     """Load a frozen VAE, ready to encode and decode.
 
@@ -116,16 +116,7 @@ def encoder_fingerprint(vae: KLAutoencoder) -> str:
     """
     if vae.dtype != torch.float32:
         raise ConfigError(f"the fingerprint wants a float32 VAE, not {vae.dtype}")
-    architecture = vae.architecture
-    fields = {
-        "family": "AutoencoderKL",
-        "block_out_channels": architecture.block_out_channels,
-        "layers_per_block": architecture.layers_per_block,
-        "latent_channels": architecture.latent_channels,
-        "norm_num_groups": architecture.norm_num_groups,
-        "use_quant_conv": architecture.use_quant_conv,
-        "mid_block_add_attention": architecture.mid_block_add_attention,
-    }
+    fields = {"family": FAMILY, **vae.architecture.encoder_fields}
     digest = hashlib.sha256(_canonical_json(fields))
     for name, tensor in sorted(vae.state_dict().items()):
         if not name.startswith(_DECODER):
@@ -226,7 +217,7 @@ def _recognise(
     tensors = {k: t for k, t in tensors.items() if not k.startswith(_NOT_WEIGHTS)}
     named = {_rename(key, _COMPVIS_RENAMES): tensor for key, tensor in tensors.items()}
     named = _reverse_up_blocks(named)
-    if config is not None and config.get("_class_name") == "AutoencoderKL":
+    if config is not None and config.get("_class_name") == FAMILY:
         return Architecture.from_config(config, name=f"the config.json beside {name}"), named
     scaling_factor = _SDXL_SCALING_FACTOR if is_sdxl else _SD_SCALING_FACTOR
     return _infer_architecture(named, scaling_factor, name), named
