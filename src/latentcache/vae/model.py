@@ -113,7 +113,7 @@ class _Fields:
 
     def require_family(self) -> None:
         """Refuse what is not an AutoencoderKL built from the blocks in this file."""
-        if self.config.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
+        if self.config.get("_class_name", FAMILY) != FAMILY:
             raise self.error("_class_name", "is not supported: only AutoencoderKL is")
         for field, known in (
             ("act_fn", "silu"),
