@@ -13,7 +13,6 @@ import jsonschema
 import pytest
 import yaml
 
-from checkpoints import write_diffusers_folder
 from latentcache import Config, load_config, make_plan, parse_config
 from latentcache.errors import ConfigError
 from makers import png, write_tar
@@ -46,11 +45,10 @@ def complaints(tree: object) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def local_source(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def local_source(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Overrides that point a config at a tiny checkpoint, one local shard and an empty folder."""
     folder = tmp_path_factory.mktemp("local")
     shard = write_tar(folder / "000000.tar", [("a.jpg", png(64, 64)), ("a.txt", b"a")])
-    checkpoint = write_diffusers_folder(folder / "vae")
     return [
         f"vae.checkpoint={checkpoint}",
         f"source.shards={shard}",

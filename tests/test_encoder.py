@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from checkpoints import write_diffusers_folder
 from latentcache import KLAutoencoder, load_vae
 from latentcache.metrics import drift_db, psnr_db
 from latentcache.vae.encoder import LatentEncoder, draw_latents, resolve_precision
@@ -18,8 +18,8 @@ from makers import draw
 
 
 @pytest.fixture(scope="module")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> KLAutoencoder:
-    return load_vae(str(write_diffusers_folder(tmp_path_factory.mktemp("vae"))), decoder=False)
+def loaded(checkpoint: Path) -> KLAutoencoder:
+    return load_vae(str(checkpoint), decoder=False)
 
 
 @pytest.fixture

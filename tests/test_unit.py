@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from checkpoints import make_reference, write_diffusers_folder
+from checkpoints import TINY_KL_F8, make_reference
 from latentcache import KLAutoencoder, load_vae, make_plan, parse_config
 from latentcache.dataset.contract import Contract
 from latentcache.dataset.receipts import DataFile, Receipt, Unit, new_attempt
@@ -43,11 +43,6 @@ SIZE = 64
 # Our resize is within 2 levels of Pillow's, 38 dB of these random weights' latents. Another
 # filter is 22 dB away, a crop off by one pixel 7 dB.
 RESIZED_DB = 34.0
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_diffusers_folder(tmp_path_factory.mktemp("vae"))
 
 
 @pytest.fixture(scope="module")
@@ -420,7 +415,7 @@ def test_what_is_not_finite_is_encoded_again_and_else_rejected(
 def test_a_latent_too_large_for_its_stored_type_is_a_reject(
     tmp_path: Path, checkpoint: Path, make: Make
 ):
-    reference = make_reference({"block_out_channels": [32, 32, 64, 64], "layers_per_block": 1})
+    reference = make_reference(TINY_KL_F8)
     reference.quant_conv.weight.data *= 1e6
     folder = tmp_path / "huge"
     reference.save_pretrained(folder)

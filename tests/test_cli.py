@@ -1,0 +1,378 @@
+"""The command line as a user meets it: exit codes, one JSON object, one line for each mistake."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import latentcache
+from latentcache import open_dataset, verify
+from latentcache.metrics import drift_db
+from makers import config_tree, flip_byte, png, tree_digest, write_tar
+from runs import Cli, Result
+
+DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"
+
+VERBS = ("run", "plan", "status", "verify", "inspect", "schema", "demo-data")
+
+# Rich would take these for markup, a terminal for a command.
+CAPTION = "[red]a [/b] caption\x1b[2J with ü and\na line break"
+
+
+@dataclass(frozen=True)
+class Demo:
+    """`configs/demo.yaml` over shards of `demo-data` and one of our own, at a small resolution."""
+
+    cli: Cli
+    folder: Path
+    first: Result
+
+    @property
+    def url(self) -> str:
+        return str(self.folder / "out")
+
+    def args(self, verb: str, *more: str) -> list[str]:
+        overrides = [
+            f"source.shards={self.folder}/shards/*.tar",
+            f"output.url={self.folder}/out",
+            "transform.resolution_px=64",
+            "transform.buckets={max_ratio: 2.0, step_px: 32}",
+            "rejects.max_rate=0.5",
+        ]
+        return [verb, str(DEMO), *(part for o in overrides for part in ("--set", o)), *more]
+
+    def __call__(self, verb: str, *more: str) -> Result:
+        return self.cli(*self.args(verb, *more))
+
+    def moved_to(self, folder: Path) -> Demo:
+        """A copy of its output to damage; the shards stay where they are, as links."""
+        shutil.copytree(self.folder / "out", folder / "out")
+        (folder / "shards").symlink_to(self.folder / "shards")
+        return Demo(self.cli, folder, self.first)
+
+    def objects(self, pattern: str) -> list[Path]:
+        return sorted((self.folder / "out").glob(pattern))
+
+
+@pytest.fixture(scope="module")
+def demo(cli: Cli, local_cli: Cli, tmp_path_factory: pytest.TempPathFactory) -> Demo:
+    """Made by a run that starts a Ray of its own, whose processes write to stdout too."""
+    folder = tmp_path_factory.mktemp("demo")
+    drawn = cli.ok("demo-data", folder / "shards", "--shards", "3", "--samples", "5")
+    assert (drawn["num_shards"], drawn["num_samples"], drawn["num_broken"]) == (3, 15, 3)
+    write_tar(
+        folder / "shards" / "own.tar",
+        [("a.png", png(80, 80)), ("a.txt", CAPTION.encode()), ("b.png", png(80, 80, 1))],
+    )
+    unfinished = Demo(local_cli, folder, Result(-1, "", ""))
+    return Demo(cli, folder, unfinished("run", "--json"))
+
+
+def assert_one_complaint(result: Result, code: int, told: str) -> None:
+    assert result.code == code, result
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("latentcache: error: ")
+    assert told in line
+
+
+# Help.
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help(cli: Cli, verb: str):
+    result = cli(verb, "--help")
+    assert result.code == 0
+    assert f"latentcache {verb}" in result.stdout
+    assert cli(verb, "-h").stdout == result.stdout
+
+
+def test_help_names_every_verb(cli: Cli):
+    result = cli("--help")
+    assert result.code == 0
+    assert all(verb in result.stdout for verb in VERBS)
+    assert cli("--version").stdout.strip() == latentcache.__version__
+
+
+@pytest.mark.parametrize(
+    "args",
+    [["encode"], ["run"], ["run", "a.yaml", "--sett", "a=b"], ["inspect", "x", "--rows", "-1"]],
+)
+def test_wrong_usage_exits_2(cli: Cli, args: list[str]):
+    result = cli(*args)
+    assert result.code == 2
+    assert result.stdout == ""
+    assert "Usage" in result.stderr
+
+
+# Mistakes.
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A valid config `c.yaml`, and a source of one shard."""
+    write_tar(tmp_path / "src" / "0.tar", [("a.png", png(64, 64))])
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config_tree(tmp_path)))
+    return tmp_path
+
+
+@pytest.mark.parametrize("verb", ["run", "plan", "status", "verify", "inspect"])
+def test_a_wrong_config_is_one_line_and_exit_2(cli: Cli, folder: Path, verb: str):
+    result = cli(verb, folder / "c.yaml", "--set", "transform.resolution=64")
+    assert_one_complaint(result, 2, "transform.resolution: no such setting; did you mean")
+    assert result.stdout == ""
+
+
+def test_a_config_that_is_not_there_is_told(cli: Cli, folder: Path):
+    assert_one_complaint(cli("plan", folder / "none.yaml"), 2, "none.yaml: No such file")
+
+
+MISTAKES = [
+    ("source.shards=pipe:cat x.tar", 2, "source.shards"),
+    ("source.shards=FOLDER/src/*.gz", 1, "*.gz"),
+    ("source.shards=FOLDER/src/{0..3}.tar", 1, "1.tar"),
+    ("source.shards=nosuch://bucket/x.tar", 2, "nosuch"),
+    ("vae.checkpoint=FOLDER/nowhere", 2, "nowhere"),
+    ("vae.checkpoint=FOLDER/c.yaml", 2, "c.yaml"),
+    ("transform.buckets={max_ratio: 2.0, step_px: 48}", 2, "step_px 48"),
+]
+
+
+@pytest.mark.parametrize(("override", "code", "told"), MISTAKES)
+def test_what_cannot_be_started_is_one_line(
+    cli: Cli, folder: Path, override: str, code: int, told: str
+):
+    override = override.replace("FOLDER", str(folder))
+    result = cli("run", folder / "c.yaml", "--set", override)
+    assert_one_complaint(result, code, told)
+    assert not (folder / "out").exists()
+
+
+def test_with_json_an_error_is_an_object_too(cli: Cli, folder: Path):
+    result = cli("run", folder / "c.yaml", "--set", "vae.checkpoint=nowhere", "--json")
+    assert result.json.keys() == {"status", "error", "exit_code"}
+    assert (result.json["status"], result.json["exit_code"]) == ("error", 2)
+    assert result.code == 2
+
+
+@pytest.mark.parametrize("verb", ["status", "verify", "inspect"])
+def test_what_is_no_dataset_is_told(cli: Cli, folder: Path, verb: str):
+    assert_one_complaint(cli(verb, folder / "src"), 1, "is not a latent dataset")
+
+
+def test_set_goes_with_a_config(cli: Cli, folder: Path):
+    told = "--set goes with a config"
+    assert_one_complaint(cli("status", folder / "src", "--set", "name=x"), 2, told)
+
+
+# What is made.
+
+
+def test_run_says_what_it_made(demo: Demo):
+    made = demo.first.json
+    assert demo.first.code == 0, demo.first.stderr
+    assert made.keys() >= {
+        *("status", "num_units", "num_committed", "num_skipped", "num_rows", "num_rejects"),
+        *("manifest", "elapsed_s", "exit_code"),
+    }
+    assert made["status"] == "complete"
+    assert (made["num_units"], made["num_committed"], made["num_skipped"]) == (4, 4, 0)
+    assert (made["manifest"], made["exit_code"], made["failed"]) == (1, 0, [])
+    assert made["num_rows"] + made["num_rejects"] == 15 + 2
+    assert made["num_rejects"] == 3
+    dataset = open_dataset(demo.url)
+    assert len(dataset) == made["num_rows"]
+    assert all(row.latent.isfinite().all() for row in dataset)
+
+
+def test_a_second_run_has_nothing_to_do_and_writes_nothing(demo: Demo):
+    before = tree_digest(demo.folder)
+    result = demo("run", "--json")
+    assert result.code == 0
+    again = result.json
+    assert (again["num_committed"], again["num_skipped"], again["manifest"]) == (0, 4, 1)
+    assert again["num_rows"] == demo.first.json["num_rows"]
+    assert tree_digest(demo.folder) == before
+
+
+def test_plan_says_what_is_left_and_why(demo: Demo, tmp_path: Path):
+    nothing = demo("plan", "--json").json
+    assert nothing.keys() >= {"num_units", "num_pending", "pending", "contract_diff"}
+    assert (nothing["num_units"], nothing["num_pending"], nothing["pending"]) == (4, 0, [])
+    assert nothing["contract_diff"] == []
+
+    again = demo("plan", "--retry-rejects", "--json").json
+    assert again["num_pending"] == 3
+    assert {p["reason"] for p in again["pending"]} == {"retry of 1 rejects"}
+    assert all(p.keys() == {"unit", "source", "reason"} for p in again["pending"])
+
+    text = demo("plan", "--set", f"output.url={tmp_path}/new").stdout
+    assert [line.split()[-1] for line in text.splitlines()[:4]] == ["new"] * 4
+    assert "own.tar" in text
+    assert "4 of 4 units to encode" in text
+    assert not (tmp_path / "new").exists()
+
+
+def test_another_contract_is_refused_with_its_diff(demo: Demo):
+    before = tree_digest(demo.folder)
+    other = ("--set", "latents.dtype=float32")
+    planned = demo("plan", *other, "--json")
+    assert planned.code == 2
+    assert planned.json["contract_diff"] == ['latents.dtype: "float16" there, "float32" wanted']
+    refused = demo("run", *other)
+    assert refused.code == 2
+    assert "latents.dtype" in refused.stderr
+    assert "output.url" in refused.stderr
+    assert tree_digest(demo.folder) == before
+
+
+def test_status_is_that_of_the_dataset(demo: Demo):
+    status = demo.cli.ok("status", demo.url)
+    assert status.keys() >= {"num_units", "num_committed", "num_rows", "num_rejects", "manifests"}
+    assert (status["num_units"], status["num_committed"]) == (4, 4)
+    assert (status["manifests"], status["complete"]) == ([1], True)
+    assert status["num_rows"] == demo.first.json["num_rows"]
+    assert status["num_rejects"] == demo.first.json["num_rejects"]
+    assert status["failed"] == {}
+    assert status["active_runs"] == []
+    assert "4 of 4 known units committed" in demo("status").stdout, "by its config"
+
+
+def test_inspect_shows_what_it_is(demo: Demo):
+    shown = demo.cli.ok("inspect", demo.url, "--rows", "100")
+    dataset = open_dataset(demo.url)
+    assert shown["num_rows"] == len(dataset) == len(shown["rows"])
+    assert shown["num_rejects"] == 3
+    assert sum(shown["rejects_by_reason"].values()) == 3
+    assert sum(shown["buckets"].values()) == len(dataset)
+    assert shown["contract"] == dataset.contract.to_json()
+    assert [c["mean"] for c in shown["channels"]] == dataset.stats.mean.tolist()
+    assert [c["std"] for c in shown["channels"]] == dataset.stats.std.tolist()
+    (own,) = (row for row in shown["rows"] if row["key"] == "a")
+    assert own["caption"] == CAPTION
+    assert own["original_size"] == [80, 80]
+
+
+def test_inspect_prints_captions_as_they_are(demo: Demo):
+    result = demo("inspect", "--rows", "100")
+    assert result.code == 0
+    text = result.stdout
+    assert "[red]a" in text
+    assert "[/b]" in text
+    assert "\x1b" not in text, "a caption may not command the terminal"
+    assert "64x64" in text
+
+
+def test_verify_is_content(demo: Demo):
+    before = tree_digest(demo.folder)
+    found = demo.cli.ok("verify", demo.url)
+    assert found.keys() >= {"ok", "num_files", "num_rows", "num_rejects", "problems"}
+    assert found["ok"]
+    assert found["problems"] == []
+    files = [*demo.objects("data/*/*"), *demo.objects("rejects/*/*")]
+    assert found["num_files"] == len(files)
+    assert found["num_rows"] == demo.first.json["num_rows"]
+    assert found["num_rejects"] == demo.first.json["num_rejects"]
+    assert demo("verify", "--quick").stdout.startswith("ok: manifest 1, 4 units")
+    assert tree_digest(demo.folder) == before
+
+
+def test_damage_is_found_marked_and_mended(demo: Demo, tmp_path: Path):
+    copy = demo.moved_to(tmp_path)
+    undamaged = {row.key: row.latent for row in open_dataset(copy.url)}
+    flipped, deleted = copy.objects("data/*/*")[:2]
+    flip_byte(flipped)
+
+    # Same size: a quick look cannot see it, a whole one names it.
+    assert copy.cli.ok("verify", copy.url, "--quick")["ok"]
+    result = copy.cli("verify", copy.url, "--json")
+    assert result.code == 3
+    (problem,) = result.json["problems"]
+    assert problem["path"] == flipped.relative_to(copy.url).as_posix()
+    assert "SHA-256" in problem["message"]
+    assert "--repair" in result.stderr
+
+    deleted.unlink()
+    result = copy.cli("verify", copy.url, "--quick")
+    assert result.code == 3
+    assert f"{deleted.relative_to(copy.url).as_posix()}: is gone" in result.stdout
+
+    result = copy.cli("verify", copy.url, "--repair", "--json")
+    assert result.code == 3
+    bad = {flipped.parent.name, deleted.parent.name}
+    assert set(result.json["repaired"]) == bad
+    assert "run the config again" in result.stderr
+
+    planned = copy.cli(*planned_args(copy)).json
+    assert {p["unit"] for p in planned["pending"]} == bad
+    assert {p["reason"] for p in planned["pending"]} == {"marked to be encoded again"}
+    mended = copy.cli(*planned_args(copy, "run")).json
+    assert (mended["num_committed"], mended["num_skipped"]) == (len(bad), 4 - len(bad))
+    assert mended["manifest"] == 2
+    assert verify(copy.url).ok
+    again = {row.key: row.latent for row in open_dataset(copy.url)}
+    assert again.keys() == undamaged.keys()
+    # Another number of threads adds up in another order.
+    for key, latent in again.items():
+        assert drift_db(latent[None], undamaged[key][None]) > 50
+
+
+def planned_args(copy: Demo, verb: str = "plan") -> list[str]:
+    """Its shards by the URLs that the units are named after."""
+    shards = (copy.folder / "shards").resolve()
+    return copy.args(verb, "--set", f"source.shards={shards}/*.tar", "--json")
+
+
+def test_the_schema_is_one_json_object(cli: Cli):
+    schema: dict[str, Any] = json.loads(cli("schema").stdout)
+    assert schema["type"] == "object"
+
+
+def test_demo_data_says_what_it_drew(cli: Cli, tmp_path: Path):
+    said = cli("demo-data", tmp_path, "--shards", "1", "--samples", "2", "--no-broken").stdout
+    assert said == f"2 samples, 0 of them broken, in {tmp_path}\n"
+
+
+# The reject budget.
+
+
+def test_too_many_rejects_stop_the_run_with_what_there_is(cli: Cli, tmp_path: Path):
+    """Two shards of 505 samples, of which five are pictures."""
+    for shard in range(2):
+        members = [(f"{index:04d}.jpg", b"text") for index in range(500)]
+        members += [(f"good{index}.png", png(64, 64, index)) for index in range(5)]
+        write_tar(tmp_path / "src" / f"{shard}.tar", members)
+    config, url = tmp_path / "c.yaml", str(tmp_path / "out")
+    config.write_text(yaml.safe_dump(config_tree(tmp_path)))
+
+    # Fewer than a thousand samples say nothing of the rate.
+    first = cli("run", config, "--set", f"source.shards={tmp_path}/src/0.tar", "--json")
+    assert first.code == 0
+    assert (first.json["status"], first.json["num_rejects"]) == ("complete", 500)
+
+    second = cli("run", config, "--json")
+    assert second.code == 3
+    made = second.json
+    assert (made["status"], made["exit_code"]) == ("too_many_rejects", 3)
+    assert (made["num_committed"], made["num_rows"], made["num_rejects"]) == (1, 10, 1000)
+    assert "99.0% of 1010 samples were rejected" in second.stderr
+    assert "rejects.max_rate" in second.stderr
+    assert not open_dataset(url, made["manifest"]).manifest.complete
+    assert len(open_dataset(url)) == 5, "the newest complete manifest is that of the first run"
+    assert not cli.ok("status", url)["complete"]
+
+    # The same command again finds the same, and encodes nothing.
+    again = cli("run", config, "--json")
+    assert (again.code, again.json["num_committed"]) == (3, 0)
+    assert again.json["manifest"] == made["manifest"]
+
+    # Who accepts the rate gets the dataset, without encoding anything again.
+    accepted = cli("run", config, "--set", "rejects.max_rate=1", "--json")
+    assert accepted.code == 0
+    assert (accepted.json["num_committed"], accepted.json["num_rows"]) == (0, 10)
+    assert len(open_dataset(url)) == 10

@@ -1,0 +1,185 @@
+"""Verification: each kind of damage is found, named, and laid to the right unit."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from latentcache import open_dataset, verify
+from latentcache.dataset.contract import Contract, establish_contract
+from latentcache.dataset.manifest import State, write_next
+from latentcache.dataset.receipts import list_receipt_names, read_receipts
+from latentcache.dataset.shards import RejectRow, describe_file
+from latentcache.errors import DatasetError
+from latentcache.storage import Store
+from makers import commit_unit, flip_byte, make_contract, make_latents, tree_digest, write_dataset
+
+BUCKETS = ((64, 64), (64, 96))
+REJECTS = {"a.tar": [RejectRow("bad", "decode", "truncated_image", "ends early")]}
+
+
+@pytest.fixture(params=["parquet", "safetensors"])
+def output(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    contract = make_contract(buckets=BUCKETS, format=request.param)
+    latents = {bucket: make_latents(contract, bucket, 4) for bucket in BUCKETS}
+    write_dataset(tmp_path, contract, {"a.tar": latents, "b.tar": latents}, REJECTS)
+    return tmp_path / "out"
+
+
+def test_an_undamaged_dataset_is_ok(output: Path):
+    before, steps = tree_digest(output), []
+    found = verify(str(output), progress=lambda done, total: steps.append((done, total)))
+    assert (found.ok, found.problems, found.repaired) == (True, [], [])
+    assert (found.num_units, found.num_rows, found.num_rejects) == (2, 16, 1)
+    assert found.num_files == len(list(output.glob("data/*/*"))) + 1
+    assert steps == [(1, 2), (2, 2)]
+    assert verify(str(output), repair=True).repaired == []
+    assert tree_digest(output) == before
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+def lengthen(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"x")
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str, bool]] = {
+    # name: what is done, what is said, whether a quick look sees it
+    "deleted": (Path.unlink, "is gone", True),
+    "truncated": (cut, "bytes, not", True),
+    "lengthened": (lengthen, "bytes, not", True),
+    "emptied": (lambda path: path.write_bytes(b""), "has 0 bytes, not", True),
+    "flipped": (flip_byte, "its SHA-256 differs", False),
+}
+
+
+@pytest.mark.parametrize("kind", ["data", "rejects"])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_named_once_with_its_object_and_unit(output: Path, kind: str, damage: str):
+    act, told, is_quick = DAMAGE[damage]
+    path = sorted(output.glob(f"{kind}/*/*"))[-1]
+    act(path)
+    found = verify(str(output))
+    (problem,) = found.problems
+    assert not found.ok
+    assert problem.path == path.relative_to(output).as_posix()
+    assert problem.unit == path.parent.name
+    sources = {record.unit.id: record.unit.source for record in open_dataset(str(output)).units}
+    assert problem.source == sources[problem.unit]
+    assert told in problem.message
+    assert verify(str(output), quick=True).ok != is_quick
+
+
+def test_all_damage_is_told_at_once(output: Path):
+    for path in output.glob("data/*/*"):
+        flip_byte(path)
+    found = verify(str(output))
+    named = sorted(problem.path for problem in found.problems)
+    assert named == sorted(p.relative_to(output).as_posix() for p in output.glob("data/*/*"))
+
+
+def test_repair_voids_the_bad_units_alone_and_once(output: Path):
+    path = sorted(output.glob("data/*/*"))[0]
+    path.unlink()
+    before = tree_digest(output)
+    marked = verify(str(output), quick=True, repair=True)
+    assert marked.repaired == [path.parent.name]
+    assert not marked.ok
+    after = tree_digest(output)
+    assert after.items() > before.items()
+    (name,) = after.keys() - before.keys()
+    assert name == f"commits/{path.parent.name}-1.json"
+    (void,) = read_receipts(Store(str(output)), [f"{path.parent.name}-1"])
+    assert (void.state, void.record.num_rows, void.record.files) == ("void", 0, ())
+    assert verify(str(output), quick=True, repair=True).repaired == []
+    assert len(open_dataset(str(output))) == 16, "rows stand until they are encoded again"
+
+
+# What only a fault of ours could make: the receipt agrees with the object, but its rows are wrong.
+
+
+def committed(folder: Path, contract: Contract, latents: torch.Tensor) -> Store:
+    store = Store(str(folder / "out"))
+    establish_contract(store, contract, {})
+    commit_unit(store, contract, folder / "staging", "a.tar", {(64, 64): latents})
+    return store
+
+
+def publish(store: Store, contract: Contract) -> str:
+    (receipt,) = read_receipts(store, list_receipt_names(store))
+    listing = {receipt.record.unit.source: [receipt.record.unit]}
+    write_next(State(store), contract.fingerprint, 4, lambda: listing, on_missing="keep")
+    return store.url
+
+
+@pytest.mark.parametrize("format", ["parquet", "safetensors"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_latent_that_is_not_finite_is_found(tmp_path: Path, format: str, value: float):
+    contract = make_contract(format=format)
+    latents = make_latents(contract, (64, 64), 3)
+    latents[1, 2, 3, 4] = value
+    (problem,) = verify(publish(committed(tmp_path, contract, latents), contract)).problems
+    assert problem.message == "row 'k0001' is not finite"
+
+
+def rewrite(store: Store, change: Callable[[pa.Table], pa.Table]) -> None:
+    """Change a unit's Parquet file, and make its receipt agree in size and hash."""
+    (receipt,) = read_receipts(store, list_receipt_names(store))
+    (file,) = receipt.record.files
+    path = Path(store.url.removeprefix("file://")) / file.path
+    pq.write_table(change(pq.read_table(path)), path)
+    entry = describe_file(path, file.path, file.num_rows, file.bucket)
+    changed = replace(receipt, record=replace(receipt.record, files=(entry,)))
+    shutil.rmtree(path.parents[2] / "commits")
+    assert store.put_if_absent(changed.path, changed.to_bytes())
+
+
+def with_column(name: str, index: int, value: object) -> Callable[[pa.Table], pa.Table]:
+    def change(table: pa.Table) -> pa.Table:
+        values = table[name].to_pylist()
+        values[index] = value
+        number, field = table.schema.get_field_index(name), table.schema.field(name)
+        return table.set_column(number, field, pa.array(values, field.type))
+
+    return change
+
+
+WRONG_ROWS: dict[str, tuple[Callable[[pa.Table], pa.Table], str]] = {
+    "one is missing": (lambda table: table.slice(1), "holds 2 rows, the receipt says 3"),
+    "one is there twice": (with_column("key", 2, "k0000"), "row 'k0000' is there twice"),
+    "another dtype": (with_column("latent_dtype", 0, "bfloat16"), "row 'k0000' is torch.bfloat16"),
+    "another shape": (with_column("latent_shape", 0, [4, 4, 16]), "[4, 4, 16]"),
+    "too few bytes": (with_column("latent", 0, b"xx"), "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_ROWS)
+def test_wrong_rows_are_found(tmp_path: Path, wrong: str):
+    change, told = WRONG_ROWS[wrong]
+    contract = make_contract()
+    store = committed(tmp_path, contract, make_latents(contract, (64, 64), 3))
+    rewrite(store, change)
+    found = verify(publish(store, contract))
+    assert not found.ok
+    assert told in found.problems[0].message
+    assert {problem.path for problem in found.problems} == {
+        file.path for record in open_dataset(store.url).units for file in record.files
+    }
+
+
+def test_a_manifest_that_cannot_be_read_is_an_error(output: Path):
+    (segment,) = (output / "segments").iterdir()
+    flip_byte(segment)
+    with pytest.raises(DatasetError, match=segment.name):
+        verify(str(output))
+    with pytest.raises(DatasetError, match="no manifest 7"):
+        verify(str(output), 7)
