@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
+import runs
 from checkpoints import write_diffusers_folder
 from corpus import Shard, make_corpus, objects
 from latentcache import Dataset
-from runs import Cli, Configs, open_at
+from runs import Cli, Configs, Made, make, open_at
 from servers import (
     ACCESS_KEY,
     SECRET_KEY,
@@ -39,6 +40,13 @@ def pytest_configure(config: pytest.Config) -> None:
         "RAY_AUTH_MODE": "disabled",
         "RAY_USAGE_STATS_ENABLED": "0",
     }
+
+
+@pytest.fixture(autouse=True)
+def _no_command_outlives_its_test() -> Iterator[None]:
+    yield
+    while runs.started:
+        runs.started.pop().end()
 
 
 @pytest.fixture(scope="session")
@@ -107,17 +115,20 @@ def corpus() -> list[Shard]:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(
-    moto: S3Server,
-    cli: Cli,
-    checkpoint: Path,
-    corpus: list[Shard],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Dataset:
-    """What one run over the corpus makes where nothing goes wrong."""
-    configs = Configs(tmp_path_factory.mktemp("undisturbed"), checkpoint)
-    output = moto.make_bucket("undisturbed")
-    config = configs.write("s3://photos", output, endpoint_url=moto.endpoint_url)
-    summary = cli.ok("run", config)
-    assert summary["num_committed"] == summary["num_units"] == len(corpus)
-    return open_at(moto, output)
+def made_on_moto(
+    moto: S3Server, cli: Cli, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Made:
+    return make(moto, cli, Configs(tmp_path_factory.mktemp("moto"), checkpoint))
+
+
+@pytest.fixture(scope="session")
+def made_on_rclone(
+    rclone: S3Server, cli: Cli, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Made:
+    return make(rclone, cli, Configs(tmp_path_factory.mktemp("rclone"), checkpoint))
+
+
+@pytest.fixture(scope="session")
+def undisturbed(made_on_moto: Made) -> Dataset:
+    """What a run over the corpus makes where nothing goes wrong."""
+    return open_at(made_on_moto.server, made_on_moto.output)

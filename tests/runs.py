@@ -17,7 +17,7 @@ import yaml
 import latentcache
 from corpus import Shard
 from latentcache import Dataset
-from servers import DEADLINE_S, SCRIPTS, S3Server, wait_until
+from servers import DEADLINE_S, SCRIPTS, Gate, S3Server, wait_until
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,10 @@ class Result:
         (line,) = self.stdout.splitlines()
         tree: dict[str, Any] = json.loads(line)
         return tree
+
+
+# What a failed test may have left behind; conftest ends it.
+started: list[Running] = []
 
 
 class Running:
@@ -51,6 +55,16 @@ class Running:
                 start_new_session=True,
             )
             self._files = stack.pop_all()
+        started.append(self)
+
+    def end(self) -> None:
+        with self._files:
+            self.process.kill()
+            self.process.wait()
+
+    def wait_until_it_is_at(self, gate: Gate) -> None:
+        wait_until(lambda: gate.is_reached or self.process.poll() is not None, "it at the gate")
+        assert gate.is_reached, f"it ended and said: {_read(self._stderr)}"
 
     def wait_until_it_says(self, text: str) -> None:
         wait_until(lambda: text in _read(self._stderr), f"{text!r} on stderr")
@@ -126,6 +140,26 @@ class Configs:
         path = self.folder / f"{len(list(self.folder.iterdir()))}.yaml"
         path.write_text(yaml.safe_dump(tree))
         return path
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What one run over the corpus, with nothing going wrong, left on a server."""
+
+    server: S3Server
+    output: str
+    config: Path
+    first: Result
+
+
+def make(server: S3Server, cli: Cli, configs: Configs) -> Made:
+    output = f"{server.make_bucket('made')}/deep/down"
+    config = configs.write(
+        "s3://photos", output, endpoint_url=server.endpoint_url, num_cpu_actors=2
+    )
+    first = cli("run", config, "--json")
+    assert first.code == 0, first.stderr
+    return Made(server, output, config, first)
 
 
 Row = tuple[str, str, int, int, int, int, str | None, bytes]

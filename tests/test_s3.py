@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-
 import pytest
 
 import latentcache
@@ -13,7 +10,7 @@ from latentcache import Dataset
 from runs import (
     Cli,
     Configs,
-    Result,
+    Made,
     assert_nothing_lost_or_doubled,
     assert_same,
     open_at,
@@ -22,33 +19,10 @@ from runs import (
 from servers import FaultyProxy, S3Server, overwrite
 
 
-@dataclass(frozen=True, slots=True)
-class Made:
-    """What one run over the corpus left on a server."""
-
-    server: S3Server
-    output: str
-    config: Path
-    first: Result
-
-
-@pytest.fixture(scope="module", params=["moto", "rclone"])
-def made(
-    request: pytest.FixtureRequest,
-    cli: Cli,
-    checkpoint: Path,
-    corpus: list[Shard],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Made:
-    server: S3Server = request.getfixturevalue(request.param)
-    configs = Configs(tmp_path_factory.mktemp("made"), checkpoint)
-    output = f"{server.make_bucket('made')}/deep/down"
-    config = configs.write(
-        "s3://photos", output, endpoint_url=server.endpoint_url, num_cpu_actors=2
-    )
-    first = cli("run", config, "--json")
-    assert first.code == 0, first.stderr
-    return Made(server, output, config, first)
+@pytest.fixture(params=["moto", "rclone"])
+def made(request: pytest.FixtureRequest) -> Made:
+    result: Made = request.getfixturevalue(f"made_on_{request.param}")
+    return result
 
 
 def test_every_sample_becomes_a_row_or_a_reject(made: Made, corpus: list[Shard]) -> None:
@@ -80,9 +54,8 @@ def test_a_second_run_commits_nothing_and_writes_nothing(made: Made, cli: Cli) -
 
 def test_plan_status_and_verify_agree(made: Made, cli: Cli, corpus: list[Shard]) -> None:
     first = made.first.json
-    plan = cli.ok("plan", made.config)
-    assert (plan["num_units"], plan["num_pending"]) == (len(corpus), 0)
-    assert plan["pending"] == plan["contract_diff"] == []
+    plan = latentcache.make_plan(latentcache.load_config(made.config))
+    assert (len(plan.units), plan.pending, plan.diff) == (len(corpus), [], [])
     status = cli.ok("status", made.config)
     verified = cli.ok("verify", made.config)
     for found in (status, verified):
@@ -110,7 +83,7 @@ def test_without_conditional_writes_a_second_driver_is_refused(
         config = configs.write(source, output, endpoint_url=proxy.endpoint_url)
         gate = proxy.gate("alone-photos/1.tar")
         first = cli.start("run", config, "--json")
-        gate.wait_until_reached()
+        first.wait_until_it_is_at(gate)
         second = cli("run", config, "--json")
         assert second.code == 1
         assert "no conditional writes" in second.json["error"]
@@ -157,20 +130,17 @@ def test_a_replaced_shard_alone_is_encoded_again(
         assert latentcache.verify(output, manifest, storage=moto.options).ok
 
 
-def test_another_contract_is_refused_and_nothing_written(
-    moto: S3Server, cli: Cli, configs: Configs, undisturbed: Dataset
-) -> None:
-    config = configs.write("s3://photos", "s3://undisturbed", endpoint_url=moto.endpoint_url)
-    before = moto.listing("undisturbed")
-    change = ("--set", "transform.resolution_px=128")
-    refused = cli("run", config, "--json", *change)
+def test_another_contract_is_refused_and_nothing_written(made_on_moto: Made, cli: Cli) -> None:
+    before = made_on_moto.server.listing("made")
+    change = (made_on_moto.config, "--json", "--set", "transform.resolution_px=128")
+    refused = cli("run", *change)
     assert refused.code == refused.json["exit_code"] == 2
     assert "transform.buckets: [[48, 80], [64, 64], [80, 48]] there" in refused.json["error"]
-    planned = cli("plan", config, "--json", *change)
+    planned = cli("plan", *change)
     assert planned.code == 2
     (line,) = planned.json["contract_diff"]
     assert line.startswith("transform.buckets:")
-    assert moto.listing("undisturbed") == before
+    assert made_on_moto.server.listing("made") == before
 
 
 def test_a_shard_overwritten_while_it_is_read_never_gives_a_mixture(

@@ -1,0 +1,267 @@
+"""Stores: put exactly once among many writers, and tell plainly what is wrong."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import stat
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
+from threading import Barrier
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from latentcache.errors import ConfigError, DiskFull, ObjectNotFound, StorageError
+from latentcache.storage import StorageOptions, Store, split_url
+from servers import FaultyProxy, S3Server, cut_halfway, free_port, lose_reply, slow_down
+
+# What people name files, and what trips those who take a path for a URL.
+NAMES = st.text(st.sampled_from("ab0 .-_%#?&+=~:'()[]é—"), min_size=1, max_size=12).filter(
+    lambda name: name.strip(" .") == name and name[0] != "-"
+)
+
+
+@pytest.fixture(params=["folder", "moto", "rclone"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    """An empty store of each kind."""
+    if request.param == "folder":
+        return Store(str(tmp_path / "store"))
+    server: S3Server = request.getfixturevalue(request.param)
+    return Store(f"{bucket_of(server)}/{tmp_path.name}", server.options)
+
+
+def bucket_of(server: S3Server) -> str:
+    if not any(b["Name"] == "stores" for b in server.client.list_buckets()["Buckets"]):
+        server.make_bucket("stores")
+    return "s3://stores"
+
+
+@pytest.fixture(params=["folder", "moto"])
+def conditional(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    """An empty store that can tell who was first."""
+    if request.param == "folder":
+        return Store(str(tmp_path / "store"))
+    server: S3Server = request.getfixturevalue("moto")
+    return Store(f"{bucket_of(server)}/{tmp_path.name}", server.options)
+
+
+def test_what_is_put_is_there_and_listed(store: Store, tmp_path: Path) -> None:
+    assert store.list("deep/down") == []
+    assert not store.exists("deep/down/b")
+    store.put("deep/down/b", b"bb")
+    assert store.put_if_absent("deep/down/a", b"a")
+    local = tmp_path / "local"
+    local.write_bytes(bytes(3))
+    store.put_file(local, "deep/down/c")
+    store.put("deep/down/deeper/not listed", b"")
+
+    listed = store.list("deep/down")
+    assert [(info.path, info.size_bytes) for info in listed] == [
+        ("deep/down/a", 1),
+        ("deep/down/b", 2),
+        ("deep/down/c", 3),
+    ]
+    for info in listed:  # rclone tells the time of change to the second in one, finer in the other
+        asked = store.info(info.path)
+        assert (asked.path, asked.size_bytes, asked.version) == (
+            info.path,
+            info.size_bytes,
+            info.version,
+        )
+    assert store.read_bytes("deep/down/b") == b"bb"
+    with store.open("deep/down/c") as file:
+        assert file.read() == bytes(3)
+    store.delete("deep/down/b")
+    store.delete("deep/down/b")
+    assert not store.exists("deep/down/b")
+
+
+def test_a_new_version_is_told_from_the_old(store: Store) -> None:
+    store.put("a", b"one")
+    before = store.info("a")
+    store.put("a", b"two")
+    assert store.info("a").version != before.version
+
+
+def test_what_is_not_there_is_named(store: Store) -> None:
+    store.put("folder/file", b"")
+    actions: list[Callable[[str], object]] = [store.read_bytes, store.info, store.open]
+    for action in actions:
+        with pytest.raises(ObjectNotFound) as caught:
+            action("folder/none")
+        assert store.url_of("folder/none") in str(caught.value)
+    with pytest.raises(ObjectNotFound):
+        store.info("folder")
+
+
+def test_put_if_absent_never_replaces(store: Store) -> None:
+    assert store.put_if_absent("a", b"mine")
+    assert not store.put_if_absent("a", b"another's")
+    assert store.put_if_absent("a", b"mine"), "put again by who won, as after a lost reply"
+    assert store.read_bytes("a") == b"mine"
+
+
+def test_a_store_without_conditional_writes_is_found_out(
+    store: Store, request: pytest.FixtureRequest
+) -> None:
+    is_conditional = "rclone" not in request.node.name
+    store.put("probe", b"same")
+    assert store.probe_conditional("probe", b"same") == is_conditional
+    assert store.read_bytes("probe") == b"same"
+
+
+def race(store: Store, path: str, names: list[bytes]) -> list[bytes]:
+    """Let a thread for each name put it, all at the same time; returns the winners."""
+    barrier = Barrier(len(names))
+
+    def put(name: bytes) -> bool:
+        barrier.wait()
+        return store.put_if_absent(path, name)
+
+    with ThreadPoolExecutor(len(names)) as pool:
+        return [name for name, won in zip(names, pool.map(put, names), strict=True) if won]
+
+
+def test_of_many_threads_one_wins(conditional: Store) -> None:
+    for number in range(5):
+        path = f"race/{number}"
+        (winner,) = race(conditional, path, [f"thread {n}".encode() for n in range(12)])
+        assert conditional.read_bytes(path) == winner
+    assert len(conditional.list("race")) == 5, "something was left behind"
+
+
+def _race_in_process(url: str, options: StorageOptions, process: int) -> list[list[bytes]]:
+    store = Store(url, options)
+    names = [f"process {process} thread {n}".encode() for n in range(4)]
+    return [race(store, f"race/{number}", names) for number in range(10)]
+
+
+def test_of_many_processes_one_wins(conditional: Store) -> None:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(3, context) as pool:
+        jobs = [
+            pool.submit(_race_in_process, conditional.url, conditional.options, process)
+            for process in range(3)
+        ]
+        wins = [job.result(timeout=60) for job in jobs]
+    for number in range(10):
+        (winner,) = [name for process in wins for name in process[number]]
+        assert conditional.read_bytes(f"race/{number}") == winner
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(NAMES, NAMES, st.binary(max_size=20)), max_size=4))
+def test_any_name_is_kept_as_it_is(puts: list[tuple[str, str, bytes]]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        for root in (f"{folder}/{name}" for name in {name for name, _, _ in puts}):
+            model: dict[str, bytes] = {}
+            store = Store(root)
+            for _, name, data in puts:
+                assert store.put_if_absent(f"in/{name}", data) == (
+                    model.setdefault(f"in/{name}", data) == data
+                )
+            again = Store(store.url)
+            assert {info.path: again.read_bytes(info.path) for info in again.list("in")} == model
+            assert all((Path(root) / path).read_bytes() == data for path, data in model.items())
+
+
+@settings(max_examples=12, deadline=None)
+@given(name=NAMES)
+def test_any_name_is_read_as_it_is_from_s3(name: str, moto: S3Server) -> None:
+    bucket_of(moto)
+    moto.client.put_object(Bucket="stores", Key=f"names/{name}", Body=name.encode())
+    folder, last = split_url(f"s3://stores/names/{name}")
+    store = Store(folder, moto.options)
+    assert store.read_bytes(last) == name.encode()
+    assert last in {info.path for info in store.list()}
+
+
+@pytest.mark.parametrize(
+    ("url", "folder", "name"),
+    [
+        ("s3://b/d/x.tar", "s3://b/d", "x.tar"),
+        ("s3://b/x.tar", "s3://b", "x.tar"),
+        ("/d/x.tar", "/d", "x.tar"),
+        ("/x.tar", "/", "x.tar"),
+        ("x.tar", ".", "x.tar"),
+        ("file:///d/x.tar", "file:///d", "x.tar"),
+    ],
+)
+def test_split_url(url: str, folder: str, name: str) -> None:
+    assert split_url(url) == (folder, name)
+
+
+def test_a_local_file_is_whole_or_absent_and_readable_by_others(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    umask = os.umask(0)
+    os.umask(umask)
+    store.put("a", b"1")
+    store.put_if_absent("b", b"1")
+    for name in ("a", "b"):
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o666 & ~umask
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+@pytest.fixture
+def faulty(proxy: FaultyProxy, moto: S3Server, tmp_path: Path) -> Store:
+    options = StorageOptions(endpoint_url=proxy.endpoint_url)
+    return Store(f"{bucket_of(moto)}/{tmp_path.name}", options)
+
+
+def test_a_put_whose_reply_is_lost_still_wins(faulty: Store, proxy: FaultyProxy) -> None:
+    # Every try that reaches the server loses its reply; only reading back can tell.
+    lost = proxy.on("PUT", "/a$", lose_reply, times=1_000)
+    assert faulty.put_if_absent("a", b"mine")
+    assert lost.num_fired >= 1
+    assert not faulty.put_if_absent("a", b"another's")
+
+
+def test_a_put_that_never_arrived_is_put_again(faulty: Store, proxy: FaultyProxy) -> None:
+    lost = proxy.on("PUT", "/a$", lambda exchange: exchange.cut(), times=2)
+    assert faulty.put_if_absent("a", b"mine")
+    assert lost.num_fired == 2
+    assert faulty.read_bytes("a") == b"mine"
+
+
+def test_reading_survives_cuts_and_a_busy_store(faulty: Store, proxy: FaultyProxy) -> None:
+    data = os.urandom(100_000)
+    faulty.put("a", data)
+    faults = [proxy.on("GET", "/a$", fault, times=1) for fault in (cut_halfway, slow_down)]
+    assert faulty.read_bytes("a") == data
+    faults += [proxy.on("GET", "/a$", fault, times=1) for fault in (cut_halfway, slow_down)]
+    with faulty.open("a") as file:
+        assert file.read() == data
+    assert [fault.num_fired for fault in faults] == [1, 1, 1, 1]
+
+
+def test_a_store_that_never_answered_is_given_up_soon() -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    with pytest.raises(StorageError, match="cannot reach or use s3://b/a") as caught:
+        Store("s3://b", StorageOptions(endpoint_url=url)).read_bytes("a")
+    assert url in str(caught.value)
+
+
+def test_a_protocol_without_its_package_is_a_config_error() -> None:
+    with pytest.raises(ConfigError, match="nosuch"):
+        Store("nosuch://b/a")
+
+
+def test_a_folder_that_may_not_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StorageError, match=str(tmp_path / "file")):
+        Store(str(tmp_path / "file")).put("a", b"")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_is_told_from_other_errors(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    with (
+        pytest.raises(DiskFull, match="no room left"),
+        store.named("a"),
+        open("/dev/full", "wb", buffering=0) as full,
+    ):
+        full.write(b"1")
