@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 import runs
@@ -27,6 +28,9 @@ from servers import (
 
 def pytest_configure(config: pytest.Config) -> None:
     """Before anything is imported that looks for a home, credentials or Ray's settings."""
+    # No test is about time, and the machine may be busy.
+    hypothesis.settings.register_profile("untimed", deadline=None)
+    hypothesis.settings.load_profile("untimed")
     home = tempfile.TemporaryDirectory(prefix="latentcache-home-")
     config.add_cleanup(home.cleanup)
     for name in [name for name in os.environ if name.startswith(("AWS_", "RAY_"))]:
