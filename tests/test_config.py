@@ -312,3 +312,17 @@ def test_the_schema_describes_every_section(schema: dict[str, Any]):
     assert schema["properties"].keys() == Config.model_fields.keys()
     sections = {name.lower(): section for name, section in schema["$defs"].items()}
     assert all(section.get("description") for section in sections.values())
+
+
+def test_a_setting_that_stands_twice_is_refused(tmp_path: Path):
+    path = tmp_path / "config.yaml"
+    path.write_text("name: a\nsource: {shards: x.tar}\nname: b\n")
+    with pytest.raises(ConfigError, match=r"'name' stands here twice.*line 3"):
+        load_config(path)
+
+
+def test_a_section_that_is_a_value_is_told(tmp_path: Path):
+    path = tmp_path / "config.yaml"
+    path.write_text("name: a\nsource: x.tar\n")
+    with pytest.raises(ConfigError, match="source: should be a section with settings of its own"):
+        load_config(path)

@@ -176,6 +176,20 @@ class Config(_Section):
         return value
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, which by itself lets the second of two like-named settings win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.MarkedYAMLError(
+                    problem=f"{key.value!r} stands here twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML config.
 
@@ -188,7 +202,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             line per mistake with its dotted path and, for an unknown name, the nearest valid one.
     """
     try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        tree = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise ConfigError(f"cannot read the config {path}: {reason}") from error
@@ -251,6 +265,8 @@ def _reason(mistake: ErrorDetails, names: Sequence[str]) -> str:
         if nearest:
             return f"no such setting; did you mean {nearest[0]!r}?"
         return f"no such setting; known here: {', '.join(known)}"
+    if mistake["type"] in ("model_type", "dict_type"):
+        return f"should be a section with settings of its own (got {mistake['input']!r:.60})"
     message = mistake["msg"].removeprefix("Value error, ")
     return f"{message[:1].lower()}{message[1:]} (got {mistake['input']!r:.60})"
 

@@ -249,7 +249,7 @@ def select(state: State, listing: Listing, on_missing: str) -> _Selection:
     source that is no longer listed keeps its units, or loses them with `on_missing="drop"`.
 
     Raises:
-        SourceError: `drop`, but nothing is listed or more than a tenth of the sources are gone.
+        SourceError: `drop`, but more than a tenth of the sources are gone.
     """
     before: dict[str, list[UnitRecord]] = {}
     for record in state.live.values():
@@ -269,7 +269,7 @@ def select(state: State, listing: Listing, on_missing: str) -> _Selection:
                 stale.append(source)
     missing = before.keys() - listing.keys()
     if on_missing == "drop" and missing:
-        if not listing or len(missing) > MAX_MISSING_SHARE * len(before):
+        if len(missing) > MAX_MISSING_SHARE * len(before):
             raise SourceError(
                 f"{len(missing)} of {len(before)} sources are no longer listed, such as "
                 f"{min(missing)}: too many to drop their rows; check `source.shards`, or set "

@@ -127,8 +127,9 @@ class BucketWriter:
         self._parquet = pq.ParquetWriter(
             self.paths[-1],
             self._schema,
-            compression={
-                name: "NONE" if name == "latent" else "ZSTD" for name in self._schema.names
+            compression={  # by the path of the leaf column
+                "latent_shape.list.element": "ZSTD",
+                **{name: "NONE" if name == "latent" else "ZSTD" for name in self._schema.names},
             },
             use_dictionary=["latent_shape.list.element", "latent_dtype"],
             write_statistics=plain,

@@ -235,7 +235,8 @@ class _Driver:
             self.num_skipped += 1
         record, before = receipt.record, self.state.current.get(receipt.record.unit.id)
         self.state.add(receipt)
-        self.left.discard(record.unit.id)
+        if receipt.state == "rows":  # the other may have been a repair, which leaves it to be done
+            self.left.discard(record.unit.id)
         self.num_samples += record.num_samples - (before.num_samples if before else 0)
         self.num_rejects += record.num_rejects - (before.num_rejects if before else 0)
         progress.unit_done(record.num_rows, record.num_rejects)

@@ -327,7 +327,9 @@ class _Attempt:
         finite = latents.isfinite().all(dim=(1, 2, 3))
         finite[list(encoded.bad)] = False
         for index in (~finite).nonzero().flatten().tolist():
-            message = "the latent is not finite, in fp32 too"
+            message = f"the latent overflows {self.contract.latents.dtype}"
+            if index in encoded.bad:
+                message = "the latent is not finite, in fp32 too"
             self._reject(RejectRow(rows[index].key, "encode", "not_finite", message))
         kept = latents[finite]
         if not len(kept):
