@@ -195,6 +195,26 @@ def test_split_url(url: str, folder: str, name: str) -> None:
     assert split_url(url) == (folder, name)
 
 
+def test_a_listing_sees_nothing_half_written_and_misses_nothing(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    store.put("d/stays", b"1")
+
+    def come_and_go(name: str) -> None:
+        for _ in range(150):
+            store.put_if_absent(f"d/{name}", bytes(1000))
+            store.delete(f"d/{name}")
+
+    with ThreadPoolExecutor(3) as pool:
+        writers = [pool.submit(come_and_go, name) for name in ("a", "b", "c")]
+        while not all(writer.done() for writer in writers):
+            listed = {info.path: info.size_bytes for info in store.list("d")}
+            assert listed.pop("d/stays") == 1
+            assert set(listed.values()) <= {1000}
+            assert listed.keys() <= {"d/a", "d/b", "d/c"}
+        for writer in writers:
+            writer.result()
+
+
 def test_a_local_file_is_whole_or_absent_and_readable_by_others(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     umask = os.umask(0)
@@ -213,10 +233,10 @@ def faulty(proxy: FaultyProxy, moto: S3Server, tmp_path: Path) -> Store:
 
 
 def test_a_put_whose_reply_is_lost_still_wins(faulty: Store, proxy: FaultyProxy) -> None:
-    # Every try that reaches the server loses its reply; only reading back can tell.
-    lost = proxy.on("PUT", "/a$", lose_reply, times=1_000)
+    # More often than botocore itself tries: what comes back in the end is "exists already".
+    lost = proxy.on("PUT", "/a$", lose_reply, times=4)
     assert faulty.put_if_absent("a", b"mine")
-    assert lost.num_fired >= 1
+    assert lost.num_fired == 4
     assert not faulty.put_if_absent("a", b"another's")
 
 

@@ -11,12 +11,14 @@ import io
 import os
 import random
 import shutil
+import stat
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
@@ -33,6 +35,8 @@ _NUM_PAUSES_AT_FIRST = 2
 _PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 30.0, 30.0)
 
 _READ_BLOCK_BYTES = 8 * 2**20
+
+_TEMP_PREFIX = ".tmp-"
 
 # mkstemp makes files private; what we publish follows the umask, which can only be read by setting.
 _UMASK = os.umask(0o022)
@@ -93,7 +97,7 @@ class Store:
         else:
             self.url = url.rstrip("/")
             self._root = self.url
-        self._fs = _filesystem(self.url, options)
+        self._fs = _filesystem(self.url.split("://")[0], options, os.getpid())
         self._has_answered = False
         self.is_conditional = True
         """Whether put-if-absent is the store's own doing; `probe_conditional` finds out."""
@@ -113,9 +117,6 @@ class Store:
         version = details.get("ETag") or details.get("etag") or details.get("generation")
         changed = details.get("LastModified") or details.get("last_modified")
         changed = changed or details.get("mtime") or details.get("updated")
-        if self.is_local:
-            # Nanoseconds: two writes within a second must not look the same.
-            version = f"{os.stat(details['name']).st_mtime_ns}"
         if isinstance(changed, datetime):
             changed = changed.timestamp()
         return ObjectInfo(
@@ -173,10 +174,15 @@ class Store:
 
     def info(self, path: str) -> ObjectInfo:
         """Ask for an object's size and version."""
-        details = self._retry(path, lambda: self._fs.info(self._full(path)))
-        if details["type"] == "directory":
+        if self.is_local:
+            status = self._retry(path, lambda: os.stat(self._full(path)))
+            is_folder, info = stat.S_ISDIR(status.st_mode), _local_info(path, status)
+        else:
+            details = self._retry(path, lambda: self._fs.info(self._full(path)))
+            is_folder, info = details["type"] == "directory", self._info_of(path, details)
+        if is_folder:
             raise ObjectNotFound(f"{self.url_of(path)} is a folder, not a file")
-        return self._info_of(path, details)
+        return info
 
     def exists(self, path: str) -> bool:
         """Whether an object lies at that path."""
@@ -188,17 +194,30 @@ class Store:
 
     def list(self, folder: str = "") -> list[ObjectInfo]:
         """List the objects directly in a folder, by path; an empty list where there is none."""
+        prefix = f"{folder}/" if folder else ""
         try:
-            entries = self._retry(
-                folder, lambda: self._fs.ls(self._full(folder), detail=True, refresh=True)
-            )
+            if self.is_local:
+                infos = self._retry(folder, lambda: self._list_local(prefix))
+            else:
+                entries = self._retry(
+                    folder, lambda: self._fs.ls(self._full(folder), detail=True, refresh=True)
+                )
+                # A file given as the folder lists as itself; it is not in the folder.
+                files = [e for e in entries if e["type"] == "file" and e["size"] is not None]
+                infos = [self._info_of(prefix + e["name"].rpartition("/")[2], e) for e in files]
         except ObjectNotFound:
             return []
-        prefix = f"{folder}/" if folder else ""
-        # A file given as the folder lists as itself; it is not in the folder.
-        files = [e for e in entries if e["type"] == "file" and e["size"] is not None]
-        infos = [self._info_of(prefix + e["name"].rpartition("/")[2], e) for e in files]
         return sorted(infos, key=lambda info: info.path)
+
+    def _list_local(self, prefix: str) -> Sequence[ObjectInfo]:
+        infos = []
+        with os.scandir(self._full(prefix)) as entries:
+            for entry in entries:
+                # Others write here: what is half written does not count, nor what is gone by now.
+                with suppress(FileNotFoundError):
+                    if entry.is_file() and not entry.name.startswith(_TEMP_PREFIX):
+                        infos.append(_local_info(prefix + entry.name, entry.stat()))
+        return infos
 
     def put_file(self, local: Path, path: str) -> None:
         """Upload a closed local file, whole, under a path that nobody else writes."""
@@ -273,7 +292,7 @@ class Store:
 
     def _write_temp(self, target: str, source: BinaryIO) -> str:
         os.makedirs(os.path.dirname(target), exist_ok=True)
-        handle, temp = tempfile.mkstemp(dir=os.path.dirname(target), prefix=".tmp-")
+        handle, temp = tempfile.mkstemp(dir=os.path.dirname(target), prefix=_TEMP_PREFIX)
         try:
             with os.fdopen(handle, "wb") as file:
                 source.seek(0)
@@ -304,8 +323,17 @@ class Store:
         return True
 
 
-def _filesystem(url: str, options: StorageOptions) -> Any:
-    protocol = url.split("://")[0]
+def _local_info(path: str, status: os.stat_result) -> ObjectInfo:
+    # Nanoseconds: two writes within a second must not look the same.
+    return ObjectInfo(path, status.st_size, f"{status.st_mtime_ns}", status.st_mtime)
+
+
+@lru_cache(maxsize=64)
+def _filesystem(protocol: str, options: StorageOptions, pid: int) -> Any:
+    """Make the client of a protocol: once in a process, for it takes a tenth of a second.
+
+    Not fsspec's own cache, which has one for each thread; `pid`, because none survives a fork.
+    """
     arguments: dict[str, Any] = {"skip_instance_cache": True}
     if protocol in ("s3", "s3a"):
         arguments |= {
@@ -328,7 +356,7 @@ def _filesystem(url: str, options: StorageOptions) -> Any:
     try:
         return fsspec.filesystem(protocol, **arguments)
     except (ImportError, ValueError) as error:
-        raise ConfigError(f"cannot open {url}: {error}") from error
+        raise ConfigError(f"cannot use {protocol}:// URLs: {error}") from error
 
 
 # Packages whose exceptions are a store's doing; not all of them are an OSError.
