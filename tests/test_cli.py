@@ -376,3 +376,11 @@ def test_too_many_rejects_stop_the_run_with_what_there_is(cli: Cli, tmp_path: Pa
     assert accepted.code == 0
     assert (accepted.json["num_committed"], accepted.json["num_rows"]) == (0, 10)
     assert len(open_dataset(url)) == 10
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(cli: Cli):
+    result = cli.start("demo-data", "/proc/nowhere").result()
+    assert result.code == 1
+    assert result.stderr.splitlines() == [
+        "latentcache: error: /proc/nowhere: No such file or directory"
+    ]

@@ -97,6 +97,9 @@ def _command(function: Callable[P, int | None]) -> Callable[P, None]:
             code = function(*args, **kwargs) or 0
         except LatentCacheError as error:
             _fail(str(error), error.exit_code, as_json)
+        except OSError as error:  # of a local file that no store stands before
+            where = f"{error.filename}: " if error.filename else ""
+            _fail(f"{where}{error.strerror or error}", 1, as_json)
         except KeyboardInterrupt:
             _fail("interrupted", 1, as_json)
         raise typer.Exit(code)
