@@ -160,7 +160,7 @@ def rclone_server(folder: Path) -> Iterator[S3Server]:
 
 @contextmanager
 def ray_cluster(folder: Path) -> Iterator[str]:
-    """A one-node cluster; yields its address.
+    """A one-node cluster, which claims to have a GPU; yields its address.
 
     Args:
         folder: for Ray's own files; short, because Unix sockets lie below it.
@@ -168,7 +168,7 @@ def ray_cluster(folder: Path) -> Iterator[str]:
     port = free_port()
     command = [
         *(str(SCRIPTS / "ray"), "start", "--head", "--block", f"--port={port}"),
-        *("--node-ip-address=127.0.0.1", "--num-cpus=8", "--num-gpus=0"),
+        *("--node-ip-address=127.0.0.1", "--num-cpus=8", "--num-gpus=1"),
         *("--include-dashboard=false", "--object-store-memory=100000000"),
         *("--disable-usage-stats", f"--temp-dir={folder / 'ray'}"),
     ]

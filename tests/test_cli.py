@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 import latentcache
@@ -151,6 +152,21 @@ def test_what_cannot_be_started_is_one_line(
     result = cli("run", folder / "c.yaml", "--set", override)
     assert_one_complaint(result, code, told)
     assert not (folder / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpus_that_are_not_there_are_told_at_once(cli: Cli, local_cli: Cli, folder: Path):
+    missing = local_cli("run", folder / "c.yaml", "--set", "compute.num_gpus=2")
+    assert_one_complaint(missing, 1, "Ray finds no GPU")
+    # The tests' cluster claims to have one, as a node with a CPU build of torch would.
+    unusable = cli("run", folder / "c.yaml", "--set", "compute.num_gpus=1")
+    assert_one_complaint(unusable, 1, "cannot use it: install a CUDA build")
+    known = ("--set", "compute.num_gpus=1", "--set", "compute.precision=fp32")
+    assert_one_complaint(cli("run", folder / "c.yaml", *known), 1, "cannot use it")
+    # A run that never got going leaves its contract, which must not be a trap.
+    refused = cli("run", folder / "c.yaml", *known, "--set", "transform.resolution_px=128")
+    assert refused.code == 2
+    assert "nothing is committed there yet: delete" in refused.stderr
 
 
 def test_with_json_an_error_is_an_object_too(cli: Cli, folder: Path):

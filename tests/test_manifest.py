@@ -576,8 +576,12 @@ def test_the_first_contract_stays_and_an_equal_one_agrees(tmp_path: Path):
 def test_another_contract_is_refused_with_each_field(tmp_path: Path):
     store = Store(str(tmp_path))
     establish_contract(store, make_contract(), {})
-    before = tree_digest(tmp_path)
     wanted = make_contract(dtype="float32", buckets=((128, 128),))
+    with pytest.raises(ContractMismatch, match="nothing is committed there yet: delete"):
+        establish_contract(store, wanted, {})
+    (tmp_path / "commits").mkdir()
+    (tmp_path / "commits" / "0-0.json").touch()
+    before = tree_digest(tmp_path)
     with pytest.raises(ContractMismatch) as caught:
         establish_contract(store, wanted, {})
     first, *lines = str(caught.value).splitlines()

@@ -28,7 +28,7 @@ from ray.exceptions import ActorDiedError, OutOfMemoryError, RayError, RayTaskEr
 from latentcache.dataset.receipts import Receipt, new_attempt
 from latentcache.engine.plan import PlannedUnit
 from latentcache.engine.unit import Job, UnitFailure, UnitRunner, UnitTask, transform_spec
-from latentcache.errors import CheckpointError, ClusterError, DiskFull, LatentCacheError, Reject
+from latentcache.errors import ClusterError, DiskFull, LatentCacheError, Reject
 from latentcache.images.decode import decode_image
 from latentcache.images.source import Sample, SourceShard, read_shard
 from latentcache.images.transform import transform
@@ -127,10 +127,15 @@ class _EncoderActor:
 
 
 def _load_vae(job: Job) -> KLAutoencoder:
-    device = "cuda" if ray.get_gpu_ids() and torch.cuda.is_available() else "cpu"
+    device = "cuda" if ray.get_gpu_ids() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ClusterError(
+            f"a worker has a GPU, but its torch {torch.__version__} cannot use it: install a CUDA "
+            "build there, or set compute.num_gpus to 0"
+        )
     vae = load_vae(job.checkpoint, device=device, decoder=False, options=job.checkpoint_storage)
     if encoder_fingerprint(vae) != job.contract.vae.encoder_fingerprint:
-        raise CheckpointError(
+        raise ClusterError(
             f"{job.checkpoint} gives a worker another encoder than it gave the driver: put the "
             "checkpoint where every node reads the same"
         )
@@ -221,7 +226,7 @@ class Cluster:
 
         Raises:
             ClusterError: the task was lost again and again.
-            CheckpointError: the checkpoint cannot be used there.
+            CheckpointError: the checkpoint cannot be read there.
         """
         task = ray.remote(_resolve_precision).options(
             num_gpus=self.num_gpus_per_actor, num_cpus=self.num_cpus_per_actor, max_retries=2
@@ -398,7 +403,7 @@ class Dispatcher:
                 worker.stats = result
         elif ref == worker.setup:
             if isinstance(result, UnitFailure):
-                raise CheckpointError(result.message)
+                raise ClusterError(result.message)
             worker.node = result
             self._start_failures = 0
         else:
