@@ -240,6 +240,7 @@ def test_another_contract_is_refused_with_its_diff(demo: Demo):
     planned = demo("plan", *other, "--json")
     assert planned.code == 2
     assert planned.json["contract_diff"] == ['latents.dtype: "float16" there, "float32" wanted']
+    assert {unit["reason"] for unit in planned.json["pending"]} == {"another contract"}
     refused = demo("run", *other)
     assert refused.code == 2
     assert "latents.dtype" in refused.stderr

@@ -88,7 +88,8 @@ def make_plan(config: Config, *, retry_rejects: bool = False) -> Plan:
     units = units_of(shards, contract)
     diff = contract_diff(there, contract) if there else []
     state = State(output)
-    pending = list(_pending(units, state, read_failures(output), retry_rejects))
+    known = "another contract" if diff else "changed"
+    pending = list(_pending(units, state, read_failures(output), retry_rejects, known))
     return Plan(output, contract, there, diff, shards, units, pending, state)
 
 
@@ -99,7 +100,11 @@ def units_of(shards: Iterable[SourceShard], contract: Contract) -> list[Unit]:
 
 
 def _pending(
-    units: Iterable[Unit], state: State, failures: dict[str, str], retry_rejects: bool
+    units: Iterable[Unit],
+    state: State,
+    failures: dict[str, str],
+    retry_rejects: bool,
+    known: str,
 ) -> Iterable[PlannedUnit]:
     known_sources = {record.unit.source for record in state.current.values() if record}
     for unit in units:
@@ -114,7 +119,7 @@ def _pending(
         elif unit.id in failures:
             yield PlannedUnit(unit, generation, f"failed before: {failures[unit.id]}")
         elif unit.source in known_sources:
-            yield PlannedUnit(unit, generation, "changed")
+            yield PlannedUnit(unit, generation, known)
         else:
             yield PlannedUnit(unit, generation, "new")
 
