@@ -17,16 +17,24 @@ if TYPE_CHECKING:
     from latentcache.engine.plan import Plan, make_plan
     from latentcache.engine.run import RunSummary, run
     from latentcache.errors import LatentCacheError
+    from latentcache.loader.batch import Batch
+    from latentcache.loader.join import Join
+    from latentcache.loader.loader import LatentLoader
+    from latentcache.loader.mapped import LatentDataset
     from latentcache.quality.verify import Verification, verify
     from latentcache.storage import StorageOptions
     from latentcache.vae.model import KLAutoencoder, to_uint8
     from latentcache.vae.weights import load_vae
 
 _HOMES = {
+    "Batch": "loader.batch",
     "Config": "config",
     "Dataset": "dataset.reader",
+    "Join": "loader.join",
     "KLAutoencoder": "vae.model",
     "LatentCacheError": "errors",
+    "LatentDataset": "loader.mapped",
+    "LatentLoader": "loader.loader",
     "Plan": "engine.plan",
     "RejectedRow": "dataset.reader",
     "Row": "dataset.reader",
@@ -44,10 +52,14 @@ _HOMES = {
 }
 
 __all__ = [
+    "Batch",
     "Config",
     "Dataset",
+    "Join",
     "KLAutoencoder",
     "LatentCacheError",
+    "LatentDataset",
+    "LatentLoader",
     "Plan",
     "RejectedRow",
     "Row",

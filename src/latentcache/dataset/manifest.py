@@ -18,6 +18,7 @@ from io import BytesIO
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from latentcache.dataset.contract import FORMAT_VERSION
@@ -174,6 +175,40 @@ def read_records(store: Store, manifest: Manifest) -> list[UnitRecord]:
     records = (record for table in _segments(store, manifest) for record in _records(table))
     live = (record for record in records if record.name not in removed)
     return sorted(live, key=lambda record: (record.unit.source, record.unit.id))
+
+
+def read_files(store: Store, manifest: Manifest) -> pa.Table:
+    """Read the data files of a manifest's units, in the order of `read_records`.
+
+    Columns are `unit` (its id) and those of `DataFile`. Millions of files take no Python object
+    each, as records would.
+
+    Raises:
+        DatasetError: a segment is missing or damaged.
+    """
+    tables = []
+    removed = pa.array(manifest.removed, pa.string())
+    for segment in _segments(store, manifest):
+        unit = segment["unit"].combine_chunks()
+        table = pa.table(
+            {
+                "source": pc.struct_field(unit, "source"),
+                "unit": pc.struct_field(unit, "id"),
+                "files": segment["files"],
+            }
+        )
+        generation = segment["generation"].cast(pa.string())
+        names = pc.binary_join_element_wise(table["unit"], generation, "-")
+        tables.append(table.filter(pc.invert(pc.is_in(names, value_set=removed))))
+    empty = pa.schema(
+        [("source", pa.string()), ("unit", pa.string()), _SEGMENT_SCHEMA.field("files")]
+    )
+    tables.append(empty.empty_table())
+    units = pa.concat_tables(tables).sort_by([("source", "ascending"), ("unit", "ascending")])
+    lists = units["files"].combine_chunks()
+    files = pa.Table.from_struct_array(pc.list_flatten(lists))
+    ids = units["unit"].take(pc.list_parent_indices(lists))
+    return files.add_column(0, "unit", ids)
 
 
 def _segments(store: Store, manifest: Manifest) -> Iterable[pa.Table]:

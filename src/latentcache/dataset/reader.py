@@ -193,17 +193,24 @@ def open_dataset(
         DatasetError: there is no dataset, or no such manifest, or no complete one.
         StorageError: the store cannot be reached.
     """
+    return Dataset(*open_manifest(url, manifest, storage=storage))
+
+
+def open_manifest(
+    url: str, manifest: int | None = None, *, storage: StorageOptions | None = None
+) -> tuple[Store, Contract, Manifest]:
+    """Find a dataset's contract and a manifest of it; see `open_dataset`."""
     store = Store(url, storage or StorageOptions())
     contract = read_contract(store)
     if contract is None:
         raise DatasetError(f"{store.url} is not a latent dataset: it has no contract.json")
     if manifest is not None:
-        return Dataset(store, contract, read_manifest(store, manifest))
+        return store, contract, read_manifest(store, manifest)
     numbers = list_manifests(store)
     for number in reversed(numbers):
         found = read_manifest(store, number)
         if found.complete:
-            return Dataset(store, contract, found)
+            return store, contract, found
     if not numbers:
         raise DatasetError(f"{store.url} has no manifest yet: no run has got that far")
     raise DatasetError(

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -97,6 +97,16 @@ def row_schema(contract: Contract, unit_id: str) -> pa.Schema:
     return pa.schema(fields, metadata=metadata)
 
 
+def row_group_rows(contract: Contract, bucket: tuple[int, int]) -> int:
+    """Rows of a whole row group; the last one of a file may have fewer."""
+    return max(1, min(_ROW_GROUP_ROWS, _ROW_GROUP_BYTES // row_bytes(contract, bucket)))
+
+
+def row_bytes(contract: Contract, bucket: tuple[int, int]) -> int:
+    """Bytes of one stored latent."""
+    return math.prod(contract.latent_shape(bucket)) * TORCH_DTYPES[contract.latents.dtype].itemsize
+
+
 class BucketWriter:
     """Writes the rows of one bucket of one unit to local disk.
 
@@ -116,9 +126,8 @@ class BucketWriter:
         self._shape = contract.latent_shape(bucket)
         self._schema = row_schema(contract, unit_id)
         self._pending: list[tuple[bytes, RowMeta]] = []
-        itemsize = TORCH_DTYPES[contract.latents.dtype].itemsize
-        self._latent_bytes = int(np.prod(self._shape)) * itemsize
-        self._group_rows = max(1, min(_ROW_GROUP_ROWS, _ROW_GROUP_BYTES // self._latent_bytes))
+        self._latent_bytes = row_bytes(contract, bucket)
+        self._group_rows = row_group_rows(contract, bucket)
         if contract.latents.format == "safetensors":
             self.paths = [Path(f"{stem}.safetensors"), Path(f"{stem}.rows.parquet")]
         else:
@@ -133,6 +142,9 @@ class BucketWriter:
             },
             use_dictionary=["latent_shape.list.element", "latent_dtype"],
             write_statistics=plain,
+            # One page a row group, so that latents lie at one stride: docs/format.md promises it.
+            data_page_size=2 * _ROW_GROUP_BYTES,
+            write_batch_size=_ROW_GROUP_ROWS,
         )
         self._tensor_file: BinaryIO | None = None
         if contract.latents.format == "safetensors":
@@ -205,10 +217,48 @@ class BucketWriter:
                 self._schema
             ):
                 raise DatasetError(f"{self.paths[-1]} does not read back as written")
-        if self._tensor_file:
-            with self.paths[0].open("rb") as raw:
-                if SafetensorsRows(raw).num_rows != self.num_rows:
-                    raise DatasetError(f"{self.paths[0]} does not read back as written")
+        with self.paths[0].open("rb") as raw:
+            latent_offsets(raw, self._contract, self.bucket, self.num_rows)
+
+
+def latent_offsets(
+    file: BinaryIO, contract: Contract, bucket: tuple[int, int], num_rows: int
+) -> list[int]:
+    """Find where latents lie in a data file, so that they can be read without a Parquet reader.
+
+    Returns:
+        For each row group (of `row_group_rows` rows, the last one fewer), the byte at which its
+        first latent begins. The next ones follow at a stride of `row_bytes`, in Parquet 4 more,
+        for the length that stands before each.
+
+    Raises:
+        DatasetError: the file is damaged, has another number of rows, or another layout.
+    """
+    size, group_rows = row_bytes(contract, bucket), row_group_rows(contract, bucket)
+    if contract.latents.format == "safetensors":
+        tensor = SafetensorsRows(file)
+        if (tensor.num_rows, *tensor.shape) != (num_rows, *contract.latent_shape(bucket)):
+            raise DatasetError(f"latents are {tensor.num_rows} of {tensor.shape}")
+        return [tensor.start + first * size for first in range(0, num_rows, group_rows)]
+    offsets = []
+    metadata = pq.read_metadata(file)
+    latent = metadata.schema.names.index("latent")
+    left = num_rows
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        chunk = group.column(latent)
+        rows = min(group_rows, left)
+        # One plain page: lengths and latents fill the chunk from its end back to the page's header.
+        first = chunk.data_page_offset + chunk.total_compressed_size - rows * (4 + size)
+        file.seek(first)
+        length = int.from_bytes(file.read(4), "little")
+        if group.num_rows != rows or chunk.compression != "UNCOMPRESSED" or length != size:
+            raise DatasetError(f"row group {number} has another layout than docs/format.md says")
+        offsets.append(first + 4)
+        left -= rows
+    if left:
+        raise DatasetError(f"{metadata.num_rows} rows, not {num_rows}")
+    return offsets
 
 
 def write_rejects(path: Path, rejects: Sequence[RejectRow]) -> None:
@@ -256,11 +306,11 @@ class SafetensorsRows:
             start, end = entry["data_offsets"]
         except (ValueError, KeyError, TypeError) as error:
             raise DatasetError(f"damaged safetensors header: {error}") from error
-        self._start = 8 + length + start
+        self.start = 8 + length + start
         self._row_bytes = (end - start) // self.num_rows if self.num_rows else 0
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        self._file.seek(self._start + index * self._row_bytes)
+        self._file.seek(self.start + index * self._row_bytes)
         data = self._file.read(self._row_bytes)
         if len(data) < self._row_bytes:
             raise DatasetError("damaged safetensors file: it ends early")

@@ -1,0 +1,145 @@
+"""Latent datasets made of numbers, without a VAE: for benches and tests of what reads them."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from latentcache.dataset.contract import (
+    Contract,
+    LatentContract,
+    TransformContract,
+    VaeContract,
+    establish_contract,
+)
+from latentcache.dataset.manifest import State, write_next
+from latentcache.dataset.receipts import DataFile, Receipt, Unit, UnitRecord, new_attempt
+from latentcache.dataset.shards import (
+    TORCH_DTYPES,
+    BucketWriter,
+    RowMeta,
+    bucket_name,
+    describe_file,
+)
+from latentcache.dataset.statistics import Statistics
+from latentcache.storage import StorageOptions, Store
+
+Bucket = tuple[int, int]
+
+
+def make_contract(
+    buckets: Sequence[Bucket],
+    *,
+    columns: Sequence[str] = ("caption",),
+    posterior: str = "mean",
+    dtype: str = "float16",
+    format: str = "parquet",
+    shift_factor: float = 0.0,
+) -> Contract:
+    """Make a contract as a run with a kl-f8 autoencoder would."""
+    return Contract(
+        vae=VaeContract(
+            family="kl-f8",
+            encoder_fingerprint="0" * 64,
+            architecture={},
+            latent_channels=4,
+            downsample_factor=8,
+            scaling_factor=0.18215,
+            shift_factor=shift_factor,
+        ),
+        transform=TransformContract(
+            crop="center",
+            resample="bicubic",
+            buckets=tuple(buckets),
+            min_side_px=None,
+            max_upscale=None,
+            max_pixels=2**28,
+        ),
+        latents=LatentContract(posterior, dtype, format, "fp32"),
+        image_fields=("jpg",),
+        columns=tuple(columns),
+    )
+
+
+Latents = Callable[[int, Bucket, int], torch.Tensor]
+
+
+def random_latents(contract: Contract) -> Latents:
+    """Draw latents: (number of the unit, bucket, rows) to [N, C, H, W], other for each unit."""
+
+    def draw(number: int, bucket: Bucket, num_rows: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(number * 1009 + bucket[0] * 31 + bucket[1])
+        shape = (num_rows, *contract.latent_shape(bucket))
+        latents = torch.randn(shape, generator=generator)
+        return latents.to(TORCH_DTYPES[contract.latents.dtype])
+
+    return draw
+
+
+def write_dataset(
+    url: str,
+    contract: Contract,
+    units: Sequence[Mapping[Bucket, int]],
+    *,
+    latents: Latents | None = None,
+    storage: StorageOptions | None = None,
+) -> None:
+    """Write a complete dataset.
+
+    Args:
+        url: where to.
+        contract: what to write.
+        units: for each unit, its rows by bucket.
+        latents: gives them; random ones if left out.
+        storage: how to reach the store.
+    """
+    store = Store(url, storage or StorageOptions())
+    establish_contract(store, contract, {})
+    draw = latents or random_latents(contract)
+    receipts = [
+        _write_unit(store, contract, number, rows, draw) for number, rows in enumerate(units)
+    ]
+    state = State(store)
+    for receipt in receipts:
+        state.add(receipt)
+    listing = {r.record.unit.source: [r.record.unit] for r in receipts}
+    write_next(
+        state, contract.fingerprint, contract.stored_channels, lambda: listing, on_missing="keep"
+    )
+
+
+def _write_unit(
+    store: Store, contract: Contract, number: int, rows: Mapping[Bucket, int], draw: Latents
+) -> Receipt:
+    unit = Unit.of(f"made/{number:06d}.tar", 1, "1", contract.fingerprint)
+    attempt = new_attempt()
+    files: list[DataFile] = []
+    first = 0
+    with tempfile.TemporaryDirectory() as folder:
+        for bucket, num_rows in rows.items():
+            name = bucket_name(bucket)
+            writer = BucketWriter(Path(folder, f"0-{attempt}-{name}"), contract, unit.id, bucket)
+            metas = [_row(number, first + index, contract) for index in range(num_rows)]
+            writer.append(draw(number, bucket, num_rows), metas)
+            writer.close()
+            first += num_rows
+            for path in writer.paths:
+                file = describe_file(path, f"data/{unit.id}/{path.name}", num_rows, name)
+                store.put_file(path, file.path)
+                files.append(file)
+    record = UnitRecord(unit, 0, attempt, first, first, 0, tuple(files), None)
+    receipt = Receipt(record, contract.fingerprint, Statistics.empty(contract.stored_channels))
+    store.put_if_absent(receipt.path, receipt.to_bytes())
+    return receipt
+
+
+def _row(number: int, index: int, contract: Contract) -> RowMeta:
+    columns: dict[str, str | int | None] = {
+        name: (number * 100 + index) % 1000 if name == "cls" else f"{name} of {number}/{index}"
+        for name in contract.columns
+    }
+    key = f"{number:06d}{index:06d}"
+    return RowMeta(key, 300 + index, 400 + number, index % 7, index % 5, columns)

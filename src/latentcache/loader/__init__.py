@@ -1,0 +1,1 @@
+"""From a latent dataset to the batches of a training loop."""

@@ -1,0 +1,167 @@
+"""Batches: the rows of one step, read and made ready for the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from latentcache.loader.files import Files
+from latentcache.loader.join import Joined
+from latentcache.loader.latents import LatentFinish
+from latentcache.loader.noise import mix, normal
+from latentcache.loader.order import BatchRows, Bucket, Ints, make_key
+from latentcache.loader.prefetch import Memory
+from latentcache.loader.rows import FoundRows, RowReader
+
+_NOISE = 4  # what a key is for, beside those of order.py
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One rank's slice of a global batch: b rows, all of one bucket.
+
+    `latents` is [b, C, h, w]. Sizes are in pixels, [b, 2] int64, height or top first, as SDXL's
+    micro-conditioning has them: `original_size` of the image, `crop_top_left` where the crop begins
+    in the resized image, `target_size` of the crop, which is the bucket's. `columns` holds what was
+    asked for: lists of b values (None where a sample had none), for class numbers [b] int64 (-1),
+    for a join's numbers and vectors tensors. `bucket` is (width, height) in pixels.
+
+    The memory of a batch is used again only when no tensor of it is alive.
+    """
+
+    epoch: int
+    step: int
+    bucket: Bucket
+    latents: torch.Tensor
+    original_size: torch.Tensor
+    crop_top_left: torch.Tensor
+    target_size: torch.Tensor
+    columns: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    @property
+    def time_ids(self) -> torch.Tensor:
+        """SDXL's `add_time_ids`, [b, 6] int64: original size, crop's top left, target size."""
+        return torch.cat([self.original_size, self.crop_top_left, self.target_size], dim=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A batch that is all there but its latents; `numbers` are [b], of the rows in all files."""
+
+    epoch: int
+    chosen: BatchRows
+    found: FoundRows
+    numbers: Ints
+    columns: dict[str, Any]
+
+
+class BatchReader:
+    """Plans and reads batches.
+
+    Args:
+        files: what there is.
+        joined: which rows and columns of it.
+        rows: reads the files.
+        finish: makes the latents.
+        device: where to.
+        seed: of draws from the posterior.
+    """
+
+    def __init__(
+        self,
+        files: Files,
+        joined: Joined,
+        rows: RowReader,
+        finish: LatentFinish,
+        device: torch.device,
+        seed: int,
+    ) -> None:
+        self._files = files
+        self._joined = joined
+        self.rows = rows
+        self._finish = finish
+        self._device = device
+        self._noise_key = make_key(seed, _NOISE) - 2**63  # torch has no unsigned arithmetic
+        self._memory = Memory()
+        # On a GPU, copies and arithmetic keep out of the training's way on a stream of their own.
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def plan(self, epoch: int, chosen: BatchRows) -> Plan:
+        """Find a batch's rows and read all but the latents; for one thread at a time."""
+        rows, partners = self._joined.find(chosen.files, chosen.rows)
+        found = self.rows.find(chosen.files, rows)
+        columns = {name: _numbers(values) for name, values in found.columns.items()}
+        numbers = self._files.first_row[chosen.files] + rows
+        return Plan(epoch, chosen, found, numbers, columns | self._joined.read(partners))
+
+    def read(self, plan: Plan) -> tuple[Batch, torch.cuda.Event | None]:
+        """Read what was planned; on a GPU, the event says when it is there."""
+        chosen, sizes = plan.chosen, plan.found.sizes
+        target_size = torch.tensor([[chosen.bucket[1], chosen.bucket[0]]]).expand(len(sizes), 2)
+        shape = (len(sizes), *self._files.contract.latent_shape(chosen.bucket))
+        stored = self._memory.take(shape, self._finish.stored)
+        plan.found.gather(stored.view(torch.uint8).flatten(1))
+        with torch.cuda.stream(self._stream) if self._stream else nullcontext():
+            batch = Batch(
+                epoch=plan.epoch,
+                step=chosen.step,
+                bucket=chosen.bucket,
+                latents=self._finished(stored, plan),
+                original_size=self._moved(sizes[:, :2]),
+                crop_top_left=self._moved(sizes[:, 2:]),
+                target_size=self._moved(target_size),
+                columns={name: self._moved(values) for name, values in plan.columns.items()},
+            )
+            return batch, self._stream.record_event() if self._stream else None
+
+    def _finished(self, stored: torch.Tensor, plan: Plan) -> torch.Tensor:
+        """Copy latents to the device and finish them there."""
+
+        def noise(count: int) -> torch.Tensor:
+            passes = mix(torch.from_numpy(plan.chosen.passes) + self._noise_key)
+            keys = mix(passes + torch.from_numpy(plan.numbers))
+            return normal(keys.to(self._device), count)
+
+        if self._stream:
+            stored = stored.to(self._device, non_blocking=True)
+        if self._finish.is_in_place:
+            out = stored
+        else:
+            num, channels, height, width = stored.shape
+            channels = channels // 2 if self._finish.is_moments else channels
+            out = self._take_out((num, channels, height, width))
+        self._finish(stored, out, noise)
+        return out
+
+    def _take_out(self, shape: Sequence[int]) -> torch.Tensor:
+        if self._stream:
+            return torch.empty(tuple(shape), dtype=self._finish.dtype, device=self._device)
+        return self._memory.take(shape, self._finish.dtype)
+
+    def _moved(self, values: Any) -> Any:
+        return values.to(self._device) if isinstance(values, torch.Tensor) else values
+
+
+def hand_over(batch: Batch, event: torch.cuda.Event) -> None:
+    """Let the current stream use a batch that another stream made."""
+    stream = torch.cuda.current_stream(batch.latents.device)
+    stream.wait_event(event)
+    # torch must not give this memory to the other stream again before this one is done with it.
+    sizes = (batch.original_size, batch.crop_top_left, batch.target_size)
+    for tensor in (batch.latents, *sizes, *batch.columns.values()):
+        if isinstance(tensor, torch.Tensor):
+            tensor.record_stream(stream)
+
+
+def _numbers(values: list[Any]) -> Any:
+    """Class numbers as a tensor, other columns as they are."""
+    return torch.tensor(values) if values and isinstance(values[0], int) else values

@@ -1,0 +1,210 @@
+"""More columns for a dataset's rows, from a Parquet file keyed by (unit, key).
+
+New captions or embeddings then need no new encoding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+
+from latentcache.errors import ConfigError, DatasetError
+from latentcache.loader.files import Files
+from latentcache.loader.order import Ints
+from latentcache.storage import StorageOptions, Store, split_url
+
+_READ_THREADS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    """Rows of a Parquet file that go with a dataset's rows of the same `unit` and `key`.
+
+    Args:
+        url: a Parquet file, or a folder of them. It is held in memory, by each rank.
+        columns: which of its columns; None takes all but `unit` and `key`. One that the dataset
+            has too takes its place.
+        missing: what a row without a partner is: an `error`, or to be left out (`drop`).
+        storage: how to reach it.
+    """
+
+    url: str
+    columns: Sequence[str] | None = None
+    missing: Literal["error", "drop"] = "error"
+    storage: StorageOptions | None = None
+
+
+class Joined:
+    """Which rows of the files count, and the columns that they have beside their own.
+
+    `num_rows` is [F], `columns` the names to read from the files, `fingerprint` a hash of which
+    rows there are.
+
+    Args:
+        files: the datasets.
+        join: what to join, or where it lies; None for nothing.
+        columns: the datasets' columns that are wanted; None takes those that all of them have.
+
+    Raises:
+        ConfigError: a dataset has no such column, or the join lacks one.
+        DatasetError: a row has no partner, or a partner occurs twice.
+    """
+
+    def __init__(
+        self, files: Files, join: Join | str | Path | None, columns: Sequence[str] | None
+    ) -> None:
+        if columns is None:
+            columns = [
+                name
+                for name in files.contract.columns
+                if all(name in source.contract.columns for source in files.sources)
+            ]
+        for source in files.sources:
+            known = ["unit", "key", *source.contract.columns]
+            if unknown := [name for name in columns if name not in known]:
+                raise ConfigError(f"{source.url} has no column {unknown[0]!r}; it has {known}")
+        self.num_rows: Ints = files.num_rows
+        self.columns = list(columns)
+        self.fingerprint = files.fingerprint()
+        self._partners: Ints | None = None
+        self._values: dict[str, pa.Array | torch.Tensor] = {}
+        if join is not None:
+            self._join(files, join if isinstance(join, Join) else Join(str(join)))
+
+    def _join(self, files: Files, join: Join) -> None:
+        table = _read_table(join)
+        partners = _find_partners(files, table, join)
+        counts = np.add.reduceat(partners >= 0, files.first_row) if len(files) else files.num_rows
+        self.num_rows = counts.astype(np.int64)
+        self._first_row: Ints = np.cumsum(self.num_rows) - self.num_rows
+        within = np.arange(len(partners)) - np.repeat(files.first_row, files.num_rows)
+        self._rows = within[partners >= 0]
+        self._partners = partners[partners >= 0]
+        self.fingerprint = hashlib.sha256(
+            self.fingerprint.encode() + self._rows.tobytes() + self.num_rows.tobytes()
+        ).hexdigest()
+        self._values = {
+            name: _values(table[name], f"column {name!r} of {join.url}")
+            for name in table.column_names
+            if name not in ("unit", "key")
+        }
+        self.columns = [name for name in self.columns if name not in self._values]
+
+    def find(self, files: Ints, rows: Ints) -> tuple[Ints, Ints]:
+        """Find the rows that count: their place in their files, and in the join."""
+        if self._partners is None:
+            return rows, rows
+        numbers = self._first_row[files] + rows
+        return self._rows[numbers], self._partners[numbers]
+
+    def read(self, partners: Ints) -> dict[str, Any]:
+        """Read the join's columns of [m] rows: lists of text, tensors of numbers or vectors."""
+        return {
+            name: values[torch.from_numpy(partners)]
+            if isinstance(values, torch.Tensor)
+            else values.take(pa.array(partners)).to_pylist()
+            for name, values in self._values.items()
+        }
+
+
+def _read_table(join: Join) -> pa.Table:
+    """Read all of a join."""
+    options = join.storage or StorageOptions()
+    if join.url.endswith(".parquet"):
+        folder, name = split_url(join.url)
+        store, paths = Store(folder, options), [name]
+    else:
+        store = Store(join.url, options)
+        paths = [info.path for info in store.list() if info.path.endswith(".parquet")]
+        if not paths:
+            raise ConfigError(f"join: {store.url} has no .parquet files")
+    columns = None if join.columns is None else ["unit", "key", *join.columns]
+    tables = []
+    for path in paths:
+        data = pa.BufferReader(store.read_bytes(path))
+        try:
+            table = pq.read_table(data)
+        except pa.ArrowException as error:
+            raise ConfigError(f"join: {store.url_of(path)} is not Parquet: {error}") from error
+        for name in columns or ("unit", "key"):
+            if name not in table.column_names:
+                raise ConfigError(
+                    f"join: {store.url_of(path)} has no column {name!r}; it has "
+                    f"{table.column_names}"
+                )
+        tables.append(table.select(columns) if columns else table)
+    return pa.concat_tables(tables)
+
+
+def _find_partners(files: Files, table: pa.Table, join: Join) -> Ints:
+    """Find each row's partner in the table: [rows of all files], -1 where it has none."""
+    units = table["unit"].combine_chunks().dictionary_encode()
+    by_unit = np.argsort(units.indices.to_numpy(), kind="stable")
+    ends = np.cumsum(np.bincount(units.indices.to_numpy(), minlength=len(units.dictionary)))
+    starts = dict(zip(units.dictionary.to_pylist(), [0, *ends.tolist()], strict=False))
+    stops = dict(zip(units.dictionary.to_pylist(), ends.tolist(), strict=True))
+    theirs = table["key"].combine_chunks()
+
+    def find(file: int) -> Ints:
+        unit = files.unit(file)
+        keys = _read_keys(files, file)
+        places = by_unit[starts.get(unit, 0) : stops.get(unit, 0)]
+        candidates = theirs.take(pa.array(places))
+        if pc.count_distinct(candidates).as_py() < len(places):
+            raise DatasetError(f"join: {join.url} has several rows of one key in unit {unit}")
+        found = pc.index_in(keys, value_set=candidates)
+        if found.null_count and join.missing == "error":
+            key = keys.filter(pc.is_null(found))[0].as_py()
+            raise DatasetError(
+                f"join: {join.url} has no row for unit {unit}, key {key!r}; mend it, or leave such "
+                "rows out with Join(…, missing='drop')"
+            )
+        indices = found.fill_null(-1).to_numpy()
+        return np.where(indices < 0, -1, np.append(places, -1)[indices])
+
+    with ThreadPoolExecutor(_READ_THREADS) as pool:
+        return np.concatenate([np.zeros(0, np.int64), *pool.map(find, range(len(files)))])
+
+
+def _read_keys(files: Files, file: int) -> pa.Array:
+    store, described = files.store_of(file), files.rows_file(file)
+    with store.named(described.path), store.open(described.path) as data:
+        try:
+            return pq.read_table(data, columns=["key"])["key"].combine_chunks()
+        except pa.ArrowException as error:
+            url = store.url_of(described.path)
+            raise DatasetError(f"{url} is damaged: {error}; run `latentcache verify`") from error
+
+
+def _values(column: pa.ChunkedArray, name: str) -> pa.Array | torch.Tensor:
+    """Give a column in the form that batches are taken from: numbers and vectors as a tensor.
+
+    Vectors, lists of numbers of one length, are [N, length].
+    """
+    values = column.combine_chunks()
+    width = None
+    if pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
+        lengths = set(pc.list_value_length(values).unique().to_pylist())
+        if len(lengths) > 1:
+            raise ConfigError(f"{name} holds lists of several lengths, or none; vectors need one")
+        width = lengths.pop() if lengths else 0
+    elif pa.types.is_fixed_size_list(values.type):
+        width = values.type.list_size
+    numbers = values if width is None else pc.list_flatten(values)
+    kind = numbers.type
+    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
+        return values
+    if values.null_count or numbers.null_count:
+        raise ConfigError(f"{name} has rows without a value; a tensor has no place for them")
+    tensor = torch.from_numpy(numbers.to_numpy(zero_copy_only=False).copy())
+    return tensor if width is None else tensor.reshape(len(values), width)

@@ -1,0 +1,278 @@
+"""`LatentLoader`: from a latent dataset to the batches of a training loop."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections import deque
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from latentcache.dataset.shards import bucket_name
+from latentcache.errors import ConfigError, DatasetError
+from latentcache.loader.batch import Batch, BatchReader, Plan, hand_over
+from latentcache.loader.cache import parse_bytes
+from latentcache.loader.files import Files, open_sources
+from latentcache.loader.join import Join, Joined
+from latentcache.loader.latents import LatentFinish
+from latentcache.loader.order import (
+    DEFAULT_WINDOW_ROWS,
+    BatchRows,
+    Bucket,
+    Order,
+    OrderOptions,
+    Tail,
+)
+from latentcache.loader.prefetch import prefetch
+from latentcache.loader.rows import MAX_AHEAD, RowReader, open_cache
+from latentcache.storage import StorageOptions
+
+_STATE_VERSION = 1
+
+
+class LatentLoader:
+    """Batches of latents for training, in an order that is a function of the arguments.
+
+    Iterating gives one epoch. The next iteration gives the next epoch, also when the one before was
+    left early; after `load_state_dict` the first one continues at exactly the batch that was next.
+    The sequence of global batches is the same for any number of ranks, and every rank has the same
+    number of steps.
+
+    Args:
+        url: the dataset, or {url: weight} for several: each then has a share of its weight in an
+            epoch's rows, of which there are as many as the datasets have together.
+        batch_size: rows of a global batch. A rank gets its slice of it.
+        seed: of the order, and of draws from the posterior.
+        rank, world_size: of this process; from `torch.distributed` where that is initialised.
+        manifest: its number, or {url: number}; the newest complete one if left out.
+        shuffle: False reads in the order of the source shards, bucket after bucket.
+        window_rows: rows of a bucket that are shuffled among each other; see `loader/order.py`.
+        block_rows: neighbours that stay together before that; None takes a row group.
+        tail: what becomes of rows that do not fill a batch of their bucket: `drop` leaves them out
+            of the epoch (other ones in each), `pad` repeats rows, `short` gives a smaller batch.
+        dtype: of the latents.
+        normalize: give `(z - shift) * scale`; False gives what the encoder gave.
+        device: where batches lie. On a CPU beside a GPU they are pinned.
+        columns: which of the dataset's columns to read; None takes all. `unit` and `key` can be
+            asked for.
+        join: a Parquet file with more columns, by `unit` and `key`; see `Join`.
+        cache_dir: where files of remote stores are kept; shared by the ranks of a node.
+        cache_bytes: how much of them, as a number or like "100gb".
+        prefetch_bytes: how many latents to have ready in advance.
+        storage: how to reach the store.
+
+    Raises:
+        ConfigError: an argument is wrong, or there is not one whole batch.
+        ContractMismatch: datasets that are to be mixed differ in what their latents are.
+        DatasetError: there is no such dataset or manifest, or a file is gone or damaged. Iterating
+            raises it too.
+        StorageError: a store cannot be reached, after retries. Iterating raises it too.
+    """
+
+    def __init__(
+        self,
+        url: str | Mapping[str, float],
+        *,
+        batch_size: int,
+        seed: int = 0,
+        rank: int | None = None,
+        world_size: int | None = None,
+        manifest: int | Mapping[str, int] | None = None,
+        shuffle: bool = True,
+        window_rows: int = DEFAULT_WINDOW_ROWS,
+        block_rows: int | None = None,
+        tail: Tail = "drop",
+        dtype: torch.dtype = torch.float32,
+        normalize: bool = True,
+        device: torch.device | str = "cpu",
+        columns: Sequence[str] | None = None,
+        join: Join | str | Path | None = None,
+        cache_dir: str | Path | None = None,
+        cache_bytes: int | str = "100gb",
+        prefetch_bytes: int | str = "128mb",
+        storage: StorageOptions | None = None,
+    ) -> None:
+        options = OrderOptions(batch_size, seed, shuffle, window_rows, block_rows, tail)
+        self.rank, self.world_size = _place(rank, world_size, batch_size)
+        weights = {url: 1.0} if isinstance(url, str) else dict(url)
+        if not weights:
+            raise ConfigError("no dataset is given: url is empty")
+        self._files = Files(open_sources(list(weights), manifest, storage))
+        self.contract = self._files.contract
+        self._joined = Joined(self._files, join, columns)
+        self._order = Order(
+            self._files.streams(self._joined.num_rows), options, list(weights.values())
+        )
+        _check_order(self._order, self.num_rows, list(weights))
+        self._finish = LatentFinish(self.contract, dtype, normalize)
+        self._device = torch.device(device)
+        self._cache = open_cache(self._files, cache_dir, cache_bytes)
+        self._prefetch_bytes = parse_bytes(prefetch_bytes)
+        self._identity = self._describe(list(weights.values()))
+        self._epoch, self._step = 0, 0
+        self._is_begun = False
+        self._idle: list[BatchReader] = []
+
+    def _describe(self, weights: Sequence[float]) -> dict[str, Any]:
+        """All that the order depends on: a state of another order is refused by it."""
+        numbers = [source.manifest.number for source in self._files.sources]
+        mixed = len(numbers) > 1
+        return {
+            "version": _STATE_VERSION,
+            "manifest": numbers if mixed else numbers[0],
+            "dataset": self._joined.fingerprint[:16],
+            **asdict(self._order.options),
+            **({"weights": list(weights)} if mixed else {}),
+        }
+
+    def __len__(self) -> int:
+        """Count the steps of an epoch, the same on every rank."""
+        return len(self._order)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the dataset (with a join: those that have a partner)."""
+        return int(self._joined.num_rows.sum())
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the batch that is next."""
+        return self._epoch
+
+    @property
+    def buckets(self) -> dict[Bucket, int]:
+        """Steps of an epoch by bucket, (width, height) in pixels."""
+        return self._order.buckets
+
+    def state_dict(self) -> dict[str, Any]:
+        """Say which batch is next, as a few JSON values; the same on every rank."""
+        return {**self._identity, "epoch": self._epoch, "step": self._step}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue at the batch that was next when `state_dict` was called, at any world size.
+
+        Raises:
+            ConfigError: the state is of another order; the message names the field.
+        """
+        state = json.loads(json.dumps(dict(state)))
+        for name, wanted in self._identity.items():
+            if name not in state:
+                raise ConfigError(f"not a state of a LatentLoader: it has no {name!r}")
+            if state[name] != json.loads(json.dumps(wanted)):
+                raise ConfigError(
+                    f"the state is of {name} {state[name]}, this loader has {name} {wanted}: "
+                    f"{_mend(name)}"
+                )
+        epoch, step = state.get("epoch"), state.get("step")
+        if not (isinstance(epoch, int) and isinstance(step, int) and 0 <= step <= len(self)):
+            raise ConfigError(f"the state names step {step} of epoch {epoch}; there is none such")
+        self._move(epoch, step)
+        self._is_begun = False
+
+    def _move(self, epoch: int, step: int) -> None:
+        self._epoch, self._step = (epoch, step) if step < len(self) else (epoch + 1, 0)
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self._is_begun:
+            self._move(self._epoch + 1, 0)
+        self._is_begun = False
+        return self._iterate()
+
+    def _iterate(self) -> Iterator[Batch]:
+        epoch = self._epoch
+        # Files stay mapped from epoch to epoch, unless two iterators are at work.
+        reader = self._idle.pop() if self._idle else self._make_reader()
+        plans = self._plan(epoch, self._step, reader)
+        try:
+            for batch, event in prefetch(plans, reader.read, self._num_ahead):
+                if event is not None:
+                    hand_over(batch, event)
+                self._move(epoch, batch.step + 1)
+                self._is_begun = self._step > 0
+                yield batch
+        finally:
+            self._idle.append(reader)
+
+    @property
+    def _num_ahead(self) -> int:
+        """Batches to have ready: as many as `prefetch_bytes` hold."""
+        most = max(prod(self.contract.latent_shape(bucket)) for bucket in self._order.buckets)
+        num_rows = self._order.options.batch_size // self.world_size
+        num_bytes = num_rows * most * self._finish.dtype.itemsize
+        return min(max(1, self._prefetch_bytes // num_bytes), MAX_AHEAD)
+
+    def _make_reader(self) -> BatchReader:
+        rows = RowReader(self._files, self._joined.columns, self._cache)
+        seed = self._order.options.seed
+        return BatchReader(self._files, self._joined, rows, self._finish, self._device, seed)
+
+    def _plan(self, epoch: int, step: int, reader: BatchReader) -> Generator[Plan, None, None]:
+        order = self._order.batches(epoch, step, rank=self.rank, world_size=self.world_size)
+        for chosen in self._look_ahead(order, reader.rows):
+            yield reader.plan(epoch, chosen)
+
+    def _look_ahead(self, order: Iterator[BatchRows], rows: RowReader) -> Iterator[BatchRows]:
+        """Have files fetched and opened before they are wanted: remote ones a window before."""
+        most = self._order.options.window_rows // self.world_size if self._cache else 0
+        most_bytes = self._cache.max_bytes // 4 if self._cache else 0
+        ahead: deque[BatchRows] = deque()
+        num_rows = 0
+        for chosen in order:
+            rows.prepare(chosen.files)
+            ahead.append(chosen)
+            num_rows += len(chosen.files)
+            while ahead and (num_rows > most or rows.num_bytes_ahead > most_bytes):
+                num_rows -= len(ahead[0].files)
+                yield ahead.popleft()
+        yield from ahead
+
+
+def _place(rank: int | None, world_size: int | None, batch_size: int) -> tuple[int, int]:
+    """Say which rank of how many this process is."""
+    if (rank is None) != (world_size is None):
+        raise ConfigError("rank and world_size go together: give both, or neither")
+    if rank is None or world_size is None:
+        rank, world_size = 0, 1
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    if not 0 <= rank < world_size:
+        raise ConfigError(f"rank {rank} is not one of {world_size}")
+    if batch_size % world_size:
+        raise ConfigError(
+            f"batch_size {batch_size} is that of all ranks together; {world_size} ranks cannot "
+            "share it evenly"
+        )
+    return rank, world_size
+
+
+def _check_order(order: Order, num_rows: int, urls: Sequence[str]) -> None:
+    """Refuse a dataset without one batch; say aloud which buckets are never seen."""
+    options = order.options
+    if not num_rows:
+        raise DatasetError(f"{urls[0]} has no rows")
+    if not len(order):
+        raise ConfigError(
+            f"{urls[0]} has {num_rows} rows, and no bucket of it a whole batch of "
+            f"{options.batch_size}; lower batch_size, or set tail to 'pad' or 'short'"
+        )
+    never = {bucket: order.left_out[bucket] for bucket, num in order.buckets.items() if not num}
+    if never:
+        names = ", ".join(f"{bucket_name(bucket)} ({num} rows)" for bucket, num in never.items())
+        warnings.warn(
+            f"these buckets have fewer rows than batch_size {options.batch_size} and are never "
+            f"seen: {names}; set tail to 'pad' or 'short' to train on them",
+            stacklevel=3,
+        )
+
+
+def _mend(field: str) -> str:
+    if field == "manifest":
+        return "give `manifest` the number of the state to go on with the same rows"
+    if field in ("version", "dataset"):
+        return "it cannot be continued here"
+    return f"give {field} as it was"

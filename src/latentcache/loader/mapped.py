@@ -1,0 +1,127 @@
+"""`LatentDataset`: rows by index, for those who bring their own sampler and `DataLoader`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from latentcache.loader.files import Files, open_sources
+from latentcache.loader.join import Join, Joined
+from latentcache.loader.latents import LatentFinish
+from latentcache.loader.order import Bucket, Ints
+from latentcache.loader.rows import RowReader, open_cache
+from latentcache.storage import StorageOptions
+
+
+class LatentDataset(torch.utils.data.Dataset[dict[str, Any]]):
+    """Rows of a latent dataset by index, in the order of `open_dataset`.
+
+    A row is a dict: `latents` [C, h, w]; `original_size`, `crop_top_left` and `target_size`, [2]
+    int64, height or top first; and the columns. PyTorch's `DataLoader` fetches whole batches
+    (`__getitems__`) and may fork or spawn workers. To be stacked, the latents of a batch must be of
+    one bucket: `bucket_of` tells.
+
+    Where moments are stored, a draw takes its numbers from torch's own generator, which a
+    `DataLoader` seeds in each worker.
+
+    Args:
+        url, manifest, dtype, normalize, columns, join, cache_dir, cache_bytes, storage: as those of
+            `LatentLoader`, for one dataset.
+
+    Raises:
+        ConfigError: an argument is wrong.
+        DatasetError: there is no such dataset or manifest, or a file is gone or damaged. Reading
+            raises it too.
+        StorageError: a store cannot be reached, after retries. Reading raises it too.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        manifest: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        normalize: bool = True,
+        columns: Sequence[str] | None = None,
+        join: Join | str | Path | None = None,
+        cache_dir: str | Path | None = None,
+        cache_bytes: int | str = "100gb",
+        storage: StorageOptions | None = None,
+    ) -> None:
+        self._files = Files(open_sources([url], manifest, storage))
+        self.contract = self._files.contract
+        self._joined = Joined(self._files, join, columns)
+        self._finish = LatentFinish(self.contract, dtype, normalize)
+        self._cache = open_cache(self._files, cache_dir, cache_bytes)
+        self._ends: Ints = np.cumsum(self._joined.num_rows)
+        self._rows: tuple[int, RowReader] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A spawned worker maps files for itself.
+        return {**self.__dict__, "_rows": None}
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    @property
+    def buckets(self) -> list[Bucket]:
+        """The buckets, (width, height) in pixels, that `bucket_of` counts."""
+        return self._files.buckets
+
+    @property
+    def bucket_of(self) -> torch.Tensor:
+        """Index of each row's bucket in `buckets`, [len] int64: a sampler groups rows by it."""
+        return torch.from_numpy(np.repeat(self._files.bucket_of, self._joined.num_rows))
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        position = index + len(self) if index < 0 else index
+        if not 0 <= position < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        return self.__getitems__([position])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Read many rows at once; PyTorch's `DataLoader` calls this."""
+        positions = np.asarray(indices, np.int64)
+        files = np.searchsorted(self._ends, positions, "right")
+        rows, partners = self._joined.find(
+            files, positions - (self._ends - self._joined.num_rows)[files]
+        )
+        joined = self._joined.read(partners)
+        found: list[dict[str, Any]] = [{} for _ in indices]
+        for bucket in np.unique(self._files.bucket_of[files]).tolist():
+            places = np.flatnonzero(self._files.bucket_of[files] == bucket)
+            read = self._read(self._files.buckets[bucket], files[places], rows[places])
+            for number, place in enumerate(places.tolist()):
+                found[place] = {name: values[number] for name, values in read.items()}
+                found[place] |= {name: values[place] for name, values in joined.items()}
+        return found
+
+    def _read(self, bucket: Bucket, files: Ints, rows: Ints) -> dict[str, Any]:
+        """Read rows of one bucket: tensors and lists of as many values."""
+        found = self._reader().find(files, rows)
+        channels, height, width = self.contract.latent_shape(bucket)
+        stored = torch.empty((len(rows), channels, height, width), dtype=self._finish.stored)
+        found.gather(stored.view(torch.uint8).flatten(1))
+        latents = stored
+        if not self._finish.is_in_place:
+            channels = channels // 2 if self._finish.is_moments else channels
+            latents = torch.empty((len(rows), channels, height, width), dtype=self._finish.dtype)
+        self._finish(stored, latents, lambda count: torch.randn(len(rows), count))
+        return {
+            "latents": latents,
+            "original_size": found.sizes[:, :2],
+            "crop_top_left": found.sizes[:, 2:],
+            "target_size": torch.tensor([[bucket[1], bucket[0]]]).expand(len(rows), 2),
+            **found.columns,
+        }
+
+    def _reader(self) -> RowReader:
+        """Give this process's reader: one that was forked has no threads."""
+        if self._rows is None or self._rows[0] != os.getpid():
+            self._rows = os.getpid(), RowReader(self._files, self._joined.columns, self._cache)
+        return self._rows[1]

@@ -1,0 +1,426 @@
+"""Which rows make up which batch: arithmetic over row counts, the same on every machine.
+
+An epoch is a list of global batches, each of one bucket. Which rows a batch has follows from the
+row counts of the files, the options and the epoch's number alone: there is no generator whose state
+could be lost, and the number of ranks does not occur, except that rank r of W takes the r-th slice
+of each batch. Any step of any epoch is found without going through those before it.
+
+A bucket's rows are shuffled in two steps. Its blocks (row groups) are permuted; then rows are
+permuted within windows of `window_rows`, so that a batch mixes hundreds of blocks while reading
+stays near them.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from math import isqrt
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from latentcache.errors import ConfigError
+
+Ints = npt.NDArray[np.int64]
+Tail = Literal["drop", "pad", "short"]
+Bucket = tuple[int, int]
+
+DEFAULT_WINDOW_ROWS = 262_144
+
+# Buckets take turns, and so do mixed datasets, with exact shares in every section of about this
+# many steps or rows.
+_SECTION = 4096
+
+_FEISTEL_ROUNDS = 3  # of two halves each
+_MASK = 2**64 - 1
+
+# What a key is for, so that no two permutations share one.
+_BUCKETS, _MIXING, _BLOCKS, _ROWS = range(4)
+
+
+@dataclass(frozen=True, slots=True)
+class OrderOptions:
+    """What the order depends on, besides the rows.
+
+    Args:
+        batch_size: rows of a global batch.
+        seed: of every permutation.
+        shuffle: False reads the files in the manifest's order, bucket after bucket.
+        window_rows: rows of a bucket that are shuffled among each other.
+        block_rows: neighbours in a file that stay together in the first of the two permutations;
+            None takes a row group. A dataset that exceeds the cache wants whole files here.
+        tail: what becomes of a bucket's last rows that do not fill a batch: `drop` leaves them out
+            of this epoch, `pad` fills the batch with the bucket's first rows, `short` gives a
+            smaller batch.
+
+    Raises:
+        ConfigError: a number is out of range.
+    """
+
+    batch_size: int
+    seed: int = 0
+    shuffle: bool = True
+    window_rows: int = DEFAULT_WINDOW_ROWS
+    block_rows: int | None = None
+    tail: Tail = "drop"
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "window_rows", "block_rows"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}; it must be at least 1")
+        if self.tail not in ("drop", "pad", "short"):
+            raise ConfigError(f"tail is {self.tail!r}; it must be 'drop', 'pad' or 'short'")
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """The files that hold one dataset's rows of one bucket.
+
+    Args:
+        dataset: index of the dataset, 0 where there is one.
+        bucket: (width, height) in pixels.
+        files: [F] numbers that the batches name the files by.
+        num_rows: [F] rows of each.
+        group_rows: rows of a whole row group.
+    """
+
+    dataset: int
+    bucket: Bucket
+    files: Ints
+    num_rows: Ints
+    group_rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRows:
+    """One rank's slice of a global batch: row `rows[i]` of file `files[i]`.
+
+    `passes[i]` counts how often that row's dataset has been gone through before: the epoch, unless
+    datasets are mixed.
+    """
+
+    step: int
+    bucket: Bucket
+    files: Ints
+    rows: Ints
+    passes: Ints
+
+
+class Order:
+    """The batches of every epoch.
+
+    Args:
+        streams: at most one for each dataset and bucket.
+        options: see there.
+        weights: each dataset's share of the rows of an epoch, which has as many rows as the
+            datasets have together. One dataset alone is gone through once an epoch, whatever its
+            weight. With several, each goes on in the next epoch where it stopped in this.
+
+    Raises:
+        ConfigError: a weight is not positive, or a dataset of several has no rows.
+    """
+
+    def __init__(
+        self,
+        streams: Sequence[Stream],
+        options: OrderOptions,
+        weights: Sequence[float] = (1.0,),
+    ) -> None:
+        self.options = options
+        quotas = _row_quotas(streams, weights)
+        buckets = sorted({stream.bucket for stream in streams})
+        self._buckets = []
+        for bucket in buckets:
+            mine = [i for i, stream in enumerate(streams) if stream.bucket == bucket and quotas[i]]
+            if mine:
+                parts = [_Shuffled(streams[i], options) for i in mine]
+                self._buckets.append(_BucketOrder(parts, [quotas[i] for i in mine], options))
+        self._turns = _Turns([bucket.num_batches for bucket in self._buckets], options.shuffle)
+
+    def __len__(self) -> int:
+        """Count the steps of an epoch, the same on every rank."""
+        return self._turns.total
+
+    @property
+    def left_out(self) -> dict[Bucket, int]:
+        """Rows of each bucket that an epoch leaves out, where there are any."""
+        counts = {bucket.bucket: bucket.num_left_out for bucket in self._buckets}
+        return {bucket: count for bucket, count in counts.items() if count}
+
+    @property
+    def buckets(self) -> dict[Bucket, int]:
+        """Steps of an epoch by bucket."""
+        return {bucket.bucket: bucket.num_batches for bucket in self._buckets}
+
+    def batches(
+        self, epoch: int, start: int = 0, *, rank: int = 0, world_size: int = 1
+    ) -> Iterator[BatchRows]:
+        """Give the rank's slices of an epoch's batches, from step `start` to the last."""
+        # Many batches at a time: NumPy's cost per call is then spread over them.
+        num_steps = max(1, 16_384 // self.options.batch_size)
+        for first in range(start, len(self), num_steps):
+            last = min(first + num_steps, len(self))
+            yield from self._chunk(epoch, first, last, rank, world_size)
+
+    def _chunk(
+        self, epoch: int, first: int, last: int, rank: int, world_size: int
+    ) -> Iterator[BatchRows]:
+        key = make_key(self.options.seed, epoch, _BUCKETS)
+        turns, numbers = self._turns.take(first, last, key)
+        slices: dict[int, Iterator[tuple[Ints, Ints, Ints]]] = {}
+        for turn in np.unique(turns).tolist():
+            mine = numbers[turns == turn]  # consecutive: a bucket's batches come in their order
+            bucket = self._buckets[turn]
+            slices[turn] = bucket.slices(epoch, int(mine[0]), len(mine), rank, world_size)
+        for step, turn in enumerate(turns.tolist(), start=first):
+            yield BatchRows(step, self._buckets[turn].bucket, *next(slices[turn]))
+
+
+class _BucketOrder:
+    """The batches of one bucket: its streams' rows, mixed, cut into batches."""
+
+    def __init__(
+        self, parts: Sequence[_Shuffled], quotas: Sequence[int], options: OrderOptions
+    ) -> None:
+        self.bucket = parts[0].stream.bucket
+        self._parts = parts
+        self._quotas = quotas
+        self._options = options
+        self._turns = _Turns(quotas, options.shuffle)
+        whole, rest = divmod(self._turns.total, options.batch_size)
+        drops = options.tail == "drop"
+        self.num_batches = whole if drops or not rest else whole + 1
+        self.num_left_out = rest if drops else 0
+
+    def slices(
+        self, epoch: int, first: int, count: int, rank: int, world_size: int
+    ) -> Iterator[tuple[Ints, Ints, Ints]]:
+        """Give the rank's slices of `count` batches from number `first`: files, rows, passes."""
+        size, total = self._options.batch_size, self._turns.total
+        start, stop = first * size, (first + count) * size
+        if self._options.tail != "pad":
+            stop = min(stop, total)
+        found: list[tuple[Ints, ...]] = []
+        while start < stop:  # once, but where padding begins again at the bucket's first row
+            low = start % total
+            high = min(low + stop - start, total)
+            found.append(self._find(epoch, low, high))
+            start += high - low
+        files, rows, passes, places = (np.concatenate(p) for p in zip(*found, strict=True))
+        # Within a batch by place in the window: a rank then reads only its own part of the blocks,
+        # which are in random order themselves. The index below makes keys unique, so that any sort
+        # gives the same.
+        keys = (places << 32) + np.arange(len(places))
+        for offset in range(0, len(keys), size):
+            batch = np.sort(keys[offset : offset + size])
+            num = len(batch)
+            mine = batch[rank * num // world_size : (rank + 1) * num // world_size] & (2**32 - 1)
+            yield files[mine], rows[mine], passes[mine]
+
+    def _find(self, epoch: int, start: int, stop: int) -> tuple[Ints, ...]:
+        """Find rows start to stop of an epoch: files, rows, passes, places in their windows."""
+        key = make_key(self._options.seed, epoch, _MIXING, *self.bucket)
+        turns, numbers = self._turns.take(start, stop, key)
+        if len(self._parts) == 1:
+            return self._parts[0].find(epoch * self._quotas[0] + numbers)
+        found = tuple(np.empty(len(turns), np.int64) for _ in range(4))
+        for turn, (part, quota) in enumerate(zip(self._parts, self._quotas, strict=True)):
+            where = turns == turn
+            if where.any():
+                for into, values in zip(
+                    found, part.find(epoch * quota + numbers[where]), strict=True
+                ):
+                    into[where] = values
+        return found
+
+
+class _Shuffled:
+    """The rows of one stream in the order of each pass."""
+
+    def __init__(self, stream: Stream, options: OrderOptions) -> None:
+        self.stream = stream
+        self._options = options
+        self._block_rows = options.block_rows or stream.group_rows
+        self._num_rows = int(stream.num_rows.sum())
+        ends = np.cumsum(-(-stream.num_rows // self._block_rows))
+        self._first_block = np.concatenate([[0], ends])  # of each file
+        self._first_row = np.concatenate([[0], np.cumsum(stream.num_rows)])
+        self._file_of_block = np.repeat(np.arange(len(ends)), np.diff(self._first_block))
+        # Two passes: a range of rows may reach from one into the next.
+        self._blocks = lru_cache(2)(self._permute_blocks)
+
+    def find(self, numbers: Ints) -> tuple[Ints, ...]:
+        """Find rows by number, counted through all passes: files, rows, passes, places."""
+        passes, places = np.divmod(numbers, self._num_rows)
+        if not self._options.shuffle:
+            files = np.searchsorted(self._first_row, places, "right") - 1
+            rows = places - self._first_row[files]
+            return self.stream.files[files], rows, passes, np.zeros_like(places)
+        files, rows = np.empty_like(places), np.empty_like(places)
+        fractions = np.empty_like(places)
+        window_rows = self._options.window_rows
+        windows = passes * (-(-self._num_rows // window_rows)) + places // window_rows
+        for window in np.unique(windows).tolist():
+            where = windows == window
+            one_pass = int(passes[where][0])
+            start = int(places[where][0]) // window_rows * window_rows
+            size = min(window_rows, self._num_rows - start)
+            key = self._key(one_pass, _ROWS, start)
+            within = permute(places[where] - start, size, key)
+            files[where], rows[where] = self._locate(one_pass, start + within)
+            fractions[where] = (within / size * 2**31).astype(np.int64)
+        return self.stream.files[files], rows, passes, fractions
+
+    def _key(self, one_pass: int, *parts: int) -> int:
+        stream = self.stream
+        return make_key(self._options.seed, one_pass, *parts, stream.dataset, *stream.bucket)
+
+    def _permute_blocks(self, one_pass: int) -> tuple[Ints, Ints]:
+        """Give the blocks in a pass's order, and the number of rows before each."""
+        count = int(self._first_block[-1])
+        blocks = permute(np.arange(count), count, self._key(one_pass, _BLOCKS))
+        sizes = np.full(count, self._block_rows)
+        sizes[self._first_block[1:] - 1] = (self.stream.num_rows - 1) % self._block_rows + 1
+        before = np.cumsum(sizes[blocks])
+        before -= sizes[blocks]
+        return blocks, before
+
+    def _locate(self, one_pass: int, places: Ints) -> tuple[Ints, Ints]:
+        """Find index of file and row in it for places in the order of permuted blocks."""
+        blocks, before = self._blocks(one_pass)
+        slots = np.searchsorted(before, places, "right") - 1
+        chosen = blocks[slots]
+        files = self._file_of_block[chosen]
+        within = (chosen - self._first_block[files]) * self._block_rows
+        return files, within + places - before[slots]
+
+
+class _Turns:
+    """Who comes when, where several take turns with fixed quotas.
+
+    The whole is cut into equal sections, of which each gets its exact share of every quota, rounded
+    by accumulation; within a section the turns are shuffled. Without shuffling, one comes after the
+    other.
+    """
+
+    def __init__(self, quotas: Sequence[int], shuffle: bool) -> None:
+        self.total = sum(quotas)
+        self._quotas = quotas
+        self._num_sections = max(1, self.total // _SECTION)
+        self._shuffle = shuffle and len(quotas) > 1
+        self._firsts = np.concatenate([[0], np.cumsum(np.array(quotas, np.int64))])
+
+    def _before(self, section: int) -> list[int]:
+        return [quota * section // self._num_sections for quota in self._quotas]
+
+    def take(self, start: int, stop: int, key: int) -> tuple[Ints, Ints]:
+        """Give whose turn places start to stop are, and the how manieth of its own each is."""
+        places = np.arange(start, stop)
+        if not self._shuffle:
+            turns = np.searchsorted(self._firsts, places, "right") - 1
+            return turns, places - self._firsts[turns]
+        section = -1 + bisect_right(
+            range(self._num_sections), start, key=lambda index: sum(self._before(index))
+        )
+        first = sum(self._before(section))
+        found: list[tuple[Ints, Ints]] = []
+        end = first
+        while end < stop:
+            found.append(self._section(section, key))
+            end += len(found[-1][0])
+            section += 1
+        turns, numbers = (np.concatenate(pieces) for pieces in zip(*found, strict=True))
+        return turns[start - first : stop - first], numbers[start - first : stop - first]
+
+    def _section(self, section: int, key: int) -> tuple[Ints, Ints]:
+        before = np.array(self._before(section))
+        counts = np.array(self._before(section + 1)) - before
+        total = int(counts.sum())
+        in_turn = np.repeat(np.arange(len(counts)), counts)
+        own = np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts)
+        # Turns are permuted; each one's own numbers go up in the order that results.
+        places = (
+            np.sort(permute(np.arange(total), total, make_key(key, section)) + in_turn * total)
+            - in_turn * total
+        )
+        turns, numbers = np.empty(total, np.int64), np.empty(total, np.int64)
+        turns[places] = in_turn
+        numbers[places] = before[in_turn] + own
+        return turns, numbers
+
+
+def _row_quotas(streams: Sequence[Stream], weights: Sequence[float]) -> list[int]:
+    """Rows that each stream gives in an epoch."""
+    sizes = [int(stream.num_rows.sum()) for stream in streams]
+    if len(weights) == 1:
+        return sizes
+    quotas = [0] * len(streams)
+    if any(weight <= 0 for weight in weights):
+        raise ConfigError(f"weights are {list(weights)}; each must be above 0")
+    shares = apportion(sum(sizes), [Fraction(weight) for weight in weights])
+    for dataset, share in enumerate(shares):
+        mine = [i for i, stream in enumerate(streams) if stream.dataset == dataset]
+        if not sum(sizes[i] for i in mine):
+            raise ConfigError(f"dataset {dataset} of those mixed has no rows")
+        parts = apportion(share, [Fraction(sizes[i]) for i in mine])
+        for i, part in zip(mine, parts, strict=True):
+            quotas[i] = part
+    return quotas
+
+
+def apportion(total: int, shares: Sequence[Fraction]) -> list[int]:
+    """Divide a number by shares, exactly: by largest remainder (Hamilton's method)."""
+    whole = sum(shares)
+    exact = [total * share / whole for share in shares]
+    floors = [int(value) for value in exact]
+    by_remainder = sorted(range(len(shares)), key=lambda i: (floors[i] - exact[i], i))
+    for i in by_remainder[: total - sum(floors)]:
+        floors[i] += 1
+    return floors
+
+
+def make_key(*parts: int) -> int:
+    """Hash integers to 64 bits: the finaliser of splitmix64 (Steele, Lea and Flood, 2014)."""
+    state = 0
+    for part in parts:
+        state = (state + part + 0x9E3779B97F4A7C15) & _MASK
+        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
+        state = (state ^ (state >> 27)) * 0x94D049BB133111EB & _MASK
+        state ^= state >> 31
+    return state
+
+
+def permute(index: Ints, size: int, key: int) -> Ints:
+    """Permute range(size): give where each index goes, one to one, for a 64-bit key.
+
+    A Feistel network over pairs (left, right) of about √size values each, with addition in place of
+    XOR so that any size will do; what lands beyond the size goes round again (Black and Rogaway,
+    "Ciphers with Arbitrary Finite Domains", 2002).
+    """
+    rights = isqrt(max(size, 1) - 1) + 1
+    lefts = -(-size // rights)
+    left, right = np.divmod(index, rights)
+    for number in range(_FEISTEL_ROUNDS):
+        left = left + _hash_below(right, lefts, make_key(key, 2 * number))
+        left -= lefts * (left >= lefts)
+        right = right + _hash_below(left, rights, make_key(key, 2 * number + 1))
+        right -= rights * (right >= rights)
+    found = left * rights + right
+    outside = found >= size
+    if outside.any():
+        found[outside] = permute(found[outside], size, key)
+    return found
+
+
+def _hash_below(values: Ints, bound: int, key: int) -> Ints:
+    """Hash to range(bound), bound below 2³², as `make_key` does."""
+    state = values.astype(np.uint64) + np.uint64(key)
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    upper = (state ^ (state >> np.uint64(31))) >> np.uint64(32)
+    return ((upper * np.uint64(bound)) >> np.uint64(32)).astype(np.int64)

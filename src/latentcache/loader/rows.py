@@ -1,0 +1,324 @@
+"""Reading rows at random: latents straight from memory maps, columns by row group.
+
+Files are mapped, not read. A row's latent then has an address, which follows from the file's, and a
+whole batch is gathered by one call, however many files its rows lie in. That holds for Parquet too,
+since its latents are stored plain, at one stride (docs/format.md).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from latentcache.dataset.receipts import DataFile
+from latentcache.dataset.shards import latent_offsets, row_bytes, row_group_rows
+from latentcache.errors import DatasetError, ObjectNotFound
+from latentcache.loader.cache import FileCache, default_cache_dir, parse_bytes
+from latentcache.loader.files import Files
+from latentcache.loader.order import Ints
+from latentcache.storage import Store
+
+SIZES = ("original_height", "original_width", "crop_top", "crop_left")
+
+MAX_AHEAD = 64
+"""How many batches may be found and not gathered yet."""
+
+# Maps cost address space only, but a process may have no more than about 65,000.
+_MAX_OPEN_FILES = 8192
+_MAX_COLUMNS_BYTES = 512 * 2**20
+_OPENING_THREADS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class FoundRows:
+    """Rows [m] of one bucket: where their latents lie, and all else about them.
+
+    `sizes` is [m, 4] int64, as in `SIZES`.
+    """
+
+    span: torch.Tensor
+    index: torch.Tensor
+    sizes: torch.Tensor
+    columns: dict[str, list[Any]]
+
+    def gather(self, out: torch.Tensor) -> None:
+        """Copy the stored bytes of the latents into `out`, [m, row bytes] uint8."""
+        torch.index_select(self.span, 0, self.index, out=out)
+
+
+@dataclass(frozen=True, slots=True)
+class _Open:
+    """A mapped file: its bytes, those of its rows, and where each row group's latents begin."""
+
+    latents: torch.Tensor
+    rows: torch.Tensor
+    metadata: pq.FileMetaData
+    offsets: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """The columns of a row group; `sizes` is [n, 4] int64, as in `SIZES`."""
+
+    sizes: torch.Tensor
+    columns: dict[str, list[Any]]
+    num_bytes: int
+
+
+class _Gather:
+    """Rows that lie anywhere in this process's memory, to be copied in one call.
+
+    `torch.index_select` copies slices of a tensor. Given one that spans the address range of all
+    regions at a stride of one byte, the index of a row is its address.
+    """
+
+    def __init__(self) -> None:
+        self._low, self._high = 2**63, 0
+        self._views: dict[int, torch.Tensor] = {}
+
+    def add(self, region: torch.Tensor) -> int:
+        """Take in a region, which must stay alive while its rows are gathered; its address."""
+        address = region.data_ptr()
+        low, high = min(self._low, address), max(self._high, address + region.nbytes)
+        if (low, high) != (self._low, self._high):
+            self._low, self._high = low, high
+            self._views.clear()
+        return address
+
+    def find(self, addresses: Ints, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Give what to select from, by which index, for the `size` bytes at [m] addresses."""
+        if size not in self._views:
+            origin = np.ctypeslib.as_array((ctypes.c_uint8 * 1).from_address(self._low))
+            shape = (self._high - self._low - size + 1, size)
+            span = np.lib.stride_tricks.as_strided(origin, shape, (1, 1))
+            self._views[size] = torch.from_numpy(span)
+        return self._views[size], torch.from_numpy(addresses - self._low)
+
+
+class RowReader:
+    """Reads rows of numbered files; for one thread, in the process that made it.
+
+    Args:
+        files: what there is.
+        columns: names to read, which all datasets have; `unit` and `key` may be among them.
+        cache: keeps files of remote stores; None where there are none.
+    """
+
+    def __init__(self, files: Files, columns: Sequence[str], cache: FileCache | None) -> None:
+        self._files = files
+        self._names = [name for name in columns if name != "unit"]
+        self._wants_unit = "unit" in columns
+        self._cache = cache
+        self._pool = ThreadPoolExecutor(_OPENING_THREADS, thread_name_prefix="latentcache-open")
+        self._clock = 0
+
+        contracts = [source.contract for source in files.sources]
+        group_rows = [[row_group_rows(c, b) for b in files.buckets] for c in contracts]
+        sizes = [row_bytes(contracts[0], bucket) for bucket in files.buckets]
+        between = [4 if c.latents.format == "parquet" else 0 for c in contracts]
+        self._group_rows: Ints = np.array(group_rows)[files.source_of, files.bucket_of]
+        self._row_bytes: Ints = np.array(sizes)[files.bucket_of]
+        self._strides: Ints = self._row_bytes + np.array(between)[files.source_of]
+        num_groups = -(-files.num_rows // self._group_rows)
+        self._first_group: Ints = np.cumsum(num_groups) - num_groups
+
+        self._open: dict[int, _Open] = {}
+        self._opening: dict[int, Future[_Open]] = {}
+        self._is_wanted = np.zeros(len(files), bool)  # open, or being opened
+        self._is_open = np.zeros(len(files), bool)
+        self._file_used = np.zeros(len(files), np.int64)
+        self._latents = _Gather()
+        self._latent_address = np.zeros(int(num_groups.sum()), np.int64)
+
+        self._groups: dict[int, _Group] = {}
+        self._groups_bytes = 0
+        self._group_used = np.zeros(len(self._latent_address), np.int64)
+        self._sizes = _Gather()
+        self._sizes_address = np.zeros(len(self._latent_address), np.int64)  # 0: not loaded
+
+    @property
+    def num_bytes_ahead(self) -> int:
+        """Bytes of the files that are being opened, or are open and not wanted yet."""
+        return int(self._files.size_bytes[list(self._opening)].sum())
+
+    def prepare(self, files: Ints) -> None:
+        """Begin to open files that will be wanted, in that order."""
+        for file in files[~self._is_wanted[files]].tolist():
+            if file not in self._opening:
+                self._opening[file] = self._pool.submit(self._open_file, file)
+        self._is_wanted[files] = True
+
+    def find(self, files: Ints, rows: Ints) -> FoundRows:
+        """Find row `rows[i]` of file `files[i]`, all of one bucket.
+
+        Other threads may gather what the last `MAX_AHEAD` calls found, and no older ones.
+
+        Raises:
+            DatasetError: a file is gone, damaged, or not what the manifest names.
+            StorageError: a store cannot be reached.
+        """
+        assert (rows < self._files.num_rows[files]).all()  # else we copy from anywhere
+        self._clock += 1
+        self._open_all(files)
+        group_rows = self._group_rows[files]
+        groups, within = self._first_group[files] + rows // group_rows, rows % group_rows
+        addresses = self._latent_address[groups] + within * self._strides[files]
+        span, index = self._latents.find(addresses, int(self._row_bytes[files[0]]))
+        return FoundRows(span, index, *self._read_columns(files, groups, within))
+
+    def _read_columns(
+        self, files: Ints, groups: Ints, within: Ints
+    ) -> tuple[torch.Tensor, dict[str, list[Any]]]:
+        self._group_used[groups] = self._clock
+        is_missing = self._sizes_address[groups] == 0
+        if is_missing.any():
+            for group in np.unique(groups[is_missing]).tolist():
+                self._load_group(group)
+            self._forget_groups()
+        size = 8 * len(SIZES)
+        span, index = self._sizes.find(self._sizes_address[groups] + size * within, size)
+        sizes = torch.index_select(span, 0, index).view(torch.int64)
+        columns: dict[str, list[Any]] = {}
+        if self._names:
+            found = [self._groups[group].columns for group in groups.tolist()]
+            places = list(zip(found, within.tolist(), strict=True))
+            columns = {name: [of[name][row] for of, row in places] for name in self._names}
+        if self._wants_unit:
+            columns["unit"] = [self._files.unit(file) for file in files.tolist()]
+        return sizes, columns
+
+    def _open_all(self, files: Ints) -> None:
+        self._file_used[files] = self._clock
+        is_missing = ~self._is_open[files]
+        if is_missing.any():
+            missing = np.unique(files[is_missing])
+            self.prepare(missing)
+            for file in missing.tolist():
+                opening = self._opening.pop(file)
+                self._is_wanted[file] = False
+                self._take(file, opening.result())
+            self._close_files()
+
+    def _take(self, file: int, opened: _Open) -> None:
+        self._open[file] = opened
+        self._is_wanted[file] = self._is_open[file] = True
+        address = self._latents.add(opened.latents)
+        first = self._first_group[file]
+        self._latent_address[first : first + len(opened.offsets)] = (
+            np.array(opened.offsets) + address
+        )
+
+    def _close_files(self) -> None:
+        """Let go of the files used longest ago, when too many are open."""
+        excess = len(self._open) - _MAX_OPEN_FILES
+        if excess > 0:
+            by_use = sorted(self._open, key=lambda file: int(self._file_used[file]))
+            for file in by_use[: excess + _MAX_OPEN_FILES // 8]:
+                if self._file_used[file] < self._clock - MAX_AHEAD:
+                    del self._open[file]
+                    self._is_open[file] = self._is_wanted[file] = False
+
+    def _open_file(self, file: int) -> _Open:
+        contract, bucket = self._files.contract_of(file), self._files.bucket(file)
+        store = self._files.store_of(file)
+        described = self._files.latents_file(file)
+        latents = self._map(store, described)
+        rows = latents
+        if contract.latents.format == "safetensors":
+            rows = self._map(store, self._files.rows_file(file))
+        with self._reading(file):
+            offsets = latent_offsets(_reader(latents), contract, bucket, described.num_rows)
+            return _Open(latents, rows, pq.read_metadata(_reader(rows)), offsets)
+
+    def _load_group(self, group: int) -> None:
+        file = int(np.searchsorted(self._first_group, group, "right")) - 1
+        opened = self._open[file]
+        with self._reading(file):
+            parquet = pq.ParquetFile(_reader(opened.rows), metadata=opened.metadata)
+            number = group - int(self._first_group[file])
+            names = [*SIZES, *self._names]
+            table = parquet.read_row_group(number, columns=names, use_threads=False)
+        sizes = np.stack([table[name].to_numpy() for name in SIZES], axis=1, dtype=np.int64)
+        columns = {name: _to_list(table[name]) for name in self._names}
+        # A Python string takes about 50 bytes besides its text.
+        num_bytes = sizes.nbytes + table.nbytes + 50 * len(self._names) * table.num_rows
+        self._groups[group] = _Group(torch.from_numpy(sizes), columns, num_bytes)
+        self._groups_bytes += num_bytes
+        self._sizes_address[group] = self._sizes.add(self._groups[group].sizes)
+
+    def _forget_groups(self) -> None:
+        """Let go of the columns used longest ago, when they take too much memory."""
+        if self._groups_bytes <= _MAX_COLUMNS_BYTES:
+            return
+        for group in sorted(self._groups, key=lambda group: int(self._group_used[group])):
+            if self._groups_bytes <= _MAX_COLUMNS_BYTES * 7 // 8:
+                break
+            if self._group_used[group] < self._clock:  # columns are copied at once
+                self._sizes_address[group] = 0
+                self._groups_bytes -= self._groups.pop(group).num_bytes
+
+    @contextmanager
+    def _reading(self, file: int) -> Iterator[None]:
+        """Name the file in whatever is wrong with it."""
+        try:
+            yield
+        except (pa.ArrowException, OSError, DatasetError) as error:
+            url = self._files.store_of(file).url_of(self._files.latents_file(file).path)
+            raise DatasetError(f"{url} is damaged: {error}; run `latentcache verify`") from error
+
+    def _map(self, store: Store, file: DataFile) -> torch.Tensor:
+        """Map a file: its bytes, uint8. No descriptor stays open."""
+        if local := store.local_path(file.path):
+            _check_local(store, file)
+            return _map_path(local, file)
+        assert self._cache
+        with self._cache.open(store, file) as path:
+            return _map_path(path, file)
+
+
+def _check_local(store: Store, file: DataFile) -> None:
+    """Hold a local file against its receipt by size; `latentcache verify` hashes."""
+    try:
+        size_bytes = store.info(file.path).size_bytes
+        if size_bytes == file.size_bytes:
+            return
+        found = f"has {size_bytes} bytes, not {file.size_bytes}"
+    except ObjectNotFound:
+        found = "is gone"
+    raise DatasetError(
+        f"{store.url_of(file.path)}, which the manifest names, {found}; run `latentcache verify "
+        "--repair`, then the config again"
+    )
+
+
+def _map_path(path: Path, file: DataFile) -> torch.Tensor:
+    return torch.from_file(str(path), shared=False, size=file.size_bytes, dtype=torch.uint8)
+
+
+def _reader(region: torch.Tensor) -> pa.BufferReader:
+    return pa.BufferReader(pa.py_buffer(region.numpy()))
+
+
+def _to_list(column: pa.ChunkedArray) -> list[Any]:
+    """Convert to Python, strings much faster than `to_pylist`; a missing class number is -1."""
+    if pa.types.is_integer(column.type):
+        return column.fill_null(-1).to_numpy().tolist()  # type: ignore[no-any-return]
+    return column.to_numpy().tolist()  # type: ignore[no-any-return]
+
+
+def open_cache(files: Files, folder: str | Path | None, max_bytes: int | str) -> FileCache | None:
+    """Make the cache that files of remote stores need; None where all are local."""
+    limit = parse_bytes(max_bytes)
+    if all(source.store.is_local for source in files.sources):
+        return None
+    return FileCache(Path(folder) if folder else default_cache_dir(), limit)
