@@ -354,6 +354,69 @@ def inspect_command(
         _print(render(described))
 
 
+@app.command("bench-loader")
+@_command
+def bench_loader_command(
+    target: Target,
+    set_: Overrides = None,
+    manifest: ManifestNumber = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a batch.")] = 256,
+    seconds: Annotated[float, typer.Option(min=0.1, help="How long to go on.")] = 10.0,
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    normalize: Annotated[bool, typer.Option(help="As a model is trained on.")] = True,
+    columns: Annotated[
+        list[str] | None, typer.Option("--column", help="Read only these columns; repeatable.")
+    ] = None,
+    cache_dir: Annotated[
+        Path | None, typer.Option(help="Where files of a remote store are kept.")
+    ] = None,
+    cache_bytes: Annotated[str, typer.Option(help="How much of them.")] = "100gb",
+    json_: Json = False,
+) -> None:
+    """Measure how fast a training loop would get batches here, if it did nothing else."""
+    from dataclasses import asdict
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from latentcache.dataset.shards import TORCH_DTYPES
+    from latentcache.errors import ConfigError
+    from latentcache.loader.loader import LatentLoader
+    from latentcache.loader.measure import measure_loader
+
+    if dtype not in TORCH_DTYPES:
+        raise ConfigError(f"--dtype is {dtype!r}; it must be one of {', '.join(TORCH_DTYPES)}")
+    url, options = _locate(target, set_)
+    make = functools.partial(
+        LatentLoader,
+        url,
+        batch_size=batch_size,
+        manifest=manifest,
+        tail="pad",  # else a small dataset would have no batch
+        dtype=TORCH_DTYPES[dtype],
+        normalize=normalize,
+        columns=columns,
+        cache_dir=cache_dir,
+        cache_bytes=cache_bytes,
+        storage=options,
+    )
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("reading", total=seconds)
+        speed = measure_loader(make, seconds, lambda passed: bar.update(task, completed=passed))
+    if json_:
+        _print_json(asdict(speed))
+        return
+    _print(
+        f"{speed.rows_per_s:,.0f} samples/s, {speed.megabytes_per_s:,.0f} MB/s of {dtype}, over "
+        f"{speed.num_steps} steps in {speed.elapsed_s:.1f} s\n"
+        f"a step of {batch_size}: {speed.step_p50_ms:.2f} ms (median), {speed.step_p99_ms:.2f} ms "
+        f"(99%)\n"
+        f"first batch after {speed.first_batch_s:.2f} s, manifest read in {speed.open_s:.2f} s; "
+        f"resumed in {speed.resume_s:.2f} s"
+    )
+
+
 @app.command("schema")
 @_command
 def schema_command() -> None:
