@@ -27,6 +27,7 @@ check: .venv/dev  ## lint, format, types
 
 bench: .venv/dev  ## measure, print tables, write bench/results/
 	$(BIN)/python bench/stages.py
+	$(BIN)/python bench/loader.py
 
 clean:
 	rm -rf .venv demo dist .mypy_cache .pytest_cache .ruff_cache

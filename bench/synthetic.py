@@ -143,3 +143,23 @@ def _row(number: int, index: int, contract: Contract) -> RowMeta:
     }
     key = f"{number:06d}{index:06d}"
     return RowMeta(key, 300 + index, 400 + number, index % 7, index % 5, columns)
+
+
+def write_manifest(url: str, contract: Contract, num_units: int, rows_per_unit: int) -> None:
+    """Write contract and manifest of a dataset of any size, and none of its files."""
+    store = Store(url)
+    establish_contract(store, contract, {})
+    state = State(store)
+    (bucket,) = contract.transform.buckets
+    listing = {}
+    for number in range(num_units):
+        unit = Unit.of(f"s3://images/{number:08d}.tar", 10**9, "1", contract.fingerprint)
+        name = f"data/{unit.id}/0-{unit.id}-{bucket_name(bucket)}.parquet"
+        file = DataFile(name, 82 * 10**6, unit.id * 2, rows_per_unit, bucket_name(bucket))
+        record = UnitRecord(unit, 0, unit.id, rows_per_unit, rows_per_unit, 0, (file,), None)
+        empty = Statistics.empty(contract.stored_channels)
+        state.add(Receipt(record, contract.fingerprint, empty))
+        listing[unit.source] = [unit]
+    write_next(
+        state, contract.fingerprint, contract.stored_channels, lambda: listing, on_missing="keep"
+    )

@@ -188,7 +188,7 @@ def read_files(store: Store, manifest: Manifest) -> pa.Table:
     """
     tables = []
     removed = pa.array(manifest.removed, pa.string())
-    for segment in _segments(store, manifest):
+    for segment in _segments(store, manifest, ["unit", "generation", "files"]):
         unit = segment["unit"].combine_chunks()
         table = pa.table(
             {
@@ -211,7 +211,9 @@ def read_files(store: Store, manifest: Manifest) -> pa.Table:
     return files.add_column(0, "unit", ids)
 
 
-def _segments(store: Store, manifest: Manifest) -> Iterable[pa.Table]:
+def _segments(
+    store: Store, manifest: Manifest, columns: Sequence[str] | None = None
+) -> Iterable[pa.Table]:
     for segment in manifest.segments:
         try:
             data = store.read_bytes(segment.path)
@@ -221,7 +223,7 @@ def _segments(store: Store, manifest: Manifest) -> Iterable[pa.Table]:
             ) from error
         if hashlib.sha256(data).hexdigest() != segment.sha256:
             raise DatasetError(f"{store.url_of(segment.path)} is damaged: its SHA-256 differs")
-        yield pq.read_table(pa.BufferReader(data))
+        yield pq.read_table(pa.BufferReader(data), columns=columns)
 
 
 def _records(table: pa.Table) -> list[UnitRecord]:

@@ -265,7 +265,7 @@ class _Shuffled:
         fractions = np.empty_like(places)
         window_rows = self._options.window_rows
         windows = passes * (-(-self._num_rows // window_rows)) + places // window_rows
-        for window in np.unique(windows).tolist():
+        for window in range(int(windows[0]), int(windows[-1]) + 1):  # numbers go up
             where = windows == window
             one_pass = int(passes[where][0])
             start = int(places[where][0]) // window_rows * window_rows

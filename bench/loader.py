@@ -1,0 +1,325 @@
+"""How fast and how well `LatentLoader` reads, against other loaders and against memory itself.
+
+    python bench/loader.py [--rows 250000] [--skip-rivals] [--folder DIR]
+
+One run, one machine, one process, one torch thread, batch 256, warm local disk unless it says
+cold. The limit is `torch.index_select` from memory into a ring of four outputs, in the same dtype
+with the same normalisation. The rivals are in bench/rivals/. Prints tables and writes
+bench/results/loader.json; ratios are what to quote, single figures are this machine's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rivals import RIVALS, measure, measure_cold, positions, prepare, write_positions
+from synthetic import make_contract, write_dataset, write_manifest
+
+from latentcache import LatentLoader, StorageOptions
+from latentcache.loader.files import Files, open_sources
+from latentcache.loader.order import Order, OrderOptions
+
+BATCH_SIZE = 256
+ROWS_PER_UNIT = 10_000
+NUM_REPETITIONS = 7
+FORMATS = ("safetensors", "parquet")
+DTYPES = {"float16": torch.float16, "float32": torch.float32}  # as stored, and normalised
+SCALE = 0.18215
+RESULTS = Path(__file__).parent / "results" / "loader.json"
+KEYS = {"AWS_ACCESS_KEY_ID": "latentcachekey", "AWS_SECRET_ACCESS_KEY": "latentcachesecret"}
+
+
+def make_loader(url: str, dtype: str, **options: Any) -> LatentLoader:
+    """Make our loader as a training run would, without captions, which the rivals have not."""
+    wanted = {"columns": [], "dtype": DTYPES[dtype], "normalize": dtype == "float32", **options}
+    return LatentLoader(url, batch_size=BATCH_SIZE, **wanted)
+
+
+def write_rows(folder: Path, name: str, num_rows: int, side: int) -> Path:
+    """Write latents [N, 4, side, side] float16 as `.npy`, and as our datasets; idempotent."""
+    path = folder / f"{name}.npy"
+    if path.exists():
+        return path
+    rng = np.random.default_rng(0)
+    rows = np.lib.format.open_memmap(
+        folder / "rows.tmp", "w+", np.float16, (num_rows, 4, side, side)
+    )
+    for first in range(0, num_rows, 4096):
+        part = rows[first : first + 4096]
+        part[:] = rng.standard_normal(part.shape, np.float32)
+    write_ours(folder, name, rows)
+    os.rename(folder / "rows.tmp", path)
+    return path
+
+
+def write_ours(folder: Path, name: str, rows: np.ndarray[Any, np.dtype[np.float16]]) -> None:
+    """Write rows as a dataset of each format, in units of ten thousand."""
+    bucket = (rows.shape[3] * 8, rows.shape[2] * 8)
+    counts = [min(ROWS_PER_UNIT, len(rows) - n) for n in range(0, len(rows), ROWS_PER_UNIT)]
+
+    def latents(number: int, bucket: tuple[int, int], num_rows: int) -> torch.Tensor:
+        first = number * ROWS_PER_UNIT
+        return torch.from_numpy(rows[first : first + num_rows].copy())
+
+    for format_ in FORMATS:
+        url = folder / f"{name}-{format_}"
+        shutil.rmtree(url, ignore_errors=True)
+        contract = make_contract([bucket], columns=(), format=format_)
+        write_dataset(str(url), contract, [{bucket: n} for n in counts], latents=latents)
+
+
+def limit(rows: torch.Tensor, dtype: str) -> Callable[[], float]:
+    """Give what measures one pass of gathering shuffled rows from memory, in rows/s."""
+    shuffled = torch.from_numpy(np.random.default_rng(0).permutation(len(rows)))
+    num_batches = len(rows) // BATCH_SIZE
+    order = list(shuffled[: num_batches * BATCH_SIZE].reshape(num_batches, BATCH_SIZE))
+    shape = (BATCH_SIZE, *rows.shape[1:])
+    stored = [torch.empty(shape, dtype=torch.float16) for _ in range(4)]
+    ring = [torch.empty(shape) for _ in range(4)]
+
+    def measure_pass() -> float:
+        begun = time.perf_counter()
+        for number, index in enumerate(order):
+            found = torch.index_select(rows, 0, index, out=stored[number % 4])
+            if dtype == "float32":
+                ring[number % 4].copy_(found).mul_(SCALE)
+        return len(order) * BATCH_SIZE / (time.perf_counter() - begun)
+
+    return measure_pass
+
+
+def ours(url: Path, dtype: str) -> Callable[[], float]:
+    """Give what measures our next epoch, in rows/s, its first batch included."""
+    loader = make_loader(str(url), dtype)
+
+    def measure_pass() -> float:
+        begun = time.perf_counter()
+        num_rows = sum(len(batch) for batch in loader)
+        return num_rows / (time.perf_counter() - begun)
+
+    return measure_pass
+
+
+def compare(folder: Path, name: str, rivals: list[str]) -> dict[str, dict[str, Any]]:
+    """Measure all of them on the same rows, ours and the limit taking turns."""
+    rows = torch.from_numpy(np.load(folder / f"{name}.npy"))
+    row_bytes = rows[0].nbytes
+    passes = {("limit", dtype): limit(rows, dtype) for dtype in DTYPES}
+    for format_ in FORMATS:
+        for dtype in DTYPES:
+            passes[format_, dtype] = ours(folder / f"{name}-{format_}", dtype)
+    rates: dict[tuple[str, str], list[float]] = {which: [] for which in passes}
+    for measure_pass in passes.values():
+        measure_pass()
+    for _ in range(NUM_REPETITIONS):
+        for which, measure_pass in passes.items():
+            rates[which].append(measure_pass())
+    num_rows = len(rows)
+    del rows, passes
+    versions = {}
+    for rival in rivals:
+        written = folder / f"{name}-{rival}"
+        if not written.exists():
+            prepare(rival, folder / f"{name}.npy", written)
+        num_batches = min(num_rows // BATCH_SIZE, 300)
+        found = measure(
+            rival, written, batch_size=BATCH_SIZE, num_batches=num_batches, num_repetitions=3
+        )
+        versions[rival] = found["version"]
+        for dtype in DTYPES:
+            rates[rival, dtype] = found["samples_per_s"][dtype]
+        shutil.rmtree(written)
+    table: dict[str, dict[str, Any]] = {}
+    for (reader, dtype), values in rates.items():
+        rate = statistics.median(values)
+        entry = table.setdefault(reader, {"version": versions.get(reader)})
+        entry[dtype] = {
+            "rows_per_s": rate,
+            "gigabytes_per_s": rate * row_bytes / 1e9,
+            "of_limit": rate / statistics.median(rates["limit", dtype]),
+            "repetitions": values,
+        }
+    return table
+
+
+def shuffle_quality(folder: Path, rivals: list[str], num_rows: int = 1_000_000) -> dict[str, float]:
+    """Spread of batches' mean positions over that of a perfect shuffle, which is 1.
+
+    Of whole passes over a million rows, each of which holds its own number.
+    """
+    path = folder / "positions.npy"
+    write_positions(path, num_rows)
+    write_ours(folder, "positions", np.load(path))
+    orders = {}
+    for format_ in FORMATS[:1]:
+        loader = make_loader(str(folder / f"positions-{format_}"), "float16")
+        batches = [batch.latents.flatten(1).view(torch.int64).clone() for batch in loader]
+        orders["latentcache"] = torch.stack(batches).numpy()
+    for rival in rivals:
+        written = folder / f"positions-{rival}"
+        shutil.rmtree(written, ignore_errors=True)
+        # Shards of as many rows as if they were latents of 256 px.
+        prepare(rival, path, written, row_bytes=8192)
+        orders[rival] = positions(
+            rival, written, batch_size=BATCH_SIZE, num_batches=num_rows // BATCH_SIZE
+        )
+        shutil.rmtree(written)
+    perfect = num_rows / (12 * BATCH_SIZE) ** 0.5
+    return {name: float(order.mean(axis=1).std()) / perfect for name, order in orders.items()}
+
+
+@contextmanager
+def s3_server(folder: Path) -> Iterator[str]:
+    """Serve a folder's folders as buckets; gives the endpoint."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = ["rclone", "serve", "s3", "--auth-key", ",".join(KEYS.values())]
+    server = subprocess.Popen(
+        [*command, "--addr", f"127.0.0.1:{port}", str(folder)], stderr=subprocess.DEVNULL
+    )
+    try:
+        for _ in range(100):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def cold(folder: Path, name: str, rivals: list[str]) -> dict[str, Any]:
+    """Read one pass from S3 on loopback into an empty cache, as normalised float32."""
+    found: dict[str, Any] = {}
+    os.environ |= KEYS
+    cache = folder / "cache"
+    with s3_server(folder) as endpoint:
+        for format_ in FORMATS:
+            shutil.rmtree(cache, ignore_errors=True)
+            begun = time.perf_counter()
+            options = StorageOptions(endpoint_url=endpoint)
+            loader = make_loader(
+                f"s3://{name}-{format_}", "float32", storage=options, cache_dir=cache
+            )
+            num_rows = sum(len(batch) for batch in loader)
+            found[format_] = {"rows_per_s": num_rows / (time.perf_counter() - begun)}
+        for rival in rivals:
+            written = folder / f"{name}-{rival}"
+            prepare(rival, folder / f"{name}.npy", written)
+            shutil.rmtree(cache, ignore_errors=True)
+            measured = measure_cold(
+                rival, written, f"s3://{written.name}", endpoint, cache, batch_size=BATCH_SIZE
+            )
+            rate = measured.get("samples_per_s")
+            found[rival] = {"rows_per_s": rate, "skipped": measured.get("skipped")}
+            shutil.rmtree(written)
+    shutil.rmtree(cache, ignore_errors=True)
+    return found
+
+
+def plan_two_billion(folder: Path) -> dict[str, float]:
+    """Find the first batch of two billion rows in a process of its own: seconds, and memory."""
+    url = folder / "two-billion"
+    if not url.exists():
+        write_manifest(str(url), make_contract([(256, 256)]), 200_000, ROWS_PER_UNIT)
+    done = subprocess.run(
+        [sys.executable, __file__, "--plan", str(url)], stdout=subprocess.PIPE, check=True
+    )
+    found: dict[str, float] = json.loads(done.stdout)
+    return found
+
+
+def plan(url: str) -> dict[str, float]:
+    """Find a first batch, and one in the middle of the fourth epoch."""
+    begun = time.perf_counter()
+    files = Files(open_sources([url], None, None))
+    order = Order(files.streams(files.num_rows), OrderOptions(BATCH_SIZE))
+    next(order.batches(0))
+    first = time.perf_counter()
+    next(order.batches(3, len(order) // 2))
+    return {
+        "num_rows": int(files.num_rows.sum()),
+        "first_batch_s": first - begun,
+        "middle_batch_s": time.perf_counter() - first,
+        "peak_mebibytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+
+
+def show(title: str, table: dict[str, dict[str, Any]], unit: str) -> None:
+    """Print a table of rates."""
+    print(f"\n{title}")
+    print(f"{'':20}{'float16':>12}{'of limit':>10}{'float32':>12}{'of limit':>10}  ({unit})")
+    for name, entry in table.items():
+        cells = ""
+        for dtype in DTYPES:
+            rate = entry[dtype]["rows_per_s"] / 1e3
+            if unit == "GB/s":
+                rate = entry[dtype]["gigabytes_per_s"]
+            cells += f"{rate:>12.2f}{entry[dtype]['of_limit']:>10.1%}"
+        print(f"{name:20}{cells}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, default=250_000)
+    parser.add_argument("--skip-rivals", action="store_true")
+    parser.add_argument("--folder", type=Path, default=Path(__file__).parent / ".data")
+    parser.add_argument("--plan", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.plan:
+        print(json.dumps(plan(arguments.plan)))
+        return
+    torch.set_num_threads(1)
+    folder: Path = arguments.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    rivals = [] if arguments.skip_rivals else list(RIVALS)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], stdout=subprocess.PIPE, check=False
+    )
+    found: dict[str, Any] = {
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "commit": commit.stdout.decode().strip(),
+        "command": " ".join(["python", *sys.argv]),
+    }
+    print(f"planning: {plan_two_billion(folder)}")
+    found["two_billion"] = plan_two_billion(folder)
+    write_rows(folder, "small", arguments.rows, 32)
+    found["rows_8_kib"] = compare(folder, "small", rivals)
+    show("rows of 8 KiB, warm, thousand rows/s", found["rows_8_kib"], "k/s")
+    write_rows(folder, "large", arguments.rows // 16, 128)
+    found["rows_128_kib"] = compare(folder, "large", [])
+    show("rows of 128 KiB, warm", found["rows_128_kib"], "GB/s")
+    found["shuffle_quality"] = shuffle_quality(folder, rivals)
+    print("\nshuffle quality at a million rows (1 is perfect)")
+    for name, value in found["shuffle_quality"].items():
+        print(f"{name:20}{value:>8.2f}")
+    found["cold"] = cold(folder, "small", rivals)
+    print("\ncold, from S3 on loopback, normalised float32, thousand rows/s")
+    for name, entry in found["cold"].items():
+        rate = entry["rows_per_s"]
+        print(f"{name:20}{rate / 1e3:>8.1f}" if rate else f"{name:20} {entry['skipped']}")
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
