@@ -5,9 +5,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import stat
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from threading import Barrier
 
@@ -17,7 +20,16 @@ from hypothesis import strategies as st
 
 from latentcache.errors import ConfigError, DiskFull, ObjectNotFound, StorageError
 from latentcache.storage import StorageOptions, Store, split_url
-from servers import FaultyProxy, S3Server, cut_halfway, free_port, lose_reply, slow_down
+from servers import (
+    DEADLINE_S,
+    Exchange,
+    FaultyProxy,
+    S3Server,
+    cut_halfway,
+    free_port,
+    lose_reply,
+    slow_down,
+)
 
 # What people name files, and what trips those who take a path for a URL.
 NAMES = st.text(st.sampled_from("ab0 .-_%#?&+=~:'()[]é—"), min_size=1, max_size=12).filter(
@@ -96,6 +108,51 @@ def test_what_is_not_there_is_named(store: Store) -> None:
         assert store.url_of("folder/none") in str(caught.value)
     with pytest.raises(ObjectNotFound):
         store.info("folder")
+
+
+def test_a_download_is_whole_and_of_the_size_that_is_meant(store: Store, tmp_path: Path) -> None:
+    data, local = os.urandom(20_000_000), tmp_path / "local"  # several blocks
+    store.put("deep/a", data)
+    local.write_bytes(bytes(30_000_000))
+    inode = local.stat().st_ino
+    store.get_file("deep/a", local, len(data))
+    assert local.read_bytes() == data
+    assert local.stat().st_ino == inode, "locks on the file would be lost"
+    for path, size_bytes in (("deep/none", 1), ("deep/a", 1), ("deep/a", len(data) + 1)):
+        with pytest.raises(ObjectNotFound, match=store.url_of(path)):
+            store.get_file(path, local, size_bytes)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_download_that_has_no_room_names_the_local_disk(store: Store, tmp_path: Path) -> None:
+    store.put("a", b"1")
+    with pytest.raises(DiskFull, match="no room left to write /dev/full"):
+        store.get_file("a", Path("/dev/full"), 1)
+    with pytest.raises(StorageError, match=f"cannot use {tmp_path / 'none'}/a") as caught:
+        store.get_file("a", tmp_path / "none" / "a", 1)
+    assert not isinstance(caught.value, ObjectNotFound)
+
+
+_READ_AFTER_FORK = """
+import os, sys
+from latentcache.storage import StorageOptions, Store
+store = Store(sys.argv[1], StorageOptions(endpoint_url=sys.argv[2]))
+assert store.read_bytes("a") == b"1"
+child = os.fork()
+if child == 0:
+    os._exit(0 if store.read_bytes("a") == b"1" else 1)
+assert os.waitpid(child, 0)[1] == 0
+assert store.read_bytes("a") == b"1"
+"""
+
+
+def test_a_store_made_before_a_fork_works_after_it(moto: S3Server, tmp_path: Path) -> None:
+    url = f"{bucket_of(moto)}/{tmp_path.name}"
+    Store(url, moto.options).put("a", b"1")
+    # A process of its own, which may be forked though a client's thread runs in it.
+    command = [sys.executable, "-c", _READ_AFTER_FORK, url, moto.endpoint_url]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S)
+    assert done.returncode == 0, done.stderr
 
 
 def test_put_if_absent_never_replaces(store: Store) -> None:
@@ -256,6 +313,35 @@ def test_reading_survives_cuts_and_a_busy_store(faulty: Store, proxy: FaultyProx
     with faulty.open("a") as file:
         assert file.read() == data
     assert [fault.num_fired for fault in faults] == [1, 1, 1, 1]
+
+
+def test_a_download_survives_cuts_and_a_busy_store(
+    faulty: Store, proxy: FaultyProxy, tmp_path: Path
+) -> None:
+    data, local = os.urandom(100_000), tmp_path / "local"
+    faulty.put("a", data)
+    faults = [proxy.on("GET", "/a$", fault, times=1) for fault in (cut_halfway, slow_down)]
+    faulty.get_file("a", local, len(data))
+    assert local.read_bytes() == data
+    assert [fault.num_fired for fault in faults] == [1, 1]
+
+
+@pytest.mark.parametrize("share", [0, 1, 3])
+def test_a_body_of_another_length_is_no_whole_file(
+    share: int, faulty: Store, proxy: FaultyProxy, tmp_path: Path
+) -> None:
+    """What a middlebox makes of a cut connection: a reply that is whole by its own account."""
+    data, local = os.urandom(1000), tmp_path / "local"
+    faulty.put("a", data)
+
+    def resize(exchange: Exchange) -> None:
+        reply = exchange.forward()
+        exchange.send(replace(reply, body=(reply.body * share)[: share * 500]))
+
+    resized = proxy.on("GET", "/a$", resize)
+    faulty.get_file("a", local, len(data))
+    assert local.read_bytes() == data
+    assert resized.num_fired == 1
 
 
 def test_a_store_that_never_answered_is_given_up_soon() -> None:

@@ -38,6 +38,8 @@ _READ_BLOCK_BYTES = 8 * 2**20
 
 _TEMP_PREFIX = ".tmp-"
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+
 # mkstemp makes files private; what we publish follows the umask, which can only be read by setting.
 _UMASK = os.umask(0o022)
 os.umask(_UMASK)
@@ -97,10 +99,19 @@ class Store:
         else:
             self.url = url.rstrip("/")
             self._root = self.url
-        self._fs = _filesystem(self.url.split("://")[0], options, os.getpid())
+        _filesystem(self._protocol, options, os.getpid())  # tells at once what cannot be used
         self._has_answered = False
         self.is_conditional = True
         """Whether put-if-absent is the store's own doing; `probe_conditional` finds out."""
+
+    @property
+    def _protocol(self) -> str:
+        return self.url.split("://")[0]
+
+    @property
+    def _fs(self) -> Any:
+        """The client of the process that asks: a store made before a fork works after it."""
+        return _filesystem(self._protocol, self.options, os.getpid())
 
     def url_of(self, path: str) -> str:
         """Give the absolute URL of a path."""
@@ -164,13 +175,38 @@ class Store:
 
     def open(self, path: str) -> BinaryIO:
         """Open an object for reading. Errors of later reads are foreign: read inside `named`."""
-        return self._retry(
-            path,
-            lambda: cast(
-                BinaryIO,
-                self._fs.open(self._full(path), "rb", block_size=_READ_BLOCK_BYTES),
-            ),
-        )
+        return self._retry(path, lambda: cast(BinaryIO, self._open(path)))
+
+    def _open(self, path: str) -> Any:
+        return self._fs.open(self._full(path), "rb", block_size=_READ_BLOCK_BYTES)
+
+    def get_file(self, path: str, local: Path, size_bytes: int) -> None:
+        """Download an object, whole, to a local path; what lies there is written over, in place.
+
+        An object of another size is not the one that is meant: `ObjectNotFound`. Fewer or more
+        bytes than `size_bytes` for one that has the size are a cut connection, and tried again.
+        What is wrong with the local disk is told with the local path.
+        """
+        self._retry(path, lambda: self._get_file(path, local, size_bytes))
+
+    def _get_file(self, path: str, local: Path, size_bytes: int) -> None:
+        num_bytes = 0
+        with self._open(path) as source:
+            if source.size is not None and source.size != size_bytes:
+                raise ObjectNotFound(
+                    f"{self.url_of(path)} has {source.size} bytes, not {size_bytes}"
+                )
+            with named_local(local), local.open("wb") as target:
+                while True:
+                    with self.named(path):
+                        chunk = source.read(_READ_BLOCK_BYTES)
+                    if not chunk:
+                        break
+                    num_bytes += target.write(chunk)
+        if num_bytes != size_bytes:
+            raise StorageError(
+                f"{self.url_of(path)}: the connection gave {num_bytes} of {size_bytes} bytes"
+            )
 
     def info(self, path: str) -> ObjectInfo:
         """Ask for an object's size and version."""
@@ -323,6 +359,17 @@ class Store:
         return True
 
 
+@contextmanager
+def named_local(path: Path) -> Iterator[None]:
+    """Turn an `OSError` inside into a `StorageError` that names a local file or folder."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _NO_ROOM:
+            raise DiskFull(f"no room left to write {path}: free some space") from error
+        raise _Final(f"cannot use {path}: {_first_line(error)}") from error
+
+
 def _local_info(path: str, status: os.stat_result) -> ObjectInfo:
     # Nanoseconds: two writes within a second must not look the same.
     return ObjectInfo(path, status.st_size, f"{status.st_mtime_ns}", status.st_mtime)
@@ -375,7 +422,7 @@ def _translate(error: BaseException, url: str, options: StorageOptions) -> Stora
     kind = type(error).__name__
     if isinstance(error, StorageError):
         return error
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno in _NO_ROOM:
         return DiskFull(f"no room left to write {url}: free some space and run again")
     if "NoSuchBucket" in str(error.__cause__):
         return _Final(f"cannot use {url}: there is no such bucket{_where(options)}")
