@@ -98,7 +98,7 @@ class BatchReader:
     def plan(self, epoch: int, chosen: BatchRows) -> Plan:
         """Find a batch's rows and read all but the latents; for one thread at a time."""
         rows, partners = self._joined.find(chosen.files, chosen.rows)
-        found = self.rows.find(chosen.files, rows)
+        found = self.rows.find(chosen.bucket, chosen.files, rows)
         columns = {name: _numbers(values) for name, values in found.columns.items()}
         numbers = self._files.first_row[chosen.files] + rows
         return Plan(epoch, chosen, found, numbers, columns | self._joined.read(partners))

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from latentcache.dataset.shards import bucket_name
+from latentcache.dataset.shards import bucket_name, row_group_rows
 from latentcache.errors import ConfigError, DatasetError
 from latentcache.loader.batch import Batch, BatchReader, Plan, hand_over
 from latentcache.loader.cache import parse_bytes
@@ -29,7 +29,7 @@ from latentcache.loader.order import (
     Tail,
 )
 from latentcache.loader.prefetch import prefetch
-from latentcache.loader.rows import MAX_AHEAD, RowReader, open_cache
+from latentcache.loader.rows import MAX_AHEAD, RowReader, num_ranks_here, open_cache
 from latentcache.storage import StorageOptions
 
 _STATE_VERSION = 1
@@ -112,6 +112,8 @@ class LatentLoader:
         self._finish = LatentFinish(self.contract, dtype, normalize)
         self._device = torch.device(device)
         self._cache = open_cache(self._files, cache_dir, cache_bytes)
+        if self._cache:
+            _check_cache(self._files, options, self._cache.max_bytes, self.world_size)
         self._prefetch_bytes = parse_bytes(prefetch_bytes)
         self._identity = self._describe(list(weights.values()))
         self._epoch, self._step = 0, 0
@@ -181,13 +183,12 @@ class LatentLoader:
         if self._is_begun:
             self._move(self._epoch + 1, 0)
         self._is_begun = False
-        return self._iterate()
+        return self._iterate(self._epoch, self._step)
 
-    def _iterate(self) -> Iterator[Batch]:
-        epoch = self._epoch
+    def _iterate(self, epoch: int, step: int) -> Iterator[Batch]:
         # Files stay mapped from epoch to epoch, unless two iterators are at work.
         reader = self._idle.pop() if self._idle else self._make_reader()
-        plans = self._plan(epoch, self._step, reader)
+        plans = self._plan(epoch, step, reader)
         try:
             for batch, event in prefetch(plans, reader.read, self._num_ahead):
                 if event is not None:
@@ -266,6 +267,29 @@ def _check_order(order: Order, num_rows: int, urls: Sequence[str]) -> None:
         warnings.warn(
             f"these buckets have fewer rows than batch_size {options.batch_size} and are never "
             f"seen: {names}; set tail to 'pad' or 'short' to train on them",
+            stacklevel=3,
+        )
+
+
+def _check_cache(files: Files, options: OrderOptions, max_bytes: int, world_size: int) -> None:
+    """Say aloud if a window's files do not fit the cache, for they would be fetched over and over.
+
+    A node reads its ranks' share of each window.
+    """
+    if files.size_bytes.sum() <= max_bytes:
+        return
+    block_rows = options.block_rows or max(
+        row_group_rows(files.contract, bucket) for bucket in files.buckets
+    )
+    num_nodes = max(1, world_size // num_ranks_here())
+    num_files = min(len(files), options.window_rows // block_rows + 1) / num_nodes
+    num_bytes = num_files * float(files.size_bytes.mean())
+    if num_bytes > max_bytes / 2:
+        whole = int(files.num_rows.max())
+        warnings.warn(
+            f"a window of {options.window_rows} rows reads {num_files:.0f} files of together "
+            f"{num_bytes / 1e9:.1f} GB, too much for a cache of {max_bytes / 1e9:.1f} GB: raise "
+            f"cache_bytes, lower window_rows, or keep files whole with block_rows={whole}",
             stacklevel=3,
         )
 

@@ -8,6 +8,7 @@ since its latents are stored plain, at one stride (docs/format.md).
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from latentcache.dataset.shards import latent_offsets, row_bytes, row_group_rows
 from latentcache.errors import DatasetError, ObjectNotFound
 from latentcache.loader.cache import FileCache, default_cache_dir, parse_bytes
 from latentcache.loader.files import Files
-from latentcache.loader.order import Ints
+from latentcache.loader.order import Bucket, Ints
 from latentcache.storage import Store
 
 SIZES = ("original_height", "original_width", "crop_top", "crop_left")
@@ -97,6 +98,8 @@ class _Gather:
 
     def find(self, addresses: Ints, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Give what to select from, by which index, for the `size` bytes at [m] addresses."""
+        if not len(addresses):
+            return torch.empty((0, size), dtype=torch.uint8), torch.empty(0, dtype=torch.int64)
         if size not in self._views:
             origin = np.ctypeslib.as_array((ctypes.c_uint8 * 1).from_address(self._low))
             shape = (self._high - self._low - size + 1, size)
@@ -127,11 +130,11 @@ class RowReader:
         sizes = [row_bytes(contracts[0], bucket) for bucket in files.buckets]
         between = [4 if c.latents.format == "parquet" else 0 for c in contracts]
         self._group_rows: Ints = np.array(group_rows)[files.source_of, files.bucket_of]
-        self._row_bytes: Ints = np.array(sizes)[files.bucket_of]
-        self._strides: Ints = self._row_bytes + np.array(between)[files.source_of]
+        self._strides: Ints = np.array(sizes)[files.bucket_of] + np.array(between)[files.source_of]
         num_groups = -(-files.num_rows // self._group_rows)
         self._first_group: Ints = np.cumsum(num_groups) - num_groups
 
+        self._max_open_bytes = _share_of_cache(files, cache)
         self._open: dict[int, _Open] = {}
         self._opening: dict[int, Future[_Open]] = {}
         self._is_wanted = np.zeros(len(files), bool)  # open, or being opened
@@ -158,7 +161,7 @@ class RowReader:
                 self._opening[file] = self._pool.submit(self._open_file, file)
         self._is_wanted[files] = True
 
-    def find(self, files: Ints, rows: Ints) -> FoundRows:
+    def find(self, bucket: Bucket, files: Ints, rows: Ints) -> FoundRows:
         """Find row `rows[i]` of file `files[i]`, all of one bucket.
 
         Other threads may gather what the last `MAX_AHEAD` calls found, and no older ones.
@@ -173,7 +176,7 @@ class RowReader:
         group_rows = self._group_rows[files]
         groups, within = self._first_group[files] + rows // group_rows, rows % group_rows
         addresses = self._latent_address[groups] + within * self._strides[files]
-        span, index = self._latents.find(addresses, int(self._row_bytes[files[0]]))
+        span, index = self._latents.find(addresses, row_bytes(self._files.contract, bucket))
         return FoundRows(span, index, *self._read_columns(files, groups, within))
 
     def _read_columns(
@@ -219,14 +222,17 @@ class RowReader:
         )
 
     def _close_files(self) -> None:
-        """Let go of the files used longest ago, when too many are open."""
-        excess = len(self._open) - _MAX_OPEN_FILES
-        if excess > 0:
-            by_use = sorted(self._open, key=lambda file: int(self._file_used[file]))
-            for file in by_use[: excess + _MAX_OPEN_FILES // 8]:
-                if self._file_used[file] < self._clock - MAX_AHEAD:
-                    del self._open[file]
-                    self._is_open[file] = self._is_wanted[file] = False
+        """Let go of the files used longest ago, when too much is open."""
+        num_bytes = int(self._files.size_bytes[self._is_open].sum())
+        if len(self._open) <= _MAX_OPEN_FILES and num_bytes <= self._max_open_bytes:
+            return
+        for file in sorted(self._open, key=lambda file: int(self._file_used[file])):
+            if len(self._open) <= _MAX_OPEN_FILES * 7 // 8 and num_bytes <= self._max_open_bytes:
+                break
+            if self._file_used[file] < self._clock - MAX_AHEAD:
+                del self._open[file]
+                self._is_open[file] = self._is_wanted[file] = False
+                num_bytes -= int(self._files.size_bytes[file])
 
     def _open_file(self, file: int) -> _Open:
         contract, bucket = self._files.contract_of(file), self._files.bucket(file)
@@ -238,7 +244,10 @@ class RowReader:
             rows = self._map(store, self._files.rows_file(file))
         with self._reading(file):
             offsets = latent_offsets(_reader(latents), contract, bucket, described.num_rows)
-            return _Open(latents, rows, pq.read_metadata(_reader(rows)), offsets)
+            metadata = pq.read_metadata(_reader(rows))
+            if (metadata.num_rows, metadata.num_row_groups) != (described.num_rows, len(offsets)):
+                raise DatasetError("its rows are not those of its latents")
+            return _Open(latents, rows, metadata, offsets)
 
     def _load_group(self, group: int) -> None:
         file = int(np.searchsorted(self._first_group, group, "right")) - 1
@@ -286,6 +295,21 @@ class RowReader:
             return _map_path(path, file)
 
 
+def _share_of_cache(files: Files, cache: FileCache | None) -> int:
+    """Bytes of files that this rank may have open.
+
+    A file that the cache has let go of keeps its disk space for as long as it is mapped.
+    """
+    if cache is None or files.size_bytes.sum() <= cache.max_bytes:
+        return 2**63
+    return cache.max_bytes // 2 // num_ranks_here()
+
+
+def num_ranks_here() -> int:
+    """Count the ranks on this node, which share its cache, as torchrun and its like tell it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def _check_local(store: Store, file: DataFile) -> None:
     """Hold a local file against its receipt by size; `latentcache verify` hashes."""
     try:
@@ -302,7 +326,10 @@ def _check_local(store: Store, file: DataFile) -> None:
 
 
 def _map_path(path: Path, file: DataFile) -> torch.Tensor:
-    return torch.from_file(str(path), shared=False, size=file.size_bytes, dtype=torch.uint8)
+    try:
+        return torch.from_file(str(path), shared=False, size=file.size_bytes, dtype=torch.uint8)
+    except RuntimeError as error:
+        raise DatasetError(f"cannot map {path}: {error}") from error
 
 
 def _reader(region: torch.Tensor) -> pa.BufferReader:
