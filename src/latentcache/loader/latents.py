@@ -45,6 +45,7 @@ class LatentFinish:
             self._shift, self._scale = torch.zeros(1), torch.ones(1)
         self._shifts = bool(self._shift.any())
         self._scales = bool((self._scale != 1).any())
+        self._rounds_first = dtype not in (self.stored, torch.float32, torch.float64)
 
     def __call__(self, stored: torch.Tensor, out: torch.Tensor, noise: Noise) -> None:
         """Finish [b, C or 2C, h, w] stored latents into `out`, [b, C, h, w].
@@ -54,10 +55,11 @@ class LatentFinish:
         shift, scale = self._shift.to(out.device), self._scale.to(out.device)
         if self.is_moments:
             mean, logvar = stored.float().chunk(2, dim=1)
-            latents = noise(mean[0].numel()).view_as(mean).mul_(logvar.mul_(0.5).exp_()).add_(mean)
-        elif self._shifts:
+            drawn = noise(mean.shape[1:].numel()).view_as(mean)
+            latents = drawn.mul_(logvar.mul_(0.5).exp_()).add_(mean)
+        elif self._shifts or self._rounds_first:
             latents = stored.float()
-        else:  # one multiplication rounds once, in any type
+        else:  # one multiplication rounds once, in any type that holds what is stored
             latents = out.copy_(stored)
         if self._shifts:
             latents.sub_(shift)
