@@ -20,7 +20,7 @@ from runs import Cli, Result
 
 DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"
 
-VERBS = ("run", "plan", "status", "verify", "inspect", "schema", "demo-data")
+VERBS = ("run", "plan", "status", "verify", "inspect", "bench-loader", "schema", "demo-data")
 
 # Rich would take these for markup, a terminal for a command.
 CAPTION = "[red]a [/b] caption\x1b[2J with ü and\na line break"
@@ -176,7 +176,7 @@ def test_with_json_an_error_is_an_object_too(cli: Cli, folder: Path):
     assert result.code == 2
 
 
-@pytest.mark.parametrize("verb", ["status", "verify", "inspect"])
+@pytest.mark.parametrize("verb", ["status", "verify", "inspect", "bench-loader"])
 def test_what_is_no_dataset_is_told(cli: Cli, folder: Path, verb: str):
     assert_one_complaint(cli(verb, folder / "src"), 1, "is not a latent dataset")
 
@@ -273,6 +273,25 @@ def test_inspect_shows_what_it_is(demo: Demo):
     (own,) = (row for row in shown["rows"] if row["key"] == "a")
     assert own["caption"] == CAPTION
     assert own["original_size"] == [80, 80]
+
+
+def test_bench_loader_measures_a_dataset_smaller_than_a_batch(demo: Demo):
+    shown = demo("bench-loader", "--seconds", "0.2", "--dtype", "bfloat16")
+    assert shown.code == 0, shown.stderr
+    assert "samples/s" in shown.stdout
+    measured = demo.cli.ok("bench-loader", demo.url, "--seconds", "0.2", "--batch-size", "4")
+    assert measured["num_rows"] == measured["num_steps"] * 4 > 0
+    sizes = [4 * row.latent.numel() for row in open_dataset(demo.url)]
+    bytes_per_row = measured["megabytes_per_s"] * 1e6 / measured["rows_per_s"]
+    assert min(sizes) <= round(bytes_per_row) <= max(sizes)
+    assert 0 < measured["step_p50_ms"] <= measured["step_p99_ms"]
+    assert min(measured[f"{what}_s"] for what in ("open", "first_batch", "resume")) > 0
+
+
+def test_bench_loader_refuses_what_it_cannot_read(demo: Demo):
+    assert_one_complaint(demo("bench-loader", "--dtype", "int8"), 2, "--dtype is 'int8'")
+    assert_one_complaint(demo("bench-loader", "--column", "nope"), 2, "no column 'nope'")
+    assert_one_complaint(demo("bench-loader", "--cache-bytes", "much"), 2, "is not a size")
 
 
 def test_inspect_prints_captions_as_they_are(demo: Demo):
