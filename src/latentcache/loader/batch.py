@@ -7,8 +7,10 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
 import torch
 
+from latentcache.dataset.shards import column_type
 from latentcache.loader.files import Files
 from latentcache.loader.join import Joined
 from latentcache.loader.latents import LatentFinish
@@ -99,7 +101,7 @@ class BatchReader:
         """Find a batch's rows and read all but the latents; for one thread at a time."""
         rows, partners = self._joined.find(chosen.files, chosen.rows)
         found = self.rows.find(chosen.bucket, chosen.files, rows)
-        columns = {name: _numbers(values) for name, values in found.columns.items()}
+        columns = {name: _tensor(name, values) for name, values in found.columns.items()}
         numbers = self._files.first_row[chosen.files] + rows
         return Plan(epoch, chosen, found, numbers, columns | self._joined.read(partners))
 
@@ -162,6 +164,6 @@ def hand_over(batch: Batch, event: torch.cuda.Event) -> None:
             tensor.record_stream(stream)
 
 
-def _numbers(values: list[Any]) -> Any:
-    """Class numbers as a tensor, other columns as they are."""
-    return torch.tensor(values) if values and isinstance(values[0], int) else values
+def _tensor(name: str, values: list[Any]) -> Any:
+    """Give class numbers as a tensor, other columns as they are."""
+    return torch.tensor(values, dtype=torch.int64) if column_type(name) == pa.int64() else values

@@ -63,6 +63,8 @@ class Memory:
         if self._is_pinned:
             return torch.empty(tuple(shape), dtype=dtype, pin_memory=True)
         size = prod(shape) * dtype.itemsize
+        if not size:
+            return torch.empty(tuple(shape), dtype=dtype)
         with self._lock:
             for index in range(len(self._buffers)):
                 is_free = sys.getrefcount(self._buffers[index]) == _FREE
