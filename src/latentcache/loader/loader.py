@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -161,19 +160,22 @@ class LatentLoader:
         Raises:
             ConfigError: the state is of another order; the message names the field.
         """
-        state = json.loads(json.dumps(dict(state)))
         for name, wanted in self._identity.items():
             if name not in state:
                 raise ConfigError(f"not a state of a LatentLoader: it has no {name!r}")
-            if state[name] != json.loads(json.dumps(wanted)):
+            if state[name] != wanted:
                 raise ConfigError(
                     f"the state is of {name} {state[name]}, this loader has {name} {wanted}: "
                     f"{_mend(name)}"
                 )
         epoch, step = state.get("epoch"), state.get("step")
-        if not (isinstance(epoch, int) and isinstance(step, int) and 0 <= step <= len(self)):
-            raise ConfigError(f"the state names step {step} of epoch {epoch}; there is none such")
-        self._move(epoch, step)
+        if not (isinstance(epoch, int) and isinstance(step, int)):
+            raise ConfigError("not a state of a LatentLoader: it has no epoch and step")
+        if epoch < 0 or not 0 <= step < len(self):
+            raise ConfigError(
+                f"the state names step {step} of epoch {epoch}; epochs have {len(self)} steps"
+            )
+        self._epoch, self._step = epoch, step
         self._is_begun = False
 
     def _move(self, epoch: int, step: int) -> None:

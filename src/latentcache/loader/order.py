@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from math import isqrt
+from math import inf, isqrt
 from typing import Literal
 
 import numpy as np
@@ -360,8 +360,8 @@ def _row_quotas(streams: Sequence[Stream], weights: Sequence[float]) -> list[int
     if len(weights) == 1:
         return sizes
     quotas = [0] * len(streams)
-    if any(weight <= 0 for weight in weights):
-        raise ConfigError(f"weights are {list(weights)}; each must be above 0")
+    if not all(0 < weight < inf for weight in weights):
+        raise ConfigError(f"weights are {list(weights)}; each must be above 0, and finite")
     shares = apportion(sum(sizes), [Fraction(weight) for weight in weights])
     for dataset, share in enumerate(shares):
         mine = [i for i, stream in enumerate(streams) if stream.dataset == dataset]
