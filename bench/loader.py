@@ -28,12 +28,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from rivals import RIVALS, measure, measure_cold, positions, prepare, write_positions
-from synthetic import make_contract, write_dataset, write_manifest
 
 from latentcache import LatentLoader, StorageOptions
 from latentcache.loader.files import Files, open_sources
 from latentcache.loader.order import Order, OrderOptions
+from rivals import RIVALS, measure, measure_cold, positions, prepare, write_positions
+from synthetic import make_contract, write_dataset, write_manifest
 
 BATCH_SIZE = 256
 ROWS_PER_UNIT = 10_000
