@@ -265,6 +265,7 @@ def test_files_used_longest_ago_are_closed(
     monkeypatch.setattr(rows_module, "_MAX_OPEN_FILES", 8)
     for module in (rows_module, loader_module):
         monkeypatch.setattr(module, "MAX_AHEAD", 2)
+    monkeypatch.setattr(loader_module, "_MAX_GROUP", 1)
     url = write(tmp_path, [{SMALL: 2}] * 60, format=format)
     loader = LatentLoader(
         *(url,), batch_size=2, columns=IDENTITY, normalize=False, dtype=torch.float16
@@ -299,7 +300,7 @@ def test_columns_used_longest_ago_are_forgotten(
     for batch in batches:
         assert_stored(batch, rows)
     assert sorted(all_identities(batches)) == sorted(rows)
-    assert num_loads > 100, "of 20 row groups, most were read again"
+    assert num_loads > 60, "of 20 row groups, most were read again"
 
 
 def test_prefetching_more_or_less_makes_no_difference(tmp_path: Path) -> None:

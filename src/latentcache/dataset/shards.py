@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -237,8 +238,9 @@ def latent_offsets(
     size, group_rows = row_bytes(contract, bucket), row_group_rows(contract, bucket)
     if contract.latents.format == "safetensors":
         tensor = SafetensorsRows(file)
-        if (tensor.num_rows, *tensor.shape) != (num_rows, *contract.latent_shape(bucket)):
-            raise DatasetError(f"latents are {tensor.num_rows} of {tensor.shape}")
+        found = (tensor.num_rows, *tensor.shape, tensor.dtype)
+        if found != (num_rows, *contract.latent_shape(bucket), contract.latents.dtype):
+            raise DatasetError(f"latents are {tensor.num_rows} {tensor.dtype} of {tensor.shape}")
         return [tensor.start + first * size for first in range(0, num_rows, group_rows)]
     offsets = []
     metadata = pq.read_metadata(file)
@@ -304,10 +306,15 @@ class SafetensorsRows:
             self.dtype = names[entry["dtype"]]
             self.num_rows, *self.shape = entry["shape"]
             start, end = entry["data_offsets"]
+            row_bytes = math.prod(self.shape) * TORCH_DTYPES[self.dtype].itemsize
+            if (start, end) != (0, self.num_rows * row_bytes):
+                raise ValueError(f"{self.num_rows} rows of {self.shape} from {start} to {end}")
+            if file.seek(0, os.SEEK_END) != 8 + length + end:
+                raise ValueError("the file ends elsewhere")
         except (ValueError, KeyError, TypeError) as error:
             raise DatasetError(f"damaged safetensors header: {error}") from error
-        self.start = 8 + length + start
-        self._row_bytes = (end - start) // self.num_rows if self.num_rows else 0
+        self.start = 8 + length
+        self._row_bytes = row_bytes
 
     def __getitem__(self, index: int) -> torch.Tensor:
         self._file.seek(self.start + index * self._row_bytes)

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 
@@ -92,23 +93,34 @@ class BatchReader:
         self._device = device
         self._noise_key = make_key(seed, _NOISE) - 2**63  # torch has no unsigned arithmetic
         self._memory = Memory()
+        self._target_sizes = {(w, h): torch.tensor([[h, w]]) for w, h in files.buckets}
         # On a GPU, copies and arithmetic keep out of the training's way on a stream of their own.
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    def plan(self, epoch: int, chosen: BatchRows) -> Plan:
-        """Find a batch's rows and read all but the latents; for one thread at a time."""
-        rows, partners = self._joined.find(chosen.files, chosen.rows)
-        found = self.rows.find(chosen.bucket, chosen.files, rows)
-        columns = {name: _tensor(name, values) for name, values in found.columns.items()}
-        numbers = self._files.first_row[chosen.files] + rows
-        return Plan(epoch, chosen, found, numbers, columns | self._joined.read(partners))
+    def plan(self, epoch: int, group: Sequence[BatchRows]) -> list[Plan]:
+        """Find the rows of batches of one bucket and read all but the latents.
+
+        For one thread at a time. Several batches cost hardly more than one.
+        """
+        files = np.concatenate([chosen.files for chosen in group])
+        rows, partners = self._joined.find(files, np.concatenate([chosen.rows for chosen in group]))
+        numbers = self._files.first_row[files] + rows
+        found = self.rows.find(group[0].bucket, files, rows)
+        plans, end = [], 0
+        for chosen in group:
+            mine = slice(end, end := end + len(chosen.files))
+            part = found.part(mine)
+            columns = {name: _tensor(name, values) for name, values in part.columns.items()}
+            columns |= self._joined.read(partners[mine])
+            plans.append(Plan(epoch, chosen, part, numbers[mine], columns))
+        return plans
 
     def read(self, plan: Plan) -> tuple[Batch, torch.cuda.Event | None]:
         """Read what was planned; on a GPU, the event says when it is there."""
         chosen, sizes = plan.chosen, plan.found.sizes
-        target_size = torch.tensor([[chosen.bucket[1], chosen.bucket[0]]]).expand(len(sizes), 2)
+        target_size = self._target_sizes[chosen.bucket].expand(len(sizes), 2)
         shape = (len(sizes), *self._files.contract.latent_shape(chosen.bucket))
         stored = self._memory.take(shape, self._finish.stored)
         plan.found.gather(stored.view(torch.uint8).flatten(1))

@@ -30,8 +30,8 @@ class LatentFinish:
     """
 
     def __init__(self, contract: Contract, dtype: torch.dtype, normalize: bool) -> None:
-        if not dtype.is_floating_point:
-            raise ConfigError(f"dtype is {dtype}; latents need a floating-point type")
+        if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ConfigError(f"dtype is {dtype!r}; latents need a floating-point type")
         vae = contract.vae
         self.stored = TORCH_DTYPES[contract.latents.dtype]
         self.dtype = dtype

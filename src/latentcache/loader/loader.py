@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from latentcache.dataset.shards import bucket_name, row_group_rows
-from latentcache.errors import ConfigError, DatasetError
+from latentcache.errors import ConfigError, DatasetError, LatentCacheError
 from latentcache.loader.batch import Batch, BatchReader, Plan, hand_over
 from latentcache.loader.cache import parse_bytes
 from latentcache.loader.files import Files, open_sources
@@ -32,6 +32,9 @@ from latentcache.loader.rows import MAX_AHEAD, RowReader, num_ranks_here, open_c
 from latentcache.storage import StorageOptions
 
 _STATE_VERSION = 1
+
+# Batches that are planned together, because NumPy's cost is mostly by call.
+_MAX_GROUP = 8
 
 
 class LatentLoader:
@@ -199,6 +202,7 @@ class LatentLoader:
                 self._is_begun = self._step > 0
                 yield batch
         finally:
+            reader.rows.forget_prepared()
             self._idle.append(reader)
 
     @property
@@ -216,8 +220,14 @@ class LatentLoader:
 
     def _plan(self, epoch: int, step: int, reader: BatchReader) -> Generator[Plan, None, None]:
         order = self._order.batches(epoch, step, rank=self.rank, world_size=self.world_size)
-        for chosen in self._look_ahead(order, reader.rows):
-            yield reader.plan(epoch, chosen)
+        for group in _grouped(self._look_ahead(order, reader.rows)):
+            try:
+                plans = reader.plan(epoch, group)
+            except LatentCacheError:  # of one of them: those before it are good
+                for chosen in group:
+                    yield from reader.plan(epoch, [chosen])
+                raise
+            yield from plans
 
     def _look_ahead(self, order: Iterator[BatchRows], rows: RowReader) -> Iterator[BatchRows]:
         """Have files fetched and opened before they are wanted: remote ones a window before."""
@@ -233,6 +243,18 @@ class LatentLoader:
                 num_rows -= len(ahead[0].files)
                 yield ahead.popleft()
         yield from ahead
+
+
+def _grouped(batches: Iterator[BatchRows]) -> Iterator[list[BatchRows]]:
+    """Group neighbours of one bucket: few at first, so that the first batch is soon there."""
+    size, group = 1, list[BatchRows]()
+    for chosen in batches:
+        if group and (len(group) == size or group[0].bucket != chosen.bucket):
+            yield group
+            size, group = min(2 * size, _MAX_GROUP), []
+        group.append(chosen)
+    if group:
+        yield group
 
 
 def _place(rank: int | None, world_size: int | None, batch_size: int) -> tuple[int, int]:

@@ -35,6 +35,9 @@ DEFAULT_WINDOW_ROWS = 262_144
 # many steps or rows.
 _SECTION = 4096
 
+# A place in a window is told as a fraction of this many bits.
+_PLACE_BITS = 24
+
 _FEISTEL_ROUNDS = 3  # of two halves each
 _MASK = 2**64 - 1
 
@@ -213,14 +216,16 @@ class _BucketOrder:
             start += high - low
         files, rows, passes, places = (np.concatenate(p) for p in zip(*found, strict=True))
         # Within a batch by place in the window: a rank then reads only its own part of the blocks,
-        # which are in random order themselves. The index below makes keys unique, so that any sort
-        # gives the same.
-        keys = (places << 32) + np.arange(len(places))
-        for offset in range(0, len(keys), size):
-            batch = np.sort(keys[offset : offset + size])
-            num = len(batch)
-            mine = batch[rank * num // world_size : (rank + 1) * num // world_size] & (2**32 - 1)
-            yield files[mine], rows[mine], passes[mine]
+        # which are in random order themselves. With the index below, keys are unique, so that any
+        # sort gives the same.
+        index = np.arange(num := len(files))
+        keys = (((index // size) << _PLACE_BITS) + places) * num + index
+        by_place = np.sort(keys) % num
+        files, rows, passes = files[by_place], rows[by_place], passes[by_place]
+        for low in range(0, num, size):
+            high = min(low + size, num)
+            first, last = (low + part * (high - low) // world_size for part in (rank, rank + 1))
+            yield files[first:last], rows[first:last], passes[first:last]
 
     def _find(self, epoch: int, start: int, stop: int) -> tuple[Ints, ...]:
         """Find rows start to stop of an epoch: files, rows, passes, places in their windows."""
@@ -273,7 +278,7 @@ class _Shuffled:
             key = self._key(one_pass, _ROWS, start)
             within = permute(places[where] - start, size, key)
             files[where], rows[where] = self._locate(one_pass, start + within)
-            fractions[where] = (within / size * 2**31).astype(np.int64)
+            fractions[where] = (within / size * 2**_PLACE_BITS).astype(np.int64)
         return self.stream.files[files], rows, passes, fractions
 
     def _key(self, one_pass: int, *parts: int) -> int:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from math import prod
 from typing import TypeVar
 
@@ -16,32 +18,40 @@ import torch
 P = TypeVar("P")
 T = TypeVar("T")
 
-_NUM_WORKERS = 2
+_NUM_THREADS = 2
 
 
 def prefetch(plans: Generator[P, None, None], work: Callable[[P], T], depth: int) -> Iterator[T]:
     """Work at most `depth` items ahead of whoever takes the results, in order.
 
-    Plans are made one after the other on a thread of their own; `work` runs on two more: while one
-    copies, which needs no interpreter lock, another plan is made. What they raise is raised here,
-    in its turn. `plans` is closed when this iterator is.
+    Two threads take turns: while one makes the next plan, the other does the work of the last, most
+    of which is copying, without the interpreter lock. What they raise is raised here, in its turn.
+    `plans` is closed when this iterator is.
     """
-    planner = ThreadPoolExecutor(1, thread_name_prefix="latentcache-plan")
-    workers = ThreadPoolExecutor(_NUM_WORKERS, thread_name_prefix="latentcache-work")
+    pool = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="latentcache-prefetch")
+    turn = threading.Condition()
+    tickets, next_ticket = count(), 0
 
-    def plan() -> Future[T] | None:
-        for item in plans:
-            return workers.submit(work, item)
-        return None
+    def run(ticket: int) -> T | None:
+        nonlocal next_ticket
+        with turn:
+            turn.wait_for(lambda: next_ticket == ticket)
+            try:
+                plan = next(plans, None)
+            finally:
+                next_ticket += 1
+                turn.notify_all()
+        return None if plan is None else work(plan)
 
+    ahead = deque(pool.submit(run, next(tickets)) for _ in range(depth))
+    # Also at the interpreter's end, which would otherwise find this iterator without its modules.
+    stop = weakref.finalize(ahead, pool.shutdown, cancel_futures=True)
     try:
-        ahead = deque(planner.submit(plan) for _ in range(depth))
-        while (task := ahead.popleft().result()) is not None:
-            ahead.append(planner.submit(plan))
-            yield task.result()
+        while (item := ahead.popleft().result()) is not None:
+            ahead.append(pool.submit(run, next(tickets)))
+            yield item
     finally:
-        planner.shutdown(cancel_futures=True)
-        workers.shutdown(cancel_futures=True)
+        stop()
         plans.close()
 
 

@@ -52,6 +52,11 @@ class FoundRows:
     sizes: torch.Tensor
     columns: dict[str, list[Any]]
 
+    def part(self, rows: slice) -> FoundRows:
+        """Give some of the rows."""
+        columns = {name: values[rows] for name, values in self.columns.items()}
+        return FoundRows(self.span, self.index[rows], self.sizes[rows], columns)
+
     def gather(self, out: torch.Tensor) -> None:
         """Copy the stored bytes of the latents into `out`, [m, row bytes] uint8."""
         torch.index_select(self.span, 0, self.index, out=out)
@@ -161,6 +166,13 @@ class RowReader:
                 self._opening[file] = self._pool.submit(self._open_file, file)
         self._is_wanted[files] = True
 
+    def forget_prepared(self) -> None:
+        """Give up opening files that nobody has wanted yet, and how that went where it is done."""
+        for file, opening in self._opening.items():
+            opening.cancel()
+            self._is_wanted[file] = False
+        self._opening.clear()
+
     def find(self, bucket: Bucket, files: Ints, rows: Ints) -> FoundRows:
         """Find row `rows[i]` of file `files[i]`, all of one bucket.
 
@@ -238,21 +250,21 @@ class RowReader:
         contract, bucket = self._files.contract_of(file), self._files.bucket(file)
         store = self._files.store_of(file)
         described = self._files.latents_file(file)
-        latents = self._map(store, described)
-        rows = latents
+        rows = latents = self._map(store, described)
         if contract.latents.format == "safetensors":
             rows = self._map(store, self._files.rows_file(file))
-        with self._reading(file):
+        with _reading(store, described):
             offsets = latent_offsets(_reader(latents), contract, bucket, described.num_rows)
+        with _reading(store, self._files.rows_file(file)):
             metadata = pq.read_metadata(_reader(rows))
             if (metadata.num_rows, metadata.num_row_groups) != (described.num_rows, len(offsets)):
                 raise DatasetError("its rows are not those of its latents")
-            return _Open(latents, rows, metadata, offsets)
+        return _Open(latents, rows, metadata, offsets)
 
     def _load_group(self, group: int) -> None:
         file = int(np.searchsorted(self._first_group, group, "right")) - 1
         opened = self._open[file]
-        with self._reading(file):
+        with _reading(self._files.store_of(file), self._files.rows_file(file)):
             parquet = pq.ParquetFile(_reader(opened.rows), metadata=opened.metadata)
             number = group - int(self._first_group[file])
             names = [*SIZES, *self._names]
@@ -275,15 +287,6 @@ class RowReader:
             if self._group_used[group] < self._clock:  # columns are copied at once
                 self._sizes_address[group] = 0
                 self._groups_bytes -= self._groups.pop(group).num_bytes
-
-    @contextmanager
-    def _reading(self, file: int) -> Iterator[None]:
-        """Name the file in whatever is wrong with it."""
-        try:
-            yield
-        except (pa.ArrowException, OSError, DatasetError) as error:
-            url = self._files.store_of(file).url_of(self._files.latents_file(file).path)
-            raise DatasetError(f"{url} is damaged: {error}; run `latentcache verify`") from error
 
     def _map(self, store: Store, file: DataFile) -> torch.Tensor:
         """Map a file: its bytes, uint8. No descriptor stays open."""
@@ -308,6 +311,16 @@ def _share_of_cache(files: Files, cache: FileCache | None) -> int:
 def num_ranks_here() -> int:
     """Count the ranks on this node, which share its cache, as torchrun and its like tell it."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+@contextmanager
+def _reading(store: Store, file: DataFile) -> Iterator[None]:
+    """Name the file in whatever is wrong with it."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, DatasetError) as error:
+        url = store.url_of(file.path)
+        raise DatasetError(f"{url} is damaged: {error}; run `latentcache verify`") from error
 
 
 def _check_local(store: Store, file: DataFile) -> None:
