@@ -30,7 +30,7 @@ bench: .venv/dev  ## measure, print tables, write bench/results/
 	$(BIN)/python bench/loader.py
 
 clean:
-	rm -rf .venv demo dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv demo dist bench/.envs bench/.data .mypy_cache .pytest_cache .ruff_cache
 
 upgrade: .venv/dev  ## take the newest versions that the ranges allow, and write them down
 	$(BIN)/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable '.[dev]'

@@ -116,8 +116,12 @@ def ours(url: Path, dtype: str) -> Callable[[], float]:
     return measure_pass
 
 
-def compare(folder: Path, name: str, rivals: list[str]) -> dict[str, dict[str, Any]]:
-    """Measure all of them on the same rows, ours and the limit taking turns."""
+def compare(
+    folder: Path, name: str, rivals: list[str], num_batches: int
+) -> dict[str, dict[str, Any]]:
+    """Measure all of them on the same rows: whole passes of ours and the limit, taking turns, and
+    `num_batches` at a time of each rival's.
+    """
     rows = torch.from_numpy(np.load(folder / f"{name}.npy"))
     row_bytes = rows[0].nbytes
     passes = {("limit", dtype): limit(rows, dtype) for dtype in DTYPES}
@@ -130,21 +134,20 @@ def compare(folder: Path, name: str, rivals: list[str]) -> dict[str, dict[str, A
     for _ in range(NUM_REPETITIONS):
         for which, measure_pass in passes.items():
             rates[which].append(measure_pass())
-    num_rows = len(rows)
     del rows, passes
     versions = {}
     for rival in rivals:
         written = folder / f"{name}-{rival}"
         if not written.exists():
             prepare(rival, folder / f"{name}.npy", written)
-        num_batches = min(num_rows // BATCH_SIZE, 300)
         found = measure(
-            rival, written, batch_size=BATCH_SIZE, num_batches=num_batches, num_repetitions=3
+            rival, written, batch_size=BATCH_SIZE, num_batches=num_batches, num_repetitions=2
         )
         versions[rival] = found["version"]
         for dtype in DTYPES:
             rates[rival, dtype] = found["samples_per_s"][dtype]
         shutil.rmtree(written)
+        print(f"{name}: {rival} measured", file=sys.stderr)
     table: dict[str, dict[str, Any]] = {}
     for (reader, dtype), values in rates.items():
         rate = statistics.median(values)
@@ -167,10 +170,9 @@ def shuffle_quality(folder: Path, rivals: list[str], num_rows: int = 1_000_000) 
     write_positions(path, num_rows)
     write_ours(folder, "positions", np.load(path))
     orders = {}
-    for format_ in FORMATS[:1]:
-        loader = make_loader(str(folder / f"positions-{format_}"), "float16")
-        batches = [batch.latents.flatten(1).view(torch.int64).clone() for batch in loader]
-        orders["latentcache"] = torch.stack(batches).numpy()
+    loader = make_loader(str(folder / f"positions-{FORMATS[0]}"), "float16")
+    batches = [batch.latents.flatten(1).view(torch.int64).clone() for batch in loader]
+    orders["latentcache"] = torch.stack(batches).numpy()
     for rival in rivals:
         written = folder / f"positions-{rival}"
         shutil.rmtree(written, ignore_errors=True)
@@ -211,6 +213,9 @@ def cold(folder: Path, name: str, rivals: list[str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     os.environ |= KEYS
     cache = folder / "cache"
+    for rival in rivals:  # before the server starts, which remembers what folders there are
+        if not (folder / f"{name}-{rival}").exists():
+            prepare(rival, folder / f"{name}.npy", folder / f"{name}-{rival}")
     with s3_server(folder) as endpoint:
         for format_ in FORMATS:
             shutil.rmtree(cache, ignore_errors=True)
@@ -223,7 +228,6 @@ def cold(folder: Path, name: str, rivals: list[str]) -> dict[str, Any]:
             found[format_] = {"rows_per_s": num_rows / (time.perf_counter() - begun)}
         for rival in rivals:
             written = folder / f"{name}-{rival}"
-            prepare(rival, folder / f"{name}.npy", written)
             shutil.rmtree(cache, ignore_errors=True)
             measured = measure_cold(
                 rival, written, f"s3://{written.name}", endpoint, cache, batch_size=BATCH_SIZE
@@ -291,6 +295,7 @@ def main() -> None:
     folder: Path = arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
     rivals = [] if arguments.skip_rivals else list(RIVALS)
+    documented = [name for name in rivals if not RIVALS[name].tuned]
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], stdout=subprocess.PIPE, check=False
     )
@@ -300,19 +305,22 @@ def main() -> None:
         "commit": commit.stdout.decode().strip(),
         "command": " ".join(["python", *sys.argv]),
     }
-    print(f"planning: {plan_two_billion(folder)}")
     found["two_billion"] = plan_two_billion(folder)
+    print(f"\nthe first batch of two billion rows: {found['two_billion']}")
     write_rows(folder, "small", arguments.rows, 32)
-    found["rows_8_kib"] = compare(folder, "small", rivals)
+    found["rows_8_kib"] = compare(folder, "small", rivals, arguments.rows // BATCH_SIZE)
     show("rows of 8 KiB, warm, thousand rows/s", found["rows_8_kib"], "k/s")
     write_rows(folder, "large", arguments.rows // 16, 128)
-    found["rows_128_kib"] = compare(folder, "large", [])
-    show("rows of 128 KiB, warm", found["rows_128_kib"], "GB/s")
-    found["shuffle_quality"] = shuffle_quality(folder, rivals)
+    found["rows_128_kib"] = compare(folder, "large", rivals, num_batches=30)
+    show("rows of 128 KiB, warm, GB/s", found["rows_128_kib"], "GB/s")
+    # .npy files are read in the order of torch's own sampler, which is a perfect shuffle.
+    shuffling = [name for name in documented if name != "npy"]
+    found["shuffle_quality"] = shuffle_quality(folder, shuffling)
     print("\nshuffle quality at a million rows (1 is perfect)")
     for name, value in found["shuffle_quality"].items():
         print(f"{name:20}{value:>8.2f}")
-    found["cold"] = cold(folder, "small", rivals)
+    write_rows(folder, "cold", arguments.rows // 5, 32)
+    found["cold"] = cold(folder, "cold", shuffling)
     print("\ncold, from S3 on loopback, normalised float32, thousand rows/s")
     for name, entry in found["cold"].items():
         rate = entry["rows_per_s"]
