@@ -7,7 +7,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count
 from math import prod
 from typing import TypeVar
@@ -43,16 +43,19 @@ def prefetch(plans: Generator[P, None, None], work: Callable[[P], T], depth: int
                 turn.notify_all()
         return None if plan is None else work(plan)
 
-    ahead = deque(pool.submit(run, next(tickets)) for _ in range(depth))
+    ahead: deque[Future[T | None]] = deque()
     # Also at the interpreter's end, which would otherwise find this iterator without its modules.
     stop = weakref.finalize(ahead, pool.shutdown, cancel_futures=True)
     try:
+        # In here: after a Ctrl-C while a thread starts, the pool does not know of it.
+        ahead.extend(pool.submit(run, next(tickets)) for _ in range(depth))
         while (item := ahead.popleft().result()) is not None:
             ahead.append(pool.submit(run, next(tickets)))
             yield item
     finally:
         stop()
-        plans.close()
+        with turn:
+            plans.close()
 
 
 class Memory:
