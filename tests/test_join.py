@@ -1,0 +1,221 @@
+"""Columns from elsewhere, joined to a dataset's rows by (unit, key)."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from latentcache import Join, LatentDataset, LatentLoader
+from latentcache.errors import ConfigError, DatasetError, LatentCacheError
+from reference import identities, read_rows
+from servers import S3Server
+from synthetic import make_contract, write_dataset
+
+SMALL, TALL = (64, 64), (64, 96)
+IDENTITY = ("unit", "key")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("join") / "dataset"
+    units = [{SMALL: 9, TALL: 5}, {SMALL: 3}, {TALL: 4}]
+    write_dataset(str(folder), make_contract([SMALL, TALL]), units)
+    return folder
+
+
+def table_of(folder: Path, **columns: Any) -> pa.Table:
+    """A row for each of the dataset's, in an order of its own."""
+    rows = sorted(read_rows(folder))
+    table = pa.table(
+        {
+            "unit": [unit for unit, _ in rows],
+            "key": [key for _, key in rows],
+            "caption": [f"said anew of {unit[:4]} {key}" for unit, key in rows],
+            **columns,
+        }
+    )
+    return table.take(pa.array(np.random.default_rng(0).permutation(len(rows))))
+
+
+def write(table: pa.Table, path: Path) -> str:
+    pq.write_table(table, path)
+    return str(path)
+
+
+def load(folder: Path, join: Any, **options: Any) -> LatentLoader:
+    chosen = {"batch_size": 4, "tail": "short", "columns": IDENTITY, "join": join} | options
+    return LatentLoader(str(folder), **chosen)
+
+
+def columns_of(loader: LatentLoader) -> dict[tuple[str, str], dict[str, Any]]:
+    found = {}
+    for batch in loader:
+        for place, identity in enumerate(identities(batch)):
+            found[identity] = {name: values[place] for name, values in batch.columns.items()}
+    return found
+
+
+def test_each_row_gets_what_a_database_joins_to_it(folder: Path, tmp_path: Path) -> None:
+    number = range(len(read_rows(folder)))
+    vectors = [[n + 0.5, -n, n * n] for n in number]
+    path = write(
+        table_of(
+            folder,
+            score=pa.array(number, pa.int32()),
+            weight=pa.array(number, pa.float32()),
+            ragged=pa.array([None if n % 3 else f"é {n}" for n in number]),
+            halves=pa.array([np.array(v, np.float16) for v in vectors], pa.list_(pa.float16())),
+            singles=pa.array(vectors, pa.list_(pa.float32(), 3)),
+        ),
+        tmp_path / "new.parquet",
+    )
+    asked = f"""
+        SELECT theirs.unit, mine.key, theirs.* EXCLUDE (unit, key)
+        FROM read_parquet('{folder}/data/*/*.parquet', filename = true) AS mine
+        JOIN '{path}' AS theirs
+        ON theirs.unit = split_part(mine.filename, '/', -2) AND theirs.key = mine.key
+    """
+    query = duckdb.sql(asked)
+    expected = {(row[0], row[1]): row[2:] for row in query.fetchall()}
+    found = columns_of(load(folder, path))
+    assert len(expected) == 21
+    assert found.keys() == expected.keys()
+    for identity, (caption, score, weight, ragged, halves, singles) in expected.items():
+        columns = found[identity]
+        assert (columns["caption"], columns["ragged"]) == (caption, ragged)
+        assert (columns["score"].item(), columns["weight"].item()) == (score, weight)
+        assert columns["halves"].dtype == torch.float16
+        assert columns["halves"].tolist() == [float(v) for v in halves]
+        assert columns["singles"].tolist() == list(singles)
+
+
+def test_a_new_caption_takes_the_place_of_the_old(folder: Path, tmp_path: Path) -> None:
+    path = write(table_of(folder, extra=["x"] * 21), tmp_path / "new.parquet")
+    rows = read_rows(folder)
+    batch = next(iter(load(folder, path, columns=None, batch_size=21, tail="pad")))
+    assert batch.columns.keys() == {"caption", "extra"}
+    assert all(caption.startswith("said anew") for caption in batch.columns["caption"])
+    chosen = load(folder, Join(path, columns=["extra"]), columns=[*IDENTITY, "caption"])
+    for identity, columns in columns_of(chosen).items():
+        assert columns["caption"] == rows[identity].columns["caption"]
+        assert columns["extra"] == "x"
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.sets(st.integers(0, 20)), st.integers(0, 3))
+def test_rows_without_a_partner_are_left_out_when_asked(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory, kept: set[int], seed: int
+) -> None:
+    """The order is then over the partners: each once an epoch, at any place resumed exactly."""
+    table = table_of(folder)
+    kept_rows = table.take(pa.array(sorted(kept), pa.int64()))
+    path = write(kept_rows, tmp_path_factory.mktemp("kept") / "new.parquet")
+    join = Join(path, missing="drop")
+    if not kept:
+        with pytest.raises(DatasetError, match="has no rows"):
+            load(folder, join)
+        return
+    loader = load(folder, join, seed=seed)
+    assert loader.num_rows == len(kept)
+    batches = [identities(batch) for batch in loader]
+    wanted = zip(kept_rows["unit"].to_pylist(), kept_rows["key"].to_pylist(), strict=True)
+    assert sorted(itertools.chain(*batches)) == sorted(wanted)
+    again = load(folder, join, seed=seed)
+    state = again.state_dict()
+    for expected in batches:
+        again.load_state_dict(state)
+        assert identities(next(iter(again))) == expected
+        state = again.state_dict()
+
+
+def test_a_state_of_other_rows_is_refused(folder: Path, tmp_path: Path) -> None:
+    table = table_of(folder)
+    whole = load(folder, write(table, tmp_path / "whole.parquet"))
+    dropped = load(folder, Join(write(table[3:], tmp_path / "part.parquet"), missing="drop"))
+    with pytest.raises(ConfigError, match="dataset"):
+        dropped.load_state_dict(whole.state_dict())
+    # Other captions for the same rows are the same order.
+    renamed = table.set_column(2, "caption", pa.array(["other"] * len(table)))
+    load(folder, write(renamed, tmp_path / "b.parquet")).load_state_dict(whole.state_dict())
+
+
+def test_a_folder_of_files_and_a_store_of_its_own(
+    folder: Path, tmp_path: Path, rclone: S3Server
+) -> None:
+    table = table_of(folder)
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    (parts / "notes.txt").write_text("not a table")
+    write(table[:7], parts / "a.parquet")
+    write(table[7:], parts / "b.parquet")
+    expected = columns_of(load(folder, write(table, tmp_path / "one.parquet")))
+    assert columns_of(load(folder, parts)) == expected
+    objects = {path.name: path.read_bytes() for path in parts.iterdir()}
+    url = rclone.make_bucket("joined", objects)
+    assert columns_of(load(folder, Join(url, storage=rclone.options))) == expected
+
+
+def test_a_map_style_dataset_has_them_too(folder: Path, tmp_path: Path) -> None:
+    table = table_of(folder)
+    join = Join(write(table[5:], tmp_path / "new.parquet"), missing="drop")
+    dataset = LatentDataset(str(folder), columns=IDENTITY, join=join)
+    loaded = columns_of(load(folder, join))
+    assert len(dataset) == len(loaded) == 16
+    for row in dataset.__getitems__(range(16)):
+        assert row["caption"] == loaded[row["unit"], row["key"]]["caption"]
+
+
+def broken(table: pa.Table, how: str) -> pa.Table:
+    if how == "missing":
+        return table[1:]
+    if how == "twice":
+        return pa.concat_tables([table, table[:1]])
+    if how == "no key":
+        return table.drop_columns("key")
+    lists = [[1.0]] * (len(table) - 1)
+    return table.append_column(
+        "v", pa.array([*lists, [1.0, 2.0]] if how == "ragged" else [*lists, None])
+    )
+
+
+@pytest.mark.parametrize(
+    ("how", "kind", "told"),
+    [
+        ("missing", DatasetError, "has no row for unit"),
+        ("twice", DatasetError, "several rows of one key"),
+        ("no key", ConfigError, "no column 'key'"),
+        ("ragged", ConfigError, "lists of several lengths"),
+        ("null", ConfigError, "lists of several lengths, or none"),
+    ],
+)
+def test_a_join_that_cannot_be_is_told(
+    folder: Path, tmp_path: Path, how: str, kind: type[LatentCacheError], told: str
+) -> None:
+    path = write(broken(table_of(folder), how), tmp_path / "new.parquet")
+    with pytest.raises(kind, match=told) as error:
+        load(folder, path)
+    assert "new.parquet" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_no_join_is_told(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.parquet").write_text("text")
+    with pytest.raises(ConfigError, match="is not Parquet"):
+        load(folder, tmp_path / "text.parquet")
+    with pytest.raises(ConfigError, match=r"no \.parquet files"):
+        load(folder, tmp_path / "nowhere")
+    with pytest.raises(LatentCacheError, match=r"gone\.parquet"):
+        load(folder, tmp_path / "gone.parquet")
+    path = write(table_of(folder), tmp_path / "new.parquet")
+    with pytest.raises(ConfigError, match="no column 'nope'"):
+        load(folder, Join(path, columns=["nope"]))
