@@ -1,6 +1,6 @@
 """How fast and how well `LatentLoader` reads, against other loaders and against memory itself.
 
-    python bench/loader.py [--rows 250000] [--skip-rivals] [--folder DIR]
+    python bench/loader.py [--rows 250000] [--passes 3] [--skip-rivals] [--folder DIR]
 
 One run, one machine, one process, one torch thread, batch 256, warm local disk unless it says
 cold. The limit is `torch.index_select` from memory into a ring of four outputs, in the same dtype
@@ -116,10 +116,10 @@ def ours(url: Path, dtype: str) -> Callable[[], float]:
 
 
 def compare(
-    folder: Path, name: str, rivals: list[str], num_batches: int
+    folder: Path, name: str, rivals: list[str], num_batches: int, num_repetitions: int
 ) -> dict[str, dict[str, Any]]:
     """Measure all of them on the same rows: whole passes of ours and the limit, taking turns, and
-    `num_batches` at a time of each rival's.
+    `num_batches` at a time of each rival's, after a whole pass to warm it.
     """
     rows = torch.from_numpy(np.load(folder / f"{name}.npy"))
     row_bytes = rows[0].nbytes
@@ -140,7 +140,11 @@ def compare(
         if not written.exists():
             prepare(rival, folder / f"{name}.npy", written)
         found = measure(
-            rival, written, batch_size=BATCH_SIZE, num_batches=num_batches, num_repetitions=2
+            rival,
+            written,
+            batch_size=BATCH_SIZE,
+            num_batches=num_batches,
+            num_repetitions=num_repetitions,
         )
         versions[rival] = found["version"]
         for dtype in DTYPES:
@@ -289,6 +293,7 @@ def show(title: str, table: dict[str, dict[str, Any]], unit: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=250_000)
+    parser.add_argument("--passes", type=int, default=3, help="of each rival, by dtype")
     parser.add_argument("--skip-rivals", action="store_true")
     parser.add_argument("--folder", type=Path, default=Path(__file__).parent / ".data")
     parser.add_argument("--plan", help=argparse.SUPPRESS)
@@ -313,10 +318,12 @@ def main() -> None:
     found["two_billion"] = plan_two_billion(folder)
     print(f"\nthe first batch of two billion rows: {found['two_billion']}")
     write_rows(folder, "small", arguments.rows, 32)
-    found["rows_8_kib"] = compare(folder, "small", rivals, arguments.rows // BATCH_SIZE)
+    found["rows_8_kib"] = compare(
+        folder, "small", rivals, arguments.rows // BATCH_SIZE, arguments.passes
+    )
     show("rows of 8 KiB, warm, thousand rows/s", found["rows_8_kib"], "k/s")
     write_rows(folder, "large", arguments.rows // 16, 128)
-    found["rows_128_kib"] = compare(folder, "large", rivals, num_batches=30)
+    found["rows_128_kib"] = compare(folder, "large", rivals, 20, arguments.passes)
     show("rows of 128 KiB, warm, GB/s", found["rows_128_kib"], "GB/s")
     # .npy files are read in the order of torch's own sampler, which is a perfect shuffle.
     shuffling = [name for name in documented if name != "npy"]
