@@ -269,8 +269,8 @@ class RowReader:
             number = group - int(self._first_group[file])
             names = [*SIZES, *self._names]
             table = parquet.read_row_group(number, columns=names, use_threads=False)
-        sizes = np.stack([table[name].to_numpy() for name in SIZES], axis=1, dtype=np.int64)
-        columns = {name: _to_list(table[name]) for name in self._names}
+            sizes = np.stack([table[name].to_numpy() for name in SIZES], axis=1, dtype=np.int64)
+            columns = {name: _to_list(table[name]) for name in self._names}
         # A Python string takes about 50 bytes besides its text.
         num_bytes = sizes.nbytes + table.nbytes + 50 * len(self._names) * table.num_rows
         self._groups[group] = _Group(torch.from_numpy(sizes), columns, num_bytes)
@@ -318,7 +318,7 @@ def _reading(store: Store, file: DataFile) -> Iterator[None]:
     """Name the file in whatever is wrong with it."""
     try:
         yield
-    except (pa.ArrowException, OSError, DatasetError) as error:
+    except (pa.ArrowException, OSError, ValueError, KeyError, DatasetError) as error:
         url = store.url_of(file.path)
         raise DatasetError(f"{url} is damaged: {error}; run `latentcache verify`") from error
 
