@@ -16,6 +16,10 @@ demo: .venv/base  ## draw shards, encode them, check the result
 	@echo '    import latentcache'
 	@echo '    dataset = latentcache.open_dataset("demo/latents")'
 	@echo '    row = dataset[0]   # row.latent, row.key, row.caption, …'
+	@echo
+	@echo 'To train a small model from them:'
+	@echo
+	@echo '    $(BIN)/python examples/train_dit.py demo/latents --out demo/dit --vae demo'
 
 test: .venv/dev  ## run the tests
 	$(BIN)/python -m pytest
