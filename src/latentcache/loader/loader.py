@@ -23,6 +23,7 @@ from latentcache.loader.order import (
     DEFAULT_WINDOW_ROWS,
     BatchRows,
     Bucket,
+    Ints,
     Order,
     OrderOptions,
     Tail,
@@ -107,6 +108,7 @@ class LatentLoader:
         self._files = Files(open_sources(list(weights), manifest, storage))
         self.contract = self._files.contract
         self._joined = Joined(self._files, join, columns)
+        _check_rows(self._files, self._joined.num_rows, list(weights))
         self._order = Order(
             self._files.streams(self._joined.num_rows), options, list(weights.values())
         )
@@ -275,11 +277,16 @@ def _place(rank: int | None, world_size: int | None, batch_size: int) -> tuple[i
     return rank, world_size
 
 
+def _check_rows(files: Files, num_rows: Ints, urls: Sequence[str]) -> None:
+    """Refuse a dataset without rows."""
+    for number, url in enumerate(urls):
+        if not num_rows[files.source_of == number].any():
+            raise DatasetError(f"{url} has no rows")
+
+
 def _check_order(order: Order, num_rows: int, urls: Sequence[str]) -> None:
     """Refuse a dataset without one batch; say aloud which buckets are never seen."""
     options = order.options
-    if not num_rows:
-        raise DatasetError(f"{urls[0]} has no rows")
     if not len(order):
         raise ConfigError(
             f"{urls[0]} has {num_rows} rows, and no bucket of it a whole batch of "
