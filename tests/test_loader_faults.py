@@ -148,6 +148,15 @@ def test_after_an_error_a_state_leads_to_the_batch_that_failed(tmp_path: Path) -
     assert [batch.step for batch in loader] == [6, 7, 8, 9, 10, 11]
 
 
+@FORMATS
+def test_columns_that_cannot_be_read_name_their_file(tmp_path: Path, format: str) -> None:
+    path = file_of(write(tmp_path, format), 3, ".parquet")
+    path.write_bytes(path.read_bytes().replace(b"crop_top", b"crop_tap"))
+    batches, error = take(iter(in_order(str(tmp_path))))
+    assert len(batches) == 6
+    assert str(error).startswith(f"file://{path} is damaged: ")
+
+
 def test_no_wrong_number_in_a_safetensors_header_is_believed(tmp_path: Path) -> None:
     """Rows are copied from where it says: each of its digits matters."""
     url = write(tmp_path, "safetensors", units=1)
