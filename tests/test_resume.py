@@ -407,12 +407,12 @@ def test_noise_is_standard_normal(make_keys: Callable[[], torch.Tensor]):
     assert values.abs().max() > 4.5
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 7, 8])
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 8, 4097])
 def test_noise_has_as_many_numbers_as_were_asked_for(count: int):
     keys = torch.arange(10)
     values = normal(keys, count)
     assert values.shape == (10, count)
     assert values.dtype == torch.float32
-    assert len(values.unique()) == 10 * count
+    assert len(values.unique()) > 9.9 * count
     for key, row in zip(keys, values, strict=True):
-        torch.testing.assert_close(normal(key[None], count)[0], row, rtol=1e-6, atol=1e-6)
+        assert torch.equal(normal(key[None], count)[0], row), "whoever else is drawn beside it"
