@@ -177,9 +177,9 @@ def keys_of(epochs: Sequence[Sequence[Step]]) -> list[Any]:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({}, "6e946d91ac858e5b"),
-        ({"seed": 7, "window_rows": 40, "block_rows": 6, "tail": "short"}, "84f09df8b1e3ce3e"),
-        ({"seed": 2**63, "tail": "pad"}, "ef01dcb67aa36543"),
+        ({}, "be6e1d3bcdd61a5c"),
+        ({"seed": 7, "window_rows": 40, "block_rows": 6, "tail": "short"}, "a671e319775c2b14"),
+        ({"seed": 2**63, "tail": "pad"}, "9f9f722fdcd28dca"),
     ],
 )
 def test_the_order_is_the_one_it_was(urls: dict[str, str], options: Any, expected: str):
@@ -192,7 +192,7 @@ def test_the_order_of_datasets_that_are_mixed_is_the_one_it_was(urls: dict[str, 
     """As above."""
     url = {urls["one bucket"]: 0.3, urls["skewed"]: 0.5, urls["many files"]: 0.2}
     epochs = read_epochs(url, 1, 3, batch_size=12, window_rows=50)
-    assert digest(keys_of(epochs)) == "b9b1d21c8ec74b5b"
+    assert digest(keys_of(epochs)) == "5922df4c3181e971"
 
 
 def test_the_order_of_many_row_groups_is_the_one_it_was():
@@ -203,7 +203,7 @@ def test_the_order_of_many_row_groups_is_the_one_it_was():
         for epoch in (0, 1)
         for batch in order.batches(epoch, 100)
     ]
-    assert digest(found) == "ad008a49db3f1d22"
+    assert digest(found) == "d429127201f1b7b7"
 
 
 def many_streams() -> list[Stream]:

@@ -38,7 +38,7 @@ _SECTION = 4096
 # A place in a window is told as a fraction of this many bits.
 _PLACE_BITS = 24
 
-_FEISTEL_ROUNDS = 3  # of two halves each
+_FEISTEL_ROUNDS = 4  # of two halves each; with three, small sizes are seen not to be uniform
 _MASK = 2**64 - 1
 
 # What a key is for, so that no two permutations share one.
@@ -72,9 +72,11 @@ class OrderOptions:
     tail: Tail = "drop"
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "window_rows", "block_rows"):
+        for name in ("batch_size", "seed", "window_rows", "block_rows"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if value is not None:  # NumPy's integers would not become JSON
+                object.__setattr__(self, name, int(value))
+            if name != "seed" and value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; it must be at least 1")
         if self.tail not in ("drop", "pad", "short"):
             raise ConfigError(f"tail is {self.tail!r}; it must be 'drop', 'pad' or 'short'")
