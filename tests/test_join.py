@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import duckdb
 import numpy as np
+import pandas as pd
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -15,6 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import makers
 from latentcache import Join, LatentDataset, LatentLoader
 from latentcache.errors import ConfigError, DatasetError, LatentCacheError
 from reference import identities, read_rows
@@ -99,6 +103,43 @@ def test_each_row_gets_what_a_database_joins_to_it(folder: Path, tmp_path: Path)
         assert columns["singles"].tolist() == list(singles)
 
 
+Frame = Callable[[dict[str, list[str]], Path], object]
+WRITERS: dict[str, Frame] = {
+    "pandas": lambda columns, path: pd.DataFrame(columns).to_parquet(path),
+    "pandas categories": lambda columns, path: (
+        pd.DataFrame(columns).astype("category").to_parquet(path)
+    ),
+    "polars": lambda columns, path: pl.DataFrame(columns).write_parquet(path),
+    "polars categories": lambda columns, path: (
+        pl.DataFrame(columns).cast(pl.Categorical).write_parquet(path)
+    ),
+    "duckdb": lambda columns, path: duckdb.from_arrow(pa.table(columns)).write_parquet(str(path)),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_units_and_keys_may_be_text_of_any_writer_and_keys_may_repeat(
+    tmp_path: Path, writer: str
+) -> None:
+    """Each has its own type for text. Both units have keys k0000 and on."""
+    contract = makers.make_contract(buckets=(SMALL,))
+    latents = {SMALL: makers.make_latents(contract, SMALL, 6)}
+    makers.write_dataset(tmp_path, contract, {"a.tar": latents, "b.tar": latents})
+    rows = sorted(read_rows(tmp_path / "out"), reverse=True)
+    assert len({key for _, key in rows}) == 6
+    assert len(rows) == 12
+    columns = {
+        "caption": [f"{unit}/{key}" for unit, key in rows],
+        "unit": [unit for unit, _ in rows],
+        "key": [key for _, key in rows],
+    }
+    WRITERS[writer](columns, tmp_path / "new.parquet")
+    found = columns_of(load(tmp_path / "out", tmp_path / "new.parquet"))
+    assert found.keys() == set(rows)
+    for (unit, key), values in found.items():
+        assert values["caption"] == f"{unit}/{key}"
+
+
 def test_a_new_caption_takes_the_place_of_the_old(folder: Path, tmp_path: Path) -> None:
     path = write(table_of(folder, extra=["x"] * 21), tmp_path / "new.parquet")
     rows = read_rows(folder)
@@ -144,9 +185,10 @@ def test_a_state_of_other_rows_is_refused(folder: Path, tmp_path: Path) -> None:
     dropped = load(folder, Join(write(table[3:], tmp_path / "part.parquet"), missing="drop"))
     with pytest.raises(ConfigError, match="dataset"):
         dropped.load_state_dict(whole.state_dict())
-    # Other captions for the same rows are the same order.
+    # Other captions for the same rows, or none, are the same order.
     renamed = table.set_column(2, "caption", pa.array(["other"] * len(table)))
     load(folder, write(renamed, tmp_path / "b.parquet")).load_state_dict(whole.state_dict())
+    load(folder, None).load_state_dict(whole.state_dict())
 
 
 def test_a_folder_of_files_and_a_store_of_its_own(
@@ -182,6 +224,10 @@ def broken(table: pa.Table, how: str) -> pa.Table:
         return pa.concat_tables([table, table[:1]])
     if how == "no key":
         return table.drop_columns("key")
+    if how == "number":
+        return table.set_column(1, "key", pa.array(range(len(table))))
+    if how == "no unit":
+        return table.set_column(0, "unit", pa.array([None, *table["unit"].to_pylist()[1:]]))
     lists = [[1.0]] * (len(table) - 1)
     return table.append_column(
         "v", pa.array([*lists, [1.0, 2.0]] if how == "ragged" else [*lists, None])
@@ -194,6 +240,8 @@ def broken(table: pa.Table, how: str) -> pa.Table:
         ("missing", DatasetError, "has no row for unit"),
         ("twice", DatasetError, "several rows of one key"),
         ("no key", ConfigError, "no column 'key'"),
+        ("number", ConfigError, "column 'key' of .* is int64, not text"),
+        ("no unit", ConfigError, "column 'unit' of .* has rows without a value"),
         ("ragged", ConfigError, "lists of several lengths"),
         ("null", ConfigError, "lists of several lengths, or none"),
     ],
@@ -219,3 +267,21 @@ def test_what_is_no_join_is_told(folder: Path, tmp_path: Path) -> None:
     path = write(table_of(folder), tmp_path / "new.parquet")
     with pytest.raises(ConfigError, match="no column 'nope'"):
         load(folder, Join(path, columns=["nope"]))
+    with pytest.raises(ConfigError, match="missing is 'ignore'"):
+        Join(path, missing="ignore")  # type: ignore[arg-type]
+
+
+def test_files_of_a_folder_may_differ_in_what_is_not_asked_for(
+    folder: Path, tmp_path: Path
+) -> None:
+    table = table_of(folder)
+    write(table[:7].append_column("n", pa.array(range(7), pa.int32())), tmp_path / "a.parquet")
+    write(table[7:].select(["caption", "key", "unit"]), tmp_path / "b.parquet")
+    with pytest.raises(ConfigError, match=r"b\.parquet has columns .*choose with Join"):
+        load(folder, tmp_path)
+    found = columns_of(load(folder, Join(str(tmp_path), columns=["caption", "key"])))
+    assert found == columns_of(load(folder, write(table, tmp_path / "all.parquet")))
+    write(table[7:].append_column("n", pa.array(["1"] * 14)), tmp_path / "b.parquet")
+    (tmp_path / "all.parquet").unlink()
+    with pytest.raises(ConfigError, match=f"the files of file://{tmp_path} differ: .*int32"):
+        load(folder, tmp_path)

@@ -25,6 +25,10 @@ from latentcache.storage import StorageOptions, Store, split_url
 
 _READ_THREADS = 8
 
+_IDENTITY = ("unit", "key")
+
+_IS_TEXT = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+
 
 @dataclass(frozen=True, slots=True)
 class Join:
@@ -42,6 +46,10 @@ class Join:
     columns: Sequence[str] | None = None
     missing: Literal["error", "drop"] = "error"
     storage: StorageOptions | None = None
+
+    def __post_init__(self) -> None:
+        if self.missing not in ("error", "drop"):
+            raise ConfigError(f"missing is {self.missing!r}; it must be 'error' or 'drop'")
 
 
 class Joined:
@@ -90,13 +98,14 @@ class Joined:
         within = np.arange(len(partners)) - np.repeat(files.first_row, files.num_rows)
         self._rows = within[partners >= 0]
         self._partners = partners[partners >= 0]
-        self.fingerprint = hashlib.sha256(
-            self.fingerprint.encode() + self._rows.tobytes() + self.num_rows.tobytes()
-        ).hexdigest()
+        if len(self._partners) < len(partners):  # else the order is that without a join
+            self.fingerprint = hashlib.sha256(
+                self.fingerprint.encode() + self._rows.tobytes() + self.num_rows.tobytes()
+            ).hexdigest()
         self._values = {
             name: _values(table[name], f"column {name!r} of {join.url}")
             for name in table.column_names
-            if name not in ("unit", "key")
+            if name not in _IDENTITY
         }
         self.columns = [name for name in self.columns if name not in self._values]
 
@@ -118,7 +127,7 @@ class Joined:
 
 
 def _read_table(join: Join) -> pa.Table:
-    """Read all of a join."""
+    """Read all of a join: `unit` and `key` as text, then its columns."""
     options = join.storage or StorageOptions()
     if join.url.endswith(".parquet"):
         folder, name = split_url(join.url)
@@ -128,27 +137,49 @@ def _read_table(join: Join) -> pa.Table:
         paths = [info.path for info in store.list() if info.path.endswith(".parquet")]
         if not paths:
             raise ConfigError(f"join: {store.url} has no .parquet files")
-    columns = None if join.columns is None else ["unit", "key", *join.columns]
-    tables = []
+    tables: list[pa.Table] = []
     for path in paths:
-        data = pa.BufferReader(store.read_bytes(path))
-        try:
-            table = pq.read_table(data)
-        except pa.ArrowException as error:
-            raise ConfigError(f"join: {store.url_of(path)} is not Parquet: {error}") from error
-        for name in columns or ("unit", "key"):
-            if name not in table.column_names:
-                raise ConfigError(
-                    f"join: {store.url_of(path)} has no column {name!r}; it has "
-                    f"{table.column_names}"
-                )
-        tables.append(table.select(columns) if columns else table)
-    return pa.concat_tables(tables)
+        tables.append(_read_file(store, path, join.columns))
+        if set(tables[-1].column_names) != set(tables[0].column_names):
+            raise ConfigError(
+                f"join: {store.url_of(path)} has columns {tables[-1].column_names}, another file "
+                f"{tables[0].column_names}: choose with Join(…, columns=[…])"
+            )
+    try:
+        return pa.concat_tables(tables, promote_options="permissive")
+    except pa.ArrowException as error:
+        raise ConfigError(f"join: the files of {store.url} differ: {error}") from error
+
+
+def _read_file(store: Store, path: str, columns: Sequence[str] | None) -> pa.Table:
+    url = store.url_of(path)
+    try:
+        file = pq.ParquetFile(pa.BufferReader(store.read_bytes(path)))
+        known = file.schema_arrow.names
+        wanted = [name for name in (known if columns is None else columns) if name not in _IDENTITY]
+        for name in (*_IDENTITY, *wanted):
+            if name not in known:
+                raise ConfigError(f"join: {url} has no column {name!r}; it has {known}")
+        table = file.read([*_IDENTITY, *wanted])
+    except (pa.ArrowException, OSError) as error:
+        raise ConfigError(f"join: {url} is not Parquet: {error}") from error
+    identity = {name: _as_text(table[name], f"column {name!r} of {url}") for name in _IDENTITY}
+    return pa.table(identity | {name: table[name] for name in wanted})
+
+
+def _as_text(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
+    """Give units or keys, which pandas and Polars have other types of text for."""
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    if not any(is_text(kind) for is_text in _IS_TEXT):
+        raise ConfigError(f"join: {name} is {kind}, not text")
+    if column.null_count:
+        raise ConfigError(f"join: {name} has rows without a value")
+    return column.cast(pa.large_string())
 
 
 def _find_partners(files: Files, table: pa.Table, join: Join) -> Ints:
     """Find each row's partner in the table: [rows of all files], -1 where it has none."""
-    units = table["unit"].combine_chunks().dictionary_encode()
+    units = table["unit"].dictionary_encode().combine_chunks()
     by_unit = np.argsort(units.indices.to_numpy(), kind="stable")
     ends = np.cumsum(np.bincount(units.indices.to_numpy(), minlength=len(units.dictionary)))
     starts = dict(zip(units.dictionary.to_pylist(), [0, *ends.tolist()], strict=False))
@@ -191,20 +222,20 @@ def _values(column: pa.ChunkedArray, name: str) -> pa.Array | torch.Tensor:
 
     Vectors, lists of numbers of one length, are [N, length].
     """
-    values = column.combine_chunks()
-    width = None
-    if pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
-        lengths = set(pc.list_value_length(values).unique().to_pylist())
+    kind, width = column.type, None
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        lengths = set(pc.list_value_length(column).unique().to_pylist())
         if len(lengths) > 1:
             raise ConfigError(f"{name} holds lists of several lengths, or none; vectors need one")
         width = lengths.pop() if lengths else 0
-    elif pa.types.is_fixed_size_list(values.type):
-        width = values.type.list_size
-    numbers = values if width is None else pc.list_flatten(values)
-    kind = numbers.type
-    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
-        return values
-    if values.null_count or numbers.null_count:
+    elif pa.types.is_fixed_size_list(kind):
+        width = kind.list_size
+    numbers = column if width is None else pc.list_flatten(column)
+    if not (pa.types.is_integer(numbers.type) or pa.types.is_floating(numbers.type)):
+        # All rows' texts together may exceed the 2 GiB of the smaller type.
+        texts = column.cast(pa.large_string()) if pa.types.is_string(kind) else column
+        return texts.combine_chunks()
+    if column.null_count or numbers.null_count:
         raise ConfigError(f"{name} has rows without a value; a tensor has no place for them")
-    tensor = torch.from_numpy(numbers.to_numpy(zero_copy_only=False).copy())
-    return tensor if width is None else tensor.reshape(len(values), width)
+    tensor = torch.from_numpy(np.require(numbers.to_numpy(), requirements="W"))
+    return tensor if width is None else tensor.reshape(len(column), width)
