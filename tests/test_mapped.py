@@ -49,14 +49,16 @@ def test_rows_are_those_of_open_dataset(tmp_path: Path, format: str) -> None:
         assert found["target_size"].tolist() == [height, width]
         assert found["latents"].shape == (4, height // 8, width // 8)
     assert torch.equal(dataset[-1]["latents"], dataset[20]["latents"])
-    for outside in (21, -22):
-        with pytest.raises(IndexError, match="of 21"):
+    for outside in (21, -22, 10**12):
+        with pytest.raises(IndexError, match=f"row {outside} of 21"):
             dataset[outside]
+        with pytest.raises(IndexError, match=f"row {outside} of 21"):
+            dataset.__getitems__([20, outside, 0])
 
 
 def test_rows_asked_for_together_come_in_the_order_asked(folder: Path) -> None:
     dataset = LatentDataset(str(folder), normalize=False, dtype=torch.float16)
-    asked = [20, 0, 7, 7, 13, -1 % 21, 2]
+    asked = [20, 0, 7, 7, 13, -1, -21, 2]
     for index, row in zip(asked, dataset.__getitems__(asked), strict=True):
         assert torch.equal(row["latents"], dataset[index]["latents"])
         assert row["caption"] == dataset[index]["caption"]

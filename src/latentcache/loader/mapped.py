@@ -79,14 +79,15 @@ class LatentDataset(torch.utils.data.Dataset[dict[str, Any]]):
         return torch.from_numpy(np.repeat(self._files.bucket_of, self._joined.num_rows))
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        position = index + len(self) if index < 0 else index
-        if not 0 <= position < len(self):
-            raise IndexError(f"row {index} of {len(self)}")
-        return self.__getitems__([position])[0]
+        return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """Read many rows at once; PyTorch's `DataLoader` calls this."""
         positions = np.asarray(indices, np.int64)
+        outside = (positions < -len(self)) | (positions >= len(self))
+        if outside.any():
+            raise IndexError(f"row {positions[outside][0]} of {len(self)}")
+        positions = np.where(positions < 0, positions + len(self), positions)
         files = np.searchsorted(self._ends, positions, "right")
         rows, partners = self._joined.find(
             files, positions - (self._ends - self._joined.num_rows)[files]
