@@ -1,6 +1,6 @@
 """How fast and how well `LatentLoader` reads, against other loaders and against memory itself.
 
-    python bench/loader.py [--rows 250000] [--passes 3] [--skip-rivals] [--folder DIR]
+    python bench/loader.py [--part NAME] [--rows 250000] [--passes 3] [--skip-rivals]
 
 One run, one machine, one process, one torch thread, batch 256, warm local disk unless it says
 cold. The limit is `torch.index_select` from memory into a ring of four outputs, in the same dtype
@@ -290,11 +290,46 @@ def show(title: str, table: dict[str, dict[str, Any]], unit: str) -> None:
         print(f"{name:20}{cells}")
 
 
+def run_part(part: str, folder: Path, rivals: list[str], rows: int, passes: int) -> Any:
+    """Measure one part, and print it as a table."""
+    # .npy files are read in the order of torch's own sampler, which is a perfect shuffle.
+    shuffling = [name for name in rivals if not RIVALS[name].tuned and name != "npy"]
+    found: dict[str, Any]
+    if part == "two_billion":
+        found = plan_two_billion(folder)
+        print(f"\nthe first batch of two billion rows: {found}")
+    elif part == "rows_8_kib":
+        write_rows(folder, "small", rows, 32)
+        found = compare(folder, "small", rivals, rows // BATCH_SIZE, passes)
+        show("rows of 8 KiB, warm, thousand rows/s", found, "k/s")
+    elif part == "rows_128_kib":
+        write_rows(folder, "large", rows // 16, 128)
+        found = compare(folder, "large", rivals, 20, passes)
+        show("rows of 128 KiB, warm, GB/s", found, "GB/s")
+    elif part == "shuffle_quality":
+        found = shuffle_quality(folder, shuffling)
+        print("\nshuffle quality at a million rows (1 is perfect)")
+        for name, value in found.items():
+            print(f"{name:20}{value:>8.2f}")
+    else:
+        write_rows(folder, "cold", rows // 5, 32)
+        found = cold(folder, "cold", shuffling)
+        print("\ncold, from S3 on loopback, normalised float32, thousand rows/s")
+        for name, entry in found.items():
+            rate = entry["rows_per_s"]
+            print(f"{name:20}{rate / 1e3:>8.1f}" if rate else f"{name:20} {entry['skipped']}")
+    return found
+
+
+PARTS = ("two_billion", "rows_8_kib", "rows_128_kib", "shuffle_quality", "cold")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=250_000)
     parser.add_argument("--passes", type=int, default=3, help="of each rival, by dtype")
     parser.add_argument("--skip-rivals", action="store_true")
+    parser.add_argument("--part", choices=PARTS, action="append", help="repeatable; default: all")
     parser.add_argument("--folder", type=Path, default=Path(__file__).parent / ".data")
     parser.add_argument("--plan", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -302,43 +337,24 @@ def main() -> None:
         print(json.dumps(plan(arguments.plan)))
         return
     torch.set_num_threads(1)
-    folder: Path = arguments.folder
-    folder.mkdir(parents=True, exist_ok=True)
+    arguments.folder.mkdir(parents=True, exist_ok=True)
     rivals = [] if arguments.skip_rivals else list(RIVALS)
-    documented = [name for name in rivals if not RIVALS[name].tuned]
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], stdout=subprocess.PIPE, check=False
     )
-    found: dict[str, Any] = {
+    told = {
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "commit": commit.stdout.decode().strip(),
         "command": " ".join(["python", *sys.argv]),
     }
-    found["two_billion"] = plan_two_billion(folder)
-    print(f"\nthe first batch of two billion rows: {found['two_billion']}")
-    write_rows(folder, "small", arguments.rows, 32)
-    found["rows_8_kib"] = compare(
-        folder, "small", rivals, arguments.rows // BATCH_SIZE, arguments.passes
-    )
-    show("rows of 8 KiB, warm, thousand rows/s", found["rows_8_kib"], "k/s")
-    write_rows(folder, "large", arguments.rows // 16, 128)
-    found["rows_128_kib"] = compare(folder, "large", rivals, 20, arguments.passes)
-    show("rows of 128 KiB, warm, GB/s", found["rows_128_kib"], "GB/s")
-    # .npy files are read in the order of torch's own sampler, which is a perfect shuffle.
-    shuffling = [name for name in documented if name != "npy"]
-    found["shuffle_quality"] = shuffle_quality(folder, shuffling)
-    print("\nshuffle quality at a million rows (1 is perfect)")
-    for name, value in found["shuffle_quality"].items():
-        print(f"{name:20}{value:>8.2f}")
-    write_rows(folder, "cold", arguments.rows // 5, 32)
-    found["cold"] = cold(folder, "cold", shuffling)
-    print("\ncold, from S3 on loopback, normalised float32, thousand rows/s")
-    for name, entry in found["cold"].items():
-        rate = entry["rows_per_s"]
-        print(f"{name:20}{rate / 1e3:>8.1f}" if rate else f"{name:20} {entry['skipped']}")
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+    # Each part is one run; parts measured at another time stay as they were.
+    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for part in arguments.part or PARTS:
+        found = run_part(part, arguments.folder, rivals, arguments.rows, arguments.passes)
+        results[part] = {**told, "found": found}
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":
