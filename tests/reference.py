@@ -14,7 +14,8 @@ import torch
 
 from latentcache import Batch
 
-Identity = tuple[str, str]  # (unit, key)
+IDENTITY = ("unit", "key")
+Identity = tuple[str, str]
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _NOT_COLUMNS = {"key", "latent", "latent_shape", "latent_dtype", "crop_top", "crop_left"}
