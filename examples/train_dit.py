@@ -291,8 +291,7 @@ def draw(training: Training, args: argparse.Namespace) -> Image.Image:
     noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(args.seed))
     half = generate(training.average, batch, 0.5 * (batch.latents + noise), 0.5)
     latents = torch.cat([batch.latents, half, generate(training.average, batch, noise, 1.0)])
-    vae = loader.contract.vae
-    decoded = latentcache.load_vae(args.vae).decode(latents / vae.scaling_factor + vae.shift_factor)
+    decoded = latentcache.load_vae(args.vae).decode(loader.denormalize(latents))
     rows = latentcache.to_uint8(decoded).permute(0, 2, 3, 1).chunk(3)
     return Image.fromarray(torch.cat([torch.cat([*row], dim=1) for row in rows]).numpy())
 

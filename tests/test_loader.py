@@ -109,6 +109,21 @@ def test_latents_are_normalised_and_rounded_once(tmp_path: Path, stored: str, va
                 assert_rounded(latent, normalized(tmp_path, rows[identity].latent))
 
 
+@pytest.mark.parametrize("vae", VAES)
+@pytest.mark.parametrize("normalize", [True, False])
+def test_normalised_latents_lead_back_to_the_stored(
+    tmp_path: Path, vae: str, normalize: bool
+) -> None:
+    contract = make_contract([SMALL, TALL], dtype="float32")
+    url = write(tmp_path, contract=replace(contract, vae=replace(contract.vae, **VAES[vae])))
+    rows = read_rows(tmp_path)
+    loader = LatentLoader(url, batch_size=4, columns=IDENTITY, normalize=normalize)
+    for batch in loader:
+        found = loader.denormalize(batch.latents)
+        for identity, latent in zip(identities(batch), found, strict=True):
+            assert torch.allclose(latent, rows[identity].latent, rtol=1e-5, atol=1e-5)
+
+
 def assert_rounded(found: torch.Tensor, exact: np.ndarray[Any, np.dtype[np.float64]]) -> None:
     """Within half a step of the dtype, and what arithmetic in float32 adds to that."""
     step = torch.finfo(found.dtype).eps * 2.0 ** np.floor(np.log2(np.abs(exact)))

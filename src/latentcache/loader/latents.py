@@ -47,6 +47,11 @@ class LatentFinish:
         self._scales = bool((self._scale != 1).any())
         self._rounds_first = dtype not in (self.stored, torch.float32, torch.float64)
 
+    def undo(self, latents: torch.Tensor) -> torch.Tensor:
+        """Undo the normalisation of [b, C, h, w] latents: float32, as the encoder gives them."""
+        shift, scale = self._shift.to(latents.device), self._scale.to(latents.device)
+        return latents.float() / scale + shift
+
     def __call__(self, stored: torch.Tensor, out: torch.Tensor, noise: Noise) -> None:
         """Finish [b, C or 2C, h, w] stored latents into `out`, [b, C, h, w].
 

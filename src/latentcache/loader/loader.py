@@ -155,6 +155,10 @@ class LatentLoader:
         """Steps of an epoch by bucket, (width, height) in pixels."""
         return self._order.buckets
 
+    def denormalize(self, latents: torch.Tensor) -> torch.Tensor:
+        """Undo the normalisation of [b, C, h, w] latents: float32, as a decoder takes them."""
+        return self._finish.undo(latents)
+
     def state_dict(self) -> dict[str, Any]:
         """Say which batch is next, as a few JSON values; the same on every rank."""
         return {**self._identity, "epoch": self._epoch, "step": self._step}
