@@ -73,6 +73,19 @@ def test_what_it_has_not_is_told(folder: Path, tmp_path: Path) -> None:
         LatentDataset(str(folder), manifest=7)
 
 
+def test_a_file_that_is_gone_is_named_and_may_come_back(tmp_path: Path) -> None:
+    write_dataset(str(tmp_path), make_contract([SMALL]), [{SMALL: 2}, {SMALL: 2}])
+    dataset = LatentDataset(str(tmp_path))
+    path = tmp_path / open_dataset(str(tmp_path)).units[1].files[0].path
+    path.rename(tmp_path / "away")
+    assert dataset[1]
+    for _ in range(2):
+        with pytest.raises(DatasetError, match=f"{path}, which the manifest names, is gone"):
+            dataset.__getitems__([0, 2])
+    (tmp_path / "away").rename(path)
+    assert len(dataset.__getitems__([0, 2])) == 2
+
+
 class ByBucket(Sampler[list[int]]):
     """What a user writes to have batches of one bucket."""
 

@@ -104,7 +104,11 @@ class LatentDataset(torch.utils.data.Dataset[dict[str, Any]]):
 
     def _read(self, bucket: Bucket, files: Ints, rows: Ints) -> dict[str, Any]:
         """Read rows of one bucket: tensors and lists of as many values."""
-        found = self._reader().find(bucket, files, rows)
+        reader = self._reader()
+        try:
+            found = reader.find(bucket, files, rows)
+        finally:
+            reader.forget_prepared()
         channels, height, width = self.contract.latent_shape(bucket)
         stored = torch.empty((len(rows), channels, height, width), dtype=self._finish.stored)
         found.gather(stored.view(torch.uint8).flatten(1))

@@ -167,7 +167,7 @@ class RowReader:
         self._is_wanted[files] = True
 
     def forget_prepared(self) -> None:
-        """Give up opening files that nobody has wanted yet, and how that went where it is done."""
+        """Give up opening files that nobody has wanted yet, and forget which could not be."""
         for file, opening in self._opening.items():
             opening.cancel()
             self._is_wanted[file] = False
@@ -176,7 +176,8 @@ class RowReader:
     def find(self, bucket: Bucket, files: Ints, rows: Ints) -> FoundRows:
         """Find row `rows[i]` of file `files[i]`, all of one bucket.
 
-        Other threads may gather what the last `MAX_AHEAD` calls found, and no older ones.
+        Other threads may gather what the last `MAX_AHEAD` calls found, and no older ones. A file
+        that cannot be opened is not tried again before `forget_prepared`.
 
         Raises:
             DatasetError: a file is gone, damaged, or not what the manifest names.
@@ -219,14 +220,13 @@ class RowReader:
             missing = np.unique(files[is_missing])
             self.prepare(missing)
             for file in missing.tolist():
-                opening = self._opening.pop(file)
-                self._is_wanted[file] = False
-                self._take(file, opening.result())
+                self._take(file, self._opening[file].result())
+                del self._opening[file]
             self._close_files()
 
     def _take(self, file: int, opened: _Open) -> None:
         self._open[file] = opened
-        self._is_wanted[file] = self._is_open[file] = True
+        self._is_open[file] = True
         address = self._latents.add(opened.latents)
         first = self._first_group[file]
         self._latent_address[first : first + len(opened.offsets)] = (
