@@ -85,6 +85,17 @@ def test_files_of_several_row_groups_and_of_one_row(tmp_path: Path) -> None:
     assert sorted(file.num_row_groups for file in files) == [1] * 40 + [3]
 
 
+@pytest.mark.parametrize("format", ["parquet", "safetensors"])
+def test_rows_so_large_that_few_make_a_group(tmp_path: Path, format: str) -> None:
+    contract = make_contract([(1024, 1024)], format=format, dtype="float32")
+    url = write(tmp_path, [{(1024, 1024): 67}], contract)
+    rows = read_rows(tmp_path)
+    for batch in read_epoch(url, batch_size=8, normalize=False):
+        assert_stored(batch, rows)
+    (path,) = tmp_path.glob("data/*/*.parquet")
+    assert pq.read_metadata(path).num_row_groups == 2
+
+
 VAES = {
     "scaled": {"scaling_factor": 0.18215},
     "shifted": {"scaling_factor": 0.3611, "shift_factor": 0.1159},
