@@ -311,6 +311,7 @@ def test_columns_used_longest_ago_are_forgotten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rows_module, "_MAX_COLUMNS_BYTES", 30_000)
+    monkeypatch.setattr(loader_module, "_MAX_GROUP", 1)
     num_loads = 0
     read_row_group = pq.ParquetFile.read_row_group
 

@@ -35,7 +35,7 @@ from latentcache.storage import StorageOptions
 _STATE_VERSION = 1
 
 # Batches that are planned together, because NumPy's cost is mostly by call.
-_MAX_GROUP = 8
+_MAX_GROUP = 32
 
 
 class LatentLoader:
