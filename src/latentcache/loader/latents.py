@@ -13,6 +13,11 @@ from latentcache.errors import ConfigError
 Noise = Callable[[int], torch.Tensor]
 """Gives standard normal numbers, [b, count] float32."""
 
+# MKL settles how to compute each of these at its first call. Two threads that both make that call
+# may get twelve good bits instead of twenty-four (pytorch/pytorch#188792): so it is made here.
+for _function in (torch.exp, torch.log, torch.sqrt, torch.sin, torch.cos):
+    _function(torch.ones(1))
+
 
 class LatentFinish:
     """Draws latents from stored moments, normalises and converts them.
