@@ -16,7 +16,7 @@ Noise = Callable[[int], torch.Tensor]
 # MKL settles how to compute each of these at its first call. Two threads that both make that call
 # may get twelve good bits instead of twenty-four (pytorch/pytorch#188792): so it is made here.
 for _function in (torch.exp, torch.log, torch.sqrt, torch.sin, torch.cos):
-    _function(torch.ones(1))
+    _function(torch.ones(64))
 
 
 class LatentFinish:

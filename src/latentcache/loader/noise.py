@@ -37,9 +37,3 @@ def mix(state: torch.Tensor) -> torch.Tensor:
     state = (state ^ ((state >> 30) & (2**34 - 1))) * (0xBF58476D1CE4E5B9 - 2**64)
     state = (state ^ ((state >> 27) & (2**37 - 1))) * (0x94D049BB133111EB - 2**64)
     return state ^ ((state >> 31) & (2**33 - 1))
-
-
-# MKL sets a vector function up when it is first called. Where two threads do that at once, one may
-# get numbers that are off by 1e-4 (seen with torch 2.13), so it is done here, by one.
-for _function in (torch.log, torch.sqrt, torch.cos, torch.sin, torch.exp):
-    _function(torch.ones(64))
