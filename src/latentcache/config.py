@@ -156,6 +156,33 @@ class Compute(_Section):
     )
 
 
+class Network(_Section):
+    """A published network that a measure needs; the file counts only with this hash."""
+
+    url: str = Field(description="A path or URL.")
+    sha256: str = Field(pattern="^[0-9a-f]{64}$", description="Of the file, lower-case hex.")
+
+
+class Qa(_Section):
+    """A look at a sample of rows while they are made; leave it out for none."""
+
+    fraction: float = Field(0.001, ge=0, le=1, description="Of all rows.")
+    min_rows_per_bucket: int = Field(8, ge=0, description="More where that is fewer.")
+    seed: int = Field(0, ge=0, description="Draws other rows.")
+    decoder: str | None = Field(
+        None, description="A checkpoint whose decoder is used; `vae.checkpoint` if left out."
+    )
+    lpips: Network | None = Field(
+        None, description="StyleGAN2-ADA's `vgg16.pt`; without it LPIPS is not measured."
+    )
+    storage: Storage = Field(Storage(), description="Of the decoder and the network.")
+    min_psnr_db: float | None = Field(15.0, description="Gate: the mean over QA rows, at least.")
+    min_drift_db: float | None = Field(
+        30.0, description="Gate: every stored latent against an fp32 encode, at least."
+    )
+    max_rejects: int | None = Field(None, ge=0, description="Gate: samples left out, at most.")
+
+
 class Config(_Section):
     """A whole config file."""
 
@@ -167,6 +194,7 @@ class Config(_Section):
     output: Output
     rejects: Rejects = Rejects()
     compute: Compute = Compute()
+    qa: Qa | None = None
 
     @model_validator(mode="before")
     @classmethod

@@ -72,6 +72,7 @@ _SEGMENT_SCHEMA = pa.schema(
         ("num_rejects", pa.int64()),
         ("files", pa.list_(_FILE_TYPE)),
         ("rejects", _FILE_TYPE),
+        ("qa", pa.string()),
         ("statistics", pa.string()),
     ]
 )
@@ -227,7 +228,8 @@ def _segments(
 
 
 def _records(table: pa.Table) -> list[UnitRecord]:
-    return [record_from_json(row) for row in table.drop_columns("statistics").to_pylist()]
+    rows = table.drop_columns("statistics").to_pylist()
+    return [record_from_json({**row, "qa": json.loads(row["qa"])}) for row in rows]
 
 
 class State:
@@ -400,7 +402,11 @@ def _build(state: State, selection: _Selection, contract: str, num_channels: int
 
 def _put_segment(store: Store, receipts: Sequence[Receipt]) -> Segment:
     rows: list[dict[str, Any]] = [
-        {**asdict(r.record), "statistics": json.dumps(r.statistics.to_json())}
+        {
+            **asdict(r.record),
+            "qa": json.dumps(r.record.qa and asdict(r.record.qa)),
+            "statistics": json.dumps(r.statistics.to_json()),
+        }
         for r in sorted(receipts, key=lambda r: r.record.unit.source)
     ]
     buffer = BytesIO()

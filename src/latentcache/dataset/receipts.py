@@ -59,6 +59,19 @@ class DataFile:
 
 
 @dataclass(frozen=True, slots=True)
+class QaFile:
+    """A unit's QA rows, and what they come to: enough to hold a run against its gates.
+
+    `num_rows` counts them by bucket; see `dataset.qa.Measured` for the two figures.
+    """
+
+    file: DataFile
+    num_rows: dict[str, int]
+    mean_psnr_db: float
+    min_drift_db: float
+
+
+@dataclass(frozen=True, slots=True)
 class UnitRecord:
     """What a committed unit holds: all that a manifest repeats of its receipt."""
 
@@ -70,6 +83,7 @@ class UnitRecord:
     num_rejects: int
     files: tuple[DataFile, ...]
     rejects: DataFile | None
+    qa: QaFile | None = None
 
     @property
     def name(self) -> str:
@@ -130,19 +144,22 @@ class Receipt:
             num_rejects=0,
             files=(),
             rejects=None,
+            qa=None,
         )
         empty = Statistics.empty(len(self.statistics.mean))
         return Receipt(record, self.contract_fingerprint, empty, state="void")
 
 
 def record_from_json(tree: dict[str, Any]) -> UnitRecord:
-    """Read a `UnitRecord` as JSON or an Arrow struct hold it."""
+    """Read a `UnitRecord` as JSON or a segment hold it."""
+    qa = tree["qa"]
     return UnitRecord(
         **{
             **tree,
             "unit": Unit(**tree["unit"]),
             "files": tuple(DataFile(**file) for file in tree["files"]),
             "rejects": DataFile(**tree["rejects"]) if tree["rejects"] else None,
+            "qa": QaFile(**{**qa, "file": DataFile(**qa["file"])}) if qa else None,
         }
     )
 

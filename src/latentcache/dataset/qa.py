@@ -1,0 +1,218 @@
+"""QA rows: a sample of a unit's rows with their source crops, kept beside the latents.
+
+A QA file stands by itself: the crop that was encoded, the latent as it was stored, what a decoder
+made of it, and how far both are from what they should be. Reports are written from these files
+alone, without a model, and the crops serve to measure again when the source images are gone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from latentcache.dataset.receipts import DataFile, QaFile, UnitRecord
+from latentcache.errors import DatasetError, ObjectNotFound
+from latentcache.storage import Store
+
+# Decibels outside are stored as these, so that a mean stays finite; a value that is not a number
+# counts as the lower one.
+MIN_DB, MAX_DB = -100.0, 150.0
+
+# Of fewer QA rows than this, a mean PSNR says too little to stop a run that is still at work.
+_MIN_ROWS_TO_JUDGE = 32
+
+_READ_THREADS = 16
+
+_SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("bucket", pa.string(), nullable=False),
+        pa.field("psnr_db", pa.float64(), nullable=False),
+        pa.field("ssim", pa.float64(), nullable=False),
+        pa.field("lpips", pa.float64()),
+        pa.field("drift_db", pa.float64(), nullable=False),
+        pa.field("psnr_cost_db", pa.float64()),
+        pa.field("image", pa.binary(), nullable=False),
+        pa.field("reconstruction", pa.binary(), nullable=False),
+        pa.field("latent", pa.binary(), nullable=False),
+        pa.field("latent_shape", pa.list_(pa.int32()), nullable=False),
+    ]
+)
+MEASURES = ("psnr_db", "ssim", "lpips", "drift_db", "psnr_cost_db")
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """How good one row is; decibels lie in [`MIN_DB`, `MAX_DB`].
+
+    `psnr_db`, `ssim` and `lpips` (None without its network) compare the decoded latent with the
+    crop, `drift_db` the stored latent with an fp32 encode of the crop. `psnr_cost_db` is what
+    quantisation took: the PSNR of that fp32 encode less `psnr_db`; None where nothing is quantised.
+    """
+
+    psnr_db: float
+    ssim: float
+    lpips: float | None
+    drift_db: float
+    psnr_cost_db: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class QaRow:
+    """One row that was looked at.
+
+    `image` and `reconstruction` are PNG files of the bucket's size; `latent` is float32
+    [C, h, w] as little-endian C-order bytes: the stored mean or sample, unscaled.
+    """
+
+    key: str
+    bucket: str
+    measured: Measured
+    image: bytes
+    reconstruction: bytes
+    latent: bytes
+    latent_shape: tuple[int, int, int]
+
+
+def write_qa(path: Path, rows: Sequence[QaRow], metadata: dict[str, str]) -> None:
+    """Write a QA file; `metadata` says what decoded it."""
+    columns: dict[str, Any] = {
+        name: [getattr(row, name) for row in rows]
+        for name in ("key", "bucket", "image", "reconstruction", "latent", "latent_shape")
+    }
+    columns |= {name: [getattr(row.measured, name) for row in rows] for name in MEASURES}
+    schema = _SCHEMA.with_metadata({f"latentcache.{k}": v for k, v in metadata.items()})
+    # Pictures are compressed already; small groups let a report fetch few that it does not show.
+    pq.write_table(pa.table(columns, schema), path, compression="NONE", row_group_size=16)
+
+
+def summarise(file: DataFile, rows: Sequence[QaRow]) -> QaFile:
+    """Write up a unit's QA file for its receipt."""
+    return QaFile(
+        file=file,
+        num_rows=dict(sorted(Counter(row.bucket for row in rows).items())),
+        mean_psnr_db=math.fsum(row.measured.psnr_db for row in rows) / len(rows),
+        min_drift_db=min(row.measured.drift_db for row in rows),
+    )
+
+
+def read_measures(store: Store, records: Iterable[UnitRecord]) -> pa.Table:
+    """Read what is known of all QA rows, without their pictures.
+
+    Returns:
+        A table of `unit`, `key`, `bucket` and `MEASURES`, in the order of the units.
+
+    Raises:
+        DatasetError: a QA file is gone or damaged.
+    """
+
+    columns = ["key", "bucket", *MEASURES]
+
+    def read(record: UnitRecord) -> pa.Table:
+        table = _read(store, record, columns)
+        return table.add_column(0, "unit", pa.array([record.unit.id] * len(table), pa.string()))
+
+    empty = pa.schema([pa.field("unit", pa.string()), *(_SCHEMA.field(name) for name in columns)])
+    with ThreadPoolExecutor(_READ_THREADS) as pool:
+        tables = list(pool.map(read, (record for record in records if record.qa)))
+    return pa.concat_tables([*(t.replace_schema_metadata() for t in tables), empty.empty_table()])
+
+
+def read_qa_rows(store: Store, record: UnitRecord, keys: Iterable[str] | None = None) -> list[QaRow]:
+    """Read a unit's QA rows with their pictures, all or those of some keys.
+
+    Raises:
+        DatasetError: the QA file is gone or damaged.
+    """
+    filters = None if keys is None else pc.field("key").isin(list(keys))
+    rows = _read(store, record, None, filters).to_pylist()
+    return [
+        QaRow(
+            measured=Measured(**{name: row.pop(name) for name in MEASURES}),
+            latent_shape=tuple(row.pop("latent_shape")),
+            **row,
+        )
+        for row in rows
+    ]
+
+
+def _read(
+    store: Store, record: UnitRecord, columns: list[str] | None, filters: Any = None
+) -> pa.Table:
+    assert record.qa
+    path = record.qa.file.path
+    try:
+        with store.named(path), store.open(path) as file:
+            return pq.read_table(file, columns=columns, filters=filters)
+    except (pa.ArrowException, ObjectNotFound) as error:
+        raise DatasetError(f"{store.url_of(path)} is gone or damaged: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Gates:
+    """What a dataset must be to pass; None lets anything pass.
+
+    `min_psnr_db` is of the mean over all QA rows, `min_drift_db` of each of them, and `max_rejects`
+    of the number of samples left out.
+    """
+
+    min_psnr_db: float | None = None
+    min_drift_db: float | None = None
+    max_rejects: int | None = None
+
+
+class QaTotals:
+    """What the QA of many units comes to: the figures that gates are held against."""
+
+    def __init__(self, records: Iterable[UnitRecord] = ()) -> None:
+        self.num_rows: Counter[str] = Counter()
+        self.num_rejects = 0
+        self.min_drift_db = MAX_DB
+        self._sum_psnr_db = 0.0
+        for record in records:
+            self.add(record)
+
+    def add(self, record: UnitRecord) -> None:
+        """Take in one more unit."""
+        self.num_rejects += record.num_rejects
+        if record.qa:
+            self.num_rows.update(record.qa.num_rows)
+            self._sum_psnr_db += record.qa.mean_psnr_db * record.qa.file.num_rows
+            self.min_drift_db = min(self.min_drift_db, record.qa.min_drift_db)
+
+    @property
+    def mean_psnr_db(self) -> float | None:
+        """Mean over all QA rows; None where there are none."""
+        num_rows = self.num_rows.total()
+        return self._sum_psnr_db / num_rows if num_rows else None
+
+    def breaches(self, gates: Gates, *, at_work: bool = False) -> list[str]:
+        """Say which gates are not passed, one line each; `at_work` while more rows may come."""
+        found = []
+        mean, num_rows = self.mean_psnr_db, self.num_rows.total()
+        if gates.min_psnr_db is not None and mean is not None and mean < gates.min_psnr_db:
+            if not at_work or num_rows >= _MIN_ROWS_TO_JUDGE:
+                found.append(
+                    f"the mean PSNR of {num_rows} QA rows is {mean:.2f} dB, below qa.min_psnr_db "
+                    f"{gates.min_psnr_db:g}"
+                )
+        if gates.min_drift_db is not None and self.min_drift_db < gates.min_drift_db:
+            found.append(
+                f"a stored latent is {self.min_drift_db:.1f} dB from an fp32 encode of its image, "
+                f"below qa.min_drift_db {gates.min_drift_db:g}"
+            )
+        if gates.max_rejects is not None and self.num_rejects > gates.max_rejects:
+            found.append(
+                f"{self.num_rejects} samples were rejected, more than qa.max_rejects "
+                f"{gates.max_rejects}"
+            )
+        return found
