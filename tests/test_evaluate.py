@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -35,13 +36,22 @@ from measures import (
     psim_by_modules,
     ssim_by_skimage,
 )
-from runs import Cli
+from runs import Cli, Result
 from servers import FaultyProxy, S3Server, cut_halfway
 from stand_ins import load_script, named, write_inception, write_lpips, write_vgg16
 
 DEMO = Path(latentcache.__file__).parent / "vae" / "demo"
 SIDE = 64
 NUM_IMAGES = 9  # over three shards, the last of which has a broken one besides
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    # Small pictures gain nothing from more, which on a busy machine wait for each other.
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
 
 
 def image(index: int) -> Image.Image:
@@ -79,7 +89,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tree(folder: Path, tmp_path: Path) -> dict[str, Any]:
-    """A config of three decoders with all networks, on the CPU, into an empty folder."""
+    return make_tree(folder, tmp_path)
+
+
+def make_tree(folder: Path, output: Path) -> dict[str, Any]:
+    """A config of three decoders with all networks, on the CPU."""
     return {
         "name": "drawn | pictures",
         "source": {"shards": f"{folder}/src/*.tar"},
@@ -101,7 +115,7 @@ def tree(folder: Path, tmp_path: Path) -> dict[str, Any]:
             "lpips": named(folder / "lpips.pt"),
             "vgg16": named(folder / "vgg16.pth"),
         },
-        "output": {"url": f"{tmp_path}/out"},
+        "output": {"url": f"{output}/out"},
         "compute": {"num_gpus": 0, "batch_size": 2},
     }
 
@@ -146,12 +160,29 @@ def reconstructions(folder: Path) -> dict[str, Pixels]:
     return made
 
 
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What the command said and wrote."""
+
+    result: Result
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def made(cli: Cli, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    home = tmp_path_factory.mktemp("made")
+    tree = make_tree(folder, home) | {"picture_rows": 4}
+    result = cli.with_env(OMP_NUM_THREADS="1")("eval", write(tree, home), "--json")
+    assert result.code == 0, result.stderr
+    return Made(result, home / "out")
+
+
 def test_the_figures_are_those_of_plain_loops(
-    tree: dict[str, Any], folder: Path, reconstructions: dict[str, Pixels]
+    made: Made, folder: Path, reconstructions: dict[str, Pixels]
 ):
-    found = evaluated(tree)
-    assert found.num_images == NUM_IMAGES
-    assert found.rejects == {"decode: not_an_image": 1, "read: no_image": 1}
+    found = made.result.json
+    assert found["num_images"] == NUM_IMAGES
+    assert found["rejects"] == {"decode: not_an_image": 1, "read: no_image": 1}
     source = reconstructions["source"]
     inception, lpips = (load_script(folder / f"{name}.pt") for name in ("inception", "lpips"))
 
@@ -165,35 +196,28 @@ def test_the_figures_are_those_of_plain_loops(
             found: Tensor = lpips(as_tensor(images).float(), resize_images=False, return_lpips=True)
         return found.double().numpy()
 
-    for model in found.models:
-        made = reconstructions[model.name]
-        pairs = list(zip(source, made, strict=True))
-        lpips_distances = np.square(lpips_features(source) - lpips_features(made)).sum(axis=1)
+    for model in found["models"]:
+        decoded = reconstructions[model["name"]]
+        pairs = list(zip(source, decoded, strict=True))
+        lpips_distances = np.square(lpips_features(source) - lpips_features(decoded)).sum(axis=1)
         measured = {
             "psnr_db": [peak_signal_noise_ratio(a, b, data_range=255) for a, b in pairs],
             "ssim": [ssim_by_skimage(a, b) for a, b in pairs],
             "lpips": lpips_distances.tolist(),
-            "psim": psim_by_modules(folder / "vgg16.pth", source, made),
+            "psim": psim_by_modules(folder / "vgg16.pth", source, decoded),
         }
         for name, values in measured.items():
-            spread = getattr(model, name)
             # A batch may round a pixel otherwise than an image alone.
-            assert spread.mean == pytest.approx(np.mean(values), rel=2e-3), name
-            assert spread.std == pytest.approx(np.std(values), rel=2e-2), name
-        wanted = frechet_by_singular_values(features(source), features(made))
-        assert model.rfid == pytest.approx(wanted, rel=2e-2)
-    psnrs = [model.psnr_db.mean for model in found.models]
+            assert model[name]["mean"] == pytest.approx(np.mean(values), rel=2e-3), name
+            assert model[name]["std"] == pytest.approx(np.std(values), rel=2e-2), name
+        wanted = frechet_by_singular_values(features(source), features(decoded))
+        assert model["rfid"] == pytest.approx(wanted, rel=2e-2)
+    psnrs = [model["psnr_db"]["mean"] for model in found["models"]]
     assert psnrs == sorted(psnrs, reverse=True), "more noise, worse pictures"
 
 
-def test_what_is_written_is_what_was_found(
-    cli: Cli, tree: dict[str, Any], tmp_path: Path, reconstructions: dict[str, Pixels]
-):
-    tree["picture_rows"] = 4
-    shown = cli("eval", write(tree, tmp_path), "--json")
-    assert shown.code == 0, shown.stderr
-    found = shown.json
-    out = tmp_path / "out"
+def test_what_is_written_is_what_was_found(made: Made, reconstructions: dict[str, Pixels]):
+    found, out = made.result.json, made.folder
     assert sorted(path.name for path in out.iterdir()) == [
         f"evaluation.{suffix}" for suffix in ("json", "md", "png")
     ]
