@@ -155,6 +155,15 @@ def read_contract(store: Store) -> Contract | None:
     return _parse(store, data)
 
 
+def read_provenance(store: Store) -> dict[str, Any]:
+    """Read what `establish_contract` was told beside the contract; empty where there is none."""
+    try:
+        provenance: dict[str, Any] = json.loads(store.read_bytes(CONTRACT_PATH))["provenance"]
+    except (ObjectNotFound, KeyError, TypeError, ValueError):
+        return {}
+    return provenance
+
+
 def _parse(store: Store, data: bytes) -> Contract:
     try:
         tree = json.loads(data)

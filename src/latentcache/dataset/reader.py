@@ -56,7 +56,8 @@ class RejectedRow:
     """A sample that was left out, where it came from, and why.
 
     `key` is None where the shard as a whole is meant, such as one that ends early. `stage` and
-    `reason` are stable words, `message` is for people.
+    `reason` are stable words, `message` is for people. `thumbnail` is a small JPEG of the first few
+    samples of a reason in a unit, if they could be decoded.
     """
 
     unit: str
@@ -65,6 +66,7 @@ class RejectedRow:
     stage: str
     reason: str
     message: str
+    thumbnail: bytes | None
 
 
 @dataclass(frozen=True, slots=True)

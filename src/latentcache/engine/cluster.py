@@ -27,12 +27,14 @@ from ray.exceptions import ActorDiedError, OutOfMemoryError, RayError, RayTaskEr
 
 from latentcache.dataset.receipts import Receipt, new_attempt
 from latentcache.engine.plan import PlannedUnit
-from latentcache.engine.unit import Job, UnitFailure, UnitRunner, UnitTask, transform_spec
-from latentcache.errors import ClusterError, DiskFull, LatentCacheError, Reject
+from latentcache.engine.unit import Job, UnitFailure, UnitRunner, UnitTask
+from latentcache.errors import ClusterError, LatentCacheError, Reject
 from latentcache.images.decode import decode_image
 from latentcache.images.source import Sample, SourceShard, read_shard
-from latentcache.images.transform import transform
+from latentcache.images.transform import transform, transform_spec
+from latentcache.networks import load_lpips
 from latentcache.vae.encoder import LatentEncoder, resolve_precision
+from latentcache.vae.examine import Examiner
 from latentcache.vae.model import KLAutoencoder
 from latentcache.vae.weights import encoder_fingerprint, load_vae
 
@@ -103,15 +105,16 @@ class _EncoderActor:
         self._job = job
         self._runner: UnitRunner | None = None
 
-    def setup(self) -> str | UnitFailure:
-        """Load the VAE; says which node this is."""
+    def setup(self) -> str | LatentCacheError:
+        """Load the VAE; says which node this is, or why it cannot be used."""
         try:
             vae = _load_vae(self._job)
+            examiner = _load_examiner(self._job, vae)
         except LatentCacheError as error:
-            return UnitFailure(str(error), fatal=True)
+            return error
         precision = self._job.contract.latents.precision
         encoder = LatentEncoder(vae, precision, self._job.batch_size)
-        self._runner = UnitRunner(self._job, encoder)
+        self._runner = UnitRunner(self._job, encoder, examiner)
         node: str = ray.get_runtime_context().get_node_id()
         return node
 
@@ -140,6 +143,17 @@ def _load_vae(job: Job) -> KLAutoencoder:
             "checkpoint where every node reads the same"
         )
     return vae
+
+
+def _load_examiner(job: Job, vae: KLAutoencoder) -> Examiner | None:
+    if not job.qa:
+        return None
+    decoder = load_vae(job.qa.decoder, device=vae.device, options=job.qa.decoder_storage)
+    lpips = None
+    if job.qa.lpips:
+        url, sha256 = job.qa.lpips
+        lpips = load_lpips(url, sha256, job.qa.lpips_storage, vae.device)
+    return Examiner(job.contract, vae, decoder, lpips)
 
 
 def _resolve_precision(job: Job, shards: Sequence[SourceShard]) -> str:
@@ -302,6 +316,8 @@ class Dispatcher:
         self._num_lost = 0
         self._start_failures = 0
         self._may_start_at = 0.0
+        self.qa_wanted: dict[str, int] = {}
+        """QA rows wanted of each bucket, at least, from units that are handed out from now on."""
 
     def add(self, unit: PlannedUnit) -> None:
         """Add one more unit while the loop runs."""
@@ -367,7 +383,7 @@ class Dispatcher:
                 return
 
     def _give(self, worker: _Worker, unit: PlannedUnit, *, alone: bool) -> None:
-        task = UnitTask(unit.unit, unit.generation, new_attempt())
+        task = UnitTask(unit.unit, unit.generation, new_attempt(), self.qa_wanted)
         ref = worker.handle.run_unit.options(concurrency_group="units").remote(task)
         worker.in_hand[ref] = _Assignment(unit, task, alone)
 
@@ -402,8 +418,10 @@ class Dispatcher:
             if isinstance(result, dict):
                 worker.stats = result
         elif ref == worker.setup:
-            if isinstance(result, UnitFailure):
-                raise ClusterError(result.message)
+            if isinstance(result, LatentCacheError | UnitFailure):
+                raise (
+                    result if isinstance(result, LatentCacheError) else ClusterError(result.message)
+                )
             worker.node = result
             self._start_failures = 0
         else:
@@ -417,7 +435,7 @@ class Dispatcher:
         self, assignment: _Assignment, failure: UnitFailure, *, crashed: bool = False
     ) -> Iterator[Event]:
         if failure.fatal:
-            raise DiskFull(failure.message)
+            raise failure.fatal
         unit = assignment.unit
         self._failures[unit.unit.id] += 1
         if failure.changed or self._failures[unit.unit.id] > self._unit_retries:

@@ -25,7 +25,9 @@ from latentcache.dataset.contract import (
     require_same,
 )
 from latentcache.dataset.manifest import Listing, Manifest, State, write_next
+from latentcache.dataset.qa import Gates, QaTotals
 from latentcache.dataset.receipts import Receipt, Unit, put_failure, read_receipts
+from latentcache.dataset.shards import bucket_name
 from latentcache.engine.cluster import Cluster, Dispatcher, Failed, Finished, StopSignal
 from latentcache.engine.lease import Lease
 from latentcache.engine.plan import (
@@ -37,7 +39,8 @@ from latentcache.engine.plan import (
     with_precision,
 )
 from latentcache.engine.progress import RunProgress
-from latentcache.engine.unit import Job
+from latentcache.engine.sample import SampleSpec
+from latentcache.engine.unit import Job, QaJob
 from latentcache.errors import ContractMismatch, SourceError
 from latentcache.images.source import list_shards
 from latentcache.storage import Store
@@ -58,8 +61,10 @@ GRACE_S = 20.0
 class RunSummary:
     """How a run ended; `num_rows` and `num_rejects` are of the whole dataset after it.
 
-    `status`: `complete`, `incomplete` (units failed), `interrupted`, or `too_many_rejects`.
-    `num_committed` units were committed by this run, `num_skipped` were there already.
+    `status`: `complete`, `incomplete` (units failed), `interrupted`, `too_many_rejects`, or
+    `failed_qa`, for which `breaches` says why. `num_committed` units were committed by this run,
+    `num_skipped` were there already. `num_qa_rows` rows were looked at, at a mean PSNR of
+    `mean_psnr_db`.
     """
 
     status: str
@@ -72,6 +77,9 @@ class RunSummary:
     elapsed_s: float
     exit_code: int
     output: str
+    num_qa_rows: int = 0
+    mean_psnr_db: float | None = None
+    breaches: list[str] = field(default_factory=list)
     failed: list[dict[str, str]] = field(default_factory=list)
 
 
@@ -102,6 +110,12 @@ def run(
     return driver.summary(manifest, time.monotonic() - began)
 
 
+def gates_of(config: Config) -> Gates:
+    """Read the QA gates off a config; one without `qa` has none."""
+    qa = config.qa
+    return Gates(qa.min_psnr_db, qa.min_drift_db, qa.max_rejects) if qa else Gates()
+
+
 class _Driver:
     """The state of one run, and what it does to the output."""
 
@@ -122,6 +136,7 @@ class _Driver:
         done = [self.state.current.get(unit.id) for unit in plan.units]
         self.num_samples = sum(record.num_samples for record in done if record)
         self.num_rejects = sum(record.num_rejects for record in done if record)
+        self.qa_totals = QaTotals(gates_of(config), (record for record in done if record))
         self._manifest_at = (0, time.monotonic())
 
     def encode(self, progress: RunProgress) -> None:
@@ -139,7 +154,7 @@ class _Driver:
                 )
                 lease.require_alone()
             with self._signals(progress):
-                self._check_rejects(progress)
+                self._check(progress)
                 dispatcher = Dispatcher(
                     cluster,
                     self._job(cluster.num_cpus_per_actor),
@@ -147,11 +162,13 @@ class _Driver:
                     compute.unit_retries,
                     self.stop,
                 )
+                dispatcher.qa_wanted = self._qa_wanted()
                 for event in dispatcher.run():
                     lease.num_committed = self.num_committed
                     lease.renew()
                     if isinstance(event, Finished):
                         self._commit(event.receipt, progress)
+                        dispatcher.qa_wanted = self._qa_wanted()
                     elif isinstance(event, Failed):
                         self._give_up(event, dispatcher, progress)
                     else:
@@ -170,7 +187,27 @@ class _Driver:
             output_storage=self.output.options,
             batch_size=None if batch_size == "auto" else batch_size,
             decode_threads=decode_threads,
+            qa=self._qa_job(),
         )
+
+    def _qa_job(self) -> QaJob | None:
+        qa = self.config.qa
+        if qa is None:
+            return None
+        return QaJob(
+            sample=SampleSpec(qa.fraction, qa.seed),
+            decoder=absolute_url(qa.decoder or self.config.vae.checkpoint),
+            decoder_storage=storage_options(qa.storage if qa.decoder else self.config.vae.storage),
+            lpips=(qa.lpips.url, qa.lpips.sha256) if qa.lpips else None,
+            lpips_storage=storage_options(qa.storage),
+        )
+
+    def _qa_wanted(self) -> dict[str, int]:
+        """Count the QA rows that each bucket is still short of."""
+        least = self.config.qa.min_rows_per_bucket if self.config.qa else 0
+        names = [bucket_name(size) for size in self.contract.transform.buckets]
+        missing = {name: least - self.qa_totals.num_rows[name] for name in names}
+        return {name: num for name, num in missing.items() if num > 0}
 
     def _establish_contract(self, cluster: Cluster) -> None:
         if self.contract.latents.precision == "auto":
@@ -179,7 +216,7 @@ class _Driver:
             self._adopt(with_precision(self.contract, precision))
         provenance = {
             "name": self.config.name,
-            "checkpoint": self.config.vae.checkpoint,
+            "checkpoint": absolute_url(self.config.vae.checkpoint),
             "versions": {name: version(name) for name in ("latentcache", "torch", "pillow", "ray")},
         }
         try:
@@ -239,8 +276,9 @@ class _Driver:
             self.left.discard(record.unit.id)
         self.num_samples += record.num_samples - (before.num_samples if before else 0)
         self.num_rejects += record.num_rejects - (before.num_rejects if before else 0)
+        self.qa_totals.add(record, before)
         progress.unit_done(record.num_rows, record.num_rejects)
-        self._check_rejects(progress)
+        self._check(progress)
         num_units, since = self._manifest_at
         if (
             self.num_committed - num_units >= MANIFEST_EVERY_UNITS
@@ -274,8 +312,14 @@ class _Driver:
         limit = self.config.rejects.max_rate * self.num_samples
         return self.num_samples >= MIN_SAMPLES_TO_JUDGE and self.num_rejects > limit
 
-    def _check_rejects(self, progress: RunProgress) -> None:
-        if self._has_too_many_rejects and not self.stop.reason:
+    def _check(self, progress: RunProgress) -> None:
+        """Stop pulling where going on would only make more of what is wrong."""
+        if self.stop.reason:
+            return
+        for breach in self.qa_totals.breaches(at_work=True):
+            progress.say(f"stopping: {breach}")
+            self.stop.request("failed_qa")
+        if self._has_too_many_rejects:
             rate = self.num_rejects / self.num_samples
             progress.say(
                 f"stopping: {rate:.1%} of {self.num_samples} samples were rejected, more than "
@@ -292,7 +336,7 @@ class _Driver:
             self.contract.stored_channels,
             lambda: next(listings),
             on_missing=self.config.source.on_missing,
-            may_complete=not self._has_too_many_rejects,
+            may_complete=not self._has_too_many_rejects and not self.qa_totals.breaches(),
         )
         return manifest
 
@@ -307,8 +351,11 @@ class _Driver:
     def summary(self, manifest: Manifest | None, elapsed_s: float) -> RunSummary:
         """Say how it ended."""
         units = [unit for units in self.listing.values() for unit in units]
+        breaches = self.qa_totals.breaches(at_work=bool(self.left))
         if self._has_too_many_rejects:
             status, exit_code = "too_many_rejects", 3
+        elif breaches:
+            status, exit_code = "failed_qa", 3
         elif not self.left:
             status, exit_code = "complete", 0
         else:
@@ -324,5 +371,8 @@ class _Driver:
             elapsed_s=round(elapsed_s, 3),
             exit_code=exit_code,
             output=self.output.url,
+            num_qa_rows=self.qa_totals.num_rows.total(),
+            mean_psnr_db=self.qa_totals.mean_psnr_db,
+            breaches=breaches,
             failed=[{"source": s, "message": m} for s, m in sorted(self.failed.items())],
         )
