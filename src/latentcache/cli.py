@@ -20,7 +20,10 @@ import typer
 
 if TYPE_CHECKING:
     from latentcache.config import Config
+    from latentcache.dataset.qa import Gates
     from latentcache.engine.plan import Plan
+    from latentcache.engine.run import RunSummary
+    from latentcache.quality.qa import Networks
     from latentcache.storage import StorageOptions
 
 P = ParamSpec("P")
@@ -164,13 +167,16 @@ def run_command(
         _complain(f"given up: {failure['message']}")
     if summary.exit_code == 1:
         _complain(f"{summary.status}; the same command goes on: {shlex.join(_argv())}")
-    if summary.exit_code == 3:
+    for breach in summary.breaches:
+        _complain(f"QA: {breach}")
+    report = _report_run(parsed, summary) if parsed.qa and summary.manifest else None
+    if summary.status == "too_many_rejects":
         _complain(
             "too many rejects: look at them with `latentcache inspect`, then mend the source or "
             "raise rejects.max_rate"
         )
     if json_:
-        _print_json(asdict(summary))
+        _print_json(asdict(summary) | {"report": report})
     else:
         _print(
             f"{summary.status}: {summary.num_committed} units encoded, {summary.num_skipped} there "
@@ -178,7 +184,30 @@ def run_command(
             f"rejects in manifest {summary.manifest} of {summary.output} "
             f"({summary.elapsed_s:.1f} s)"
         )
+        if summary.mean_psnr_db is not None:
+            _print(f"QA: {summary.num_qa_rows} rows, mean PSNR {summary.mean_psnr_db:.2f} dB")
+        if report:
+            _print(f"report: {report}")
     return summary.exit_code
+
+
+def _report_run(config: Config, summary: RunSummary) -> str:
+    """Write the report on the manifest that a run ended with; one that is there stays."""
+    from latentcache.dataset.reader import open_dataset
+    from latentcache.engine.run import gates_of
+    from latentcache.quality.report import build_report, report_path, write_report
+    from latentcache.storage import StorageOptions
+
+    assert config.qa
+    options = StorageOptions(**config.output.storage.model_dump())
+    dataset = open_dataset(config.output.url, summary.manifest, storage=options)
+    path = report_path(dataset)
+    if not dataset.store.exists(path):
+        report = build_report(
+            dataset, summary.breaches, gates_of(config), decoder=config.qa.decoder
+        )
+        write_report(report, dataset.store)
+    return dataset.store.url_of(path)
 
 
 def _argv() -> list[str]:
@@ -352,6 +381,112 @@ def inspect_command(
         _print_json(described)
     else:
         _print(render(described))
+
+
+@app.command("qa")
+@_command
+def qa_command(
+    target: Target,
+    set_: Overrides = None,
+    manifest: ManifestNumber = None,
+    num_rows: Annotated[
+        int, typer.Option("--rows", min=1, help="How many rows to look at, over all buckets.")
+    ] = 256,
+    num_units: Annotated[
+        int,
+        typer.Option(
+            "--units", min=0, help="Read this many source shards again, not the run's own crops."
+        ),
+    ] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Draws other rows.")] = 0,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="The dataset's VAE; by default where its run found it.")
+    ] = None,
+    decoder: Annotated[
+        str | None, typer.Option(help="A checkpoint whose decoder is used; by default the VAE's.")
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Write the report to this .html (or .json) file.")
+    ] = None,
+    json_: Json = False,
+) -> int:
+    """Decode stored latents and hold them against their images; a gate not passed exits 3.
+
+    A config says in its section `qa` what decodes and what the gates are; a URL gets the defaults.
+    """
+    import tempfile
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from latentcache.dataset.reader import open_dataset
+    from latentcache.quality.qa import Selection, look_again
+    from latentcache.quality.report import build_report, require_writable, save_report
+
+    url, options = _locate(target, set_)
+    gates, networks, source_storage = _qa_settings(target, set_, checkpoint, decoder)
+    if report:
+        require_writable(report)
+    dataset = open_dataset(url, manifest, storage=options)
+    selection = Selection(num_rows, num_units, seed, source_storage)
+    console = Console(stderr=True)
+    with tempfile.TemporaryDirectory(prefix="latentcache-") as folder:
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+            task = bar.add_task("decoding", total=num_rows)
+            look = look_again(
+                dataset,
+                networks,
+                selection,
+                gates,
+                Path(folder),
+                lambda done, total: bar.update(task, completed=done, total=total),
+            )
+        found = build_report(
+            dataset,
+            look.breaches,
+            gates,
+            notes=look.notes,
+            decoder=look.decoder,
+            records=look.records,
+            store=look.store,
+        )
+        if report:
+            save_report(found, report)
+    for note in look.notes:
+        _complain(note)
+    for breach in look.breaches:
+        _complain(f"QA: {breach}")
+    if json_:
+        _print_json(found.to_json())
+    else:
+        _print(found.to_text())
+    return 3 if look.breaches else 0
+
+
+def _qa_settings(
+    target: str, overrides: list[str] | None, checkpoint: str | None, decoder: str | None
+) -> tuple[Gates, Networks, StorageOptions]:
+    """Read off a config what measures and what the gates are; the defaults where it has none."""
+    from latentcache.config import Qa, Storage
+    from latentcache.dataset.qa import Gates
+    from latentcache.quality.qa import Networks
+    from latentcache.storage import StorageOptions
+
+    config = _load(Path(target), overrides) if _is_config(target) else None
+    qa = config.qa if config and config.qa else Qa()  # type: ignore[call-arg]
+
+    def options(storage: Storage) -> StorageOptions:
+        return StorageOptions(**storage.model_dump())
+
+    networks = Networks(
+        checkpoint=checkpoint or (config.vae.checkpoint if config else None),
+        checkpoint_storage=options(config.vae.storage if config else Storage()),
+        decoder=decoder or qa.decoder,
+        decoder_storage=options(qa.storage),
+        lpips=(qa.lpips.url, qa.lpips.sha256) if qa.lpips else None,
+    )
+    source_storage = options(config.source.storage if config else Storage())
+    return Gates(qa.min_psnr_db, qa.min_drift_db, qa.max_rejects), networks, source_storage
 
 
 @app.command("bench-loader")

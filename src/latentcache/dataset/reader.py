@@ -86,7 +86,7 @@ class Dataset(Sequence[Row]):
     """
 
     def __init__(self, store: Store, contract: Contract, manifest: Manifest) -> None:
-        self._store = store
+        self.store = store
         self.url = store.url
         self.contract = contract
         self.manifest = manifest
@@ -142,22 +142,22 @@ class Dataset(Sequence[Row]):
     def _open_file(self, number: int) -> tuple[pq.ParquetFile, SafetensorsRows | None]:
         shard = self._shards[number]
         with self._reading(shard.rows):
-            file = pq.ParquetFile(self._store.open(shard.rows.path))
+            file = pq.ParquetFile(self.store.open(shard.rows.path))
             if file.metadata.num_rows != shard.rows.num_rows:
                 raise DatasetError(f"{file.metadata.num_rows} rows, not {shard.rows.num_rows}")
         if shard.tensors is None:
             return file, None
         with self._reading(shard.tensors):
-            return file, SafetensorsRows(self._store.open(shard.tensors.path))
+            return file, SafetensorsRows(self.store.open(shard.tensors.path))
 
     @contextmanager
     def _reading(self, file: DataFile) -> Iterator[None]:
         """Name the file in whatever is wrong with it."""
         try:
-            with self._store.named(file.path):
+            with self.store.named(file.path):
                 yield
         except (pa.ArrowException, DatasetError) as error:
-            url = self._store.url_of(file.path)
+            url = self.store.url_of(file.path)
             raise DatasetError(f"{url} is damaged: {error}; run `latentcache verify`") from error
 
     def _read_group(self, number: int, group: int) -> pa.Table:
@@ -169,7 +169,7 @@ class Dataset(Sequence[Row]):
         for record in self.units:
             if record.rejects:
                 with self._reading(record.rejects):
-                    table = pq.read_table(self._store.open(record.rejects.path))
+                    table = pq.read_table(self.store.open(record.rejects.path))
                 for row in table.to_pylist():
                     yield RejectedRow(unit=record.unit.id, source=record.unit.source, **row)
 

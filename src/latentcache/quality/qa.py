@@ -67,40 +67,41 @@ class Selection:
 
 @dataclass(frozen=True, slots=True)
 class Networks:
-    """What measures: checkpoints by URL, and a network as (URL, SHA-256).
+    """What measures.
 
     Args:
         checkpoint: the dataset's VAE; None takes the one that its first run named.
-        decoder: the VAE that decodes; None takes the dataset's.
-        lpips: None leaves LPIPS out.
-        storage: how to reach them.
+        decoder: the checkpoint whose decoder is used; None takes the dataset's VAE.
+        lpips: a network's (URL, SHA-256); None leaves LPIPS out.
+        checkpoint_storage: how to reach the VAE.
+        decoder_storage: how to reach the decoder and the network.
     """
 
     checkpoint: str | None = None
     decoder: str | None = None
     lpips: tuple[str, str] | None = None
-    storage: StorageOptions = StorageOptions()
+    checkpoint_storage: StorageOptions = StorageOptions()
+    decoder_storage: StorageOptions = StorageOptions()
 
 
 @dataclass(slots=True)
 class Look:
     """What was seen.
 
-    `records` are the dataset's units; those that were looked at have fresh QA files in `store`.
+    `decoder` is what decoded. `records` are the dataset's units; those that were looked at have fresh QA files in `store`.
     `breaches` says which gates are not passed, and what no gate is needed to refuse; `notes` what
     to know of the figures.
     """
 
+    decoder: str
     store: Store
     records: list[UnitRecord] = field(default_factory=list)
     breaches: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    totals: QaTotals = field(default_factory=lambda: QaTotals(Gates()))
 
 
 def look_again(
     dataset: Dataset,
-    store: Store,
     networks: Networks,
     selection: Selection,
     gates: Gates,
@@ -111,7 +112,6 @@ def look_again(
 
     Args:
         dataset: what to look at.
-        store: where it lies.
         networks: what measures, on a GPU if there is one.
         selection: which rows.
         gates: what they must pass.
@@ -123,13 +123,13 @@ def look_again(
         ConfigError: it is not the dataset's, or the decoder does not belong to it.
         DatasetError: no crops were kept and no shard can be read again; or a file is damaged.
     """
-    examiner, decoder = _load_examiner(dataset.contract, store, networks)
-    look = Look(Store(str(folder)))
+    examiner, decoder = _load_examiner(dataset, networks)
+    look = Look(decoder, Store(str(folder)))
     fresh: dict[str, UnitRecord] = {}
     num_rows = 0
-    for record, crops in _images(dataset, store, selection, look):
+    for record, crops in _images(dataset, selection, look):
         local = folder / f"{record.name}.parquet"
-        rows = _examine(dataset, store, examiner, record, crops)
+        rows = _examine(dataset, examiner, record, crops)
         qa = write_qa(local, local.name, rows, lambda: {"decoder": decoder})
         fresh[record.unit.id] = replace(record, qa=qa)
         num_rows += qa.file.num_rows if qa else 0
@@ -137,10 +137,9 @@ def look_again(
             progress(num_rows, selection.num_rows)
     if not num_rows and not look.breaches:
         why = "; ".join(look.notes) or "the run kept no crops, because its config has no `qa:`"
-        raise DatasetError(f"{store.url}: nothing to look at: {why}; `--units 2` reads shards again")
+        raise DatasetError(f"{dataset.url}: nothing to look at: {why}; `--units 2` reads shards again")
     look.records = [fresh.get(r.unit.id) or replace(r, qa=None) for r in dataset.units]
-    look.totals = QaTotals(gates, look.records)
-    look.breaches += look.totals.breaches()
+    look.breaches += QaTotals(gates, look.records).breaches()
     if examiner.agreement_db is not None:
         look.notes.append(
             "the decoder belongs to another encoder than the dataset's; on these images the two "
@@ -150,32 +149,31 @@ def look_again(
 
 
 def _load_examiner(
-    contract: Contract, store: Store, networks: Networks
+    dataset: Dataset, networks: Networks
 ) -> tuple[Examiner, str]:
     """Load what measures; says what decodes."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    checkpoint = networks.checkpoint or read_provenance(store).get("checkpoint")
+    checkpoint = networks.checkpoint or read_provenance(dataset.store).get("checkpoint")
     if not checkpoint:
-        raise ConfigError(f"{store.url} does not say which VAE made it; name it by --checkpoint")
-    vae = load_vae(checkpoint, device=device, options=networks.storage)
-    decoder = vae
+        raise ConfigError(f"{dataset.url} does not say which VAE made it; name it by --checkpoint")
+    vae = decoder = load_vae(checkpoint, device=device, options=networks.checkpoint_storage)
     if networks.decoder:
-        decoder = load_vae(networks.decoder, device=device, options=networks.storage)
+        decoder = load_vae(networks.decoder, device=device, options=networks.decoder_storage)
     lpips = None
     if networks.lpips:
-        lpips = load_lpips(*networks.lpips, networks.storage, device)
-    return Examiner(contract, vae, decoder, lpips), networks.decoder or checkpoint
+        lpips = load_lpips(*networks.lpips, networks.decoder_storage, device)
+    return Examiner(dataset.contract, vae, decoder, lpips), networks.decoder or checkpoint
 
 
 def _images(
-    dataset: Dataset, store: Store, selection: Selection, look: Look
+    dataset: Dataset, selection: Selection, look: Look
 ) -> Iterator[tuple[UnitRecord, Crops]]:
     """Give the units to look at and their images, as far as they are to be had."""
     num_fetched = 0
     drawn = sorted(dataset.units, key=lambda record: _draw(selection.seed, record.unit.id))
     for record in islice((r for r in drawn if r.num_rows), selection.num_units):
         try:
-            yield record, _fetch(dataset.contract, store, record, selection, look)
+            yield record, _fetch(dataset, record, selection, look)
         except (StorageError, SourceError) as error:
             look.notes.append(f"its source cannot be read again: {error}")
         else:
@@ -184,15 +182,15 @@ def _images(
         return
     if selection.num_units:
         look.notes.append("the images are the crops that the run kept")
-    yield from _kept(dataset, store, selection)
+    yield from _kept(dataset, selection)
 
 
 def _kept(
-    dataset: Dataset, store: Store, selection: Selection
+    dataset: Dataset, selection: Selection
 ) -> Iterator[tuple[UnitRecord, Crops]]:
     """Give crops that the run kept: of each bucket as many, as far as there are."""
     by_bucket: dict[str, list[tuple[str, str]]] = {}
-    for row in read_measures(store, dataset.units).select(["unit", "key", "bucket"]).to_pylist():
+    for row in read_measures(dataset.store, dataset.units).select(["unit", "key", "bucket"]).to_pylist():
         by_bucket.setdefault(row["bucket"], []).append((row["unit"], row["key"]))
     for rows in by_bucket.values():
         rows.sort(key=lambda row: _draw(selection.seed, *row))
@@ -203,23 +201,23 @@ def _kept(
     for record in dataset.units:
         if record.unit.id in keys:
             crops: Crops = {}
-            for kept in read_qa_rows(store, record, keys[record.unit.id]):
+            for kept in read_qa_rows(dataset.store, record, keys[record.unit.id]):
                 crops.setdefault(kept.bucket, {})[kept.key] = kept.image
             yield record, crops
 
 
 def _fetch(
-    contract: Contract, store: Store, record: UnitRecord, selection: Selection, look: Look
+    dataset: Dataset, record: UnitRecord, selection: Selection, look: Look
 ) -> Crops:
     """Read a unit's shard again, and bring rows of it to their buckets once more."""
-    rows = _read_rows(store, record)
+    rows = _read_rows(dataset.store, record)
     drawn = sorted(rows, key=lambda key: _draw(selection.seed, record.unit.id, key))
     missing = set(drawn[: -(-selection.num_rows // selection.num_units)])
-    spec = transform_spec(contract)
+    spec = transform_spec(dataset.contract)
     crops: Crops = {}
     unit = record.unit
     shard = SourceShard(unit.source, unit.size_bytes, unit.version)
-    fields, options = contract.image_fields, selection.source_storage
+    fields, options = dataset.contract.image_fields, selection.source_storage
     for sample in read_shard(shard, image=fields, keep=(), options=options):
         if not isinstance(sample, Sample) or sample.key not in missing:
             continue
@@ -263,7 +261,7 @@ def _read_rows(store: Store, record: UnitRecord) -> dict[str, _Placed]:
 
 
 def _examine(
-    dataset: Dataset, store: Store, examiner: Examiner, record: UnitRecord, crops: Crops
+    dataset: Dataset, examiner: Examiner, record: UnitRecord, crops: Crops
 ) -> Iterator[QaRow]:
     """Measure rows of a unit as they lie in its data files."""
     num_channels = dataset.contract.vae.latent_channels
@@ -271,11 +269,11 @@ def _examine(
     for bucket, images in crops.items():
         paths = [file.path for file in record.files if file.bucket == bucket]
         with ExitStack() as stack:
-            stack.enter_context(_naming(store, paths[-1]))
-            files = [stack.enter_context(store.open(path)) for path in paths]
+            stack.enter_context(_naming(dataset.store, paths[-1]))
+            files = [stack.enter_context(dataset.store.open(path)) for path in paths]
             stored = read_latents(files, images)
         if lost := images.keys() - stored.keys():
-            raise DatasetError(f"{store.url_of(paths[-1])} has no row {min(lost)!r}")
+            raise DatasetError(f"{dataset.store.url_of(paths[-1])} has no row {min(lost)!r}")
         yield from examiner.examine(record.unit.id, bucket, images, stored, signal)
 
 
