@@ -137,6 +137,7 @@ class _Driver:
         self.num_samples = sum(record.num_samples for record in done if record)
         self.num_rejects = sum(record.num_rejects for record in done if record)
         self.qa_totals = QaTotals(gates_of(config), (record for record in done if record))
+        self._has_said_agreement = False
         self._manifest_at = (0, time.monotonic())
 
     def encode(self, progress: RunProgress) -> None:
@@ -277,6 +278,7 @@ class _Driver:
         self.num_samples += record.num_samples - (before.num_samples if before else 0)
         self.num_rejects += record.num_rejects - (before.num_rejects if before else 0)
         self.qa_totals.add(record, before)
+        self._say_agreement(receipt, progress)
         progress.unit_done(record.num_rows, record.num_rejects)
         self._check(progress)
         num_units, since = self._manifest_at
@@ -286,6 +288,15 @@ class _Driver:
         ):
             self.write_manifest()
             self._manifest_at = (self.num_committed, time.monotonic())
+
+    def _say_agreement(self, receipt: Receipt, progress: RunProgress) -> None:
+        agreement_db = (receipt.notes or {}).get("decoder_agreement_db")
+        if agreement_db is not None and not self._has_said_agreement:
+            self._has_said_agreement = True
+            progress.say(
+                "qa.decoder belongs to another encoder than vae.checkpoint; on the QA images the "
+                f"two agree to {agreement_db} dB, which is accepted"
+            )
 
     def _give_up(self, event: Failed, dispatcher: Dispatcher, progress: RunProgress) -> None:
         """Plan a changed source anew, or quarantine the unit and go on."""
