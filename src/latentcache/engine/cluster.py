@@ -33,7 +33,7 @@ from latentcache.images.decode import decode_image
 from latentcache.images.source import Sample, SourceShard, read_shard
 from latentcache.images.transform import transform, transform_spec
 from latentcache.networks import load_lpips
-from latentcache.vae.encoder import LatentEncoder, resolve_precision
+from latentcache.vae.encoder import LatentEncoder, require_fp32, resolve_precision
 from latentcache.vae.examine import Examiner
 from latentcache.vae.model import KLAutoencoder
 from latentcache.vae.weights import encoder_fingerprint, load_vae
@@ -136,6 +136,7 @@ def _load_vae(job: Job) -> KLAutoencoder:
             f"a worker has a GPU, but its torch {torch.__version__} cannot use it: install a CUDA "
             "build there, or set compute.num_gpus to 0"
         )
+    require_fp32()
     vae = load_vae(job.checkpoint, device=device, decoder=False, options=job.checkpoint_storage)
     if encoder_fingerprint(vae) != job.contract.vae.encoder_fingerprint:
         raise ClusterError(

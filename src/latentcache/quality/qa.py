@@ -44,6 +44,7 @@ from latentcache.images.transform import transform, transform_spec
 from latentcache.pictures import write_png
 from latentcache.storage import StorageOptions, Store
 from latentcache.networks import load_lpips
+from latentcache.vae.encoder import require_fp32
 from latentcache.vae.examine import Examiner
 from latentcache.vae.weights import load_vae
 
@@ -152,6 +153,7 @@ def _load_examiner(
     dataset: Dataset, networks: Networks
 ) -> tuple[Examiner, str]:
     """Load what measures; says what decodes."""
+    require_fp32()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     checkpoint = networks.checkpoint or read_provenance(dataset.store).get("checkpoint")
     if not checkpoint:
