@@ -91,7 +91,9 @@ def main() -> None:
             order = (True, False) if number % 2 else (False, True)
             found = {with_qa: run(folder, with_qa=with_qa) for with_qa in order}
             pairs.append((found[False], found[True]))
-            print(f"without {found[False]['elapsed_s']:.1f} s, with {found[True]['elapsed_s']:.1f} s")
+            print(
+                f"without {found[False]['elapsed_s']:.1f} s, with {found[True]['elapsed_s']:.1f} s"
+            )
     ratio = statistics.median(with_["elapsed_s"] / without["elapsed_s"] for without, with_ in pairs)
     share = statistics.median(with_["qa_s"] / with_["elapsed_s"] for _, with_ in pairs)
     rows, qa_rows = int(pairs[0][1]["num_rows"]), int(pairs[0][1]["num_qa_rows"])
@@ -111,7 +113,8 @@ def main() -> None:
         "with_over_without": round(ratio, 4),
         "qa_stage_share": round(share, 4),
         "elapsed_s": [
-            [round(without["elapsed_s"], 2), round(with_["elapsed_s"], 2)] for without, with_ in pairs
+            [round(without["elapsed_s"], 2), round(with_["elapsed_s"], 2)]
+            for without, with_ in pairs
         ],
     }
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")

@@ -21,9 +21,9 @@ from latentcache.dataset.contract import (
     establish_contract,
 )
 from latentcache.dataset.manifest import Manifest, State, write_next
+from latentcache.dataset.quantization import to_stored, to_values
 from latentcache.dataset.receipts import Receipt, Unit, UnitRecord, new_attempt
 from latentcache.dataset.shards import (
-    TORCH_DTYPES,
     BucketWriter,
     RejectRow,
     RowMeta,
@@ -33,6 +33,7 @@ from latentcache.dataset.shards import (
 )
 from latentcache.dataset.statistics import Statistics, merge_all
 from latentcache.storage import Store
+from synthetic import make_quantization
 
 Size = tuple[int, int]
 
@@ -100,7 +101,9 @@ def make_contract(
         shift_factor=0.0,
     )
     transform = TransformContract("center", "bicubic", tuple(buckets), None, None, 100_000_000)
-    latents = LatentContract(posterior, dtype, format, "fp32")
+    num_channels = latent_channels * (2 if posterior == "moments" else 1)
+    quantization = make_quantization(num_channels) if dtype == "int8" else None
+    latents = LatentContract(posterior, dtype, format, "fp32", quantization)
     return Contract(vae, transform, latents, ("jpg", "png"), tuple(columns))
 
 
@@ -108,7 +111,7 @@ def make_latents(contract: Contract, bucket: Size, num_rows: int, seed: int = 0)
     """Latents [N, C, H, W] in the stored dtype."""
     generator = torch.Generator().manual_seed(seed)
     values = 3 * torch.randn((num_rows, *contract.latent_shape(bucket)), generator=generator)
-    return values.to(TORCH_DTYPES[contract.latents.dtype])
+    return to_stored(values, contract.latents)[0]
 
 
 def make_rows(
@@ -154,7 +157,8 @@ def commit_unit(
         rejects_file = describe_file(local, f"rejects/{unit.id}/{local.name}", len(rejects), "")
         store.put_file(local, rejects_file.path)
     # Some tests store what is not finite, which a receipt cannot tell.
-    parts = [Statistics.of(t.float().nan_to_num(0, 0, 0).numpy()) for t in latents.values()]
+    values = (to_values(stored, contract.latents) for stored in latents.values())
+    parts = [Statistics.of(v.nan_to_num(0, 0, 0).numpy()) for v in values]
     statistics = merge_all(parts, contract.stored_channels)
     record = UnitRecord(
         unit,

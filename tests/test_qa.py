@@ -78,7 +78,9 @@ def read_qa(url: Path) -> list[dict[str, Any]]:
     """All QA rows, read without the package."""
     paths = sorted(url.glob("qa/*/*.parquet"))
     return [
-        {"unit": path.parent.name, **row} for path in paths for row in pq.read_table(path).to_pylist()
+        {"unit": path.parent.name, **row}
+        for path in paths
+        for row in pq.read_table(path).to_pylist()
     ]
 
 
@@ -244,7 +246,12 @@ def other_family(folder: Path) -> Path:
     ids=["nudged", "other", "family", "missing"],
 )
 def test_decoders(
-    make_decoder: Callable[[Path], Path], code: int, text: str, sampled: Path, tmp_path: Path, cli: Cli
+    make_decoder: Callable[[Path], Path],
+    code: int,
+    text: str,
+    sampled: Path,
+    tmp_path: Path,
+    cli: Cli,
 ) -> None:
     decoder = make_decoder(tmp_path / "decoder")
     after = cli("qa", sampled / "out", "--decoder", decoder)

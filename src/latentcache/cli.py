@@ -519,8 +519,9 @@ def bench_loader_command(
     from latentcache.loader.loader import LatentLoader
     from latentcache.loader.measure import measure_loader
 
-    if dtype not in TORCH_DTYPES:
-        raise ConfigError(f"--dtype is {dtype!r}; it must be one of {', '.join(TORCH_DTYPES)}")
+    known = {name: kind for name, kind in TORCH_DTYPES.items() if kind.is_floating_point}
+    if dtype not in known:
+        raise ConfigError(f"--dtype is {dtype!r}; it must be one of {', '.join(known)}")
     url, options = _locate(target, set_)
     make = functools.partial(
         LatentLoader,
@@ -528,7 +529,7 @@ def bench_loader_command(
         batch_size=batch_size,
         manifest=manifest,
         tail="pad",  # else a small dataset would have no batch
-        dtype=TORCH_DTYPES[dtype],
+        dtype=known[dtype],
         normalize=normalize,
         columns=columns,
         cache_dir=cache_dir,

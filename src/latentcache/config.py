@@ -10,10 +10,18 @@ import copy
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
 from latentcache.errors import ConfigError
@@ -118,12 +126,37 @@ class Vae(_Section):
     storage: Storage = Storage()
 
 
+class Calibration(_Section):
+    """How int8's range is found: by channel, from images that are looked at before a first run."""
+
+    num_images: int = Field(512, ge=1, le=65536, description="Looked at, from several shards.")
+    seed: int = Field(0, ge=0, description="Chooses other shards.")
+    sigmas: float = Field(
+        5.0,
+        gt=0,
+        le=100,
+        description="Half the range, in standard deviations; values beyond it are cut to its ends.",
+    )
+
+
 class Latents(_Section):
     """What is stored."""
 
     posterior: Literal["mean", "moments", "sample"] = "mean"
-    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    dtype: Literal["float16", "bfloat16", "float32", "int8"] = Field(
+        "float16", description="int8 takes half the bytes of float16, at a latent SNR of 39 dB."
+    )
     format: Literal["parquet", "safetensors"] = "parquet"
+    calibration: Calibration | None = Field(None, description="Of int8; the defaults if left out.")
+
+    @field_validator("calibration")
+    @classmethod
+    def _calibration_goes_with_int8(
+        cls, calibration: Calibration | None, info: ValidationInfo
+    ) -> Calibration | None:
+        if calibration and info.data.get("dtype", "int8") != "int8":
+            raise ValueError(f"goes with dtype int8, not with {info.data['dtype']}")
+        return calibration
 
 
 class Output(_Section):
@@ -304,12 +337,9 @@ def _is_union_member(name: str) -> bool:
 
 
 def _field_names(path: Sequence[str]) -> list[str]:
-    section: type[BaseModel] | None = Config
+    section: type[BaseModel] = Config
     for name in path:
-        if name == "RatioBuckets":
-            section = RatioBuckets
-            continue
-        field = section.model_fields.get(name) if section else None
-        kind = field.annotation if field else None
-        section = kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
-    return list(section.model_fields) if section else list(RatioBuckets.model_fields)
+        if field := section.model_fields.get(name):  # else it names a union's member
+            kinds = (field.annotation, *get_args(field.annotation))
+            (section,) = (k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel))
+    return list(section.model_fields)

@@ -164,9 +164,7 @@ def make(tmp_path: Path, spread_vae: Path) -> Iterator[Callable[[Fault | None], 
             receipts.append(receipt)
         listing = {unit.source: [unit] for unit in plan.units}
         channels = contract.stored_channels
-        write_next(
-            State(store), contract.fingerprint, channels, lambda: listing, on_missing="keep"
-        )
+        write_next(State(store), contract.fingerprint, channels, lambda: listing, on_missing="keep")
         assert (encoder.num_fired > 0) == (fault is not None)
         return Made(store.url, receipts)
 

@@ -16,6 +16,7 @@ import torch
 
 from latentcache.dataset.contract import Contract, read_contract
 from latentcache.dataset.manifest import Manifest, list_manifests, read_manifest, read_records
+from latentcache.dataset.quantization import to_values
 from latentcache.dataset.receipts import DataFile, UnitRecord
 from latentcache.dataset.shards import SafetensorsRows, tensor_from_bytes
 from latentcache.dataset.statistics import Statistics
@@ -32,8 +33,9 @@ class Row:
     """One sample that became a latent.
 
     `latent` is [C, H, W] in the stored dtype, unscaled: a diffusion model wants
-    `(latent - shift_factor) * scaling_factor`. Sizes and crop offsets are in pixels, the offsets
-    within the resized image. (`unit`, `key`) names the row.
+    `(latent - shift_factor) * scaling_factor`. Stored as int8, it is given as the float32 values
+    that the bytes stand for. Sizes and crop offsets are in pixels, the offsets within the resized
+    image. (`unit`, `key`) names the row.
     """
 
     unit: str
@@ -100,7 +102,10 @@ class Dataset(Sequence[Row]):
 
     @property
     def stats(self) -> Statistics:
-        """Per-channel statistics of the stored latents, merged over all units."""
+        """Per-channel statistics of the stored latents, unscaled, merged over all units.
+
+        What whitening needs: `(latent - mean) / std` of all rows has mean 0 and deviation 1.
+        """
         return self.manifest.statistics
 
     def __len__(self) -> int:
@@ -131,6 +136,8 @@ class Dataset(Sequence[Row]):
         else:
             with self._reading(shard.tensors):
                 latent = tensors[offset]
+        if self.contract.latents.quantization:
+            latent = to_values(latent, self.contract.latents)
         fixed = ("key", "original_width", "original_height", "crop_top", "crop_left")
         return Row(
             unit=shard.unit,

@@ -25,15 +25,15 @@ import ray
 import torch
 from ray.exceptions import ActorDiedError, OutOfMemoryError, RayError, RayTaskError
 
+from latentcache.dataset.contract import Contract
 from latentcache.dataset.receipts import Receipt, new_attempt
 from latentcache.engine.plan import PlannedUnit
+from latentcache.engine.settle import settle
 from latentcache.engine.unit import Job, UnitFailure, UnitRunner, UnitTask
-from latentcache.errors import ClusterError, LatentCacheError, Reject
-from latentcache.images.decode import decode_image
-from latentcache.images.source import Sample, SourceShard, read_shard
-from latentcache.images.transform import transform, transform_spec
+from latentcache.errors import ClusterError, LatentCacheError
+from latentcache.images.source import SourceShard
 from latentcache.networks import load_lpips
-from latentcache.vae.encoder import LatentEncoder, require_fp32, resolve_precision
+from latentcache.vae.encoder import LatentEncoder, require_fp32
 from latentcache.vae.examine import Examiner
 from latentcache.vae.model import KLAutoencoder
 from latentcache.vae.weights import encoder_fingerprint, load_vae
@@ -42,7 +42,6 @@ from latentcache.vae.weights import encoder_fingerprint, load_vae
 UNITS_PER_ACTOR = 2
 
 _POLL_S = 2.0
-_PROBE_IMAGES = 16
 
 # Actors lost in a row before any of them got ready: something is wrong that waiting will not mend.
 _MAX_START_FAILURES = 5
@@ -157,30 +156,8 @@ def _load_examiner(job: Job, vae: KLAutoencoder) -> Examiner | None:
     return Examiner(job.contract, vae, decoder, lpips)
 
 
-def _resolve_precision(job: Job, shards: Sequence[SourceShard]) -> str:
-    """Choose the precision on the first images that decode; runs on a GPU."""
-    vae, spec = _load_vae(job), transform_spec(job.contract)
-    images: list[torch.Tensor] = []
-    for sample in _samples(job, shards):
-        try:
-            image = decode_image(sample.image, max_pixels=spec.max_pixels)
-            images.append(transform(image, spec).pixels)
-        except Reject:
-            continue  # its unit will record it
-        if len(images) == _PROBE_IMAGES:
-            break
-    return resolve_precision(vae, images)
-
-
-def _samples(job: Job, shards: Sequence[SourceShard]) -> Iterator[Sample]:
-    for shard in shards:
-        fields, options = job.contract.image_fields, job.source_storage
-        try:
-            for sample in read_shard(shard, image=fields, keep=(), options=options):
-                if isinstance(sample, Sample):
-                    yield sample
-        except LatentCacheError:
-            continue  # its unit will fail by itself, with retries
+def _settle(job: Job, shards: Sequence[SourceShard]) -> Contract:
+    return settle(_load_vae(job), job, shards)
 
 
 class Cluster:
@@ -236,24 +213,25 @@ class Cluster:
     def __exit__(self, *_: object) -> None:
         ray.shutdown()
 
-    def resolve_precision(self, job: Job, shards: Sequence[SourceShard]) -> str:
-        """Choose the precision on one GPU; see `vae.encoder.resolve_precision`.
+    def settle(self, job: Job, shards: Sequence[SourceShard]) -> Contract:
+        """Find out on one worker what the job's contract leaves open; see `engine/settle.py`.
 
         Raises:
             ClusterError: the task was lost again and again.
             CheckpointError: the checkpoint cannot be read there.
+            SourceError: there is no image to calibrate on.
         """
-        task = ray.remote(_resolve_precision).options(
+        task = ray.remote(_settle).options(
             num_gpus=self.num_gpus_per_actor, num_cpus=self.num_cpus_per_actor, max_retries=2
         )
         try:
-            precision: str = ray.get(task.remote(job, list(shards)))
+            contract: Contract = ray.get(task.remote(job, list(shards)))
         except RayError as error:
             cause = getattr(error, "cause", None)
             if isinstance(cause, LatentCacheError):
                 raise cause from error
-            raise ClusterError(f"choosing the precision failed: {cause or error}") from error
-        return precision
+            raise ClusterError(f"a look at the first images failed: {cause or error}") from error
+        return contract
 
     def start_actor(self, job: Job) -> Any:
         """Ask for one more actor; it may pend until there is room."""

@@ -36,7 +36,6 @@ from latentcache.engine.plan import (
     make_plan,
     storage_options,
     units_of,
-    with_precision,
 )
 from latentcache.engine.progress import RunProgress
 from latentcache.engine.sample import SampleSpec
@@ -148,7 +147,7 @@ class _Driver:
             Cluster(compute.num_gpus, compute.num_cpu_actors, threads) as cluster,
             Lease(self.output, len(self.pending)) as lease,
         ):
-            self._establish_contract(cluster)
+            self._establish_contract(cluster, progress)
             if not self.output.is_conditional:
                 progress.say(
                     f"{self.output.url} has no conditional writes: one run at a time, by lease"
@@ -210,11 +209,12 @@ class _Driver:
         missing = {name: least - self.qa_totals.num_rows[name] for name in names}
         return {name: num for name, num in missing.items() if num > 0}
 
-    def _establish_contract(self, cluster: Cluster) -> None:
-        if self.contract.latents.precision == "auto":
-            job = self._job(cluster.num_cpus_per_actor)
-            precision = cluster.resolve_precision(job, self.shards)
-            self._adopt(with_precision(self.contract, precision))
+    def _establish_contract(self, cluster: Cluster, progress: RunProgress) -> None:
+        wanted = self.contract
+        if not wanted.is_settled:
+            if quantization := wanted.latents.quantization:
+                progress.say(f"calibrating int8 on {quantization.num_images} images")
+            self._adopt(cluster.settle(self._job(cluster.num_cpus_per_actor), self.shards))
         provenance = {
             "name": self.config.name,
             "checkpoint": absolute_url(self.config.vae.checkpoint),
@@ -224,15 +224,17 @@ class _Driver:
             data = establish_contract(self.output, self.contract, provenance)
         except ContractMismatch:
             there = read_contract(self.output)
-            if self.config.compute.precision != "auto" or there is None:
+            if there is None:
                 raise
-            # Another driver was first and chose another precision: `auto` takes either.
-            self._adopt(with_precision(self.contract, there.latents.precision))
+            # Another driver was first; what the config leaves open is as that one found it.
+            adopted = wanted.settled_as(there)
+            require_same(self.output, there, adopted)
+            self._adopt(adopted)
             data = establish_contract(self.output, self.contract, provenance)
         self.output.probe_conditional(CONTRACT_PATH, data)
 
     def _adopt(self, contract: Contract) -> None:
-        """Take a contract whose precision is known; the units get their names from it."""
+        """Take a contract that is settled; the units get their names from it."""
         self.contract = contract
         units = units_of(self.shards, contract)
         self.listing = {unit.source: [unit] for unit in units}

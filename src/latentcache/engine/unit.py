@@ -27,9 +27,9 @@ import torch
 
 from latentcache.dataset.contract import Contract
 from latentcache.dataset.qa import QaRow, write_qa
+from latentcache.dataset.quantization import is_finite, to_stored, to_values
 from latentcache.dataset.receipts import DataFile, QaFile, Receipt, Unit, UnitRecord
 from latentcache.dataset.shards import (
-    TORCH_DTYPES,
     BucketWriter,
     RejectRow,
     RowMeta,
@@ -198,12 +198,11 @@ class UnitRunner:
         record: UnitRecord,
         statistics: Statistics,
         stages: dict[str, StageTimes],
-        num_in_fp32: int,
+        notes: dict[str, int],
     ) -> Receipt:
         """Write up a finished attempt."""
-        notes = {"encoded_again_in_fp32": num_in_fp32}
         if self.examiner and self.examiner.agreement_db is not None:
-            notes["decoder_agreement_db"] = int(self.examiner.agreement_db)
+            notes = {**notes, "decoder_agreement_db": int(self.examiner.agreement_db)}
         return Receipt(
             record=record,
             contract_fingerprint=self.job.contract.fingerprint,
@@ -231,7 +230,9 @@ class _Attempt:
         self.times = {stage: StageTimes() for stage in STAGES}
         self.rejects: list[RejectRow] = []
         self.num_samples = 0
-        self.num_in_fp32 = 0
+        self.notes = {"encoded_again_in_fp32": 0}
+        if self.contract.latents.quantization:
+            self.notes["clamped_values"] = 0
         self.num_thumbnails: Counter[str] = Counter()
         self.sample: QaSample | None = None
         if runner.job.qa and runner.examiner:
@@ -327,10 +328,9 @@ class _Attempt:
 
         def encode() -> tuple[torch.Tensor, Encoded]:
             encoded = self.runner.encoder.encode(images)
-            terms = self.contract.latents
+            posterior = self.contract.latents.posterior
             keys = [row.key for row in rows]
-            latents = draw_latents(encoded.moments, terms.posterior, self.task.unit.id, keys)
-            return latents.to(TORCH_DTYPES[terms.dtype]), encoded
+            return draw_latents(encoded.moments, posterior, self.task.unit.id, keys), encoded
 
         job = self.runner.encode_pool.submit(self.rank, encode, self.times["encode"])
         return bucket, rows, images, job
@@ -344,9 +344,10 @@ class _Attempt:
         latents: torch.Tensor,
         encoded: Encoded,
     ) -> None:
-        self.num_in_fp32 += encoded.num_in_fp32
+        self.notes["encoded_again_in_fp32"] += encoded.num_in_fp32
+        stored, num_clamped = to_stored(latents, self.contract.latents)
         # Storing may overflow where encoding did not: float16 ends at 65,504.
-        finite = latents.isfinite().all(dim=(1, 2, 3))
+        finite = is_finite(stored).all(dim=(1, 2, 3))
         finite[list(encoded.bad)] = False
         for index in (~finite).nonzero().flatten().tolist():
             message = f"the latent overflows {self.contract.latents.dtype}"
@@ -355,7 +356,7 @@ class _Attempt:
             reject = Reject("encode", "not_finite", message)
             thumbnail = self._thumbnail(reject, images[index])
             self._reject(_reject_row(rows[index].key, reject, thumbnail))
-        kept = latents[finite]
+        kept = stored[finite]
         if not len(kept):
             return
         size = (bucket.width_px, bucket.height_px)
@@ -364,7 +365,10 @@ class _Attempt:
             writers[bucket] = BucketWriter(stem, self.contract, self.task.unit.id, size)
         kept_rows = [row for row, good in zip(rows, finite.tolist(), strict=True) if good]
         writers[bucket].append(kept, kept_rows)
-        self.statistics = self.statistics.merge(Statistics.of(kept.float().numpy()))
+        if self.contract.latents.quantization:
+            self.notes["clamped_values"] += int(num_clamped[finite].sum())
+        values = to_values(kept, self.contract.latents)
+        self.statistics = self.statistics.merge(Statistics.of(values.numpy()))
         self.runner.num_rows += len(kept)
 
     def _thumbnail(self, reject: Reject, pixels: torch.Tensor) -> bytes | None:
@@ -435,7 +439,7 @@ class _Attempt:
             rejects=rejects,
             qa=qa,
         )
-        return self.runner.receipt(record, self.statistics, self.times, self.num_in_fp32)
+        return self.runner.receipt(record, self.statistics, self.times, self.notes)
 
 
 def _reject_row(key: str | None, reject: Reject, thumbnail: bytes | None = None) -> RejectRow:

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from latentcache.dataset.contract import Contract, read_provenance
+from latentcache.dataset.contract import read_provenance
 from latentcache.dataset.qa import (
     Gates,
     QaRow,
@@ -41,9 +41,9 @@ from latentcache.errors import (
 from latentcache.images.decode import decode_image
 from latentcache.images.source import Sample, SourceShard, read_shard
 from latentcache.images.transform import transform, transform_spec
+from latentcache.networks import load_lpips
 from latentcache.pictures import write_png
 from latentcache.storage import StorageOptions, Store
-from latentcache.networks import load_lpips
 from latentcache.vae.encoder import require_fp32
 from latentcache.vae.examine import Examiner
 from latentcache.vae.weights import load_vae
@@ -138,7 +138,9 @@ def look_again(
             progress(num_rows, selection.num_rows)
     if not num_rows and not look.breaches:
         why = "; ".join(look.notes) or "the run kept no crops, because its config has no `qa:`"
-        raise DatasetError(f"{dataset.url}: nothing to look at: {why}; `--units 2` reads shards again")
+        raise DatasetError(
+            f"{dataset.url}: nothing to look at: {why}; `--units 2` reads shards again"
+        )
     look.records = [fresh.get(r.unit.id) or replace(r, qa=None) for r in dataset.units]
     look.breaches += QaTotals(gates, look.records).breaches()
     if examiner.agreement_db is not None:
@@ -149,9 +151,7 @@ def look_again(
     return look
 
 
-def _load_examiner(
-    dataset: Dataset, networks: Networks
-) -> tuple[Examiner, str]:
+def _load_examiner(dataset: Dataset, networks: Networks) -> tuple[Examiner, str]:
     """Load what measures; says what decodes."""
     require_fp32()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -187,12 +187,12 @@ def _images(
     yield from _kept(dataset, selection)
 
 
-def _kept(
-    dataset: Dataset, selection: Selection
-) -> Iterator[tuple[UnitRecord, Crops]]:
+def _kept(dataset: Dataset, selection: Selection) -> Iterator[tuple[UnitRecord, Crops]]:
     """Give crops that the run kept: of each bucket as many, as far as there are."""
     by_bucket: dict[str, list[tuple[str, str]]] = {}
-    for row in read_measures(dataset.store, dataset.units).select(["unit", "key", "bucket"]).to_pylist():
+    for row in (
+        read_measures(dataset.store, dataset.units).select(["unit", "key", "bucket"]).to_pylist()
+    ):
         by_bucket.setdefault(row["bucket"], []).append((row["unit"], row["key"]))
     for rows in by_bucket.values():
         rows.sort(key=lambda row: _draw(selection.seed, *row))
@@ -208,9 +208,7 @@ def _kept(
             yield record, crops
 
 
-def _fetch(
-    dataset: Dataset, record: UnitRecord, selection: Selection, look: Look
-) -> Crops:
+def _fetch(dataset: Dataset, record: UnitRecord, selection: Selection, look: Look) -> Crops:
     """Read a unit's shard again, and bring rows of it to their buckets once more."""
     rows = _read_rows(dataset.store, record)
     drawn = sorted(rows, key=lambda key: _draw(selection.seed, record.unit.id, key))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from latentcache.dataset.contract import Contract
 from latentcache.dataset.qa import MAX_DB, MIN_DB, Measured, QaRow
+from latentcache.dataset.quantization import is_finite, to_values
 from latentcache.dataset.shards import tensor_bytes
 from latentcache.errors import ConfigError
 from latentcache.metrics import drift_db, psnr_db, ssim
@@ -83,7 +84,7 @@ class Examiner:
             unit: the unit's id.
             bucket: the bucket's name.
             crops: the pixels that were encoded, as PNG by key.
-            stored: what was stored, by key: [C, h, w], or [2C, h, w] for moments.
+            stored: what was stored, by key and as it was: [C, h, w], or [2C, h, w] for moments.
             signal: variance of the dataset's latents, averaged over its C channels, for the drift.
 
         Returns:
@@ -99,9 +100,11 @@ class Examiner:
         for first in range(0, len(keys), batch):
             some = keys[first : first + batch]
             pixels = torch.stack([read_png(crops[key]) for key in some])
-            latents = torch.stack([stored[key].float() for key in some])
+            latents = torch.stack([stored[key] for key in some])
             measured, decoded = self._measure(unit, some, pixels, latents, signal)
-            means = latents[:, : self._contract.vae.latent_channels]
+            means = to_values(latents, self._contract.latents)[
+                :, : self._contract.vae.latent_channels
+            ]
             rows += [
                 QaRow(
                     key=key,
@@ -121,22 +124,23 @@ class Examiner:
     ) -> tuple[list[Measured], Tensor]:
         """Measure a batch; gives its reconstructions too, uint8 [B, 3, H, W] on the CPU."""
         pixels = images.to(self._decoder.device)
+        latents = to_values(stored, self._contract.latents)
         moments = self._encoder.encode(pixels)
         self._require_agreement(pixels, moments)
         posterior, channels = self._contract.latents.posterior, self._contract.vae.latent_channels
         reference = draw_latents(moments.cpu(), posterior, unit, keys)
-        is_finite = stored.isfinite().all(dim=(1, 2, 3))
-        decoded = self._decode(stored.nan_to_num(posinf=0.0, neginf=0.0)[:, :channels])
-        psnrs = _within_limits(psnr_db(decoded, pixels), is_finite)
+        finite = is_finite(stored).all(dim=(1, 2, 3))
+        decoded = self._decode(latents.nan_to_num(posinf=0.0, neginf=0.0)[:, :channels])
+        psnrs = _within_limits(psnr_db(decoded, pixels), finite)
         costs: list[float | None] = [None] * len(keys)
-        if self._contract.latents.dtype == "int8":
-            best = _within_limits(psnr_db(self._decode(reference[:, :channels]), pixels), is_finite)
+        if self._contract.latents.quantization:
+            best = _within_limits(psnr_db(self._decode(reference[:, :channels]), pixels), finite)
             costs = [*(best - psnrs).tolist()]
         measures = zip(
             psnrs.tolist(),
             ssim(decoded, pixels).tolist(),
             self._lpips(decoded, pixels).tolist() if self._lpips else [None] * len(keys),
-            _row_drift_db(stored, reference, channels, signal),
+            _row_drift_db(latents, reference, channels, signal),
             costs,
             strict=True,
         )
@@ -161,26 +165,26 @@ class Examiner:
         self._is_trusted = True
 
 
-def _row_drift_db(stored: Tensor, reference: Tensor, channels: int, signal: float) -> list[float]:
+def _row_drift_db(latents: Tensor, reference: Tensor, channels: int, signal: float) -> list[float]:
     """Give each row's drift: signal over the mean squared error of what training draws, in dB.
 
     Of moments, training draws `mean + exp(logvar / 2) * n` with standard normal n, so that the
     expected squared error is that of the mean plus that of the standard deviation.
     """
-    stored, reference = stored.double(), reference.double()
-    error = (stored[:, :channels] - reference[:, :channels]).square()
-    if stored.shape[1] > channels:
-        std, wanted = ((0.5 * z[:, channels:]).exp() for z in (stored, reference))
+    latents, reference = latents.double(), reference.double()
+    error = (latents[:, :channels] - reference[:, :channels]).square()
+    if latents.shape[1] > channels:
+        std, wanted = ((0.5 * z[:, channels:]).exp() for z in (latents, reference))
         error = error + (std - wanted).square()
     means = error.mean(dim=(1, 2, 3))
     decibels = torch.where(means == 0, math.inf, 10 * torch.log10(signal / means))
     return [_limited(value) for value in decibels.tolist()]
 
 
-def _within_limits(decibels: Tensor, is_finite: Tensor) -> Tensor:
+def _within_limits(decibels: Tensor, finite: Tensor) -> Tensor:
     """Bound decibels; rows that are not finite get the lower bound."""
     bounded = decibels.cpu().clamp(MIN_DB, MAX_DB)
-    return torch.where(is_finite, bounded, torch.full_like(bounded, MIN_DB))
+    return torch.where(finite, bounded, torch.full_like(bounded, MIN_DB))
 
 
 def _limited(decibels: float) -> float:
