@@ -89,9 +89,9 @@ class Networks:
 class Look:
     """What was seen.
 
-    `decoder` is what decoded. `records` are the dataset's units; those that were looked at have fresh QA files in `store`.
-    `breaches` says which gates are not passed, and what no gate is needed to refuse; `notes` what
-    to know of the figures.
+    `decoder` is what decoded. `records` are the dataset's units; those that were looked at have
+    fresh QA files in `store`. `breaches` says which gates are not passed, and what no gate is
+    needed to refuse; `notes` what to know of the figures.
     """
 
     decoder: str
