@@ -26,6 +26,8 @@ FLOORS = {
     "storage": 1.0,
     "dataset": 1.5,
     "metrics": 2.0,
+    "networks": 2.0,
+    "pictures": 2.0,
     "images": 2.5,
     "vae": 2.5,
     "loader": 2.5,

@@ -47,7 +47,7 @@ def write_shards(folder: Path, num_shards: int, num_samples: int = 6) -> None:
 def write_config(folder: Path, **sections: Any) -> Path:
     tree = config_tree(
         folder,
-        transform={"resolution_px": 64, "buckets": {"max_ratio": 2.0, "step_px": 32}},
+        transform={"resolution_px": 64, "buckets": {"max_ratio": 2.0, "step_px": 16}},
         source={"keep": []},
         **sections,
     )
