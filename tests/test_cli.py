@@ -20,7 +20,10 @@ from runs import Cli, Result
 
 DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"
 
-VERBS = ("run", "plan", "status", "verify", "inspect", "bench-loader", "schema", "demo-data")
+VERBS = (
+    *("run", "plan", "status", "verify", "inspect", "eval", "bench-loader", "schema"),
+    "demo-data",
+)
 
 # Rich would take these for markup, a terminal for a command.
 CAPTION = "[red]a [/b] caption\x1b[2J with ü and\na line break"

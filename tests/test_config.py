@@ -14,10 +14,13 @@ import pytest
 import yaml
 
 from latentcache import Config, load_config, make_plan, parse_config
+from latentcache.config import load_eval_config
 from latentcache.errors import ConfigError
 from makers import png, write_tar
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+FOLDER = Path(__file__).parents[1] / "configs"
+EVAL_CONFIGS = sorted(FOLDER.glob("eval-*.yaml"))
+CONFIGS = sorted(set(FOLDER.glob("*.yaml")) - set(EVAL_CONFIGS))
 
 TREE: dict[str, Any] = {
     "name": "photos",
@@ -87,7 +90,7 @@ def test_a_shipped_config_plans_on_local_fixtures(path: Path, local_source: list
     assert not list(plan.output.list()), "planning writes nothing"
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*CONFIGS, *EVAL_CONFIGS], ids=lambda path: path.stem)
 def test_a_shipped_config_has_no_secret_and_names_its_checkpoint(path: Path):
     text = path.read_text().lower()
     assert not any(word in text for word in ("secret", "password", "token", "access_key"))
@@ -288,11 +291,10 @@ def test_a_config_is_frozen():
         config.name = "other"
 
 
-@pytest.fixture(scope="module")
-def schema() -> dict[str, Any]:
+def printed_schema(*options: str) -> dict[str, Any]:
     """What `latentcache schema` prints."""
     done = subprocess.run(
-        [sys.executable, "-m", "latentcache.cli", "schema"],
+        [sys.executable, "-m", "latentcache.cli", "schema", *options],
         capture_output=True,
         text=True,
         check=True,
@@ -300,6 +302,22 @@ def schema() -> dict[str, Any]:
     tree: dict[str, Any] = json.loads(done.stdout)
     jsonschema.Draft202012Validator.check_schema(tree)
     return tree
+
+
+@pytest.fixture(scope="module")
+def schema() -> dict[str, Any]:
+    return printed_schema()
+
+
+def test_the_schema_of_an_evaluation_accepts_the_shipped_configs():
+    schema = printed_schema("--eval")
+    assert EVAL_CONFIGS
+    for path in EVAL_CONFIGS:
+        tree = yaml.safe_load(path.read_text())
+        jsonschema.validate(tree, schema)
+        assert load_eval_config(path).vae.checkpoint
+        with pytest.raises(jsonschema.ValidationError, match="unexpected"):
+            jsonschema.validate(tree | {"model": []}, schema)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

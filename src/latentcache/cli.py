@@ -553,13 +553,51 @@ def bench_loader_command(
     )
 
 
+@app.command("eval")
+@_command
+def eval_command(config: ConfigPath, set_: Overrides = None, json_: Json = False) -> None:
+    """Hold decoders against each other: the model card's table, over images of your own."""
+    from contextlib import ExitStack
+    from dataclasses import asdict
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from latentcache.config import load_eval_config
+    from latentcache.quality.card import render_card
+    from latentcache.quality.evaluate import Map, evaluate, plan_evaluation
+
+    parsed = load_eval_config(config, set_ or ())
+    plan, compute = plan_evaluation(parsed), parsed.compute
+    with ExitStack() as stack:
+        run: Map = map
+        if compute.num_gpus or compute.num_cpu_actors > 1:
+            from latentcache.engine.cluster import Cluster
+
+            cluster = Cluster(compute.num_gpus, compute.num_cpu_actors, None)
+            run = stack.enter_context(cluster).map
+        console = Console(stderr=True)
+        bar = Progress(console=console, transient=True, disable=not console.is_terminal)
+        task = stack.enter_context(bar).add_task("evaluating", total=None)
+        found = evaluate(
+            plan, run, lambda done, total: bar.update(task, completed=done, total=total)
+        )
+    if json_:
+        _print_json(asdict(found))
+    else:
+        _print(f"{render_card(found)}\n\nwritten to {found.output}")
+
+
 @app.command("schema")
 @_command
-def schema_command() -> None:
+def schema_command(
+    eval_: Annotated[bool, typer.Option("--eval", help="Of a config of `eval`.")] = False,
+) -> None:
     """Print the JSON Schema of a config."""
-    from latentcache.config import Config
+    from latentcache.config import Config, EvalConfig
 
-    _print(json.dumps(Config.model_json_schema(), indent=2))
+    kind = EvalConfig if eval_ else Config
+    _print(json.dumps(kind.model_json_schema(), indent=2))
 
 
 @app.command("demo-data")

@@ -1,4 +1,4 @@
-"""The config of a run: what `latentcache run config.yaml` reads, checks and refuses.
+"""The configs: what `latentcache run` and `latentcache eval` read, check and refuse.
 
 Each section is a frozen Pydantic model, so that a config is valid as a whole before anything
 starts. Credentials never stand in a config: they come from the environment or a named profile.
@@ -10,7 +10,7 @@ import copy
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import (
@@ -38,6 +38,9 @@ ROW_COLUMNS = (
     "crop_left",
 )
 
+# Larger images are refused before they are decoded, where a config does not say otherwise.
+MAX_PIXELS = 100_000_000
+
 Side = Annotated[int, Field(ge=8, le=16384, multiple_of=8)]
 
 
@@ -54,7 +57,7 @@ class Storage(_Section):
     requester_pays: bool = Field(False, description="Accept the charges of a requester-pays one.")
 
 
-class Source(_Section):
+class Images(_Section):
     """Which images are read."""
 
     shards: str | list[str] = Field(
@@ -63,13 +66,18 @@ class Source(_Section):
     image: list[str] = Field(
         ["jpg", "jpeg", "png", "webp"], min_length=1, description="Fields that hold the image."
     )
+    storage: Storage = Storage()
+
+
+class Source(Images):
+    """Which images are read, and what is kept of their samples."""
+
     keep: list[str] = Field(
         [], description="Fields kept as columns: text, `cls` as integer; `txt` becomes `caption`."
     )
     on_missing: Literal["keep", "drop"] = Field(
         "keep", description="Whether rows stay when their shard is no longer listed."
     )
-    storage: Storage = Storage()
 
     @field_validator("keep")
     @classmethod
@@ -103,7 +111,7 @@ class Transform(_Section):
         None, gt=0, description="Reject images that would be enlarged by more than this factor."
     )
     max_pixels: int = Field(
-        100_000_000, ge=1, description="Reject images of more pixels, before decoding them."
+        MAX_PIXELS, ge=1, description="Reject images of more pixels, before decoding them."
     )
 
     @field_validator("buckets")
@@ -237,6 +245,67 @@ class Config(_Section):
         return value
 
 
+class Networks(_Section):
+    """The networks of an evaluation; a measure whose network is left out stays empty."""
+
+    inception: Network | None = Field(
+        None, description="StyleGAN2-ADA's `inception-2015-12-05.pt`, for rFID."
+    )
+    lpips: Network | None = Field(None, description="StyleGAN2-ADA's `vgg16.pt`, for LPIPS.")
+    vgg16: Network | None = Field(
+        None, description="A plain VGG16 state dict with torchvision's names, for PSIM."
+    )
+    storage: Storage = Storage()
+
+
+class EvalModel(_Section):
+    """A decoder to evaluate: one row of the table."""
+
+    name: str = Field(min_length=1)
+    checkpoint: str = Field(description="As in `vae.checkpoint`; its decoder is used.")
+    train_steps: int | None = Field(None, ge=0, description="For the table only.")
+    link: str = Field("", description="For the table only.")
+    comments: str = Field("", description="For the table only.")
+    storage: Storage = Storage()
+
+
+class EvalCompute(_Section):
+    """What an evaluation may use; it computes in fp32."""
+
+    num_gpus: int = Field(1, ge=0, description="One actor each; 0 computes on CPUs.")
+    num_cpu_actors: int = Field(
+        1, ge=1, description="Actors where `num_gpus` is 0; one works in the command's own process."
+    )
+    batch_size: int = Field(16, ge=1, description="Images decoded at once.")
+
+
+class EvalConfig(_Section):
+    """A whole config file of `latentcache eval`."""
+
+    name: str = Field(min_length=1)
+    source: Images
+    resolution_px: Side = Field(256, description="The shorter side's; then the centre is cropped.")
+    vae: Vae = Field(description="Encodes the images, once for all models.")
+    models: list[EvalModel] = Field(min_length=1)
+    networks: Networks = Networks()
+    max_images: int | None = Field(
+        None, ge=1, description="At most, spread evenly over the shards; all if left out."
+    )
+    picture_rows: int = Field(8, ge=0, le=64, description="Images in the side-by-side picture.")
+    output: Output = Field(description="Where the table, the figures and the picture are written.")
+    compute: EvalCompute = EvalCompute()
+
+    @field_validator("models")
+    @classmethod
+    def _names_are_distinct(cls, models: list[EvalModel]) -> list[EvalModel]:
+        if len({model.name for model in models}) < len(models):
+            raise ValueError("two models have one name")
+        return models
+
+
+_FileT = TypeVar("_FileT", Config, EvalConfig)
+
+
 class _Loader(yaml.SafeLoader):
     """YAML's safe loader, which by itself lets the second of two like-named settings win."""
 
@@ -252,7 +321,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML config.
+    """Read the YAML config of a run.
 
     Args:
         path: the file.
@@ -262,6 +331,20 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: the file cannot be read, is not YAML, or a value is wrong; the message has one
             line per mistake with its dotted path and, for an unknown name, the nearest valid one.
     """
+    return _parse(Config, _read(path, overrides), str(path))
+
+
+def load_eval_config(path: str | Path, overrides: Sequence[str] = ()) -> EvalConfig:
+    """Read the YAML config of an evaluation; see `load_config`."""
+    return _parse(EvalConfig, _read(path, overrides), str(path))
+
+
+def parse_config(tree: Any, origin: str = "config") -> Config:
+    """Check a run's config that is already a tree of dicts and lists; see `load_config`."""
+    return _parse(Config, tree, origin)
+
+
+def _read(path: str | Path, overrides: Sequence[str]) -> Any:
     try:
         tree = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError) as error:
@@ -272,15 +355,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path} is not valid YAML: {where}") from error
     for override in overrides:
         _apply(tree, override)
-    return parse_config(tree, origin=str(path))
+    return tree
 
 
-def parse_config(tree: Any, origin: str = "config") -> Config:
-    """Check a config that is already a tree of dicts and lists; see `load_config`."""
+def _parse(kind: type[_FileT], tree: Any, origin: str) -> _FileT:
     try:
-        return Config.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("\n".join(f"{origin}: {line}" for line in _explain(error))) from error
+        lines = _explain(error, kind)
+        raise ConfigError("\n".join(f"{origin}: {line}" for line in lines)) from error
 
 
 def _apply(tree: Any, override: str) -> None:
@@ -303,25 +386,25 @@ def _apply(tree: Any, override: str) -> None:
     tree[names[-1]] = value
 
 
-def _explain(error: ValidationError) -> Iterable[str]:
+def _explain(error: ValidationError, kind: type[BaseModel]) -> Iterable[str]:
     """One line per setting that is wrong, its dotted path first."""
     reasons: dict[str, list[str]] = {}
     for mistake in error.errors():
         names = [str(part) for part in mistake["loc"]]
         # Pydantic names the tried member of a union in the path; a config has no such level.
         dotted = ".".join(n for n in names if not _is_union_member(n)) or "(whole file)"
-        reasons.setdefault(dotted, []).append(_reason(mistake, names))
+        reasons.setdefault(dotted, []).append(_reason(mistake, names, kind))
     for dotted, found in reasons.items():
         # A union complains once per member; what a deeper path says is the one that was meant.
         if not any(other.startswith(f"{dotted}.") for other in reasons):
             yield f"{dotted}: {' or '.join(found)}"
 
 
-def _reason(mistake: ErrorDetails, names: Sequence[str]) -> str:
+def _reason(mistake: ErrorDetails, names: Sequence[str], kind: type[BaseModel]) -> str:
     if mistake["type"] == "missing":
         return "required, but missing"
     if mistake["type"] == "extra_forbidden":
-        known = _field_names(names[:-1])
+        known = _field_names(names[:-1], kind)
         nearest = difflib.get_close_matches(names[-1], known, n=1, cutoff=0.5)
         if nearest:
             return f"no such setting; did you mean {nearest[0]!r}?"
@@ -336,10 +419,18 @@ def _is_union_member(name: str) -> bool:
     return any(m in name for m in "[(") or name in ("int", "str", "constrained-int", "RatioBuckets")
 
 
-def _field_names(path: Sequence[str]) -> list[str]:
-    section: type[BaseModel] = Config
+def _field_names(path: Sequence[str], kind: type[BaseModel]) -> list[str]:
+    """What may stand in the section at that path of a config file of that kind."""
+    sections = [kind]
     for name in path:
-        if field := section.model_fields.get(name):  # else it names a union's member
-            kinds = (field.annotation, *get_args(field.annotation))
-            (section,) = (k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel))
-    return list(section.model_fields)
+        if not name.isdigit() and not _is_union_member(name):
+            found = [section.model_fields.get(name) for section in sections]
+            sections = [part for field in found if field for part in _sections(field.annotation)]
+    return [name for section in sections for name in section.model_fields]
+
+
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that a field may hold, alone, in a list or as one of several kinds."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [section for part in get_args(annotation) for section in _sections(part)]

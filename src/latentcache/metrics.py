@@ -1,11 +1,23 @@
-"""Measures of how close two images or two latents are."""
+"""Measures of how close two images, two latents or two sets of images are."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
 import torch
+from torch import Tensor
+
+Float64 = npt.NDArray[np.float64]
+
+# Wang et al. 2004, section III: the window, and the constants for a data range of 1.
+_SSIM_WINDOW_PX = 11
+_SSIM_SIGMA_PX = 1.5
+_SSIM_C1, _SSIM_C2 = 0.01**2, 0.03**2
 
 
-def psnr_db(images: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+def psnr_db(images: Tensor, reference: Tensor) -> Tensor:
     """Peak signal-to-noise ratio of each image, in dB; infinite where they are equal.
 
     Args:
@@ -19,7 +31,54 @@ def psnr_db(images: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     return 10 * torch.log10(255.0**2 / error)
 
 
-def drift_db(latents: torch.Tensor, reference: torch.Tensor) -> float:
+def ssim(images: Tensor, reference: Tensor) -> Tensor:
+    """Structural similarity of each image; 1 where they are equal.
+
+    Wang, Bovik, Sheikh and Simoncelli, "Image Quality Assessment: From Error Visibility to
+    Structural Similarity" (2004), equation 13, in each channel: a Gaussian window of 11×11 px with
+    sigma 1.5, population covariance, data range 1, averaged over the places where the window lies
+    wholly within the image, and over the channels. Where a side is below 11 px, the window has the
+    largest odd side that fits.
+
+    Args:
+        images: uint8 [B, 3, H, W].
+        reference: the same shape and dtype.
+
+    Returns:
+        float64 [B].
+    """
+    x, y = images.double() / 255, reference.double() / 255
+    window = _gaussian(min(_SSIM_WINDOW_PX, *x.shape[2:]))
+    mean_x, mean_y = _local_mean(x, window), _local_mean(y, window)
+    variance_x = _local_mean(x * x, window) - mean_x * mean_x
+    variance_y = _local_mean(y * y, window) - mean_y * mean_y
+    covariance = _local_mean(x * y, window) - mean_x * mean_y
+    above = (2 * mean_x * mean_y + _SSIM_C1) * (2 * covariance + _SSIM_C2)
+    below = (mean_x.square() + mean_y.square() + _SSIM_C1) * (variance_x + variance_y + _SSIM_C2)
+    return (above / below).mean(dim=(1, 2, 3))
+
+
+def _gaussian(longest_px: int) -> list[float]:
+    """Weights of a window of odd length that sum to 1."""
+    half = (longest_px - 1) // 2
+    offsets = np.arange(-half, half + 1)
+    weights = np.exp(-0.5 * np.square(offsets / _SSIM_SIGMA_PX))
+    return list((weights / weights.sum()).tolist())
+
+
+def _local_mean(maps: Tensor, window: list[float]) -> Tensor:
+    """Weighted means under a window wherever it lies wholly within [B, C, H, W]."""
+    for dim in (2, 3):
+        # A sum over shifts: on a CPU, convolutions in float64 are several times slower.
+        length = maps.shape[dim] - len(window) + 1
+        sums = torch.zeros_like(maps.narrow(dim, 0, length))
+        for offset, weight in enumerate(window):
+            sums.add_(maps.narrow(dim, offset, length), alpha=weight)
+        maps = sums
+    return maps
+
+
+def drift_db(latents: Tensor, reference: Tensor) -> float:
     """How far latents are from a reference encode: signal variance over squared error, in dB.
 
     Args:
@@ -35,3 +94,80 @@ def drift_db(latents: torch.Tensor, reference: torch.Tensor) -> float:
         return -float("inf")
     variance = (signal - signal.mean(dim=(0, 2, 3), keepdim=True)).square().sum()
     return float(10 * torch.log10(variance / error)) if error else float("inf")
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureStatistics:
+    """Mean and covariance of `count` vectors of D features; two of these merge.
+
+    `mean` is float64 [D]; `scatter`, float64 [D, D], is the sum over the vectors of the outer
+    product of their deviation from the mean with itself.
+    """
+
+    count: int
+    mean: Float64
+    scatter: Float64
+
+    @classmethod
+    def empty(cls, num_features: int) -> FeatureStatistics:
+        """Statistics of no vectors."""
+        return cls(0, np.zeros(num_features), np.zeros((num_features, num_features)))
+
+    @classmethod
+    def of(cls, features: npt.NDArray[np.floating]) -> FeatureStatistics:
+        """Statistics of a batch: any float dtype [N, D], N ≥ 1."""
+        vectors = features.astype(np.float64)
+        mean = vectors.mean(axis=0)
+        vectors -= mean
+        return cls(len(vectors), mean, vectors.T @ vectors)
+
+    def merge(self, other: FeatureStatistics) -> FeatureStatistics:
+        """Statistics of both sets of vectors (Chan, Golub and LeVeque 1979, pairwise update)."""
+        count = self.count + other.count
+        if not self.count or not other.count:
+            return self if self.count else other
+        delta = other.mean - self.mean
+        scatter = np.outer(delta, delta)
+        scatter *= self.count * other.count / count
+        scatter += self.scatter
+        scatter += other.scatter
+        return FeatureStatistics(count, self.mean + delta * (other.count / count), scatter)
+
+    @property
+    def std(self) -> Float64:
+        """Population standard deviation of each feature, float64 [D]; zero where there are none."""
+        return np.sqrt(np.diag(self.scatter) / max(self.count, 1))
+
+
+def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
+    """Fréchet distance of two Gaussians with these means and (sample) covariances.
+
+    |m_a - m_b|² + tr(C_a) + tr(C_b) - 2 tr((C_a C_b)^½): Dowson and Landau 1982; as a distance of
+    image sets, Heusel et al., "GANs Trained by a Two Time-Scale Update Rule" (2017), equation 6.
+    The last trace is taken over the eigenvalues of C_a^½ C_b C_a^½, which is symmetric: they are
+    real, and what rounding makes of the zeros, of which there are many below D + 1 vectors, is
+    clipped.
+
+    Args:
+        a: at least two vectors.
+        b: at least two vectors, of as many features.
+
+    Raises:
+        ValueError: fewer vectors, which have no covariance.
+    """
+    if min(a.count, b.count) < 2:
+        raise ValueError("a Fréchet distance needs at least two vectors on each side")
+    covariance_a, covariance_b = a.scatter / (a.count - 1), b.scatter / (b.count - 1)
+    values, vectors = np.linalg.eigh(covariance_a)
+    root = (vectors * np.sqrt(_without_noise(values))) @ vectors.T
+    products = np.linalg.eigvalsh(root @ covariance_b @ root)
+    trace_of_root = np.sqrt(_without_noise(products)).sum()
+    distance = np.square(a.mean - b.mean).sum()
+    distance += np.trace(covariance_a) + np.trace(covariance_b) - 2 * trace_of_root
+    return max(0.0, float(distance))
+
+
+def _without_noise(eigenvalues: Float64) -> Float64:
+    """Set to zero what is negative, or too small to be told from rounding."""
+    least = eigenvalues.max(initial=0.0) * len(eigenvalues) * np.finfo(np.float64).eps
+    return np.where(eigenvalues > least, eigenvalues, 0.0)

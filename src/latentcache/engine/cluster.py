@@ -11,9 +11,10 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import cycle
+from typing import Any, TypeVar
 
 # A local cluster is for this process alone; tokens would only write files into the user's home.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -30,7 +31,7 @@ from latentcache.dataset.receipts import Receipt, new_attempt
 from latentcache.engine.plan import PlannedUnit
 from latentcache.engine.settle import settle
 from latentcache.engine.unit import Job, UnitFailure, UnitRunner, UnitTask
-from latentcache.errors import ClusterError, LatentCacheError
+from latentcache.errors import ClusterError, LatentCacheError, StorageError
 from latentcache.images.source import SourceShard
 from latentcache.networks import load_lpips
 from latentcache.vae.encoder import LatentEncoder, require_fp32
@@ -38,10 +39,16 @@ from latentcache.vae.examine import Examiner
 from latentcache.vae.model import KLAutoencoder
 from latentcache.vae.weights import encoder_fingerprint, load_vae
 
+A = TypeVar("A")
+B = TypeVar("B")
+
 # One unit is finished while the next is fetched and decoded.
 UNITS_PER_ACTOR = 2
 
 _POLL_S = 2.0
+
+# Tries after the first, of work that is done again as a whole.
+_RETRIES = 2
 
 # Actors lost in a row before any of them got ready: something is wrong that waiting will not mend.
 _MAX_START_FAILURES = 5
@@ -128,6 +135,14 @@ class _EncoderActor:
         return self._runner.stats() if self._runner else {}
 
 
+class _CallingActor:
+    """Calls functions; what they cache in their module stays with its process and GPU."""
+
+    def call(self, function: Callable[[A], B], item: A) -> B:
+        """Call one."""
+        return function(item)
+
+
 def _load_vae(job: Job) -> KLAutoencoder:
     device = "cuda" if ray.get_gpu_ids() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
@@ -178,7 +193,7 @@ class Cluster:
         try:
             ray.init(address=address, log_to_driver=False, logging_level="ERROR", **arguments)
         except (ConnectionError, ValueError, RuntimeError, RayError) as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = _first_line(error)
             raise ClusterError(f"cannot join the Ray cluster at {address}: {reason}") from error
         try:
             self._size_actors(num_gpus, num_cpu_actors, decode_threads)
@@ -221,17 +236,41 @@ class Cluster:
             CheckpointError: the checkpoint cannot be read there.
             SourceError: there is no image to calibrate on.
         """
-        task = ray.remote(_settle).options(
-            num_gpus=self.num_gpus_per_actor, num_cpus=self.num_cpus_per_actor, max_retries=2
+        task = ray.remote(_settle).options(max_retries=_RETRIES, **self._resources)
+        contract: Contract = _get(
+            task.remote(job, list(shards)), "a look at the first images failed"
         )
-        try:
-            contract: Contract = ray.get(task.remote(job, list(shards)))
-        except RayError as error:
-            cause = getattr(error, "cause", None)
-            if isinstance(cause, LatentCacheError):
-                raise cause from error
-            raise ClusterError(f"a look at the first images failed: {cause or error}") from error
         return contract
+
+    def map(self, function: Callable[[A], B], items: Iterable[A]) -> Iterator[B]:
+        """Call a function on each item, on as many actors as a run would have.
+
+        Results come in the order of the items, of which two wait for each actor. A call whose actor
+        is lost, or that a store failed, is made again.
+
+        Raises:
+            ClusterError: actors were lost again and again.
+            LatentCacheError: what the function raised.
+        """
+        items = list(items)
+        actors = [
+            ray.remote(_CallingActor)
+            .options(max_restarts=_RETRIES, max_task_retries=_RETRIES, **self._resources)
+            .remote()
+            for _ in range(min(self.num_actors, len(items)))
+        ]
+        waiting: deque[Any] = deque()
+        try:
+            for actor, item in zip(cycle(actors), items, strict=False):
+                if len(waiting) == 2 * len(actors):
+                    yield _get(waiting.popleft(), "an actor was lost")
+                call = actor.call.options(retry_exceptions=[StorageError])
+                waiting.append(call.remote(function, item))
+            while waiting:
+                yield _get(waiting.popleft(), "an actor was lost")
+        finally:
+            for actor in actors:
+                ray.kill(actor)
 
     def start_actor(self, job: Job) -> Any:
         """Ask for one more actor; it may pend until there is room."""
@@ -240,8 +279,22 @@ class Cluster:
             max_task_retries=0,
             concurrency_groups={"units": UNITS_PER_ACTOR, "control": 1},
         )(_EncoderActor)
-        options = {"num_gpus": self.num_gpus_per_actor, "num_cpus": self.num_cpus_per_actor}
-        return actor_class.options(**options).remote(job)
+        return actor_class.options(**self._resources).remote(job)
+
+    @property
+    def _resources(self) -> dict[str, int]:
+        return {"num_gpus": self.num_gpus_per_actor, "num_cpus": self.num_cpus_per_actor}
+
+
+def _get(ref: Any, failure: str) -> Any:
+    """Wait for a result; what went wrong is an error of ours."""
+    try:
+        return ray.get(ref)
+    except RayError as error:
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, LatentCacheError):
+            raise cause from error
+        raise ClusterError(f"{failure}: {_first_line(cause or error)}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -430,8 +483,7 @@ class Dispatcher:
         if worker.node is None:
             self._start_failures += 1
             if self._start_failures >= _MAX_START_FAILURES:
-                reason = str(error).strip().splitlines()[0]
-                raise ClusterError(f"actors die before they get ready: {reason}")
+                raise ClusterError(f"actors die before they get ready: {_first_line(error)}")
         # The first loss costs no time; a row of them backs off to half a minute.
         self._may_start_at = time.monotonic() + min(30.0, 2.0**self._start_failures - 1)
         crashed = isinstance(error, OutOfMemoryError) or (
@@ -449,3 +501,8 @@ class Dispatcher:
     @staticmethod
     def _is_alive(node: str | None) -> bool:
         return any(entry["NodeID"] == node and entry["Alive"] for entry in ray.nodes())
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

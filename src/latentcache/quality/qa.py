@@ -230,8 +230,8 @@ def _fetch(dataset: Dataset, record: UnitRecord, selection: Selection, look: Loo
                 f"{reject.message}"
             )
             continue
-        placed = (done.bucket.name, done.original_width, done.original_height)
-        placed = (*placed, done.crop_top, done.crop_left)
+        size = (done.original_width, done.original_height)
+        placed = (done.bucket.name, *size, done.crop_top, done.crop_left)
         if placed != rows[sample.key]:
             look.breaches.append(
                 f"row {sample.key!r} of {unit.source} has bucket, size and crop "

@@ -29,7 +29,7 @@ def require_fp32() -> None:
     By default cuDNN computes convolutions of float32 in TF32, whose ten bits are those of float16:
     no reference for it, and no way out where float16 fails.
     """
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True, slots=True)

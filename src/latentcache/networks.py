@@ -1,0 +1,256 @@
+"""Published networks that some measures need, loaded only if the file is the one that was meant.
+
+None of them comes with this package. Two are TorchScript, and to load TorchScript is to run a
+program; so every file is named together with its SHA-256, which is held against the very bytes
+that are loaded, before anything else looks at them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from io import BytesIO
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from latentcache.errors import ConfigError, ObjectNotFound
+from latentcache.storage import StorageOptions, Store, split_url
+
+Features = Callable[[Tensor], Tensor]
+"""uint8 [B, 3, H, W], on any device -> float32 [B, D], on the network's."""
+
+Distance = Callable[[Tensor, Tensor], Tensor]
+"""Two times uint8 [B, 3, H, W], on any device -> float64 [B], on the network's."""
+
+NUM_INCEPTION_FEATURES = 2048
+
+_PROBE = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+
+# VGG16's first layers alone take 70 MB for an image of 256 px.
+_PIXELS_AT_ONCE = 4 * 256 * 256
+
+# Simonyan and Zisserman 2015, configuration D: the convolutions between two poolings, by their
+# number among torchvision's `features`, and their channels.
+_VGG16_BLOCKS = (
+    ((0, 2), 64),
+    ((5, 7), 128),
+    ((10, 12, 14), 256),
+    ((17, 19, 21), 512),
+    ((24, 26, 28), 512),
+)
+# What torchvision's weights were trained with: mean and standard deviation of ImageNet, RGB.
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def load_inception(
+    url: str,
+    sha256: str,
+    options: StorageOptions = StorageOptions(),
+    device: str | torch.device = "cpu",
+) -> Features:
+    """Load the Inception network of the Fréchet distance, `inception-2015-12-05.pt`.
+
+    The TorchScript file that StyleGAN2-ADA published and its successors use: it holds the original
+    FID's weights and resizes images itself.
+
+    Args:
+        url: the file, by path or URL.
+        sha256: of the file, lower-case hex.
+        options: how to reach it.
+        device: where it computes.
+
+    Raises:
+        ConfigError: there is no such file, its hash is another, or it is not such a network.
+        StorageError: the store cannot be reached.
+    """
+    network = _load_script(url, sha256, options)
+    arguments = {"return_features": True}
+    found = _try(url, network, _PROBE, arguments)
+    if found.shape[1:] != (NUM_INCEPTION_FEATURES,):
+        raise ConfigError(
+            f"{url} gives features of shape {list(found.shape[1:])}, not "
+            f"[{NUM_INCEPTION_FEATURES}]: name StyleGAN2-ADA's inception-2015-12-05.pt"
+        )
+    network = network.to(device)
+
+    @torch.inference_mode()
+    def features(images: Tensor) -> Tensor:
+        out: Tensor = network(images.to(device), **arguments)
+        return out
+
+    return features
+
+
+def load_lpips(
+    url: str,
+    sha256: str,
+    options: StorageOptions = StorageOptions(),
+    device: str | torch.device = "cpu",
+) -> Distance:
+    """Load LPIPS (Zhang et al. 2018, on VGG16) as StyleGAN2-ADA published it: `vgg16.pt`.
+
+    The TorchScript file gives features whose summed squared difference is the distance.
+
+    Args and errors are those of `load_inception`.
+    """
+    network = _load_script(url, sha256, options)
+    arguments = {"resize_images": False, "return_lpips": True}
+    if _try(url, network, _PROBE.float(), arguments).ndim != 2:
+        raise ConfigError(f"{url} gives no LPIPS features: name StyleGAN2-ADA's vgg16.pt")
+    network = network.to(device)
+
+    def distance(images: Tensor, reference: Tensor) -> Tensor:
+        a, b = (network(x.to(device).float(), **arguments) for x in (images, reference))
+        squared: Tensor = (a - b).square()
+        return squared.sum(dim=1, dtype=torch.float64)
+
+    return _few_at_once(distance)
+
+
+def load_vgg16(
+    url: str,
+    sha256: str,
+    options: StorageOptions = StorageOptions(),
+    device: str | torch.device = "cpu",
+) -> Distance:
+    """Load a plain VGG16 and measure PSIM with it: an unweighted perceptual distance.
+
+    LPIPS without its learnt weights (the baseline of Zhang et al. 2018, equation 1 with w = 1):
+    activations after relu1_2, 2_2, 3_3, 4_3 and 5_3, divided by their length over the channels;
+    the squared difference summed over the channels, averaged over space, summed over the layers.
+
+    Args:
+        url: a state dict as PyTorch saves it, with torchvision's names (`features.0.weight`, …), by
+            path or URL; its classifier is not used.
+        sha256: of the file, lower-case hex.
+        options: how to reach it.
+        device: where it computes.
+
+    Raises:
+        ConfigError: there is no such file, its hash is another, or it is not such a state dict.
+        StorageError: the store cannot be reached.
+    """
+    weights = {name: tensor.to(device) for name, tensor in _load_vgg16(url, sha256, options)}
+
+    def distance(images: Tensor, reference: Tensor) -> Tensor:
+        pairs = zip(
+            _vgg16_layers(weights, images.to(device)),
+            _vgg16_layers(weights, reference.to(device)),
+            strict=True,
+        )
+        layers = [(a - b).square().sum(dim=1).double().mean(dim=(1, 2)) for a, b in pairs]
+        return torch.stack(layers).sum(dim=0)
+
+    return _few_at_once(distance)
+
+
+def _few_at_once(distance: Distance) -> Distance:
+    """Bound the memory that a distance takes, whatever the size of the batch."""
+
+    @torch.inference_mode()
+    def bounded(images: Tensor, reference: Tensor) -> Tensor:
+        few = max(1, _PIXELS_AT_ONCE // (images.shape[2] * images.shape[3]))
+        pairs = zip(torch.split(images, few), torch.split(reference, few), strict=True)
+        return torch.cat([distance(a, b) for a, b in pairs])
+
+    return bounded
+
+
+def _read(url: str, sha256: str, options: StorageOptions) -> BytesIO:
+    """Read a file whole, and refuse it unless it has this hash."""
+    folder, name = split_url(url)
+    try:
+        data = Store(folder, options).read_bytes(name)
+    except ObjectNotFound as error:
+        raise ConfigError(f"no network: {error}; give its path or URL") from error
+    found = hashlib.sha256(data).hexdigest()
+    if found != sha256:
+        raise ConfigError(
+            f"{url} is not the file that was meant: its SHA-256 is {found}, the config says "
+            f"{sha256}; download it again, or set the hash of a file that you trust"
+        )
+    return BytesIO(data)
+
+
+def _load_script(url: str, sha256: str, options: StorageOptions) -> torch.jit.ScriptModule:
+    file = _read(url, sha256, options)
+    with warnings.catch_warnings():
+        # torch would have TorchScript given up; these networks were published as nothing else.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        try:
+            load: Callable[..., torch.jit.ScriptModule] = torch.jit.load
+            network = load(file, map_location="cpu")
+        except (RuntimeError, ValueError) as error:
+            raise ConfigError(f"{url} is not a TorchScript file: {_first_line(error)}") from error
+    return network.eval()
+
+
+@torch.inference_mode()
+def _try(
+    url: str, network: torch.jit.ScriptModule, probe: Tensor, arguments: Mapping[str, Any]
+) -> Tensor:
+    """Call a network once, so that a wrong one is told before hours of work."""
+    try:
+        found = network(probe, **arguments)
+    except (RuntimeError, torch.jit.Error) as error:
+        called = ", ".join(f"{name}={value}" for name, value in arguments.items())
+        raise ConfigError(
+            f"{url} cannot be called with {called}, as StyleGAN2-ADA's networks are: "
+            f"{_first_line(error)}"
+        ) from error
+    if not isinstance(found, Tensor):
+        raise ConfigError(f"{url} gives no tensor: name one of StyleGAN2-ADA's networks")
+    return found
+
+
+def _load_vgg16(url: str, sha256: str, options: StorageOptions) -> Iterator[tuple[str, Tensor]]:
+    """Give the convolutions of a VGG16 state dict by name, as float32, their shapes checked."""
+    file = _read(url, sha256, options)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of TorchScript, which is an error below
+            tensors = torch.load(file, map_location="cpu", weights_only=True)
+    except (RuntimeError, ValueError, EOFError, LookupError, pickle.UnpicklingError) as error:
+        raise ConfigError(f"{url} is not a PyTorch state dict: {_first_line(error)}") from error
+    if not isinstance(tensors, dict):
+        raise ConfigError(f"{url} is not a PyTorch state dict")
+    in_channels = 3
+    for numbers, channels in _VGG16_BLOCKS:
+        for number in numbers:
+            for part, shape in (("weight", (channels, in_channels, 3, 3)), ("bias", (channels,))):
+                name = f"features.{number}.{part}"
+                tensor = tensors.get(name)
+                if not isinstance(tensor, Tensor) or tensor.shape != shape:
+                    raise ConfigError(
+                        f"{url} is not a plain VGG16 with torchvision's names: it has no {name} "
+                        f"of shape {list(shape)}"
+                    )
+                yield name, tensor.float()
+            in_channels = channels
+
+
+def _vgg16_layers(weights: Mapping[str, Tensor], images: Tensor) -> Iterator[Tensor]:
+    """Give the last activations of each block, of length 1 over the channels: [B, C, h, w]."""
+    mean, std = (
+        torch.tensor(values, device=images.device)[:, None, None]
+        for values in (_IMAGENET_MEAN, _IMAGENET_STD)
+    )
+    x = (images.float() / 255 - mean) / std
+    for index, (numbers, _) in enumerate(_VGG16_BLOCKS):
+        if index:
+            x = F.max_pool2d(x, 2)
+        for number in numbers:
+            weight, bias = (weights[f"features.{number}.{part}"] for part in ("weight", "bias"))
+            x = F.conv2d(x, weight, bias, padding=1).relu()
+        # A place where all channels are off has no direction; the small number keeps it at zero.
+        yield x / (x.square().sum(dim=1, keepdim=True).sqrt() + 1e-10)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

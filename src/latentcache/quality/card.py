@@ -1,0 +1,137 @@
+"""What an evaluation found, laid out as on the model card of `sd-vae-ft-mse`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import BytesIO
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFont
+
+_COLUMNS = (
+    *("Model", "train steps", "rFID", "PSNR", "SSIM", "PSIM", "LPIPS"),
+    *("Link", "Comments"),
+)
+
+_GAP_PX = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Mean and population standard deviation over the images."""
+
+    mean: float
+    std: float
+
+
+@dataclass(frozen=True, slots=True)
+class ModelResult:
+    """One row: None where nothing was measured, which the notes explain."""
+
+    name: str
+    train_steps: int | None
+    rfid: float | None
+    psnr_db: Spread
+    ssim: Spread
+    psim: Spread | None
+    lpips: Spread | None
+    link: str
+    comments: str
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Several decoders over the same latents.
+
+    `rejects` counts samples left out by `stage: reason`, `picture_keys` names the rows of the
+    picture, and `notes` says what a reader of the figures must know.
+    """
+
+    name: str
+    resolution_px: int
+    num_images: int
+    rejects: dict[str, int]
+    models: list[ModelResult]
+    picture_keys: list[str]
+    notes: list[str]
+    output: str
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """An image and what each model made of it: uint8 [1 + models, 3, H, W]."""
+
+    key: str
+    panels: npt.NDArray[np.uint8]
+
+
+def render_card(found: Evaluation) -> str:
+    """Lay out the table and the notes, as Markdown; its figures have the card's digits."""
+    rows = [_COLUMNS, *(_cells(model) for model in found.models)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
+    rows.insert(1, tuple("-" * width for width in widths))
+    side = found.resolution_px
+    lines = [f"### {found.name} ({side}x{side}, {found.num_images} images)", ""]
+    lines += [f"| {' | '.join(map(str.ljust, row, widths))} |" for row in rows]
+    if found.notes:
+        lines += ["", *(f"- {note}" for note in found.notes)]
+    return "\n".join(lines)
+
+
+def _cells(model: ModelResult) -> tuple[str, ...]:
+    cells = (
+        model.name,
+        "" if model.train_steps is None else str(model.train_steps),
+        "" if model.rfid is None else f"{model.rfid:.2f}",
+        _spread(model.psnr_db, 1),
+        _spread(model.ssim, 2),
+        _spread(model.psim, 2),
+        _spread(model.lpips, 3),
+        model.link,
+        model.comments,
+    )
+    # What the config says must not end a cell or a row.
+    return tuple(" ".join(cell.split()).replace("|", r"\|") for cell in cells)
+
+
+def _spread(value: Spread | None, digits: int) -> str:
+    return "" if value is None else f"{value.mean:.{digits}f} ± {value.std:.{digits}f}"
+
+
+def draw_side_by_side(models: Sequence[str], pictures: Sequence[Picture]) -> bytes:
+    """Draw one row for each picture, the source image first, then each model; PNG.
+
+    Args:
+        models: their names, which stand above their columns.
+        pictures: at least one, all of one size.
+    """
+    labels = ("source image", *models)
+    *_, height, width = pictures[0].panels.shape
+    font = ImageFont.load_default(size=max(9, min(18, width // 14)))
+    assert isinstance(font, ImageFont.FreeTypeFont)  # a size was asked for
+    top = 2 * _GAP_PX + sum(font.getmetrics())
+    step_x, step_y = width + _GAP_PX, height + _GAP_PX
+    size = (len(labels) * step_x + _GAP_PX, top + len(pictures) * step_y)
+    canvas = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(canvas)
+    for column, label in enumerate(labels):
+        left = _GAP_PX + column * step_x
+        text = _shortened(label, font, width)
+        draw.text((left + width / 2, top / 2), text, fill="black", font=font, anchor="mm")
+        for row, picture in enumerate(pictures):
+            panel = Image.fromarray(picture.panels[column].transpose(1, 2, 0))
+            canvas.paste(panel, (left, top + row * step_y))
+    buffer = BytesIO()
+    canvas.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _shortened(text: str, font: ImageFont.FreeTypeFont, width_px: int) -> str:
+    """Cut a text at its end until it fits."""
+    short = text
+    while text and font.getlength(short) > width_px:
+        text = text[:-1]
+        short = f"{text}…"
+    return short
