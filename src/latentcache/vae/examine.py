@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from latentcache.dataset.quantization import is_finite, to_values
 from latentcache.dataset.shards import tensor_bytes
 from latentcache.errors import ConfigError
 from latentcache.metrics import drift_db, psnr_db, ssim
+from latentcache.networks import Distance
 from latentcache.pictures import read_png, write_png
 from latentcache.vae.encoder import draw_latents
 from latentcache.vae.model import KLAutoencoder, to_uint8
@@ -25,9 +26,6 @@ MIN_AGREEMENT_DB = 50.0
 
 # Decoding takes several times the memory of encoding: few images at once.
 _BATCH_PIXELS = 4 * 256 * 256
-
-Lpips = Callable[[Tensor, Tensor], Tensor]
-"""Distance of uint8 images [B, 3, H, W] from others: float64 [B]."""
 
 
 class Examiner:
@@ -48,7 +46,7 @@ class Examiner:
         contract: Contract,
         encoder: KLAutoencoder,
         decoder: KLAutoencoder,
-        lpips: Lpips | None = None,
+        lpips: Distance | None = None,
     ) -> None:
         there, given = contract.vae, decoder.architecture
         if encoder_fingerprint(encoder) != there.encoder_fingerprint:
@@ -101,7 +99,7 @@ class Examiner:
             some = keys[first : first + batch]
             pixels = torch.stack([read_png(crops[key]) for key in some])
             latents = torch.stack([stored[key] for key in some])
-            measured, decoded = self._measure(unit, some, pixels, latents, signal)
+            measured, decoded = self._measure_in_turn(unit, some, pixels, latents, signal)
             means = to_values(latents, self._contract.latents)[
                 :, : self._contract.vae.latent_channels
             ]
@@ -118,6 +116,28 @@ class Examiner:
                 for key, values, picture, mean in zip(some, measured, decoded, means, strict=True)
             ]
         return rows
+
+    def _measure_in_turn(
+        self, unit: str, keys: Sequence[str], images: Tensor, stored: Tensor, signal: float
+    ) -> tuple[list[Measured], Tensor]:
+        """Measure a batch at once, or row by row where the GPU has no room for it."""
+        try:
+            return self._measure(unit, keys, images, stored, signal)
+        except torch.OutOfMemoryError:
+            pass
+        # Out here, where the error no longer holds on to the tensors that it met.
+        torch.cuda.empty_cache()
+        try:
+            parts = [
+                self._measure(unit, [key], images[i : i + 1], stored[i : i + 1], signal)
+                for i, key in enumerate(keys)
+            ]
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(
+                f"decoding {images.shape[3]}x{images.shape[2]} for QA does not fit into the GPU's "
+                "memory beside encoding: lower compute.batch_size, or run `latentcache qa` later"
+            ) from error
+        return [m for part, _ in parts for m in part], torch.cat([decoded for _, decoded in parts])
 
     def _measure(
         self, unit: str, keys: Sequence[str], images: Tensor, stored: Tensor, signal: float
