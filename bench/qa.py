@@ -22,8 +22,9 @@ import torch
 
 from latentcache import load_vae, make_plan, parse_config
 from latentcache.dataset.receipts import Receipt, new_attempt
+from latentcache.engine.job import Job, QaJob, UnitTask
 from latentcache.engine.sample import SampleSpec
-from latentcache.engine.unit import Job, QaJob, UnitRunner, UnitTask
+from latentcache.engine.unit import UnitRunner
 from latentcache.images.demo_data import write_demo_data
 from latentcache.storage import StorageOptions
 from latentcache.vae.encoder import LatentEncoder

@@ -22,9 +22,10 @@ from latentcache.dataset.shards import iterate_latents
 from latentcache.dataset.statistics import Statistics
 from latentcache.engine import settle as settle_module
 from latentcache.engine import unit as unit_module
+from latentcache.engine.job import Job, UnitTask
 from latentcache.engine.plan import units_of
 from latentcache.engine.settle import settle
-from latentcache.engine.unit import Job, UnitRunner, UnitTask
+from latentcache.engine.unit import UnitRunner
 from latentcache.errors import SourceError
 from latentcache.images.source import SourceShard, list_shards
 from latentcache.storage import StorageOptions

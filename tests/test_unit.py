@@ -32,7 +32,8 @@ from latentcache.dataset.contract import Contract
 from latentcache.dataset.receipts import DataFile, Receipt, Unit, new_attempt
 from latentcache.dataset.shards import RejectRow, iterate_latents
 from latentcache.engine import unit as unit_module
-from latentcache.engine.unit import Job, UnitFailure, UnitRunner, UnitTask
+from latentcache.engine.job import Job, UnitFailure, UnitTask
+from latentcache.engine.unit import UnitRunner
 from latentcache.errors import DiskFull
 from latentcache.metrics import drift_db
 from latentcache.storage import StorageOptions

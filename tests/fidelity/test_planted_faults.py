@@ -22,8 +22,9 @@ from latentcache.dataset.manifest import State, write_next
 from latentcache.dataset.qa import Gates, QaTotals
 from latentcache.dataset.receipts import Receipt, new_attempt
 from latentcache.engine import unit as unit_module
+from latentcache.engine.job import Job, QaJob, UnitTask
 from latentcache.engine.sample import SampleSpec
-from latentcache.engine.unit import Job, QaJob, UnitRunner, UnitTask
+from latentcache.engine.unit import UnitRunner
 from latentcache.images.draw import draw_image
 from latentcache.storage import StorageOptions
 from latentcache.vae.encoder import Encoded, LatentEncoder

@@ -28,9 +28,10 @@ from ray.exceptions import ActorDiedError, OutOfMemoryError, RayError, RayTaskEr
 
 from latentcache.dataset.contract import Contract
 from latentcache.dataset.receipts import Receipt, new_attempt
+from latentcache.engine.job import Job, UnitFailure, UnitTask
 from latentcache.engine.plan import PlannedUnit
 from latentcache.engine.settle import settle
-from latentcache.engine.unit import Job, UnitFailure, UnitRunner, UnitTask
+from latentcache.engine.unit import UnitRunner
 from latentcache.errors import ClusterError, LatentCacheError, StorageError
 from latentcache.images.source import SourceShard
 from latentcache.networks import load_lpips

@@ -29,6 +29,7 @@ from latentcache.dataset.qa import Gates, QaTotals
 from latentcache.dataset.receipts import Receipt, Unit, put_failure, read_receipts
 from latentcache.dataset.shards import bucket_name
 from latentcache.engine.cluster import Cluster, Dispatcher, Failed, Finished, StopSignal
+from latentcache.engine.job import Job, QaJob
 from latentcache.engine.lease import Lease
 from latentcache.engine.plan import (
     Plan,
@@ -39,7 +40,6 @@ from latentcache.engine.plan import (
 )
 from latentcache.engine.progress import RunProgress
 from latentcache.engine.sample import SampleSpec
-from latentcache.engine.unit import Job, QaJob
 from latentcache.errors import ContractMismatch, SourceError
 from latentcache.images.source import list_shards
 from latentcache.storage import Store

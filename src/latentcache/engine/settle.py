@@ -17,7 +17,7 @@ import torch
 from latentcache.dataset.contract import Contract
 from latentcache.dataset.quantization import fit
 from latentcache.dataset.statistics import Statistics
-from latentcache.engine.unit import Job
+from latentcache.engine.job import Job
 from latentcache.errors import LatentCacheError, Reject, SourceError
 from latentcache.images.decode import decode_image
 from latentcache.images.source import Sample, SourceShard, read_shard

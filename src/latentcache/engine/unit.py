@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -25,10 +25,9 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 
-from latentcache.dataset.contract import Contract
 from latentcache.dataset.qa import QaRow, write_qa
 from latentcache.dataset.quantization import is_finite, to_stored, to_values
-from latentcache.dataset.receipts import DataFile, QaFile, Receipt, Unit, UnitRecord
+from latentcache.dataset.receipts import DataFile, QaFile, Receipt, UnitRecord
 from latentcache.dataset.shards import (
     BucketWriter,
     RejectRow,
@@ -38,14 +37,15 @@ from latentcache.dataset.shards import (
     write_rejects,
 )
 from latentcache.dataset.statistics import Statistics
-from latentcache.engine.sample import QaSample, SampleSpec
+from latentcache.engine.job import Job, UnitFailure, UnitTask
+from latentcache.engine.sample import QaSample
 from latentcache.engine.stages import Background, OldestFirstPool, StageTimes
 from latentcache.errors import ConfigError, DiskFull, LatentCacheError, Reject, SourceChanged
 from latentcache.images.decode import decode_image
 from latentcache.images.source import RejectedSample, Sample, SourceShard, read_shard
 from latentcache.images.transform import Bucket, Transformed, transform, transform_spec
 from latentcache.pictures import write_thumbnail
-from latentcache.storage import StorageOptions, Store
+from latentcache.storage import Store
 from latentcache.vae.encoder import Encoded, LatentEncoder, draw_latents
 from latentcache.vae.examine import Examiner
 
@@ -56,55 +56,6 @@ _MAX_THUMBNAILS = 8
 
 # Batches of a unit that may be encoded or wait for the encoder, and for the writer.
 _BATCHES_AHEAD = 2
-
-
-@dataclass(frozen=True, slots=True)
-class QaJob:
-    """Which rows are looked at, and with what; `lpips` is a network's (URL, SHA-256)."""
-
-    sample: SampleSpec
-    decoder: str
-    decoder_storage: StorageOptions
-    lpips: tuple[str, str] | None
-    lpips_storage: StorageOptions
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """What every unit of a run has in common."""
-
-    contract: Contract
-    checkpoint: str
-    checkpoint_storage: StorageOptions
-    source_storage: StorageOptions
-    output_url: str
-    output_storage: StorageOptions
-    batch_size: int | None
-    decode_threads: int
-    qa: QaJob | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class UnitTask:
-    """One attempt at one unit; `qa_wanted` counts the QA rows wanted of each bucket, at least."""
-
-    unit: Unit
-    generation: int
-    attempt: str
-    qa_wanted: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class UnitFailure:
-    """Why an attempt gave no receipt.
-
-    `changed`: the source is no longer the listed version. `fatal`: what ends the whole run, because
-    no other unit can fare better, such as a disk without room.
-    """
-
-    message: str
-    changed: bool = False
-    fatal: LatentCacheError | None = None
 
 
 def read_columns(fields: dict[str, bytes], columns: tuple[str, ...]) -> dict[str, str | int | None]:
