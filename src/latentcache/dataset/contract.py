@@ -203,11 +203,8 @@ def read_contract(store: Store) -> Contract | None:
 
 
 def read_provenance(store: Store) -> dict[str, Any]:
-    """Read what `establish_contract` was told beside the contract; empty where there is none."""
-    try:
-        provenance: dict[str, Any] = json.loads(store.read_bytes(CONTRACT_PATH))["provenance"]
-    except (ObjectNotFound, KeyError, TypeError, ValueError):
-        return {}
+    """Read what stands beside the contract of a dataset: its name, checkpoint URL and versions."""
+    provenance: dict[str, Any] = json.loads(store.read_bytes(CONTRACT_PATH))["provenance"]
     return provenance
 
 

@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from latentcache.dataset.parquet import read_rows, read_table
 from latentcache.dataset.receipts import QaFile, UnitRecord
 from latentcache.dataset.shards import describe_file
 from latentcache.errors import DatasetError, ObjectNotFound
@@ -148,7 +148,8 @@ def read_measures(store: Store, records: Iterable[UnitRecord]) -> pa.Table:
     columns = ["key", "bucket", *MEASURES]
 
     def read(record: UnitRecord) -> pa.Table:
-        table = _read(store, record, columns)
+        with _open(store, record) as file:
+            table = read_table(file, columns)
         return table.add_column(0, "unit", pa.array([record.unit.id] * len(table), pa.string()))
 
     empty = pa.schema([pa.field("unit", pa.string()), *(_SCHEMA.field(name) for name in columns)])
@@ -165,8 +166,9 @@ def read_qa_rows(
     Raises:
         DatasetError: the QA file is gone or damaged.
     """
-    filters = None if keys is None else pc.field("key").isin(list(keys))
-    rows = _read(store, record, None, filters).to_pylist()
+    with _open(store, record) as file:
+        table = read_table(file) if keys is None else read_rows(file, "key", list(keys))
+    rows = table.to_pylist()
     return [
         QaRow(
             measured=Measured(**{name: row.pop(name) for name in MEASURES}),
@@ -177,14 +179,13 @@ def read_qa_rows(
     ]
 
 
-def _read(
-    store: Store, record: UnitRecord, columns: list[str] | None, filters: Any = None
-) -> pa.Table:
+@contextmanager
+def _open(store: Store, record: UnitRecord) -> Iterator[BinaryIO]:
     assert record.qa
     path = record.qa.file.path
     try:
         with store.named(path), store.open(path) as file:
-            return pq.read_table(file, columns=columns, filters=filters)
+            yield file
     except (pa.ArrowException, ObjectNotFound) as error:
         raise DatasetError(f"{store.url_of(path)} is gone or damaged: {error}") from error
 

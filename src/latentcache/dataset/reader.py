@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,6 +17,7 @@ import torch
 
 from latentcache.dataset.contract import Contract, read_contract
 from latentcache.dataset.manifest import Manifest, list_manifests, read_manifest, read_records
+from latentcache.dataset.parquet import read_table
 from latentcache.dataset.quantization import to_values
 from latentcache.dataset.receipts import DataFile, UnitRecord
 from latentcache.dataset.shards import SafetensorsRows, tensor_from_bytes
@@ -26,6 +28,8 @@ from latentcache.storage import StorageOptions, Store
 # Row groups are at most 32 MiB: a sequential read keeps the one it is in, a random one a few.
 _CACHED_ROW_GROUPS = 4
 _CACHED_FILES = 16
+
+_READ_THREADS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,12 +177,21 @@ class Dataset(Sequence[Row]):
 
     def rejects(self) -> Iterator[RejectedRow]:
         """Give every sample that was left out."""
-        for record in self.units:
-            if record.rejects:
-                with self._reading(record.rejects):
-                    table = pq.read_table(self.store.open(record.rejects.path))
-                for row in table.to_pylist():
-                    yield RejectedRow(unit=record.unit.id, source=record.unit.source, **row)
+        records = [record for record in self.units if record.rejects]
+        with ThreadPoolExecutor(_READ_THREADS) as pool:
+            # So many at a time: of a million units, few are in memory.
+            for first in range(0, len(records), _READ_THREADS):
+                for rows in pool.map(self._read_rejects, records[first : first + _READ_THREADS]):
+                    yield from rows
+
+    def _read_rejects(self, record: UnitRecord) -> list[RejectedRow]:
+        assert record.rejects
+        with self._reading(record.rejects), self.store.open(record.rejects.path) as file:
+            table = read_table(file)
+        return [
+            RejectedRow(unit=record.unit.id, source=record.unit.source, **row)
+            for row in table.to_pylist()
+        ]
 
 
 def _pair(record: UnitRecord) -> Iterator[_Shard]:
