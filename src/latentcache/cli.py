@@ -208,7 +208,7 @@ def _report_run(config: Config, summary: RunSummary) -> str:
             dataset, summary.breaches, gates_of(config), decoder=config.qa.decoder
         )
         write_report(report, dataset)
-    return dataset.store.url_of(path)
+    return str(dataset.store.local_path(path) or dataset.store.url_of(path))
 
 
 def _argv() -> list[str]:

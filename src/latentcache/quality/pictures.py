@@ -6,6 +6,7 @@ import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -86,7 +87,7 @@ def _open(data: bytes) -> Image.Image:
     return Image.open(BytesIO(data)).convert("RGB")
 
 
-def _colour(values: npt.NDArray[np.float32], colours: Sequence[str]) -> Image.Image:
+def _colour(values: npt.NDArray[np.floating[Any]], colours: Sequence[str]) -> Image.Image:
     """Colour values from 0 (the first colour) to 1 (the last), as a palette image."""
     stops = np.array([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in colours])
     at, shades = np.linspace(0, 1, len(stops)), np.linspace(0, 1, _NUM_SHADES)
