@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from latentcache.dataset.parquet import read_parquet
 from latentcache.dataset.receipts import DataFile, QaFile, UnitRecord
 from latentcache.errors import DatasetError, ObjectNotFound
 from latentcache.storage import Store
@@ -152,7 +153,8 @@ def _read(
     path = record.qa.file.path
     try:
         with store.named(path), store.open(path) as file:
-            return pq.read_table(file, columns=columns, filters=filters)
+            table = read_parquet(file, columns)
+            return table if filters is None else table.filter(filters)
     except (pa.ArrowException, ObjectNotFound) as error:
         raise DatasetError(f"{store.url_of(path)} is gone or damaged: {error}") from error
 

@@ -16,6 +16,7 @@ import torch
 
 from latentcache.dataset.contract import Contract, read_contract
 from latentcache.dataset.manifest import Manifest, list_manifests, read_manifest, read_records
+from latentcache.dataset.parquet import read_parquet
 from latentcache.dataset.quantization import to_values
 from latentcache.dataset.receipts import DataFile, UnitRecord
 from latentcache.dataset.shards import SafetensorsRows, tensor_from_bytes
@@ -174,7 +175,7 @@ class Dataset(Sequence[Row]):
         for record in self.units:
             if record.rejects:
                 with self._reading(record.rejects):
-                    table = pq.read_table(self._store.open(record.rejects.path))
+                    table = read_parquet(self._store.open(record.rejects.path))
                 for row in table.to_pylist():
                     yield RejectedRow(unit=record.unit.id, source=record.unit.source, **row)
 
