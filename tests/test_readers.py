@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import duckdb
@@ -251,6 +253,17 @@ def test_damaged_rejects_are_told(tmp_path: Path, dataset: Dataset):
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(DatasetError, match=path.name):
         list(dataset.rejects())
+
+
+def test_reading_starts_no_scanner_whose_threads_outlive_it(dataset: Dataset):
+    """One in two commands ended with SIGABRT: Arrow's threads wanted Python, which had gone."""
+    code = (
+        "import sys, latentcache\n"
+        f"dataset = latentcache.open_dataset({dataset.url!r})\n"
+        "assert len(list(dataset)) == 10 and len(list(dataset.rejects())) == 2\n"
+        "assert 'pyarrow.parquet' in sys.modules and 'pyarrow.dataset' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 # Everybody else.

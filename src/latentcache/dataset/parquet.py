@@ -17,7 +17,7 @@ def read_table(source: Any, columns: Sequence[str] | None = None) -> pa.Table:
     aborts now and then, or hangs (apache/arrow#34314, #50482).
     """
     with pq.ParquetFile(source) as file:
-        return file.read(columns=columns)
+        return file.read(columns=columns, use_threads=False)
 
 
 def read_rows(source: Any, column: str, values: Collection[str]) -> pa.Table:
@@ -29,7 +29,7 @@ def read_rows(source: Any, column: str, values: Collection[str]) -> pa.Table:
             for number in range(file.num_row_groups)
             if _may_hold(file.metadata.row_group(number).column(index).statistics, values)
         ]
-        table = file.read_row_groups(groups)
+        table = file.read_row_groups(groups, use_threads=False)
     return table.filter(pc.is_in(table[column], value_set=pa.array(values, pa.string())))
 
 
