@@ -72,7 +72,7 @@ class RejectedRow:
     stage: str
     reason: str
     message: str
-    thumbnail: bytes | None
+    thumbnail: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)

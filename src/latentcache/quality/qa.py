@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from latentcache.dataset.contract import read_provenance
+from latentcache.dataset.parquet import read_table
 from latentcache.dataset.qa import (
     Gates,
     QaRow,
@@ -253,7 +253,7 @@ def _read_rows(store: Store, record: UnitRecord) -> dict[str, _Placed]:
     for file in record.files:
         if file.path.endswith(".parquet"):
             with _naming(store, file.path), store.open(file.path) as opened:
-                table = pq.read_table(opened, columns=names)
+                table = read_table(opened, names)
             for row in table.to_pylist():
                 key, *placed = (row[name] for name in names)
                 found[key] = (file.bucket, *placed)
