@@ -149,10 +149,19 @@ class Page:
 
     @property
     def requests(self) -> list[str]:
-        """The URLs of everything that the page asked for, but itself and what lies in it."""
-        events = (e for e in self.browser.events if e.get("sessionId") == self.session)
-        sent = (e["params"] for e in events if e["method"] == "Network.requestWillBeSent")
-        urls = [request["request"]["url"] for request in sent]
+        """The URLs of all that the page asked for, but itself and what lies in it.
+
+        What its own policy held back was never asked for.
+        """
+        events = [e for e in self.browser.events if e.get("sessionId") == self.session]
+        held_back = {
+            event["params"]["requestId"]
+            for event in events
+            if event["method"] == "Network.loadingFailed"
+            and event["params"].get("blockedReason") == "csp"
+        }
+        sent = [e["params"] for e in events if e["method"] == "Network.requestWillBeSent"]
+        urls = [r["request"]["url"] for r in sent if r["requestId"] not in held_back]
         return [url for url in urls if url != self.url and not url.startswith("data:")]
 
     @property

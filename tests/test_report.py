@@ -533,7 +533,7 @@ def test_a_picture_is_enlarged_by_a_click(chromium: Browser, page_file: Path):
     width_px = "document.querySelector('#row-0 img').getBoundingClientRect().width"
     assert page.evaluate(width_px) < 400
     page.evaluate("document.querySelector('#row-0 label').click()")
-    assert page.evaluate(width_px) == page.evaluate("innerWidth")
+    assert page.evaluate(width_px) == page.evaluate("document.documentElement.clientWidth")
     page.evaluate("document.querySelector('#row-0 label').click()")
     assert page.evaluate(width_px) < 400
 

@@ -139,7 +139,8 @@ def test_inspect_draws_it(tmp_path: Path, vae: KLAutoencoder):
     cli, url, target = Cli(), tmp_path / "out", tmp_path / "sheet.png"
     found = cli.ok("inspect", url, "--image", target, "--rows", "3")
     assert found == {"image": str(target), "num_rows": 3, "notes": []}
-    assert Image.open(target).format == "PNG"
+    with Image.open(target) as picture:
+        assert picture.format == "PNG"
     result = cli("inspect", url, "--image", target, "--decoder", "demo")
     assert (result.code, result.stderr) == (0, "")
     assert result.stdout == f"4 rows in {target}\n"
