@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from latentcache.dataset.parquet import read_rows, read_table
 from latentcache.dataset.receipts import DataFile, QaFile, UnitRecord
 from latentcache.errors import DatasetError, ObjectNotFound
 from latentcache.storage import Store
@@ -118,7 +119,8 @@ def read_measures(store: Store, records: Iterable[UnitRecord]) -> pa.Table:
     columns = ["key", "bucket", *MEASURES]
 
     def read(record: UnitRecord) -> pa.Table:
-        table = _read(store, record, columns)
+        with _open(store, record) as file:
+            table = read_table(file, columns)
         return table.add_column(0, "unit", pa.array([record.unit.id] * len(table), pa.string()))
 
     empty = pa.schema([pa.field("unit", pa.string()), *(_SCHEMA.field(name) for name in columns)])
@@ -127,14 +129,17 @@ def read_measures(store: Store, records: Iterable[UnitRecord]) -> pa.Table:
     return pa.concat_tables([*(t.replace_schema_metadata() for t in tables), empty.empty_table()])
 
 
-def read_qa_rows(store: Store, record: UnitRecord, keys: Iterable[str] | None = None) -> list[QaRow]:
+def read_qa_rows(
+    store: Store, record: UnitRecord, keys: Iterable[str] | None = None
+) -> list[QaRow]:
     """Read a unit's QA rows with their pictures, all or those of some keys.
 
     Raises:
         DatasetError: the QA file is gone or damaged.
     """
-    filters = None if keys is None else pc.field("key").isin(list(keys))
-    rows = _read(store, record, None, filters).to_pylist()
+    with _open(store, record) as file:
+        table = read_table(file) if keys is None else read_rows(file, "key", list(keys))
+    rows = table.to_pylist()
     return [
         QaRow(
             measured=Measured(**{name: row.pop(name) for name in MEASURES}),
@@ -145,14 +150,13 @@ def read_qa_rows(store: Store, record: UnitRecord, keys: Iterable[str] | None = 
     ]
 
 
-def _read(
-    store: Store, record: UnitRecord, columns: list[str] | None, filters: Any = None
-) -> pa.Table:
+@contextmanager
+def _open(store: Store, record: UnitRecord) -> Iterator[BinaryIO]:
     assert record.qa
     path = record.qa.file.path
     try:
         with store.named(path), store.open(path) as file:
-            return pq.read_table(file, columns=columns, filters=filters)
+            yield file
     except (pa.ArrowException, ObjectNotFound) as error:
         raise DatasetError(f"{store.url_of(path)} is gone or damaged: {error}") from error
 
