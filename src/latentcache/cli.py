@@ -20,6 +20,7 @@ import typer
 
 if TYPE_CHECKING:
     from latentcache.config import Config
+    from latentcache.dataset.reader import Dataset
     from latentcache.engine.plan import Plan
     from latentcache.storage import StorageOptions
 
@@ -339,19 +340,83 @@ def inspect_command(
     target: Target,
     set_: Overrides = None,
     manifest: ManifestNumber = None,
-    num_rows: Annotated[int, typer.Option("--rows", min=0, help="How many rows to show.")] = 5,
+    num_rows: Annotated[
+        int | None,
+        typer.Option("--rows", min=0, help="How many rows to show; 5, in a picture 24."),
+    ] = None,
+    image: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Decode rows drawn at random into a picture, instead."),
+    ] = None,
+    decoder: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="With --image: a checkpoint other than the encoder's."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="With --image: draws other rows.")] = 0,
     json_: Json = False,
 ) -> None:
     """Show what a dataset is: contract, totals, buckets, statistics, a few rows and rejects."""
     from latentcache.dataset.reader import open_dataset
+    from latentcache.errors import ConfigError
     from latentcache.quality.inspect import describe, render
 
+    if decoder and not image:
+        raise ConfigError("--decoder goes with --image")
     url, options = _locate(target, set_)
-    described = describe(open_dataset(url, manifest, storage=options), num_rows)
+    dataset = open_dataset(url, manifest, storage=options)
+    if image:
+        drawn = _draw_rows(dataset, image, num_rows, decoder, _vae_storage(target, set_), seed)
+        _print_json(drawn) if json_ else _print(f"{drawn['num_rows']} rows in {image}")
+        return
+    described = describe(dataset, 5 if num_rows is None else num_rows)
     if json_:
         _print_json(described)
     else:
         _print(render(described))
+
+
+def _vae_storage(target: str, overrides: list[str] | None) -> StorageOptions:
+    """How to reach the VAE, where a config says so."""
+    from latentcache.config import load_config
+    from latentcache.storage import StorageOptions
+
+    if not _is_config(target):
+        return StorageOptions()
+    return StorageOptions(**load_config(target, overrides or ()).vae.storage.model_dump())
+
+
+def _draw_rows(
+    dataset: Dataset,
+    image: Path,
+    num_rows: int | None,
+    decoder: str | None,
+    storage: StorageOptions,
+    seed: int,
+) -> dict[str, Any]:
+    """Write a contact sheet; see `quality/sheet.py`."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from latentcache.errors import ConfigError
+    from latentcache.quality.sheet import DEFAULT_NUM_ROWS, load_decoder, save_sheet
+
+    if num_rows == 0:
+        raise ConfigError("--rows 0 leaves nothing to draw with --image")
+    vae, notes = load_decoder(dataset, decoder, storage)
+    for note in notes:
+        _complain(note)
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("decoding", total=None)
+        num_drawn = save_sheet(
+            dataset,
+            vae,
+            image,
+            num_rows or DEFAULT_NUM_ROWS,
+            seed=seed,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    return {"image": str(image), "num_rows": num_drawn, "notes": notes}
 
 
 @app.command("bench-loader")

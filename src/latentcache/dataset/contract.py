@@ -155,6 +155,12 @@ def read_contract(store: Store) -> Contract | None:
     return _parse(store, data)
 
 
+def read_provenance(store: Store) -> dict[str, Any]:
+    """Read what stands beside the contract of a dataset: its name, checkpoint URL and versions."""
+    provenance: dict[str, Any] = json.loads(store.read_bytes(CONTRACT_PATH))["provenance"]
+    return provenance
+
+
 def _parse(store: Store, data: bytes) -> Contract:
     try:
         tree = json.loads(data)
