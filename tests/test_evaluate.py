@@ -281,31 +281,20 @@ def test_images_are_brought_to_the_size_by_resize_and_crop(tree: dict[str, Any],
 # Sharing the work out.
 
 
-def numbers(found: Evaluation) -> dict[str, list[float]]:
-    """Every figure of every model."""
-    return {
-        model.name: [
-            model.rfid or 0.0,
-            *(
-                value
-                for spread in (model.psnr_db, model.ssim, model.psim, model.lpips)
-                if spread is not None
-                for value in (spread.mean, spread.std)
-            ),
-        ]
-        for model in found.models
-    }
+def numbers(found: Evaluation) -> list[float]:
+    """The figures that need no network."""
+    spreads = [spread for model in found.models for spread in (model.psnr_db, model.ssim)]
+    return [value for spread in spreads for value in (spread.mean, spread.std)]
 
 
 def test_shards_merge_into_what_one_shard_would_give(tree: dict[str, Any], tmp_path: Path):
-    del tree["models"][1]
+    del tree["networks"], tree["models"][::2]
     shared = numbers(evaluated(tree))
     members = [(f"{i}.png", png(SIDE, SIDE, i)) for i in range(NUM_IMAGES)]
     write_tar(tmp_path / "src" / "all.tar", members)
     tree["source"]["shards"] = f"{tmp_path}/src/all.tar"
     tree["compute"]["batch_size"] = 1
-    for name, values in numbers(evaluated(tree)).items():
-        assert values == pytest.approx(shared[name], rel=2e-2), name
+    assert numbers(evaluated(tree)) == pytest.approx(shared, rel=1e-3)
 
 
 def test_at_most_so_many_images_count_spread_over_the_shards(tree: dict[str, Any]):
@@ -395,8 +384,9 @@ def test_what_an_actor_raises_is_one_line(cli: Cli, tree: dict[str, Any], tmp_pa
     tree["networks"]["vgg16"]["sha256"] = "0" * 64
     tree["compute"]["num_cpu_actors"] = 2
     result = cli("eval", write(tree, tmp_path), "--json")
-    assert result.code == result.json["exit_code"] == 2
-    (line,) = result.stderr.splitlines()
+    assert result.code == result.json["exit_code"] == 2, result.stderr
+    assert len(result.stderr.splitlines()) == 1, result.stderr
+    line = result.stderr
     assert "vgg16.pth is not the file that was meant" in line
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -454,7 +444,7 @@ def test_a_decoder_whose_encoder_agrees_is_accepted_and_named(tree: dict[str, An
 
 def test_a_decoder_that_gives_nan_is_told(tree: dict[str, Any], tmp_path: Path):
     state = load_file(DEMO / "diffusion_pytorch_model.safetensors")
-    state["decoder.conv_in.weight"].fill_(3e38)
+    state["decoder.conv_in.weight"] = torch.full_like(state["decoder.conv_in.weight"].float(), 3e38)
     broken = write_folder(tmp_path / "x", json.loads((DEMO / "config.json").read_text()), state)
     tree["models"][1]["checkpoint"] = str(broken)
     with pytest.raises(CheckpointError, match="noisy decodes to NaN"):

@@ -13,7 +13,6 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import cycle
 from typing import Any, TypeVar
 
 # A local cluster is for this process alone; tokens would only write files into the user's home.
@@ -21,6 +20,8 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 # Warns of a change to come in how actors without GPUs see them; ours ask for none or a whole one.
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+# Else Ray prints the errors of calls that nobody waits for any more, after the first one failed.
+os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
 
 import ray
 import torch
@@ -250,28 +251,43 @@ class Cluster:
         is lost, or that a store failed, is made again.
 
         Raises:
-            ClusterError: actors were lost again and again.
+            ClusterError: a call was lost again and again.
             LatentCacheError: what the function raised.
         """
         items = list(items)
-        actors = [
-            ray.remote(_CallingActor)
-            .options(max_restarts=_RETRIES, max_task_retries=_RETRIES, **self._resources)
-            .remote()
-            for _ in range(min(self.num_actors, len(items)))
-        ]
-        waiting: deque[Any] = deque()
+        actors = [self._start_caller() for _ in range(min(self.num_actors, len(items)))]
+        waiting: deque[_Call] = deque()
         try:
-            for actor, item in zip(cycle(actors), items, strict=False):
+            for number, item in enumerate(items):
                 if len(waiting) == 2 * len(actors):
-                    yield _get(waiting.popleft(), "an actor was lost")
-                call = actor.call.options(retry_exceptions=[StorageError])
-                waiting.append(call.remote(function, item))
+                    yield self._settle(waiting.popleft(), actors)
+                call = _Call(number % len(actors), function, item)
+                call.make(actors)
+                waiting.append(call)
             while waiting:
-                yield _get(waiting.popleft(), "an actor was lost")
+                yield self._settle(waiting.popleft(), actors)
         finally:
             for actor in actors:
                 ray.kill(actor)
+
+    def _start_caller(self) -> Any:
+        options = {"max_restarts": 0, "max_task_retries": 0, **self._resources}
+        return ray.remote(_CallingActor).options(**options).remote()
+
+    def _settle(self, call: _Call, actors: list[Any]) -> Any:
+        """Wait for a call, and make it again if that may help."""
+        for _ in range(_RETRIES):
+            try:
+                return ray.get(call.ref)
+            except RayTaskError as error:
+                if not isinstance(error.cause, StorageError):
+                    break
+            except RayError:
+                if actors[call.number] is call.actor:  # else another call of it has seen to that
+                    ray.kill(call.actor)
+                    actors[call.number] = self._start_caller()
+            call.make(actors)
+        return _get(call.ref, "a call failed")
 
     def start_actor(self, job: Job) -> Any:
         """Ask for one more actor; it may pend until there is room."""
@@ -285,6 +301,22 @@ class Cluster:
     @property
     def _resources(self) -> dict[str, int]:
         return {"num_gpus": self.num_gpus_per_actor, "num_cpus": self.num_cpus_per_actor}
+
+
+@dataclass(slots=True)
+class _Call:
+    """A call of `Cluster.map`, in the hands of the actor of that number."""
+
+    number: int
+    function: Callable[[Any], Any]
+    item: Any
+    actor: Any = None
+    ref: Any = None
+
+    def make(self, actors: Sequence[Any]) -> None:
+        """Make it, again if need be."""
+        self.actor = actors[self.number]
+        self.ref = self.actor.call.remote(self.function, self.item)
 
 
 def _get(ref: Any, failure: str) -> Any:

@@ -164,7 +164,7 @@ def _result(
     return ModelResult(
         name=model.name,
         train_steps=model.train_steps,
-        rfid=frechet_distance(originals, sums.features) if originals.count > 1 else None,
+        rfid=frechet_distance(originals, sums.features) if _has_rfid(job, originals) else None,
         psnr_db=spreads["psnr_db"],
         ssim=spreads["ssim"],
         psim=spreads.get("psim"),
@@ -174,13 +174,17 @@ def _result(
     )
 
 
+def _has_rfid(job: EvalJob, originals: FeatureStatistics) -> bool:
+    return job.num_features > 0 and originals.count > 1
+
+
 def _notes(job: EvalJob, sums: EvalSums) -> Iterator[str]:
     if sums.rejects:
         yield f"{sums.rejects.total()} samples were left out: {_counts(sums.rejects)}."
     for name, column in _NETWORKS.items():
         if getattr(job.networks, name) is None:
             yield f"{column} is empty: networks.{name} is not given."
-    if job.num_features and sums.num_images < 2:
+    if job.num_features and not _has_rfid(job, sums.features):
         yield "rFID is empty: it takes two images at least."
     elif sums.num_images < job.num_features:
         yield (
