@@ -67,7 +67,7 @@ def make_quantization(num_channels: int) -> QuantizationContract:
     """Make numbers for int8 that hold ten to either side of about zero, other for each channel."""
     scale = np.linspace(0.08, 0.1, num_channels).astype(np.float32)
     zero_point = range(-8, 8 * num_channels - 8, 8)
-    return QuantizationContract(512, 0, 5.0, tuple(scale.tolist()), tuple(zero_point))
+    return QuantizationContract(512, 0, tuple(scale.tolist()), tuple(zero_point))
 
 
 Latents = Callable[[int, Bucket, int], torch.Tensor]

@@ -12,14 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from latentcache import KLAutoencoder, load_vae, make_plan, parse_config
 from latentcache.dataset.contract import Contract, QuantizationContract
 from latentcache.dataset.quantization import fit, to_stored, to_values
 from latentcache.dataset.receipts import Receipt, new_attempt
 from latentcache.dataset.shards import iterate_latents
-from latentcache.dataset.statistics import Statistics
 from latentcache.engine import settle as settle_module
 from latentcache.engine import unit as unit_module
 from latentcache.engine.job import Job, UnitTask
@@ -28,6 +26,7 @@ from latentcache.engine.settle import settle
 from latentcache.engine.unit import UnitRunner
 from latentcache.errors import SourceError
 from latentcache.images.source import SourceShard, list_shards
+from latentcache.metrics import drift_db
 from latentcache.storage import StorageOptions
 from latentcache.vae.encoder import LatentEncoder
 from makers import config_tree, draw, png, write_tar
@@ -77,17 +76,19 @@ def test_the_range_is_that_of_the_channels_over_all_images(
     tmp_path: Path, checkpoint: Path, vae: KLAutoencoder
 ):
     write_shards(tmp_path, 3, 5)
-    job, shards = plan_job(tmp_path, checkpoint, calibration={"sigmas": 4.0})
-    found = numbers(settle(vae, job, shards))
-    assert (found.num_images, found.seed, found.sigmas) == (512, 0, 4.0)
+    settled = settle(vae, *plan_job(tmp_path, checkpoint, calibration={"num_images": 99}))
+    found = numbers(settled)
+    assert (found.num_images, found.seed) == (99, 0)
     pictures = [
         np.asarray(draw(64, 64, 100 * shard + index)) for shard in range(3) for index in range(5)
     ]
     pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
-    latents = vae.encode(pixels)[:, :4].double().transpose(0, 1).flatten(1)
-    scale = 4.0 * latents.std(dim=1, correction=0) / 127
-    np.testing.assert_allclose(found.scale, scale, rtol=1e-4)
-    np.testing.assert_allclose(found.zero_point, -latents.mean(dim=1) / scale, atol=0.51)
+    latents = vae.encode(pixels)[:, :4]
+    expected = fit(found, latents.transpose(0, 1).flatten(1))
+    np.testing.assert_allclose(found.scale, expected.scale, rtol=1e-4)
+    np.testing.assert_allclose(found.zero_point, expected.zero_point, atol=1)
+    stored, _ = to_stored(latents, settled.latents)
+    assert drift_db(to_values(stored, settled.latents), latents) > 40
 
 
 @pytest.mark.parametrize("posterior", ["moments", "sample"])
@@ -103,7 +104,7 @@ def test_it_measures_what_will_be_stored(
         assert len(found.scale) == 8
         np.testing.assert_allclose(found.scale[:4], mean.scale, rtol=1e-5)
     else:  # random weights have a wide posterior
-        assert all(drawn > of_mean for drawn, of_mean in zip(found.scale, mean.scale, strict=True))
+        assert sum(found.scale) > 1.05 * sum(mean.scale)
 
 
 def test_the_same_listing_gives_the_same_numbers_and_another_seed_others(
@@ -137,16 +138,19 @@ def test_what_cannot_be_read_or_encoded_is_passed_over(
     )
 
 
-@pytest.mark.parametrize(("in_each", "num_opened"), [(5, 16), (1, 32)])
+@pytest.mark.parametrize(
+    ("num_shards", "in_each", "num_opened"), [(20, 3, 16), (3, 12, 3), (36, 1, 32)]
+)
 def test_it_takes_a_few_images_of_a_few_shards(
     tmp_path: Path,
     checkpoint: Path,
     vae: KLAutoencoder,
     monkeypatch: pytest.MonkeyPatch,
+    num_shards: int,
     in_each: int,
     num_opened: int,
 ):
-    write_shards(tmp_path, 40, in_each)
+    write_shards(tmp_path, num_shards, in_each)
     job, shards = plan_job(tmp_path, checkpoint, calibration={"num_images": 32})
     read: Counter[str] = Counter()
     read_shard = settle_module.read_shard
@@ -165,7 +169,7 @@ def test_it_takes_a_few_images_of_a_few_shards(
 def test_no_image_at_all_is_told(tmp_path: Path, checkpoint: Path, vae: KLAutoencoder):
     write_tar(tmp_path / "src" / "0.tar", [("a.png", b"text")])
     job, shards = plan_job(tmp_path, checkpoint)
-    with pytest.raises(SourceError, match=r"no source shard .* 0\.tar, or choose another"):
+    with pytest.raises(SourceError, match=r"no source shard .*0\.tar, or choose another"):
         settle(vae, job, shards)
 
 
@@ -174,18 +178,14 @@ def test_no_image_at_all_is_told(tmp_path: Path, checkpoint: Path, vae: KLAutoen
 
 @pytest.fixture
 def runner(tmp_path: Path, checkpoint: Path, vae: KLAutoencoder) -> Iterator[UnitRunner]:
-    """Of a run over one shard, whose range was measured on pictures of little contrast."""
-    grey = Image.fromarray(np.full((64, 64, 3), 128, np.uint8))
-    flat = [Image.blend(grey, draw(64, 64, seed), 0.2) for seed in range(4)]
-    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in flat])).permute(0, 3, 1, 2)
+    """Of a run over one shard of seven pictures, with a range too narrow for them."""
     write_tar(tmp_path / "src" / "0.tar", [(f"{i}.png", png(64, 64, i)) for i in range(7)])
-    job, _ = plan_job(tmp_path, checkpoint)
-    latents = vae.encode(pixels)[:, :4].numpy()
-    terms = job.contract.latents
-    assert terms.quantization
-    quantization = fit(terms.quantization, Statistics.of(latents))
-    contract = replace(job.contract, latents=replace(terms, quantization=quantization))
-    runner = UnitRunner(replace(job, contract=contract), LatentEncoder(vae, "fp32", 4))
+    job, shards = plan_job(tmp_path, checkpoint)
+    contract = settle(vae, job, shards)
+    scale = tuple(0.4 * scale for scale in numbers(contract).scale or ())
+    narrow = replace(contract.latents, quantization=replace(numbers(contract), scale=scale))
+    job = replace(job, contract=replace(contract, latents=narrow))
+    runner = UnitRunner(job, LatentEncoder(vae, "fp32", 4))
     yield runner
     runner.decode_pool.close()
     runner.encode_pool.close()
@@ -208,6 +208,7 @@ def test_a_unit_counts_what_its_range_did_not_hold(tmp_path: Path, runner: UnitR
     receipt = receipt_of(runner, tmp_path)
     stored, terms = stored_in(receipt, tmp_path), runner.job.contract.latents
     assert stored.dtype == torch.int8
+    assert (stored.min().item(), stored.max().item()) == (-127, 127)
     pixels = [np.asarray(draw(64, 64, index)) for index in range(7)]
     images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
     expected, num_clamped = to_stored(runner.encoder.encode(images).moments[:, :4], terms)

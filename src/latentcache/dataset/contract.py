@@ -60,14 +60,13 @@ class TransformContract:
 class QuantizationContract:
     """What int8 latents stand for; `dataset/quantization.py` has the arithmetic.
 
-    `num_images`, `seed` and `sigmas` are the spec: how many images are looked at, and how many
-    standard deviations of a channel the range reaches to either side of its mean. `scale` and
-    `zero_point`, one a stored channel, are what came of it; None before a first run has looked.
+    `num_images` and `seed` are the spec: on how many images it is calibrated, and on which.
+    `scale` and `zero_point`, one a stored channel, are what came of it; None before a first run has
+    looked.
     """
 
     num_images: int
     seed: int
-    sigmas: float
     scale: tuple[float, ...] | None = None
     zero_point: tuple[int, ...] | None = None
 

@@ -186,7 +186,7 @@ def _quantization(config: Config) -> QuantizationContract | None:
     if config.latents.dtype != "int8":
         return None
     calibration = config.latents.calibration or Calibration()
-    return QuantizationContract(calibration.num_images, calibration.seed, calibration.sigmas)
+    return QuantizationContract(calibration.num_images, calibration.seed)
 
 
 def _buckets(config: Config) -> tuple[Bucket, ...]:

@@ -85,8 +85,7 @@ def render(described: dict[str, Any]) -> str:
     }
     if quantization := terms.get("quantization"):
         facts["calibrated on"] = (
-            f"{quantization['num_images']} images (seed {quantization['seed']}), "
-            f"±{quantization['sigmas']:g} standard deviations"
+            f"up to {quantization['num_images']} images, seed {quantization['seed']}"
         )
     table = Table.grid(padding=(0, 2))
     for name, value in facts.items():
