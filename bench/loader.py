@@ -19,6 +19,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -195,7 +196,8 @@ def s3_server(folder: Path) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = ["rclone", "serve", "s3", "--auth-key", ",".join(KEYS.values())]
+    rclone = Path(sysconfig.get_path("scripts"), "rclone")
+    command = [str(rclone), "serve", "s3", "--auth-key", ",".join(KEYS.values())]
     server = subprocess.Popen(
         [*command, "--addr", f"127.0.0.1:{port}", str(folder)], stderr=subprocess.DEVNULL
     )

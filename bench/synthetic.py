@@ -6,24 +6,21 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from latentcache.dataset.contract import (
     Contract,
     LatentContract,
+    QuantizationContract,
     TransformContract,
     VaeContract,
     establish_contract,
 )
 from latentcache.dataset.manifest import State, write_next
+from latentcache.dataset.quantization import to_stored
 from latentcache.dataset.receipts import DataFile, Receipt, Unit, UnitRecord, new_attempt
-from latentcache.dataset.shards import (
-    TORCH_DTYPES,
-    BucketWriter,
-    RowMeta,
-    bucket_name,
-    describe_file,
-)
+from latentcache.dataset.shards import BucketWriter, RowMeta, bucket_name, describe_file
 from latentcache.dataset.statistics import Statistics
 from latentcache.storage import StorageOptions, Store
 
@@ -40,6 +37,8 @@ def make_contract(
     shift_factor: float = 0.0,
 ) -> Contract:
     """Make a contract as a run with a kl-f8 autoencoder would."""
+    num_channels = 8 if posterior == "moments" else 4
+    quantization = make_quantization(num_channels) if dtype == "int8" else None
     return Contract(
         vae=VaeContract(
             family="kl-f8",
@@ -58,10 +57,17 @@ def make_contract(
             max_upscale=None,
             max_pixels=2**28,
         ),
-        latents=LatentContract(posterior, dtype, format, "fp32"),
+        latents=LatentContract(posterior, dtype, format, "fp32", quantization),
         image_fields=("jpg",),
         columns=tuple(columns),
     )
+
+
+def make_quantization(num_channels: int) -> QuantizationContract:
+    """Make numbers for int8 that hold ten to either side of about zero, other for each channel."""
+    scale = np.linspace(0.08, 0.1, num_channels).astype(np.float32)
+    zero_point = range(-8, 8 * num_channels - 8, 8)
+    return QuantizationContract(512, 0, tuple(scale.tolist()), tuple(zero_point))
 
 
 Latents = Callable[[int, Bucket, int], torch.Tensor]
@@ -74,7 +80,7 @@ def random_latents(contract: Contract) -> Latents:
         generator = torch.Generator().manual_seed(number * 1009 + bucket[0] * 31 + bucket[1])
         shape = (num_rows, *contract.latent_shape(bucket))
         latents = torch.randn(shape, generator=generator)
-        return latents.to(TORCH_DTYPES[contract.latents.dtype])
+        return to_stored(latents, contract.latents)[0]
 
     return draw
 

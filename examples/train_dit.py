@@ -317,7 +317,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--vae", help="draw samples.png at the end, decoded with this; or `demo`")
     args = parser.parse_args(argv)
 
-    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out: {error.filename}: {error.strerror}")
     if dist.is_torchelastic_launched():
         dist.init_process_group("gloo")
     else:  # one process is a group too, so that nothing else here has to tell the two apart

@@ -21,9 +21,10 @@ from latentcache.dataset.contract import (
     establish_contract,
 )
 from latentcache.dataset.manifest import Manifest, State, write_next
+from latentcache.dataset.qa import Measured, QaRow, write_qa
+from latentcache.dataset.quantization import to_stored, to_values
 from latentcache.dataset.receipts import Receipt, Unit, UnitRecord, new_attempt
 from latentcache.dataset.shards import (
-    TORCH_DTYPES,
     BucketWriter,
     RejectRow,
     RowMeta,
@@ -32,7 +33,9 @@ from latentcache.dataset.shards import (
     write_rejects,
 )
 from latentcache.dataset.statistics import Statistics, merge_all
+from latentcache.metrics import psnr_db
 from latentcache.storage import Store
+from synthetic import make_quantization
 
 Size = tuple[int, int]
 
@@ -100,7 +103,9 @@ def make_contract(
         shift_factor=0.0,
     )
     transform = TransformContract("center", "bicubic", tuple(buckets), None, None, 100_000_000)
-    latents = LatentContract(posterior, dtype, format, "fp32")
+    num_channels = latent_channels * (2 if posterior == "moments" else 1)
+    quantization = make_quantization(num_channels) if dtype == "int8" else None
+    latents = LatentContract(posterior, dtype, format, "fp32", quantization)
     return Contract(vae, transform, latents, ("jpg", "png"), tuple(columns))
 
 
@@ -108,7 +113,7 @@ def make_latents(contract: Contract, bucket: Size, num_rows: int, seed: int = 0)
     """Latents [N, C, H, W] in the stored dtype."""
     generator = torch.Generator().manual_seed(seed)
     values = 3 * torch.randn((num_rows, *contract.latent_shape(bucket)), generator=generator)
-    return values.to(TORCH_DTYPES[contract.latents.dtype])
+    return to_stored(values, contract.latents)[0]
 
 
 def make_rows(
@@ -122,6 +127,32 @@ def make_rows(
     return rows
 
 
+def make_qa_rows(contract: Contract, bucket: Size, num_rows: int, first: int = 0) -> list[QaRow]:
+    """QA rows `k0000`, … of pictures and noise: the later a row, the worse its reconstruction."""
+    num_channels, height, width = contract.latent_shape(bucket)
+    num_channels = contract.vae.latent_channels
+    rows = []
+    for index in range(first, first + num_rows):
+        rng = np.random.default_rng(index)
+        image = np.asarray(draw(*bucket, index))
+        noise = rng.normal(0, 2 + index, image.shape)
+        reconstruction = (image + noise).round().clip(0, 255).astype(np.uint8)
+        pair = (torch.from_numpy(p.copy()).permute(2, 0, 1)[None] for p in (reconstruction, image))
+        latent = rng.normal(0, 3, (num_channels, height, width)).astype("<f4")
+        rows.append(
+            QaRow(
+                key=f"k{index:04d}",
+                bucket=bucket_name(bucket),
+                measured=Measured(float(psnr_db(*pair)), 0.9 - index / 1000, None, 60.0, None),
+                image=encode_image(Image.fromarray(image)),
+                reconstruction=encode_image(Image.fromarray(reconstruction)),
+                latent=latent.tobytes(),
+                latent_shape=latent.shape,
+            )
+        )
+    return rows
+
+
 def commit_unit(
     store: Store,
     contract: Contract,
@@ -130,6 +161,7 @@ def commit_unit(
     latents: Mapping[Size, torch.Tensor],
     rejects: Sequence[RejectRow] = (),
     generation: int = 0,
+    qa: Sequence[QaRow] = (),
 ) -> Receipt:
     """Write a unit's files as the engine does, upload them and put the receipt."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -153,8 +185,15 @@ def commit_unit(
         write_rejects(local, rejects)
         rejects_file = describe_file(local, f"rejects/{unit.id}/{local.name}", len(rejects), "")
         store.put_file(local, rejects_file.path)
+    qa_file = None
+    if qa:
+        local = folder / f"{generation}-{attempt}.parquet"
+        qa_file = write_qa(local, f"qa/{unit.id}/{local.name}", qa, lambda: {"decoder": "demo"})
+        assert qa_file
+        store.put_file(local, qa_file.file.path)
     # Some tests store what is not finite, which a receipt cannot tell.
-    parts = [Statistics.of(t.float().nan_to_num(0, 0, 0).numpy()) for t in latents.values()]
+    values = (to_values(stored, contract.latents) for stored in latents.values())
+    parts = [Statistics.of(v.nan_to_num(0, 0, 0).numpy()) for v in values]
     statistics = merge_all(parts, contract.stored_channels)
     record = UnitRecord(
         unit,
@@ -165,6 +204,7 @@ def commit_unit(
         len(rejects),
         tuple(files),
         rejects_file,
+        qa_file,
     )
     receipt = Receipt(record, contract.fingerprint, statistics)
     assert store.put_if_absent(receipt.path, receipt.to_bytes())
@@ -176,13 +216,21 @@ def write_dataset(
     contract: Contract,
     sources: Mapping[str, Mapping[Size, torch.Tensor]],
     rejects: Mapping[str, Sequence[RejectRow]] | None = None,
+    qa: Mapping[str, Sequence[QaRow]] | None = None,
+    provenance: dict[str, Any] | None = None,
 ) -> Manifest:
     """Write a whole dataset below `<folder>/out`: one unit a source, and one manifest."""
     store = Store(str(folder / "out"))
-    establish_contract(store, contract, {})
+    establish_contract(store, contract, provenance or {})
     receipts = {
         source: commit_unit(
-            store, contract, folder / "staging", source, latents, (rejects or {}).get(source, ())
+            store,
+            contract,
+            folder / "staging",
+            source,
+            latents,
+            (rejects or {}).get(source, ()),
+            qa=(qa or {}).get(source, ()),
         )
         for source, latents in sources.items()
     }

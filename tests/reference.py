@@ -17,13 +17,20 @@ from latentcache import Batch
 IDENTITY = ("unit", "key")
 Identity = tuple[str, str]
 
-_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "int8": torch.int8,
+}
 _NOT_COLUMNS = {"key", "latent", "latent_shape", "latent_dtype", "crop_top", "crop_left"}
 
 
 @dataclass(frozen=True)
 class StoredRow:
-    """One row; `latent` is [C, h, w] as stored, `sizes` SDXL's six numbers."""
+    """One row; `latent` is [C, h, w] as stored (of int8, what it stands for), `sizes` SDXL's six
+    numbers.
+    """
 
     latent: torch.Tensor
     sizes: list[int]
@@ -50,11 +57,25 @@ def _read_file(path: Path) -> dict[Identity, StoredRow]:
         dtype = _DTYPES[rows[0]["latent_dtype"]]
         latents = torch.frombuffer(bytearray(data), dtype=dtype)
         latents = latents.reshape(len(rows), *rows[0]["latent_shape"])
+    latents = _values(path.parents[2], latents)
     unit = path.parent.name
     return {
         (unit, row["key"]): StoredRow(latent, _sizes(row), _columns(row) | {"unit": unit})
         for row, latent in zip(rows, latents, strict=True)
     }
+
+
+def _values(folder: Path, latents: torch.Tensor) -> torch.Tensor:
+    """What int8 stands for, as docs/format.md has it; other dtypes stand for themselves."""
+    terms = json.loads((folder / "contract.json").read_bytes())["contract"]["latents"]
+    if latents.dtype != torch.int8:
+        assert "quantization" not in terms
+        return latents
+    zero_point, scale = (
+        np.array(terms["quantization"][name], np.float32)[:, None, None]
+        for name in ("zero_point", "scale")
+    )
+    return torch.from_numpy((latents.numpy() - zero_point) * scale)
 
 
 def _sizes(row: dict[str, Any]) -> list[int]:
@@ -73,7 +94,7 @@ def _columns(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def normalized(folder: Path, latent: torch.Tensor) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """`(z - shift) * scale` of a stored latent in double precision, by channel where it must be."""
+    """`(z - shift) * scale` of a row's latent in double precision, by channel where it must be."""
     vae = json.loads((folder / "contract.json").read_bytes())["contract"]["vae"]
     shift = np.array(vae["latents_mean"] or [vae["shift_factor"]])[:, None, None]
     std = np.array(vae["latents_std"] or [1.0])[:, None, None]

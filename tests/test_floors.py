@@ -27,6 +27,7 @@ FLOORS = {
     "dataset": 1.5,
     "metrics": 2.0,
     "networks": 2.0,
+    "pictures": 2.0,
     "images": 2.5,
     "vae": 2.5,
     "loader": 2.5,
@@ -43,6 +44,7 @@ HOMES = {
     "pydantic": {"config.py"},
     "pydantic_core": {"config.py"},
     "typer": {"cli.py"},
+    "jinja2": {"quality/html.py"},
     "diffusers": set(),
     "torchvision": set(),
 }
@@ -95,6 +97,11 @@ def test_a_file_imports_only_its_own_package_and_floors_below(file: Path):
             continue
         other = room_of(name)
         assert other == room or FLOORS[other] < FLOORS[room], f"{name_of(file)} imports {name}"
+
+
+def test_no_file_reads_parquet_on_threads_that_outlive_the_process():
+    users = {name_of(file) for file in FILES if "pq.read_table(" in file.read_text()}
+    assert not users, "read with dataset/parquet.py, which says why"
 
 
 @pytest.mark.parametrize("library", HOMES)

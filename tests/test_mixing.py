@@ -14,7 +14,7 @@ import makers
 from latentcache import LatentLoader
 from latentcache.dataset.contract import Contract
 from latentcache.errors import ConfigError, ContractMismatch, DatasetError
-from reference import Identity, assert_stored, identities, read_rows
+from reference import Identity, assert_stored, identities, normalized, read_rows
 from synthetic import make_contract, write_dataset
 
 SMALL, TALL, WIDE = (64, 64), (64, 96), (96, 64)
@@ -126,6 +126,31 @@ def test_latents_of_another_meaning_are_refused(
     with pytest.raises(ContractMismatch, match=f"{urls[1]} cannot be mixed") as caught:
         load(dict.fromkeys(urls, 1))
     assert [line.split(":")[0].strip() for line in str(caught.value).splitlines()[1:]] == [field]
+
+
+def test_how_int8_was_calibrated_may_differ(tmp_path: Path) -> None:
+    contract = make_contract([SMALL, TALL], dtype="int8", shift_factor=0.1)
+    terms = contract.latents.quantization
+    assert terms
+    assert terms.scale
+    assert terms.zero_point
+    finer = replace(
+        terms, scale=tuple(s / 2 for s in terms.scale), zero_point=terms.zero_point[::-1]
+    )
+    urls = [
+        write(tmp_path / "one", contract, {SMALL: 9, TALL: 5}),
+        write(tmp_path / "other", with_latents(contract, quantization=finer), {SMALL: 6, TALL: 7}),
+    ]
+    rows = read_rows(Path(urls[0])) | read_rows(Path(urls[1]))
+    seen = []
+    for batch in load(dict.fromkeys(urls, 1), dtype=torch.float32, tail="short"):
+        assert_stored(batch, rows)
+        seen += identities(batch)
+    for batch in load(dict.fromkeys(urls, 1), dtype=torch.float32, normalize=True):
+        for identity, latent in zip(identities(batch), batch.latents, strict=True):
+            exact = torch.from_numpy(normalized(Path(urls[0]), rows[identity].latent))
+            assert torch.allclose(latent.double(), exact, rtol=1e-6, atol=1e-6)
+    assert {identity[0] for identity in seen} == {identity[0] for identity in rows}
 
 
 def test_each_has_a_manifest_of_its_own(tmp_path: Path) -> None:

@@ -211,7 +211,7 @@ def test_damage_is_a_named_error(tmp_path: Path, format: str):
 
 
 @pytest.mark.parametrize(
-    "header", [b"[]", b"{}", b'{"latents": 3}', b'{"latents": {"dtype": "I8"}}', b"\xff"]
+    "header", [b"[]", b"{}", b'{"latents": 3}', b'{"latents": {"dtype": "U8"}}', b"\xff"]
 )
 def test_a_safetensors_header_of_another_kind_is_an_error(tmp_path: Path, header: bytes):
     path = tmp_path / "x.safetensors"

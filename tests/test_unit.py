@@ -32,7 +32,9 @@ from latentcache.dataset.contract import Contract
 from latentcache.dataset.receipts import DataFile, Receipt, Unit, new_attempt
 from latentcache.dataset.shards import RejectRow, iterate_latents
 from latentcache.engine import unit as unit_module
-from latentcache.engine.unit import Job, UnitFailure, UnitRunner, UnitTask
+from latentcache.engine.job import Job, UnitFailure, UnitTask
+from latentcache.engine.unit import UnitRunner
+from latentcache.errors import DiskFull
 from latentcache.metrics import drift_db
 from latentcache.storage import StorageOptions
 from latentcache.vae.encoder import LatentEncoder
@@ -240,7 +242,7 @@ def test_the_receipt_tells_of_the_files_as_they_lie_there(tmp_path: Path, make: 
     np.testing.assert_allclose(receipt.statistics.mean, channels.mean(axis=1), atol=1e-12)
     np.testing.assert_allclose(receipt.statistics.std, channels.std(axis=1), rtol=1e-12)
     assert receipt.stages
-    assert receipt.stages.keys() == {"fetch", "decode", "encode", "write", "upload"}
+    assert receipt.stages.keys() == {"fetch", "decode", "encode", "write", "qa", "upload"}
     assert receipt.stages["encode"]["busy_s"] > 0
     assert receipt.notes == {"encoded_again_in_fp32": 0}
     assert Receipt.from_bytes(receipt.to_bytes()).record == receipt.record
@@ -508,7 +510,7 @@ def test_a_fault_in_decoding_fails_the_unit_alone(
             failure = bench.failure()
         assert bench.units[0].source in failure.message
         assert "planted in decode" in failure.message
-        assert (failure.changed, failure.fatal) == (False, False)
+        assert (failure.changed, failure.fatal) == (False, None)
         assert "planted in decode" in capfd.readouterr().err, "a bug is told with its traceback"
         check_recovery(bench, monkeypatch)
 
@@ -538,7 +540,7 @@ def test_a_fault_in_writing_fails_the_unit(
             patch.setattr(unit_module.BucketWriter, "append", fail)
             failure = bench.failure()
         gc.collect()  # a tensor file left open is a ResourceWarning now, which is an error
-        assert failure.fatal == fatal
+        assert isinstance(failure.fatal, DiskFull) == fatal
         assert ("TMPDIR" in failure.message) == fatal
         check_recovery(bench, monkeypatch)
 

@@ -20,7 +20,11 @@ import typer
 
 if TYPE_CHECKING:
     from latentcache.config import Config
+    from latentcache.dataset.qa import Gates
+    from latentcache.dataset.reader import Dataset
     from latentcache.engine.plan import Plan
+    from latentcache.engine.run import RunSummary
+    from latentcache.quality.qa import Networks
     from latentcache.storage import StorageOptions
 
 P = ParamSpec("P")
@@ -164,13 +168,16 @@ def run_command(
         _complain(f"given up: {failure['message']}")
     if summary.exit_code == 1:
         _complain(f"{summary.status}; the same command goes on: {shlex.join(_argv())}")
-    if summary.exit_code == 3:
+    for breach in summary.breaches:
+        _complain(f"QA: {breach}")
+    report = _report_run(parsed, summary) if parsed.qa and summary.manifest else None
+    if summary.status == "too_many_rejects":
         _complain(
             "too many rejects: look at them with `latentcache inspect`, then mend the source or "
             "raise rejects.max_rate"
         )
     if json_:
-        _print_json(asdict(summary))
+        _print_json(asdict(summary) | {"report": report})
     else:
         _print(
             f"{summary.status}: {summary.num_committed} units encoded, {summary.num_skipped} there "
@@ -178,7 +185,30 @@ def run_command(
             f"rejects in manifest {summary.manifest} of {summary.output} "
             f"({summary.elapsed_s:.1f} s)"
         )
+        if summary.mean_psnr_db is not None:
+            _print(f"QA: {summary.num_qa_rows} rows, mean PSNR {summary.mean_psnr_db:.2f} dB")
+        if report:
+            _print(f"report: {report}")
     return summary.exit_code
+
+
+def _report_run(config: Config, summary: RunSummary) -> str:
+    """Write the report on the manifest that a run ended with; one that is there stays."""
+    from latentcache.dataset.reader import open_dataset
+    from latentcache.engine.run import gates_of
+    from latentcache.quality.report import build_report, report_path, write_report
+    from latentcache.storage import StorageOptions
+
+    assert config.qa
+    options = StorageOptions(**config.output.storage.model_dump())
+    dataset = open_dataset(config.output.url, summary.manifest, storage=options)
+    path = report_path(dataset)
+    if not dataset.store.exists(path):
+        report = build_report(
+            dataset, summary.breaches, gates_of(config), decoder=config.qa.decoder
+        )
+        write_report(report, dataset)
+    return str(dataset.store.local_path(path) or dataset.store.url_of(path))
 
 
 def _argv() -> list[str]:
@@ -339,19 +369,188 @@ def inspect_command(
     target: Target,
     set_: Overrides = None,
     manifest: ManifestNumber = None,
-    num_rows: Annotated[int, typer.Option("--rows", min=0, help="How many rows to show.")] = 5,
+    num_rows: Annotated[
+        int | None,
+        typer.Option("--rows", min=0, help="How many rows to show; 5, in a picture 24."),
+    ] = None,
+    image: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Decode rows drawn at random into a picture, instead."),
+    ] = None,
+    decoder: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="With --image: a checkpoint other than the encoder's."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="With --image: draws other rows.")] = 0,
     json_: Json = False,
 ) -> None:
     """Show what a dataset is: contract, totals, buckets, statistics, a few rows and rejects."""
     from latentcache.dataset.reader import open_dataset
+    from latentcache.errors import ConfigError
     from latentcache.quality.inspect import describe, render
 
+    if decoder and not image:
+        raise ConfigError("--decoder goes with --image")
     url, options = _locate(target, set_)
-    described = describe(open_dataset(url, manifest, storage=options), num_rows)
+    dataset = open_dataset(url, manifest, storage=options)
+    if image:
+        drawn = _draw_rows(dataset, image, num_rows, decoder, _vae_storage(target, set_), seed)
+        _print_json(drawn) if json_ else _print(f"{drawn['num_rows']} rows in {image}")
+        return
+    described = describe(dataset, 5 if num_rows is None else num_rows)
     if json_:
         _print_json(described)
     else:
         _print(render(described))
+
+
+def _vae_storage(target: str, overrides: list[str] | None) -> StorageOptions:
+    """How to reach the VAE, where a config says so."""
+    from latentcache.config import load_config
+    from latentcache.storage import StorageOptions
+
+    if not _is_config(target):
+        return StorageOptions()
+    return StorageOptions(**load_config(target, overrides or ()).vae.storage.model_dump())
+
+
+def _draw_rows(
+    dataset: Dataset,
+    image: Path,
+    num_rows: int | None,
+    decoder: str | None,
+    storage: StorageOptions,
+    seed: int,
+) -> dict[str, Any]:
+    """Write a contact sheet; see `quality/sheet.py`."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from latentcache.errors import ConfigError
+    from latentcache.quality.sheet import DEFAULT_NUM_ROWS, load_decoder, save_sheet
+
+    if num_rows == 0:
+        raise ConfigError("--rows 0 leaves nothing to draw with --image")
+    vae, notes = load_decoder(dataset, decoder, storage)
+    for note in notes:
+        _complain(note)
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("decoding", total=None)
+        num_drawn = save_sheet(
+            dataset,
+            vae,
+            image,
+            num_rows or DEFAULT_NUM_ROWS,
+            seed=seed,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    return {"image": str(image), "num_rows": num_drawn, "notes": notes}
+
+
+@app.command("qa")
+@_command
+def qa_command(
+    target: Target,
+    set_: Overrides = None,
+    manifest: ManifestNumber = None,
+    num_rows: Annotated[
+        int, typer.Option("--rows", min=1, help="How many rows to look at, over all buckets.")
+    ] = 256,
+    num_units: Annotated[
+        int,
+        typer.Option(
+            "--units", min=0, help="Read this many source shards again, not the run's own crops."
+        ),
+    ] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Draws other rows.")] = 0,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="The dataset's VAE; by default where its run found it.")
+    ] = None,
+    decoder: Annotated[
+        str | None, typer.Option(help="A checkpoint whose decoder is used; by default the VAE's.")
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Write the report to this .html (or .json) file.")
+    ] = None,
+    json_: Json = False,
+) -> int:
+    """Decode stored latents and hold them against their images; a gate not passed exits 3.
+
+    A config says in its section `qa` what decodes and what the gates are; a URL gets the defaults.
+    """
+    import tempfile
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from latentcache.dataset.reader import open_dataset
+    from latentcache.quality.qa import Selection, look_again
+    from latentcache.quality.report import Looked, build_report, require_writable, save_report
+
+    url, options = _locate(target, set_)
+    gates, networks, source_storage = _qa_settings(target, set_, checkpoint, decoder)
+    if report:
+        require_writable(report)
+    dataset = open_dataset(url, manifest, storage=options)
+    selection = Selection(num_rows, num_units, seed, source_storage)
+    console = Console(stderr=True)
+    with tempfile.TemporaryDirectory(prefix="latentcache-") as folder:
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+            task = bar.add_task("decoding", total=num_rows)
+            look = look_again(
+                dataset,
+                networks,
+                selection,
+                gates,
+                Path(folder),
+                lambda done, total: bar.update(task, completed=done, total=total),
+            )
+        found = build_report(
+            dataset,
+            look.breaches,
+            gates,
+            notes=look.notes,
+            decoder=look.decoder,
+            looked=Looked(look.store, look.records),
+        )
+        if report:
+            save_report(found, report)
+    for note in look.notes:
+        _complain(note)
+    for breach in look.breaches:
+        _complain(f"QA: {breach}")
+    if json_:
+        _print_json(found.to_json())
+    else:
+        _print(found.to_text())
+    return 3 if look.breaches else 0
+
+
+def _qa_settings(
+    target: str, overrides: list[str] | None, checkpoint: str | None, decoder: str | None
+) -> tuple[Gates, Networks, StorageOptions]:
+    """Read off a config what measures and what the gates are; the defaults where it has none."""
+    from latentcache.config import Qa, Storage
+    from latentcache.dataset.qa import Gates
+    from latentcache.quality.qa import Networks
+    from latentcache.storage import StorageOptions
+
+    config = _load(Path(target), overrides) if _is_config(target) else None
+    qa = config.qa if config and config.qa else Qa()
+
+    def options(storage: Storage) -> StorageOptions:
+        return StorageOptions(**storage.model_dump())
+
+    networks = Networks(
+        checkpoint=checkpoint or (config.vae.checkpoint if config else None),
+        checkpoint_storage=options(config.vae.storage if config else Storage()),
+        decoder=decoder or qa.decoder,
+        decoder_storage=options(qa.storage),
+        lpips=(qa.lpips.url, qa.lpips.sha256) if qa.lpips else None,
+    )
+    source_storage = options(config.source.storage if config else Storage())
+    return Gates(qa.min_psnr_db, qa.min_drift_db, qa.max_rejects), networks, source_storage
 
 
 @app.command("bench-loader")
@@ -384,8 +583,9 @@ def bench_loader_command(
     from latentcache.loader.loader import LatentLoader
     from latentcache.loader.measure import measure_loader
 
-    if dtype not in TORCH_DTYPES:
-        raise ConfigError(f"--dtype is {dtype!r}; it must be one of {', '.join(TORCH_DTYPES)}")
+    known = {name: kind for name, kind in TORCH_DTYPES.items() if kind.is_floating_point}
+    if dtype not in known:
+        raise ConfigError(f"--dtype is {dtype!r}; it must be one of {', '.join(known)}")
     url, options = _locate(target, set_)
     make = functools.partial(
         LatentLoader,
@@ -393,7 +593,7 @@ def bench_loader_command(
         batch_size=batch_size,
         manifest=manifest,
         tail="pad",  # else a small dataset would have no batch
-        dtype=TORCH_DTYPES[dtype],
+        dtype=known[dtype],
         normalize=normalize,
         columns=columns,
         cache_dir=cache_dir,

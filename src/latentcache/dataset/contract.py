@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -57,13 +57,32 @@ class TransformContract:
 
 
 @dataclass(frozen=True)
+class QuantizationContract:
+    """What int8 latents stand for; `dataset/quantization.py` has the arithmetic.
+
+    `num_images` and `seed` are the spec: on how many images it is calibrated, and on which.
+    `scale` and `zero_point`, one a stored channel, are what came of it; None before a first run has
+    looked.
+    """
+
+    num_images: int
+    seed: int
+    scale: tuple[float, ...] | None = None
+    zero_point: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
 class LatentContract:
-    """How a latent is drawn from the posterior and stored (always unscaled)."""
+    """How a latent is drawn from the posterior and stored (always unscaled).
+
+    `precision` may be `auto` before a first run; `quantization` goes with dtype int8 alone.
+    """
 
     posterior: str
     dtype: str
     format: str
     precision: str
+    quantization: QuantizationContract | None = None
 
 
 @dataclass(frozen=True)
@@ -88,9 +107,29 @@ class Contract:
         factor = self.vae.downsample_factor
         return self.stored_channels, height_px // factor, width_px // factor
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing in it waits for a look at real images."""
+        quantization = self.latents.quantization
+        is_measured = quantization is None or quantization.scale is not None
+        return self.latents.precision != "auto" and is_measured
+
+    def settled_as(self, other: Contract) -> Contract:
+        """Take over what another contract found on real images and this one leaves open."""
+        mine, theirs = self.latents, other.latents
+        if mine.precision == "auto":
+            mine = replace(mine, precision=theirs.precision)
+        open_, found = mine.quantization, theirs.quantization
+        if open_ and open_.scale is None and found:
+            open_ = replace(open_, scale=found.scale, zero_point=found.zero_point)
+            mine = replace(mine, quantization=open_)
+        return replace(self, latents=mine)
+
     def to_json(self) -> dict[str, Any]:
-        """Give the contract as plain JSON."""
+        """Give the contract as plain JSON; only int8 latents have a `quantization`."""
         tree: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        if self.latents.quantization is None:
+            del tree["latents"]["quantization"]
         return tree
 
     @classmethod
@@ -109,13 +148,13 @@ class Contract:
         try:
             transform = dict(tree["transform"])
             transform["buckets"] = tuple((int(w), int(h)) for w, h in transform["buckets"])
-            vae: dict[str, Any] = {
-                k: tuple(v) if isinstance(v, list) else v for k, v in tree["vae"].items()
-            }
+            latents = dict(tree["latents"])
+            if quantization := latents.get("quantization"):
+                latents["quantization"] = QuantizationContract(**_with_tuples(quantization))
             return cls(
-                vae=VaeContract(**vae),
+                vae=VaeContract(**_with_tuples(tree["vae"])),
                 transform=TransformContract(**transform),
-                latents=LatentContract(**tree["latents"]),
+                latents=LatentContract(**latents),
                 image_fields=tuple(tree["image_fields"]),
                 columns=tuple(tree["columns"]),
             )
@@ -128,12 +167,19 @@ class Contract:
         return hashlib.sha256(canonical_json(self.to_json())).hexdigest()
 
 
+def _with_tuples(tree: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in tree.items()}
+
+
 def contract_diff(there: Contract, wanted: Contract) -> list[str]:
     """Name each field that differs: `transform.crop: "center" there, "random" wanted`."""
     before, after = dict(_leaves(there.to_json())), dict(_leaves(wanted.to_json()))
+    paths = before.keys() | after.keys()
+    if there.latents.dtype != wanted.latents.dtype:  # says already that one of them has none
+        paths = {path for path in paths if not path.startswith("latents.quantization.")}
     return [
         f"{path}: {json.dumps(before.get(path))} there, {json.dumps(after.get(path))} wanted"
-        for path in sorted(before.keys() | after.keys())
+        for path in sorted(paths)
         if before.get(path) != after.get(path)
     ]
 
@@ -155,6 +201,12 @@ def read_contract(store: Store) -> Contract | None:
     return _parse(store, data)
 
 
+def read_provenance(store: Store) -> dict[str, Any]:
+    """Read what stands beside the contract of a dataset: its name, checkpoint URL and versions."""
+    provenance: dict[str, Any] = json.loads(store.read_bytes(CONTRACT_PATH))["provenance"]
+    return provenance
+
+
 def _parse(store: Store, data: bytes) -> Contract:
     try:
         tree = json.loads(data)
@@ -173,12 +225,13 @@ def establish_contract(store: Store, wanted: Contract, provenance: dict[str, Any
 
     Args:
         store: the output.
-        wanted: this run's contract.
+        wanted: this run's contract, settled.
         provenance: what is worth knowing but need not agree: checkpoint URL, versions.
 
     Raises:
         ContractMismatch: another contract lies there; the message names each field.
     """
+    assert wanted.is_settled
     tree = {
         "contract": wanted.to_json(),
         "fingerprint": wanted.fingerprint,

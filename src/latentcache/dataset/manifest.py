@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from latentcache.dataset.contract import FORMAT_VERSION
+from latentcache.dataset.parquet import read_table
 from latentcache.dataset.receipts import (
     Receipt,
     Unit,
@@ -224,7 +225,7 @@ def _segments(
             ) from error
         if hashlib.sha256(data).hexdigest() != segment.sha256:
             raise DatasetError(f"{store.url_of(segment.path)} is damaged: its SHA-256 differs")
-        yield pq.read_table(pa.BufferReader(data), columns=columns)
+        yield read_table(pa.BufferReader(data), columns)
 
 
 def _records(table: pa.Table) -> list[UnitRecord]:

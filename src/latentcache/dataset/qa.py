@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from latentcache.dataset.receipts import DataFile, QaFile, UnitRecord
+from latentcache.dataset.parquet import read_rows, read_table
+from latentcache.dataset.receipts import QaFile, UnitRecord
+from latentcache.dataset.shards import describe_file
 from latentcache.errors import DatasetError, ObjectNotFound
 from latentcache.storage import Store
 
@@ -31,6 +34,7 @@ MIN_DB, MAX_DB = -100.0, 150.0
 _MIN_ROWS_TO_JUDGE = 32
 
 _READ_THREADS = 16
+_GROUP_ROWS = 16
 
 _SCHEMA = pa.schema(
     [
@@ -83,26 +87,52 @@ class QaRow:
     latent_shape: tuple[int, int, int]
 
 
-def write_qa(path: Path, rows: Sequence[QaRow], metadata: dict[str, str]) -> None:
-    """Write a QA file; `metadata` says what decoded it."""
+def write_qa(
+    local: Path, path: str, rows: Iterable[QaRow], decoder: Callable[[], dict[str, str]]
+) -> QaFile | None:
+    """Write QA rows as they come.
+
+    Args:
+        local: the file to write.
+        path: where it will lie in the dataset.
+        rows: any number; a few are held at once.
+        decoder: says, after the last row, what decoded them.
+
+    Returns:
+        What a receipt says of the file; None, and no file, where there is no row.
+    """
+    num_rows: Counter[str] = Counter()
+    psnrs_db: list[float] = []
+    min_drift_db = MAX_DB
+    left = iter(rows)
+    with ExitStack() as stack:
+        writer: pq.ParquetWriter | None = None
+        # Small groups, so that a report reads few pictures that it does not show.
+        while group := list(islice(left, _GROUP_ROWS)):
+            if writer is None:  # pictures are compressed already
+                writer = stack.enter_context(pq.ParquetWriter(local, _SCHEMA, compression="NONE"))
+            writer.write_table(_table(group))
+            num_rows.update(row.bucket for row in group)
+            psnrs_db += [row.measured.psnr_db for row in group]
+            min_drift_db = min(min_drift_db, *(row.measured.drift_db for row in group))
+        if writer is None:
+            return None
+        writer.add_key_value_metadata({f"latentcache.{k}": v for k, v in decoder().items()})
+    return QaFile(
+        file=describe_file(local, path, len(psnrs_db), ""),
+        num_rows=dict(sorted(num_rows.items())),
+        mean_psnr_db=math.fsum(psnrs_db) / len(psnrs_db),
+        min_drift_db=min_drift_db,
+    )
+
+
+def _table(rows: Sequence[QaRow]) -> pa.Table:
     columns: dict[str, Any] = {
         name: [getattr(row, name) for row in rows]
         for name in ("key", "bucket", "image", "reconstruction", "latent", "latent_shape")
     }
     columns |= {name: [getattr(row.measured, name) for row in rows] for name in MEASURES}
-    schema = _SCHEMA.with_metadata({f"latentcache.{k}": v for k, v in metadata.items()})
-    # Pictures are compressed already; small groups let a report fetch few that it does not show.
-    pq.write_table(pa.table(columns, schema), path, compression="NONE", row_group_size=16)
-
-
-def summarise(file: DataFile, rows: Sequence[QaRow]) -> QaFile:
-    """Write up a unit's QA file for its receipt."""
-    return QaFile(
-        file=file,
-        num_rows=dict(sorted(Counter(row.bucket for row in rows).items())),
-        mean_psnr_db=math.fsum(row.measured.psnr_db for row in rows) / len(rows),
-        min_drift_db=min(row.measured.drift_db for row in rows),
-    )
+    return pa.table(columns, _SCHEMA)
 
 
 def read_measures(store: Store, records: Iterable[UnitRecord]) -> pa.Table:
@@ -118,7 +148,8 @@ def read_measures(store: Store, records: Iterable[UnitRecord]) -> pa.Table:
     columns = ["key", "bucket", *MEASURES]
 
     def read(record: UnitRecord) -> pa.Table:
-        table = _read(store, record, columns)
+        with _open(store, record) as file:
+            table = read_table(file, columns)
         return table.add_column(0, "unit", pa.array([record.unit.id] * len(table), pa.string()))
 
     empty = pa.schema([pa.field("unit", pa.string()), *(_SCHEMA.field(name) for name in columns)])
@@ -127,14 +158,17 @@ def read_measures(store: Store, records: Iterable[UnitRecord]) -> pa.Table:
     return pa.concat_tables([*(t.replace_schema_metadata() for t in tables), empty.empty_table()])
 
 
-def read_qa_rows(store: Store, record: UnitRecord, keys: Iterable[str] | None = None) -> list[QaRow]:
+def read_qa_rows(
+    store: Store, record: UnitRecord, keys: Iterable[str] | None = None
+) -> list[QaRow]:
     """Read a unit's QA rows with their pictures, all or those of some keys.
 
     Raises:
         DatasetError: the QA file is gone or damaged.
     """
-    filters = None if keys is None else pc.field("key").isin(list(keys))
-    rows = _read(store, record, None, filters).to_pylist()
+    with _open(store, record) as file:
+        table = read_table(file) if keys is None else read_rows(file, "key", list(keys))
+    rows = table.to_pylist()
     return [
         QaRow(
             measured=Measured(**{name: row.pop(name) for name in MEASURES}),
@@ -145,14 +179,13 @@ def read_qa_rows(store: Store, record: UnitRecord, keys: Iterable[str] | None = 
     ]
 
 
-def _read(
-    store: Store, record: UnitRecord, columns: list[str] | None, filters: Any = None
-) -> pa.Table:
+@contextmanager
+def _open(store: Store, record: UnitRecord) -> Iterator[BinaryIO]:
     assert record.qa
     path = record.qa.file.path
     try:
         with store.named(path), store.open(path) as file:
-            return pq.read_table(file, columns=columns, filters=filters)
+            yield file
     except (pa.ArrowException, ObjectNotFound) as error:
         raise DatasetError(f"{store.url_of(path)} is gone or damaged: {error}") from error
 
@@ -171,23 +204,32 @@ class Gates:
 
 
 class QaTotals:
-    """What the QA of many units comes to: the figures that gates are held against."""
+    """What the QA of many units comes to, held against gates."""
 
-    def __init__(self, records: Iterable[UnitRecord] = ()) -> None:
+    def __init__(self, gates: Gates, records: Iterable[UnitRecord] = ()) -> None:
+        self.gates = gates
         self.num_rows: Counter[str] = Counter()
         self.num_rejects = 0
-        self.min_drift_db = MAX_DB
         self._sum_psnr_db = 0.0
+        self._drifted: dict[str, UnitRecord] = {}
         for record in records:
             self.add(record)
 
-    def add(self, record: UnitRecord) -> None:
-        """Take in one more unit."""
-        self.num_rejects += record.num_rejects
+    def add(self, record: UnitRecord, before: UnitRecord | None = None) -> None:
+        """Take in one more unit, in place of what it was before."""
+        self._count(record, 1)
+        if before:
+            self._count(before, -1)
+        self._drifted.pop(record.unit.id, None)
+        limit = self.gates.min_drift_db
+        if record.qa and limit is not None and record.qa.min_drift_db < limit:
+            self._drifted[record.unit.id] = record
+
+    def _count(self, record: UnitRecord, sign: int) -> None:
+        self.num_rejects += sign * record.num_rejects
         if record.qa:
-            self.num_rows.update(record.qa.num_rows)
-            self._sum_psnr_db += record.qa.mean_psnr_db * record.qa.file.num_rows
-            self.min_drift_db = min(self.min_drift_db, record.qa.min_drift_db)
+            self.num_rows.update({b: sign * num for b, num in record.qa.num_rows.items()})
+            self._sum_psnr_db += sign * record.qa.mean_psnr_db * record.qa.file.num_rows
 
     @property
     def mean_psnr_db(self) -> float | None:
@@ -195,20 +237,22 @@ class QaTotals:
         num_rows = self.num_rows.total()
         return self._sum_psnr_db / num_rows if num_rows else None
 
-    def breaches(self, gates: Gates, *, at_work: bool = False) -> list[str]:
+    def breaches(self, *, at_work: bool = False) -> list[str]:
         """Say which gates are not passed, one line each; `at_work` while more rows may come."""
         found = []
-        mean, num_rows = self.mean_psnr_db, self.num_rows.total()
-        if gates.min_psnr_db is not None and mean is not None and mean < gates.min_psnr_db:
-            if not at_work or num_rows >= _MIN_ROWS_TO_JUDGE:
-                found.append(
-                    f"the mean PSNR of {num_rows} QA rows is {mean:.2f} dB, below qa.min_psnr_db "
-                    f"{gates.min_psnr_db:g}"
-                )
-        if gates.min_drift_db is not None and self.min_drift_db < gates.min_drift_db:
+        gates, mean, num_rows = self.gates, self.mean_psnr_db, self.num_rows.total()
+        is_judged = num_rows >= (_MIN_ROWS_TO_JUDGE if at_work else 1)
+        if is_judged and mean is not None and mean < (gates.min_psnr_db or -math.inf):
             found.append(
-                f"a stored latent is {self.min_drift_db:.1f} dB from an fp32 encode of its image, "
-                f"below qa.min_drift_db {gates.min_drift_db:g}"
+                f"the mean PSNR of {num_rows} QA rows is {mean:.2f} dB, below qa.min_psnr_db "
+                f"{gates.min_psnr_db:g}"
+            )
+        if self._drifted:
+            worst = min(self._drifted.values(), key=_min_drift_db)
+            found.append(
+                f"{len(self._drifted)} units have latents that are not what their images encode "
+                f"to: {_min_drift_db(worst):.1f} dB in {worst.unit.source}, below qa.min_drift_db "
+                f"{gates.min_drift_db:g}"
             )
         if gates.max_rejects is not None and self.num_rejects > gates.max_rejects:
             found.append(
@@ -216,3 +260,8 @@ class QaTotals:
                 f"{gates.max_rejects}"
             )
         return found
+
+
+def _min_drift_db(record: UnitRecord) -> float:
+    assert record.qa
+    return record.qa.min_drift_db

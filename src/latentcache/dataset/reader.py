@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,6 +17,8 @@ import torch
 
 from latentcache.dataset.contract import Contract, read_contract
 from latentcache.dataset.manifest import Manifest, list_manifests, read_manifest, read_records
+from latentcache.dataset.parquet import read_table
+from latentcache.dataset.quantization import to_values
 from latentcache.dataset.receipts import DataFile, UnitRecord
 from latentcache.dataset.shards import SafetensorsRows, tensor_from_bytes
 from latentcache.dataset.statistics import Statistics
@@ -26,14 +29,17 @@ from latentcache.storage import StorageOptions, Store
 _CACHED_ROW_GROUPS = 4
 _CACHED_FILES = 16
 
+_READ_THREADS = 16
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
     """One sample that became a latent.
 
     `latent` is [C, H, W] in the stored dtype, unscaled: a diffusion model wants
-    `(latent - shift_factor) * scaling_factor`. Sizes and crop offsets are in pixels, the offsets
-    within the resized image. (`unit`, `key`) names the row.
+    `(latent - shift_factor) * scaling_factor`. Stored as int8, it is given as the float32 values
+    that the bytes stand for. Sizes and crop offsets are in pixels, the offsets within the resized
+    image. (`unit`, `key`) names the row.
     """
 
     unit: str
@@ -56,7 +62,8 @@ class RejectedRow:
     """A sample that was left out, where it came from, and why.
 
     `key` is None where the shard as a whole is meant, such as one that ends early. `stage` and
-    `reason` are stable words, `message` is for people.
+    `reason` are stable words, `message` is for people. `thumbnail` is a small JPEG of the first few
+    samples of a reason in a unit, if they could be decoded.
     """
 
     unit: str
@@ -65,6 +72,7 @@ class RejectedRow:
     stage: str
     reason: str
     message: str
+    thumbnail: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +92,7 @@ class Dataset(Sequence[Row]):
     """
 
     def __init__(self, store: Store, contract: Contract, manifest: Manifest) -> None:
-        self._store = store
+        self.store = store
         self.url = store.url
         self.contract = contract
         self.manifest = manifest
@@ -98,7 +106,10 @@ class Dataset(Sequence[Row]):
 
     @property
     def stats(self) -> Statistics:
-        """Per-channel statistics of the stored latents, merged over all units."""
+        """Per-channel statistics of the stored latents, unscaled, merged over all units.
+
+        What whitening needs: `(latent - mean) / std` of all rows has mean 0 and deviation 1.
+        """
         return self.manifest.statistics
 
     def __len__(self) -> int:
@@ -129,6 +140,8 @@ class Dataset(Sequence[Row]):
         else:
             with self._reading(shard.tensors):
                 latent = tensors[offset]
+        if self.contract.latents.quantization:
+            latent = to_values(latent, self.contract.latents)
         fixed = ("key", "original_width", "original_height", "crop_top", "crop_left")
         return Row(
             unit=shard.unit,
@@ -140,22 +153,22 @@ class Dataset(Sequence[Row]):
     def _open_file(self, number: int) -> tuple[pq.ParquetFile, SafetensorsRows | None]:
         shard = self._shards[number]
         with self._reading(shard.rows):
-            file = pq.ParquetFile(self._store.open(shard.rows.path))
+            file = pq.ParquetFile(self.store.open(shard.rows.path))
             if file.metadata.num_rows != shard.rows.num_rows:
                 raise DatasetError(f"{file.metadata.num_rows} rows, not {shard.rows.num_rows}")
         if shard.tensors is None:
             return file, None
         with self._reading(shard.tensors):
-            return file, SafetensorsRows(self._store.open(shard.tensors.path))
+            return file, SafetensorsRows(self.store.open(shard.tensors.path))
 
     @contextmanager
     def _reading(self, file: DataFile) -> Iterator[None]:
         """Name the file in whatever is wrong with it."""
         try:
-            with self._store.named(file.path):
+            with self.store.named(file.path):
                 yield
         except (pa.ArrowException, DatasetError) as error:
-            url = self._store.url_of(file.path)
+            url = self.store.url_of(file.path)
             raise DatasetError(f"{url} is damaged: {error}; run `latentcache verify`") from error
 
     def _read_group(self, number: int, group: int) -> pa.Table:
@@ -164,12 +177,21 @@ class Dataset(Sequence[Row]):
 
     def rejects(self) -> Iterator[RejectedRow]:
         """Give every sample that was left out."""
-        for record in self.units:
-            if record.rejects:
-                with self._reading(record.rejects):
-                    table = pq.read_table(self._store.open(record.rejects.path))
-                for row in table.to_pylist():
-                    yield RejectedRow(unit=record.unit.id, source=record.unit.source, **row)
+        records = [record for record in self.units if record.rejects]
+        with ThreadPoolExecutor(_READ_THREADS) as pool:
+            # So many at a time: of a million units, few are in memory.
+            for first in range(0, len(records), _READ_THREADS):
+                for rows in pool.map(self._read_rejects, records[first : first + _READ_THREADS]):
+                    yield from rows
+
+    def _read_rejects(self, record: UnitRecord) -> list[RejectedRow]:
+        assert record.rejects
+        with self._reading(record.rejects), self.store.open(record.rejects.path) as file:
+            table = read_table(file)
+        return [
+            RejectedRow(unit=record.unit.id, source=record.unit.source, **row)
+            for row in table.to_pylist()
+        ]
 
 
 def _pair(record: UnitRecord) -> Iterator[_Shard]:

@@ -96,7 +96,8 @@ class Receipt:
     """The record that commits a unit.
 
     `stages` holds busy and wait seconds by stage, `versions` what encoded it; `notes` counts what
-    is worth knowing, such as latents that were not finite and were encoded again in fp32.
+    is worth knowing: latents that were not finite and were encoded again in fp32, and with int8
+    the values that lay outside its range.
     """
 
     record: UnitRecord

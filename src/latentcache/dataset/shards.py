@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -34,8 +34,9 @@ TORCH_DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
+    "int8": torch.int8,
 }
-SAFETENSORS_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+SAFETENSORS_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "int8": "I8"}
 
 REJECT_SCHEMA = pa.schema(
     [
@@ -43,6 +44,7 @@ REJECT_SCHEMA = pa.schema(
         pa.field("stage", pa.string(), nullable=False),
         pa.field("reason", pa.string(), nullable=False),
         pa.field("message", pa.string(), nullable=False),
+        pa.field("thumbnail", pa.binary()),
     ]
 )
 
@@ -61,12 +63,16 @@ class RowMeta:
 
 @dataclass(frozen=True, slots=True)
 class RejectRow:
-    """A sample left out: `key` is None where no sample could be named."""
+    """A sample left out: `key` is None where no sample could be named.
+
+    `thumbnail` is a small JPEG of the first few of a reason that could be decoded, else None.
+    """
 
     key: str | None
     stage: str
     reason: str
     message: str
+    thumbnail: bytes | None = None
 
 
 def bucket_name(bucket: tuple[int, int]) -> str:
@@ -347,3 +353,34 @@ def iterate_latents(files: Sequence[Path]) -> Iterator[tuple[str, torch.Tensor]]
                 yield key, latents[index]
     except (pa.ArrowException, OSError, ValueError, RuntimeError) as error:
         raise DatasetError(f"{files[-1]}: {error}") from error
+
+
+def read_latents(files: Sequence[BinaryIO], keys: Collection[str]) -> dict[str, torch.Tensor]:
+    """Read the latents of some rows of one bucket's files; a key that is not there is left out.
+
+    Args:
+        files: the open Parquet file, or safetensors and its rows.
+        keys: of the rows.
+
+    Raises:
+        DatasetError: the files are damaged.
+    """
+    found: dict[str, torch.Tensor] = {}
+    try:
+        with pq.ParquetFile(files[-1]) as rows:
+            tensors = SafetensorsRows(files[0]) if len(files) > 1 else None
+            first = 0
+            for number in range(rows.num_row_groups):
+                there = rows.read_row_group(number, columns=["key"])["key"].to_pylist()
+                wanted = [index for index, key in enumerate(there) if key in keys]
+                if tensors:
+                    found |= {there[index]: tensors[first + index] for index in wanted}
+                elif wanted:
+                    columns = ["latent", "latent_dtype", "latent_shape"]
+                    group = rows.read_row_group(number, columns=columns).take(wanted)
+                    for index, row in zip(wanted, group.to_pylist(), strict=True):
+                        found[there[index]] = tensor_from_bytes(*(row[name] for name in columns))
+                first += len(there)
+    except (pa.ArrowException, OSError, ValueError, RuntimeError) as error:
+        raise DatasetError(f"cannot read latents: {error}") from error
+    return found

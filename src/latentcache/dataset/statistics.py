@@ -23,7 +23,8 @@ class Statistics:
 
     `mean`, `m2` (the sum of squared deviations from the mean), `minimum` and `maximum` are float64
     [C]; `histogram` is int64 [C, 130]: below the first of `HISTOGRAM_EDGES`, between each two, and
-    above the last. All are of the stored values, after the cast to the stored dtype.
+    above the last. All are of the stored values, after the cast to the stored dtype; of int8, of
+    the values that it stands for.
     """
 
     count: int

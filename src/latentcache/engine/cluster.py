@@ -27,14 +27,17 @@ import ray
 import torch
 from ray.exceptions import ActorDiedError, OutOfMemoryError, RayError, RayTaskError
 
+from latentcache.dataset.contract import Contract
 from latentcache.dataset.receipts import Receipt, new_attempt
+from latentcache.engine.job import Job, UnitFailure, UnitTask
 from latentcache.engine.plan import PlannedUnit
-from latentcache.engine.unit import Job, UnitFailure, UnitRunner, UnitTask, transform_spec
-from latentcache.errors import ClusterError, DiskFull, LatentCacheError, Reject, StorageError
-from latentcache.images.decode import decode_image
-from latentcache.images.source import Sample, SourceShard, read_shard
-from latentcache.images.transform import transform
-from latentcache.vae.encoder import LatentEncoder, resolve_precision
+from latentcache.engine.settle import settle
+from latentcache.engine.unit import UnitRunner
+from latentcache.errors import ClusterError, LatentCacheError, StorageError
+from latentcache.images.source import SourceShard
+from latentcache.networks import load_lpips
+from latentcache.vae.encoder import LatentEncoder, require_fp32
+from latentcache.vae.examine import Examiner
 from latentcache.vae.model import KLAutoencoder
 from latentcache.vae.weights import encoder_fingerprint, load_vae
 
@@ -45,7 +48,6 @@ B = TypeVar("B")
 UNITS_PER_ACTOR = 2
 
 _POLL_S = 2.0
-_PROBE_IMAGES = 16
 
 # Tries after the first, of work that is done again as a whole.
 _RETRIES = 2
@@ -111,15 +113,16 @@ class _EncoderActor:
         self._job = job
         self._runner: UnitRunner | None = None
 
-    def setup(self) -> str | UnitFailure:
-        """Load the VAE; says which node this is."""
+    def setup(self) -> str | LatentCacheError:
+        """Load the VAE; says which node this is, or why it cannot be used."""
         try:
             vae = _load_vae(self._job)
+            examiner = _load_examiner(self._job, vae)
         except LatentCacheError as error:
-            return UnitFailure(str(error), fatal=True)
+            return error
         precision = self._job.contract.latents.precision
         encoder = LatentEncoder(vae, precision, self._job.batch_size)
-        self._runner = UnitRunner(self._job, encoder)
+        self._runner = UnitRunner(self._job, encoder, examiner)
         node: str = ray.get_runtime_context().get_node_id()
         return node
 
@@ -149,6 +152,7 @@ def _load_vae(job: Job) -> KLAutoencoder:
             f"a worker has a GPU, but its torch {torch.__version__} cannot use it: install a CUDA "
             "build there, or set compute.num_gpus to 0"
         )
+    require_fp32()
     vae = load_vae(job.checkpoint, device=device, decoder=False, options=job.checkpoint_storage)
     if encoder_fingerprint(vae) != job.contract.vae.encoder_fingerprint:
         raise ClusterError(
@@ -158,30 +162,19 @@ def _load_vae(job: Job) -> KLAutoencoder:
     return vae
 
 
-def _resolve_precision(job: Job, shards: Sequence[SourceShard]) -> str:
-    """Choose the precision on the first images that decode; runs on a GPU."""
-    vae, spec = _load_vae(job), transform_spec(job.contract)
-    images: list[torch.Tensor] = []
-    for sample in _samples(job, shards):
-        try:
-            image = decode_image(sample.image, max_pixels=spec.max_pixels)
-            images.append(transform(image, spec).pixels)
-        except Reject:
-            continue  # its unit will record it
-        if len(images) == _PROBE_IMAGES:
-            break
-    return resolve_precision(vae, images)
+def _load_examiner(job: Job, vae: KLAutoencoder) -> Examiner | None:
+    if not job.qa:
+        return None
+    decoder = load_vae(job.qa.decoder, device=vae.device, options=job.qa.decoder_storage)
+    lpips = None
+    if job.qa.lpips:
+        url, sha256 = job.qa.lpips
+        lpips = load_lpips(url, sha256, job.qa.lpips_storage, vae.device)
+    return Examiner(job.contract, vae, decoder, lpips)
 
 
-def _samples(job: Job, shards: Sequence[SourceShard]) -> Iterator[Sample]:
-    for shard in shards:
-        fields, options = job.contract.image_fields, job.source_storage
-        try:
-            for sample in read_shard(shard, image=fields, keep=(), options=options):
-                if isinstance(sample, Sample):
-                    yield sample
-        except LatentCacheError:
-            continue  # its unit will fail by itself, with retries
+def _settle(job: Job, shards: Sequence[SourceShard]) -> Contract:
+    return settle(_load_vae(job), job, shards)
 
 
 class Cluster:
@@ -237,16 +230,19 @@ class Cluster:
     def __exit__(self, *_: object) -> None:
         ray.shutdown()
 
-    def resolve_precision(self, job: Job, shards: Sequence[SourceShard]) -> str:
-        """Choose the precision on one GPU; see `vae.encoder.resolve_precision`.
+    def settle(self, job: Job, shards: Sequence[SourceShard]) -> Contract:
+        """Find out on one worker what the job's contract leaves open; see `engine/settle.py`.
 
         Raises:
             ClusterError: the task was lost again and again.
             CheckpointError: the checkpoint cannot be read there.
+            SourceError: there is no image to calibrate on.
         """
-        task = ray.remote(_resolve_precision).options(max_retries=_RETRIES, **self._resources)
-        precision: str = _get(task.remote(job, list(shards)), "choosing the precision failed")
-        return precision
+        task = ray.remote(_settle).options(max_retries=_RETRIES, **self._resources)
+        contract: Contract = _get(
+            task.remote(job, list(shards)), "a look at the first images failed"
+        )
+        return contract
 
     def map(self, function: Callable[[A], B], items: Iterable[A]) -> Iterator[B]:
         """Call a function on each item, on as many actors as a run would have.
@@ -385,6 +381,8 @@ class Dispatcher:
         self._num_lost = 0
         self._start_failures = 0
         self._may_start_at = 0.0
+        self.qa_wanted: dict[str, int] = {}
+        """QA rows wanted of each bucket, at least, from units that are handed out from now on."""
 
     def add(self, unit: PlannedUnit) -> None:
         """Add one more unit while the loop runs."""
@@ -450,7 +448,7 @@ class Dispatcher:
                 return
 
     def _give(self, worker: _Worker, unit: PlannedUnit, *, alone: bool) -> None:
-        task = UnitTask(unit.unit, unit.generation, new_attempt())
+        task = UnitTask(unit.unit, unit.generation, new_attempt(), self.qa_wanted)
         ref = worker.handle.run_unit.options(concurrency_group="units").remote(task)
         worker.in_hand[ref] = _Assignment(unit, task, alone)
 
@@ -485,8 +483,10 @@ class Dispatcher:
             if isinstance(result, dict):
                 worker.stats = result
         elif ref == worker.setup:
-            if isinstance(result, UnitFailure):
-                raise ClusterError(result.message)
+            if isinstance(result, LatentCacheError | UnitFailure):
+                raise (
+                    result if isinstance(result, LatentCacheError) else ClusterError(result.message)
+                )
             worker.node = result
             self._start_failures = 0
         else:
@@ -500,7 +500,7 @@ class Dispatcher:
         self, assignment: _Assignment, failure: UnitFailure, *, crashed: bool = False
     ) -> Iterator[Event]:
         if failure.fatal:
-            raise DiskFull(failure.message)
+            raise failure.fatal
         unit = assignment.unit
         self._failures[unit.unit.id] += 1
         if failure.changed or self._failures[unit.unit.id] > self._unit_retries:

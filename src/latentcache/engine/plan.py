@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from latentcache.config import Config, RatioBuckets, Storage
+from latentcache.config import Calibration, Config, RatioBuckets, Storage
 from latentcache.dataset.contract import (
     Contract,
     LatentContract,
+    QuantizationContract,
     TransformContract,
     VaeContract,
     contract_diff,
@@ -37,8 +38,9 @@ class PlannedUnit:
 class Plan:
     """What is there, and what is left to do.
 
-    `contract` is the one wanted, in which `precision` may still be `auto` before a first run;
-    `there` is the one that lies at the output, and `diff` names the fields in which they disagree.
+    `contract` is the one wanted, which before a first run may not be settled: its units then have
+    provisional names. `there` is the one that lies at the output, and `diff` names the fields in
+    which they disagree.
     """
 
     output: Store
@@ -82,8 +84,8 @@ def make_plan(config: Config, *, retry_rejects: bool = False) -> Plan:
     output = Store(config.output.url, storage_options(config.output.storage))
     contract = wanted_contract(config)
     there = read_contract(output)
-    if there and contract.latents.precision == "auto":
-        contract = with_precision(contract, there.latents.precision)
+    if there:
+        contract = contract.settled_as(there)
     shards = list_shards(config.source.shards, storage_options(config.source.storage))
     units = units_of(shards, contract)
     diff = contract_diff(there, contract) if there else []
@@ -166,17 +168,11 @@ def wanted_contract(config: Config) -> Contract:
             dtype=config.latents.dtype,
             format=config.latents.format,
             precision=_known_precision(config),
+            quantization=_quantization(config),
         ),
         image_fields=tuple(config.source.image),
         columns=tuple("caption" if name == "txt" else name for name in config.source.keep),
     )
-
-
-def with_precision(contract: Contract, precision: str) -> Contract:
-    """Fill in the precision that `auto` came to."""
-    tree = contract.to_json()
-    tree["latents"]["precision"] = precision
-    return Contract.from_json(tree)
 
 
 def _known_precision(config: Config) -> str:
@@ -184,6 +180,13 @@ def _known_precision(config: Config) -> str:
     if config.compute.precision == "auto" and config.compute.num_gpus == 0:
         return "fp32"
     return config.compute.precision
+
+
+def _quantization(config: Config) -> QuantizationContract | None:
+    if config.latents.dtype != "int8":
+        return None
+    calibration = config.latents.calibration or Calibration()
+    return QuantizationContract(calibration.num_images, calibration.seed)
 
 
 def _buckets(config: Config) -> tuple[Bucket, ...]:

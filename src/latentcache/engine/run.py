@@ -25,8 +25,11 @@ from latentcache.dataset.contract import (
     require_same,
 )
 from latentcache.dataset.manifest import Listing, Manifest, State, write_next
+from latentcache.dataset.qa import Gates, QaTotals
 from latentcache.dataset.receipts import Receipt, Unit, put_failure, read_receipts
+from latentcache.dataset.shards import bucket_name
 from latentcache.engine.cluster import Cluster, Dispatcher, Failed, Finished, StopSignal
+from latentcache.engine.job import Job, QaJob
 from latentcache.engine.lease import Lease
 from latentcache.engine.plan import (
     Plan,
@@ -34,10 +37,9 @@ from latentcache.engine.plan import (
     make_plan,
     storage_options,
     units_of,
-    with_precision,
 )
 from latentcache.engine.progress import RunProgress
-from latentcache.engine.unit import Job
+from latentcache.engine.sample import SampleSpec
 from latentcache.errors import ContractMismatch, SourceError
 from latentcache.images.source import list_shards
 from latentcache.storage import Store
@@ -58,8 +60,10 @@ GRACE_S = 20.0
 class RunSummary:
     """How a run ended; `num_rows` and `num_rejects` are of the whole dataset after it.
 
-    `status`: `complete`, `incomplete` (units failed), `interrupted`, or `too_many_rejects`.
-    `num_committed` units were committed by this run, `num_skipped` were there already.
+    `status`: `complete`, `incomplete` (units failed), `interrupted`, `too_many_rejects`, or
+    `failed_qa`, for which `breaches` says why. `num_committed` units were committed by this run,
+    `num_skipped` were there already. `num_qa_rows` rows were looked at, at a mean PSNR of
+    `mean_psnr_db`.
     """
 
     status: str
@@ -72,6 +76,9 @@ class RunSummary:
     elapsed_s: float
     exit_code: int
     output: str
+    num_qa_rows: int = 0
+    mean_psnr_db: float | None = None
+    breaches: list[str] = field(default_factory=list)
     failed: list[dict[str, str]] = field(default_factory=list)
 
 
@@ -102,6 +109,12 @@ def run(
     return driver.summary(manifest, time.monotonic() - began)
 
 
+def gates_of(config: Config) -> Gates:
+    """Read the QA gates off a config; one without `qa` has none."""
+    qa = config.qa
+    return Gates(qa.min_psnr_db, qa.min_drift_db, qa.max_rejects) if qa else Gates()
+
+
 class _Driver:
     """The state of one run, and what it does to the output."""
 
@@ -122,6 +135,8 @@ class _Driver:
         done = [self.state.current.get(unit.id) for unit in plan.units]
         self.num_samples = sum(record.num_samples for record in done if record)
         self.num_rejects = sum(record.num_rejects for record in done if record)
+        self.qa_totals = QaTotals(gates_of(config), (record for record in done if record))
+        self._has_said_agreement = False
         self._manifest_at = (0, time.monotonic())
 
     def encode(self, progress: RunProgress) -> None:
@@ -132,14 +147,14 @@ class _Driver:
             Cluster(compute.num_gpus, compute.num_cpu_actors, threads) as cluster,
             Lease(self.output, len(self.pending)) as lease,
         ):
-            self._establish_contract(cluster)
+            self._establish_contract(cluster, progress)
             if not self.output.is_conditional:
                 progress.say(
                     f"{self.output.url} has no conditional writes: one run at a time, by lease"
                 )
                 lease.require_alone()
             with self._signals(progress):
-                self._check_rejects(progress)
+                self._check(progress)
                 dispatcher = Dispatcher(
                     cluster,
                     self._job(cluster.num_cpus_per_actor),
@@ -147,11 +162,13 @@ class _Driver:
                     compute.unit_retries,
                     self.stop,
                 )
+                dispatcher.qa_wanted = self._qa_wanted()
                 for event in dispatcher.run():
                     lease.num_committed = self.num_committed
                     lease.renew()
                     if isinstance(event, Finished):
                         self._commit(event.receipt, progress)
+                        dispatcher.qa_wanted = self._qa_wanted()
                     elif isinstance(event, Failed):
                         self._give_up(event, dispatcher, progress)
                     else:
@@ -170,31 +187,54 @@ class _Driver:
             output_storage=self.output.options,
             batch_size=None if batch_size == "auto" else batch_size,
             decode_threads=decode_threads,
+            qa=self._qa_job(),
         )
 
-    def _establish_contract(self, cluster: Cluster) -> None:
-        if self.contract.latents.precision == "auto":
-            job = self._job(cluster.num_cpus_per_actor)
-            precision = cluster.resolve_precision(job, self.shards)
-            self._adopt(with_precision(self.contract, precision))
+    def _qa_job(self) -> QaJob | None:
+        qa = self.config.qa
+        if qa is None:
+            return None
+        return QaJob(
+            sample=SampleSpec(qa.fraction, qa.seed),
+            decoder=absolute_url(qa.decoder or self.config.vae.checkpoint),
+            decoder_storage=storage_options(qa.storage if qa.decoder else self.config.vae.storage),
+            lpips=(qa.lpips.url, qa.lpips.sha256) if qa.lpips else None,
+            lpips_storage=storage_options(qa.storage),
+        )
+
+    def _qa_wanted(self) -> dict[str, int]:
+        """Count the QA rows that each bucket is still short of."""
+        least = self.config.qa.min_rows_per_bucket if self.config.qa else 0
+        names = [bucket_name(size) for size in self.contract.transform.buckets]
+        missing = {name: least - self.qa_totals.num_rows[name] for name in names}
+        return {name: num for name, num in missing.items() if num > 0}
+
+    def _establish_contract(self, cluster: Cluster, progress: RunProgress) -> None:
+        wanted = self.contract
+        if not wanted.is_settled:
+            if quantization := wanted.latents.quantization:
+                progress.say(f"calibrating int8 on {quantization.num_images} images")
+            self._adopt(cluster.settle(self._job(cluster.num_cpus_per_actor), self.shards))
         provenance = {
             "name": self.config.name,
-            "checkpoint": self.config.vae.checkpoint,
+            "checkpoint": absolute_url(self.config.vae.checkpoint),
             "versions": {name: version(name) for name in ("latentcache", "torch", "pillow", "ray")},
         }
         try:
             data = establish_contract(self.output, self.contract, provenance)
         except ContractMismatch:
             there = read_contract(self.output)
-            if self.config.compute.precision != "auto" or there is None:
+            if there is None:
                 raise
-            # Another driver was first and chose another precision: `auto` takes either.
-            self._adopt(with_precision(self.contract, there.latents.precision))
+            # Another driver was first; what the config leaves open is as that one found it.
+            adopted = wanted.settled_as(there)
+            require_same(self.output, there, adopted)
+            self._adopt(adopted)
             data = establish_contract(self.output, self.contract, provenance)
         self.output.probe_conditional(CONTRACT_PATH, data)
 
     def _adopt(self, contract: Contract) -> None:
-        """Take a contract whose precision is known; the units get their names from it."""
+        """Take a contract that is settled; the units get their names from it."""
         self.contract = contract
         units = units_of(self.shards, contract)
         self.listing = {unit.source: [unit] for unit in units}
@@ -239,8 +279,10 @@ class _Driver:
             self.left.discard(record.unit.id)
         self.num_samples += record.num_samples - (before.num_samples if before else 0)
         self.num_rejects += record.num_rejects - (before.num_rejects if before else 0)
+        self.qa_totals.add(record, before)
+        self._say_agreement(receipt, progress)
         progress.unit_done(record.num_rows, record.num_rejects)
-        self._check_rejects(progress)
+        self._check(progress)
         num_units, since = self._manifest_at
         if (
             self.num_committed - num_units >= MANIFEST_EVERY_UNITS
@@ -248,6 +290,15 @@ class _Driver:
         ):
             self.write_manifest()
             self._manifest_at = (self.num_committed, time.monotonic())
+
+    def _say_agreement(self, receipt: Receipt, progress: RunProgress) -> None:
+        agreement_db = (receipt.notes or {}).get("decoder_agreement_db")
+        if agreement_db is not None and not self._has_said_agreement:
+            self._has_said_agreement = True
+            progress.say(
+                "qa.decoder belongs to another encoder than vae.checkpoint; on the QA images the "
+                f"two agree to {agreement_db} dB, which is accepted"
+            )
 
     def _give_up(self, event: Failed, dispatcher: Dispatcher, progress: RunProgress) -> None:
         """Plan a changed source anew, or quarantine the unit and go on."""
@@ -274,8 +325,14 @@ class _Driver:
         limit = self.config.rejects.max_rate * self.num_samples
         return self.num_samples >= MIN_SAMPLES_TO_JUDGE and self.num_rejects > limit
 
-    def _check_rejects(self, progress: RunProgress) -> None:
-        if self._has_too_many_rejects and not self.stop.reason:
+    def _check(self, progress: RunProgress) -> None:
+        """Stop pulling where going on would only make more of what is wrong."""
+        if self.stop.reason:
+            return
+        for breach in self.qa_totals.breaches(at_work=True):
+            progress.say(f"stopping: {breach}")
+            self.stop.request("failed_qa")
+        if self._has_too_many_rejects:
             rate = self.num_rejects / self.num_samples
             progress.say(
                 f"stopping: {rate:.1%} of {self.num_samples} samples were rejected, more than "
@@ -292,7 +349,7 @@ class _Driver:
             self.contract.stored_channels,
             lambda: next(listings),
             on_missing=self.config.source.on_missing,
-            may_complete=not self._has_too_many_rejects,
+            may_complete=not self._has_too_many_rejects and not self.qa_totals.breaches(),
         )
         return manifest
 
@@ -307,8 +364,11 @@ class _Driver:
     def summary(self, manifest: Manifest | None, elapsed_s: float) -> RunSummary:
         """Say how it ended."""
         units = [unit for units in self.listing.values() for unit in units]
+        breaches = self.qa_totals.breaches(at_work=bool(self.left))
         if self._has_too_many_rejects:
             status, exit_code = "too_many_rejects", 3
+        elif breaches:
+            status, exit_code = "failed_qa", 3
         elif not self.left:
             status, exit_code = "complete", 0
         else:
@@ -324,5 +384,8 @@ class _Driver:
             elapsed_s=round(elapsed_s, 3),
             exit_code=exit_code,
             output=self.output.url,
+            num_qa_rows=self.qa_totals.num_rows.total(),
+            mean_psnr_db=self.qa_totals.mean_psnr_db,
+            breaches=breaches,
             failed=[{"source": s, "message": m} for s, m in sorted(self.failed.items())],
         )

@@ -12,21 +12,23 @@ import errno
 import itertools
 import sys
 import traceback
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import torch
 
-from latentcache.dataset.contract import Contract
-from latentcache.dataset.receipts import DataFile, Receipt, Unit, UnitRecord
+from latentcache.dataset.qa import QaRow, write_qa
+from latentcache.dataset.quantization import is_finite, to_stored, to_values
+from latentcache.dataset.receipts import DataFile, QaFile, Receipt, UnitRecord
 from latentcache.dataset.shards import (
-    TORCH_DTYPES,
     BucketWriter,
     RejectRow,
     RowMeta,
@@ -35,70 +37,25 @@ from latentcache.dataset.shards import (
     write_rejects,
 )
 from latentcache.dataset.statistics import Statistics
+from latentcache.engine.job import Job, UnitFailure, UnitTask
+from latentcache.engine.sample import QaSample
 from latentcache.engine.stages import Background, OldestFirstPool, StageTimes
-from latentcache.errors import (
-    DiskFull,
-    LatentCacheError,
-    Reject,
-    SourceChanged,
-)
+from latentcache.errors import ConfigError, DiskFull, LatentCacheError, Reject, SourceChanged
 from latentcache.images.decode import decode_image
 from latentcache.images.source import RejectedSample, Sample, SourceShard, read_shard
-from latentcache.images.transform import Bucket, Transformed, TransformSpec, transform
-from latentcache.storage import StorageOptions, Store
+from latentcache.images.transform import Bucket, Transformed, transform, transform_spec
+from latentcache.pictures import write_thumbnail
+from latentcache.storage import Store
 from latentcache.vae.encoder import Encoded, LatentEncoder, draw_latents
+from latentcache.vae.examine import Examiner
 
-STAGES = ("fetch", "decode", "encode", "write", "upload")
+STAGES = ("fetch", "decode", "encode", "write", "qa", "upload")
+
+# Rejects of one reason in one unit that get a thumbnail, where they could be decoded.
+_MAX_THUMBNAILS = 8
 
 # Batches of a unit that may be encoded or wait for the encoder, and for the writer.
 _BATCHES_AHEAD = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """What every unit of a run has in common."""
-
-    contract: Contract
-    checkpoint: str
-    checkpoint_storage: StorageOptions
-    source_storage: StorageOptions
-    output_url: str
-    output_storage: StorageOptions
-    batch_size: int | None
-    decode_threads: int
-
-
-@dataclass(frozen=True, slots=True)
-class UnitTask:
-    """One attempt at one unit."""
-
-    unit: Unit
-    generation: int
-    attempt: str
-
-
-@dataclass(frozen=True, slots=True)
-class UnitFailure:
-    """Why an attempt gave no receipt.
-
-    `changed`: the source is no longer the listed version. `fatal`: there is no room left, and
-    no other unit can fare better.
-    """
-
-    message: str
-    changed: bool = False
-    fatal: bool = False
-
-
-def transform_spec(contract: Contract) -> TransformSpec:
-    """Read the transform off a contract."""
-    terms = contract.transform
-    return TransformSpec(
-        buckets=tuple(Bucket(width, height) for width, height in terms.buckets),
-        min_side_px=terms.min_side_px,
-        max_upscale=terms.max_upscale,
-        max_pixels=terms.max_pixels,
-    )
 
 
 def read_columns(fields: dict[str, bytes], columns: tuple[str, ...]) -> dict[str, str | int | None]:
@@ -127,9 +84,10 @@ def source_field(column: str) -> str:
 class UnitRunner:
     """Runs units in this process; `run` may be called from two threads at once."""
 
-    def __init__(self, job: Job, encoder: LatentEncoder) -> None:
+    def __init__(self, job: Job, encoder: LatentEncoder, examiner: Examiner | None = None) -> None:
         self.job = job
         self.encoder = encoder
+        self.examiner = examiner
         self.output = Store(job.output_url, job.output_storage)
         self.spec = transform_spec(job.contract)
         self.decode_pool = OldestFirstPool("decode", job.decode_threads)
@@ -162,13 +120,14 @@ class UnitRunner:
                         self.finished[stage].add(times.busy_s, times.wait_s)
         except SourceChanged as error:
             return UnitFailure(str(error), changed=True)
-        except DiskFull as error:
-            return UnitFailure(str(error), fatal=True)
+        except (DiskFull, ConfigError) as error:
+            return UnitFailure(str(error), fatal=error)
         except LatentCacheError as error:
             return UnitFailure(str(error))
         except Exception as error:  # noqa: BLE001  (the unit boundary)
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                return UnitFailure("no room left on the local disk (TMPDIR)", fatal=True)
+                full = DiskFull("no room left on the local disk (TMPDIR)")
+                return UnitFailure(str(full), fatal=full)
             traceback.print_exc(file=sys.stderr)
             return UnitFailure(f"{task.unit.source}: {type(error).__name__}: {error}")
 
@@ -190,21 +149,23 @@ class UnitRunner:
         record: UnitRecord,
         statistics: Statistics,
         stages: dict[str, StageTimes],
-        num_in_fp32: int,
+        notes: dict[str, int],
     ) -> Receipt:
         """Write up a finished attempt."""
+        if self.examiner and self.examiner.agreement_db is not None:
+            notes = {**notes, "decoder_agreement_db": int(self.examiner.agreement_db)}
         return Receipt(
             record=record,
             contract_fingerprint=self.job.contract.fingerprint,
             statistics=statistics,
             stages={stage: times.to_json() for stage, times in stages.items()},
             versions=self._versions,
-            notes={"encoded_again_in_fp32": num_in_fp32},
+            notes=notes,
         )
 
 
 _Decoded = tuple[Transformed, RowMeta]
-_Batch = tuple[Bucket, list[RowMeta], "Future[tuple[torch.Tensor, Encoded]]"]
+_Batch = tuple[Bucket, list[RowMeta], torch.Tensor, "Future[tuple[torch.Tensor, Encoded]]"]
 
 
 class _Attempt:
@@ -220,7 +181,13 @@ class _Attempt:
         self.times = {stage: StageTimes() for stage in STAGES}
         self.rejects: list[RejectRow] = []
         self.num_samples = 0
-        self.num_in_fp32 = 0
+        self.notes = {"encoded_again_in_fp32": 0}
+        if self.contract.latents.quantization:
+            self.notes["clamped_values"] = 0
+        self.num_thumbnails: Counter[str] = Counter()
+        self.sample: QaSample | None = None
+        if runner.job.qa and runner.examiner:
+            self.sample = QaSample(runner.job.qa.sample, task.qa_wanted, task.unit.id, folder)
         self.statistics = Statistics.empty(self.contract.stored_channels)
 
     def run(self) -> Receipt:
@@ -236,10 +203,10 @@ class _Attempt:
                 stack.callback(runner.decode_pool.drop, self.rank)
                 stack.callback(runner.encode_pool.drop, self.rank)
                 stack.callback(decoding.stop)
-                for bucket, rows, encoding in batches:
+                for bucket, rows, images, encoding in batches:
                     latents, encoded = encoding.result()
                     with self.times["write"].working():
-                        self._write(writers, bucket, rows, latents, encoded)
+                        self._write(writers, bucket, rows, images, latents, encoded)
             with self.times["write"].working():
                 for writer in writers.values():
                     writer.close()
@@ -271,9 +238,13 @@ class _Attempt:
         try:
             columns = read_columns(sample.fields, self.contract.columns)
             image = decode_image(sample.image, max_pixels=self.runner.spec.max_pixels)
-            done = transform(image, self.runner.spec)
         except Reject as reject:
             return _reject_row(sample.key, reject)
+        try:
+            done = transform(image, self.runner.spec)
+        except Reject as reject:
+            pixels = torch.from_numpy(image).permute(2, 0, 1)
+            return _reject_row(sample.key, reject, self._thumbnail(reject, pixels))
         row = RowMeta(
             key=sample.key,
             original_width=done.original_width,
@@ -293,6 +264,8 @@ class _Attempt:
                 self._reject(outcome)
                 continue
             bucket = outcome[0].bucket
+            if self.sample:
+                self.sample.offer(bucket.name, outcome[1].key, outcome[0].pixels)
             group = groups.setdefault(bucket, [])
             group.append(outcome)
             if len(group) >= self.runner.encoder.batch_size(bucket.width_px, bucket.height_px):
@@ -306,32 +279,35 @@ class _Attempt:
 
         def encode() -> tuple[torch.Tensor, Encoded]:
             encoded = self.runner.encoder.encode(images)
-            terms = self.contract.latents
+            posterior = self.contract.latents.posterior
             keys = [row.key for row in rows]
-            latents = draw_latents(encoded.moments, terms.posterior, self.task.unit.id, keys)
-            return latents.to(TORCH_DTYPES[terms.dtype]), encoded
+            return draw_latents(encoded.moments, posterior, self.task.unit.id, keys), encoded
 
         job = self.runner.encode_pool.submit(self.rank, encode, self.times["encode"])
-        return bucket, rows, job
+        return bucket, rows, images, job
 
     def _write(
         self,
         writers: dict[Bucket, BucketWriter],
         bucket: Bucket,
         rows: list[RowMeta],
+        images: torch.Tensor,
         latents: torch.Tensor,
         encoded: Encoded,
     ) -> None:
-        self.num_in_fp32 += encoded.num_in_fp32
+        self.notes["encoded_again_in_fp32"] += encoded.num_in_fp32
+        stored, num_clamped = to_stored(latents, self.contract.latents)
         # Storing may overflow where encoding did not: float16 ends at 65,504.
-        finite = latents.isfinite().all(dim=(1, 2, 3))
+        finite = is_finite(stored).all(dim=(1, 2, 3))
         finite[list(encoded.bad)] = False
         for index in (~finite).nonzero().flatten().tolist():
             message = f"the latent overflows {self.contract.latents.dtype}"
             if index in encoded.bad:
                 message = "the latent is not finite, in fp32 too"
-            self._reject(RejectRow(rows[index].key, "encode", "not_finite", message))
-        kept = latents[finite]
+            reject = Reject("encode", "not_finite", message)
+            thumbnail = self._thumbnail(reject, images[index])
+            self._reject(_reject_row(rows[index].key, reject, thumbnail))
+        kept = stored[finite]
         if not len(kept):
             return
         size = (bucket.width_px, bucket.height_px)
@@ -340,12 +316,38 @@ class _Attempt:
             writers[bucket] = BucketWriter(stem, self.contract, self.task.unit.id, size)
         kept_rows = [row for row, good in zip(rows, finite.tolist(), strict=True) if good]
         writers[bucket].append(kept, kept_rows)
-        self.statistics = self.statistics.merge(Statistics.of(kept.float().numpy()))
+        if self.contract.latents.quantization:
+            self.notes["clamped_values"] += int(num_clamped[finite].sum())
+        values = to_values(kept, self.contract.latents)
+        self.statistics = self.statistics.merge(Statistics.of(values.numpy()))
         self.runner.num_rows += len(kept)
 
+    def _thumbnail(self, reject: Reject, pixels: torch.Tensor) -> bytes | None:
+        # They are counted as rejects are taken in, in order, so that the first never miss theirs.
+        is_wanted = self.num_thumbnails[reject.reason] < _MAX_THUMBNAILS
+        return write_thumbnail(pixels) if is_wanted else None
+
     def _reject(self, row: RejectRow) -> None:
+        self.num_thumbnails[row.reason] += row.thumbnail is not None
+        if self.num_thumbnails[row.reason] > _MAX_THUMBNAILS:
+            row = replace(row, thumbnail=None)
         self.rejects.append(row)
         self.runner.num_rejects += 1
+
+    def _examine(self, writers: list[BucketWriter]) -> QaFile | None:
+        """Look at the chosen rows, as they lie in the closed files."""
+        qa, examiner = self.runner.job.qa, self.runner.examiner
+        if not (qa and examiner and self.sample):
+            return None
+
+        def submit(job: Callable[[], list[QaRow]]) -> list[QaRow]:
+            return self.runner.encode_pool.submit(self.rank, job, self.times["qa"]).result()
+
+        num_channels = self.contract.vae.latent_channels
+        signal = float(np.square(self.statistics.std[:num_channels]).mean())
+        rows = self.sample.examine(writers, examiner, signal, submit)
+        path = f"qa/{self.task.unit.id}/{self.stem}.parquet"
+        return write_qa(self.folder / "qa.parquet", path, rows, lambda: {"decoder": qa.decoder})
 
     def _finish(self, writers: list[BucketWriter]) -> Receipt:
         """Check the closed files, upload them, and write the receipt."""
@@ -363,11 +365,14 @@ class _Attempt:
                 write_rejects(local, self.rejects)
                 path = f"rejects/{self.task.unit.id}/{local.name}"
                 rejects = describe_file(local, path, len(self.rejects), "")
+        qa = self._examine(writers)
         with self.times["upload"].working():
             for local, file in files:
                 self.runner.output.put_file(local, file.path)
             if rejects:
                 self.runner.output.put_file(self.folder / f"{self.stem}.parquet", rejects.path)
+            if qa:
+                self.runner.output.put_file(self.folder / "qa.parquet", qa.file.path)
         num_rows = sum(writer.num_rows for writer in writers)
         if num_rows + len(self.rejects) != self.num_samples:
             raise AssertionError(
@@ -383,9 +388,10 @@ class _Attempt:
             num_rejects=len(self.rejects),
             files=tuple(file for _, file in files),
             rejects=rejects,
+            qa=qa,
         )
-        return self.runner.receipt(record, self.statistics, self.times, self.num_in_fp32)
+        return self.runner.receipt(record, self.statistics, self.times, self.notes)
 
 
-def _reject_row(key: str | None, reject: Reject) -> RejectRow:
-    return RejectRow(key, reject.stage, reject.reason, reject.message)
+def _reject_row(key: str | None, reject: Reject, thumbnail: bytes | None = None) -> RejectRow:
+    return RejectRow(key, reject.stage, reject.reason, reject.message, thumbnail)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from latentcache.dataset.contract import Contract
 from latentcache.errors import ConfigError, Reject
 
 # A picture whose resized form holds more than this many times its bucket's pixels is rejected: the
@@ -91,6 +92,17 @@ def ratio_buckets(resolution_px: int, max_ratio: float, step_px: int) -> tuple[B
         # The nearest multiple, in integers: floor(area / (long * step) + 1/2).
         short = (2 * resolution_px**2 + long * step_px) // (2 * long * step_px) * step_px
     return tuple(Bucket(*size) for size in sorted(sizes))
+
+
+def transform_spec(contract: Contract) -> TransformSpec:
+    """Read the transform off a contract."""
+    terms = contract.transform
+    return TransformSpec(
+        buckets=tuple(Bucket(width, height) for width, height in terms.buckets),
+        min_side_px=terms.min_side_px,
+        max_upscale=terms.max_upscale,
+        max_pixels=terms.max_pixels,
+    )
 
 
 def choose_bucket(width_px: int, height_px: int, buckets: Sequence[Bucket]) -> Bucket:

@@ -56,11 +56,15 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A batch that is all there but its latents; `numbers` are [b], of the rows in all files."""
+    """A batch that is all there but its latents.
+
+    [b] are: `sources`, which dataset a row is of; `numbers`, of the rows in all files.
+    """
 
     epoch: int
     chosen: BatchRows
     found: FoundRows
+    sources: Ints
     numbers: Ints
     columns: dict[str, Any]
 
@@ -106,7 +110,7 @@ class BatchReader:
         """
         files = np.concatenate([chosen.files for chosen in group])
         rows, partners = self._joined.find(files, np.concatenate([chosen.rows for chosen in group]))
-        numbers = self._files.first_row[files] + rows
+        sources, numbers = self._files.source_of[files], self._files.first_row[files] + rows
         found = self.rows.find(group[0].bucket, files, rows)
         plans, end = [], 0
         for chosen in group:
@@ -114,7 +118,7 @@ class BatchReader:
             part = found.part(mine)
             columns = {name: _tensor(name, values) for name, values in part.columns.items()}
             columns |= self._joined.read(partners[mine])
-            plans.append(Plan(epoch, chosen, part, numbers[mine], columns))
+            plans.append(Plan(epoch, chosen, part, sources[mine], numbers[mine], columns))
         return plans
 
     def read(self, plan: Plan) -> tuple[Batch, torch.cuda.Event | None]:
@@ -153,7 +157,7 @@ class BatchReader:
             num, channels, height, width = stored.shape
             channels = channels // 2 if self._finish.is_moments else channels
             out = self._take_out((num, channels, height, width))
-        self._finish(stored, out, noise)
+        self._finish(stored, out, noise, plan.sources)
         return out
 
     def _take_out(self, shape: Sequence[int]) -> torch.Tensor:

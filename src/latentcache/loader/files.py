@@ -20,7 +20,8 @@ from latentcache.errors import ConfigError, ContractMismatch, DatasetError
 from latentcache.loader.order import Bucket, Ints, Stream
 from latentcache.storage import StorageOptions, Store
 
-# What must agree between datasets that are mixed: these decide what a tensor of latents means.
+# What must agree between datasets that are mixed: these decide what a tensor of latents means. How
+# int8 was calibrated may differ, for each row is brought back by its own dataset's numbers.
 _MUST_AGREE = ("format_version:", "vae.", "latents.posterior:", "latents.dtype:")
 
 
@@ -74,6 +75,11 @@ class Files:
     def contract(self) -> Contract:
         """Give the first dataset's contract; the others agree with it in what latents are."""
         return self.sources[0].contract
+
+    @property
+    def contracts(self) -> list[Contract]:
+        """Give each dataset's contract, as `source_of` counts them."""
+        return [source.contract for source in self.sources]
 
     def contract_of(self, file: int) -> Contract:
         """Give the contract that a file was written under."""

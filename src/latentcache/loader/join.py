@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
+from latentcache.dataset.parquet import read_table
 from latentcache.errors import ConfigError, DatasetError
 from latentcache.loader.files import Files
 from latentcache.loader.order import Ints
@@ -211,7 +212,7 @@ def _read_keys(files: Files, file: int) -> pa.Array:
     store, described = files.store_of(file), files.rows_file(file)
     with store.named(described.path), store.open(described.path) as data:
         try:
-            return pq.read_table(data, columns=["key"])["key"].combine_chunks()
+            return read_table(data, ["key"])["key"].combine_chunks()
         except pa.ArrowException as error:
             url = store.url_of(described.path)
             raise DatasetError(f"{url} is damaged: {error}; run `latentcache verify`") from error

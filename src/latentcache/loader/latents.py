@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from latentcache.dataset.contract import Contract
+from latentcache.dataset.quantization import zero_and_scale
 from latentcache.dataset.shards import TORCH_DTYPES
 from latentcache.errors import ConfigError
+from latentcache.loader.order import Ints
 
 Noise = Callable[[int], torch.Tensor]
 """Gives standard normal numbers, [b, count] float32."""
@@ -20,13 +22,14 @@ for _function in (torch.exp, torch.log, torch.sqrt, torch.sin, torch.cos):
 
 
 class LatentFinish:
-    """Draws latents from stored moments, normalises and converts them.
+    """Brings latents back from int8, draws them from moments, normalises and converts them.
 
     A model is trained on `(z - shift_factor) * scaling_factor`; where an autoencoder has statistics
-    by channel, as Playground v2.5's, on `(z - latents_mean) / latents_std * scaling_factor`.
+    by channel, as Playground v2.5's, on `(z - latents_mean) / latents_std * scaling_factor`. As
+    int8's `(q - zero_point) * scale` is of the same form, both become one shift and one scale.
 
     Args:
-        contract: what is stored.
+        contracts: what is stored in each dataset; they differ in int8's numbers at most.
         dtype: of the result.
         normalize: False leaves latents as the encoder gave them.
 
@@ -34,42 +37,67 @@ class LatentFinish:
         ConfigError: dtype is not a floating-point type.
     """
 
-    def __init__(self, contract: Contract, dtype: torch.dtype, normalize: bool) -> None:
+    def __init__(self, contracts: Sequence[Contract], dtype: torch.dtype, normalize: bool) -> None:
         if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise ConfigError(f"dtype is {dtype!r}; latents need a floating-point type")
-        vae = contract.vae
-        self.stored = TORCH_DTYPES[contract.latents.dtype]
+        vae, terms = contracts[0].vae, contracts[0].latents
+        self.stored = TORCH_DTYPES[terms.dtype]
         self.dtype = dtype
-        self.is_moments = contract.latents.posterior == "moments"
+        self.is_moments = terms.posterior == "moments"
         self.is_in_place = self.stored == dtype and not self.is_moments
         """Whether stored latents may be finished where they lie."""
-        mean, std = vae.latents_mean or [vae.shift_factor], vae.latents_std or [1.0]
-        self._shift = torch.tensor(mean)[:, None, None]
-        self._scale = vae.scaling_factor / torch.tensor(std)[:, None, None]
-        if not normalize:
-            self._shift, self._scale = torch.zeros(1), torch.ones(1)
+        shift, scale = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+        if normalize:
+            mean, std = vae.latents_mean or [vae.shift_factor], vae.latents_std or [1.0]
+            shift = torch.tensor(mean, dtype=torch.float64)[:, None, None]
+            scale = vae.scaling_factor / torch.tensor(std, dtype=torch.float64)[:, None, None]
+        self._undo = shift.float(), scale.float()
+        self._moments: tuple[torch.Tensor, torch.Tensor] | None = None
+        quantizations = [c.latents.quantization for c in contracts if c.latents.quantization]
+        if quantizations:
+            # By dataset and channel: [S, C, 1, 1].
+            pairs = [zero_and_scale(quantization) for quantization in quantizations]
+            zero, step = (torch.stack(parts) for parts in zip(*pairs, strict=True))
+            if self.is_moments:  # these are exponentials and noise away from normalisation
+                self._moments = zero.float(), step.float()
+            else:
+                shift, scale = zero + shift / step, scale * step
+        self._shift, self._scale = shift.float(), scale.float()
         self._shifts = bool(self._shift.any())
         self._scales = bool((self._scale != 1).any())
-        self._rounds_first = dtype not in (self.stored, torch.float32, torch.float64)
+        is_wide = dtype in (torch.float32, torch.float64)
+        self._rounds_last = not is_wide and (self._shifts or dtype != self.stored)
 
     def undo(self, latents: torch.Tensor) -> torch.Tensor:
         """Undo the normalisation of [b, C, h, w] latents: float32, as the encoder gives them."""
-        shift, scale = self._shift.to(latents.device), self._scale.to(latents.device)
+        shift, scale = (part.to(latents.device) for part in self._undo)
         return latents.float() / scale + shift
 
-    def __call__(self, stored: torch.Tensor, out: torch.Tensor, noise: Noise) -> None:
+    def __call__(
+        self, stored: torch.Tensor, out: torch.Tensor, noise: Noise, sources: Ints
+    ) -> None:
         """Finish [b, C or 2C, h, w] stored latents into `out`, [b, C, h, w].
 
-        `out` may be `stored` itself where `is_in_place`.
+        `out` may be `stored` itself where `is_in_place`. `sources` [b] says by number which dataset
+        each row is of.
         """
-        shift, scale = self._shift.to(out.device), self._scale.to(out.device)
+
+        def of_rows(part: torch.Tensor) -> torch.Tensor:
+            is_by_dataset = part.ndim == 4
+            return (part[sources] if is_by_dataset else part).to(out.device)
+
+        shift, scale = of_rows(self._shift), of_rows(self._scale)
         if self.is_moments:
-            mean, logvar = stored.float().chunk(2, dim=1)
+            moments = stored.float()
+            if self._moments:
+                zero, step = (of_rows(part) for part in self._moments)
+                moments.sub_(zero).mul_(step)
+            mean, logvar = moments.chunk(2, dim=1)
             drawn = noise(mean.shape[1:].numel()).view_as(mean)
             latents = drawn.mul_(logvar.mul_(0.5).exp_()).add_(mean)
-        elif self._shifts or self._rounds_first:
+        elif self._rounds_last:
             latents = stored.float()
-        else:  # one multiplication rounds once, in any type that holds what is stored
+        else:  # in float32, or in a narrower type in which one multiplication rounds once
             latents = out.copy_(stored)
         if self._shifts:
             latents.sub_(shift)

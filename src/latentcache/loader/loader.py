@@ -113,7 +113,7 @@ class LatentLoader:
             self._files.streams(self._joined.num_rows), options, list(weights.values())
         )
         _check_order(self._order, self.num_rows, list(weights))
-        self._finish = LatentFinish(self.contract, dtype, normalize)
+        self._finish = LatentFinish(self._files.contracts, dtype, normalize)
         self._device = torch.device(device)
         self._cache = open_cache(self._files, cache_dir, cache_bytes)
         if self._cache:

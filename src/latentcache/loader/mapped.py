@@ -56,7 +56,7 @@ class LatentDataset(torch.utils.data.Dataset[dict[str, Any]]):
         self._files = Files(open_sources([url], manifest, storage))
         self.contract = self._files.contract
         self._joined = Joined(self._files, join, columns)
-        self._finish = LatentFinish(self.contract, dtype, normalize)
+        self._finish = LatentFinish(self._files.contracts, dtype, normalize)
         self._cache = open_cache(self._files, cache_dir, cache_bytes)
         self._ends: Ints = np.cumsum(self._joined.num_rows)
         self._rows: tuple[int, RowReader] | None = None
@@ -116,7 +116,8 @@ class LatentDataset(torch.utils.data.Dataset[dict[str, Any]]):
         if not self._finish.is_in_place:
             channels = channels // 2 if self._finish.is_moments else channels
             latents = torch.empty((len(rows), channels, height, width), dtype=self._finish.dtype)
-        self._finish(stored, latents, lambda count: torch.randn(len(rows), count))
+        sources = self._files.source_of[files]
+        self._finish(stored, latents, lambda count: torch.randn(len(rows), count), sources)
         return {
             "latents": latents,
             "original_size": found.sizes[:, :2],

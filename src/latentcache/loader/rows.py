@@ -130,7 +130,7 @@ class RowReader:
         self._pool = ThreadPoolExecutor(_OPENING_THREADS, thread_name_prefix="latentcache-open")
         self._clock = 0
 
-        contracts = [source.contract for source in files.sources]
+        contracts = files.contracts
         group_rows = [[row_group_rows(c, b) for b in files.buckets] for c in contracts]
         sizes = [row_bytes(contracts[0], bucket) for bucket in files.buckets]
         between = [4 if c.latents.format == "parquet" else 0 for c in contracts]

@@ -69,6 +69,7 @@ def render(described: dict[str, Any]) -> str:
     text = StringIO()
     console = Console(file=text, width=100, highlight=False)
     contract = described["contract"]
+    terms = contract["latents"]
     console.print(f"{described['url']}, manifest {described['manifest']}", markup=False)
     if not described["complete"]:
         console.print("not complete: units are missing")
@@ -80,8 +81,12 @@ def render(described: dict[str, Any]) -> str:
         "made": described["created_at"],
         "encoder": contract["vae"]["encoder_fingerprint"][:16],
         "scaling, shift": f"{contract['vae']['scaling_factor']}, {contract['vae']['shift_factor']}",
-        "latents": ", ".join(str(value) for value in contract["latents"].values()),
+        "latents": ", ".join(terms[n] for n in ("posterior", "dtype", "format", "precision")),
     }
+    if quantization := terms.get("quantization"):
+        facts["calibrated on"] = (
+            f"up to {quantization['num_images']} images, seed {quantization['seed']}"
+        )
     table = Table.grid(padding=(0, 2))
     for name, value in facts.items():
         table.add_row(name, _plain(value))

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from latentcache.dataset.contract import Contract
+from latentcache.dataset.parquet import read_table
+from latentcache.dataset.quantization import is_finite
 from latentcache.dataset.reader import open_dataset
 from latentcache.dataset.receipts import DataFile, UnitRecord, read_receipts
 from latentcache.dataset.shards import REJECT_SCHEMA, TORCH_DTYPES, iterate_latents
@@ -155,7 +156,7 @@ def _check_object(store: Store, file: DataFile, target: Path | None) -> str | No
 
 def _check_rejects(local: Path, num_rejects: int) -> str | None:
     try:
-        table = pq.read_table(local)
+        table = read_table(local)
     except (pa.ArrowException, OSError) as error:
         return f"cannot be read: {error}"
     if not table.schema.equals(REJECT_SCHEMA):
@@ -182,7 +183,7 @@ def _check_rows(
             keys.add(key)
             if tuple(latent.shape) != shape or latent.dtype != dtype:
                 yield f"row {key!r} is {latent.dtype} {list(latent.shape)}, not {dtype} {shape}"
-            elif not latent.isfinite().all():
+            elif not is_finite(latent).all():
                 yield f"row {key!r} is not finite"
     except DatasetError as error:
         yield f"cannot be read: {error}"

@@ -23,6 +23,15 @@ MIN_DRIFT_DB = 55.0
 _AUTO_BATCH_PIXELS = {"cuda": 64 * 256 * 256, "cpu": 4 * 256 * 256}
 
 
+def require_fp32() -> None:
+    """Make fp32 mean fp32 in this process.
+
+    By default cuDNN computes convolutions of float32 in TF32, whose ten bits are those of float16:
+    no reference for it, and no way out where float16 fails.
+    """
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
+
+
 @dataclass(frozen=True, slots=True)
 class Encoded:
     """Moments of one batch: float32 [B, 2C, H, W] on the CPU, mean then log-variance.

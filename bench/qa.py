@@ -1,0 +1,126 @@
+"""What looking costs: a run with `qa:` against the same run without, and the QA stage's own time.
+
+`make bench`, or `python bench/qa.py [--images 4096] [--rounds 3]`. The same drawn shards are
+encoded with the demo VAE on one CPU thread, in this process, with and without QA in turns; prints
+the ratio of the wall times and the share of QA in them, and writes bench/results/qa.json. The
+ratios are what to quote; the times are this machine's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from latentcache import load_vae, make_plan, parse_config
+from latentcache.dataset.receipts import Receipt, new_attempt
+from latentcache.engine.job import Job, QaJob, UnitTask
+from latentcache.engine.sample import SampleSpec
+from latentcache.engine.unit import UnitRunner
+from latentcache.images.demo_data import write_demo_data
+from latentcache.storage import StorageOptions
+from latentcache.vae.encoder import LatentEncoder
+from latentcache.vae.examine import Examiner
+
+NUM_SHARDS = 4
+FRACTION = 0.001
+MIN_ROWS_PER_BUCKET = 8
+RESULTS = Path(__file__).parent / "results" / "qa.json"
+
+
+def run(folder: Path, *, with_qa: bool) -> dict[str, float]:
+    """Encode all shards once; gives seconds in all, those of QA, and the rows that it saw."""
+    began = time.perf_counter()
+    config = parse_config(
+        {
+            "name": "bench",
+            "source": {"shards": f"{folder}/shards/*.tar"},
+            "transform": {"resolution_px": 256},
+            "vae": {"checkpoint": "demo"},
+            "output": {"url": f"{folder}/{'with' if with_qa else 'without'}"},
+            "compute": {"num_gpus": 0},
+        }
+    )
+    plan = make_plan(config)
+    options = StorageOptions()
+    qa = QaJob(SampleSpec(FRACTION, 0), "demo", options, None, options) if with_qa else None
+    url = plan.output.url
+    job = Job(plan.contract, "demo", options, options, url, options, None, 1, qa)
+    vae = load_vae("demo", decoder=False)
+    examiner = Examiner(plan.contract, vae, load_vae("demo")) if with_qa else None
+    runner = UnitRunner(job, LatentEncoder(vae, "fp32"), examiner)
+    seen = {"qa_s": 0.0, "num_rows": 0.0, "num_qa_rows": 0.0}
+    wanted = {"256x256": MIN_ROWS_PER_BUCKET} if with_qa else {}
+    for unit in plan.units:
+        receipt = runner.run(UnitTask(unit, 0, new_attempt(), wanted))
+        assert isinstance(receipt, Receipt), receipt
+        assert receipt.stages
+        seen["qa_s"] += receipt.stages["qa"]["busy_s"]
+        seen["num_rows"] += receipt.record.num_rows
+        if receipt.record.qa:
+            seen["num_qa_rows"] += receipt.record.qa.file.num_rows
+            wanted = {}  # as the driver does, once a bucket has its rows
+    return {"elapsed_s": time.perf_counter() - began, **seen}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--images", type=int, default=4096)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    pairs = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_demo_data(
+            folder / "shards",
+            num_shards=NUM_SHARDS,
+            samples_per_shard=options.images // NUM_SHARDS,
+            seed=0,
+            broken=False,
+        )
+        for number in range(options.rounds):
+            # Which goes first changes, so that a machine that slows down favours neither.
+            order = (True, False) if number % 2 else (False, True)
+            found = {with_qa: run(folder, with_qa=with_qa) for with_qa in order}
+            pairs.append((found[False], found[True]))
+            print(
+                f"without {found[False]['elapsed_s']:.1f} s, with {found[True]['elapsed_s']:.1f} s"
+            )
+    ratio = statistics.median(with_["elapsed_s"] / without["elapsed_s"] for without, with_ in pairs)
+    share = statistics.median(with_["qa_s"] / with_["elapsed_s"] for _, with_ in pairs)
+    rows, qa_rows = int(pairs[0][1]["num_rows"]), int(pairs[0][1]["num_qa_rows"])
+    print(f"{rows} rows, {qa_rows} looked at: with QA {ratio:.4f}x the time; its stage {share:.2%}")
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    result = {
+        "command": f"python bench/qa.py --images {options.images} --rounds {options.rounds}",
+        "commit": commit,
+        "machine": {"processor": platform.machine(), "cores": os.cpu_count()},
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "fraction": FRACTION,
+        "min_rows_per_bucket": MIN_ROWS_PER_BUCKET,
+        "num_rows": rows,
+        "num_qa_rows": qa_rows,
+        "with_over_without": round(ratio, 4),
+        "qa_stage_share": round(share, 4),
+        "elapsed_s": [
+            [round(without["elapsed_s"], 2), round(with_["elapsed_s"], 2)]
+            for without, with_ in pairs
+        ],
+    }
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"written to {RESULTS}")
+
+
+if __name__ == "__main__":
+    main()

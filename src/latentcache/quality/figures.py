@@ -1,0 +1,231 @@
+"""The figures of a report: what a dataset's QA rows, statistics, rejects and receipts come to.
+
+Everything here gives plain JSON. Keys say the unit; counts begin with `num_`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from latentcache.dataset.contract import Contract
+from latentcache.dataset.qa import MEASURES
+from latentcache.dataset.reader import Dataset, RejectedRow
+from latentcache.dataset.receipts import read_receipts
+from latentcache.dataset.statistics import HISTOGRAM_EDGES, Statistics
+
+# `scaling_factor` is there to bring latents to unit variance. Off by more than this, something is
+# wrong, or the images are unlike those that it was measured on.
+_MAX_SCALING_ERROR = 0.2
+
+_MAX_RECEIPTS = 1000
+_NUM_REJECT_EXAMPLES = 6
+
+# In the order in which a sample passes them; others come after.
+_STAGES = ("fetch", "decode", "encode", "write", "qa", "upload")
+
+Float64 = npt.NDArray[np.float64]
+
+
+def totals(dataset: Dataset, measures: pa.Table) -> dict[str, Any]:
+    """Count what the dataset holds, and give the two figures that gates are held against."""
+    manifest = dataset.manifest
+    return {
+        "num_units": manifest.num_units,
+        "num_samples": manifest.num_samples,
+        "num_rows": manifest.num_rows,
+        "num_rejects": manifest.num_rejects,
+        "num_bytes": sum(file.size_bytes for unit in dataset.units for file in unit.files),
+        "num_qa_rows": measures.num_rows,
+        "mean_psnr_db": pc.mean(measures["psnr_db"]).as_py(),
+        "min_drift_db": pc.min(measures["drift_db"]).as_py(),
+    }
+
+
+def distributions(measures: pa.Table) -> dict[str, Any]:
+    """Summarise each measure of QA rows that was taken; `measures` is of `read_measures`."""
+    found = {}
+    for name in MEASURES:
+        values = measures[name].drop_null().to_numpy()
+        if values.size:
+            found[name] = {
+                "count": values.size,
+                "mean": float(values.mean()),
+                "std": float(values.std()),
+                "min": float(values.min()),
+                "max": float(values.max()),
+                "histogram": _histogram(values),
+            }
+    return found
+
+
+def _histogram(values: Float64) -> dict[str, list[Any]]:
+    """Count values in bins over where most of them lie; the outer bins hold the rest too."""
+    low, first, last, high = np.quantile(values, [0, 0.01, 0.99, 1])
+    low, high = max(low, 2 * first - last), min(high, 2 * last - first)
+    if high <= low:
+        low, high = low - 0.5, high + 0.5
+    num_bins = int(np.clip(2 * np.sqrt(values.size), 8, 40))
+    counts, edges = np.histogram(values.clip(low, high), num_bins, (low, high))
+    return {"edges": edges.tolist(), "counts": counts.tolist()}
+
+
+def buckets(num_rows: dict[str, int], measures: pa.Table) -> list[dict[str, Any]]:
+    """Say of each bucket how many rows it has, how many were looked at, and how good they are."""
+    figures = [("psnr_db", "mean"), ("psnr_db", "min"), ("ssim", "mean"), ("drift_db", "min")]
+    grouped = measures.group_by("bucket").aggregate([("key", "count"), *figures]).to_pylist()
+    by_bucket = {row["bucket"]: row for row in grouped}
+    found = []
+    for bucket in sorted(num_rows.keys() | by_bucket.keys(), key=_area_and_width):
+        row = by_bucket.get(bucket, {})
+        found.append(
+            {
+                "bucket": bucket,
+                "num_rows": num_rows.get(bucket, 0),
+                "num_qa_rows": row.get("key_count", 0),
+                **{f"{how}_{name}": row.get(f"{name}_{how}") for name, how in figures},
+            }
+        )
+    return found
+
+
+def _area_and_width(bucket: str) -> tuple[int, int]:
+    width_px, height_px = map(int, bucket.split("x"))
+    return width_px * height_px, width_px
+
+
+def latents(contract: Contract, stats: Statistics) -> dict[str, Any]:
+    """Give per-channel statistics of the stored latents, and what they say of `scaling_factor`."""
+    if not stats.count:
+        return {"channels": [], "scaling": None}
+    num = contract.vae.latent_channels
+    names = [*map(str, range(num)), *(f"logvar {index}" for index in range(num))]
+    step = HISTOGRAM_EDGES[1] - HISTOGRAM_EDGES[0]  # the width given to all that lies beyond
+    edges = np.array([HISTOGRAM_EDGES[0] - step, *HISTOGRAM_EDGES, HISTOGRAM_EDGES[-1] + step])
+    channels = []
+    for index, counts in enumerate(stats.histogram):
+        used = np.flatnonzero(counts)
+        first, end = used[0], used[-1] + 1
+        channels.append(
+            {
+                "name": names[index],
+                "mean": float(stats.mean[index]),
+                "std": float(stats.std[index]),
+                "min": float(stats.minimum[index]),
+                "max": float(stats.maximum[index]),
+                "histogram": {
+                    "edges": edges[first : end + 1].tolist(),
+                    "counts": counts[first:end].tolist(),
+                },
+            }
+        )
+    return {"channels": channels, "scaling": _scaling(contract, stats)}
+
+
+def _scaling(contract: Contract, stats: Statistics) -> dict[str, Any]:
+    """Hold `scaling_factor` against 1 / std of the latents.
+
+    Latents are rescaled to unit standard deviation over all their values together, the differences
+    between channels included (Rombach et al. 2022, appendix G). A model gets
+    `(z - shift) * scaling_factor / latents_std`. `wanted` is the factor that would bring exactly
+    that to a standard deviation of one: where there is no `latents_std`, it is 1 / std.
+    """
+    vae = contract.vae
+    mean, std = stats.mean[: vae.latent_channels], stats.std[: vae.latent_channels]
+    shift = np.array(vae.latents_mean or [vae.shift_factor])
+    scale = vae.scaling_factor / np.array(vae.latents_std or [1.0])
+    _, stored_std = _joint(mean, std)
+    given_mean, given_std = _joint((mean - shift) * scale, std * scale)
+    wanted = vae.scaling_factor / given_std if given_std else None
+    return {
+        "scaling_factor": vae.scaling_factor,
+        "shift_factor": vae.shift_factor,
+        "is_by_channel": vae.latents_std is not None,
+        "stored_std": stored_std,
+        "given_mean": given_mean,
+        "given_std": given_std,
+        "wanted": wanted,
+        "is_off": wanted is None or abs(wanted / vae.scaling_factor - 1) > _MAX_SCALING_ERROR,
+    }
+
+
+def _joint(mean: Float64, std: Float64) -> tuple[float, float]:
+    """Mean and standard deviation of channels of equal size together."""
+    joint = mean.mean()
+    return float(joint), float(np.sqrt((std**2 + (mean - joint) ** 2).mean()))
+
+
+@dataclass(slots=True)
+class _Reason:
+    """The rejects of one reason: how many, and the first of them; pictures go before others."""
+
+    num_rejects: int = 0
+    pictured: list[RejectedRow] = field(default_factory=list)
+    others: list[RejectedRow] = field(default_factory=list)
+
+    def add(self, reject: RejectedRow) -> None:
+        self.num_rejects += 1
+        examples = self.pictured if reject.thumbnail else self.others
+        if len(examples) < _NUM_REJECT_EXAMPLES:
+            examples.append(reject)
+
+
+def rejects(dataset: Dataset) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
+    """Count rejects by reason, the most frequent first, with a few examples of each.
+
+    Returns:
+        The reasons, and the JPEG thumbnails of the examples that have one, by the example's `id`.
+    """
+    reasons: dict[tuple[str, str], _Reason] = {}
+    for reject in dataset.rejects():
+        reasons.setdefault((reject.stage, reject.reason), _Reason()).add(reject)
+    found: list[dict[str, Any]] = []
+    thumbnails = {}
+    for (stage, reason), group in sorted(reasons.items(), key=lambda item: -item[1].num_rejects):
+        examples: list[dict[str, Any]] = []
+        for reject in (group.pictured + group.others)[:_NUM_REJECT_EXAMPLES]:
+            name = f"reject-{len(found)}-{len(examples)}"
+            if reject.thumbnail:
+                thumbnails[name] = reject.thumbnail
+            about = ("unit", "source", "key", "message")
+            examples.append({"id": name, **{what: getattr(reject, what) for what in about}})
+        found.append(
+            {
+                "stage": stage,
+                "reason": reason,
+                "num_rejects": group.num_rejects,
+                "examples": examples,
+            }
+        )
+    return found, thumbnails
+
+
+def throughput(dataset: Dataset) -> dict[str, Any]:
+    """Sum what receipts say of each stage; of very many receipts, a thousand spread evenly."""
+    num_units = len(dataset.units)
+    num_read = min(num_units, _MAX_RECEIPTS)
+    records = [dataset.units[index * num_units // num_read] for index in range(num_read)]
+    seconds: dict[str, dict[str, float]] = {}
+    num_receipts = num_samples = 0
+    for receipt in read_receipts(dataset.store, (record.name for record in records)):
+        if receipt.stages is None:
+            continue
+        num_receipts += 1
+        num_samples += receipt.record.num_samples
+        for stage, times in receipt.stages.items():
+            total = seconds.setdefault(stage, {"busy_s": 0.0, "wait_s": 0.0})
+            for name in total:
+                total[name] += times[name]
+    order = {stage: number for number, stage in enumerate(_STAGES)}
+    stages = sorted(seconds, key=lambda stage: order.get(stage, len(order)))
+    return {
+        "num_units": num_units,
+        "num_receipts": num_receipts,
+        "num_samples": num_samples,
+        "stages": [{"stage": stage, **seconds[stage]} for stage in stages],
+    }

@@ -1,0 +1,94 @@
+"""A report as one HTML file: `templates/report.html` and its CSS, filled in with Jinja.
+
+Keys, messages and URLs come from strangers: Jinja escapes all that is put in. The page allows
+itself neither scripts nor requests (its content security policy), and its pictures lie in it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.resources
+import json
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jinja2
+
+from latentcache.quality.pictures import (
+    ERROR_COLOURS,
+    LATENT_COLOURS,
+    MAX_ERROR_LEVELS,
+    MAX_SIGMAS,
+    RowPictures,
+    data_uri,
+)
+
+
+def render(
+    tree: dict[str, Any], pictures: dict[str, RowPictures], thumbnails: dict[str, bytes]
+) -> str:
+    """Lay out a report; the arguments are the fields of `Report`."""
+    rows = tree["rows"]
+    page = _template().render(
+        report=tree,
+        has_gates=any(gate is not None for gate in tree["gates"].values()),
+        worst=[row for row in rows if row["shown_as"] != ["draw"]],
+        drifting=[row for row in rows if "drift" in row["shown_as"]],
+        drawn=[row for row in rows if row["shown_as"] == ["draw"]],
+        drawn_above=[r for r in rows if "draw" in r["shown_as"] and r["shown_as"] != ["draw"]],
+        pictures=pictures,
+        thumbnails={name: data_uri(data, "jpeg") for name, data in thumbnails.items()},
+        contract=list(_leaves(tree["contract"])),
+        provenance=list(_leaves(tree["provenance"])),
+        text=json.dumps(tree, indent=1, ensure_ascii=False, allow_nan=False),
+    )
+    return page.lstrip()  # the template begins with its macros
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    folder = importlib.resources.files("latentcache.quality") / "templates"
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "count": lambda value: f"{value:,}",
+        "fixed": _fixed,
+        "percent": lambda value: f"{value:.2%}",
+        "bytes": _bytes,
+    }
+    environment.globals |= {
+        "css": (folder / "report.css").read_text("utf-8"),
+        "error_colours": ", ".join(ERROR_COLOURS),
+        "latent_colours": ", ".join(LATENT_COLOURS),
+        "max_error_levels": MAX_ERROR_LEVELS,
+        "max_sigmas": MAX_SIGMAS,
+        "columns_of": lambda num: math.ceil(math.sqrt(num)),
+    }
+    return environment.from_string((folder / "report.html").read_text("utf-8"))
+
+
+def _fixed(value: float | None, digits: int = 2) -> str:
+    """Show a number with so many digits after the point; a dash where there is none."""
+    return "—" if value is None else f"{value:,.{digits}f}"
+
+
+def _bytes(count: int) -> str:
+    size, unit = float(count), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if size < 1024 or unit == "TiB":
+            break
+        size /= 1024
+    return f"{size:.0f} B" if unit == "B" else f"{size:,.1f} {unit}"
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Give each field of a contract by its dotted name, as text."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        elif name == "buckets":
+            yield prefix + name, ", ".join(f"{width}x{height}" for width, height in value)
+        else:
+            yield prefix + name, value if isinstance(value, str) else json.dumps(value)

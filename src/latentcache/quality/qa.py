@@ -1,0 +1,293 @@
+"""Looking at a dataset again: its stored latents against their images, decoded and compared.
+
+The images are the crops that the run kept, or those of a few units whose shards are fetched once
+more. What comes of it has the form of the run's own QA files, so that one report serves both.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import islice, zip_longest
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from latentcache.dataset.contract import read_provenance
+from latentcache.dataset.parquet import read_table
+from latentcache.dataset.qa import (
+    Gates,
+    QaRow,
+    QaTotals,
+    read_measures,
+    read_qa_rows,
+    write_qa,
+)
+from latentcache.dataset.reader import Dataset
+from latentcache.dataset.receipts import UnitRecord
+from latentcache.dataset.shards import read_latents
+from latentcache.errors import (
+    ConfigError,
+    DatasetError,
+    ObjectNotFound,
+    Reject,
+    SourceError,
+    StorageError,
+)
+from latentcache.images.decode import decode_image
+from latentcache.images.source import Sample, SourceShard, read_shard
+from latentcache.images.transform import transform, transform_spec
+from latentcache.networks import load_lpips
+from latentcache.pictures import write_png
+from latentcache.storage import StorageOptions, Store
+from latentcache.vae.encoder import require_fp32
+from latentcache.vae.examine import Examiner
+from latentcache.vae.weights import load_vae
+
+Crops = dict[str, dict[str, bytes]]
+"""The images of a unit's rows as PNG, by bucket and key."""
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """What to look at: `num_rows` rows in all, drawn by `seed` and spread over the buckets.
+
+    With `num_units` they come from as many units, whose source shards are read again with
+    `source_storage`; else from the crops that the run kept.
+    """
+
+    num_rows: int = 256
+    num_units: int = 0
+    seed: int = 0
+    source_storage: StorageOptions = StorageOptions()
+
+
+@dataclass(frozen=True, slots=True)
+class Networks:
+    """What measures.
+
+    Args:
+        checkpoint: the dataset's VAE; None takes the one that its first run named.
+        decoder: the checkpoint whose decoder is used; None takes the dataset's VAE.
+        lpips: a network's (URL, SHA-256); None leaves LPIPS out.
+        checkpoint_storage: how to reach the VAE.
+        decoder_storage: how to reach the decoder and the network.
+    """
+
+    checkpoint: str | None = None
+    decoder: str | None = None
+    lpips: tuple[str, str] | None = None
+    checkpoint_storage: StorageOptions = StorageOptions()
+    decoder_storage: StorageOptions = StorageOptions()
+
+
+@dataclass(slots=True)
+class Look:
+    """What was seen.
+
+    `decoder` is what decoded. `records` are the dataset's units; those that were looked at have
+    fresh QA files in `store`. `breaches` says which gates are not passed, and what no gate is
+    needed to refuse; `notes` what to know of the figures.
+    """
+
+    decoder: str
+    store: Store
+    records: list[UnitRecord] = field(default_factory=list)
+    breaches: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def look_again(
+    dataset: Dataset,
+    networks: Networks,
+    selection: Selection,
+    gates: Gates,
+    folder: Path,
+    progress: Callable[[int, int], None] | None = None,
+) -> Look:
+    """Measure rows of a dataset anew, and hold them against gates.
+
+    Args:
+        dataset: what to look at.
+        networks: what measures, on a GPU if there is one.
+        selection: which rows.
+        gates: what they must pass.
+        folder: an empty local folder for the fresh QA files.
+        progress: told (rows done, rows in all).
+
+    Raises:
+        CheckpointError: a checkpoint cannot be used.
+        ConfigError: it is not the dataset's, or the decoder does not belong to it.
+        DatasetError: no crops were kept and no shard can be read again; or a file is damaged.
+    """
+    examiner, decoder = _load_examiner(dataset, networks)
+    look = Look(decoder, Store(str(folder)))
+    fresh: dict[str, UnitRecord] = {}
+    num_rows = 0
+    for record, crops in _images(dataset, selection, look):
+        local = folder / f"{record.name}.parquet"
+        rows = _examine(dataset, examiner, record, crops)
+        qa = write_qa(local, local.name, rows, lambda: {"decoder": decoder})
+        fresh[record.unit.id] = replace(record, qa=qa)
+        num_rows += qa.file.num_rows if qa else 0
+        if progress:
+            progress(num_rows, selection.num_rows)
+    if not num_rows and not look.breaches:
+        why = "; ".join(look.notes) or "the run kept no crops, because its config has no `qa:`"
+        raise DatasetError(
+            f"{dataset.url}: nothing to look at: {why}; `--units 2` reads shards again"
+        )
+    look.records = [fresh.get(r.unit.id) or replace(r, qa=None) for r in dataset.units]
+    look.breaches += QaTotals(gates, look.records).breaches()
+    if examiner.agreement_db is not None:
+        look.notes.append(
+            "the decoder belongs to another encoder than the dataset's; on these images the two "
+            f"agree to {examiner.agreement_db:.1f} dB"
+        )
+    return look
+
+
+def _load_examiner(dataset: Dataset, networks: Networks) -> tuple[Examiner, str]:
+    """Load what measures; says what decodes."""
+    require_fp32()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    checkpoint = networks.checkpoint or read_provenance(dataset.store).get("checkpoint")
+    if not checkpoint:
+        raise ConfigError(f"{dataset.url} does not say which VAE made it; name it by --checkpoint")
+    vae = decoder = load_vae(checkpoint, device=device, options=networks.checkpoint_storage)
+    if networks.decoder:
+        decoder = load_vae(networks.decoder, device=device, options=networks.decoder_storage)
+    lpips = None
+    if networks.lpips:
+        lpips = load_lpips(*networks.lpips, networks.decoder_storage, device)
+    return Examiner(dataset.contract, vae, decoder, lpips), networks.decoder or checkpoint
+
+
+def _images(
+    dataset: Dataset, selection: Selection, look: Look
+) -> Iterator[tuple[UnitRecord, Crops]]:
+    """Give the units to look at and their images, as far as they are to be had."""
+    num_fetched = 0
+    drawn = sorted(dataset.units, key=lambda record: _draw(selection.seed, record.unit.id))
+    for record in islice((r for r in drawn if r.num_rows), selection.num_units):
+        try:
+            yield record, _fetch(dataset, record, selection, look)
+        except (StorageError, SourceError) as error:
+            look.notes.append(f"its source cannot be read again: {error}")
+        else:
+            num_fetched += 1
+    if num_fetched:
+        return
+    if selection.num_units:
+        look.notes.append("the images are the crops that the run kept")
+    yield from _kept(dataset, selection)
+
+
+def _kept(dataset: Dataset, selection: Selection) -> Iterator[tuple[UnitRecord, Crops]]:
+    """Give crops that the run kept: of each bucket as many, as far as there are."""
+    by_bucket: dict[str, list[tuple[str, str]]] = {}
+    for row in (
+        read_measures(dataset.store, dataset.units).select(["unit", "key", "bucket"]).to_pylist()
+    ):
+        by_bucket.setdefault(row["bucket"], []).append((row["unit"], row["key"]))
+    for rows in by_bucket.values():
+        rows.sort(key=lambda row: _draw(selection.seed, *row))
+    in_turn = (row for turn in zip_longest(*by_bucket.values()) for row in turn if row)
+    keys: dict[str, set[str]] = {}
+    for unit, key in islice(in_turn, selection.num_rows):
+        keys.setdefault(unit, set()).add(key)
+    for record in dataset.units:
+        if record.unit.id in keys:
+            crops: Crops = {}
+            for kept in read_qa_rows(dataset.store, record, keys[record.unit.id]):
+                crops.setdefault(kept.bucket, {})[kept.key] = kept.image
+            yield record, crops
+
+
+def _fetch(dataset: Dataset, record: UnitRecord, selection: Selection, look: Look) -> Crops:
+    """Read a unit's shard again, and bring rows of it to their buckets once more."""
+    rows = _read_rows(dataset.store, record)
+    drawn = sorted(rows, key=lambda key: _draw(selection.seed, record.unit.id, key))
+    missing = set(drawn[: -(-selection.num_rows // selection.num_units)])
+    spec = transform_spec(dataset.contract)
+    crops: Crops = {}
+    unit = record.unit
+    shard = SourceShard(unit.source, unit.size_bytes, unit.version)
+    fields, options = dataset.contract.image_fields, selection.source_storage
+    for sample in read_shard(shard, image=fields, keep=(), options=options):
+        if not isinstance(sample, Sample) or sample.key not in missing:
+            continue
+        missing.remove(sample.key)
+        try:
+            done = transform(decode_image(sample.image, max_pixels=spec.max_pixels), spec)
+        except Reject as reject:
+            look.breaches.append(
+                f"row {sample.key!r} of {unit.source} is there, but its image is rejected now: "
+                f"{reject.message}"
+            )
+            continue
+        size = (done.original_width, done.original_height)
+        placed = (done.bucket.name, *size, done.crop_top, done.crop_left)
+        if placed != rows[sample.key]:
+            look.breaches.append(
+                f"row {sample.key!r} of {unit.source} has bucket, size and crop "
+                f"{rows[sample.key]}, but its image gives {placed}"
+            )
+            continue
+        crops.setdefault(done.bucket.name, {})[sample.key] = write_png(done.pixels)
+    look.breaches += [f"row {key!r} is not in {unit.source}" for key in sorted(missing)]
+    return crops
+
+
+_Placed = tuple[str, int, int, int, int]
+
+
+def _read_rows(store: Store, record: UnitRecord) -> dict[str, _Placed]:
+    """Read where a unit's rows come from: bucket, original width and height, crop top and left."""
+    names = ["key", "original_width", "original_height", "crop_top", "crop_left"]
+    found: dict[str, _Placed] = {}
+    for file in record.files:
+        if file.path.endswith(".parquet"):
+            with _naming(store, file.path), store.open(file.path) as opened:
+                table = read_table(opened, names)
+            for row in table.to_pylist():
+                key, *placed = (row[name] for name in names)
+                found[key] = (file.bucket, *placed)
+    return found
+
+
+def _examine(
+    dataset: Dataset, examiner: Examiner, record: UnitRecord, crops: Crops
+) -> Iterator[QaRow]:
+    """Measure rows of a unit as they lie in its data files."""
+    num_channels = dataset.contract.vae.latent_channels
+    signal = float(np.square(dataset.stats.std[:num_channels]).mean())
+    for bucket, images in crops.items():
+        paths = [file.path for file in record.files if file.bucket == bucket]
+        with ExitStack() as stack:
+            stack.enter_context(_naming(dataset.store, paths[-1]))
+            files = [stack.enter_context(dataset.store.open(path)) for path in paths]
+            stored = read_latents(files, images)
+        if lost := images.keys() - stored.keys():
+            raise DatasetError(f"{dataset.store.url_of(paths[-1])} has no row {min(lost)!r}")
+        yield from examiner.examine(record.unit.id, bucket, images, stored, signal)
+
+
+@contextmanager
+def _naming(store: Store, path: str) -> Iterator[None]:
+    """Name the file in whatever is wrong with it."""
+    try:
+        with store.named(path):
+            yield
+    except (pa.ArrowException, DatasetError, ObjectNotFound) as error:
+        url = store.url_of(path)
+        raise DatasetError(f"{url} is damaged: {error}; run `latentcache verify`") from error
+
+
+def _draw(seed: int, *names: str) -> bytes:
+    """Give a number that no other row has, the same each time."""
+    return hashlib.sha256("\0".join((str(seed), *names)).encode()).digest()

@@ -1,0 +1,240 @@
+"""The QA report: what a dataset keeps of itself, gathered for people to look at.
+
+What it says is one tree of plain JSON (`figures.py`); `html.py` lays out that tree with pictures
+(`pictures.py`). All of it comes from the dataset: no model and no source image is needed. However
+large the dataset, the report stays small: it shows a few rows, and reads the pictures of no others.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from latentcache.dataset.contract import read_provenance
+from latentcache.dataset.qa import Gates, read_measures, read_qa_rows
+from latentcache.dataset.reader import Dataset
+from latentcache.dataset.receipts import UnitRecord
+from latentcache.errors import ConfigError, DatasetError
+from latentcache.quality import figures, html
+from latentcache.quality.pictures import RowPictures, draw_row
+from latentcache.storage import Store, named_local
+
+_READ_THREADS = 8
+
+_LABELS = {
+    "psnr_db": ("PSNR", " dB"),
+    "ssim": ("SSIM", ""),
+    "lpips": ("LPIPS", ""),
+    "drift_db": ("drift", " dB"),
+    "psnr_cost_db": ("PSNR cost", " dB"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Looked:
+    """A dataset's units with the QA files to report on, and the store that these lie in."""
+
+    store: Store
+    records: Sequence[UnitRecord]
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a report says (`tree`, plain JSON), and the pictures that it shows.
+
+    `pictures` are by the `id` of a row in the tree, `thumbnails` (JPEG) by that of a reject.
+    """
+
+    tree: dict[str, Any]
+    pictures: dict[str, RowPictures]
+    thumbnails: dict[str, bytes]
+
+    def to_json(self) -> dict[str, Any]:
+        """Give all that the report says, without pictures."""
+        return self.tree
+
+    def to_text(self) -> str:
+        """Give the verdict and the figures in a few lines, for a terminal."""
+        verdict, totals = self.tree["verdict"], self.tree["totals"]
+        lines = [
+            f"{verdict['status'].replace('_', ' ')}: {totals['num_qa_rows']} of "
+            f"{totals['num_rows']} rows of manifest {self.tree['manifest']} looked at"
+        ]
+        for name, found in self.tree["measures"].items():
+            label, unit = _LABELS[name]
+            lines.append(
+                f"{label:10} {found['mean']:8.3f} ± {found['std']:.3f}{unit}, "
+                f"from {found['min']:.3f} to {found['max']:.3f}"
+            )
+        for row in self.tree["rows"]:
+            if "worst" in row["shown_as"]:
+                where = f"{row['key']} ({row['bucket']}) of {row['source']}"
+                lines.append(f"worst: {row['psnr_db']:.2f} dB, {where}")
+        return "\n".join(lines)
+
+    def to_html(self) -> str:
+        """Lay it out as one HTML file that needs nothing else: no network, no script, no font."""
+        return html.render(self.tree, self.pictures, self.thumbnails)
+
+
+def build_report(
+    dataset: Dataset,
+    breaches: Sequence[str],
+    gates: Gates,
+    *,
+    notes: Sequence[str] = (),
+    decoder: str | None = None,
+    looked: Looked | None = None,
+    num_shown: int = 12,
+    seed: int = 0,
+) -> Report:
+    """Gather the report of a dataset from its QA files.
+
+    Args:
+        dataset: what to report on.
+        breaches: which gates are not passed, one line each; see `QaTotals.breaches`.
+        gates: what the figures were held against.
+        notes: what else a reader should know, one line each.
+        decoder: what decoded the QA rows; None takes the checkpoint that encoded them.
+        looked: QA rows to report on in place of those that the run kept.
+        num_shown: QA rows of the random draw; half as many of the worst are shown before it, and of
+            those that drift too far at most as many again.
+        seed: draws other rows.
+
+    Raises:
+        DatasetError: a QA file, a rejects file or a receipt is gone or damaged.
+        StorageError: the store cannot be reached.
+    """
+    manifest = dataset.manifest
+    provenance = read_provenance(dataset.store)
+    looked = looked or Looked(dataset.store, dataset.units)
+    measures = read_measures(looked.store, looked.records)
+    rows = _rows(dataset, measures, _choose(measures, gates, num_shown, seed))
+    rejects, thumbnails = figures.rejects(dataset)
+    status = "failed" if breaches else "passed" if measures.num_rows else "not_sampled"
+    tree = {
+        "name": provenance.get("name"),
+        "url": dataset.url,
+        "manifest": manifest.number,
+        "created_at": manifest.created_at,
+        "complete": manifest.complete,
+        "stale": list(manifest.stale),
+        "verdict": {"status": status, "breaches": list(breaches), "notes": list(notes)},
+        "gates": asdict(gates),
+        "decoder": decoder or provenance.get("checkpoint"),
+        "totals": figures.totals(dataset, measures),
+        "measures": figures.distributions(measures),
+        "buckets": figures.buckets(manifest.buckets, measures),
+        "rows": rows,
+        "latents": figures.latents(dataset.contract, dataset.stats),
+        "rejects": rejects,
+        "throughput": figures.throughput(dataset),
+        "contract": dataset.contract.to_json(),
+        "fingerprint": dataset.contract.fingerprint,
+        "provenance": provenance,
+    }
+    return Report(tree, _draw_rows(dataset, looked, rows), thumbnails)
+
+
+def report_path(dataset: Dataset) -> str:
+    """Say where the report on a manifest lies in its dataset; the JSON lies beside it."""
+    return f"qa/report-{dataset.manifest.number:08d}.html"
+
+
+def write_report(report: Report, dataset: Dataset) -> None:
+    """Put a report into its dataset, in place of an older one of the same manifest."""
+    path = report_path(dataset)
+    dataset.store.put(path.replace(".html", ".json"), _json_bytes(report))
+    dataset.store.put(path, report.to_html().encode())
+
+
+def require_writable(target: Path) -> None:
+    """Refuse, before the work, a local file that a report cannot be written to; see `save_report`.
+
+    Raises:
+        ConfigError: the name ends with neither `.html` nor `.json`.
+        StorageError: the file cannot be written.
+    """
+    if target.suffix not in (".html", ".json"):
+        raise ConfigError(f"cannot write a report to {target}: name it .html or .json")
+    with named_local(target), target.open("ab"):
+        pass
+
+
+def save_report(report: Report, target: Path) -> None:
+    """Write a report to a local file: HTML, or JSON if its name ends with `.json`.
+
+    Raises:
+        ConfigError, StorageError: as `require_writable`.
+    """
+    require_writable(target)
+    data = _json_bytes(report) if target.suffix == ".json" else report.to_html().encode()
+    with named_local(target):
+        target.write_bytes(data)
+
+
+def _json_bytes(report: Report) -> bytes:
+    return json.dumps(report.to_json(), indent=1, ensure_ascii=False, allow_nan=False).encode()
+
+
+def _choose(measures: pa.Table, gates: Gates, num_shown: int, seed: int) -> dict[int, list[str]]:
+    """Choose the QA rows to show: index to the reasons why, worst first, each row once."""
+    psnr_db, drift_db = measures["psnr_db"].to_numpy(), measures["drift_db"].to_numpy()
+    num_worst = (num_shown + 1) // 2
+    least_db = -np.inf if gates.min_drift_db is None else gates.min_drift_db
+    by_drift = np.argsort(drift_db, kind="stable")[:num_worst]
+    num_drawn = min(num_shown, len(psnr_db))
+    drawn = np.random.default_rng(seed).choice(len(psnr_db), num_drawn, replace=False)
+    reasons = {
+        "worst": np.argsort(psnr_db, kind="stable")[:num_worst],
+        "drift": by_drift[drift_db[by_drift] < least_db],
+        "draw": np.sort(drawn),
+    }
+    chosen: dict[int, list[str]] = {}
+    for reason, indices in reasons.items():
+        for index in indices.tolist():
+            chosen.setdefault(index, []).append(reason)
+    return chosen
+
+
+def _rows(
+    dataset: Dataset, measures: pa.Table, chosen: dict[int, list[str]]
+) -> list[dict[str, Any]]:
+    sources = {record.unit.id: record.unit.source for record in dataset.units}
+    found = measures.take(pa.array(chosen, pa.int64())).to_pylist()
+    return [
+        {"id": f"row-{number}", "shown_as": reasons, "source": sources[row["unit"]], **row}
+        for number, (row, reasons) in enumerate(zip(found, chosen.values(), strict=True))
+    ]
+
+
+def _draw_rows(
+    dataset: Dataset, looked: Looked, rows: Sequence[dict[str, Any]]
+) -> dict[str, RowPictures]:
+    """Read and draw the rows that are shown, unit by unit."""
+    records = {record.unit.id: record for record in looked.records}
+    wanted: dict[str, dict[str, str]] = {}
+    for row in rows:
+        wanted.setdefault(row["unit"], {})[row["key"]] = row["id"]
+    num_channels = dataset.contract.vae.latent_channels
+    mean, std = dataset.stats.mean[:num_channels], dataset.stats.std[:num_channels]
+
+    def draw(unit: str) -> dict[str, RowPictures]:
+        record, ids = records[unit], wanted[unit]
+        assert record.qa
+        try:
+            found = read_qa_rows(looked.store, record, ids)
+            return {ids[row.key]: draw_row(row, mean.tolist(), std.tolist()) for row in found}
+        except (OSError, ValueError) as error:  # Pillow's and numpy's, of what lies in the file
+            url = looked.store.url_of(record.qa.file.path)
+            raise DatasetError(f"{url} is damaged: {error}") from error
+
+    with ThreadPoolExecutor(_READ_THREADS) as pool:
+        return {name: drawn for part in pool.map(draw, wanted) for name, drawn in part.items()}

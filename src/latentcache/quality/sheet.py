@@ -1,0 +1,192 @@
+"""A contact sheet: some rows of a dataset decoded, side by side in one picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from latentcache.dataset.contract import Contract, read_provenance
+from latentcache.dataset.reader import Dataset
+from latentcache.dataset.shards import bucket_name
+from latentcache.errors import CheckpointError, ConfigError, DatasetError, StorageError
+from latentcache.storage import StorageOptions, named_local
+from latentcache.vae.model import KLAutoencoder, to_uint8
+from latentcache.vae.weights import encoder_fingerprint, load_vae
+
+DEFAULT_NUM_ROWS = 24
+
+_WIDTH_PX = 1440
+_TILE_HEIGHT_PX = 200
+_GAP_PX = 12
+_FONT_PX = 13
+_LABEL_PX = 2 * _FONT_PX + 10  # key and bucket, each a line
+
+_PAPER, _INK, _PALE_INK = "#ffffff", "#1b1c1e", "#6b6e74"
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """A decoded row."""
+
+    image: Image.Image
+    key: str
+
+
+def load_decoder(
+    dataset: Dataset, url: str | None = None, options: StorageOptions = StorageOptions()
+) -> tuple[KLAutoencoder, list[str]]:
+    """Load a VAE whose decoder takes a dataset's latents.
+
+    Args:
+        dataset: whose latents are to be decoded.
+        url: a checkpoint, as `load_vae` takes it; None takes the one that encoded them.
+        options: how to reach it.
+
+    Returns:
+        The VAE, on the GPU if there is one, and notes for the user, one line each.
+
+    Raises:
+        ConfigError: there is no usable checkpoint, or its latents are of another shape.
+    """
+    checkpoint = url or read_provenance(dataset.store).get("checkpoint")
+    if not checkpoint:
+        raise ConfigError(f"{dataset.url} does not say what encoded it: use --decoder")
+    try:
+        vae = load_vae(checkpoint, options=options)
+    except (CheckpointError, StorageError) as error:
+        mend = "" if url else "; give another with --decoder"
+        raise ConfigError(f"no decoder at {checkpoint}{mend}: {error}") from error
+    _require_same_shape(vae, checkpoint, dataset.contract)
+    notes = []
+    if encoder_fingerprint(vae) != dataset.contract.vae.encoder_fingerprint:
+        notes.append(f"{checkpoint} has another encoder than the one that made these latents")
+    return vae.to("cuda" if torch.cuda.is_available() else "cpu"), notes
+
+
+def _require_same_shape(vae: KLAutoencoder, checkpoint: str, contract: Contract) -> None:
+    found, wanted = vae.architecture, contract.vae
+    for field in ("latent_channels", "downsample_factor"):
+        if getattr(found, field) != getattr(wanted, field):
+            raise ConfigError(
+                f"{checkpoint} cannot decode these latents: its {field} is "
+                f"{getattr(found, field)}, theirs {getattr(wanted, field)}; give another --decoder"
+            )
+
+
+def save_sheet(
+    dataset: Dataset,
+    vae: KLAutoencoder,
+    target: Path,
+    num_rows: int = DEFAULT_NUM_ROWS,
+    *,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> int:
+    """Write a contact sheet of rows drawn at random.
+
+    Args:
+        dataset: whose rows are decoded.
+        vae: what decodes them; see `load_decoder`.
+        target: a PNG, JPEG or any other file that Pillow writes, by its ending.
+        num_rows: how many, if there are as many.
+        seed: draws other rows.
+        progress: told (rows decoded, rows in all).
+
+    Returns:
+        How many rows are in the picture.
+
+    Raises:
+        ConfigError: Pillow knows no such ending.
+        DatasetError: the dataset has no rows, or is damaged.
+        StorageError: the file cannot be written.
+    """
+    if target.suffix.lower() not in Image.registered_extensions():
+        raise ConfigError(f"cannot write a picture to {target}: name it .png or .jpg")
+    num_rows = min(num_rows, len(dataset))
+    if not num_rows:
+        raise DatasetError(f"{dataset.url} has no rows to show")
+    with named_local(target), target.open("ab"):
+        pass  # so that a path that cannot be written is told before the decoding
+    drawn = np.random.default_rng(seed).choice(len(dataset), num_rows, replace=False)
+    tiles = []
+    for tile in _decode(dataset, vae, np.sort(drawn).tolist()):
+        tiles.append(tile)
+        if progress:
+            progress(len(tiles), num_rows)
+    sheet = draw_sheet(tiles)
+    with named_local(target):
+        sheet.save(target)
+    return num_rows
+
+
+def _decode(dataset: Dataset, vae: KLAutoencoder, indices: Iterable[int]) -> Iterator[Tile]:
+    num_channels = dataset.contract.vae.latent_channels
+    for index in indices:
+        row = dataset[index]
+        # Of moments, the first half is the mean.
+        latent = row.latent[:num_channels].float().to(vae.device)
+        with torch.inference_mode():
+            (pixels,) = to_uint8(vae.decode(latent[None]))
+        yield Tile(Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()), row.key)
+
+
+def draw_sheet(tiles: Sequence[Tile]) -> Image.Image:
+    """Lay out tiles in lines of about equal width, each picture above its key and bucket."""
+    lines = list(_break_lines(tiles))
+    widths_px = [sum(width_px + _GAP_PX for _, width_px in line) for line, _ in lines]
+    heights_px = [height_px + _LABEL_PX + _GAP_PX for _, height_px in lines]
+    sheet = Image.new("RGB", (max(widths_px) + _GAP_PX, sum(heights_px) + _GAP_PX), _PAPER)
+    pen = ImageDraw.Draw(sheet)
+    pen.font = ImageFont.load_default(_FONT_PX)
+    top_px = _GAP_PX
+    for line, height_px in lines:
+        left_px, below_px = _GAP_PX, top_px + height_px + 3
+        for tile, width_px in line:
+            small = tile.image.resize((width_px, height_px), Image.Resampling.LANCZOS)
+            sheet.paste(small, (left_px, top_px))
+            pen.text((left_px, below_px), _shorten(pen, tile.key, width_px), _INK)
+            bucket = bucket_name(tile.image.size)
+            pen.text((left_px, below_px + _FONT_PX + 2), bucket, _PALE_INK)
+            left_px += width_px + _GAP_PX
+        top_px += height_px + _LABEL_PX + _GAP_PX
+    return sheet
+
+
+_Line = tuple[list[tuple[Tile, int]], int]
+"""Tiles with their widths, and the height of all of them."""
+
+
+def _break_lines(tiles: Sequence[Tile]) -> Iterator[_Line]:
+    """Break tiles into lines: as many as it takes to fill one at no more than the usual height."""
+    line: list[Tile] = []
+    for tile in tiles:
+        line.append(tile)
+        ratio = sum(tile.image.width / tile.image.height for tile in line)
+        height_px = (_WIDTH_PX - (len(line) + 1) * _GAP_PX) / ratio
+        if height_px <= _TILE_HEIGHT_PX:
+            yield _size(line, height_px)
+            line = []
+    if line:
+        yield _size(line, _TILE_HEIGHT_PX)
+
+
+def _size(line: list[Tile], height_px: float) -> _Line:
+    sizes = (tile.image.size for tile in line)
+    widths_px = [max(1, round(height_px * width / height)) for width, height in sizes]
+    return list(zip(line, widths_px, strict=True)), max(1, round(height_px))
+
+
+def _shorten(pen: ImageDraw.ImageDraw, key: str, width_px: int) -> str:
+    """Cut a key to a width; its end, which tells it from its neighbours, stays."""
+    # Pillow would take a line break for two lines.
+    text = "".join(c if c.isprintable() else "?" for c in key)
+    if pen.textlength(text) <= width_px:
+        return text
+    while text and pen.textlength(f"…{text}") > width_px:
+        text = text[1:]
+    return f"…{text}"

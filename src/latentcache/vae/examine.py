@@ -1,0 +1,212 @@
+"""How good stored latents are: decoded, and held against the crops that they came from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from latentcache.dataset.contract import Contract
+from latentcache.dataset.qa import MAX_DB, MIN_DB, Measured, QaRow
+from latentcache.dataset.quantization import is_finite, to_values
+from latentcache.dataset.shards import tensor_bytes
+from latentcache.errors import ConfigError
+from latentcache.metrics import drift_db, psnr_db, ssim
+from latentcache.networks import Distance
+from latentcache.pictures import read_png, write_png
+from latentcache.vae.encoder import draw_latents
+from latentcache.vae.model import KLAutoencoder, to_uint8
+from latentcache.vae.weights import encoder_fingerprint
+
+# A decoder whose own encoder is another one serves all the same if the two agree this well: fp16
+# copies of one encoder do (60 dB and more), autoencoders trained apart do not (about 0 dB).
+MIN_AGREEMENT_DB = 50.0
+
+# Decoding takes several times the memory of encoding: few images at once.
+_BATCH_PIXELS = 4 * 256 * 256
+
+
+class Examiner:
+    """Measures rows of one dataset. All modules are in fp32, on one device.
+
+    Args:
+        contract: of the dataset.
+        encoder: its VAE; the decoder is not used.
+        decoder: the VAE that decodes; may be the same.
+        lpips: measures LPIPS; None leaves it out.
+
+    Raises:
+        ConfigError: the encoder is not the dataset's, or the decoder is of another family.
+    """
+
+    def __init__(
+        self,
+        contract: Contract,
+        encoder: KLAutoencoder,
+        decoder: KLAutoencoder,
+        lpips: Distance | None = None,
+    ) -> None:
+        there, given = contract.vae, decoder.architecture
+        if encoder_fingerprint(encoder) != there.encoder_fingerprint:
+            raise ConfigError("the encoder is not the one that made these latents")
+        for name in ("latent_channels", "downsample_factor"):
+            if getattr(given, name) != getattr(there, name):
+                raise ConfigError(
+                    f"the decoder is of another family: its {name} is {getattr(given, name)}, the "
+                    f"dataset's is {getattr(there, name)}; name a decoder of the dataset's VAE"
+                )
+        self._contract = contract
+        self._encoder = encoder
+        self._decoder = decoder
+        self._lpips = lpips
+        self._is_trusted = encoder is decoder or (
+            encoder_fingerprint(decoder) == there.encoder_fingerprint
+        )
+        self.agreement_db: float | None = None
+        """How well the decoder's own encoder agrees with the dataset's, where it is another one."""
+
+    @torch.inference_mode()
+    def examine(
+        self,
+        unit: str,
+        bucket: str,
+        crops: Mapping[str, bytes],
+        stored: Mapping[str, Tensor],
+        signal: float,
+    ) -> list[QaRow]:
+        """Measure rows of one bucket of one unit.
+
+        Args:
+            unit: the unit's id.
+            bucket: the bucket's name.
+            crops: the pixels that were encoded, as PNG by key.
+            stored: what was stored, by key and as it was: [C, h, w], or [2C, h, w] for moments.
+            signal: variance of the dataset's latents, averaged over its C channels, for the drift.
+
+        Returns:
+            The rows of `crops` that `stored` has too, in their order.
+
+        Raises:
+            ConfigError: the decoder's own encoder is another one and does not agree.
+        """
+        width_px, height_px = map(int, bucket.split("x"))
+        batch = max(1, _BATCH_PIXELS // (width_px * height_px))
+        keys = [key for key in crops if key in stored]
+        rows: list[QaRow] = []
+        for first in range(0, len(keys), batch):
+            some = keys[first : first + batch]
+            pixels = torch.stack([read_png(crops[key]) for key in some])
+            latents = torch.stack([stored[key] for key in some])
+            measured, decoded = self._measure_in_turn(unit, some, pixels, latents, signal)
+            means = to_values(latents, self._contract.latents)[
+                :, : self._contract.vae.latent_channels
+            ]
+            rows += [
+                QaRow(
+                    key=key,
+                    bucket=bucket,
+                    measured=values,
+                    image=crops[key],
+                    reconstruction=write_png(picture),
+                    latent=tensor_bytes(mean),
+                    latent_shape=tuple(mean.shape),
+                )
+                for key, values, picture, mean in zip(some, measured, decoded, means, strict=True)
+            ]
+        return rows
+
+    def _measure_in_turn(
+        self, unit: str, keys: Sequence[str], images: Tensor, stored: Tensor, signal: float
+    ) -> tuple[list[Measured], Tensor]:
+        """Measure a batch at once, or row by row where the GPU has no room for it."""
+        try:
+            return self._measure(unit, keys, images, stored, signal)
+        except torch.OutOfMemoryError:
+            pass
+        # Out here, where the error no longer holds on to the tensors that it met.
+        torch.cuda.empty_cache()
+        try:
+            parts = [
+                self._measure(unit, [key], images[i : i + 1], stored[i : i + 1], signal)
+                for i, key in enumerate(keys)
+            ]
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(
+                f"decoding {images.shape[3]}x{images.shape[2]} for QA does not fit into the GPU's "
+                "memory beside encoding: lower compute.batch_size, or run `latentcache qa` later"
+            ) from error
+        return [m for part, _ in parts for m in part], torch.cat([decoded for _, decoded in parts])
+
+    def _measure(
+        self, unit: str, keys: Sequence[str], images: Tensor, stored: Tensor, signal: float
+    ) -> tuple[list[Measured], Tensor]:
+        """Measure a batch; gives its reconstructions too, uint8 [B, 3, H, W] on the CPU."""
+        pixels = images.to(self._decoder.device)
+        latents = to_values(stored, self._contract.latents)
+        moments = self._encoder.encode(pixels)
+        self._require_agreement(pixels, moments)
+        posterior, channels = self._contract.latents.posterior, self._contract.vae.latent_channels
+        reference = draw_latents(moments.cpu(), posterior, unit, keys)
+        finite = is_finite(stored).all(dim=(1, 2, 3))
+        decoded = self._decode(latents.nan_to_num(posinf=0.0, neginf=0.0)[:, :channels])
+        psnrs = _within_limits(psnr_db(decoded, pixels), finite)
+        costs: list[float | None] = [None] * len(keys)
+        if self._contract.latents.quantization:
+            best = _within_limits(psnr_db(self._decode(reference[:, :channels]), pixels), finite)
+            costs = [*(best - psnrs).tolist()]
+        measures = zip(
+            psnrs.tolist(),
+            ssim(decoded, pixels).tolist(),
+            self._lpips(decoded, pixels).tolist() if self._lpips else [None] * len(keys),
+            _row_drift_db(latents, reference, channels, signal),
+            costs,
+            strict=True,
+        )
+        return [Measured(*values) for values in measures], decoded.cpu()
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        return to_uint8(self._decoder.decode(latents.to(self._decoder.device)))
+
+    def _require_agreement(self, pixels: Tensor, moments: Tensor) -> None:
+        """Hold the decoder's own encoder against the dataset's, on the first images."""
+        if self._is_trusted:
+            return
+        channels = self._contract.vae.latent_channels
+        own = self._decoder.encode(pixels)[:, :channels]
+        self.agreement_db = _limited(drift_db(own, moments[:, :channels]))
+        if self.agreement_db < MIN_AGREEMENT_DB:
+            raise ConfigError(
+                "the decoder belongs to another encoder: on the dataset's images the two agree to "
+                f"{self.agreement_db:.1f} dB, and {MIN_AGREEMENT_DB:g} dB are asked for; name a "
+                "decoder of the dataset's VAE"
+            )
+        self._is_trusted = True
+
+
+def _row_drift_db(latents: Tensor, reference: Tensor, channels: int, signal: float) -> list[float]:
+    """Give each row's drift: signal over the mean squared error of what training draws, in dB.
+
+    Of moments, training draws `mean + exp(logvar / 2) * n` with standard normal n, so that the
+    expected squared error is that of the mean plus that of the standard deviation.
+    """
+    latents, reference = latents.double(), reference.double()
+    error = (latents[:, :channels] - reference[:, :channels]).square()
+    if latents.shape[1] > channels:
+        std, wanted = ((0.5 * z[:, channels:]).exp() for z in (latents, reference))
+        error = error + (std - wanted).square()
+    means = error.mean(dim=(1, 2, 3))
+    decibels = torch.where(means == 0, math.inf, 10 * torch.log10(signal / means))
+    return [_limited(value) for value in decibels.tolist()]
+
+
+def _within_limits(decibels: Tensor, finite: Tensor) -> Tensor:
+    """Bound decibels; rows that are not finite get the lower bound."""
+    bounded = decibels.cpu().clamp(MIN_DB, MAX_DB)
+    return torch.where(finite, bounded, torch.full_like(bounded, MIN_DB))
+
+
+def _limited(decibels: float) -> float:
+    # Written so that a value which is not a number comes out as the lower bound.
+    return min(max(MIN_DB, decibels), MAX_DB)

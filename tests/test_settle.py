@@ -1,0 +1,244 @@
+"""What a first run finds out on real images: int8's scale and zero point, and then its units."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from latentcache import KLAutoencoder, load_vae, make_plan, parse_config
+from latentcache.dataset.contract import Contract, QuantizationContract
+from latentcache.dataset.quantization import fit, to_stored, to_values
+from latentcache.dataset.receipts import Receipt, new_attempt
+from latentcache.dataset.shards import iterate_latents
+from latentcache.engine import settle as settle_module
+from latentcache.engine import unit as unit_module
+from latentcache.engine.job import Job, UnitTask
+from latentcache.engine.plan import units_of
+from latentcache.engine.settle import settle
+from latentcache.engine.unit import UnitRunner
+from latentcache.errors import SourceError
+from latentcache.images.source import SourceShard, list_shards
+from latentcache.metrics import drift_db
+from latentcache.storage import StorageOptions
+from latentcache.vae.encoder import LatentEncoder
+from makers import config_tree, draw, png, write_tar
+
+
+@pytest.fixture(scope="module")
+def vae(checkpoint: Path) -> KLAutoencoder:
+    return load_vae(str(checkpoint), decoder=False)
+
+
+def write_shards(folder: Path, num_shards: int, num_images: int) -> None:
+    for number in range(num_shards):
+        images = [
+            (f"{index}.png", png(64, 64, 100 * number + index)) for index in range(num_images)
+        ]
+        write_tar(folder / "src" / f"{number:04d}.tar", images)
+
+
+def plan_job(folder: Path, checkpoint: Path, **latents: Any) -> tuple[Job, list[SourceShard]]:
+    """What the driver of a first run over `<folder>/src/*.tar` asks a worker to settle."""
+    tree = config_tree(
+        folder, vae={"checkpoint": str(checkpoint)}, latents={"dtype": "int8"} | latents
+    )
+    config = parse_config(tree)
+    plan = make_plan(config)
+    assert not plan.contract.is_settled
+    job = Job(
+        contract=plan.contract,
+        checkpoint=config.vae.checkpoint,
+        checkpoint_storage=StorageOptions(),
+        source_storage=StorageOptions(),
+        output_url=plan.output.url,
+        output_storage=StorageOptions(),
+        batch_size=4,
+        decode_threads=2,
+    )
+    return job, plan.shards
+
+
+def numbers(contract: Contract) -> QuantizationContract:
+    assert contract.is_settled
+    assert contract.latents.quantization
+    return contract.latents.quantization
+
+
+def test_the_range_is_that_of_the_channels_over_all_images(
+    tmp_path: Path, checkpoint: Path, vae: KLAutoencoder
+):
+    write_shards(tmp_path, 3, 5)
+    settled = settle(vae, *plan_job(tmp_path, checkpoint, calibration={"num_images": 99}))
+    found = numbers(settled)
+    assert (found.num_images, found.seed) == (99, 0)
+    pictures = [
+        np.asarray(draw(64, 64, 100 * shard + index)) for shard in range(3) for index in range(5)
+    ]
+    pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+    latents = vae.encode(pixels)[:, :4]
+    expected = fit(found, latents.transpose(0, 1).flatten(1))
+    np.testing.assert_allclose(found.scale, expected.scale, rtol=1e-4)
+    np.testing.assert_allclose(found.zero_point, expected.zero_point, atol=1)
+    stored, _ = to_stored(latents, settled.latents)
+    assert drift_db(to_values(stored, settled.latents), latents) > 40
+
+
+@pytest.mark.parametrize("posterior", ["moments", "sample"])
+def test_it_measures_what_will_be_stored(
+    tmp_path: Path, checkpoint: Path, vae: KLAutoencoder, posterior: str
+):
+    write_shards(tmp_path, 1, 4)
+    mean = numbers(settle(vae, *plan_job(tmp_path, checkpoint)))
+    found = numbers(settle(vae, *plan_job(tmp_path, checkpoint, posterior=posterior)))
+    assert mean.scale
+    assert found.scale
+    if posterior == "moments":
+        assert len(found.scale) == 8
+        np.testing.assert_allclose(found.scale[:4], mean.scale, rtol=1e-5)
+    else:  # random weights have a wide posterior
+        assert sum(found.scale) > 1.05 * sum(mean.scale)
+
+
+def test_the_same_listing_gives_the_same_numbers_and_another_seed_others(
+    tmp_path: Path, checkpoint: Path, vae: KLAutoencoder
+):
+    write_shards(tmp_path, 20, 2)
+    few = {"num_images": 4}
+    first, second = (
+        settle(vae, *plan_job(tmp_path, checkpoint, calibration=few)) for _ in range(2)
+    )
+    assert first == second
+    other = settle(vae, *plan_job(tmp_path, checkpoint, calibration=few | {"seed": 1}))
+    assert numbers(other).scale != numbers(first).scale
+
+
+def test_what_cannot_be_read_or_encoded_is_passed_over(
+    tmp_path: Path, checkpoint: Path, vae: KLAutoencoder
+):
+    write_shards(tmp_path, 2, 3)
+    expected = settle(vae, *plan_job(tmp_path, checkpoint))
+    good = png(64, 64)
+    bad = [("a.png", b"text"), ("b.png", good[:50]), ("c.txt", b"no image")]
+    write_tar(tmp_path / "src" / "0000b.tar", bad)
+    (tmp_path / "src" / "0000c.tar").write_bytes(b"no tar")
+    gone = write_tar(tmp_path / "src" / "0000d.tar", [("a.png", good)])
+    job, shards = plan_job(tmp_path, checkpoint)
+    gone.unlink()
+    assert len(shards) == 5
+    np.testing.assert_allclose(
+        numbers(settle(vae, job, shards)).scale, numbers(expected).scale, rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("num_shards", "in_each", "num_opened"), [(20, 3, 16), (3, 12, 3), (36, 1, 32)]
+)
+def test_it_takes_a_few_images_of_a_few_shards(
+    tmp_path: Path,
+    checkpoint: Path,
+    vae: KLAutoencoder,
+    monkeypatch: pytest.MonkeyPatch,
+    num_shards: int,
+    in_each: int,
+    num_opened: int,
+):
+    write_shards(tmp_path, num_shards, in_each)
+    job, shards = plan_job(tmp_path, checkpoint, calibration={"num_images": 32})
+    read: Counter[str] = Counter()
+    read_shard = settle_module.read_shard
+
+    def count(shard: SourceShard, **options: Any) -> Iterator[Any]:
+        for sample in read_shard(shard, **options):
+            read[shard.url] += 1
+            yield sample
+
+    monkeypatch.setattr(settle_module, "read_shard", count)
+    settle(vae, job, shards)
+    assert len(read) == num_opened
+    assert read.total() == 32
+
+
+def test_no_image_at_all_is_told(tmp_path: Path, checkpoint: Path, vae: KLAutoencoder):
+    write_tar(tmp_path / "src" / "0.tar", [("a.png", b"text")])
+    job, shards = plan_job(tmp_path, checkpoint)
+    with pytest.raises(SourceError, match=r"no source shard .*0\.tar, or choose another"):
+        settle(vae, job, shards)
+
+
+# Units.
+
+
+@pytest.fixture
+def runner(tmp_path: Path, checkpoint: Path, vae: KLAutoencoder) -> Iterator[UnitRunner]:
+    """Of a run over one shard of seven pictures, with a range too narrow for them."""
+    write_tar(tmp_path / "src" / "0.tar", [(f"{i}.png", png(64, 64, i)) for i in range(7)])
+    job, shards = plan_job(tmp_path, checkpoint)
+    contract = settle(vae, job, shards)
+    scale = tuple(0.4 * scale for scale in numbers(contract).scale or ())
+    narrow = replace(contract.latents, quantization=replace(numbers(contract), scale=scale))
+    job = replace(job, contract=replace(contract, latents=narrow))
+    runner = UnitRunner(job, LatentEncoder(vae, "fp32", 4))
+    yield runner
+    runner.decode_pool.close()
+    runner.encode_pool.close()
+
+
+def receipt_of(runner: UnitRunner, folder: Path) -> Receipt:
+    shards = list_shards(f"{folder}/src/*.tar", StorageOptions())
+    (unit,) = units_of(shards, runner.job.contract)
+    receipt = runner.run(UnitTask(unit, 0, new_attempt()))
+    assert isinstance(receipt, Receipt), receipt
+    return receipt
+
+
+def stored_in(receipt: Receipt, folder: Path) -> torch.Tensor:
+    (file,) = receipt.record.files
+    return torch.stack([latent for _, latent in iterate_latents([folder / "out" / file.path])])
+
+
+def test_a_unit_counts_what_its_range_did_not_hold(tmp_path: Path, runner: UnitRunner):
+    receipt = receipt_of(runner, tmp_path)
+    stored, terms = stored_in(receipt, tmp_path), runner.job.contract.latents
+    assert stored.dtype == torch.int8
+    assert (stored.min().item(), stored.max().item()) == (-127, 127)
+    pixels = [np.asarray(draw(64, 64, index)) for index in range(7)]
+    images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
+    expected, num_clamped = to_stored(runner.encoder.encode(images).moments[:, :4], terms)
+    assert (stored.int() - expected.int()).abs().max() <= 1
+    assert receipt.notes
+    assert receipt.notes["clamped_values"] == pytest.approx(num_clamped.sum().item(), abs=3)
+    assert receipt.notes["clamped_values"] > 20, "the case is about nothing"
+    values = to_values(stored, terms).double().transpose(0, 1).flatten(1)
+    np.testing.assert_allclose(receipt.statistics.mean, values.mean(dim=1), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(receipt.statistics.std, values.std(dim=1, correction=0), rtol=1e-6)
+    np.testing.assert_allclose(receipt.statistics.maximum, values.amax(dim=1), rtol=1e-7)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_latent_that_is_not_finite_is_a_reject_and_never_a_number(
+    tmp_path: Path, runner: UnitRunner, monkeypatch: pytest.MonkeyPatch, value: float
+):
+    draw_latents = unit_module.draw_latents
+
+    def spoil(moments: torch.Tensor, posterior: str, unit: str, keys: list[str]) -> torch.Tensor:
+        latents = draw_latents(moments, posterior, unit, keys).clone()
+        if "5" in keys:
+            latents[keys.index("5"), 1, 2, 3] = value
+        return latents
+
+    monkeypatch.setattr(unit_module, "draw_latents", spoil)
+    receipt = receipt_of(runner, tmp_path)
+    assert (receipt.record.num_rows, receipt.record.num_rejects) == (6, 1)
+    assert (stored_in(receipt, tmp_path) != -128).all()
+    assert json.loads(receipt.to_bytes())["notes"].keys() == {
+        "encoded_again_in_fp32",
+        "clamped_values",
+    }
