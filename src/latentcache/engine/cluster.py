@@ -260,12 +260,12 @@ class Cluster:
         try:
             for number, item in enumerate(items):
                 if len(waiting) == 2 * len(actors):
-                    yield self._settle(waiting.popleft(), actors)
+                    yield self._result_of(waiting.popleft(), actors)
                 call = _Call(number % len(actors), function, item)
                 call.make(actors)
                 waiting.append(call)
             while waiting:
-                yield self._settle(waiting.popleft(), actors)
+                yield self._result_of(waiting.popleft(), actors)
         finally:
             for actor in actors:
                 ray.kill(actor)
@@ -274,7 +274,7 @@ class Cluster:
         options = {"max_restarts": 0, "max_task_retries": 0, **self._resources}
         return ray.remote(_CallingActor).options(**options).remote()
 
-    def _settle(self, call: _Call, actors: list[Any]) -> Any:
+    def _result_of(self, call: _Call, actors: list[Any]) -> Any:
         """Wait for a call, and make it again if that may help."""
         for _ in range(_RETRIES):
             try:

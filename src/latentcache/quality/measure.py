@@ -34,12 +34,12 @@ from latentcache.networks import (
 )
 from latentcache.quality.card import Picture
 from latentcache.storage import StorageOptions
+from latentcache.vae.encoder import require_fp32
+from latentcache.vae.examine import MIN_AGREEMENT_DB
 from latentcache.vae.model import KLAutoencoder, to_uint8
 from latentcache.vae.weights import encoder_fingerprint, load_vae
 
-# A decoder whose own encoder is another one serves all the same if the two agree this well: copies
-# of one encoder at other precisions do, autoencoders trained apart do not.
-MIN_AGREEMENT_DB = 50.0
+# To hold a model's own encoder against the one that is used.
 _AGREEMENT_IMAGES = 8
 
 # Images whose features are held before they become part of a covariance of 2,048².
@@ -167,6 +167,7 @@ def _load(job: EvalJob) -> _Bench:
         )
     networks, options, device = job.networks, storage_options(job.networks.storage), job.device
     features, distances = None, []
+    require_fp32()
     # The networks first: a wrong hash is told in seconds.
     if inception := networks.inception:
         features = load_inception(inception.url, inception.sha256, options, device)
