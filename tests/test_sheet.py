@@ -112,7 +112,7 @@ def test_a_decoder_that_cannot_serve_is_refused(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"no decoder at .*/none:"):
         load_decoder(dataset, str(tmp_path / "none"))
     write_diffusers_folder(tmp_path / "narrow")
-    with pytest.raises(ConfigError, match="latent_channels is 4, theirs 16"):
+    with pytest.raises(ConfigError, match="latent_channels is 4, that of the latents is 16"):
         load_decoder(dataset, str(tmp_path / "narrow"))
     contract = make_contract()
     latents = {SQUARE: make_latents(contract, SQUARE, 1)}

@@ -137,14 +137,14 @@ def _locate(target: str, overrides: list[str] | None) -> tuple[str, StorageOptio
     """Find the dataset that a URL or a config means."""
     from latentcache.config import load_config
     from latentcache.errors import ConfigError
-    from latentcache.storage import StorageOptions
+    from latentcache.storage import StorageOptions, storage_options
 
     if not _is_config(target):
         if overrides:
             raise ConfigError("--set goes with a config, not with a dataset's URL")
         return target, StorageOptions()
     output = load_config(target, overrides or ()).output
-    return output.url, StorageOptions(**output.storage.model_dump())
+    return output.url, storage_options(output.storage)
 
 
 @app.command("run")
@@ -197,10 +197,10 @@ def _report_run(config: Config, summary: RunSummary) -> str:
     from latentcache.dataset.reader import open_dataset
     from latentcache.engine.run import gates_of
     from latentcache.quality.report import build_report, report_path, write_report
-    from latentcache.storage import StorageOptions
+    from latentcache.storage import storage_options
 
     assert config.qa
-    options = StorageOptions(**config.output.storage.model_dump())
+    options = storage_options(config.output.storage)
     dataset = open_dataset(config.output.url, summary.manifest, storage=options)
     path = report_path(dataset)
     if not dataset.store.exists(path):
@@ -407,11 +407,11 @@ def inspect_command(
 def _vae_storage(target: str, overrides: list[str] | None) -> StorageOptions:
     """How to reach the VAE, where a config says so."""
     from latentcache.config import load_config
-    from latentcache.storage import StorageOptions
+    from latentcache.storage import StorageOptions, storage_options
 
     if not _is_config(target):
         return StorageOptions()
-    return StorageOptions(**load_config(target, overrides or ()).vae.storage.model_dump())
+    return storage_options(load_config(target, overrides or ()).vae.storage)
 
 
 def _draw_rows(
@@ -534,22 +534,19 @@ def _qa_settings(
     from latentcache.config import Qa, Storage
     from latentcache.dataset.qa import Gates
     from latentcache.quality.qa import Networks
-    from latentcache.storage import StorageOptions
+    from latentcache.storage import storage_options
 
     config = _load(Path(target), overrides) if _is_config(target) else None
     qa = config.qa if config and config.qa else Qa()
 
-    def options(storage: Storage) -> StorageOptions:
-        return StorageOptions(**storage.model_dump())
-
     networks = Networks(
         checkpoint=checkpoint or (config.vae.checkpoint if config else None),
-        checkpoint_storage=options(config.vae.storage if config else Storage()),
+        checkpoint_storage=storage_options(config.vae.storage if config else Storage()),
         decoder=decoder or qa.decoder,
-        decoder_storage=options(qa.storage),
+        decoder_storage=storage_options(qa.storage),
         lpips=(qa.lpips.url, qa.lpips.sha256) if qa.lpips else None,
     )
-    source_storage = options(config.source.storage if config else Storage())
+    source_storage = storage_options(config.source.storage if config else Storage())
     return Gates(qa.min_psnr_db, qa.min_drift_db, qa.max_rejects), networks, source_storage
 
 

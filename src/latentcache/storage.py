@@ -20,11 +20,14 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 
 import fsspec
 
 from latentcache.errors import ConfigError, DiskFull, ObjectNotFound, StorageError
+
+if TYPE_CHECKING:  # to read a dataset takes no pydantic
+    from latentcache.config import Storage
 
 T = TypeVar("T")
 
@@ -54,6 +57,11 @@ class StorageOptions:
     profile: str | None = None
     anon: bool = False
     requester_pays: bool = False
+
+
+def storage_options(storage: Storage) -> StorageOptions:
+    """Turn a config's `storage` section into options of a `Store`."""
+    return StorageOptions(**storage.model_dump())
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from latentcache.config import Calibration, Config, RatioBuckets, Storage
+from latentcache.config import Calibration, Config, RatioBuckets
 from latentcache.dataset.contract import (
     Contract,
     LatentContract,
@@ -20,7 +20,7 @@ from latentcache.dataset.receipts import Unit, read_failures
 from latentcache.errors import ConfigError
 from latentcache.images.source import SourceShard, list_shards
 from latentcache.images.transform import Bucket, ratio_buckets
-from latentcache.storage import StorageOptions, Store
+from latentcache.storage import Store, storage_options
 from latentcache.vae.model import FAMILY
 from latentcache.vae.weights import encoder_fingerprint, load_vae
 
@@ -61,11 +61,6 @@ class Plan:
     def num_bytes_pending(self) -> int:
         """Bytes of source shards to read."""
         return sum(planned.unit.size_bytes for planned in self.pending)
-
-
-def storage_options(storage: Storage) -> StorageOptions:
-    """Turn a config's `storage` section into options of a `Store`."""
-    return StorageOptions(**storage.model_dump())
 
 
 def make_plan(config: Config, *, retry_rejects: bool = False) -> Plan:

@@ -35,14 +35,13 @@ from latentcache.engine.plan import (
     Plan,
     PlannedUnit,
     make_plan,
-    storage_options,
     units_of,
 )
 from latentcache.engine.progress import RunProgress
 from latentcache.engine.sample import SampleSpec
 from latentcache.errors import ContractMismatch, SourceError
 from latentcache.images.source import list_shards
-from latentcache.storage import Store
+from latentcache.storage import Store, storage_options
 from latentcache.vae.weights import absolute_url
 
 # A manifest now and then during a run, so that a resume reads few receipts one by one.

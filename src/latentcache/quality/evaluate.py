@@ -30,9 +30,8 @@ from latentcache.quality.measure import (
     ModelSums,
     Piece,
     evaluate_piece,
-    storage_options,
 )
-from latentcache.storage import Store
+from latentcache.storage import Store, storage_options
 from latentcache.vae.weights import absolute_url
 
 A = TypeVar("A")

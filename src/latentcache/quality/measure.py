@@ -17,13 +17,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from latentcache.config import MAX_PIXELS, EvalModel, Networks, Storage, Vae
+from latentcache.config import MAX_PIXELS, EvalModel, Networks, Vae
 from latentcache.dataset.qa import MAX_DB, MIN_DB
 from latentcache.errors import CheckpointError, ClusterError, ConfigError, Reject
 from latentcache.images.decode import decode_image
 from latentcache.images.source import RejectedSample, SourceShard, read_shard
 from latentcache.images.transform import Bucket, TransformSpec, transform
-from latentcache.metrics import FeatureStatistics, drift_db, psnr_db, ssim
+from latentcache.metrics import FeatureStatistics, psnr_db, ssim
 from latentcache.networks import (
     NUM_INCEPTION_FEATURES,
     Distance,
@@ -33,9 +33,9 @@ from latentcache.networks import (
     load_vgg16,
 )
 from latentcache.quality.card import Picture
-from latentcache.storage import StorageOptions
+from latentcache.storage import StorageOptions, storage_options
+from latentcache.vae.decoder import require_agreement, require_family
 from latentcache.vae.encoder import require_fp32
-from latentcache.vae.examine import MIN_AGREEMENT_DB
 from latentcache.vae.model import KLAutoencoder, to_uint8
 from latentcache.vae.weights import encoder_fingerprint, load_vae
 
@@ -134,11 +134,6 @@ class EvalSums:
         )
 
 
-def storage_options(storage: Storage) -> StorageOptions:
-    """Turn a config's `storage` section into options of a `Store`."""
-    return StorageOptions(**storage.model_dump())
-
-
 @dataclass(frozen=True, slots=True)
 class _Model:
     """A decoder; `has_own_encoder` says that its encoder is not the one that is used."""
@@ -184,13 +179,7 @@ def _load(job: EvalJob) -> _Bench:
 def _load_model(job: EvalJob, model: EvalModel, encoder: KLAutoencoder) -> _Model:
     options = storage_options(model.storage)
     vae = load_vae(model.checkpoint, device=job.device, options=options)
-    for name in ("latent_channels", "downsample_factor"):
-        given, wanted = getattr(vae.architecture, name), getattr(encoder.architecture, name)
-        if given != wanted:
-            raise ConfigError(
-                f"{model.name} ({model.checkpoint}) is of another family: its {name} is {given}, "
-                f"that of `vae` is {wanted}; name a decoder of the same VAE"
-            )
+    require_family(vae, f"{model.name} ({model.checkpoint})", encoder.architecture)
     return _Model(model.name, vae, encoder_fingerprint(vae) != encoder_fingerprint(encoder))
 
 
@@ -273,14 +262,7 @@ def _agreement_db(model: _Model, images: Tensor, latents: Tensor) -> float | Non
     if not model.has_own_encoder:
         return None
     few = slice(_AGREEMENT_IMAGES)
-    agreement_db = drift_db(_encode(model.vae, images[few]), latents[few])
-    if agreement_db < MIN_AGREEMENT_DB:
-        raise ConfigError(
-            f"{model.name} belongs to another encoder: on the first images the two agree to "
-            f"{agreement_db:.1f} dB, and {MIN_AGREEMENT_DB:g} dB are asked for; name a decoder of "
-            "the same VAE"
-        )
-    return agreement_db
+    return require_agreement(_encode(model.vae, images[few]), latents[few], model.name)
 
 
 def _decode(model: _Model, latents: Tensor) -> Tensor:

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from latentcache.dataset.contract import Contract, read_provenance
+from latentcache.dataset.contract import read_provenance
 from latentcache.dataset.reader import Dataset
 from latentcache.dataset.shards import bucket_name
 from latentcache.errors import CheckpointError, ConfigError, DatasetError, StorageError
 from latentcache.storage import StorageOptions, named_local
+from latentcache.vae.decoder import require_family
 from latentcache.vae.model import KLAutoencoder, to_uint8
 from latentcache.vae.weights import encoder_fingerprint, load_vae
 
@@ -61,21 +62,12 @@ def load_decoder(
     except (CheckpointError, StorageError) as error:
         mend = "" if url else "; give another with --decoder"
         raise ConfigError(f"no decoder at {checkpoint}{mend}: {error}") from error
-    _require_same_shape(vae, checkpoint, dataset.contract)
+    wanted = dataset.contract.vae
+    require_family(vae, checkpoint, wanted)
     notes = []
-    if encoder_fingerprint(vae) != dataset.contract.vae.encoder_fingerprint:
+    if encoder_fingerprint(vae) != wanted.encoder_fingerprint:
         notes.append(f"{checkpoint} has another encoder than the one that made these latents")
     return vae.to("cuda" if torch.cuda.is_available() else "cpu"), notes
-
-
-def _require_same_shape(vae: KLAutoencoder, checkpoint: str, contract: Contract) -> None:
-    found, wanted = vae.architecture, contract.vae
-    for field in ("latent_channels", "downsample_factor"):
-        if getattr(found, field) != getattr(wanted, field):
-            raise ConfigError(
-                f"{checkpoint} cannot decode these latents: its {field} is "
-                f"{getattr(found, field)}, theirs {getattr(wanted, field)}; give another --decoder"
-            )
 
 
 def save_sheet(

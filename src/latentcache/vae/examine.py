@@ -13,16 +13,13 @@ from latentcache.dataset.qa import MAX_DB, MIN_DB, Measured, QaRow
 from latentcache.dataset.quantization import is_finite, to_values
 from latentcache.dataset.shards import tensor_bytes
 from latentcache.errors import ConfigError
-from latentcache.metrics import drift_db, psnr_db, ssim
+from latentcache.metrics import psnr_db, ssim
 from latentcache.networks import Distance
 from latentcache.pictures import read_png, write_png
+from latentcache.vae.decoder import require_agreement, require_family
 from latentcache.vae.encoder import draw_latents
 from latentcache.vae.model import KLAutoencoder, to_uint8
 from latentcache.vae.weights import encoder_fingerprint
-
-# A decoder whose own encoder is another one serves all the same if the two agree this well: fp16
-# copies of one encoder do (60 dB and more), autoencoders trained apart do not (about 0 dB).
-MIN_AGREEMENT_DB = 50.0
 
 # Decoding takes several times the memory of encoding: few images at once.
 _BATCH_PIXELS = 4 * 256 * 256
@@ -48,15 +45,10 @@ class Examiner:
         decoder: KLAutoencoder,
         lpips: Distance | None = None,
     ) -> None:
-        there, given = contract.vae, decoder.architecture
+        there = contract.vae
         if encoder_fingerprint(encoder) != there.encoder_fingerprint:
             raise ConfigError("the encoder is not the one that made these latents")
-        for name in ("latent_channels", "downsample_factor"):
-            if getattr(given, name) != getattr(there, name):
-                raise ConfigError(
-                    f"the decoder is of another family: its {name} is {getattr(given, name)}, the "
-                    f"dataset's is {getattr(there, name)}; name a decoder of the dataset's VAE"
-                )
+        require_family(decoder, "the decoder", there)
         self._contract = contract
         self._encoder = encoder
         self._decoder = decoder
@@ -171,18 +163,11 @@ class Examiner:
 
     def _require_agreement(self, pixels: Tensor, moments: Tensor) -> None:
         """Hold the decoder's own encoder against the dataset's, on the first images."""
-        if self._is_trusted:
-            return
-        channels = self._contract.vae.latent_channels
-        own = self._decoder.encode(pixels)[:, :channels]
-        self.agreement_db = _limited(drift_db(own, moments[:, :channels]))
-        if self.agreement_db < MIN_AGREEMENT_DB:
-            raise ConfigError(
-                "the decoder belongs to another encoder: on the dataset's images the two agree to "
-                f"{self.agreement_db:.1f} dB, and {MIN_AGREEMENT_DB:g} dB are asked for; name a "
-                "decoder of the dataset's VAE"
-            )
-        self._is_trusted = True
+        if not self._is_trusted:
+            channels = self._contract.vae.latent_channels
+            own = self._decoder.encode(pixels)[:, :channels]
+            self.agreement_db = require_agreement(own, moments[:, :channels], "the decoder")
+            self._is_trusted = True
 
 
 def _row_drift_db(latents: Tensor, reference: Tensor, channels: int, signal: float) -> list[float]:
