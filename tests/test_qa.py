@@ -132,6 +132,13 @@ def test_qa_again_sees_what_the_run_saw(sampled: Path, cli: Cli) -> None:
         assert again["measures"]["psnr_db"]["mean"] == pytest.approx(mean, abs=0.01)
 
 
+def test_gates_can_be_given_where_there_is_no_config(sampled: Path, cli: Cli) -> None:
+    result = cli("qa", sampled / "out", "--rows", "2", "--min-psnr-db", "90")
+    assert result.code == 3
+    assert "below qa.min_psnr_db 90" in result.stderr
+    assert "failed: 2 of 12 rows" in result.stdout
+
+
 def test_qa_reads_shards_again_where_nothing_was_kept(tmp_path: Path, cli: Cli) -> None:
     write_shards(tmp_path, num_shards=2)
     config = write_config(tmp_path)

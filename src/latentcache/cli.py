@@ -170,7 +170,9 @@ def run_command(
         _complain(f"{summary.status}; the same command goes on: {shlex.join(_argv())}")
     for breach in summary.breaches:
         _complain(f"QA: {breach}")
-    report = _report_run(parsed, summary) if parsed.qa and summary.manifest else None
+    report = None
+    if parsed.qa and summary.num_qa_rows and summary.manifest and summary.status != "interrupted":
+        report = _report_run(parsed, summary)
     if summary.status == "too_many_rejects":
         _complain(
             "too many rejects: look at them with `latentcache inspect`, then mend the source or "
@@ -470,6 +472,16 @@ def qa_command(
     decoder: Annotated[
         str | None, typer.Option(help="A checkpoint whose decoder is used; by default the VAE's.")
     ] = None,
+    min_psnr_db: Annotated[
+        float | None, typer.Option(help="Gate: the mean PSNR, at least.", show_default="15")
+    ] = None,
+    min_drift_db: Annotated[
+        float | None,
+        typer.Option(help="Gate: each latent against an fp32 encode, at least.", show_default="30"),
+    ] = None,
+    max_rejects: Annotated[
+        int | None, typer.Option(help="Gate: samples left out, at most.", show_default="any")
+    ] = None,
     report: Annotated[
         Path | None, typer.Option(help="Write the report to this .html (or .json) file.")
     ] = None,
@@ -477,9 +489,10 @@ def qa_command(
 ) -> int:
     """Decode stored latents and hold them against their images; a gate not passed exits 3.
 
-    A config says in its section `qa` what decodes and what the gates are; a URL gets the defaults.
+    A config's section `qa` says what decodes and what the gates are, unless options here do.
     """
     import tempfile
+    from dataclasses import replace
 
     from rich.console import Console
     from rich.progress import Progress
@@ -490,6 +503,12 @@ def qa_command(
 
     url, options = _locate(target, set_)
     gates, networks, source_storage = _qa_settings(target, set_, checkpoint, decoder)
+    asked = {
+        "min_psnr_db": min_psnr_db,
+        "min_drift_db": min_drift_db,
+        "max_rejects": max_rejects,
+    }
+    gates = replace(gates, **{name: value for name, value in asked.items() if value is not None})
     if report:
         require_writable(report)
     dataset = open_dataset(url, manifest, storage=options)
