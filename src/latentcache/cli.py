@@ -492,23 +492,22 @@ def qa_command(
     A config's section `qa` says what decodes and what the gates are, unless options here do.
     """
     import tempfile
-    from dataclasses import replace
 
     from rich.console import Console
     from rich.progress import Progress
 
+    from latentcache.dataset.qa import Gates
     from latentcache.dataset.reader import open_dataset
     from latentcache.quality.qa import Selection, look_again
     from latentcache.quality.report import Looked, build_report, require_writable, save_report
 
     url, options = _locate(target, set_)
     gates, networks, source_storage = _qa_settings(target, set_, checkpoint, decoder)
-    asked = {
-        "min_psnr_db": min_psnr_db,
-        "min_drift_db": min_drift_db,
-        "max_rejects": max_rejects,
-    }
-    gates = replace(gates, **{name: value for name, value in asked.items() if value is not None})
+    gates = Gates(
+        gates.min_psnr_db if min_psnr_db is None else min_psnr_db,
+        gates.min_drift_db if min_drift_db is None else min_drift_db,
+        gates.max_rejects if max_rejects is None else max_rejects,
+    )
     if report:
         require_writable(report)
     dataset = open_dataset(url, manifest, storage=options)
