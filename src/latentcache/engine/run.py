@@ -197,7 +197,7 @@ class _Driver:
             sample=SampleSpec(qa.fraction, qa.seed),
             decoder=absolute_url(qa.decoder or self.config.vae.checkpoint),
             decoder_storage=storage_options(qa.storage if qa.decoder else self.config.vae.storage),
-            lpips=(qa.lpips.url, qa.lpips.sha256) if qa.lpips else None,
+            lpips=(absolute_url(qa.lpips.url), qa.lpips.sha256) if qa.lpips else None,
             lpips_storage=storage_options(qa.storage),
         )
 
