@@ -20,6 +20,8 @@ def main(path: str) -> int:
 
     summary = latentcache.run(config, plan=plan)
     print(f"{summary.status}: {summary.num_rows} rows, {summary.num_rejects} rejects")
+    for breach in summary.breaches:
+        print(f"  {breach}")
     if summary.exit_code:
         return summary.exit_code
 

@@ -125,6 +125,7 @@ class Configs:
         *,
         endpoint_url: str | None = None,
         shards: str = "*.tar",
+        qa: dict[str, Any] | None = None,
         **compute: Any,
     ) -> Path:
         storage = {"endpoint_url": endpoint_url} if endpoint_url else {}
@@ -136,6 +137,7 @@ class Configs:
             "output": {"url": output, "storage": storage},
             # One thread each, so that every run adds up in the same order.
             "compute": {"num_gpus": 0, "num_cpu_actors": 1, "decode_threads": 1} | compute,
+            "qa": qa,
         }
         path = self.folder / f"{len(list(self.folder.iterdir()))}.yaml"
         path.write_text(yaml.safe_dump(tree))
@@ -154,8 +156,10 @@ class Made:
 
 def make(server: S3Server, cli: Cli, configs: Configs) -> Made:
     output = f"{server.make_bucket('made')}/deep/down"
+    # Random weights decode to noise.
+    qa = {"fraction": 0.1, "min_rows_per_bucket": 1, "min_psnr_db": 1}
     config = configs.write(
-        "s3://photos", output, endpoint_url=server.endpoint_url, num_cpu_actors=2
+        "s3://photos", output, endpoint_url=server.endpoint_url, qa=qa, num_cpu_actors=2
     )
     first = cli("run", config, "--json")
     assert first.code == 0, first.stderr

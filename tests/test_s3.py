@@ -52,6 +52,18 @@ def test_a_second_run_commits_nothing_and_writes_nothing(made: Made, cli: Cli) -
     assert made.server.listing("made") == before
 
 
+def test_qa_lies_beside_the_latents_and_looks_again(made: Made, cli: Cli) -> None:
+    keys = made.server.listing("made")
+    prefix = f"{made.output.removeprefix('s3://made/')}/qa/"
+    assert {f"{prefix}report-00000001.{kind}" for kind in ("html", "json")} <= keys.keys()
+    assert made.first.json["report"] == f"{made.output}/qa/report-00000001.html"
+    seen = made.first.json["num_qa_rows"]
+    assert seen >= 3  # buckets
+    for again in (), ("--units", "2", "--rows", str(seen)):
+        assert cli.ok("qa", made.config, *again)["totals"]["num_qa_rows"] == seen
+    assert made.server.listing("made") == keys
+
+
 def test_plan_status_and_verify_agree(made: Made, cli: Cli, corpus: list[Shard]) -> None:
     first = made.first.json
     plan = latentcache.make_plan(latentcache.load_config(made.config))
