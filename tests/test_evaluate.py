@@ -441,7 +441,7 @@ def test_a_decoder_of_another_family_is_refused(tree: dict[str, Any], tmp_path: 
     fields = {"block_out_channels": [32, 32], "layers_per_block": 1, "latent_channels": 16}
     half = write_diffusers_folder(tmp_path / "half", fields)
     tree["models"][2]["checkpoint"] = str(half)
-    with pytest.raises(ConfigError, match="downsample_factor is 2, that of `vae` is 8"):
+    with pytest.raises(ConfigError, match="downsample_factor is 2, that of the latents is 8"):
         evaluated(tree)
 
 
