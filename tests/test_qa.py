@@ -188,6 +188,7 @@ def test_a_gate_stops_a_bad_run_and_a_lower_one_lets_it_go_on(tmp_path: Path, cl
     assert stopped.json["status"] == "failed_qa"
     assert 0 < stopped.json["num_committed"] < 6
     assert "below qa.min_drift_db 149" in stopped.stderr
+    assert "worst: PSNR" in stopped.stderr
     assert "failed" in Path(stopped.json["report"]).read_text()
     with pytest.raises(DatasetError, match="no complete manifest"):
         latentcache.open_dataset(str(tmp_path / "out"))

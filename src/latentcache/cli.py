@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec
 import typer
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from latentcache.config import Config
     from latentcache.dataset.qa import Gates
     from latentcache.dataset.reader import Dataset
@@ -81,6 +83,15 @@ def _print(text: str) -> None:
 
 def _print_json(tree: dict[str, Any]) -> None:
     _print(json.dumps(tree, ensure_ascii=False))
+
+
+def _progress() -> Progress:
+    """A progress bar on stderr, where a person is looking."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    return Progress(console=console, transient=True, disable=not console.is_terminal)
 
 
 def _complain(line: str) -> None:
@@ -168,8 +179,6 @@ def run_command(
         _complain(f"given up: {failure['message']}")
     if summary.exit_code == 1:
         _complain(f"{summary.status}; the same command goes on: {shlex.join(_argv())}")
-    for breach in summary.breaches:
-        _complain(f"QA: {breach}")
     report = None
     if parsed.qa and summary.num_qa_rows and summary.manifest and summary.status != "interrupted":
         report = _report_run(parsed, summary)
@@ -195,7 +204,10 @@ def run_command(
 
 
 def _report_run(config: Config, summary: RunSummary) -> str:
-    """Write the report on the manifest that a run ended with; one that is there stays."""
+    """Write the report on the manifest that a run ended with, and say what gates it did not pass.
+
+    A report that is there stays: a manifest never changes, nor does what was seen of it.
+    """
     from latentcache.dataset.reader import open_dataset
     from latentcache.engine.run import gates_of
     from latentcache.quality.report import build_report, report_path, write_report
@@ -205,11 +217,15 @@ def _report_run(config: Config, summary: RunSummary) -> str:
     options = storage_options(config.output.storage)
     dataset = open_dataset(config.output.url, summary.manifest, storage=options)
     path = report_path(dataset)
-    if not dataset.store.exists(path):
+    is_there = dataset.store.exists(path)
+    if summary.breaches or not is_there:
         report = build_report(
             dataset, summary.breaches, gates_of(config), decoder=config.qa.decoder
         )
-        write_report(report, dataset)
+        for line in [*summary.breaches, *(report.worst_rows if summary.breaches else ())]:
+            _complain(f"QA: {line}")
+        if not is_there:
+            write_report(report, dataset)
     return str(dataset.store.local_path(path) or dataset.store.url_of(path))
 
 
@@ -331,14 +347,10 @@ def verify_command(
     """Hold a manifest against its objects: existence, size, SHA-256, rows, finite latents."""
     from dataclasses import asdict
 
-    from rich.console import Console
-    from rich.progress import Progress
-
     from latentcache.quality.verify import verify
 
     url, options = _locate(target, set_)
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+    with _progress() as bar:
         task = bar.add_task("verifying", total=None)
         found = verify(
             url,
@@ -425,9 +437,6 @@ def _draw_rows(
     seed: int,
 ) -> dict[str, Any]:
     """Write a contact sheet; see `quality/sheet.py`."""
-    from rich.console import Console
-    from rich.progress import Progress
-
     from latentcache.errors import ConfigError
     from latentcache.quality.sheet import DEFAULT_NUM_ROWS, load_decoder, save_sheet
 
@@ -436,8 +445,7 @@ def _draw_rows(
     vae, notes = load_decoder(dataset, decoder, storage)
     for note in notes:
         _complain(note)
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+    with _progress() as bar:
         task = bar.add_task("decoding", total=None)
         num_drawn = save_sheet(
             dataset,
@@ -493,9 +501,6 @@ def qa_command(
     """
     import tempfile
 
-    from rich.console import Console
-    from rich.progress import Progress
-
     from latentcache.dataset.qa import Gates
     from latentcache.dataset.reader import open_dataset
     from latentcache.quality.qa import Selection, look_again
@@ -512,9 +517,8 @@ def qa_command(
         require_writable(report)
     dataset = open_dataset(url, manifest, storage=options)
     selection = Selection(num_rows, num_units, seed, source_storage)
-    console = Console(stderr=True)
     with tempfile.TemporaryDirectory(prefix="latentcache-") as folder:
-        with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        with _progress() as bar:
             task = bar.add_task("decoding", total=num_rows)
             look = look_again(
                 dataset,
@@ -590,9 +594,6 @@ def bench_loader_command(
     """Measure how fast a training loop would get batches here, if it did nothing else."""
     from dataclasses import asdict
 
-    from rich.console import Console
-    from rich.progress import Progress
-
     from latentcache.dataset.shards import TORCH_DTYPES
     from latentcache.errors import ConfigError
     from latentcache.loader.loader import LatentLoader
@@ -615,8 +616,7 @@ def bench_loader_command(
         cache_bytes=cache_bytes,
         storage=options,
     )
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+    with _progress() as bar:
         task = bar.add_task("reading", total=seconds)
         speed = measure_loader(make, seconds, lambda passed: bar.update(task, completed=passed))
     if json_:
@@ -639,9 +639,6 @@ def eval_command(config: ConfigPath, set_: Overrides = None, json_: Json = False
     from contextlib import ExitStack
     from dataclasses import asdict
 
-    from rich.console import Console
-    from rich.progress import Progress
-
     from latentcache.config import load_eval_config
     from latentcache.quality.card import render_card
     from latentcache.quality.evaluate import Map, evaluate, plan_evaluation
@@ -655,8 +652,7 @@ def eval_command(config: ConfigPath, set_: Overrides = None, json_: Json = False
 
             cluster = Cluster(compute.num_gpus, compute.num_cpu_actors, None)
             run = stack.enter_context(cluster).map
-        console = Console(stderr=True)
-        bar = Progress(console=console, transient=True, disable=not console.is_terminal)
+        bar = _progress()
         task = stack.enter_context(bar).add_task("evaluating", total=None)
         found = evaluate(
             plan, run, lambda done, total: bar.update(task, completed=done, total=total)

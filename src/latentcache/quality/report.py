@@ -73,11 +73,17 @@ class Report:
                 f"{label:10} {found['mean']:8.3f} ± {found['std']:.3f}{unit}, "
                 f"from {found['min']:.3f} to {found['max']:.3f}"
             )
-        for row in self.tree["rows"]:
-            if "worst" in row["shown_as"]:
-                where = f"{row['key']} ({row['bucket']}) of {row['source']}"
-                lines.append(f"worst: {row['psnr_db']:.2f} dB, {where}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.worst_rows])
+
+    @property
+    def worst_rows(self) -> list[str]:
+        """Name the worst rows, a line each."""
+        return [
+            f"worst: PSNR {row['psnr_db']:.2f} dB, drift {row['drift_db']:.1f} dB: {row['key']} "
+            f"({row['bucket']}) of {row['source']}"
+            for row in self.tree["rows"]
+            if {"worst", "drift"} & set(row["shown_as"])
+        ]
 
     def to_html(self) -> str:
         """Lay it out as one HTML file that needs nothing else: no network, no script, no font."""
