@@ -17,6 +17,7 @@ from importlib.metadata import version
 from types import FrameType
 
 from latentcache.config import Config
+from latentcache.dataset.bottleneck import Loads
 from latentcache.dataset.contract import (
     CONTRACT_PATH,
     Contract,
@@ -62,7 +63,7 @@ class RunSummary:
     `status`: `complete`, `incomplete` (units failed), `interrupted`, `too_many_rejects`, or
     `failed_qa`, for which `breaches` says why. `num_committed` units were committed by this run,
     `num_skipped` were there already. `num_qa_rows` rows were looked at, at a mean PSNR of
-    `mean_psnr_db`.
+    `mean_psnr_db`. `bottleneck` is the stage that held this run up, and what would help.
     """
 
     status: str
@@ -77,6 +78,7 @@ class RunSummary:
     output: str
     num_qa_rows: int = 0
     mean_psnr_db: float | None = None
+    bottleneck: str | None = None
     breaches: list[str] = field(default_factory=list)
     failed: list[dict[str, str]] = field(default_factory=list)
 
@@ -135,6 +137,7 @@ class _Driver:
         self.num_samples = sum(record.num_samples for record in done if record)
         self.num_rejects = sum(record.num_rejects for record in done if record)
         self.qa_totals = QaTotals(gates_of(config), (record for record in done if record))
+        self.loads = Loads()
         self._has_said_agreement = False
         self._manifest_at = (0, time.monotonic())
 
@@ -269,6 +272,7 @@ class _Driver:
         """Put the receipt: from here on the unit's rows exist."""
         if self.output.put_if_absent(receipt.path, receipt.to_bytes()):
             self.num_committed += 1
+            self.loads.add_receipt(receipt.stages)
         else:  # another driver committed this unit first, and its rows are as good
             (receipt,) = read_receipts(self.output, [receipt.record.name])
             self.num_skipped += 1
@@ -385,6 +389,7 @@ class _Driver:
             output=self.output.url,
             num_qa_rows=self.qa_totals.num_rows.total(),
             mean_psnr_db=self.qa_totals.mean_psnr_db,
+            bottleneck=str(found) if (found := self.loads.bottleneck) else None,
             breaches=breaches,
             failed=[{"source": s, "message": m} for s, m in sorted(self.failed.items())],
         )
