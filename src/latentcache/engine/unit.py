@@ -91,7 +91,7 @@ class UnitRunner:
         self.output = Store(job.output_url, job.output_storage)
         self.spec = transform_spec(job.contract)
         self.decode_pool = OldestFirstPool("decode", job.decode_threads)
-        self.encode_pool = OldestFirstPool("encode", 1)
+        self.encode_pool = OldestFirstPool("encode", encoder.num_threads)
         self.finished = {stage: StageTimes() for stage in STAGES}
         self.active: list[_Attempt] = []
         self.num_rows = 0
@@ -165,7 +165,7 @@ class UnitRunner:
 
 
 _Decoded = tuple[Transformed, RowMeta]
-_Batch = tuple[Bucket, list[RowMeta], torch.Tensor, "Future[tuple[torch.Tensor, Encoded]]"]
+_Batch = tuple[Bucket, list[RowMeta], torch.Tensor, "Future[Callable[[], Encoded]]"]
 
 
 class _Attempt:
@@ -204,9 +204,11 @@ class _Attempt:
                 stack.callback(runner.encode_pool.drop, self.rank)
                 stack.callback(decoding.stop)
                 for bucket, rows, images, encoding in batches:
-                    latents, encoded = encoding.result()
+                    encoded = encoding.result()()
+                    # A GPU works after the encode thread has only told it to.
+                    self.times["encode"].add(busy_s=encoded.busy_s - encoded.start_s)
                     with self.times["write"].working():
-                        self._write(writers, bucket, rows, images, latents, encoded)
+                        self._write(writers, bucket, rows, images, encoded)
             with self.times["write"].working():
                 for writer in writers.values():
                     writer.close()
@@ -277,13 +279,8 @@ class _Attempt:
         rows = [row for _, row in group]
         images = torch.stack([done.pixels for done, _ in group])
 
-        def encode() -> tuple[torch.Tensor, Encoded]:
-            encoded = self.runner.encoder.encode(images)
-            posterior = self.contract.latents.posterior
-            keys = [row.key for row in rows]
-            return draw_latents(encoded.moments, posterior, self.task.unit.id, keys), encoded
-
-        job = self.runner.encode_pool.submit(self.rank, encode, self.times["encode"])
+        start = partial(self.runner.encoder.start, images)
+        job = self.runner.encode_pool.submit(self.rank, start, self.times["encode"])
         return bucket, rows, images, job
 
     def _write(
@@ -292,10 +289,11 @@ class _Attempt:
         bucket: Bucket,
         rows: list[RowMeta],
         images: torch.Tensor,
-        latents: torch.Tensor,
         encoded: Encoded,
     ) -> None:
         self.notes["encoded_again_in_fp32"] += encoded.num_in_fp32
+        posterior, keys = self.contract.latents.posterior, [row.key for row in rows]
+        latents = draw_latents(encoded.moments, posterior, self.task.unit.id, keys)
         stored, num_clamped = to_stored(latents, self.contract.latents)
         # Storing may overflow where encoding did not: float16 ends at 65,504.
         finite = is_finite(stored).all(dim=(1, 2, 3))
