@@ -122,6 +122,7 @@ class _EncoderActor:
             return error
         precision = self._job.contract.latents.precision
         encoder = LatentEncoder(vae, precision, self._job.batch_size)
+        torch.set_num_threads(1)  # the runner's own threads fill the cores
         self._runner = UnitRunner(self._job, encoder, examiner)
         node: str = ray.get_runtime_context().get_node_id()
         return node

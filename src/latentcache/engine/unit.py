@@ -57,8 +57,8 @@ UNITS_AT_ONCE = 2
 # Rejects of one reason in one unit that get a thumbnail, where they could be decoded.
 _MAX_THUMBNAILS = 8
 
-# Batches of a unit that may be encoded or wait for the encoder, and for the writer.
-_BATCHES_AHEAD = 2
+# Batches of a unit that may wait for the encoder or the writer, beyond one for each encode thread.
+_BATCHES_AHEAD = 1
 
 # An actor stays below 2 GiB besides its model, however large the images are. Python with torch and
 # pyarrow takes a quarter of that. Of the rest its two units together may hold so many bytes of
@@ -106,7 +106,7 @@ class UnitRunner:
         self.output = Store(job.output_url, job.output_storage)
         self.spec = transform_spec(job.contract)
         self.decode_pool = OldestFirstPool("decode", job.decode_threads)
-        self.encode_pool = OldestFirstPool("encode", 1)
+        self.encode_pool = OldestFirstPool("encode", encoder.num_threads)
         self.fetched = Room(_FETCHED_BYTES)
         self.decoding = Room(_DECODING_BYTES)
         self.batched = Room(_BATCHED_BYTES)
@@ -152,15 +152,15 @@ class UnitRunner:
     def stage_times(self) -> dict[str, StageTimes]:
         """Give new clocks for all stages, in the order in which a sample passes them.
 
-        Decode threads and the one of the encoder, which QA shares, are there for all units; the
-        others belong to each.
+        The threads of decoder and encoder, which QA shares, are there for all units; of the other
+        stages each unit has one.
         """
         return {
             "fetch": StageTimes(UNITS_AT_ONCE),
             "decode": StageTimes(self.decode_pool.num_threads),
-            "encode": StageTimes(),
+            "encode": StageTimes(self.encode_pool.num_threads),
             "write": StageTimes(UNITS_AT_ONCE),
-            "qa": StageTimes(),
+            "qa": StageTimes(self.encode_pool.num_threads),
             "upload": StageTimes(UNITS_AT_ONCE),
         }
 
@@ -203,7 +203,7 @@ class UnitRunner:
 
 
 _Decoded = tuple[Transformed, RowMeta]
-_Batch = tuple[Bucket, list[RowMeta], torch.Tensor, "Future[tuple[torch.Tensor, Encoded]]"]
+_Batch = tuple[Bucket, list[RowMeta], torch.Tensor, "Future[Callable[[], Encoded]]"]
 
 
 class _Attempt:
@@ -240,14 +240,17 @@ class _Attempt:
                 decoding = stack.enter_context(
                     Background(self._decode_all(), ahead, self.times["fetch"])
                 )
-                batches = stack.enter_context(Background(self._batch(decoding), _BATCHES_AHEAD))
+                depth = runner.encode_pool.num_threads + _BATCHES_AHEAD
+                batches = stack.enter_context(Background(self._batch(decoding), depth))
                 stack.callback(runner.decode_pool.drop, self.rank)
                 stack.callback(runner.encode_pool.drop, self.rank)
                 stack.callback(decoding.stop)
                 for bucket, rows, images, encoding in batches:
-                    latents, encoded = encoding.result()
+                    encoded = encoding.result()()
+                    # A GPU works after the encode thread has only told it to.
+                    self.times["encode"].add(busy_s=encoded.busy_s - encoded.start_s)
                     with self.times["write"].working():
-                        self._write(writers, bucket, rows, images, latents, encoded)
+                        self._write(writers, bucket, rows, images, encoded)
             with self.times["write"].working():
                 for writer in writers.values():
                     writer.close()
@@ -346,13 +349,8 @@ class _Attempt:
         rows = [row for _, row in group]
         images = torch.stack([done.pixels for done, _ in group])
 
-        def encode() -> tuple[torch.Tensor, Encoded]:
-            encoded = self.runner.encoder.encode(images)
-            posterior = self.contract.latents.posterior
-            keys = [row.key for row in rows]
-            return draw_latents(encoded.moments, posterior, self.task.unit.id, keys), encoded
-
-        job = self.runner.encode_pool.submit(self.rank, encode, self.times["encode"])
+        start = partial(self.runner.encoder.start, images)
+        job = self.runner.encode_pool.submit(self.rank, start, self.times["encode"])
         return bucket, rows, images, job
 
     def _write(
@@ -361,10 +359,11 @@ class _Attempt:
         bucket: Bucket,
         rows: list[RowMeta],
         images: torch.Tensor,
-        latents: torch.Tensor,
         encoded: Encoded,
     ) -> None:
         self.notes["encoded_again_in_fp32"] += encoded.num_in_fp32
+        posterior, keys = self.contract.latents.posterior, [row.key for row in rows]
+        latents = draw_latents(encoded.moments, posterior, self.task.unit.id, keys)
         stored, num_clamped = to_stored(latents, self.contract.latents)
         # Storing may overflow where encoding did not: float16 ends at 65,504.
         finite = is_finite(stored).all(dim=(1, 2, 3))
