@@ -1,10 +1,10 @@
-"""What an actor holds in memory, over a stream of 12 megapixel JPEGs that never ends well for scripts.
+"""What an actor holds in memory while it reads a stream of JPEGs of 12 megapixels.
 
 `python bench/memory.py [--images 500] [--threads 16]`. Draws photographs-like JPEGs of 4000 × 3000
-px, writes them into shards, and runs these through a `UnitRunner` with the demo VAE in this process,
-two units at once, as an actor does. Prints the peak of the resident memory in all, what of it was
-there before the first unit (Python, torch, the model), and the slope: that of a line through the
-peaks over each 25 images, the first fifth left out. Writes bench/results/memory.json.
+px, writes them into shards, and runs these through a `UnitRunner` with the demo VAE in this
+process, two units at once, as an actor does. Prints the peak of the resident memory in all, what of
+it was there before the first unit (Python, torch, the model), and the slope: that of a line through
+the peaks over each 25 images, the first fifth left out. Writes bench/results/memory.json.
 """
 
 from __future__ import annotations
@@ -98,9 +98,7 @@ def make_runner(folder: Path, num_threads: int) -> tuple[UnitRunner, list[UnitTa
     )
     plan = make_plan(config)
     options = StorageOptions()
-    job = Job(
-        plan.contract, "demo", options, options, plan.output.url, options, None, num_threads
-    )
+    job = Job(plan.contract, "demo", options, options, plan.output.url, options, None, num_threads)
     encoder = LatentEncoder(load_vae("demo", decoder=False), "fp32")
     torch.set_num_threads(1)
     tasks = [UnitTask(unit, 0, new_attempt()) for unit in plan.units]
