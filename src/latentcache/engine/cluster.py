@@ -20,6 +20,8 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 # Warns of a change to come in how actors without GPUs see them; ours ask for none or a whole one.
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+# Torch asks the kernel for large pages: an encoder on a CPU spends a fifth of its time on small ones.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 # Else Ray prints the errors of calls that nobody waits for any more, after the first one failed.
 os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
 
