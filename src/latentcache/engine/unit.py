@@ -119,6 +119,7 @@ class UnitRunner:
             "latentcache": version("latentcache"),
             "torch": torch.__version__,
             "pillow": version("pillow"),
+            "simplejpeg": version("simplejpeg"),
         }
 
     def run(self, task: UnitTask) -> Receipt | UnitFailure:
