@@ -23,7 +23,7 @@ UNITS_PER_ACTOR = 2
 
 _POLL_S = 2.0
 
-# A call takes its driver half a millisecond, and 256 actors want one for a unit every 40.
+# A call takes half a millisecond of the driver's time, of which 256 actors leave 40 for each unit.
 _MAX_POLLS_PER_S = 32
 
 # Longest waits for anything to come back, and, while all actors are lost, for one to be started.
