@@ -136,8 +136,8 @@ def _check_unit(
             for path in local:
                 path.unlink()
         if record.qa:
-            target = None if quick else Path(folder) / "qa.parquet"
-            if message := _check_object(store, record.qa.file, target):
+            copy = None if quick else Path(folder) / "qa.parquet"
+            if message := _check_object(store, record.qa.file, copy):
                 yield problem(record.qa.file.path, message)
 
 
