@@ -313,7 +313,7 @@ def test_verify_is_content(demo: Demo):
     assert found.keys() >= {"ok", "num_files", "num_rows", "num_rejects", "problems"}
     assert found["ok"]
     assert found["problems"] == []
-    files = [*demo.objects("data/*/*"), *demo.objects("rejects/*/*")]
+    files = [name for kind in ("data", "rejects", "qa") for name in demo.objects(f"{kind}/*/*")]
     assert found["num_files"] == len(files)
     assert found["num_rows"] == demo.first.json["num_rows"]
     assert found["num_rejects"] == demo.first.json["num_rejects"]

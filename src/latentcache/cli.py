@@ -179,6 +179,8 @@ def run_command(
         _complain(f"given up: {failure['message']}")
     if summary.exit_code == 1:
         _complain(f"{summary.status}; the same command goes on: {shlex.join(_argv())}")
+    for breach in summary.breaches:
+        _complain(f"QA: {breach}")
     report = None
     if parsed.qa and summary.num_qa_rows and summary.manifest and summary.status != "interrupted":
         report = _report_run(parsed, summary)
@@ -204,7 +206,7 @@ def run_command(
 
 
 def _report_run(config: Config, summary: RunSummary) -> str:
-    """Write the report on the manifest that a run ended with, and say what gates it did not pass.
+    """Write the report on the manifest that a run ended with; after a breach, name the worst rows.
 
     A report that is there stays: a manifest never changes, nor does what was seen of it.
     """
@@ -222,7 +224,7 @@ def _report_run(config: Config, summary: RunSummary) -> str:
         report = build_report(
             dataset, summary.breaches, gates_of(config), decoder=config.qa.decoder
         )
-        for line in [*summary.breaches, *(report.worst_rows if summary.breaches else ())]:
+        for line in report.worst_rows if summary.breaches else ():
             _complain(f"QA: {line}")
         if not is_there:
             write_report(report, dataset)

@@ -242,10 +242,11 @@ class QaTotals:
         found = []
         gates, mean, num_rows = self.gates, self.mean_psnr_db, self.num_rows.total()
         is_judged = num_rows >= (_MIN_ROWS_TO_JUDGE if at_work else 1)
-        if is_judged and mean is not None and mean < (gates.min_psnr_db or -math.inf):
+        min_psnr_db = -math.inf if gates.min_psnr_db is None else gates.min_psnr_db
+        if is_judged and mean is not None and mean < min_psnr_db:
             found.append(
                 f"the mean PSNR of {num_rows} QA rows is {mean:.2f} dB, below qa.min_psnr_db "
-                f"{gates.min_psnr_db:g}"
+                f"{min_psnr_db:g}"
             )
         if self._drifted:
             worst_db, source = min(self._drifted.values())

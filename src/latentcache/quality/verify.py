@@ -78,7 +78,8 @@ def verify(
 
     with ThreadPoolExecutor(_THREADS) as pool:
         for done, (record, problems) in enumerate(pool.map(check, dataset.units), start=1):
-            found.num_files += len(record.files) + (record.rejects is not None)
+            found.num_files += len(record.files)
+            found.num_files += (record.rejects is not None) + (record.qa is not None)
             found.num_rows += record.num_rows
             found.num_rejects += record.num_rejects
             found.problems += problems
@@ -134,6 +135,10 @@ def _check_unit(
                 yield problem(files[-1].path, message)
             for path in local:
                 path.unlink()
+        if record.qa:
+            copy = None if quick else Path(folder) / "qa.parquet"
+            if message := _check_object(store, record.qa.file, copy):
+                yield problem(record.qa.file.path, message)
 
 
 def _check_object(store: Store, file: DataFile, target: Path | None) -> str | None:
