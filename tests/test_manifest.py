@@ -29,12 +29,10 @@ from latentcache.dataset.contract import (
 )
 from latentcache.dataset.manifest import (
     Manifest,
-    State,
     list_manifests,
     newest_manifest,
     read_manifest,
     read_records,
-    write_next,
 )
 from latentcache.dataset.receipts import (
     DataFile,
@@ -44,6 +42,7 @@ from latentcache.dataset.receipts import (
     new_attempt,
     read_receipts,
 )
+from latentcache.dataset.state import State, write_next
 from latentcache.dataset.statistics import Statistics
 from latentcache.errors import ContractMismatch, DatasetError, SourceError
 from latentcache.storage import ObjectInfo, Store
