@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 
 import pyarrow as pa
@@ -21,6 +22,9 @@ from latentcache.errors import DatasetError, ObjectNotFound
 from latentcache.storage import StorageOptions, Store
 
 _THREADS = 8
+
+# Of very many units, so many records are in memory.
+_UNITS_AT_ONCE = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +81,8 @@ def verify(
         return record, list(_check_unit(store, dataset.contract, record, quick))
 
     with ThreadPoolExecutor(_THREADS) as pool:
-        for done, (record, problems) in enumerate(pool.map(check, dataset.units), start=1):
+        checked = chain.from_iterable(pool.map(check, some) for some in _batches(dataset.units))
+        for done, (record, problems) in enumerate(checked, start=1):
             found.num_files += len(record.files)
             found.num_files += (record.rejects is not None) + (record.qa is not None)
             found.num_rows += record.num_rows
@@ -90,6 +95,12 @@ def verify(
         bad = {problem.unit for problem in found.problems}
         found.repaired = _mark(store, [r for r in dataset.units if r.unit.id in bad])
     return found
+
+
+def _batches(units: Iterable[UnitRecord]) -> Iterator[list[UnitRecord]]:
+    left = iter(units)
+    while some := list(islice(left, _UNITS_AT_ONCE)):
+        yield some
 
 
 def _mark(store: Store, records: Iterable[UnitRecord]) -> list[str]:
