@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import SimpleQueue
-from types import TracebackType
 
 from latentcache.dataset.receipts import Receipt, read_receipts
 from latentcache.storage import Store
@@ -43,9 +42,7 @@ class Committer:
     def __enter__(self) -> Committer:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._pool.shutdown()
 
     def put(self, data: bytes) -> None:
