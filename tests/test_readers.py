@@ -145,9 +145,9 @@ def test_a_url_with_a_scheme_names_the_same_folder(tmp_path: Path, dataset: Data
 def add_unit(folder: Path, *, complete: bool) -> None:
     """One more manifest: a new source is listed, and encoded if `complete`."""
     store = Store(str(folder / "out"))
-    contract = open_dataset(store.url).contract
-    state = State(store)
-    listing = {record.unit.source: [record.unit] for record in state.live.values()}
+    dataset = open_dataset(store.url)
+    contract = dataset.contract
+    listing = {record.unit.source: [record.unit] for record in dataset.units}
     if complete:
         receipt = commit_unit(
             store,

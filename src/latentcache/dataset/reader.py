@@ -96,7 +96,7 @@ class Dataset(Sequence[Row]):
         self.url = store.url
         self.contract = contract
         self.manifest = manifest
-        self.units: list[UnitRecord] = read_records(store, manifest)
+        self.units: Sequence[UnitRecord] = read_records(store, manifest)
         self._shards = [shard for record in self.units for shard in _pair(record)]
         self._ends = list(accumulate(shard.rows.num_rows for shard in self._shards))
         self._file: Callable[[int], Any] = lru_cache(_CACHED_FILES)(self._open_file)
