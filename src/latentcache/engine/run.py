@@ -31,7 +31,7 @@ from latentcache.dataset.shards import bucket_name
 from latentcache.engine.cluster import Cluster
 from latentcache.engine.commit import Committed, Committer
 from latentcache.engine.dispatcher import Dispatcher, Failed, Finished, StopSignal
-from latentcache.engine.job import Job, QaJob
+from latentcache.engine.job import make_job
 from latentcache.engine.lease import Lease
 from latentcache.engine.plan import (
     Plan,
@@ -40,7 +40,7 @@ from latentcache.engine.plan import (
     units_of,
 )
 from latentcache.engine.progress import RunProgress
-from latentcache.engine.sample import SampleSpec
+from latentcache.engine.worker import settle_contract
 from latentcache.errors import ContractMismatch, SourceError
 from latentcache.images.source import list_shards
 from latentcache.storage import Store, storage_options
@@ -159,7 +159,7 @@ class _Driver:
                 self._check(progress)
                 dispatcher = Dispatcher(
                     cluster,
-                    self._job(cluster.num_cpus_per_actor),
+                    make_job(self.config, self.contract, cluster.num_cpus_per_actor),
                     self.pending,
                     compute.unit_retries,
                     self.stop,
@@ -181,33 +181,6 @@ class _Driver:
                     self._take(committed, progress)
             self.write_manifest()  # under the lease, on which some stores rely
 
-    def _job(self, decode_threads: int) -> Job:
-        config = self.config
-        batch_size = config.compute.batch_size
-        return Job(
-            contract=self.contract,
-            checkpoint=absolute_url(config.vae.checkpoint),
-            checkpoint_storage=storage_options(config.vae.storage),
-            source_storage=storage_options(config.source.storage),
-            output_url=self.output.url,
-            output_storage=self.output.options,
-            batch_size=None if batch_size == "auto" else batch_size,
-            decode_threads=decode_threads,
-            qa=self._qa_job(),
-        )
-
-    def _qa_job(self) -> QaJob | None:
-        qa = self.config.qa
-        if qa is None:
-            return None
-        return QaJob(
-            sample=SampleSpec(qa.fraction, qa.seed),
-            decoder=absolute_url(qa.decoder or self.config.vae.checkpoint),
-            decoder_storage=storage_options(qa.storage if qa.decoder else self.config.vae.storage),
-            lpips=(absolute_url(qa.lpips.url), qa.lpips.sha256) if qa.lpips else None,
-            lpips_storage=storage_options(qa.storage),
-        )
-
     def _qa_wanted(self) -> dict[str, int]:
         """Count the QA rows that each bucket is still short of."""
         if not self.config.qa:
@@ -222,7 +195,8 @@ class _Driver:
         if not wanted.is_settled:
             if quantization := wanted.latents.quantization:
                 progress.say(f"calibrating int8 on {quantization.num_images} images")
-            self._adopt(cluster.settle(self._job(cluster.num_cpus_per_actor), self.shards))
+            job = make_job(self.config, self.contract, cluster.num_cpus_per_actor)
+            self._adopt(cluster.ask(settle_contract, job, self.shards))
         provenance = {
             "name": self.config.name,
             "checkpoint": absolute_url(self.config.vae.checkpoint),
