@@ -51,8 +51,8 @@ def prepare(folder: Path, num_units: int) -> None:
     for path in sorted((folder / "manifests").iterdir())[num_manifests:]:
         path.unlink()
     for unit in plan.units[num_units - NUM_LEFT :]:
-        for path in (folder / "commits").glob(f"{unit.id}-*.json"):
-            path.unlink()
+        for generation in (0, 1):
+            (folder / "commits" / f"{unit.id}-{generation}.json").unlink(missing_ok=True)
 
 
 def _run_once(folder: Path, plan: Plan, num_manifests: int) -> None:

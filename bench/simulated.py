@@ -101,12 +101,16 @@ def make_receipt(contract: Contract, unit: Unit, generation: int, attempt: str) 
 
 
 class Clock:
-    """Seconds that pass with real ones, and in leaps where there is nothing to do but wait."""
+    """Seconds that pass with real ones, and in leaps where there is nothing to do but wait.
 
-    def __init__(self) -> None:
+    Args:
+        real: tells real seconds; one that stands still leaves the leaps alone.
+    """
+
+    def __init__(self, real: Callable[[], float] = time.perf_counter) -> None:
         self.unseen_cpu_s = 0.0
         """Seconds of processor time while it was stopped."""
-        self._real = time.perf_counter
+        self._real = real
         self._ahead_s = 0.0
 
     def now(self) -> float:
