@@ -31,8 +31,7 @@ from latentcache.dataset.receipts import Unit
 from latentcache.engine import run as run_module
 from latentcache.engine.cluster import Cluster
 from latentcache.engine.commit import Committer
-from latentcache.engine.dispatcher import UNITS_PER_ACTOR
-from latentcache.engine.job import Job, UnitTask
+from latentcache.engine.job import UNITS_PER_ACTOR, Job, UnitTask
 from simulated import Clock, Costs, SimulatedCluster, make_config, make_receipt
 
 RAY_ACTORS, RAY_UNIT_S = 8, 0.2

@@ -126,7 +126,8 @@ def bench(
         batch_size=batch_size,
         decode_threads=2,
     )
-    runner = UnitRunner(job, LatentEncoder(vae, "fp32", batch_size))
+    # Through `vae.encode`, which a test may have spoilt.
+    runner = UnitRunner(job, LatentEncoder(vae, "fp32", batch_size, encode=vae.encode))
     yield Bench(folder, runner, plan.units)
     runner.decode_pool.close()
     runner.encode_pool.close()
@@ -555,7 +556,7 @@ def test_a_fault_in_encoding_fails_the_unit(
             def fail(images: Tensor) -> None:
                 raise torch.OutOfMemoryError("planted: not even one image fits")
 
-            patch.setattr(bench.runner.encoder, "encode", fail)
+            patch.setattr(bench.runner.encoder, "start", fail)
             assert "not even one image fits" in bench.failure().message
         check_recovery(bench, monkeypatch)
 

@@ -198,6 +198,8 @@ def run_command(
             f"rejects in manifest {summary.manifest} of {summary.output} "
             f"({summary.elapsed_s:.1f} s)"
         )
+        if summary.bottleneck:
+            _print(summary.bottleneck)
         if summary.mean_psnr_db is not None:
             _print(f"QA: {summary.num_qa_rows} rows, mean PSNR {summary.mean_psnr_db:.2f} dB")
         if report:
@@ -361,6 +363,8 @@ def status_command(target: Target, set_: Overrides = None, json_: Json = False) 
     )
     newest = f"manifests: {', '.join(map(str, status.manifests[-10:])) or 'none yet'}"
     _print(newest + ("" if status.complete else "; the newest is not complete"))
+    if status.bottleneck:
+        _print(f"its latest units: {status.bottleneck}")
     for source, message in status.failed.items():
         _print(f"failed: {source}: {message}")
     for active in status.active_runs:

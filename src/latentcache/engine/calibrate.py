@@ -18,11 +18,9 @@ import torch
 
 from latentcache.config import Config
 from latentcache.dataset.bottleneck import Loads
-from latentcache.dataset.contract import Contract
 from latentcache.dataset.receipts import Receipt, Unit, new_attempt
 from latentcache.engine.cluster import Cluster
-from latentcache.engine.dispatcher import UNITS_PER_ACTOR
-from latentcache.engine.job import Job, UnitTask, make_job
+from latentcache.engine.job import UNITS_PER_ACTOR, Job, UnitTask, make_job
 from latentcache.engine.plan import Plan, units_of
 from latentcache.engine.unit import UnitRunner
 from latentcache.engine.worker import load_runner, settle_contract

@@ -25,8 +25,8 @@ import ray
 from ray.exceptions import ActorDiedError, OutOfMemoryError, RayError, RayTaskError
 
 from latentcache.dataset.receipts import Receipt
-from latentcache.engine.dispatcher import UNITS_PER_ACTOR, ActorLost
-from latentcache.engine.job import Job, UnitFailure, UnitTask
+from latentcache.engine.dispatcher import ActorLost
+from latentcache.engine.job import UNITS_PER_ACTOR, Job, UnitFailure, UnitTask
 from latentcache.engine.unit import UnitRunner
 from latentcache.engine.worker import load_runner
 from latentcache.errors import ClusterError, LatentCacheError, StorageError

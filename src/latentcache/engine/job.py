@@ -12,6 +12,9 @@ from latentcache.errors import LatentCacheError
 from latentcache.storage import StorageOptions, Store, storage_options
 from latentcache.vae.weights import absolute_url
 
+# One unit is finished while the next is fetched and decoded.
+UNITS_PER_ACTOR = 2
+
 
 @dataclass(frozen=True, slots=True)
 class QaJob:

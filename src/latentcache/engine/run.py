@@ -17,6 +17,7 @@ from importlib.metadata import version
 from types import FrameType
 
 from latentcache.config import Config
+from latentcache.dataset.bottleneck import Loads
 from latentcache.dataset.contract import (
     CONTRACT_PATH,
     Contract,
@@ -64,7 +65,7 @@ class RunSummary:
     `status`: `complete`, `incomplete` (units failed), `interrupted`, `too_many_rejects`, or
     `failed_qa`, for which `breaches` says why. `num_committed` units were committed by this run,
     `num_skipped` were there already. `num_qa_rows` rows were looked at, at a mean PSNR of
-    `mean_psnr_db`.
+    `mean_psnr_db`. `bottleneck` is the stage that held this run up, and what would help.
     """
 
     status: str
@@ -79,6 +80,7 @@ class RunSummary:
     output: str
     num_qa_rows: int = 0
     mean_psnr_db: float | None = None
+    bottleneck: str | None = None
     breaches: list[str] = field(default_factory=list)
     failed: list[dict[str, str]] = field(default_factory=list)
 
@@ -137,6 +139,7 @@ class _Driver:
         self.num_samples = sum(unit.num_samples for unit in done)
         self.num_rejects = sum(unit.num_rejects for unit in done)
         self.qa_totals = QaTotals(gates_of(config), done)
+        self.loads = Loads()
         self._has_said_agreement = False
         self._manifest_at = (0, time.monotonic())
 
@@ -253,6 +256,7 @@ class _Driver:
         receipt = committed.receipt
         if committed.is_ours:
             self.num_committed += 1
+            self.loads.add_receipt(receipt.stages)
         else:
             self.num_skipped += 1
         record, before = receipt.record, self.state.current(receipt.record.unit.id)
@@ -369,6 +373,7 @@ class _Driver:
             output=self.output.url,
             num_qa_rows=self.qa_totals.num_rows.total(),
             mean_psnr_db=self.qa_totals.mean_psnr_db,
+            bottleneck=str(found) if (found := self.loads.bottleneck) else None,
             breaches=breaches,
             failed=[{"source": s, "message": m} for s, m in sorted(self.failed.items())],
         )
