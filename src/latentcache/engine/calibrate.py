@@ -96,23 +96,30 @@ class Forecast:
 
     def to_text(self) -> str:
         """Say it in a few lines."""
-        hours = f"{self.gpu_hours:,.1f} GPU-hours" if self.gpu_hours else ""
-        hours = hours or f"{self.cpu_hours:,.1f} CPU-hours"
+        hours = f"{_digits(self.gpu_hours)} GPU-hours" if self.gpu_hours else ""
+        hours = hours or f"{_digits(self.cpu_hours)} CPU-hours"
+        actors = f"{self.num_actors} actors" if self.num_actors > 1 else "1 actor"
+        upload = _digits(self.upload_bytes_per_s / 1e6)
         lines = [
-            f"{self.num_tried} images tried on {self.device}: {self.images_per_s:,.1f} images/s an "
-            f"actor; {self.bottleneck}",
-            f"all of it: about {self.num_images:,} images on {self.num_actors} actors, "
-            f"{_duration(self.elapsed_s)} and {hours}; {self.output_bytes / 1e9:,.2f} GB out, so "
-            f"each actor uploads {self.upload_bytes_per_s / 1e6:,.1f} MB/s, which was not tried",
+            f"{self.num_tried} images tried on {self.device}: {self.images_per_s:,.1f} images/s "
+            f"per actor; {self.bottleneck}",
+            f"all of it: about {self.num_images:,} images on {actors}: "
+            f"{_duration(self.elapsed_s)}, {hours}, {_digits(self.output_bytes / 1e9)} GB out",
+            f"uploading was not tried: it takes {upload} MB/s per actor",
         ]
         if self.compute_usd is not None:
             lines.append(
-                f"compute: {self.compute_usd:,.2f} USD, or "
+                f"compute: {_digits(self.compute_usd)} USD, or "
                 f"{self.compute_usd_per_billion_images:,.0f} USD per billion images"
             )
         if self.storage_usd_per_month is not None:
-            lines.append(f"storage: {self.storage_usd_per_month:,.2f} USD a month")
+            lines.append(f"storage: {_digits(self.storage_usd_per_month)} USD a month")
         return "\n".join(lines)
+
+
+def _digits(number: float) -> str:
+    """Write it with thousands separated, and below a hundred with two digits that count."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.2g}"
 
 
 def _duration(seconds: float) -> str:
