@@ -18,7 +18,7 @@ def write_config(folder: Path, **sections: Any) -> Path:
     for number in range(6):
         names = [f"{number}-{index}" for index in range(SAMPLES_PER_SHARD)]
         members = [(f"{name}.png", png(70, 90, seed)) for seed, name in enumerate(names)]
-        write_tar(folder / "shards" / f"{number}.tar", members)
+        write_tar(folder / "src" / f"{number}.tar", members)
     tree = config_tree(folder, transform={"resolution_px": 64}, source={"keep": []}, **sections)
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(tree))
@@ -69,7 +69,7 @@ def test_what_cannot_be_tried_is_told(tmp_path: Path, cli: Cli) -> None:
     priced = cli("plan", config, "--usd-per-gpu-hour", "2")
     assert priced.code == 2
     assert "--calibrate" in priced.stderr
-    for path in tmp_path.glob("shards/*.tar"):
+    for path in tmp_path.glob("src/*.tar"):
         path.write_bytes(b"\x28\xb5\x2f\xfd and so on")
     result = cli("plan", config, "--calibrate", "8")
     assert result.code == 1
