@@ -22,7 +22,7 @@ from unittest.mock import patch
 
 import ray
 
-from harness import print_table, write_results
+from harness import peak_mib, print_table, write_results
 from latentcache import RunSummary, make_plan, run
 from latentcache.config import Config
 from latentcache.dataset.contract import Contract
@@ -34,6 +34,7 @@ from latentcache.engine.commit import Committer
 from latentcache.engine.job import UNITS_PER_ACTOR, Job, UnitTask
 from simulated import Clock, Costs, SimulatedCluster, make_config, make_receipt
 
+DATA = Path(__file__).parent / ".data"
 RAY_ACTORS, RAY_UNIT_S = 8, 0.2
 
 
@@ -189,6 +190,7 @@ def measure_simulated(
         "manifest_s": max(manifests),
         "pass_p99_ms": 1e3 * passes[int(0.99 * len(passes))],
         "longest_pass_ms": 1e3 * passes[-1],
+        "peak_mib": peak_mib(),
     }
 
 
@@ -206,7 +208,8 @@ def main() -> None:
     real["wait_ms"] = 1e3 * measure_wait(num_calls)
     real["efficiency"] = real["ideal_s"] / real["elapsed_s"]
     costs = Costs(real["call_ms"] / 1e3, real["result_ms"] / 1e3, real["wait_ms"] / 1e3)
-    with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
+    DATA.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=DATA) as folder:
         config = make_config(folder, arguments.units, arguments.actors)
         simulated = measure_simulated(config, arguments.actors, arguments.unit_s, costs)
 
@@ -227,14 +230,15 @@ def main() -> None:
         ],
     )
     names = ["loop_ms_per_unit", "ray_ms_per_unit", "manifests_ms_per_unit", "put_ms"]
-    names += ["pass_p99_ms", "longest_pass_ms", "manifest_s"]
+    names += ["pass_p99_ms", "longest_pass_ms", "manifest_s", "peak_mib"]
     print_table(
         "The simulated run's driver; the loop's time holds Ray's and the manifests'",
         [""],
         [[name, f"{simulated[name]:.2f}"] for name in names]
         + [[f"Ray's {name}", f"{real[name]:.3f}"] for name in ("call_ms", "result_ms", "wait_ms")],
     )
-    write_results("driver", {"simulated": simulated, "ray": real}, ["ray", "pyarrow"])
+    name = f"simulated {arguments.units}"
+    write_results("driver", {name: simulated, "ray": real}, ["ray", "pyarrow"])
 
 
 if __name__ == "__main__":

@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
@@ -501,8 +502,62 @@ def test_a_listing_that_is_known_costs_by_the_receipts_that_are_new(output: Outp
         assert manifest
         costs.append(listing.num_asked)
         shown.append((manifest.number, manifest.num_units, manifest.complete))
+        assert not state.outside, "what a manifest names is in its segment"
     assert costs == [40, 3, 1, 0, 26]
     assert shown == [(1, 10, False), (2, 13, False), (3, 14, False), (3, 14, False), (4, 40, True)]
+
+
+@settings(max_examples=60, deadline=None, print_blob=True)
+@given(data=st.data())
+def test_a_known_listing_gives_the_manifests_that_a_new_one_gives(data: st.DataObject):
+    """One driver writes manifest after manifest from one listing; one starts anew for each."""
+    names = NAMES[:5]
+    changed = data.draw(st.sets(st.sampled_from(names)), "changed")
+    before = {name: [unit_of((name, "v1"))] for name in names[:4]}
+    after = {name: [unit_of((name, "v2" if name in changed else "v1"))] for name in names}
+    with tempfile.TemporaryDirectory() as folder:
+        stores = [Store(f"{folder}/{who}") for who in ("knows", "anew")]
+        state = State(stores[0])
+        generations: Counter[Version] = Counter()
+
+        def commit(version: Version, *, void: bool = False) -> None:
+            receipt = receipt_of(version, generations[version])
+            generations[version] += 1
+            if void:
+                receipt = replace(receipt.voided(), record=replace(receipt.record, files=()))
+            for store in stores:
+                assert store.put_if_absent(receipt.path, receipt.to_bytes())
+            state.add(receipt)
+
+        def write(listing: dict[str, list[Unit]]) -> list[Manifest | None]:
+            nonlocal state
+            state, known = write_next(state, CONTRACT, 1, lambda: listing, on_missing="keep")
+            anew = write_next(
+                State(stores[1]), CONTRACT, 1, lambda: dict(listing), on_missing="keep"
+            )
+            return [known, anew[1]]
+
+        for name in data.draw(st.sets(st.sampled_from(names[:4])), "first"):
+            commit((name, "v1"))
+        assert_alike(*write(before))
+        for number in range(data.draw(st.integers(1, 5), "manifests")):
+            for name in data.draw(st.lists(st.sampled_from(names), max_size=3), f"to {number}"):
+                version = (name, after[name][0].version)
+                commit(version, void=data.draw(st.sampled_from([False, False, True])))
+            assert_alike(*write(after))
+
+
+def assert_alike(one: Manifest | None, other: Manifest | None) -> None:
+    trees = [json.loads(manifest.to_bytes()) if manifest else {} for manifest in (one, other)]
+    sums = [tree.pop("statistics", {}) for tree in trees]
+    for tree in trees:
+        tree.pop("created_at", None)
+    assert trees[0] == trees[1]
+    for name in sums[0]:
+        if sums[0][name] is None:
+            assert sums[1][name] is None
+        else:
+            np.testing.assert_allclose(sums[0][name], sums[1][name], atol=1e-9)
 
 
 def test_units_that_are_encoded_again_cost_the_segments_they_lie_in(

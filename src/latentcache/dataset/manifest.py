@@ -23,7 +23,6 @@ from latentcache.dataset.contract import FORMAT_VERSION
 from latentcache.dataset.receipts import (
     Receipt,
     Unit,
-    UnitRecord,
     UnitSummary,
     list_receipt_names,
     read_receipts,
@@ -145,7 +144,7 @@ def newest_manifest(store: Store) -> Manifest | None:
     return read_manifest(store, numbers[-1]) if numbers else None
 
 
-def read_records(store: Store, manifest: Manifest) -> Sequence[UnitRecord]:
+def read_records(store: Store, manifest: Manifest) -> UnitRecords:
     """Read the units that count in a manifest, in the order of their sources.
 
     Raises:

@@ -16,6 +16,8 @@ from io import BytesIO
 from itertools import islice
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -33,6 +35,8 @@ from latentcache.dataset.receipts import (
 from latentcache.dataset.statistics import Statistics, merge_all
 from latentcache.errors import DatasetError, ObjectNotFound
 from latentcache.storage import Store
+
+Ints = npt.NDArray[np.int64]
 
 SEGMENTS = "segments"
 
@@ -286,6 +290,17 @@ class UnitRecords(Sequence[UnitRecord]):
             pa.table(keys), sort_keys=[("source", "ascending"), ("id", "ascending")]
         )
         self._table = table.combine_chunks().take(order)
+
+    def shards(self) -> tuple[Ints, Ints]:
+        """Of each file of rows, of which a bucket of a unit has one, in the order of the units:
+        the unit's index, and the number of rows; int64 [num_shards] both.
+        """
+        lists = self._table["files"].combine_chunks()
+        files = pc.list_flatten(lists)
+        is_rows = pc.ends_with(pc.struct_field(files, "path"), ".parquet")
+        columns = (pc.list_parent_indices(lists), pc.struct_field(files, "num_rows"))
+        unit_of, num_rows = (column.filter(is_rows).to_numpy() for column in columns)
+        return unit_of.astype(np.int64), num_rows
 
     def __len__(self) -> int:
         return int(self._table.num_rows)
