@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fake_gpu import FakeGpu
 from latentcache import KLAutoencoder, load_vae
 from latentcache.metrics import drift_db, psnr_db
 from latentcache.vae.encoder import LatentEncoder, draw_latents, resolve_precision
@@ -38,12 +40,12 @@ class Spy:
 
     def __init__(self, vae: KLAutoencoder, fits: int = 10**9) -> None:
         self._encode = vae.encode
-        self._fits = fits
+        self.fits = fits
         self.batches: list[int] = []
         self.num_failed = 0
 
     def __call__(self, images: Tensor) -> Tensor:
-        if len(images) > self._fits:
+        if len(images) > self.fits:
             self.num_failed += 1
             raise torch.OutOfMemoryError("planted")
         self.batches.append(len(images))
@@ -141,6 +143,97 @@ def test_only_the_bad_images_of_a_batch_are_encoded_again_or_given_up(vae: KLAut
     assert (encoded.num_in_fp32, encoded.bad) == (1, (3,))
     good = [0, 1, 2, 4]
     torch.testing.assert_close(encoded.moments[good], expected[good], rtol=1e-4, atol=1e-4)
+
+
+def test_a_cpu_starts_batches_on_several_threads_and_anyone_collects(vae: KLAutoencoder):
+    images = images_of(6)
+    expected = vae.encode(images)
+    encoder = LatentEncoder(vae, "fp32")
+    assert encoder.num_threads == torch.get_num_threads()
+    with ThreadPoolExecutor(3) as pool:
+        started = list(pool.map(encoder.start, images.split(1)))
+    found = [collect() for collect in reversed(started)][::-1]
+    moments = torch.cat([encoded.moments for encoded in found])
+    torch.testing.assert_close(moments, expected, rtol=1e-4, atol=1e-4)
+    assert all(0 < encoded.busy_s <= encoded.start_s for encoded in found)
+
+
+# What a GPU's encoder does with streams and events, on a stand-in that is done with everything as
+# soon as it is told. bench/gpu_check.py asks the same of a real one.
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeGpu:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return FakeGpu(monkeypatch)
+
+
+def on(gpu: FakeGpu, encoder: LatentEncoder) -> LatentEncoder:
+    encoder._gpu = gpu.make()
+    return encoder
+
+
+def test_on_a_gpu_tails_are_padded_and_cut(vae: KLAutoencoder, gpu: FakeGpu):
+    images, spy = images_of(7), Spy(vae)
+    encoder = on(gpu, LatentEncoder(vae, "fp32", batch_size=3, encode=spy))
+    encoded = encoder.encode(images)
+    assert spy.batches == [3, 3, 3]
+    torch.testing.assert_close(encoded.moments, vae.encode(images), rtol=1e-4, atol=1e-4)
+    assert encoded.busy_s > 0
+
+
+def test_a_gpu_has_a_few_batches_in_hand_and_another_thread_collects(
+    vae: KLAutoencoder, gpu: FakeGpu
+):
+    images, spy = images_of(12), Spy(vae)
+    encoder = on(gpu, LatentEncoder(vae, "fp32", batch_size=2, encode=spy))
+    started = [encoder.start(part) for part in images.split(2)]
+    # Three go at once; each one after that waits for the oldest. No device is synchronised.
+    assert gpu.waits == [0, 1, 2]
+    with ThreadPoolExecutor(1) as pool:
+        found = [pool.submit(collect).result().moments for collect in started]
+    torch.testing.assert_close(torch.cat(found), vae.encode(images), rtol=1e-4, atol=1e-4)
+
+
+def test_a_full_gpu_waits_for_its_batches_before_it_takes_less(vae: KLAutoencoder, gpu: FakeGpu):
+    images, spy = images_of(12), Spy(vae)
+    encoder = on(gpu, LatentEncoder(vae, "fp32", batch_size=4, encode=spy))
+    encoder.start(images[:4])
+    spy.fits = 2
+    encoded = encoder.start(images[4:])()
+    assert spy.num_failed == 2, "with a batch in hand, and then without"
+    assert spy.batches == [4, 2, 2, 2, 2]
+    torch.testing.assert_close(encoded.moments, vae.encode(images[4:]), rtol=1e-4, atol=1e-4)
+    spy.fits = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        encoder.start(images)
+
+
+def test_on_a_gpu_one_thread_encodes_and_another_again_in_fp32(vae: KLAutoencoder, gpu: FakeGpu):
+    images = images_of(5)
+    expected = vae.encode(images)
+
+    def overflow(pixels: Tensor) -> Tensor:
+        return vae.encode(pixels) * math.inf
+
+    encoder = on(gpu, LatentEncoder(vae, "fp16", batch_size=5, encode=overflow))
+    collect = encoder.start(images)
+    with ThreadPoolExecutor(1) as pool:
+        encoded = pool.submit(collect).result()
+    assert (encoded.num_in_fp32, encoded.bad) == (5, ())
+    torch.testing.assert_close(encoded.moments, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_gpu_tries_batch_sizes_once(vae: KLAutoencoder, gpu: FakeGpu):
+    spies = [Spy(vae, fits=4) for _ in range(3)]
+    first, second, other = (on(gpu, LatentEncoder(vae, "fp32", encode=spy)) for spy in spies)
+    size = first.batch_size(64, 32)
+    assert size in (1, 2, 4)
+    assert set(spies[0].batches) == {1, 2, 4}
+    assert first.batch_size(64, 32) == second.batch_size(32, 64) == size
+    assert not spies[1].batches, "written down for others"
+    other.batch_size(128, 128)
+    assert spies[2].batches, "images of another size"
 
 
 def test_a_cpu_resolves_to_fp32(vae: KLAutoencoder):

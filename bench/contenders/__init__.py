@@ -1,4 +1,4 @@
-"""Ways to bring shards of photographs to stored latents, each a program of its own for bench/run.py.
+"""Ways from shards of photographs to stored latents, each a program of its own for bench/run.py.
 
 All read the same tars, bring each photograph to 256 × 256 px, encode with the demo VAE, or with an
 encoder that costs nothing, and write float16 latents to local disk. Run one as
@@ -41,7 +41,7 @@ class Asked:
 
 
 def tell(num_images: int, began: float, ended: float) -> None:
-    """Print the result: images, and when the work on them began and ended, in seconds since 1970."""
+    """Print the result: images, and when work on them began and ended, in seconds since 1970."""
     print(json.dumps({"num_images": num_images, "began": began, "ended": ended}))
 
 
@@ -62,8 +62,7 @@ def run(name: str, asked: Asked) -> dict[str, float]:
             *(str(asked.shards), str(asked.out), asked.encoder, settings),
         ],
         env={**os.environ, **offline, "PYTHONPATH": path},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         text=True,
         check=False,
     )
@@ -79,11 +78,11 @@ def run(name: str, asked: Asked) -> dict[str, float]:
 
 
 def free_moments(images: torch.Tensor) -> torch.Tensor:
-    """Stand in for an encoder: [B, 3, H, W] in [-1, 1] to moments of the demo VAE's shape.
+    """Stand in for an encoder: [B, 3, H, W] to moments of the demo VAE's shape, in float32.
 
     Costs next to nothing, so that what is around the encoder shows.
     """
-    return images[:, :1, ::8, ::8].repeat(1, 32, 1, 1)
+    return images[:, :1, ::8, ::8].float().repeat(1, 32, 1, 1)
 
 
 def load_peer(encoder: str) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -1,4 +1,4 @@
-"""The script that people write: a torch `DataLoader` with PIL transforms, diffusers, a file an image.
+"""The usual script: a torch `DataLoader` with PIL transforms, diffusers, and a file an image.
 
 Its settings are `num_workers` and `batch_size`.
 """

@@ -5,6 +5,8 @@ Its settings are those of the config's section `compute`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from contenders import RESOLUTION_PX, Asked, free_moments, tell
@@ -12,6 +14,7 @@ from latentcache import parse_config, run
 from latentcache.dataset.receipts import list_receipt_names, read_receipts
 from latentcache.engine import cluster
 from latentcache.engine.cluster import _EncoderActor
+from latentcache.errors import LatentCacheError
 from latentcache.storage import Store
 from latentcache.vae.encoder import Encoded
 
@@ -19,16 +22,16 @@ from latentcache.vae.encoder import Encoded
 class FreeActor(_EncoderActor):
     """The actor of every run, but for its encoder's arithmetic."""
 
-    def setup(self) -> object:
+    def setup(self) -> str | LatentCacheError:
         """Set up as ever, then take the arithmetic out."""
         ready = super().setup()
         assert self._runner
-        self._runner.encoder.encode = _free_encode  # type: ignore[method-assign]
+        self._runner.encoder.start = _start_free  # type: ignore[method-assign]
         return ready
 
 
-def _free_encode(images: torch.Tensor) -> Encoded:
-    return Encoded(free_moments(images.float() / 127.5 - 1), 0, ())
+def _start_free(images: torch.Tensor) -> Callable[[], Encoded]:
+    return lambda: Encoded(free_moments(images), 0, ())
 
 
 if __name__ == "__main__":

@@ -44,9 +44,9 @@ from latentcache.engine.job import UNITS_PER_ACTOR, Job, UnitFailure, UnitTask
 from latentcache.engine.sample import QaSample
 from latentcache.engine.stages import Background, OldestFirstPool, Room, StageTimes
 from latentcache.errors import ConfigError, DiskFull, LatentCacheError, Reject, SourceChanged
-from latentcache.images.decode import decode_image
+from latentcache.images.decode import Reserve, decode_image
 from latentcache.images.source import RejectedSample, Sample, SourceShard, read_shard
-from latentcache.images.transform import Bucket, Transformed, transform, transform_spec
+from latentcache.images.transform import Bucket, Transformed, load_image, transform_spec
 from latentcache.pictures import write_thumbnail
 from latentcache.storage import Store
 from latentcache.vae.encoder import Encoded, LatentEncoder, draw_latents
@@ -287,34 +287,34 @@ class _Attempt:
         self.num_source_bytes += num_bytes
 
     def _decode_in_room(self, sample: Sample | RejectedSample) -> _Decoded | RejectRow:
-        held: list[int] = []
+        room, held = self.runner.decoding, 0
 
         def reserve(num_bytes: int) -> None:
-            waited_s = self.runner.decoding.take(num_bytes)
+            nonlocal held
+            room.give_back(held)  # first, so that nobody waits for more with some in hand
+            held = 0
+            waited_s = room.take(num_bytes)
+            held = num_bytes
             self.times["decode"].add(busy_s=-waited_s)  # more threads would only wait with it
-            held.append(num_bytes)
 
         try:
             return self._decode(sample, reserve)
         finally:
-            self.runner.decoding.give_back(sum(held))
+            room.give_back(held)
 
-    def _decode(
-        self, sample: Sample | RejectedSample, reserve: Callable[[int], None]
-    ) -> _Decoded | RejectRow:
+    def _decode(self, sample: Sample | RejectedSample, reserve: Reserve) -> _Decoded | RejectRow:
         if isinstance(sample, RejectedSample):
             return _reject_row(sample.key, sample.reject)
-        max_pixels = self.runner.spec.max_pixels
+        spec = self.runner.spec
         try:
             columns = read_columns(sample.fields, self.contract.columns)
-            image = decode_image(sample.image, max_pixels=max_pixels, reserve=reserve)
+            done = load_image(sample.image, spec, reserve)
         except Reject as reject:
-            return _reject_row(sample.key, reject)
-        try:
-            done = transform(image, self.runner.spec)
-        except Reject as reject:
-            pixels = torch.from_numpy(image).permute(2, 0, 1)
-            return _reject_row(sample.key, reject, self._thumbnail(reject, pixels))
+            thumbnail = None
+            if reject.stage == "transform" and self._wants_thumbnail(reject):
+                image = decode_image(sample.image, max_pixels=spec.max_pixels, reserve=reserve)
+                thumbnail = write_thumbnail(torch.from_numpy(image).permute(2, 0, 1))
+            return _reject_row(sample.key, reject, thumbnail)
         row = RowMeta(
             key=sample.key,
             original_width=done.original_width,
@@ -378,7 +378,9 @@ class _Attempt:
             if index in encoded.bad:
                 message = "the latent is not finite, in fp32 too"
             reject = Reject("encode", "not_finite", message)
-            thumbnail = self._thumbnail(reject, images[index])
+            thumbnail = None
+            if self._wants_thumbnail(reject):
+                thumbnail = write_thumbnail(images[index])
             self._reject(_reject_row(rows[index].key, reject, thumbnail))
         kept = stored[finite]
         if not len(kept):
@@ -395,10 +397,9 @@ class _Attempt:
         self.statistics = self.statistics.merge(Statistics.of(values.numpy()))
         self.runner.num_rows += len(kept)
 
-    def _thumbnail(self, reject: Reject, pixels: torch.Tensor) -> bytes | None:
+    def _wants_thumbnail(self, reject: Reject) -> bool:
         # They are counted as rejects are taken in, in order, so that the first never miss theirs.
-        is_wanted = self.num_thumbnails[reject.reason] < _MAX_THUMBNAILS
-        return write_thumbnail(pixels) if is_wanted else None
+        return self.num_thumbnails[reject.reason] < _MAX_THUMBNAILS
 
     def _reject(self, row: RejectRow) -> None:
         self.num_thumbnails[row.reason] += row.thumbnail is not None
