@@ -25,8 +25,8 @@ from PIL import Image
 from harness import print_table, write_results
 from latentcache import load_vae, make_plan, parse_config
 from latentcache.dataset.receipts import Receipt, new_attempt
-from latentcache.engine.job import Job, UnitTask
-from latentcache.engine.unit import UNITS_AT_ONCE, UnitRunner
+from latentcache.engine.job import UNITS_PER_ACTOR, Job, UnitTask
+from latentcache.engine.unit import UnitRunner
 from latentcache.images.draw import draw_image
 from latentcache.storage import StorageOptions
 from latentcache.vae.encoder import LatentEncoder
@@ -111,7 +111,7 @@ def measure(folder: Path, num_threads: int) -> dict[str, float]:
     before = resident_bytes()
     watch = Watch(runner)
     watch.start()
-    with ThreadPoolExecutor(UNITS_AT_ONCE) as threads:
+    with ThreadPoolExecutor(UNITS_PER_ACTOR) as threads:
         for receipt in threads.map(runner.run, tasks):
             assert isinstance(receipt, Receipt), receipt
     watch.is_over = True
