@@ -95,7 +95,9 @@ def make_receipt(contract: Contract, unit: Unit, generation: int, attempt: str) 
         maximum=rng.normal(18, 1, num_channels),
         histogram=rng.poisson(profile, (num_channels, len(centres))),
     )
-    seconds = {stage: {"busy_s": 7.123456, "wait_s": 2.345678} for stage in STAGES}
+    seconds = {
+        stage: {"busy_s": 7.123456, "wait_s": 2.345678, "num_threads": 2} for stage in STAGES
+    }
     versions = {"latentcache": "0.1.0", "torch": "2.13.0", "pillow": "12.0.0"}
     return Receipt(record, contract.fingerprint, statistics, stages=seconds, versions=versions)
 
