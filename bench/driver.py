@@ -11,6 +11,7 @@ actors that wait. Prints both and writes bench/results/driver.json.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import tempfile
 import threading
@@ -26,8 +27,8 @@ from harness import peak_mib, print_table, write_results
 from latentcache import RunSummary, make_plan, run
 from latentcache.config import Config
 from latentcache.dataset.contract import Contract
-from latentcache.dataset.manifest import write_next
 from latentcache.dataset.receipts import Unit
+from latentcache.dataset.state import write_next
 from latentcache.engine import run as run_module
 from latentcache.engine.cluster import Cluster
 from latentcache.engine.commit import Committer
@@ -43,10 +44,15 @@ class SleepingActor:
 
     def __init__(self, job: Job) -> None:
         self._contract: Contract = job.contract
+        self._folder = Path(job.output_url.removeprefix("file://"), "ready")
         self._encoder = threading.Lock()
 
     def setup(self) -> str:
-        """Say which node this is."""
+        """Wait for the others, so that all begin at once; say which node this is."""
+        self._folder.mkdir(exist_ok=True)
+        (self._folder / str(os.getpid())).touch()
+        while len(list(self._folder.iterdir())) < RAY_ACTORS:
+            time.sleep(0.01)
         node: str = ray.get_runtime_context().get_node_id()
         return node
 

@@ -28,8 +28,8 @@ from unittest.mock import patch
 from harness import peak_mib, print_table, write_results
 from latentcache import make_plan, open_dataset, run
 from latentcache.dataset.contract import establish_contract
-from latentcache.dataset.manifest import write_next
 from latentcache.dataset.receipts import new_attempt
+from latentcache.dataset.state import write_next
 from latentcache.engine import run as run_module
 from latentcache.engine.plan import Plan
 from latentcache.engine.run import MANIFEST_EVERY_UNITS

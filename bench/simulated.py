@@ -216,7 +216,8 @@ class SimulatedCluster:
 
     def _stats(self, actor: _Actor) -> dict[str, float]:
         busy = {f"{stage}_busy_s": actor.num_rows / 1000 for stage in STAGES}
-        return {"num_rows": actor.num_rows, "num_rejects": 0, "decode_threads": 1, **busy}
+        threads = {f"{stage}_num_threads": 2 for stage in STAGES}
+        return {"num_rows": actor.num_rows, "num_rejects": 0, **threads, **busy}
 
     def wait(self, calls: Sequence[int], timeout_s: float) -> list[int]:
         """Leap to the end of the next call, and give all that have ended by then."""

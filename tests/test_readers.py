@@ -18,10 +18,10 @@ import safetensors.torch
 import torch
 
 from latentcache import open_dataset
-from latentcache.dataset.manifest import State, write_next
 from latentcache.dataset.reader import Dataset, RejectedRow
 from latentcache.dataset.receipts import Unit
 from latentcache.dataset.shards import TORCH_DTYPES, RejectRow, tensor_bytes
+from latentcache.dataset.state import State, write_next
 from latentcache.errors import DatasetError, ObjectNotFound, StorageError
 from latentcache.storage import Store
 from makers import commit_unit, make_contract, make_latents, write_dataset

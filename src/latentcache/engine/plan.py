@@ -15,8 +15,8 @@ from latentcache.dataset.contract import (
     contract_diff,
     read_contract,
 )
-from latentcache.dataset.manifest import Listing, State
 from latentcache.dataset.receipts import Unit, read_failures
+from latentcache.dataset.state import Listing, State
 from latentcache.errors import ConfigError
 from latentcache.images.source import SourceShard, list_shards
 from latentcache.images.transform import Bucket, ratio_buckets

@@ -25,10 +25,11 @@ from latentcache.dataset.contract import (
     read_contract,
     require_same,
 )
-from latentcache.dataset.manifest import Listing, Manifest, State, write_next
+from latentcache.dataset.manifest import Manifest
 from latentcache.dataset.qa import Gates, QaTotals
 from latentcache.dataset.receipts import Receipt, UnitSummary, put_failure
 from latentcache.dataset.shards import bucket_name
+from latentcache.dataset.state import Listing, State, write_next
 from latentcache.engine.cluster import Cluster
 from latentcache.engine.commit import Committed, Committer
 from latentcache.engine.dispatcher import Dispatcher, Failed, Finished, StopSignal

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from latentcache.dataset.bottleneck import Loads
 from latentcache.dataset.contract import read_contract
-from latentcache.dataset.manifest import State, list_manifests
+from latentcache.dataset.manifest import list_manifests
 from latentcache.dataset.receipts import read_failures, read_receipts
+from latentcache.dataset.state import State
 from latentcache.engine.lease import RunInfo, active_runs
 from latentcache.errors import DatasetError
 from latentcache.storage import StorageOptions, Store
