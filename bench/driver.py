@@ -32,8 +32,7 @@ from latentcache.dataset.state import write_next
 from latentcache.engine import run as run_module
 from latentcache.engine.cluster import Cluster
 from latentcache.engine.commit import Committer
-from latentcache.engine.dispatcher import UNITS_PER_ACTOR
-from latentcache.engine.job import Job, UnitTask
+from latentcache.engine.job import UNITS_PER_ACTOR, Job, UnitTask
 from simulated import Clock, Costs, SimulatedCluster, make_config, make_receipt
 
 DATA = Path(__file__).parent / ".data"

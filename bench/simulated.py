@@ -95,7 +95,9 @@ def make_receipt(contract: Contract, unit: Unit, generation: int, attempt: str) 
         maximum=rng.normal(18, 1, num_channels),
         histogram=rng.poisson(profile, (num_channels, len(centres))),
     )
-    seconds = {stage: {"busy_s": 7.123456, "wait_s": 2.345678} for stage in STAGES}
+    seconds = {
+        stage: {"busy_s": 7.123456, "wait_s": 2.345678, "num_threads": 2} for stage in STAGES
+    }
     versions = {"latentcache": "0.1.0", "torch": "2.13.0", "pillow": "12.0.0"}
     return Receipt(record, contract.fingerprint, statistics, stages=seconds, versions=versions)
 
@@ -214,7 +216,8 @@ class SimulatedCluster:
 
     def _stats(self, actor: _Actor) -> dict[str, float]:
         busy = {f"{stage}_busy_s": actor.num_rows / 1000 for stage in STAGES}
-        return {"num_rows": actor.num_rows, "num_rejects": 0, "decode_threads": 1, **busy}
+        threads = {f"{stage}_num_threads": 2 for stage in STAGES}
+        return {"num_rows": actor.num_rows, "num_rejects": 0, **threads, **busy}
 
     def wait(self, calls: Sequence[int], timeout_s: float) -> list[int]:
         """Leap to the end of the next call, and give all that have ended by then."""

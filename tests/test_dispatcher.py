@@ -22,7 +22,6 @@ from latentcache.dataset.manifest import list_manifests
 from latentcache.dataset.receipts import Receipt, Unit, list_receipt_names
 from latentcache.engine import run as run_module
 from latentcache.engine.dispatcher import (
-    UNITS_PER_ACTOR,
     ActorLost,
     Dispatcher,
     Event,
@@ -31,7 +30,7 @@ from latentcache.engine.dispatcher import (
     Polled,
     StopSignal,
 )
-from latentcache.engine.job import Job, UnitFailure
+from latentcache.engine.job import UNITS_PER_ACTOR, Job, UnitFailure
 from latentcache.engine.plan import PlannedUnit
 from latentcache.errors import ClusterError, DiskFull
 from latentcache.storage import StorageOptions, Store

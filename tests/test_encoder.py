@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fake_gpu import FakeGpu
 from latentcache import KLAutoencoder, load_vae
 from latentcache.metrics import drift_db, psnr_db
 from latentcache.vae.encoder import LatentEncoder, draw_latents, resolve_precision
@@ -34,17 +36,16 @@ def images_of(num: int, width: int = 64, height: int = 32) -> Tensor:
 
 
 class Spy:
-    """Stands before a VAE's `encode`: records batch sizes, and may fail above one."""
+    """Encodes in a VAE's place: records batch sizes, and may fail above one."""
 
     def __init__(self, vae: KLAutoencoder, fits: int = 10**9) -> None:
         self._encode = vae.encode
-        self._fits = fits
+        self.fits = fits
         self.batches: list[int] = []
         self.num_failed = 0
-        vae.encode = self  # type: ignore[method-assign]
 
     def __call__(self, images: Tensor) -> Tensor:
-        if len(images) > self._fits:
+        if len(images) > self.fits:
             self.num_failed += 1
             raise torch.OutOfMemoryError("planted")
         self.batches.append(len(images))
@@ -56,7 +57,7 @@ def test_a_batch_is_split_and_equals_one_by_one(vae: KLAutoencoder, num: int, ba
     images = images_of(num)
     one_by_one = torch.cat([vae.encode(images[i : i + 1]) for i in range(num)])
     spy = Spy(vae)
-    encoded = LatentEncoder(vae, "fp32", batch_size=3).encode(images)
+    encoded = LatentEncoder(vae, "fp32", batch_size=3, encode=spy).encode(images)
     assert spy.batches == batches
     assert encoded.moments.shape == (num, 8, 4, 8)
     assert encoded.moments.dtype == torch.float32
@@ -67,8 +68,8 @@ def test_a_batch_is_split_and_equals_one_by_one(vae: KLAutoencoder, num: int, ba
 
 def test_the_batch_size_depends_on_the_bucket_unless_it_is_given(vae: KLAutoencoder):
     auto = LatentEncoder(vae, "fp32")
-    assert auto.batch_size(256, 256) == 4
-    assert auto.batch_size(128, 128) == 16
+    assert auto.batch_size(256, 256) == 1
+    assert auto.batch_size(128, 128) == 4
     assert auto.batch_size(4096, 4096) == 1
     assert LatentEncoder(vae, "fp32", batch_size=7).batch_size(4096, 4096) == 7
 
@@ -77,7 +78,7 @@ def test_running_out_of_memory_halves_the_bucket_and_loses_nothing(vae: KLAutoen
     images = images_of(11)
     expected = vae.encode(images)
     spy = Spy(vae, fits=2)
-    encoder = LatentEncoder(vae, "fp32", batch_size=8)
+    encoder = LatentEncoder(vae, "fp32", batch_size=8, encode=spy)
     encoded = encoder.encode(images)
     assert spy.num_failed == 2, "8 and 4 do not fit, and 4 is tried once"
     assert max(spy.batches) == 2
@@ -93,7 +94,7 @@ def test_running_out_of_memory_halves_the_bucket_and_loses_nothing(vae: KLAutoen
 def test_an_image_that_does_not_fit_alone_is_an_error(vae: KLAutoencoder):
     spy = Spy(vae, fits=0)
     with pytest.raises(torch.OutOfMemoryError):
-        LatentEncoder(vae, "fp32", batch_size=4).encode(images_of(4))
+        LatentEncoder(vae, "fp32", batch_size=4, encode=spy).encode(images_of(4))
     assert spy.num_failed == 3
 
 
@@ -137,11 +138,102 @@ def test_only_the_bad_images_of_a_batch_are_encoded_again_or_given_up(vae: KLAut
         return moments
 
     vae.encode = spoilt  # type: ignore[method-assign]
-    encoded = LatentEncoder(vae, "fp32", batch_size=5).encode(images)
+    encoded = LatentEncoder(vae, "fp32", batch_size=5, encode=spoilt).encode(images)
     assert calls == [5, 1, 1]
     assert (encoded.num_in_fp32, encoded.bad) == (1, (3,))
     good = [0, 1, 2, 4]
     torch.testing.assert_close(encoded.moments[good], expected[good], rtol=1e-4, atol=1e-4)
+
+
+def test_a_cpu_starts_batches_on_several_threads_and_anyone_collects(vae: KLAutoencoder):
+    images = images_of(6)
+    expected = vae.encode(images)
+    encoder = LatentEncoder(vae, "fp32")
+    assert encoder.num_threads == torch.get_num_threads()
+    with ThreadPoolExecutor(3) as pool:
+        started = list(pool.map(encoder.start, images.split(1)))
+    found = [collect() for collect in reversed(started)][::-1]
+    moments = torch.cat([encoded.moments for encoded in found])
+    torch.testing.assert_close(moments, expected, rtol=1e-4, atol=1e-4)
+    assert all(0 < encoded.busy_s <= encoded.start_s for encoded in found)
+
+
+# What a GPU's encoder does with streams and events, on a stand-in that is done with everything as
+# soon as it is told. bench/gpu_check.py asks the same of a real one.
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeGpu:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return FakeGpu(monkeypatch)
+
+
+def on(gpu: FakeGpu, encoder: LatentEncoder) -> LatentEncoder:
+    encoder._gpu = gpu.make()
+    return encoder
+
+
+def test_on_a_gpu_tails_are_padded_and_cut(vae: KLAutoencoder, gpu: FakeGpu):
+    images, spy = images_of(7), Spy(vae)
+    encoder = on(gpu, LatentEncoder(vae, "fp32", batch_size=3, encode=spy))
+    encoded = encoder.encode(images)
+    assert spy.batches == [3, 3, 3]
+    torch.testing.assert_close(encoded.moments, vae.encode(images), rtol=1e-4, atol=1e-4)
+    assert encoded.busy_s > 0
+
+
+def test_a_gpu_has_a_few_batches_in_hand_and_another_thread_collects(
+    vae: KLAutoencoder, gpu: FakeGpu
+):
+    images, spy = images_of(12), Spy(vae)
+    encoder = on(gpu, LatentEncoder(vae, "fp32", batch_size=2, encode=spy))
+    started = [encoder.start(part) for part in images.split(2)]
+    # Three go at once; each one after that waits for the oldest. No device is synchronised.
+    assert gpu.waits == [0, 1, 2]
+    with ThreadPoolExecutor(1) as pool:
+        found = [pool.submit(collect).result().moments for collect in started]
+    torch.testing.assert_close(torch.cat(found), vae.encode(images), rtol=1e-4, atol=1e-4)
+
+
+def test_a_full_gpu_waits_for_its_batches_before_it_takes_less(vae: KLAutoencoder, gpu: FakeGpu):
+    images, spy = images_of(12), Spy(vae)
+    encoder = on(gpu, LatentEncoder(vae, "fp32", batch_size=4, encode=spy))
+    encoder.start(images[:4])
+    spy.fits = 2
+    encoded = encoder.start(images[4:])()
+    assert spy.num_failed == 2, "with a batch in hand, and then without"
+    assert spy.batches == [4, 2, 2, 2, 2]
+    torch.testing.assert_close(encoded.moments, vae.encode(images[4:]), rtol=1e-4, atol=1e-4)
+    spy.fits = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        encoder.start(images)
+
+
+def test_on_a_gpu_one_thread_encodes_and_another_again_in_fp32(vae: KLAutoencoder, gpu: FakeGpu):
+    images = images_of(5)
+    expected = vae.encode(images)
+
+    def overflow(pixels: Tensor) -> Tensor:
+        return vae.encode(pixels) * math.inf
+
+    encoder = on(gpu, LatentEncoder(vae, "fp16", batch_size=5, encode=overflow))
+    collect = encoder.start(images)
+    with ThreadPoolExecutor(1) as pool:
+        encoded = pool.submit(collect).result()
+    assert (encoded.num_in_fp32, encoded.bad) == (5, ())
+    torch.testing.assert_close(encoded.moments, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_gpu_tries_batch_sizes_once(vae: KLAutoencoder, gpu: FakeGpu):
+    spies = [Spy(vae, fits=4) for _ in range(3)]
+    first, second, other = (on(gpu, LatentEncoder(vae, "fp32", encode=spy)) for spy in spies)
+    size = first.batch_size(64, 32)
+    assert size in (1, 2, 4)
+    assert set(spies[0].batches) == {1, 2, 4}
+    assert first.batch_size(64, 32) == second.batch_size(32, 64) == size
+    assert not spies[1].batches, "written down for others"
+    other.batch_size(128, 128)
+    assert spies[2].batches, "images of another size"
 
 
 def test_a_cpu_resolves_to_fp32(vae: KLAutoencoder):

@@ -1,4 +1,4 @@
-"""The two pieces of a unit's pipeline: how far ahead, in which order, and how they end."""
+"""The pieces of a unit's pipeline: how far ahead, in which order, how much, and how they end."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latentcache.engine.stages import Background, OldestFirstPool, StageTimes
+from latentcache.engine.stages import Background, OldestFirstPool, Room, StageTimes
 
 # So long that only a hang reaches it; nothing here waits for time to pass.
 HANG_S = 60.0
@@ -144,7 +144,7 @@ def test_times_are_counted():
         assert list(background) == list(range(10))
     assert times.busy_s > 0
     assert times.wait_s >= 0
-    assert times.to_json().keys() == {"busy_s", "wait_s"}
+    assert times.to_json().keys() == {"busy_s", "wait_s", "num_threads"}
     before = times.busy_s
     with pytest.raises(ValueError, match="inside"), times.working():
         raise ValueError("inside")
@@ -217,9 +217,104 @@ def test_all_threads_work_at_once():
     pool.close()
 
 
-def test_jobs_are_timed_for_the_pool_and_for_their_unit(pool: OldestFirstPool):
-    times = StageTimes()
+def test_jobs_are_timed_for_their_unit(pool: OldestFirstPool):
+    times, others = StageTimes(), StageTimes()
     pool.submit(0, lambda: sum(range(10_000)), times).result(HANG_S)
-    pool.submit(0, lambda: sum(range(10_000))).result(HANG_S)
-    assert 0 < times.busy_s < pool.times.busy_s
-    assert times.wait_s > 0
+    pool.submit(0, lambda: sum(range(10_000)), others).result(HANG_S)
+    before = times.busy_s
+    assert before > 0
+    assert others.busy_s > 0
+    pool.submit(0, lambda: sum(range(10_000)), others).result(HANG_S)
+    assert times.busy_s == before
+
+
+class Clock:
+    """Time that passes when a test says so."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr("time.perf_counter", lambda: self.now)
+
+
+def test_a_stage_waits_while_it_has_jobs_and_does_none(monkeypatch: pytest.MonkeyPatch):
+    clock, times = Clock(monkeypatch), StageTimes(num_threads=2)
+    clock.now += 1  # nothing to do
+    times.queued()
+    clock.now += 2  # waits
+    times.queued()
+    clock.now += 4  # two wait: the time counts once
+    with times.running():
+        clock.now += 8  # one waits, one runs
+        with times.running():
+            clock.now += 16  # two at once
+    clock.now += 32  # nothing to do
+    assert times.to_json() == {"busy_s": 8 + 2 * 16, "wait_s": 2 + 4, "num_threads": 2}
+
+
+def test_room_is_never_overdrawn_and_serves_in_the_order_of_asking():
+    room = Room(10)
+    assert room.take(6) >= 0
+    granted: list[int] = []
+    asked = [8, 3, 1]  # the last two would fit at once, but came later
+    threads = []
+
+    def ask(num_bytes: int) -> None:
+        room.take(num_bytes)
+        granted.append(num_bytes)
+
+    for num_bytes in asked:
+        thread = threading.Thread(target=ask, args=(num_bytes,))
+        thread.start()
+        threads.append(thread)
+        while len(room._line) < len(threads):
+            pass
+    assert granted == []
+    room.give_back(6)
+    threads[0].join(HANG_S)
+    assert granted == [8]
+    room.give_back(8)
+    for thread in threads[1:]:
+        thread.join(HANG_S)
+    assert sorted(granted[1:]) == [1, 3]
+
+
+def test_what_is_larger_than_the_room_goes_alone():
+    room = Room(10)
+    room.take(4)
+    large = threading.Thread(target=room.take, args=(25,))
+    large.start()
+    while not room._line:
+        pass
+    room.give_back(4)
+    large.join(HANG_S)
+    small = threading.Thread(target=room.take, args=(1,))
+    small.start()
+    while not room._line:
+        pass
+    assert small.is_alive()
+    room.give_back(25)
+    small.join(HANG_S)
+    assert not small.is_alive()
+
+
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=20))
+def test_any_number_of_threads_share_a_room(sizes: list[int]):
+    room, lock = Room(20), threading.Lock()
+    held, most = [], []
+
+    def use(num_bytes: int) -> None:
+        room.take(num_bytes)
+        with lock:
+            held.append(num_bytes)
+            most.append((sum(held), len([size for size in held if size])))
+        with lock:
+            held.remove(num_bytes)
+        room.give_back(num_bytes)
+
+    threads = [threading.Thread(target=use, args=(size,)) for size in sizes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(HANG_S)
+        assert not thread.is_alive()
+    assert all(total <= 20 or number == 1 for total, number in most)

@@ -33,6 +33,7 @@ from latentcache.dataset.receipts import DataFile, Receipt, Unit, new_attempt
 from latentcache.dataset.shards import RejectRow, iterate_latents
 from latentcache.engine import unit as unit_module
 from latentcache.engine.job import Job, UnitFailure, UnitTask
+from latentcache.engine.stages import OldestFirstPool, Room
 from latentcache.engine.unit import UnitRunner
 from latentcache.errors import DiskFull
 from latentcache.metrics import drift_db
@@ -112,7 +113,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 @contextmanager
 def bench(
-    folder: Path, checkpoint: Path, vae: KLAutoencoder, batch_size: int = 3, **sections: Any
+    folder: Path,
+    checkpoint: Path,
+    vae: KLAutoencoder,
+    batch_size: int = 3,
+    decode_threads: int = 2,
+    **sections: Any,
 ) -> Iterator[Bench]:
     config = parse_config(config_tree(folder, vae={"checkpoint": str(checkpoint)}, **sections))
     plan = make_plan(config)
@@ -124,9 +130,10 @@ def bench(
         output_url=plan.output.url,
         output_storage=StorageOptions(),
         batch_size=batch_size,
-        decode_threads=2,
+        decode_threads=decode_threads,
     )
-    runner = UnitRunner(job, LatentEncoder(vae, "fp32", batch_size))
+    # Through `vae.encode`, which a test may have spoilt.
+    runner = UnitRunner(job, LatentEncoder(vae, "fp32", batch_size, encode=vae.encode))
     yield Bench(folder, runner, plan.units)
     runner.decode_pool.close()
     runner.encode_pool.close()
@@ -244,6 +251,13 @@ def test_the_receipt_tells_of_the_files_as_they_lie_there(tmp_path: Path, make: 
     assert receipt.stages
     assert receipt.stages.keys() == {"fetch", "decode", "encode", "write", "qa", "upload"}
     assert receipt.stages["encode"]["busy_s"] > 0
+    threads = {stage: times["num_threads"] for stage, times in receipt.stages.items()}
+    assert threads["decode"] == 2
+    assert threads["encode"] == bench.runner.encoder.num_threads
+    assert receipt.elapsed_s
+    for stage, times in receipt.stages.items():
+        assert 0 <= times["wait_s"] <= receipt.elapsed_s, stage
+        assert 0 <= times["busy_s"] <= receipt.elapsed_s * threads[stage], stage
     assert receipt.notes == {"encoded_again_in_fp32": 0}
     assert Receipt.from_bytes(receipt.to_bytes()).record == receipt.record
     assert not (tmp_path / "out" / "commits").exists(), "committing is the driver's"
@@ -464,16 +478,103 @@ def test_two_units_really_run_at_once(tmp_path: Path, make: Make, monkeypatch: p
     for number in range(2):
         shard(tmp_path, {"a.png": png(64, 64, number)}, f"{number:06d}")
     barrier = threading.Barrier(2)
-    decode = unit_module.decode_image
+    decode = unit_module.load_image
 
-    def meet(data: bytes, *, max_pixels: int) -> Any:
+    def meet(*args: Any) -> Any:
         barrier.wait(HANG_S)
-        return decode(data, max_pixels=max_pixels)
+        return decode(*args)
 
-    monkeypatch.setattr(unit_module, "decode_image", meet)
+    monkeypatch.setattr(unit_module, "load_image", meet)
     with make() as bench, ThreadPoolExecutor(2) as threads:
         receipts = list(threads.map(bench.receipt, range(2)))
     assert [receipt.record.num_rows for receipt in receipts] == [1, 1]
+
+
+def test_the_encoder_never_waits_at_a_shards_edge(
+    tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
+):
+    """Each batch is encoded only once the next one waits, of the next shard too: else it hangs."""
+    num_units, images_each, batch_size = 5, 8, 4
+    for number in range(num_units):
+        images = {f"{i}.png": png(64, 64, 10 * number + i) for i in range(images_each)}
+        shard(tmp_path, images, f"{number:06d}")
+    num_left = num_units * images_each // batch_size
+    queued, changed = 0, threading.Condition()
+    with make(batch_size=batch_size) as bench, ThreadPoolExecutor(2) as threads:
+        bench.runner.encode_pool.close()
+        bench.runner.encode_pool = OldestFirstPool("encode", 1)
+        submit, start = bench.runner.encode_pool.submit, bench.runner.encoder.start
+
+        def count_in(*args: Any) -> Any:
+            nonlocal queued
+            with changed:
+                queued += 1
+                changed.notify_all()
+            return submit(*args)
+
+        def encode_when_another_waits(images: Tensor) -> Any:
+            nonlocal queued, num_left
+            with changed:
+                num_left -= 1
+                assert changed.wait_for(lambda: queued > 1 or not num_left, HANG_S)
+                queued -= 1
+            return start(images)
+
+        monkeypatch.setattr(bench.runner.encode_pool, "submit", count_in)
+        monkeypatch.setattr(bench.runner.encoder, "start", encode_when_another_waits)
+        receipts = list(threads.map(bench.receipt, range(num_units)))
+    assert [receipt.record.num_rows for receipt in receipts] == [images_each] * num_units
+    assert num_left == 0
+
+
+class RecordedRoom(Room):
+    """Remembers how much was held at most: by several together, and by one alone."""
+
+    def __init__(self, num_bytes: int) -> None:
+        super().__init__(num_bytes)
+        self.sizes: list[int] = []
+        self.shared = self.alone = 0
+        self._lock = threading.Lock()
+
+    def take(self, num_bytes: int) -> float:
+        waited_s = super().take(num_bytes)
+        with self._lock:
+            self.sizes += [num_bytes] if num_bytes else []
+            if len(self.sizes) > 1:
+                self.shared = max(self.shared, sum(self.sizes))
+            else:
+                self.alone = max(self.alone, num_bytes)
+        return waited_s
+
+    def give_back(self, num_bytes: int) -> None:
+        with self._lock:
+            if num_bytes:
+                self.sizes.remove(num_bytes)
+        super().give_back(num_bytes)
+
+
+def test_bytes_in_flight_are_bounded_whatever_the_images_are(tmp_path: Path, make: Make):
+    """Two units at once on 16 threads, and images of which some are larger than all the room."""
+    sizes = [64, 90, 300, 70, 800, 64, 100, 200]
+    for number in range(2):
+        images = {f"{i}.jpg": encode_image(draw(s, s, i), "jpeg") for i, s in enumerate(sizes * 5)}
+        images["cut.jpg"] = images["4.jpg"][:-2000]
+        shard(tmp_path, images, f"{number:06d}")
+    with make(decode_threads=16) as bench, ThreadPoolExecutor(2) as threads:
+        runner = bench.runner
+        runner.fetched = fetched = RecordedRoom(20_000)
+        runner.decoding = decoding = RecordedRoom(300 * 300 * 3)
+        runner.batched = batched = RecordedRoom(5 * 64 * 64 * 3)
+        receipts = list(threads.map(bench.receipt, range(2)))
+    assert [r.record.num_rows for r in receipts] == [40, 40]
+    assert [r.record.num_rejects for r in receipts] == [1, 1]
+    for room in (fetched, decoding, batched):
+        assert not room.sizes, "all is given back"
+        assert room.shared <= room._num_bytes
+        assert room.alone
+    assert fetched.alone > 20_000
+    assert decoding.alone >= 3 * 800 * 800 > 300 * 300 * 3
+    assert max(fetched.shared, decoding.shared) > 0
 
 
 @pytest.fixture
@@ -497,16 +598,16 @@ def test_a_fault_in_decoding_fails_the_unit_alone(
     make: Make, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
     calls = iter(range(10**6))
-    decode = unit_module.decode_image
+    decode = unit_module.load_image
 
-    def fail_once(data: bytes, *, max_pixels: int) -> Any:
+    def fail_once(*args: Any) -> Any:
         if next(calls) == 40:
             raise RuntimeError("planted in decode")
-        return decode(data, max_pixels=max_pixels)
+        return decode(*args)
 
     with make() as bench:
         with monkeypatch.context() as patch:
-            patch.setattr(unit_module, "decode_image", fail_once)
+            patch.setattr(unit_module, "load_image", fail_once)
             failure = bench.failure()
         assert bench.units[0].source in failure.message
         assert "planted in decode" in failure.message
@@ -555,7 +656,7 @@ def test_a_fault_in_encoding_fails_the_unit(
             def fail(images: Tensor) -> None:
                 raise torch.OutOfMemoryError("planted: not even one image fits")
 
-            patch.setattr(bench.runner.encoder, "encode", fail)
+            patch.setattr(bench.runner.encoder, "start", fail)
             assert "not even one image fits" in bench.failure().message
         check_recovery(bench, monkeypatch)
 
@@ -565,15 +666,15 @@ def test_a_source_that_changes_while_it_is_read_is_told_apart(
     tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
 ):
     path = tmp_path / "src" / "000000.tar"
-    decode = unit_module.decode_image
+    decode = unit_module.load_image
 
-    def overwrite(data: bytes, *, max_pixels: int) -> Any:
+    def overwrite(*args: Any) -> Any:
         if path.stat().st_size > 10_000:
             path.write_bytes(b"other")
-        return decode(data, max_pixels=max_pixels)
+        return decode(*args)
 
     with make() as bench:
-        monkeypatch.setattr(unit_module, "decode_image", overwrite)
+        monkeypatch.setattr(unit_module, "load_image", overwrite)
         failure = bench.failure()
     assert failure.changed
     assert "000000.tar" in failure.message

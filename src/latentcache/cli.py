@@ -198,6 +198,8 @@ def run_command(
             f"rejects in manifest {summary.manifest} of {summary.output} "
             f"({summary.elapsed_s:.1f} s)"
         )
+        if summary.bottleneck:
+            _print(summary.bottleneck)
         if summary.mean_psnr_db is not None:
             _print(f"QA: {summary.num_qa_rows} rows, mean PSNR {summary.mean_psnr_db:.2f} dB")
         if report:
@@ -249,13 +251,46 @@ def plan_command(
     retry_rejects: Annotated[
         bool, typer.Option("--retry-rejects", help="Plan units with rejects again.")
     ] = False,
+    calibrate: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Encode N of the images, and say what the whole job takes: thousands on a GPU, "
+            "a hundred on a CPU.",
+            show_default=False,
+        ),
+    ] = None,
+    usd_per_gpu_hour: Annotated[
+        float | None, typer.Option(min=0, help="A price, for --calibrate.", show_default=False)
+    ] = None,
+    usd_per_cpu_hour: Annotated[
+        float | None, typer.Option(min=0, help="A price, for --calibrate.", show_default=False)
+    ] = None,
+    usd_per_gb_month: Annotated[
+        float | None,
+        typer.Option(min=0, help="Price of the output's storage.", show_default=False),
+    ] = None,
     json_: Json = False,
 ) -> int:
     """Say what `run` would encode, and why. Writes nothing."""
+    from dataclasses import asdict
+
     parsed = _load(config, set_)
     from latentcache.engine.plan import make_plan
+    from latentcache.errors import ConfigError
 
+    prices = (usd_per_gpu_hour, usd_per_cpu_hour, usd_per_gb_month)
+    if calibrate is None and any(price is not None for price in prices):
+        raise ConfigError("prices are for --calibrate: without it nothing is known to price")
     plan = make_plan(parsed, retry_rejects=retry_rejects)
+    forecast = None
+    if calibrate and plan.pending and not plan.diff:
+        from latentcache.engine.calibrate import Prices, make_forecast
+
+        with _progress() as bar:
+            bar.add_task(f"encoding {calibrate} images", total=None)
+            forecast = make_forecast(parsed, plan, calibrate, Prices(*prices))
     if json_:
         _print_json(
             {
@@ -267,10 +302,15 @@ def plan_command(
                     for p in plan.pending
                 ],
                 "contract_diff": plan.diff,
+                "forecast": asdict(forecast) if forecast else None,
             }
         )
     else:
         _print_plan(plan)
+        if forecast:
+            _print(forecast.to_text())
+        elif calibrate and not plan.diff:
+            _print("nothing to calibrate on")
     if plan.diff:
         _complain("the output holds latents made another way; `run` will refuse:")
         for line in plan.diff:
@@ -323,6 +363,8 @@ def status_command(target: Target, set_: Overrides = None, json_: Json = False) 
     )
     newest = f"manifests: {', '.join(map(str, status.manifests[-10:])) or 'none yet'}"
     _print(newest + ("" if status.complete else "; the newest is not complete"))
+    if status.bottleneck:
+        _print(f"its latest units: {status.bottleneck}")
     for source, message in status.failed.items():
         _print(f"failed: {source}: {message}")
     for active in status.active_runs:

@@ -54,6 +54,7 @@ class TransformContract:
     min_side_px: int | None
     max_upscale: float | None
     max_pixels: int
+    dct_scaling: bool = False
 
 
 @dataclass(frozen=True)

@@ -146,9 +146,9 @@ class UnitSummary:
 class Receipt:
     """The record that commits a unit.
 
-    `stages` holds busy and wait seconds by stage, `versions` what encoded it; `notes` counts what
-    is worth knowing: latents that were not finite and were encoded again in fp32, and with int8
-    the values that lay outside its range.
+    `stages` holds busy seconds, wait seconds and threads by stage, `elapsed_s` how long the attempt
+    took, `versions` what encoded it; `notes` counts what is worth knowing: latents that were not
+    finite and were encoded again in fp32, and with int8 the values that lay outside its range.
     """
 
     record: UnitRecord
@@ -156,6 +156,7 @@ class Receipt:
     statistics: Statistics
     state: Literal["rows", "void"] = "rows"
     stages: dict[str, dict[str, float]] | None = None
+    elapsed_s: float | None = None
     versions: dict[str, str] | None = None
     notes: dict[str, int] | None = None
 

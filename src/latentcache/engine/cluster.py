@@ -24,14 +24,12 @@ os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
 import ray
 from ray.exceptions import ActorDiedError, OutOfMemoryError, RayError, RayTaskError
 
-from latentcache.dataset.contract import Contract
 from latentcache.dataset.receipts import Receipt
-from latentcache.engine.dispatcher import UNITS_PER_ACTOR, ActorLost
-from latentcache.engine.job import Job, UnitFailure, UnitTask
+from latentcache.engine.dispatcher import ActorLost
+from latentcache.engine.job import UNITS_PER_ACTOR, Job, UnitFailure, UnitTask
 from latentcache.engine.unit import UnitRunner
-from latentcache.engine.worker import load_runner, settle_contract
+from latentcache.engine.worker import load_runner
 from latentcache.errors import ClusterError, LatentCacheError, StorageError
-from latentcache.images.source import SourceShard
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -73,8 +71,8 @@ class _EncoderActor:
         return self._runner.stats() if self._runner else {}
 
 
-def _settle(job: Job, shards: Sequence[SourceShard]) -> Contract:
-    return settle_contract(job, shards, _device())
+def _with_device(function: Callable[..., A], *arguments: Any) -> A:
+    return function(*arguments, _device())
 
 
 class _CallingActor:
@@ -142,19 +140,17 @@ class Cluster:
     def __exit__(self, *_: object) -> None:
         ray.shutdown()
 
-    def settle(self, job: Job, shards: Sequence[SourceShard]) -> Contract:
-        """Find out on one worker what the job's contract leaves open; see `engine/settle.py`.
+    def ask(self, function: Callable[..., A], *arguments: Any) -> A:
+        """Call a function on one worker like a run's, with its device (`cuda`, `cpu`) as the last
+        argument; again if the worker is lost.
 
         Raises:
-            ClusterError: the task was lost again and again.
-            CheckpointError: the checkpoint cannot be read there.
-            SourceError: there is no image to calibrate on.
+            ClusterError: it was lost again and again.
+            LatentCacheError: what the function raised.
         """
-        task = ray.remote(_settle).options(max_retries=_RETRIES, **self._resources)
-        contract: Contract = _get(
-            task.remote(job, list(shards)), "a look at the first images failed"
-        )
-        return contract
+        task = ray.remote(_with_device).options(max_retries=_RETRIES, **self._resources)
+        answer: A = _get(task.remote(function, *arguments), "a worker failed")
+        return answer
 
     def map(self, function: Callable[[A], B], items: Iterable[A]) -> Iterator[B]:
         """Call a function on each item, on as many actors as a run would have.

@@ -14,12 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from latentcache.dataset.receipts import new_attempt
-from latentcache.engine.job import Job, UnitFailure, UnitTask
+from latentcache.engine.job import UNITS_PER_ACTOR, Job, UnitFailure, UnitTask
 from latentcache.engine.plan import PlannedUnit
 from latentcache.errors import ClusterError, LatentCacheError
-
-# One unit is finished while the next is fetched and decoded.
-UNITS_PER_ACTOR = 2
 
 _POLL_S = 2.0
 

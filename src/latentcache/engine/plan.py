@@ -157,6 +157,7 @@ def wanted_contract(config: Config) -> Contract:
             min_side_px=config.transform.min_side_px,
             max_upscale=config.transform.max_upscale,
             max_pixels=config.transform.max_pixels,
+            dct_scaling=config.transform.dct_scaling,
         ),
         latents=LatentContract(
             posterior=config.latents.posterior,

@@ -7,18 +7,15 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from latentcache.dataset.bottleneck import STAGES, Loads
+
 _PLAIN_EVERY_S = 10.0
 
 # Stages count when a job ends; a batch on a CPU may take seconds.
 _JUDGE_EVERY_S = 8.0
 
-_ADVICE = {
-    "fetch": "reading the source",
-    "decode": "decoding: give it more CPUs (compute.decode_threads)",
-    "encode": "the encoder, as it should be",
-    "write": "writing rows",
-    "upload": "uploading",
-}
+# A stage less busy than this holds nothing up: the run waits for something else.
+_MIN_OCCUPANCY = 0.2
 
 
 class RunProgress:
@@ -103,7 +100,7 @@ class RunProgress:
         if not self._stats:
             parts.append("waiting for Ray to start actors")
         if self._bottleneck:
-            parts.append(f"bottleneck: {self._bottleneck}")
+            parts.append(self._bottleneck)
         if self._num_lost:
             parts.append(f"{self._num_lost} actors lost")
         return ", ".join(parts)
@@ -112,22 +109,19 @@ class RunProgress:
 def bottleneck(
     before: list[dict[str, float]], after: list[dict[str, float]], seconds: float
 ) -> str:
-    """Name the stage whose threads were busiest between two polls of the same actors.
+    """Say which stage held things up between two polls of the same actors; "" if none did.
 
     Args:
         before: `UnitRunner.stats` of each actor.
         after: the same, `seconds` later.
         seconds: between the two.
     """
-    # Fetch, write and upload have a thread for each of the two units in hand; the encoder has one.
-    threads = {"fetch": 2.0, "encode": 1.0, "write": 2.0, "upload": 2.0}
-    occupancy = {}
-    for stage in _ADVICE:
-        busy_s = sum(
-            new.get(f"{stage}_busy_s", 0) - old.get(f"{stage}_busy_s", 0)
-            for old, new in zip(before, after, strict=True)
-        )
-        per_actor = threads.get(stage) or after[0].get("decode_threads", 1)
-        occupancy[stage] = busy_s / (per_actor * len(after) * max(seconds, 1e-9))
-    busiest = max(occupancy, key=lambda stage: occupancy[stage])
-    return _ADVICE[busiest] if occupancy[busiest] > 0.2 else ""
+    loads = Loads()
+    for old, new in zip(before, after, strict=True):
+        for stage in STAGES:
+            busy_s = new[f"{stage}_busy_s"] - old[f"{stage}_busy_s"]
+            loads.add(stage, busy_s, 0.0, new[f"{stage}_num_threads"])
+    found = loads.bottleneck
+    if found is None or found.alone_s < _MIN_OCCUPANCY * seconds * len(after):
+        return ""
+    return str(found)

@@ -17,6 +17,7 @@ from importlib.metadata import version
 from types import FrameType
 
 from latentcache.config import Config
+from latentcache.dataset.bottleneck import Loads
 from latentcache.dataset.contract import (
     CONTRACT_PATH,
     Contract,
@@ -32,7 +33,7 @@ from latentcache.dataset.state import Listing, State, write_next
 from latentcache.engine.cluster import Cluster
 from latentcache.engine.commit import Committed, Committer
 from latentcache.engine.dispatcher import Dispatcher, Failed, Finished, StopSignal
-from latentcache.engine.job import Job, QaJob
+from latentcache.engine.job import make_job
 from latentcache.engine.lease import Lease
 from latentcache.engine.plan import (
     Plan,
@@ -41,7 +42,7 @@ from latentcache.engine.plan import (
     units_of,
 )
 from latentcache.engine.progress import RunProgress
-from latentcache.engine.sample import SampleSpec
+from latentcache.engine.worker import settle_contract
 from latentcache.errors import ContractMismatch, SourceError
 from latentcache.images.source import list_shards
 from latentcache.storage import Store, storage_options
@@ -65,7 +66,7 @@ class RunSummary:
     `status`: `complete`, `incomplete` (units failed), `interrupted`, `too_many_rejects`, or
     `failed_qa`, for which `breaches` says why. `num_committed` units were committed by this run,
     `num_skipped` were there already. `num_qa_rows` rows were looked at, at a mean PSNR of
-    `mean_psnr_db`.
+    `mean_psnr_db`. `bottleneck` is the stage that held this run up, and what would help.
     """
 
     status: str
@@ -80,6 +81,7 @@ class RunSummary:
     output: str
     num_qa_rows: int = 0
     mean_psnr_db: float | None = None
+    bottleneck: str | None = None
     breaches: list[str] = field(default_factory=list)
     failed: list[dict[str, str]] = field(default_factory=list)
 
@@ -138,6 +140,7 @@ class _Driver:
         self.num_samples = sum(unit.num_samples for unit in done)
         self.num_rejects = sum(unit.num_rejects for unit in done)
         self.qa_totals = QaTotals(gates_of(config), done)
+        self.loads = Loads()
         self._has_said_agreement = False
         self._manifest_at = (0, time.monotonic())
 
@@ -160,7 +163,7 @@ class _Driver:
                 self._check(progress)
                 dispatcher = Dispatcher(
                     cluster,
-                    self._job(cluster.num_cpus_per_actor),
+                    make_job(self.config, self.contract, cluster.num_cpus_per_actor),
                     self.pending,
                     compute.unit_retries,
                     self.stop,
@@ -182,33 +185,6 @@ class _Driver:
                     self._take(committed, progress)
             self.write_manifest()  # under the lease, on which some stores rely
 
-    def _job(self, decode_threads: int) -> Job:
-        config = self.config
-        batch_size = config.compute.batch_size
-        return Job(
-            contract=self.contract,
-            checkpoint=absolute_url(config.vae.checkpoint),
-            checkpoint_storage=storage_options(config.vae.storage),
-            source_storage=storage_options(config.source.storage),
-            output_url=self.output.url,
-            output_storage=self.output.options,
-            batch_size=None if batch_size == "auto" else batch_size,
-            decode_threads=decode_threads,
-            qa=self._qa_job(),
-        )
-
-    def _qa_job(self) -> QaJob | None:
-        qa = self.config.qa
-        if qa is None:
-            return None
-        return QaJob(
-            sample=SampleSpec(qa.fraction, qa.seed),
-            decoder=absolute_url(qa.decoder or self.config.vae.checkpoint),
-            decoder_storage=storage_options(qa.storage if qa.decoder else self.config.vae.storage),
-            lpips=(absolute_url(qa.lpips.url), qa.lpips.sha256) if qa.lpips else None,
-            lpips_storage=storage_options(qa.storage),
-        )
-
     def _qa_wanted(self) -> dict[str, int]:
         """Count the QA rows that each bucket is still short of."""
         if not self.config.qa:
@@ -223,7 +199,8 @@ class _Driver:
         if not wanted.is_settled:
             if quantization := wanted.latents.quantization:
                 progress.say(f"calibrating int8 on {quantization.num_images} images")
-            self._adopt(cluster.settle(self._job(cluster.num_cpus_per_actor), self.shards))
+            job = make_job(self.config, self.contract, cluster.num_cpus_per_actor)
+            self._adopt(cluster.ask(settle_contract, job, self.shards))
         provenance = {
             "name": self.config.name,
             "checkpoint": absolute_url(self.config.vae.checkpoint),
@@ -280,6 +257,7 @@ class _Driver:
         receipt = committed.receipt
         if committed.is_ours:
             self.num_committed += 1
+            self.loads.add_receipt(receipt.stages)
         else:
             self.num_skipped += 1
         record, before = receipt.record, self.state.current(receipt.record.unit.id)
@@ -396,6 +374,7 @@ class _Driver:
             output=self.output.url,
             num_qa_rows=self.qa_totals.num_rows.total(),
             mean_psnr_db=self.qa_totals.mean_psnr_db,
+            bottleneck=str(found) if (found := self.loads.bottleneck) else None,
             breaches=breaches,
             failed=[{"source": s, "message": m} for s, m in sorted(self.failed.items())],
         )

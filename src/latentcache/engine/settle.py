@@ -18,9 +18,8 @@ from latentcache.dataset.contract import Contract
 from latentcache.dataset.quantization import fit
 from latentcache.engine.job import Job
 from latentcache.errors import LatentCacheError, Reject, SourceError
-from latentcache.images.decode import decode_image
 from latentcache.images.source import Sample, SourceShard, read_shard
-from latentcache.images.transform import Bucket, Transformed, transform, transform_spec
+from latentcache.images.transform import Bucket, Transformed, load_image, transform_spec
 from latentcache.vae.encoder import LatentEncoder, draw_latents, resolve_precision
 from latentcache.vae.model import KLAutoencoder
 
@@ -105,8 +104,7 @@ def _images(job: Job, shard: SourceShard) -> Iterator[tuple[str, Transformed]]:
         for sample in read_shard(shard, image=fields, keep=(), options=job.source_storage):
             if isinstance(sample, Sample):
                 try:
-                    image = decode_image(sample.image, max_pixels=spec.max_pixels)
-                    transformed = transform(image, spec)
+                    transformed = load_image(sample.image, spec)
                 except Reject:
                     continue
                 yield f"{shard.url}/{sample.key}", transformed

@@ -1,8 +1,8 @@
-"""The two pieces that a unit's pipeline is made of: a stage on its own thread, and shared threads.
+"""The pieces that a unit's pipeline is made of: stages on their own threads, and what they share.
 
 `Background` runs an iterator ahead of its consumer through a bounded queue; stacking a few of them
-makes a pipeline in which every stage waits for the slowest one and memory stays bounded.
-`OldestFirstPool` runs the jobs of several units on the same threads, the oldest unit's first.
+makes a pipeline in which every stage waits for the slowest one. `OldestFirstPool` runs the jobs of
+several units on the same threads, the oldest unit's first. `Room` bounds the bytes that they hold.
 """
 
 from __future__ import annotations
@@ -21,12 +21,20 @@ T = TypeVar("T")
 
 
 class StageTimes:
-    """Seconds that one stage worked (`busy_s`) and stood waiting (`wait_s`); thread-safe."""
+    """What one stage does for one unit; thread-safe.
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
+    `busy_s` is its work, in seconds of its threads; `wait_s` the time in which there was work for
+    it and none was done: its thread stood before a full queue, or all its jobs were queued behind
+    another unit's. `num_threads` of the process can do such work at once, for all units together.
+    """
+
+    def __init__(self, num_threads: int = 1) -> None:
+        self.num_threads = num_threads
         self.busy_s = 0.0
         self.wait_s = 0.0
+        self._lock = threading.Lock()
+        self._num_queued = self._num_running = 0
+        self._since = 0.0
 
     def add(self, busy_s: float = 0.0, wait_s: float = 0.0) -> None:
         """Add to both."""
@@ -43,9 +51,74 @@ class StageTimes:
         finally:
             self.add(busy_s=time.perf_counter() - began)
 
+    def queued(self) -> None:
+        """Count one more job that waits for a thread."""
+        self._change(queued=1)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Count a job that waited as running, and the time inside as busy."""
+        self._change(queued=-1, running=1)
+        try:
+            with self.working():
+                yield
+        finally:
+            self._change(running=-1)
+
+    def _change(self, queued: int = 0, running: int = 0) -> None:
+        with self._lock:
+            now = time.perf_counter()
+            if self._num_queued and not self._num_running:
+                self.wait_s += now - self._since
+            self._since = now
+            self._num_queued += queued
+            self._num_running += running
+
     def to_json(self) -> dict[str, float]:
-        """Give both, rounded to the millisecond."""
-        return {"busy_s": round(self.busy_s, 3), "wait_s": round(self.wait_s, 3)}
+        """Give the figures, seconds rounded to the millisecond."""
+        return {
+            "busy_s": round(self.busy_s, 3),
+            "wait_s": round(self.wait_s, 3),
+            "num_threads": self.num_threads,
+        }
+
+
+class Room:
+    """Bytes that threads may hold together; whoever asks first is served first.
+
+    So nobody starves: a large wish waits for those before it, and those after it for the large one.
+    A wish for more than there is at all is granted once nothing else is held.
+
+    Args:
+        num_bytes: to be had.
+    """
+
+    def __init__(self, num_bytes: int) -> None:
+        self._num_bytes = num_bytes
+        self._held = 0
+        self._line: deque[object] = deque()
+        self._changed = threading.Condition()
+
+    def take(self, num_bytes: int) -> float:
+        """Wait until there are so many bytes, and hold them; gives the seconds that it took."""
+        began = time.perf_counter()
+        me = object()
+        with self._changed:
+            self._line.append(me)
+            self._changed.wait_for(lambda: self._line[0] is me and self._has(num_bytes))
+            self._line.popleft()
+            self._held += num_bytes
+            self._changed.notify_all()
+        return time.perf_counter() - began
+
+    def give_back(self, num_bytes: int) -> None:
+        """Hold so many bytes no longer."""
+        with self._changed:
+            self._held -= num_bytes
+            self._changed.notify_all()
+
+    def _has(self, num_bytes: int) -> bool:
+        return not self._held or self._held + num_bytes <= self._num_bytes
 
 
 class Background(Generic[T]):
@@ -130,7 +203,6 @@ class OldestFirstPool:
 
     def __init__(self, name: str, num_threads: int) -> None:
         self.num_threads = num_threads
-        self.times = StageTimes()
         self._waiting: list[tuple[int, int, Future[Any], Callable[[], Any]]] = []
         self._tickets = itertools.count()
         self._changed = threading.Condition()
@@ -143,20 +215,15 @@ class OldestFirstPool:
             thread.start()
 
     def submit(self, rank: int, job: Callable[[], T], times: StageTimes | None = None) -> Future[T]:
-        """Queue a job; its busy time, and the time it stood in the queue, are added to `times`."""
+        """Queue a job; `times` are told that it is queued, and when it runs."""
         future: Future[T] = Future()
-        queued = time.perf_counter()
+        times = times or StageTimes()
 
         def timed() -> T:
-            began = time.perf_counter()
-            try:
+            with times.running():
                 return job()
-            finally:
-                busy_s = time.perf_counter() - began
-                self.times.add(busy_s=busy_s)
-                if times:
-                    times.add(busy_s=busy_s, wait_s=began - queued)
 
+        times.queued()
         with self._changed:
             heapq.heappush(self._waiting, (rank, next(self._tickets), future, timed))
             self._changed.notify()

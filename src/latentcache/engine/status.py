@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from latentcache.dataset.bottleneck import Loads
 from latentcache.dataset.contract import read_contract
 from latentcache.dataset.manifest import list_manifests
-from latentcache.dataset.receipts import read_failures
+from latentcache.dataset.receipts import read_failures, read_receipts
 from latentcache.dataset.state import State
 from latentcache.engine.lease import RunInfo, active_runs
 from latentcache.errors import DatasetError
 from latentcache.storage import StorageOptions, Store
+
+# Receipts that are read to tell the bottleneck: the latest.
+_NUM_RECEIPTS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +23,7 @@ class Status:
 
     `num_units` are the units that have left a trace, or those of a run at work if they are more;
     `failed` maps the ids of units that were given up, and not committed since, to why.
+    `bottleneck` is the stage that held the latest units up, and what would help.
     """
 
     num_units: int
@@ -29,6 +34,7 @@ class Status:
     complete: bool
     failed: dict[str, str]
     active_runs: list[RunInfo]
+    bottleneck: str | None
 
 
 def read_status(url: str, options: StorageOptions) -> Status:
@@ -55,4 +61,12 @@ def read_status(url: str, options: StorageOptions) -> Status:
         complete=bool(state.manifest and state.manifest.complete),
         failed=failed,
         active_runs=runs,
+        bottleneck=_bottleneck(store, [record.name for record in committed]),
     )
+
+
+def _bottleneck(store: Store, names: list[str]) -> str | None:
+    loads = Loads()
+    for receipt in read_receipts(store, names[-_NUM_RECEIPTS:]):
+        loads.add_receipt(receipt.stages)
+    return str(loads.bottleneck) if loads.bottleneck else None

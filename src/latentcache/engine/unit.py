@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import itertools
 import sys
+import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -19,8 +20,10 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,25 +40,35 @@ from latentcache.dataset.shards import (
     write_rejects,
 )
 from latentcache.dataset.statistics import Statistics
-from latentcache.engine.job import Job, UnitFailure, UnitTask
+from latentcache.engine.job import UNITS_PER_ACTOR, Job, UnitFailure, UnitTask
 from latentcache.engine.sample import QaSample
-from latentcache.engine.stages import Background, OldestFirstPool, StageTimes
+from latentcache.engine.stages import Background, OldestFirstPool, Room, StageTimes
 from latentcache.errors import ConfigError, DiskFull, LatentCacheError, Reject, SourceChanged
-from latentcache.images.decode import decode_image
+from latentcache.images.decode import Reserve, decode_image
 from latentcache.images.source import RejectedSample, Sample, SourceShard, read_shard
-from latentcache.images.transform import Bucket, Transformed, transform, transform_spec
+from latentcache.images.transform import Bucket, Transformed, load_image, transform_spec
 from latentcache.pictures import write_thumbnail
 from latentcache.storage import Store
 from latentcache.vae.encoder import Encoded, LatentEncoder, draw_latents
 from latentcache.vae.examine import Examiner
 
-STAGES = ("fetch", "decode", "encode", "write", "qa", "upload")
-
 # Rejects of one reason in one unit that get a thumbnail, where they could be decoded.
 _MAX_THUMBNAILS = 8
 
-# Batches of a unit that may be encoded or wait for the encoder, and for the writer.
-_BATCHES_AHEAD = 2
+# Batches of a unit that may wait for the encoder or the writer, beyond one for each encode thread.
+_BATCHES_AHEAD = 1
+
+# An actor stays below 2 GiB besides its model, however large the images are. Python with torch and
+# pyarrow takes a quarter of that. Of the rest its two units together may hold so many bytes of
+# samples that wait to be decoded; of images on their way from bytes to crops, which is enough for
+# 16 threads on JPEGs of 16 megapixels; and of batches that wait for the encoder. What alone is
+# larger than that goes alone.
+_FETCHED_BYTES = 256 * 2**20
+_DECODING_BYTES = 768 * 2**20
+_BATCHED_BYTES = 256 * 2**20
+
+# And each unit so many bytes of crops between the two: one for each decode thread at least.
+_CROPPED_BYTES = 128 * 2**20
 
 
 def read_columns(fields: dict[str, bytes], columns: tuple[str, ...]) -> dict[str, str | int | None]:
@@ -91,11 +104,15 @@ class UnitRunner:
         self.output = Store(job.output_url, job.output_storage)
         self.spec = transform_spec(job.contract)
         self.decode_pool = OldestFirstPool("decode", job.decode_threads)
-        self.encode_pool = OldestFirstPool("encode", 1)
-        self.finished = {stage: StageTimes() for stage in STAGES}
+        self.encode_pool = OldestFirstPool("encode", encoder.num_threads)
+        self.fetched = Room(_FETCHED_BYTES)
+        self.decoding = Room(_DECODING_BYTES)
+        self.batched = Room(_BATCHED_BYTES)
+        self.finished = self.stage_times()
         self.active: list[_Attempt] = []
         self.num_rows = 0
         self.num_rejects = 0
+        self.num_source_bytes = 0
         self._ranks = itertools.count()
         self._versions = {
             "latentcache": version("latentcache"),
@@ -116,6 +133,7 @@ class UnitRunner:
                     return attempt.run()
                 finally:
                     self.active.remove(attempt)
+                    self.num_source_bytes += attempt.num_source_bytes
                     for stage, times in attempt.times.items():
                         self.finished[stage].add(times.busy_s, times.wait_s)
         except SourceChanged as error:
@@ -131,17 +149,35 @@ class UnitRunner:
             traceback.print_exc(file=sys.stderr)
             return UnitFailure(f"{task.unit.source}: {type(error).__name__}: {error}")
 
+    def stage_times(self) -> dict[str, StageTimes]:
+        """Give new clocks for all stages, in the order in which a sample passes them.
+
+        The threads of decoder and encoder, which QA shares, are there for all units; of the other
+        stages each unit has one.
+        """
+        return {
+            "fetch": StageTimes(UNITS_PER_ACTOR),
+            "decode": StageTimes(self.decode_pool.num_threads),
+            "encode": StageTimes(self.encode_pool.num_threads),
+            "write": StageTimes(UNITS_PER_ACTOR),
+            "qa": StageTimes(self.encode_pool.num_threads),
+            "upload": StageTimes(UNITS_PER_ACTOR),
+        }
+
     def stats(self) -> dict[str, float]:
-        """Cumulative figures: rows, rejects, and busy thread-seconds by stage."""
-        busy = {f"{stage}_busy_s": times.busy_s for stage, times in self.finished.items()}
-        for attempt in list(self.active):
-            for stage, times in attempt.times.items():
-                busy[f"{stage}_busy_s"] += times.busy_s
+        """Give cumulative figures: rows, rejects, and those of each stage, `<stage>_busy_s` etc."""
+        stages = self.stage_times()
+        for found in [self.finished, *(attempt.times for attempt in list(self.active))]:
+            for stage, times in found.items():
+                stages[stage].add(times.busy_s, times.wait_s)
         return {
             "num_rows": self.num_rows,
             "num_rejects": self.num_rejects,
-            "decode_threads": self.decode_pool.num_threads,
-            **busy,
+            **{
+                f"{stage}_{name}": value
+                for stage, times in stages.items()
+                for name, value in times.to_json().items()
+            },
         }
 
     def receipt(
@@ -149,6 +185,7 @@ class UnitRunner:
         record: UnitRecord,
         statistics: Statistics,
         stages: dict[str, StageTimes],
+        elapsed_s: float,
         notes: dict[str, int],
     ) -> Receipt:
         """Write up a finished attempt."""
@@ -159,13 +196,14 @@ class UnitRunner:
             contract_fingerprint=self.job.contract.fingerprint,
             statistics=statistics,
             stages={stage: times.to_json() for stage, times in stages.items()},
+            elapsed_s=round(elapsed_s, 3),
             versions=self._versions,
             notes=notes,
         )
 
 
 _Decoded = tuple[Transformed, RowMeta]
-_Batch = tuple[Bucket, list[RowMeta], torch.Tensor, "Future[tuple[torch.Tensor, Encoded]]"]
+_Batch = tuple[Bucket, list[RowMeta], torch.Tensor, "Future[Callable[[], Encoded]]"]
 
 
 class _Attempt:
@@ -178,9 +216,11 @@ class _Attempt:
         self.rank = rank
         self.folder = folder
         self.stem = f"{task.generation}-{task.attempt}"
-        self.times = {stage: StageTimes() for stage in STAGES}
+        self.began = time.perf_counter()
+        self.times = runner.stage_times()
         self.rejects: list[RejectRow] = []
         self.num_samples = 0
+        self.num_source_bytes = 0
         self.notes = {"encoded_again_in_fp32": 0}
         if self.contract.latents.quantization:
             self.notes["clamped_values"] = 0
@@ -193,20 +233,25 @@ class _Attempt:
     def run(self) -> Receipt:
         runner = self.runner
         writers: dict[Bucket, BucketWriter] = {}
-        ahead = 2 * runner.decode_pool.num_threads + 16
+        num_threads = runner.decode_pool.num_threads
+        crop_bytes = max(_crop_bytes(bucket) for bucket in runner.spec.buckets)
+        ahead = min(2 * num_threads + 16, max(num_threads, _CROPPED_BYTES // crop_bytes))
         try:
             with ExitStack() as stack:
                 decoding = stack.enter_context(
                     Background(self._decode_all(), ahead, self.times["fetch"])
                 )
-                batches = stack.enter_context(Background(self._batch(decoding), _BATCHES_AHEAD))
+                depth = runner.encode_pool.num_threads + _BATCHES_AHEAD
+                batches = stack.enter_context(Background(self._batch(decoding), depth))
                 stack.callback(runner.decode_pool.drop, self.rank)
                 stack.callback(runner.encode_pool.drop, self.rank)
                 stack.callback(decoding.stop)
                 for bucket, rows, images, encoding in batches:
-                    latents, encoded = encoding.result()
+                    encoded = encoding.result()()
+                    # A GPU works after the encode thread has only told it to.
+                    self.times["encode"].add(busy_s=encoded.busy_s - encoded.start_s)
                     with self.times["write"].working():
-                        self._write(writers, bucket, rows, images, latents, encoded)
+                        self._write(writers, bucket, rows, images, encoded)
             with self.times["write"].working():
                 for writer in writers.values():
                     writer.close()
@@ -226,25 +271,50 @@ class _Attempt:
             image=self.contract.image_fields,
             keep=tuple(source_field(column) for column in columns),
             options=self.runner.job.source_storage,
+            on_read=self._count_bytes,
         )
-        for sample in samples:
+        for sample in islice(samples, self.task.max_samples):
             self.num_samples += 1
-            job = partial(self._decode, sample)
-            yield self.runner.decode_pool.submit(self.rank, job, self.times["decode"])
+            num_bytes = len(sample.image) if isinstance(sample, Sample) else 0
+            waited_s = self.runner.fetched.take(num_bytes)
+            self.times["fetch"].add(-waited_s, waited_s)  # the stage's thread is counted as busy
+            job = partial(self._decode_in_room, sample)
+            future = self.runner.decode_pool.submit(self.rank, job, self.times["decode"])
+            future.add_done_callback(partial(_give_back, self.runner.fetched, num_bytes))
+            yield future
 
-    def _decode(self, sample: Sample | RejectedSample) -> _Decoded | RejectRow:
+    def _count_bytes(self, num_bytes: int) -> None:
+        self.num_source_bytes += num_bytes
+
+    def _decode_in_room(self, sample: Sample | RejectedSample) -> _Decoded | RejectRow:
+        room, held = self.runner.decoding, 0
+
+        def reserve(num_bytes: int) -> None:
+            nonlocal held
+            room.give_back(held)  # first, so that nobody waits for more with some in hand
+            held = 0
+            waited_s = room.take(num_bytes)
+            held = num_bytes
+            self.times["decode"].add(busy_s=-waited_s)  # more threads would only wait with it
+
+        try:
+            return self._decode(sample, reserve)
+        finally:
+            room.give_back(held)
+
+    def _decode(self, sample: Sample | RejectedSample, reserve: Reserve) -> _Decoded | RejectRow:
         if isinstance(sample, RejectedSample):
             return _reject_row(sample.key, sample.reject)
+        spec = self.runner.spec
         try:
             columns = read_columns(sample.fields, self.contract.columns)
-            image = decode_image(sample.image, max_pixels=self.runner.spec.max_pixels)
+            done = load_image(sample.image, spec, reserve)
         except Reject as reject:
-            return _reject_row(sample.key, reject)
-        try:
-            done = transform(image, self.runner.spec)
-        except Reject as reject:
-            pixels = torch.from_numpy(image).permute(2, 0, 1)
-            return _reject_row(sample.key, reject, self._thumbnail(reject, pixels))
+            thumbnail = None
+            if reject.stage == "transform" and self._wants_thumbnail(reject):
+                image = decode_image(sample.image, max_pixels=spec.max_pixels, reserve=reserve)
+                thumbnail = write_thumbnail(torch.from_numpy(image).permute(2, 0, 1))
+            return _reject_row(sample.key, reject, thumbnail)
         row = RowMeta(
             key=sample.key,
             original_width=done.original_width,
@@ -269,21 +339,23 @@ class _Attempt:
             group = groups.setdefault(bucket, [])
             group.append(outcome)
             if len(group) >= self.runner.encoder.batch_size(bucket.width_px, bucket.height_px):
-                yield self._encode_later(bucket, groups.pop(bucket))
+                yield self._encode_in_room(bucket, groups.pop(bucket))
         for bucket, group in groups.items():
-            yield self._encode_later(bucket, group)
+            yield self._encode_in_room(bucket, group)
+
+    def _encode_in_room(self, bucket: Bucket, group: list[_Decoded]) -> _Batch:
+        num_bytes = len(group) * _crop_bytes(bucket)
+        self.runner.batched.take(num_bytes)
+        batch = self._encode_later(bucket, group)
+        batch[-1].add_done_callback(partial(_give_back, self.runner.batched, num_bytes))
+        return batch
 
     def _encode_later(self, bucket: Bucket, group: list[_Decoded]) -> _Batch:
         rows = [row for _, row in group]
         images = torch.stack([done.pixels for done, _ in group])
 
-        def encode() -> tuple[torch.Tensor, Encoded]:
-            encoded = self.runner.encoder.encode(images)
-            posterior = self.contract.latents.posterior
-            keys = [row.key for row in rows]
-            return draw_latents(encoded.moments, posterior, self.task.unit.id, keys), encoded
-
-        job = self.runner.encode_pool.submit(self.rank, encode, self.times["encode"])
+        start = partial(self.runner.encoder.start, images)
+        job = self.runner.encode_pool.submit(self.rank, start, self.times["encode"])
         return bucket, rows, images, job
 
     def _write(
@@ -292,10 +364,11 @@ class _Attempt:
         bucket: Bucket,
         rows: list[RowMeta],
         images: torch.Tensor,
-        latents: torch.Tensor,
         encoded: Encoded,
     ) -> None:
         self.notes["encoded_again_in_fp32"] += encoded.num_in_fp32
+        posterior, keys = self.contract.latents.posterior, [row.key for row in rows]
+        latents = draw_latents(encoded.moments, posterior, self.task.unit.id, keys)
         stored, num_clamped = to_stored(latents, self.contract.latents)
         # Storing may overflow where encoding did not: float16 ends at 65,504.
         finite = is_finite(stored).all(dim=(1, 2, 3))
@@ -305,7 +378,9 @@ class _Attempt:
             if index in encoded.bad:
                 message = "the latent is not finite, in fp32 too"
             reject = Reject("encode", "not_finite", message)
-            thumbnail = self._thumbnail(reject, images[index])
+            thumbnail = None
+            if self._wants_thumbnail(reject):
+                thumbnail = write_thumbnail(images[index])
             self._reject(_reject_row(rows[index].key, reject, thumbnail))
         kept = stored[finite]
         if not len(kept):
@@ -322,10 +397,9 @@ class _Attempt:
         self.statistics = self.statistics.merge(Statistics.of(values.numpy()))
         self.runner.num_rows += len(kept)
 
-    def _thumbnail(self, reject: Reject, pixels: torch.Tensor) -> bytes | None:
+    def _wants_thumbnail(self, reject: Reject) -> bool:
         # They are counted as rejects are taken in, in order, so that the first never miss theirs.
-        is_wanted = self.num_thumbnails[reject.reason] < _MAX_THUMBNAILS
-        return write_thumbnail(pixels) if is_wanted else None
+        return self.num_thumbnails[reject.reason] < _MAX_THUMBNAILS
 
     def _reject(self, row: RejectRow) -> None:
         self.num_thumbnails[row.reason] += row.thumbnail is not None
@@ -390,7 +464,16 @@ class _Attempt:
             rejects=rejects,
             qa=qa,
         )
-        return self.runner.receipt(record, self.statistics, self.times, self.notes)
+        elapsed_s = time.perf_counter() - self.began
+        return self.runner.receipt(record, self.statistics, self.times, elapsed_s, self.notes)
+
+
+def _crop_bytes(bucket: Bucket) -> int:
+    return 3 * bucket.width_px * bucket.height_px
+
+
+def _give_back(room: Room, num_bytes: int, _: Future[Any]) -> None:
+    room.give_back(num_bytes)
 
 
 def _reject_row(key: str | None, reject: Reject, thumbnail: bytes | None = None) -> RejectRow:

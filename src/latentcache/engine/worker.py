@@ -29,6 +29,7 @@ def load_runner(job: Job, device: str) -> UnitRunner:
     vae = _load_vae(job, device)
     examiner = _load_examiner(job, vae)
     encoder = LatentEncoder(vae, job.contract.latents.precision, job.batch_size)
+    torch.set_num_threads(1)  # the runner's own threads fill the cores
     return UnitRunner(job, encoder, examiner)
 
 

@@ -11,15 +11,21 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from latentcache.dataset.contract import Contract
 from latentcache.errors import ConfigError, Reject
+from latentcache.images.decode import Reserve, decode_image, decode_scaled
+from latentcache.images.resize import Side, resize
 
 # A picture whose resized form holds more than this many times its bucket's pixels is rejected: the
 # crop would throw nearly all of it away, and a strip of 1 × 60,000 would need gigabytes on the way.
 MAX_CROP_FACTOR = 16
+
+# A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size where that is at least so many times the size
+# that it is resized to. The decoder's box-like scaling is then 48 dB from the full decode, hidden
+# by the resize; at the target's own size it would be 30 dB.
+DCT_HEADROOM = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,21 +50,25 @@ class TransformSpec:
         min_side_px: reject images with a shorter side; None accepts all.
         max_upscale: reject images that would be enlarged by more than this; None accepts all.
         max_pixels: reject images of more pixels (`decode_image` does, before it decodes).
+        dct_scaling: decode large JPEGs at a fraction of their size (`load_image` does).
     """
 
     buckets: tuple[Bucket, ...]
     min_side_px: int | None
     max_upscale: float | None
     max_pixels: int
+    dct_scaling: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Transformed:
     """An image brought to its bucket.
 
-    `pixels` is uint8 [3, height_px, width_px], RGB. The offsets say where the crop begins, in
-    pixels of the resized image, and the sizes are those of the image as it came (after its EXIF
-    orientation): what SDXL's micro-conditioning asks for (Podell et al. 2023, section 2.2).
+    `pixels` is uint8 [3, height_px, width_px], RGB; in memory the channels of a pixel lie together
+    (channels-last), as decoders give them and fast encoders take them. The offsets say where the
+    crop begins, in pixels of the resized image, and the sizes are those of the image as it came
+    (after its EXIF orientation): what SDXL's micro-conditioning asks for (Podell et al. 2023,
+    section 2.2).
     """
 
     pixels: torch.Tensor
@@ -102,6 +112,7 @@ def transform_spec(contract: Contract) -> TransformSpec:
         min_side_px=terms.min_side_px,
         max_upscale=terms.max_upscale,
         max_pixels=terms.max_pixels,
+        dct_scaling=terms.dct_scaling,
     )
 
 
@@ -120,6 +131,30 @@ def choose_bucket(width_px: int, height_px: int, buckets: Sequence[Bucket]) -> B
     return min(buckets, key=distance)
 
 
+def load_image(data: bytes, spec: TransformSpec, reserve: Reserve | None = None) -> Transformed:
+    """Decode the bytes of an image, and bring it to its bucket.
+
+    Args:
+        data: the whole file.
+        spec: the buckets and what to reject.
+        reserve: as for `decode_image`.
+
+    Raises:
+        Reject: of stage `decode` as `decode_image` does, of stage `transform` as `transform` does.
+    """
+    if not spec.dct_scaling:
+        image = decode_image(data, max_pixels=spec.max_pixels, reserve=reserve)
+        return transform(image, spec)
+    scaled = decode_scaled(
+        data,
+        max_pixels=spec.max_pixels,
+        denominator=lambda width, height: _denominator(width, height, spec.buckets),
+        reserve=reserve,
+    )
+    placement = _place(scaled.width, scaled.height, spec)
+    return _cut(scaled.pixels, placement, scaled.denominator)
+
+
 def transform(image: NDArray[np.uint8], spec: TransformSpec) -> Transformed:
     """Bring an image to its bucket: resize it to cover the bucket, then crop the centre.
 
@@ -134,7 +169,21 @@ def transform(image: NDArray[np.uint8], spec: TransformSpec) -> Transformed:
         Reject: stage `transform`; `too_small`, `upscaled` or `aspect_ratio` (the resized image
             would hold more than `MAX_CROP_FACTOR` times the bucket's pixels).
     """
-    height, width = image.shape[:2]
+    return _cut(image, _place(image.shape[1], image.shape[0], spec), 1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Placement:
+    """Where an image of some size goes."""
+
+    bucket: Bucket
+    width: int
+    height: int
+    new_width: int
+    new_height: int
+
+
+def _place(width: int, height: int, spec: TransformSpec) -> _Placement:
     if spec.min_side_px is not None and min(width, height) < spec.min_side_px:
         raise _reject(
             "too_small", f"{width}x{height}: a side is below min_side_px {spec.min_side_px}"
@@ -154,17 +203,29 @@ def transform(image: NDArray[np.uint8], spec: TransformSpec) -> Transformed:
             f"{width}x{height} to {bucket.name} would crop away more than "
             f"{MAX_CROP_FACTOR - 1}/{MAX_CROP_FACTOR} of the image",
         )
-    resized = _resize(image, new_width, new_height)
-    top, left = (new_height - bucket.height_px) // 2, (new_width - bucket.width_px) // 2
-    crop = resized[:, top : top + bucket.height_px, left : left + bucket.width_px]
+    return _Placement(bucket, width, height, new_width, new_height)
+
+
+def _cut(image: NDArray[np.uint8], to: _Placement, denominator: int) -> Transformed:
+    bucket = to.bucket
+    top, left = (to.new_height - bucket.height_px) // 2, (to.new_width - bucket.width_px) // 2
+    rows = Side(to.height, to.new_height, top, top + bucket.height_px)
+    columns = Side(to.width, to.new_width, left, left + bucket.width_px)
+    pixels = resize(image, rows, columns, denominator)
     return Transformed(
-        pixels=crop.contiguous(),
+        pixels=torch.from_numpy(pixels).permute(2, 0, 1),
         bucket=bucket,
-        original_width=width,
-        original_height=height,
+        original_width=to.width,
+        original_height=to.height,
         crop_top=top,
         crop_left=left,
     )
+
+
+def _denominator(width: int, height: int, buckets: Sequence[Bucket]) -> int:
+    new_width, new_height = _covering_size(width, height, choose_bucket(width, height, buckets))
+    headroom = min(width // new_width, height // new_height) // DCT_HEADROOM
+    return next(n for n in (8, 4, 2, 1) if n <= max(headroom, 1))
 
 
 def _reject(reason: str, message: str) -> Reject:
@@ -175,18 +236,3 @@ def _covering_size(width: int, height: int, bucket: Bucket) -> tuple[int, int]:
     if bucket.width_px * height >= bucket.height_px * width:
         return bucket.width_px, (2 * height * bucket.width_px + width) // (2 * width)
     return (2 * width * bucket.height_px + height) // (2 * height), bucket.height_px
-
-
-def _resize(image: NDArray[np.uint8], new_width: int, new_height: int) -> torch.Tensor:
-    """Resize to uint8 [3, new_height, new_width], within 2 levels of Pillow's `BICUBIC`."""
-    height, width = image.shape[:2]
-    pixels = torch.from_numpy(image).permute(2, 0, 1).unsqueeze(0)
-    # Between the two passes the pixels are clamped to 0..255, so their order shows. torch takes
-    # rows first; Pillow 13 takes columns first where that sheds more than twice as many lines.
-    if new_height < height and height - new_height > 2 * (width - new_width):
-        pixels = _bicubic(pixels, new_height, width)
-    return _bicubic(pixels, new_height, new_width)[0]
-
-
-def _bicubic(pixels: torch.Tensor, new_height: int, new_width: int) -> torch.Tensor:
-    return F.interpolate(pixels, size=(new_height, new_width), mode="bicubic", antialias=True)

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from latentcache.dataset.bottleneck import STAGES, Loads
 from latentcache.dataset.contract import Contract
 from latentcache.dataset.qa import MEASURES
 from latentcache.dataset.reader import Dataset, RejectedRow
@@ -25,9 +26,6 @@ _MAX_SCALING_ERROR = 0.2
 
 _MAX_RECEIPTS = 1000
 _NUM_REJECT_EXAMPLES = 6
-
-# In the order in which a sample passes them; others come after.
-_STAGES = ("fetch", "decode", "encode", "write", "qa", "upload")
 
 Float64 = npt.NDArray[np.float64]
 
@@ -210,22 +208,28 @@ def throughput(dataset: Dataset) -> dict[str, Any]:
     num_units = len(dataset.units)
     num_read = min(num_units, _MAX_RECEIPTS)
     records = [dataset.units[index * num_units // num_read] for index in range(num_read)]
-    seconds: dict[str, dict[str, float]] = {}
+    loads = Loads()
     num_receipts = num_samples = 0
     for receipt in read_receipts(dataset.store, (record.name for record in records)):
         if receipt.stages is None:
             continue
         num_receipts += 1
         num_samples += receipt.record.num_samples
-        for stage, times in receipt.stages.items():
-            total = seconds.setdefault(stage, {"busy_s": 0.0, "wait_s": 0.0})
-            for name in total:
-                total[name] += times[name]
-    order = {stage: number for number, stage in enumerate(_STAGES)}
-    stages = sorted(seconds, key=lambda stage: order.get(stage, len(order)))
+        loads.add_receipt(receipt.stages)
+    order = {stage: number for number, stage in enumerate(STAGES)}
+    stages = sorted(loads.stages.items(), key=lambda item: order.get(item[0], len(order)))
     return {
         "num_units": num_units,
         "num_receipts": num_receipts,
         "num_samples": num_samples,
-        "stages": [{"stage": stage, **seconds[stage]} for stage in stages],
+        "bottleneck": str(loads.bottleneck) if loads.bottleneck else None,
+        "stages": [
+            {
+                "stage": stage,
+                "busy_s": load.busy_s,
+                "wait_s": load.wait_s,
+                "num_threads": load.num_threads,
+            }
+            for stage, load in stages
+        ],
     }

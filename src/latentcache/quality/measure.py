@@ -20,9 +20,8 @@ from torch import Tensor
 from latentcache.config import MAX_PIXELS, EvalModel, Networks, Vae
 from latentcache.dataset.qa import MAX_DB, MIN_DB
 from latentcache.errors import CheckpointError, ClusterError, ConfigError, Reject
-from latentcache.images.decode import decode_image
 from latentcache.images.source import RejectedSample, SourceShard, read_shard
-from latentcache.images.transform import Bucket, TransformSpec, transform
+from latentcache.images.transform import Bucket, TransformSpec, load_image
 from latentcache.metrics import FeatureStatistics, psnr_db, ssim
 from latentcache.networks import (
     NUM_INCEPTION_FEATURES,
@@ -220,7 +219,7 @@ def _images(
         try:
             if isinstance(sample, RejectedSample):
                 raise sample.reject
-            pixels = transform(decode_image(sample.image, max_pixels=MAX_PIXELS), spec).pixels
+            pixels = load_image(sample.image, spec).pixels
         except Reject as reject:
             rejects[f"{reject.stage}: {reject.reason}"] += 1
         else:

@@ -38,9 +38,8 @@ from latentcache.errors import (
     SourceError,
     StorageError,
 )
-from latentcache.images.decode import decode_image
 from latentcache.images.source import Sample, SourceShard, read_shard
-from latentcache.images.transform import transform, transform_spec
+from latentcache.images.transform import load_image, transform_spec
 from latentcache.networks import load_lpips
 from latentcache.pictures import write_png
 from latentcache.storage import StorageOptions, Store
@@ -223,7 +222,7 @@ def _fetch(dataset: Dataset, record: UnitRecord, selection: Selection, look: Loo
             continue
         missing.remove(sample.key)
         try:
-            done = transform(decode_image(sample.image, max_pixels=spec.max_pixels), spec)
+            done = load_image(sample.image, spec)
         except Reject as reject:
             look.breaches.append(
                 f"row {sample.key!r} of {unit.source} is there, but its image is rejected now: "

@@ -401,15 +401,7 @@ class KLAutoencoder(nn.Module):
         Raises:
             ConfigError: another dtype or shape.
         """
-        factor = self.architecture.downsample_factor
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-            shape = list(images.shape)
-            raise ConfigError(f"encode wants uint8 [B, 3, H, W], not {images.dtype} {shape}")
-        height_px, width_px = images.shape[2:]
-        if min(height_px, width_px) < factor or height_px % factor or width_px % factor:
-            raise ConfigError(
-                f"encode wants sides that are multiples of {factor} px, not {width_px}x{height_px}"
-            )
+        require_images(images, self.architecture.downsample_factor)
         x = (images.float() / 127.5 - 1.0).to(self.dtype)
         moments = self.quant_conv(self.encoder(x)).float()
         mean, logvar = moments.chunk(2, dim=1)
@@ -435,6 +427,22 @@ class KLAutoencoder(nn.Module):
         x = self.decoder(self.post_quant_conv(latents.to(self.dtype)))
         out: Tensor = x.float().clamp(-1.0, 1.0)
         return out
+
+
+def require_images(images: Tensor, factor: int) -> None:
+    """Refuse what is not a batch of images whose sides an encoder can divide by `factor`.
+
+    Raises:
+        ConfigError: not uint8 [B, 3, H, W], or H or W is no multiple of `factor`.
+    """
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        shape = list(images.shape)
+        raise ConfigError(f"encode wants uint8 [B, 3, H, W], not {images.dtype} {shape}")
+    height_px, width_px = images.shape[2:]
+    if min(height_px, width_px) < factor or height_px % factor or width_px % factor:
+        raise ConfigError(
+            f"encode wants sides that are multiples of {factor} px, not {width_px}x{height_px}"
+        )
 
 
 def to_uint8(images: Tensor) -> Tensor:

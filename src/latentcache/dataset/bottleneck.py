@@ -1,0 +1,100 @@
+"""Which stage holds a run up: told from the times that receipts keep, or that actors tell live."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+# In the order in which a sample passes them.
+STAGES = ("fetch", "decode", "encode", "write", "qa", "upload")
+
+_ADVICE = {
+    "fetch": "the source is read too slowly; more actors read more shards at once",
+    "encode": "as it should be",
+    "write": "rows go to the local disk too slowly (TMPDIR)",
+    "qa": "lower qa.fraction",
+    "upload": "the output takes files too slowly; more actors write more at once",
+}
+
+
+@dataclass(slots=True)
+class StageLoad:
+    """What one stage did, over any number of units and actors.
+
+    `busy_s` and `wait_s` as in receipts; `alone_s` is how long its threads take for the work, were
+    there no other stage to wait for.
+    """
+
+    busy_s: float = 0.0
+    wait_s: float = 0.0
+    alone_s: float = 0.0
+
+    @property
+    def num_threads(self) -> int:
+        """Threads of the stage in each actor."""
+        return round(self.busy_s / self.alone_s) if self.alone_s else 1
+
+
+@dataclass(slots=True)
+class Loads:
+    """The loads of all stages; add to it what receipts say."""
+
+    stages: dict[str, StageLoad] = field(default_factory=dict)
+
+    def add(self, stage: str, busy_s: float, wait_s: float, num_threads: float) -> None:
+        """Add some work of a stage."""
+        load = self.stages.setdefault(stage, StageLoad())
+        load.busy_s += busy_s
+        load.wait_s += wait_s
+        load.alone_s += busy_s / num_threads
+
+    def add_receipt(self, stages: Mapping[str, Mapping[str, float]] | None) -> None:
+        """Add what a receipt says."""
+        for stage, times in (stages or {}).items():
+            self.add(stage, times["busy_s"], times["wait_s"], times["num_threads"])
+
+    @property
+    def bottleneck(self) -> Bottleneck | None:
+        """Name the stage that takes longest with the threads that it has; None without any work.
+
+        QA and the encoder take turns on one thread, so that their times add up.
+        """
+        alone_s = {stage: load.alone_s for stage, load in self.stages.items() if load.alone_s}
+        if not alone_s:
+            return None
+        turns = [stage for stage in ("encode", "qa") if stage in alone_s]
+        if turns:
+            shared_s = sum(alone_s.pop(stage) for stage in turns)
+            alone_s[max(turns, key=lambda stage: self.stages[stage].alone_s)] = shared_s
+        slowest = max(alone_s, key=lambda stage: alone_s[stage])
+        if slowest != "decode":
+            return Bottleneck(slowest, alone_s[slowest])
+        # With so many threads, the next slowest stage would be the slowest.
+        decode = self.stages["decode"]
+        next_s = max((time for stage, time in alone_s.items() if stage != "decode"), default=0.0)
+        wanted = math.ceil(decode.busy_s / next_s) if next_s else decode.num_threads + 1
+        return Bottleneck("decode", decode.alone_s, decode.num_threads, wanted)
+
+
+@dataclass(frozen=True, slots=True)
+class Bottleneck:
+    """The slowest stage: it alone took `alone_s`.
+
+    Of decode threads, each actor has `num_threads`; with `num_threads_wanted`, decoding would not
+    be the slowest. Both are 0 for the other stages.
+    """
+
+    stage: str
+    alone_s: float
+    num_threads: int = 0
+    num_threads_wanted: int = 0
+
+    def __str__(self) -> str:
+        if self.stage != "decode":
+            advice = _ADVICE.get(self.stage)
+            return f"{self.stage}-bound" + (f": {advice}" if advice else "")
+        num_short = max(1, self.num_threads_wanted - self.num_threads)
+        threads = "1 thread" if num_short == 1 else f"{num_short} threads"
+        total = self.num_threads + num_short
+        return f"decode-bound: add {threads} to each actor (compute.decode_threads: {total})"

@@ -1,0 +1,94 @@
+"""What is said to hold a run up: it follows from busy seconds and threads, live and afterwards."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from latentcache.dataset.bottleneck import STAGES, Loads
+from latentcache.engine.progress import bottleneck
+
+THREADS = {"fetch": 2, "decode": 4, "encode": 1, "write": 2, "qa": 1, "upload": 2}
+
+
+def loads_of(**busy_s: float) -> Loads:
+    loads = Loads()
+    for stage, seconds in busy_s.items():
+        loads.add(stage, seconds, 0.0, THREADS[stage])
+    return loads
+
+
+@pytest.mark.parametrize(
+    ("busy_s", "told"),
+    [
+        ({"fetch": 1, "decode": 20, "encode": 6}, "encode-bound: as it should be"),
+        ({"fetch": 1, "decode": 28, "encode": 4}, "decode-bound: add 3 threads to each actor"),
+        ({"decode": 17, "encode": 4, "write": 2}, "decode-bound: add 1 thread to each actor"),
+        ({"fetch": 20, "decode": 8, "encode": 4}, "fetch-bound: "),
+        ({"decode": 20, "encode": 4, "qa": 2}, "encode-bound: "),  # one thread for both
+        ({"decode": 20, "encode": 2, "qa": 4}, "qa-bound: lower qa.fraction"),
+        ({"encode": 4, "upload": 9}, "upload-bound: "),
+        ({"encode": 4, "write": 9}, "write-bound: "),
+        ({"decode": 4.0}, "decode-bound: add 1 thread"),
+    ],
+)
+def test_the_stage_that_takes_longest_with_its_threads_is_named(
+    busy_s: dict[str, float], told: str
+):
+    assert str(loads_of(**busy_s).bottleneck).startswith(told)
+
+
+def test_no_work_has_no_bottleneck():
+    assert Loads().bottleneck is None
+    assert loads_of(decode=0.0, encode=0.0).bottleneck is None
+
+
+@given(st.floats(0.1, 1e4), st.floats(0.1, 1e4), st.floats(0.1, 1e4))
+def test_with_the_threads_it_asks_for_decoding_holds_nothing_up(
+    decode_s: float, encode_s: float, fetch_s: float
+):
+    found = loads_of(decode=decode_s, encode=encode_s, fetch=fetch_s).bottleneck
+    assert found
+    if found.stage == "decode":
+        others_s = max(encode_s, fetch_s / 2)
+        assert decode_s / found.num_threads_wanted <= others_s
+        assert decode_s / (found.num_threads_wanted - 1) > others_s
+        short = found.num_threads_wanted - 4
+        assert f"add {short} thread" in str(found)
+        assert f"compute.decode_threads: {math.ceil(decode_s / others_s)}" in str(found)
+
+
+def test_receipts_of_actors_with_other_threads_add_up():
+    loads = Loads()
+    for num_threads, busy_s in ((4, 40.0), (8, 80.0)):  # ten seconds each
+        loads.add_receipt(
+            {
+                "decode": {"busy_s": busy_s, "wait_s": 1.0, "num_threads": num_threads},
+                "encode": {"busy_s": 5.0, "wait_s": 0.0, "num_threads": 1},
+            }
+        )
+    loads.add_receipt(None)  # a void one
+    assert loads.stages["decode"].alone_s == 20.0
+    assert loads.stages["decode"].wait_s == 2.0
+    assert "add 6 threads to each actor (compute.decode_threads: 12)" in str(loads.bottleneck)
+
+
+def stats(**busy_s: float) -> dict[str, float]:
+    found = {f"{stage}_num_threads": float(THREADS[stage]) for stage in STAGES}
+    return found | {f"{stage}_busy_s": busy_s.get(stage, 0.0) for stage in STAGES}
+
+
+def test_between_two_polls_only_what_is_new_counts():
+    before = [stats(decode=1000.0), stats(encode=3.0)]
+    after = [stats(decode=1004.0, encode=8.0), stats(encode=12.0)]
+    assert bottleneck(before, after, 10.0) == "encode-bound: as it should be"
+    after = [stats(decode=1040.0, encode=5.0), stats(encode=8.0, decode=30.0)]
+    assert bottleneck(before, after, 10.0).startswith("decode-bound: add 3 threads")
+
+
+def test_who_is_idle_holds_nothing_up():
+    assert bottleneck([stats()], [stats(encode=1.0)], 10.0) == ""
+    assert bottleneck([stats()], [stats()], 10.0) == ""
