@@ -215,6 +215,7 @@ def test_a_second_run_has_nothing_to_do_and_writes_nothing(demo: Demo):
     assert result.code == 0
     again = result.json
     assert (again["num_committed"], again["num_skipped"], again["manifest"]) == (0, 4, 1)
+    assert again["bottleneck"] is None
     assert again["num_rows"] == demo.first.json["num_rows"]
     assert tree_digest(demo.folder) == before
 
@@ -260,6 +261,10 @@ def test_status_is_that_of_the_dataset(demo: Demo):
     assert status["num_rejects"] == demo.first.json["num_rejects"]
     assert status["failed"] == {}
     assert status["active_runs"] == []
+    # All receipts are of the one run, and say the same afterwards.
+    assert "-bound" in status["bottleneck"]
+    assert status["bottleneck"] == demo.first.json["bottleneck"]
+    assert status["bottleneck"] in demo("status").stdout
     assert "4 of 4 known units committed" in demo("status").stdout, "by its config"
 
 

@@ -1,0 +1,302 @@
+"""Whole runs: `latentcache run` against the usual script and Ray Data, and against its own stages.
+
+`python bench/run.py [--part demo|free|stages]`, or all parts. 750 photographs (the 250 of
+../shared/data three times over, drawn pictures where those are absent) in six shards are brought to
+256 × 256 px latents on the local disk, by each contender (bench/contenders/) in a process of its
+own, on the same cores:
+
+- `demo`: with the demo VAE, which the peers run by diffusers;
+- `free`: with an encoder that costs nothing, so that what is around it shows;
+- `stages`: each stage of ours run alone on the threads that it has in a run, and the whole pipeline
+  in turns with them, in one process.
+
+The peers' settings are tried on the first two shards, and the best of each counts. Rates are of the
+work itself and, beside it, with starting up (imports, models, Ray). Writes bench/results/run.json,
+and from `demo` the picture bench/results/profile.svg.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import resource
+import shutil
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+import profile_picture
+from contenders import RESOLUTION_PX, Asked, free_moments, run
+from harness import print_table, take_turns, write_results
+from latentcache import load_vae, make_plan, parse_config
+from latentcache.dataset.receipts import (
+    Receipt,
+    Unit,
+    list_receipt_names,
+    new_attempt,
+    read_receipts,
+)
+from latentcache.dataset.shards import BucketWriter, RowMeta, describe_file
+from latentcache.dataset.statistics import Statistics
+from latentcache.engine.job import Job, UnitTask
+from latentcache.engine.unit import UNITS_AT_ONCE, UnitRunner
+from latentcache.images.draw import draw_image
+from latentcache.images.source import Sample, SourceShard, read_shard
+from latentcache.images.transform import load_image
+from latentcache.storage import StorageOptions, Store
+from latentcache.vae.encoder import Encoded, LatentEncoder
+
+PHOTOS = Path(__file__).resolve().parents[2] / "shared" / "data" / "photos"
+NUM_SHARDS = 6
+NUM_TUNING_SHARDS = 2
+NUM_IMAGES = 750
+NUM_CORES = os.cpu_count() or 1
+
+# What a user of each might try on a small machine.
+TRIALS: dict[str, list[dict[str, Any]]] = {
+    "dataloader": [
+        {"num_workers": workers, "batch_size": batch}
+        for workers, batch in ((0, 4), (1, 4), (2, 4), (1, 1), (1, 16))
+    ],
+    "raydata": [
+        {"num_actors": 1, "num_cpus_per_actor": 1, "batch_size": 4},
+        {"num_actors": NUM_CORES, "num_cpus_per_actor": 0.5, "batch_size": 4},
+    ],
+}
+NAMES = {"ours": "latentcache", "dataloader": "the usual script", "raydata": "Ray Data"}
+
+
+def read_photos() -> tuple[list[bytes], str]:
+    """Read the photographs, or draw some; says which."""
+    files = sorted(PHOTOS.glob("*.tar"))
+    photos = []
+    for file in files:
+        with tarfile.open(file) as tar:
+            members = (member for member in tar if member.name.endswith(".jpg"))
+            photos += [tar.extractfile(member).read() for member in members]  # type: ignore[union-attr]
+    if photos:
+        return photos, "photographs"
+    rng = np.random.default_rng(0)
+    for _ in range(250):
+        buffer = io.BytesIO()
+        Image.fromarray(draw_image(rng, 500, 375)[0]).save(buffer, "JPEG", quality=90)
+        photos.append(buffer.getvalue())
+    return photos, "drawn pictures"
+
+
+def write_shards(folder: Path, photos: list[bytes], num_shards: int) -> Path:
+    """Write so many of the shards."""
+    folder.mkdir()
+    each = NUM_IMAGES // NUM_SHARDS
+    for shard in range(num_shards):
+        with tarfile.open(folder / f"{shard:06d}.tar", "w") as tar:
+            for number in range(shard * each, (shard + 1) * each):
+                data = photos[number % len(photos)]
+                header = tarfile.TarInfo(f"{number:06d}.jpg")
+                header.size = len(data)
+                tar.addfile(header, io.BytesIO(data))
+    return folder
+
+
+def rates(name: str, asked: Asked) -> dict[str, Any]:
+    """Run a contender; gives images/s, of the work alone and with starting up."""
+    shutil.rmtree(asked.out, ignore_errors=True)
+    told = run(name, asked)
+    return {
+        "settings": asked.settings,
+        "images_per_s": round(told["num_images"] / told["working_s"], 1),
+        "with_start_up": round(told["num_images"] / told["total_s"], 1),
+        "start_up_s": round(told["total_s"] - told["working_s"], 1),
+        "num_images": told["num_images"],
+    }
+
+
+def against_peers(folder: Path, photos: list[bytes], encoder: str) -> dict[str, Any]:
+    """Run all contenders with the same encoder."""
+    tuning = write_shards(folder / "tuning", photos, NUM_TUNING_SHARDS)
+    shards = write_shards(folder / "shards", photos, NUM_SHARDS)
+    out = folder / "out"
+    found: dict[str, Any] = {}
+    for name, trials in TRIALS.items():
+        tried = [rates(name, Asked(tuning, out, encoder, settings)) for settings in trials]
+        best = max(tried, key=lambda trial: trial["images_per_s"])
+        found[name] = rates(name, Asked(shards, out, encoder, best["settings"])) | {"tried": tried}
+    found = {"ours": rates("ours", Asked(shards, out, encoder, {})), **found}
+    if encoder == "demo":
+        store = Store(str(out))
+        receipts = read_receipts(store, list_receipt_names(store))
+        profile_picture.write(receipts, Path(__file__).parent / "results" / "profile.svg")
+    ours = found["ours"]
+    for peer in TRIALS:
+        assert found[peer]["num_images"] == ours["num_images"], "all do the same work"
+        for rate in ("images_per_s", "with_start_up"):
+            ratio = ours[rate] / found[peer][rate]
+            found[peer][f"ours_is_faster_{rate.removeprefix('images_')}"] = round(ratio, 2)
+    rows = [
+        [
+            NAMES[name],
+            f"{it['images_per_s']:.1f}",
+            f"{ours['images_per_s'] / it['images_per_s']:.2f}",
+            f"{it['with_start_up']:.1f}",
+            f"{ours['with_start_up'] / it['with_start_up']:.2f}",
+            f"{it['start_up_s']:.1f}",
+        ]
+        for name, it in found.items()
+    ]
+    columns = ["images/s", "ours/theirs", "with start-up", "ours/theirs", "start-up s"]
+    print_table(f"{NUM_IMAGES} images, {encoder} encoder", columns, rows)
+    return found
+
+
+class Alone:
+    """Our pipeline and each of its stages alone, in this process, on the threads of an actor."""
+
+    def __init__(self, folder: Path, shards: Path, encoder: str) -> None:
+        config = parse_config(
+            {
+                "name": "bench",
+                "source": {"shards": f"{shards}/*.tar"},
+                "transform": {"resolution_px": RESOLUTION_PX},
+                "vae": {"checkpoint": "demo"},
+                "output": {"url": f"{folder}/alone"},
+                "compute": {"num_gpus": 0},
+            }
+        )
+        self.plan = make_plan(config)
+        self.folder, self.options = folder, StorageOptions()
+        url, none = self.plan.output.url, self.options
+        job = Job(self.plan.contract, "demo", none, none, url, none, None, NUM_CORES)
+        vae = LatentEncoder(load_vae("demo", decoder=False), "fp32")
+        if encoder == "free":
+            vae.start = lambda images: partial(Encoded, free_moments(images), 0, ())  # type: ignore[method-assign]
+        torch.set_num_threads(1)
+        self.runner = UnitRunner(job, vae)
+        self.units = self.plan.units
+        self.samples = [sample for unit in self.units for sample in self._read(unit)]
+        self.crops = [load_image(sample.image, self.runner.spec) for sample in self.samples]
+        moments = torch.cat([vae.encode(crop.pixels[None]).moments for crop in self.crops[:4]])
+        self.latent = moments[:1, : self.plan.contract.stored_channels].half()
+
+    def _read(self, unit: Unit) -> Iterator[Sample]:
+        shard = SourceShard(unit.source, unit.size_bytes, unit.version)
+        for sample in read_shard(shard, image=("jpg",), keep=(), options=self.options):
+            assert isinstance(sample, Sample)
+            yield sample
+
+    def fetch(self) -> None:
+        """Read all samples."""
+        with ThreadPoolExecutor(UNITS_AT_ONCE) as threads:
+            list(threads.map(lambda unit: sum(1 for _ in self._read(unit)), self.units))
+
+    def decode(self) -> None:
+        """Decode and transform all images."""
+        with ThreadPoolExecutor(NUM_CORES) as threads:
+            list(threads.map(lambda s: load_image(s.image, self.runner.spec).bucket, self.samples))
+
+    def encode(self) -> None:
+        """Encode all crops, in the batches of a run."""
+        encoder = self.runner.encoder
+        size = encoder.batch_size(RESOLUTION_PX, RESOLUTION_PX)
+        batches = [self.crops[first : first + size] for first in range(0, len(self.crops), size)]
+        with ThreadPoolExecutor(encoder.num_threads) as threads:
+            list(threads.map(self._encode, batches))
+
+    def _encode(self, batch: list[Any]) -> None:
+        self.runner.encoder.encode(torch.stack([crop.pixels for crop in batch]))
+
+    def write(self) -> None:
+        """Write as many rows as there are images, hash and upload."""
+        with ThreadPoolExecutor(UNITS_AT_ONCE) as threads:
+            list(threads.map(self._write, self.units))
+
+    def _write(self, unit: Unit) -> None:
+        contract, values = self.plan.contract, self.latent.float().numpy()
+        with tempfile.TemporaryDirectory(dir=self.folder) as folder:
+            writer = BucketWriter(Path(folder, "rows"), contract, unit.id, (RESOLUTION_PX,) * 2)
+            statistics = Statistics.empty(contract.stored_channels)
+            for number in range(NUM_IMAGES // NUM_SHARDS):
+                writer.append(self.latent, [RowMeta(str(number), 500, 375, 0, 0, {})])
+                statistics = statistics.merge(Statistics.of(values))
+            writer.close()
+            writer.check()
+            for path in writer.paths:
+                file = describe_file(path, f"alone/{unit.id}", writer.num_rows, "")
+                self.runner.output.put_file(path, file.path)
+
+    def whole(self) -> None:
+        """Run all units through the pipeline, two at once."""
+        tasks = [UnitTask(unit, 0, new_attempt()) for unit in self.units]
+        with ThreadPoolExecutor(UNITS_AT_ONCE) as threads:
+            assert all(isinstance(done, Receipt) for done in threads.map(self.runner.run, tasks))
+
+
+def cpu_seconds(work: Callable[[], object]) -> float:
+    """Say what a piece of work costs in CPU time, of all threads."""
+    before = time.process_time()
+    work()
+    return time.process_time() - before
+
+
+def against_its_stages(folder: Path, photos: list[bytes], encoder: str) -> dict[str, Any]:
+    """Hold the whole pipeline against its slowest stage, and against the cores' time."""
+    shards = write_shards(folder / f"shards-{encoder}", photos, NUM_SHARDS)
+    alone = Alone(folder, shards, encoder)
+    stages = ("fetch", "decode", "encode", "write")
+    seconds = take_turns({name: getattr(alone, name) for name in (*stages, "whole")}, rounds=2)
+    cpu_s = {name: cpu_seconds(getattr(alone, name)) for name in stages}
+    per_s = {name: NUM_IMAGES / elapsed_s for name, elapsed_s in seconds.items()}
+    slowest = min(stages, key=lambda name: per_s[name])
+    cores_allow = NUM_CORES * NUM_IMAGES / sum(cpu_s.values())
+    found = {
+        "images_per_s": {name: round(rate, 1) for name, rate in per_s.items()},
+        "cpu_ms_per_image": {name: round(1e3 * s / NUM_IMAGES, 3) for name, s in cpu_s.items()},
+        "slowest": slowest,
+        "share_of_slowest": round(per_s["whole"] / per_s[slowest], 3),
+        "cores_allow": round(cores_allow, 1),
+        "share_of_what_cores_allow": round(per_s["whole"] / cores_allow, 3),
+        "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+    }
+    rows = [
+        [name, f"{per_s[name]:.1f}", f"{1e3 * cpu_s[name] / NUM_IMAGES:.2f}"] for name in stages
+    ]
+    rows += [
+        ["all, if cores were all", f"{cores_allow:.1f}", ""],
+        ["whole", f"{per_s['whole']:.1f}", ""],
+    ]
+    print_table(f"stages alone, {encoder} encoder", ["images/s", "CPU ms/image"], rows)
+    print(
+        f"the whole is {found['share_of_slowest']:.1%} of {slowest} alone, and "
+        f"{found['share_of_what_cores_allow']:.1%} of what {NUM_CORES} cores allow for all stages"
+    )
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--part", choices=["demo", "free", "stages"], action="append")
+    parts = parser.parse_args().part or ["demo", "free", "stages"]
+    photos, kind = read_photos()
+    found: dict[str, Any] = {}
+    for part in parts:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            if part == "stages":
+                found[part] = {e: against_its_stages(folder, photos, e) for e in ("demo", "free")}
+            else:
+                found[part] = against_peers(folder, photos, part)
+        found[part]["images"] = kind
+    write_results("run", found, ["ray", "diffusers", "pillow", "simplejpeg", "webdataset"])
+
+
+if __name__ == "__main__":
+    main()
