@@ -48,8 +48,8 @@ from latentcache.dataset.receipts import (
 )
 from latentcache.dataset.shards import BucketWriter, RowMeta, describe_file
 from latentcache.dataset.statistics import Statistics
-from latentcache.engine.job import Job, UnitTask
-from latentcache.engine.unit import UNITS_AT_ONCE, UnitRunner
+from latentcache.engine.job import UNITS_PER_ACTOR, Job, UnitTask
+from latentcache.engine.unit import UnitRunner
 from latentcache.images.draw import draw_image
 from latentcache.images.source import Sample, SourceShard, read_shard
 from latentcache.images.transform import load_image
@@ -195,7 +195,7 @@ class Alone:
 
     def fetch(self) -> None:
         """Read all samples."""
-        with ThreadPoolExecutor(UNITS_AT_ONCE) as threads:
+        with ThreadPoolExecutor(UNITS_PER_ACTOR) as threads:
             list(threads.map(lambda unit: sum(1 for _ in self._read(unit)), self.units))
 
     def decode(self) -> None:
@@ -216,7 +216,7 @@ class Alone:
 
     def write(self) -> None:
         """Write as many rows as there are images, hash and upload."""
-        with ThreadPoolExecutor(UNITS_AT_ONCE) as threads:
+        with ThreadPoolExecutor(UNITS_PER_ACTOR) as threads:
             list(threads.map(self._write, self.units))
 
     def _write(self, unit: Unit) -> None:
@@ -236,7 +236,7 @@ class Alone:
     def whole(self) -> None:
         """Run all units through the pipeline, two at once."""
         tasks = [UnitTask(unit, 0, new_attempt()) for unit in self.units]
-        with ThreadPoolExecutor(UNITS_AT_ONCE) as threads:
+        with ThreadPoolExecutor(UNITS_PER_ACTOR) as threads:
             assert all(isinstance(done, Receipt) for done in threads.map(self.runner.run, tasks))
 
 

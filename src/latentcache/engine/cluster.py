@@ -18,8 +18,8 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 # Warns of a change to come in how actors without GPUs see them; ours ask for none or a whole one.
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_DEDUP_LOGS", "0")
-# Else glibc gives each thread a heap, and each keeps some of what large images leave in it: hundreds
-# of MiB with 16 threads. Workers of a local cluster inherit this one; see infra/README.md.
+# Else glibc gives each thread a heap, and each keeps some of what large images leave in it:
+# hundreds of MiB with 16 threads. Workers of a local cluster inherit this; see infra/README.md.
 os.environ.setdefault("MALLOC_ARENA_MAX", "2")
 # Torch shall ask for large pages: small ones cost an encoder on a CPU a fifth of its time.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
