@@ -30,7 +30,12 @@ check: .venv/dev  ## lint, format, types
 	$(BIN)/mypy
 
 bench: .venv/dev  ## measure, print tables, write bench/results/
-	$(BIN)/python bench/stages.py
+	$(BIN)/python bench/decode.py
+	$(BIN)/python bench/encoder.py
+	$(BIN)/python bench/run.py
+	$(BIN)/python bench/memory.py
+	$(BIN)/python bench/driver.py
+	$(BIN)/python bench/scale.py
 	$(BIN)/python bench/qa.py
 	$(BIN)/python bench/loader.py
 	$(BIN)/python bench/driver.py
