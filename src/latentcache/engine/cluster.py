@@ -122,8 +122,11 @@ class _EncoderActor:
             return error
         precision = self._job.contract.latents.precision
         encoder = LatentEncoder(vae, precision, self._job.batch_size)
-        torch.set_num_threads(1)  # the runner's own threads fill the cores
         self._runner = UnitRunner(self._job, encoder, examiner)
+        # The runner's threads fill the cores; where few can encode at once, torch's help them.
+        num_encoding = self._runner.encode_pool.num_threads
+        on_cpu = vae.device.type == "cpu"
+        torch.set_num_threads(max(1, torch.get_num_threads() // num_encoding) if on_cpu else 1)
         node: str = ray.get_runtime_context().get_node_id()
         return node
 

@@ -91,7 +91,8 @@ class UnitRunner:
         self.output = Store(job.output_url, job.output_storage)
         self.spec = transform_spec(job.contract)
         self.decode_pool = OldestFirstPool("decode", job.decode_threads)
-        self.encode_pool = OldestFirstPool("encode", encoder.num_threads)
+        num_pixels = max(bucket.width_px * bucket.height_px for bucket in self.spec.buckets)
+        self.encode_pool = OldestFirstPool("encode", encoder.num_threads(num_pixels))
         self.finished = {stage: StageTimes() for stage in STAGES}
         self.active: list[_Attempt] = []
         self.num_rows = 0
@@ -199,7 +200,8 @@ class _Attempt:
                 decoding = stack.enter_context(
                     Background(self._decode_all(), ahead, self.times["fetch"])
                 )
-                batches = stack.enter_context(Background(self._batch(decoding), _BATCHES_AHEAD))
+                batches_ahead = _BATCHES_AHEAD + runner.encode_pool.num_threads - 1
+                batches = stack.enter_context(Background(self._batch(decoding), batches_ahead))
                 stack.callback(runner.decode_pool.drop, self.rank)
                 stack.callback(runner.encode_pool.drop, self.rank)
                 stack.callback(decoding.stop)
