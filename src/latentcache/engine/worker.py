@@ -29,8 +29,12 @@ def load_runner(job: Job, device: str) -> UnitRunner:
     vae = _load_vae(job, device)
     examiner = _load_examiner(job, vae)
     encoder = LatentEncoder(vae, job.contract.latents.precision, job.batch_size)
-    torch.set_num_threads(1)  # the runner's own threads fill the cores
-    return UnitRunner(job, encoder, examiner)
+    runner = UnitRunner(job, encoder, examiner)
+    # The runner's threads fill the cores; where few can encode at once, torch's help them.
+    num_encoding = runner.encode_pool.num_threads
+    num_threads = torch.get_num_threads() // num_encoding if device == "cpu" else 1
+    torch.set_num_threads(max(1, num_threads))
+    return runner
 
 
 def settle_contract(job: Job, shards: Sequence[SourceShard], device: str) -> Contract:
