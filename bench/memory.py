@@ -105,9 +105,9 @@ def make_runner(folder: Path, num_threads: int) -> tuple[UnitRunner, list[UnitTa
     options = StorageOptions()
     job = Job(plan.contract, "demo", options, options, plan.output.url, options, None, num_threads)
     encoder = LatentEncoder(load_vae("demo", decoder=False), "fp32")
-    torch.set_num_threads(1)
-    tasks = [UnitTask(unit, 0, new_attempt()) for unit in plan.units]
-    return UnitRunner(job, encoder), tasks
+    runner = UnitRunner(job, encoder)
+    torch.set_num_threads(1)  # from here on, as in an actor
+    return runner, [UnitTask(unit, 0, new_attempt()) for unit in plan.units]
 
 
 def measure(folder: Path, num_threads: int) -> dict[str, float]:
