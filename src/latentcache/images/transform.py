@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -65,9 +66,10 @@ class Transformed:
     """An image brought to its bucket.
 
     `pixels` is uint8 [3, height_px, width_px], RGB; in memory the channels lie together
-    (channels-last), as decoders give them and fast encoders take them. The offsets say where the crop begins, in
-    pixels of the resized image, and the sizes are those of the image as it came (after its EXIF
-    orientation): what SDXL's micro-conditioning asks for (Podell et al. 2023, section 2.2).
+    (channels-last), as decoders give them and fast encoders take them. The offsets say where the
+    crop begins, in pixels of the resized image, and the sizes are those of the image as it came
+    (after its EXIF orientation): what SDXL's micro-conditioning asks for (Podell et al. 2023,
+    section 2.2).
     """
 
     pixels: torch.Tensor
@@ -144,12 +146,8 @@ def load_image(data: bytes, spec: TransformSpec, reserve: Reserve | None = None)
     if not spec.dct_scaling:
         image = decode_image(data, max_pixels=spec.max_pixels, reserve=reserve)
         return transform(image, spec)
-    scaled = decode_scaled(
-        data,
-        max_pixels=spec.max_pixels,
-        denominator=lambda width, height: _denominator(width, height, spec.buckets),
-        reserve=reserve,
-    )
+    choose = partial(_denominator, spec.buckets)
+    scaled = decode_scaled(data, choose, max_pixels=spec.max_pixels, reserve=reserve)
     placement = _place(scaled.width, scaled.height, spec)
     return _cut(scaled.pixels, placement, scaled.denominator)
 
@@ -221,7 +219,7 @@ def _cut(image: NDArray[np.uint8], to: _Placement, denominator: int) -> Transfor
     )
 
 
-def _denominator(width: int, height: int, buckets: Sequence[Bucket]) -> int:
+def _denominator(buckets: Sequence[Bucket], width: int, height: int) -> int:
     new_width, new_height = _covering_size(width, height, choose_bucket(width, height, buckets))
     headroom = min(width // new_width, height // new_height) // DCT_HEADROOM
     return next(n for n in (8, 4, 2, 1) if n <= max(headroom, 1))
