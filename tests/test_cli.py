@@ -240,10 +240,13 @@ def test_plan_says_what_is_left_and_why(demo: Demo, tmp_path: Path):
 
 def test_another_contract_is_refused_with_its_diff(demo: Demo):
     before = tree_digest(demo.folder)
-    other = ("--set", "latents.dtype=float32")
+    other = ("--set", "latents.dtype=float32", "--set", "transform.dct_scaling=true")
     planned = demo("plan", *other, "--json")
     assert planned.code == 2
-    assert planned.json["contract_diff"] == ['latents.dtype: "float16" there, "float32" wanted']
+    assert planned.json["contract_diff"] == [
+        'latents.dtype: "float16" there, "float32" wanted',
+        "transform.dct_scaling: false there, true wanted",
+    ]
     assert {unit["reason"] for unit in planned.json["pending"]} == {"another contract"}
     refused = demo("run", *other)
     assert refused.code == 2

@@ -15,8 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image, ImageCms, ImageOps
+from PIL.JpegImagePlugin import JpegImageFile
 
 from latentcache.errors import Reject
+from latentcache.images import jpeg
 from latentcache.images.decode import decode_image
 
 MAX_PIXELS = 10**6
@@ -32,6 +34,10 @@ def reason_of(data: bytes, max_pixels: int = MAX_PIXELS) -> str:
     assert caught.value.stage == "decode"
     assert "\n" not in caught.value.message
     return caught.value.reason
+
+
+ORDINARY_INFO = {"jfif", "jfif_version", "jfif_unit", "jfif_density", "dpi", "progressive"}
+ORDINARY_INFO |= {"progression", "adobe", "adobe_transform", "comment"}
 
 
 def encoded(image: Image.Image, image_format: str, **options: object) -> bytes:
@@ -74,6 +80,51 @@ def test_colour_images_equal_pillows_pixels_and_are_writable(name: str):
     assert pixels.dtype == np.uint8
     assert pixels.flags.writeable
     assert pixels.flags.c_contiguous
+
+
+def textured(width: int, height: int, mode: str = "RGB") -> Image.Image:
+    """Edges and grain, on which decoders that round or interpolate otherwise would differ."""
+    rng = np.random.default_rng(width)
+    y, x = np.mgrid[0:height, 0:width]
+    waves = np.stack([np.sin(x / a + y / b) * 90 + 128 for a, b in ((3, 9), (7, 2), (5, 4))], -1)
+    pixels = waves + rng.normal(0, 20, waves.shape) + (x // 8 % 2 * 60)[..., None]
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).convert(mode)
+
+
+JPEG_OPTIONS: dict[str, dict[str, object]] = {
+    "4:4:4": {"subsampling": "4:4:4"},
+    "4:2:2": {"subsampling": "4:2:2"},
+    "4:2:0": {"subsampling": "4:2:0"},
+    "progressive": {"progressive": True, "subsampling": "4:2:0"},
+    "restarts by blocks": {"restart_marker_blocks": 3},
+    "restarts by rows": {"restart_marker_rows": 1, "subsampling": "4:2:0"},
+    "best": {"quality": 100, "subsampling": "4:4:4"},
+    "own tables": {"optimize": True},
+    "worst": {"quality": 1},
+    "stored as RGB": {"keep_rgb": True},
+    "with a comment": {"comment": b"\xff\xda\xff\xe1\xff\xd9"},
+}
+
+
+@pytest.mark.parametrize("size", [(1, 1), (8, 8), (17, 33), (16, 300), (301, 7), (250, 189)])
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        (name, mode)
+        for name in JPEG_OPTIONS
+        for mode in ("RGB", "L", "CMYK")
+        if mode == "RGB" or name != "stored as RGB"
+    ],
+)
+def test_jpegs_of_every_make_equal_pillows_pixels(name: str, mode: str, size: tuple[int, int]):
+    data = encoded(textured(*size, mode), "JPEG", **JPEG_OPTIONS[name])
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    np.testing.assert_array_equal(decode(data), expected)
+    # By which of the two decoders:
+    colour = jpeg.decode_jpeg(data, size, "RGB", 1) if mode != "CMYK" else expected
+    np.testing.assert_array_equal(colour, expected)
+    is_plain = mode != "CMYK" and name != "progressive"
+    assert jpeg.read_plain_size(data) == (size if is_plain else None)
 
 
 def test_gray_and_one_bit():
@@ -156,6 +207,16 @@ def test_exif_orientation_is_applied(orientation: int, image_format: str):
     upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
     np.testing.assert_array_equal(decode(data), np.asarray(upright))
     assert decode(data).shape == ((32, 48, 3) if orientation < 5 else (48, 32, 3))
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "WEBP"])
+def test_an_orientation_in_xmp_alone_is_applied(image_format: str):
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/" tiff:Orientation="6"></x:xmpmeta>'
+    options = {"lossless": True} if image_format == "WEBP" else {}
+    data = encoded(blocks(), image_format, xmp=xmp, **options)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    assert upright.size == (32, 48)
+    np.testing.assert_array_equal(decode(data), np.asarray(upright))
 
 
 def red_blue_swapped_profile() -> bytes:
@@ -267,7 +328,35 @@ def test_damage_never_raises_anything_but_reject(name: str, patches: list[tuple[
         assert pixels.shape[2] == 3
 
 
+@settings(deadline=None, max_examples=200)
+@given(
+    st.sampled_from(["baseline", "progressive"]),
+    st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=6),
+    st.floats(0.2, 3),
+)
+def test_of_damaged_jpegs_the_outcome_is_pillows(
+    name: str, patches: list[tuple[float, int]], power: float
+):
+    data = bytearray(SAMPLES[name])
+    for where, byte in patches:
+        data[2 + int(where**power * (len(data) - 3))] = byte
+    try:
+        image = JpegImageFile(io.BytesIO(bytes(data)))
+        if image.width * image.height > MAX_PIXELS or len(image.info.keys() - ORDINARY_INFO):
+            return  # another rule decides
+        expected = np.asarray(image.convert("RGB"))
+    except Exception:  # noqa: BLE001  (whatever Pillow stumbles over)
+        with pytest.raises(Reject, match=r"ends early|damaged"):
+            decode(bytes(data))
+    else:
+        np.testing.assert_array_equal(decode(bytes(data)), expected)
+
+
 def test_a_decompression_bomb_is_refused_from_its_header():
+    jpeg_bomb = bytearray(SAMPLES["baseline"])
+    frame = jpeg_bomb.index(b"\xff\xc0")
+    jpeg_bomb[frame + 5 : frame + 9] = struct.pack(">HH", 65_500, 65_500)
+    assert reason_of(bytes(jpeg_bomb), max_pixels=100_000_000) == "too_many_pixels"
     png_bomb = png(8, 2, (60_000, 60_000), b"")
     assert reason_of(png_bomb, max_pixels=100_000_000) == "too_many_pixels"
     webp = bytearray(encoded(blocks().convert("RGBA"), "WEBP", exif=exif_with(1)))

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import math
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
 from latentcache.errors import ConfigError, Reject
+from latentcache.images.draw import draw_image
 from latentcache.images.transform import (
     MAX_CROP_FACTOR,
     Bucket,
     TransformSpec,
     choose_bucket,
+    load_image,
     ratio_buckets,
     transform,
 )
@@ -89,6 +94,49 @@ def test_pixels_are_pillows_bicubic_within_two_levels_over_many_sizes():
         means.append(worst.mean())
     assert len(means) > 200
     assert np.mean(means) < 0.1
+
+
+def whole_reference(image: NDArray[np.uint8], bucket: Bucket) -> tuple[torch.Tensor, bool]:
+    """The whole image by torch, then the crop; and whether the crop may begin at whole pixels."""
+    height, width = image.shape[:2]
+    scale = max(Fraction(bucket.width_px, width), Fraction(bucket.height_px, height))
+    new_width, new_height = (math.floor(side * scale + Fraction(1, 2)) for side in (width, height))
+    pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]
+    if new_height < height and height - new_height > 2 * (width - new_width):
+        pixels = F.interpolate(pixels, (new_height, width), mode="bicubic", antialias=True)
+    pixels = F.interpolate(pixels, (new_height, new_width), mode="bicubic", antialias=True)[0]
+    left, top = (new_width - bucket.width_px) // 2, (new_height - bucket.height_px) // 2
+    meets = any(
+        0 < new // math.gcd(old, new) < offset - 8
+        for old, new, offset in ((width, new_width, left), (height, new_height, top))
+    )
+    return pixels[:, top : top + bucket.height_px, left : left + bucket.width_px], meets
+
+
+def test_resizing_no_more_than_the_crop_changes_no_bit():
+    rng = np.random.default_rng(3)
+    num_meeting = 0
+    sizes = [(1920, 1080), (1080, 1920), (1280, 720), (196, 8), (379, 134), (181, 16), (13, 45)]
+    chosen = [Bucket(512, 512)] * 3 + [
+        Bucket(216, 8),
+        Bucket(32, 136),
+        Bucket(240, 8),
+        Bucket(8, 64),
+    ]
+    while len(sizes) < 250:
+        step = int(rng.integers(1, 60))
+        sizes.append(tuple(step * int(rng.integers(1, 2 + 400 // step)) for _ in range(2)))
+        chosen.append(Bucket(*(8 * int(rng.integers(1, 40)) for _ in range(2))))
+    for number, ((width, height), bucket) in enumerate(zip(sizes, chosen, strict=True)):
+        image = noise(width, height, number) if number % 2 else stripes(width, height)
+        if number % 3 == 0:  # as after an EXIF orientation that swaps the sides
+            image = np.ascontiguousarray(image.swapaxes(0, 1)).swapaxes(0, 1)
+        if reject_reason(image, spec_of(bucket)) is not None:
+            continue
+        expected, meets = whole_reference(image, bucket)
+        assert torch.equal(transform(image, spec_of(bucket)).pixels, expected), number
+        num_meeting += meets
+    assert num_meeting > 20
 
 
 @pytest.mark.parametrize("size", [(1000, 667), (667, 1000), (3000, 2000), (300, 1100), (1100, 300)])
@@ -206,3 +254,86 @@ def test_limits_are_inclusive():
     assert transform(noise(64, 100), spec).bucket == Bucket(256, 256)
     strip = noise(64 * MAX_CROP_FACTOR, 64)
     assert transform(strip, spec).crop_left == (256 * MAX_CROP_FACTOR - 256) // 2
+
+
+def as_jpeg(pixels: NDArray[np.uint8], **options: object) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=92, **options)
+    return buffer.getvalue()
+
+
+def scaling_spec(*sizes: Bucket, **limits: float) -> TransformSpec:
+    return replace(spec_of(*sizes, **limits), dct_scaling=True)
+
+
+def psnr_db(one: torch.Tensor, other: torch.Tensor) -> float:
+    error = (one.double() - other.double()).square().mean().item()
+    return 10 * math.log10(255**2 / error) if error else math.inf
+
+
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:0"])
+@pytest.mark.parametrize(
+    ("size", "side", "denominator"),
+    [((397, 301), 64, 2), ((613, 517), 64, 4), ((517, 613), 32, 8), ((523, 519), 32, 8)],
+)
+def test_scaled_decoding_is_close_to_the_full_one(
+    size: tuple[int, int], side: int, denominator: int, subsampling: str
+):
+    pixels, _ = draw_image(np.random.default_rng(size[0]), *size)
+    data = as_jpeg(pixels, subsampling=subsampling)
+    full = load_image(data, spec_of(Bucket(side, side)))
+    asked = []
+
+    def reserve(num_bytes: int) -> None:
+        asked.append(num_bytes)
+
+    scaled = load_image(data, scaling_spec(Bucket(side, side)), reserve)
+    assert psnr_db(scaled.pixels, full.pixels) > 45
+    assert not torch.equal(scaled.pixels, full.pixels)
+    assert asked == [size[0] * size[1] * 3 // denominator**2]
+    assert replace(scaled, pixels=full.pixels) == full, "bucket, sizes and crop are of the whole"
+
+
+def test_scaled_decoding_keeps_orientation_and_gray_and_leaves_other_formats_alone():
+    pixels, _ = draw_image(np.random.default_rng(5), 600, 401)
+    bucket = Bucket(48, 64)
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        turned = as_jpeg(pixels, exif=exif)
+        full, scaled = (load_image(turned, f(bucket)) for f in (spec_of, scaling_spec))
+        sizes = (scaled.original_width, scaled.original_height)
+        assert sizes == ((401, 600) if orientation > 4 else (600, 401))
+        assert psnr_db(scaled.pixels, full.pixels) > 45, orientation
+    gray = as_jpeg(pixels[..., 1])
+    full, scaled = (load_image(gray, f(bucket)) for f in (spec_of, scaling_spec))
+    assert psnr_db(scaled.pixels, full.pixels) > 45
+    cmyk = io.BytesIO()
+    Image.fromarray(pixels).convert("CMYK").save(cmyk, "JPEG")
+    png = io.BytesIO()
+    Image.fromarray(pixels).save(png, "PNG", compress_level=1)
+    for data in (cmyk.getvalue(), png.getvalue()):
+        full, scaled = (load_image(data, f(bucket)) for f in (spec_of, scaling_spec))
+        assert torch.equal(scaled.pixels, full.pixels)
+
+
+def test_scaled_decoding_rejects_what_the_full_one_rejects():
+    strip = as_jpeg(np.zeros((40, 6000, 3), np.uint8))
+    small = as_jpeg(np.zeros((500, 700, 3), np.uint8))
+    for spec, data, reason in (
+        (scaling_spec(Bucket(16, 16)), strip, "aspect_ratio"),
+        (scaling_spec(Bucket(64, 64), min_side_px=501), small, "too_small"),
+        (replace(scaling_spec(Bucket(64, 64)), max_pixels=349_999), small, "too_many_pixels"),
+        (scaling_spec(Bucket(64, 64)), small[: len(small) // 2], "truncated_image"),
+    ):
+        with pytest.raises(Reject) as caught:
+            load_image(data, spec)
+        assert caught.value.reason == reason
+
+
+def test_scaled_decoding_needs_twice_the_size():
+    bucket = Bucket(96, 96)
+    for size, is_scaled in (((400, 383), False), ((384, 384), True), ((2000, 383), False)):
+        data = as_jpeg(draw_image(np.random.default_rng(1), *size)[0])
+        full, scaled = (load_image(data, f(bucket)).pixels for f in (spec_of, scaling_spec))
+        assert torch.equal(full, scaled) != is_scaled, size

@@ -1,22 +1,22 @@
 """Image bytes to RGB pixels: what a person would see in a viewer, or a reason why not.
 
 Thread-safe. Pillow and simplejpeg release the GIL while they decode, so threads are enough to use
-all cores. Pillow reads every header, and decodes what simplejpeg does not: both have libjpeg-turbo
-inside and give the same pixels, but simplejpeg writes them at once where they are wanted.
+all cores. JPEGs are decoded by simplejpeg (jpeg.py), and by Pillow what that leaves.
 """
 
 from __future__ import annotations
 
 import io
+import math
 import struct
 import warnings
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
-import simplejpeg
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageCms, ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
@@ -24,6 +24,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from latentcache.errors import Reject
+from latentcache.images.jpeg import decode_jpeg, read_plain_size
 
 # Pillow warns of oddities in metadata that do not touch the pixels. `catch_warnings` is not
 # thread-safe, so the filter is set once, for Pillow's modules alone.
@@ -55,10 +56,12 @@ _DAMAGED = (
     zlib.error,
 )
 
-# Bytes a pixel at the peak of decoding, as measured. simplejpeg writes the array and no more.
+# Bytes a pixel at the peak of decoding, as measured. simplejpeg writes the array and no more, save
+# for progressive files, of which libjpeg holds all coefficients until the last scan.
 # Pillow has the picture in four bytes and gathers its bytes twice before the array is made; where
 # a mode or a colour profile is converted or transparency laid out, there are copies.
 _PEAK_BYTES = 3
+_COEFFICIENT_BYTES = 6
 _PILLOW_PEAK_BYTES = 10
 _CONVERTED_PEAK_BYTES = 18
 
@@ -107,15 +110,14 @@ def decode_image(
         Reject: stage `decode`; `empty`, `not_an_image`, `unsupported_format`, `too_many_pixels`,
             `truncated_image` or `corrupt_image`.
     """
-    whole = lambda width, height: 1  # noqa: E731
-    return decode_scaled(data, max_pixels=max_pixels, denominator=whole, reserve=reserve).pixels
+    return decode_scaled(data, _in_full, max_pixels=max_pixels, reserve=reserve).pixels
 
 
 def decode_scaled(
     data: bytes,
+    choose: Callable[[int, int], int],
     *,
     max_pixels: int,
-    denominator: Callable[[int, int], int],
     reserve: Reserve | None = None,
 ) -> Scaled:
     """Decode as `decode_image` does, but a JPEG at a fraction of its size.
@@ -124,19 +126,25 @@ def decode_scaled(
 
     Args:
         data: the whole file.
+        choose: given width and height (upright, in full), by what to divide them: 1, 2, 4 or 8.
+            What only Pillow decodes is not divided.
         max_pixels: of the image in full.
-        denominator: given its width and height (upright, in full), by what to divide them: 1, 2, 4
-            or 8. What only Pillow decodes is not divided.
         reserve: as for `decode_image`.
     """
     image_file = _format_of(data)
+    image = None
     try:
-        # Not Image.open: its check for decompression bombs warns, and has a limit of its own.
-        image = image_file(io.BytesIO(data))
-        width, height = image.size
-        if width * height <= max_pixels:
-            found = _decode_jpeg(data, image, denominator, reserve)
-            return found or _decode_by_pillow(image, reserve)
+        size = read_plain_size(data) if image_file is JpegImageFile else None
+        if size is None:
+            # Not Image.open: its check for decompression bombs warns, and has a limit of its own.
+            image = image_file(io.BytesIO(data))
+            size = image.size
+        if math.prod(size) <= max_pixels:
+            if image is None or (image_file is JpegImageFile and image.mode in ("L", "RGB")):
+                found = _decode_jpeg(data, size, image, choose, reserve)
+                if found:
+                    return found
+            return _decode_by_pillow(image or image_file(io.BytesIO(data)), reserve)
     except Image.DecompressionBombError as error:
         raise Reject("decode", "too_many_pixels", str(error)) from error
     except _DAMAGED as error:
@@ -145,11 +153,16 @@ def decode_scaled(
             raise Reject("decode", "truncated_image", message) from error
         message = f"{image_file.format} is damaged: {error}"
         raise Reject("decode", "corrupt_image", message) from error
+    width, height = size
     raise Reject(
         "decode",
         "too_many_pixels",
         f"{width}x{height} is {width * height} pixels, max_pixels is {max_pixels}",
     )
+
+
+def _in_full(width: int, height: int) -> int:
+    return 1
 
 
 def _format_of(data: bytes) -> type[ImageFile.ImageFile]:
@@ -178,42 +191,35 @@ def _is_cut(data: bytes, image_file: type[ImageFile.ImageFile]) -> bool:
 
 def _decode_jpeg(
     data: bytes,
-    image: ImageFile.ImageFile,
-    denominator: Callable[[int, int], int],
+    size: tuple[int, int],
+    image: Image.Image | None,
+    choose: Callable[[int, int], int],
     reserve: Reserve | None,
 ) -> Scaled | None:
-    """Decode by simplejpeg; None for other formats, CMYK, and where anything at all is amiss.
+    """Decode by simplejpeg; None if that is for Pillow to do.
 
-    Being strict, it refuses what libjpeg warns of. Pillow overlooks some of that, and is to judge.
+    `image` is what Pillow read of the header: None for one that says nothing but the size.
     """
-    if not isinstance(image, JpegImageFile) or image.mode not in ("L", "RGB"):
-        return None
-    profile = image.info.get("icc_profile")
-    to_srgb = _srgb_transform(profile, image.mode) if profile else None
-    width, height = image.size
-    orientation = _orientation(image)
-    upright = (height, width) if orientation > 4 else (width, height)
-    divisor = denominator(*upright)
+    orientation, to_srgb, is_gray, is_progressive = 1, None, False, False
+    if image is not None:
+        orientation, to_srgb = _orientation(image), _to_srgb_from(image, image.info)
+        is_gray, is_progressive = image.mode == "L", "progressive" in image.info
+    upright = size[::-1] if orientation > 4 else size
+    denominator = choose(*upright)
+    down, across = _FLIPS.get(orientation, (1, 1))
+    # Where a side does not divide, its last pixel stands for fewer, and has to stay the last.
+    while (down < 0 and size[1] % denominator) or (across < 0 and size[0] % denominator):
+        denominator //= 2
     if reserve:
         turned = _PEAK_BYTES if orientation > 1 else 0
         per_pixel = _CONVERTED_PEAK_BYTES if to_srgb else _PEAK_BYTES + turned
-        reserve(width * height * per_pixel // divisor**2)
-    try:
-        # The two look for the header in their own ways.
-        if simplejpeg.decode_jpeg_header(data)[:2] != (height, width):
-            return None
-        pixels = simplejpeg.decode_jpeg(
-            data,
-            "GRAY" if to_srgb and image.mode == "L" else "RGB",
-            min_height=-(-height // divisor),
-            min_width=-(-width // divisor),
-        )
-    except ValueError:
-        return None
-    if to_srgb:
-        unconverted = Image.fromarray(pixels[..., 0] if image.mode == "L" else pixels)
+        coefficients = _COEFFICIENT_BYTES if is_progressive else 0
+        reserve(math.prod(size) * per_pixel // denominator**2 + math.prod(size) * coefficients)
+    pixels = decode_jpeg(data, size, "GRAY" if to_srgb and is_gray else "RGB", denominator)
+    if pixels is not None and to_srgb:
+        unconverted = Image.fromarray(pixels[..., 0] if is_gray else pixels)
         pixels = np.array(to_srgb.apply(unconverted))
-    return Scaled(_turn(pixels, orientation), *upright, divisor)
+    return None if pixels is None else Scaled(_turn(pixels, orientation), *upright, denominator)
 
 
 def _decode_by_pillow(image: ImageFile.ImageFile, reserve: Reserve | None) -> Scaled:
@@ -223,9 +229,12 @@ def _decode_by_pillow(image: ImageFile.ImageFile, reserve: Reserve | None) -> Sc
         reserve(image.width * image.height * per_pixel)
     image.load()
     orientation = _orientation(image)
-    profile = image.info.get("icc_profile")
     opaque, alpha = _split_alpha(_to_8_bit(image))
-    rgb = _to_srgb(opaque, profile)
+    to_srgb = _to_srgb_from(opaque, image.info)
+    if to_srgb:
+        rgb = to_srgb.apply(opaque)
+    else:
+        rgb = opaque if opaque.mode == "RGB" else opaque.convert("RGB")
     if alpha is not None:
         rgb = Image.composite(rgb, Image.new("RGB", rgb.size, "white"), alpha)
     pixels = _turn(np.array(rgb), orientation)
@@ -268,12 +277,9 @@ def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     return (image.convert("RGB") if image.mode == "P" else image), None
 
 
-def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    if profile:
-        to_srgb = _srgb_transform(profile, image.mode)
-        if to_srgb is not None:
-            return to_srgb.apply(image)
-    return image if image.mode == "RGB" else image.convert("RGB")
+def _to_srgb_from(image: Image.Image, info: dict[Any, Any]) -> ImageCms.ImageCmsTransform | None:
+    profile = info.get("icc_profile")
+    return _srgb_transform(profile, image.mode) if profile else None
 
 
 @lru_cache(maxsize=32)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -145,12 +146,8 @@ def load_image(data: bytes, spec: TransformSpec, reserve: Reserve | None = None)
     if not spec.dct_scaling:
         image = decode_image(data, max_pixels=spec.max_pixels, reserve=reserve)
         return transform(image, spec)
-    scaled = decode_scaled(
-        data,
-        max_pixels=spec.max_pixels,
-        denominator=lambda width, height: _denominator(width, height, spec.buckets),
-        reserve=reserve,
-    )
+    choose = partial(_denominator, spec.buckets)
+    scaled = decode_scaled(data, choose, max_pixels=spec.max_pixels, reserve=reserve)
     placement = _place(scaled.width, scaled.height, spec)
     return _cut(scaled.pixels, placement, scaled.denominator)
 
@@ -222,7 +219,7 @@ def _cut(image: NDArray[np.uint8], to: _Placement, denominator: int) -> Transfor
     )
 
 
-def _denominator(width: int, height: int, buckets: Sequence[Bucket]) -> int:
+def _denominator(buckets: Sequence[Bucket], width: int, height: int) -> int:
     new_width, new_height = _covering_size(width, height, choose_bucket(width, height, buckets))
     headroom = min(width // new_width, height // new_height) // DCT_HEADROOM
     return next(n for n in (8, 4, 2, 1) if n <= max(headroom, 1))
