@@ -31,6 +31,7 @@ check: .venv/dev  ## lint, format, types
 
 bench: .venv/dev  ## measure, print tables, write bench/results/
 	$(BIN)/python bench/stages.py
+	$(BIN)/python bench/encoder.py
 	$(BIN)/python bench/qa.py
 	$(BIN)/python bench/loader.py
 
