@@ -38,8 +38,6 @@ bench: .venv/dev  ## measure, print tables, write bench/results/
 	$(BIN)/python bench/scale.py
 	$(BIN)/python bench/qa.py
 	$(BIN)/python bench/loader.py
-	$(BIN)/python bench/driver.py
-	$(BIN)/python bench/scale.py
 
 clean:
 	rm -rf .venv demo dist bench/.envs bench/.data .mypy_cache .pytest_cache .ruff_cache
