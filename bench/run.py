@@ -10,9 +10,9 @@ same cores:
 - `stages`: each stage of ours run alone on the threads that it has in a run, and the whole pipeline
   in turns with them, in one process.
 
-The settings of each are tried on two small shards, and the best counts. Rates are of the work itself and,
-beside it, with starting up (imports, models, Ray). Writes bench/results/run.json, and from `demo`
-the picture bench/results/profile.svg.
+The settings of each are tried on two small shards, and the best counts. Rates are of the work
+itself and, beside it, with starting up (imports, models, Ray). Writes bench/results/run.json, and
+from `demo` the picture bench/results/profile.svg.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import io
 import os
 import resource
 import shutil
+import sys
 import tarfile
 import tempfile
 import time
@@ -114,6 +115,9 @@ def rates(name: str, asked: Asked) -> dict[str, Any]:
     """Run a contender; gives images/s, of the work alone and with starting up."""
     shutil.rmtree(asked.out, ignore_errors=True)
     told = run(name, asked)
+    work_s, total_s = told["working_s"], told["total_s"]
+    line = f"{NAMES[name]} {asked.settings}: {told['num_images']} images in {work_s:.1f} s"
+    print(f"{line}, {total_s:.1f} s with start-up", file=sys.stderr)
     return {
         "settings": asked.settings,
         "images_per_s": round(told["num_images"] / told["working_s"], 1),
