@@ -22,6 +22,7 @@ import io
 import os
 import resource
 import shutil
+import sys
 import tarfile
 import tempfile
 import time
@@ -114,6 +115,9 @@ def rates(name: str, asked: Asked) -> dict[str, Any]:
     """Run a contender; gives images/s, of the work alone and with starting up."""
     shutil.rmtree(asked.out, ignore_errors=True)
     told = run(name, asked)
+    work_s, total_s = told["working_s"], told["total_s"]
+    line = f"{NAMES[name]} {asked.settings}: {told['num_images']} images in {work_s:.1f} s"
+    print(f"{line}, {total_s:.1f} s with start-up", file=sys.stderr)
     return {
         "settings": asked.settings,
         "images_per_s": round(told["num_images"] / told["working_s"], 1),
