@@ -22,7 +22,7 @@ demo: .venv/base  ## draw shards, encode them, check the result
 	@echo '    $(BIN)/python examples/train_dit.py demo/latents --out demo/dit --vae demo'
 
 test: .venv/dev  ## run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 check: .venv/dev  ## lint, format, types
 	$(BIN)/ruff check
@@ -30,7 +30,12 @@ check: .venv/dev  ## lint, format, types
 	$(BIN)/mypy
 
 bench: .venv/dev  ## measure, print tables, write bench/results/
-	$(BIN)/python bench/stages.py
+	$(BIN)/python bench/decode.py
+	$(BIN)/python bench/encoder.py
+	$(BIN)/python bench/run.py
+	$(BIN)/python bench/memory.py
+	$(BIN)/python bench/driver.py
+	$(BIN)/python bench/scale.py
 	$(BIN)/python bench/qa.py
 	$(BIN)/python bench/loader.py
 

@@ -77,6 +77,13 @@ def write_results(name: str, found: Mapping[str, Any], packages: Sequence[str] =
     print(f"written to {os.path.relpath(path)}")
 
 
+def peak_mib() -> float:
+    """Most memory that this process has had so far. Not `ru_maxrss`, which a child inherits."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (peak,) = (line for line in lines if line.startswith("VmHWM"))
+    return int(peak.split()[1]) / 1024
+
+
 def machine() -> dict[str, Any]:
     """Say what this ran on."""
     cpu_info = Path("/proc/cpuinfo")

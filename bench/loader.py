@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import socket
 import statistics
@@ -29,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from harness import write_results
 from latentcache import LatentLoader, StorageOptions
 from latentcache.loader.files import Files, open_sources
 from latentcache.loader.order import Order, OrderOptions
@@ -41,7 +41,6 @@ NUM_REPETITIONS = 7
 FORMATS = ("safetensors", "parquet")
 DTYPES = {"float16": torch.float16, "float32": torch.float32}  # as stored, and normalised
 SCALE = 0.18215
-RESULTS = Path(__file__).parent / "results" / "loader.json"
 KEYS = {"AWS_ACCESS_KEY_ID": "latentcachekey", "AWS_SECRET_ACCESS_KEY": "latentcachesecret"}
 
 
@@ -341,22 +340,9 @@ def main() -> None:
     torch.set_num_threads(1)
     arguments.folder.mkdir(parents=True, exist_ok=True)
     rivals = [] if arguments.skip_rivals else list(RIVALS)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], stdout=subprocess.PIPE, check=False
-    )
-    told = {
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "commit": commit.stdout.decode().strip(),
-        "command": " ".join(["python", *sys.argv]),
-    }
-    # Each part is one run; parts measured at another time stay as they were.
-    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for part in arguments.part or PARTS:
         found = run_part(part, arguments.folder, rivals, arguments.rows, arguments.passes)
-        results[part] = {**told, "found": found}
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        write_results("loader", {part: found})
 
 
 if __name__ == "__main__":

@@ -4,13 +4,18 @@
 px, writes them into shards, and runs these through a `UnitRunner` with the demo VAE in this
 process, two units at once, as an actor does. Prints the peak of the resident memory in all, what of
 it was there before the first unit (Python, torch, the model), and the slope: that of a line through
-the peaks over each 25 images, the first fifth left out. Writes bench/results/memory.json.
+the peaks over each 25 images, less the first fifth and the last ones, when the queues run empty.
+Writes bench/results/memory.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import io
+import json
+import subprocess
+import sys
 import tarfile
 import tempfile
 import threading
@@ -25,8 +30,8 @@ from PIL import Image
 from harness import print_table, write_results
 from latentcache import load_vae, make_plan, parse_config
 from latentcache.dataset.receipts import Receipt, new_attempt
-from latentcache.engine.job import Job, UnitTask
-from latentcache.engine.unit import UNITS_AT_ONCE, UnitRunner
+from latentcache.engine.job import UNITS_PER_ACTOR, Job, UnitTask
+from latentcache.engine.unit import UnitRunner
 from latentcache.images.draw import draw_image
 from latentcache.storage import StorageOptions
 from latentcache.vae.encoder import LatentEncoder
@@ -100,9 +105,9 @@ def make_runner(folder: Path, num_threads: int) -> tuple[UnitRunner, list[UnitTa
     options = StorageOptions()
     job = Job(plan.contract, "demo", options, options, plan.output.url, options, None, num_threads)
     encoder = LatentEncoder(load_vae("demo", decoder=False), "fp32")
-    torch.set_num_threads(1)
-    tasks = [UnitTask(unit, 0, new_attempt()) for unit in plan.units]
-    return UnitRunner(job, encoder), tasks
+    runner = UnitRunner(job, encoder)
+    torch.set_num_threads(1)  # from here on, as in an actor
+    return runner, [UnitTask(unit, 0, new_attempt()) for unit in plan.units]
 
 
 def measure(folder: Path, num_threads: int) -> dict[str, float]:
@@ -111,7 +116,7 @@ def measure(folder: Path, num_threads: int) -> dict[str, float]:
     before = resident_bytes()
     watch = Watch(runner)
     watch.start()
-    with ThreadPoolExecutor(UNITS_AT_ONCE) as threads:
+    with ThreadPoolExecutor(UNITS_PER_ACTOR) as threads:
         for receipt in threads.map(runner.run, tasks):
             assert isinstance(receipt, Receipt), receipt
     watch.is_over = True
@@ -119,7 +124,7 @@ def measure(folder: Path, num_threads: int) -> dict[str, float]:
     rows, held = np.array(watch.seen).T
     windows = [held[rows // 25 == number] for number in range(int(rows.max()) // 25)]
     peaks = [(25 * number, window.max()) for number, window in enumerate(windows) if len(window)]
-    settled = np.array([peak for peak in peaks if peak[0] >= rows.max() / 5])
+    settled = np.array([peak for peak in peaks[:-1] if peak[0] >= rows.max() / 5])
     slope = np.polyfit(settled[:, 0], settled[:, 1], 1)[0]
     return {
         "num_images": float(runner.num_rows),
@@ -135,13 +140,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--threads", type=int, default=16)
+    parser.add_argument("--measure", type=Path, metavar="FOLDER", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.measure:
+        print(json.dumps(measure(options.measure, options.threads)))
+        return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "shards").mkdir()
         image_bytes = write_shards(folder / "shards", options.images)
-        found = measure(folder, options.threads)
-    found = {"image_bytes": image_bytes, **{name: round(v, 1) for name, v in found.items()}}
+        # A process of its own, which begins with the environment that the engine gives to workers.
+        importlib.import_module("latentcache.engine.cluster")
+        command = [sys.executable, __file__, "--threads", str(options.threads), "--measure", name]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    measured = json.loads(done.stdout.splitlines()[-1])
+    found = {"image_bytes": image_bytes, **{name: round(v, 1) for name, v in measured.items()}}
     title = f"{options.images} JPEGs of 12 megapixels, {options.threads} decode threads"
     print_table(title, ["MiB"], [[n, f"{v:.1f}"] for n, v in found.items() if "mib" in n])
     write_results("memory", {"stream": found}, ["pillow", "simplejpeg", "numpy"])

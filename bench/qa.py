@@ -9,17 +9,14 @@ ratios are what to quote; the times are this machine's.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import statistics
-import subprocess
 import tempfile
 import time
 from pathlib import Path
 
 import torch
 
+from harness import write_results
 from latentcache import load_vae, make_plan, parse_config
 from latentcache.dataset.receipts import Receipt, new_attempt
 from latentcache.engine.job import Job, QaJob, UnitTask
@@ -33,7 +30,6 @@ from latentcache.vae.examine import Examiner
 NUM_SHARDS = 4
 FRACTION = 0.001
 MIN_ROWS_PER_BUCKET = 8
-RESULTS = Path(__file__).parent / "results" / "qa.json"
 
 
 def run(folder: Path, *, with_qa: bool) -> dict[str, float]:
@@ -99,14 +95,7 @@ def main() -> None:
     share = statistics.median(with_["qa_s"] / with_["elapsed_s"] for _, with_ in pairs)
     rows, qa_rows = int(pairs[0][1]["num_rows"]), int(pairs[0][1]["num_qa_rows"])
     print(f"{rows} rows, {qa_rows} looked at: with QA {ratio:.4f}x the time; its stage {share:.2%}")
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    result = {
-        "command": f"python bench/qa.py --images {options.images} --rounds {options.rounds}",
-        "commit": commit,
-        "machine": {"processor": platform.machine(), "cores": os.cpu_count()},
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+    found_in_all = {
         "fraction": FRACTION,
         "min_rows_per_bucket": MIN_ROWS_PER_BUCKET,
         "num_rows": rows,
@@ -118,8 +107,7 @@ def main() -> None:
             for without, with_ in pairs
         ],
     }
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"written to {RESULTS}")
+    write_results("qa", {"demo_vae": found_in_all})
 
 
 if __name__ == "__main__":

@@ -1,18 +1,18 @@
 """Whole runs: `latentcache run` against the usual script and Ray Data, and against its own stages.
 
-`python bench/run.py [--part demo|free|stages]`, or all parts. 750 photographs (the 250 of
-../shared/data three times over, drawn pictures where those are absent) in six shards are brought to
-256 × 256 px latents on the local disk, by each contender (bench/contenders/) in a process of its
-own, on the same cores:
+`python bench/run.py [--part demo|free|stages]`, or all parts. The 250 photographs of ../shared/data
+(drawn pictures where those are absent) over and over, in shards of 125, are brought to 256 × 256 px
+latents on the local disk, by each contender (bench/contenders/) in a process of its own, on the
+same cores:
 
-- `demo`: with the demo VAE, which the peers run by diffusers;
-- `free`: with an encoder that costs nothing, so that what is around it shows;
+- `demo`: 750 images with the demo VAE, which the peers run by diffusers;
+- `free`: 3,000 with an encoder that costs nothing, so that what is around it shows;
 - `stages`: each stage of ours run alone on the threads that it has in a run, and the whole pipeline
   in turns with them, in one process.
 
-The peers' settings are tried on the first two shards, and the best of each counts. Rates are of the
-work itself and, beside it, with starting up (imports, models, Ray). Writes bench/results/run.json,
-and from `demo` the picture bench/results/profile.svg.
+The settings of each are tried on two small shards, and the best counts. Rates are of the work
+itself and, beside it, with starting up (imports, models, Ray). Writes bench/results/run.json, and
+from `demo` the picture bench/results/profile.svg.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import io
 import os
 import resource
 import shutil
+import sys
 import tarfile
 import tempfile
 import time
@@ -48,8 +49,8 @@ from latentcache.dataset.receipts import (
 )
 from latentcache.dataset.shards import BucketWriter, RowMeta, describe_file
 from latentcache.dataset.statistics import Statistics
-from latentcache.engine.job import Job, UnitTask
-from latentcache.engine.unit import UNITS_AT_ONCE, UnitRunner
+from latentcache.engine.job import UNITS_PER_ACTOR, Job, UnitTask
+from latentcache.engine.unit import UnitRunner
 from latentcache.images.draw import draw_image
 from latentcache.images.source import Sample, SourceShard, read_shard
 from latentcache.images.transform import load_image
@@ -57,16 +58,17 @@ from latentcache.storage import StorageOptions, Store
 from latentcache.vae.encoder import Encoded, LatentEncoder
 
 PHOTOS = Path(__file__).resolve().parents[2] / "shared" / "data" / "photos"
-NUM_SHARDS = 6
-NUM_TUNING_SHARDS = 2
-NUM_IMAGES = 750
+IMAGES_PER_SHARD = 125
+NUM_SHARDS = {"demo": 6, "free": 24}
+TUNING_SHARDS, IMAGES_PER_TUNING_SHARD = 2, {"demo": 60, "free": 250}
 NUM_CORES = os.cpu_count() or 1
 
 # What a user of each might try on a small machine.
 TRIALS: dict[str, list[dict[str, Any]]] = {
+    "ours": [{"num_cpu_actors": 1}, {"num_cpu_actors": NUM_CORES}],
     "dataloader": [
         {"num_workers": workers, "batch_size": batch}
-        for workers, batch in ((0, 4), (1, 4), (2, 4), (1, 1), (1, 16))
+        for workers, batch in ((0, 4), (1, 4), (2, 4), (1, 1))
     ],
     "raydata": [
         {"num_actors": 1, "num_cpus_per_actor": 1, "batch_size": 4},
@@ -94,13 +96,14 @@ def read_photos() -> tuple[list[bytes], str]:
     return photos, "drawn pictures"
 
 
-def write_shards(folder: Path, photos: list[bytes], num_shards: int) -> Path:
-    """Write so many of the shards."""
+def write_shards(
+    folder: Path, photos: list[bytes], num_shards: int, num_images: int = IMAGES_PER_SHARD
+) -> Path:
+    """Write so many shards of so many images."""
     folder.mkdir()
-    each = NUM_IMAGES // NUM_SHARDS
     for shard in range(num_shards):
         with tarfile.open(folder / f"{shard:06d}.tar", "w") as tar:
-            for number in range(shard * each, (shard + 1) * each):
+            for number in range(shard * num_images, (shard + 1) * num_images):
                 data = photos[number % len(photos)]
                 header = tarfile.TarInfo(f"{number:06d}.jpg")
                 header.size = len(data)
@@ -112,6 +115,9 @@ def rates(name: str, asked: Asked) -> dict[str, Any]:
     """Run a contender; gives images/s, of the work alone and with starting up."""
     shutil.rmtree(asked.out, ignore_errors=True)
     told = run(name, asked)
+    work_s, total_s = told["working_s"], told["total_s"]
+    line = f"{NAMES[name]} {asked.settings}: {told['num_images']} images in {work_s:.1f} s"
+    print(f"{line}, {total_s:.1f} s with start-up", file=sys.stderr)
     return {
         "settings": asked.settings,
         "images_per_s": round(told["num_images"] / told["working_s"], 1),
@@ -123,25 +129,26 @@ def rates(name: str, asked: Asked) -> dict[str, Any]:
 
 def against_peers(folder: Path, photos: list[bytes], encoder: str) -> dict[str, Any]:
     """Run all contenders with the same encoder."""
-    tuning = write_shards(folder / "tuning", photos, NUM_TUNING_SHARDS)
-    shards = write_shards(folder / "shards", photos, NUM_SHARDS)
+    num_tuning = IMAGES_PER_TUNING_SHARD[encoder]
+    tuning = write_shards(folder / "tuning", photos, TUNING_SHARDS, num_tuning)
+    shards = write_shards(folder / "shards", photos, NUM_SHARDS[encoder])
     out = folder / "out"
     found: dict[str, Any] = {}
     for name, trials in TRIALS.items():
         tried = [rates(name, Asked(tuning, out, encoder, settings)) for settings in trials]
         best = max(tried, key=lambda trial: trial["images_per_s"])
         found[name] = rates(name, Asked(shards, out, encoder, best["settings"])) | {"tried": tried}
-    found = {"ours": rates("ours", Asked(shards, out, encoder, {})), **found}
-    if encoder == "demo":
-        store = Store(str(out))
-        receipts = read_receipts(store, list_receipt_names(store))
-        profile_picture.write(receipts, Path(__file__).parent / "results" / "profile.svg")
+        if (name, encoder) == ("ours", "demo"):
+            store = Store(str(out))
+            receipts = read_receipts(store, list_receipt_names(store))
+            profile_picture.write(receipts, Path(__file__).parent / "results" / "profile.svg")
     ours = found["ours"]
-    for peer in TRIALS:
+    for peer in ("dataloader", "raydata"):
         assert found[peer]["num_images"] == ours["num_images"], "all do the same work"
-        for rate in ("images_per_s", "with_start_up"):
-            ratio = ours[rate] / found[peer][rate]
-            found[peer][f"ours_is_faster_{rate.removeprefix('images_')}"] = round(ratio, 2)
+        found[peer]["ours_by_theirs"] = {
+            rate: round(ours[rate] / found[peer][rate], 2)
+            for rate in ("images_per_s", "with_start_up")
+        }
     rows = [
         [
             NAMES[name],
@@ -154,7 +161,7 @@ def against_peers(folder: Path, photos: list[bytes], encoder: str) -> dict[str, 
         for name, it in found.items()
     ]
     columns = ["images/s", "ours/theirs", "with start-up", "ours/theirs", "start-up s"]
-    print_table(f"{NUM_IMAGES} images, {encoder} encoder", columns, rows)
+    print_table(f"{ours['num_images']} images, {encoder} encoder", columns, rows)
     return found
 
 
@@ -179,8 +186,8 @@ class Alone:
         vae = LatentEncoder(load_vae("demo", decoder=False), "fp32")
         if encoder == "free":
             vae.start = lambda images: partial(Encoded, free_moments(images), 0, ())  # type: ignore[method-assign]
-        torch.set_num_threads(1)
         self.runner = UnitRunner(job, vae)
+        torch.set_num_threads(1)  # from here on, as in an actor
         self.units = self.plan.units
         self.samples = [sample for unit in self.units for sample in self._read(unit)]
         self.crops = [load_image(sample.image, self.runner.spec) for sample in self.samples]
@@ -195,7 +202,7 @@ class Alone:
 
     def fetch(self) -> None:
         """Read all samples."""
-        with ThreadPoolExecutor(UNITS_AT_ONCE) as threads:
+        with ThreadPoolExecutor(UNITS_PER_ACTOR) as threads:
             list(threads.map(lambda unit: sum(1 for _ in self._read(unit)), self.units))
 
     def decode(self) -> None:
@@ -208,7 +215,7 @@ class Alone:
         encoder = self.runner.encoder
         size = encoder.batch_size(RESOLUTION_PX, RESOLUTION_PX)
         batches = [self.crops[first : first + size] for first in range(0, len(self.crops), size)]
-        with ThreadPoolExecutor(encoder.num_threads) as threads:
+        with ThreadPoolExecutor(self.runner.encode_pool.num_threads) as threads:
             list(threads.map(self._encode, batches))
 
     def _encode(self, batch: list[Any]) -> None:
@@ -216,7 +223,7 @@ class Alone:
 
     def write(self) -> None:
         """Write as many rows as there are images, hash and upload."""
-        with ThreadPoolExecutor(UNITS_AT_ONCE) as threads:
+        with ThreadPoolExecutor(UNITS_PER_ACTOR) as threads:
             list(threads.map(self._write, self.units))
 
     def _write(self, unit: Unit) -> None:
@@ -224,7 +231,7 @@ class Alone:
         with tempfile.TemporaryDirectory(dir=self.folder) as folder:
             writer = BucketWriter(Path(folder, "rows"), contract, unit.id, (RESOLUTION_PX,) * 2)
             statistics = Statistics.empty(contract.stored_channels)
-            for number in range(NUM_IMAGES // NUM_SHARDS):
+            for number in range(IMAGES_PER_SHARD):
                 writer.append(self.latent, [RowMeta(str(number), 500, 375, 0, 0, {})])
                 statistics = statistics.merge(Statistics.of(values))
             writer.close()
@@ -236,7 +243,7 @@ class Alone:
     def whole(self) -> None:
         """Run all units through the pipeline, two at once."""
         tasks = [UnitTask(unit, 0, new_attempt()) for unit in self.units]
-        with ThreadPoolExecutor(UNITS_AT_ONCE) as threads:
+        with ThreadPoolExecutor(UNITS_PER_ACTOR) as threads:
             assert all(isinstance(done, Receipt) for done in threads.map(self.runner.run, tasks))
 
 
@@ -249,17 +256,18 @@ def cpu_seconds(work: Callable[[], object]) -> float:
 
 def against_its_stages(folder: Path, photos: list[bytes], encoder: str) -> dict[str, Any]:
     """Hold the whole pipeline against its slowest stage, and against the cores' time."""
-    shards = write_shards(folder / f"shards-{encoder}", photos, NUM_SHARDS)
+    shards = write_shards(folder / f"shards-{encoder}", photos, NUM_SHARDS["demo"])
     alone = Alone(folder, shards, encoder)
     stages = ("fetch", "decode", "encode", "write")
     seconds = take_turns({name: getattr(alone, name) for name in (*stages, "whole")}, rounds=2)
     cpu_s = {name: cpu_seconds(getattr(alone, name)) for name in stages}
-    per_s = {name: NUM_IMAGES / elapsed_s for name, elapsed_s in seconds.items()}
+    num_images = len(alone.samples)
+    per_s = {name: num_images / elapsed_s for name, elapsed_s in seconds.items()}
     slowest = min(stages, key=lambda name: per_s[name])
-    cores_allow = NUM_CORES * NUM_IMAGES / sum(cpu_s.values())
+    cores_allow = NUM_CORES * num_images / sum(cpu_s.values())
     found = {
         "images_per_s": {name: round(rate, 1) for name, rate in per_s.items()},
-        "cpu_ms_per_image": {name: round(1e3 * s / NUM_IMAGES, 3) for name, s in cpu_s.items()},
+        "cpu_ms_per_image": {name: round(1e3 * s / num_images, 3) for name, s in cpu_s.items()},
         "slowest": slowest,
         "share_of_slowest": round(per_s["whole"] / per_s[slowest], 3),
         "cores_allow": round(cores_allow, 1),
@@ -267,7 +275,7 @@ def against_its_stages(folder: Path, photos: list[bytes], encoder: str) -> dict[
         "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
     }
     rows = [
-        [name, f"{per_s[name]:.1f}", f"{1e3 * cpu_s[name] / NUM_IMAGES:.2f}"] for name in stages
+        [name, f"{per_s[name]:.1f}", f"{1e3 * cpu_s[name] / num_images:.2f}"] for name in stages
     ]
     rows += [
         ["all, if cores were all", f"{cores_allow:.1f}", ""],

@@ -17,10 +17,10 @@ from latentcache.dataset.contract import (
     VaeContract,
     establish_contract,
 )
-from latentcache.dataset.manifest import State, write_next
 from latentcache.dataset.quantization import to_stored
 from latentcache.dataset.receipts import DataFile, Receipt, Unit, UnitRecord, new_attempt
 from latentcache.dataset.shards import BucketWriter, RowMeta, bucket_name, describe_file
+from latentcache.dataset.state import State, write_next
 from latentcache.dataset.statistics import Statistics
 from latentcache.storage import StorageOptions, Store
 

@@ -20,7 +20,7 @@ from latentcache.dataset.contract import (
     VaeContract,
     establish_contract,
 )
-from latentcache.dataset.manifest import Manifest, State, write_next
+from latentcache.dataset.manifest import Manifest
 from latentcache.dataset.qa import Measured, QaRow, write_qa
 from latentcache.dataset.quantization import to_stored, to_values
 from latentcache.dataset.receipts import Receipt, Unit, UnitRecord, new_attempt
@@ -32,6 +32,7 @@ from latentcache.dataset.shards import (
     describe_file,
     write_rejects,
 )
+from latentcache.dataset.state import State, write_next
 from latentcache.dataset.statistics import Statistics, merge_all
 from latentcache.metrics import psnr_db
 from latentcache.storage import Store

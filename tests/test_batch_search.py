@@ -88,5 +88,5 @@ def test_a_file_that_cannot_be_written_costs_a_search(file: Path):
 
 def test_large_images_come_in_few(file: Path):
     gpu = Gpu(lambda size: float(size))
-    assert remembered_batch_size("a", 1024, 1024, gpu) == 16
+    assert remembered_batch_size("a", 1024, 1024, gpu) == 8
     assert remembered_batch_size("a", 8192, 8192, gpu) == 1

@@ -215,6 +215,7 @@ def test_a_second_run_has_nothing_to_do_and_writes_nothing(demo: Demo):
     assert result.code == 0
     again = result.json
     assert (again["num_committed"], again["num_skipped"], again["manifest"]) == (0, 4, 1)
+    assert again["bottleneck"] is None
     assert again["num_rows"] == demo.first.json["num_rows"]
     assert tree_digest(demo.folder) == before
 
@@ -244,7 +245,7 @@ def test_another_contract_is_refused_with_its_diff(demo: Demo):
     assert planned.code == 2
     assert planned.json["contract_diff"] == [
         'latents.dtype: "float16" there, "float32" wanted',
-        "transform.dct_scaling: false there, true wanted",
+        "transform.dct_scaling: null there, true wanted",
     ]
     assert {unit["reason"] for unit in planned.json["pending"]} == {"another contract"}
     refused = demo("run", *other)
@@ -263,6 +264,10 @@ def test_status_is_that_of_the_dataset(demo: Demo):
     assert status["num_rejects"] == demo.first.json["num_rejects"]
     assert status["failed"] == {}
     assert status["active_runs"] == []
+    # All receipts are of the one run, and say the same afterwards.
+    assert "-bound" in status["bottleneck"]
+    assert status["bottleneck"] == demo.first.json["bottleneck"]
+    assert status["bottleneck"] in demo("status").stdout
     assert "4 of 4 known units committed" in demo("status").stdout, "by its config"
 
 
@@ -316,7 +321,7 @@ def test_verify_is_content(demo: Demo):
     assert found.keys() >= {"ok", "num_files", "num_rows", "num_rejects", "problems"}
     assert found["ok"]
     assert found["problems"] == []
-    files = [*demo.objects("data/*/*"), *demo.objects("rejects/*/*")]
+    files = [name for kind in ("data", "rejects", "qa") for name in demo.objects(f"{kind}/*/*")]
     assert found["num_files"] == len(files)
     assert found["num_rows"] == demo.first.json["num_rows"]
     assert found["num_rejects"] == demo.first.json["num_rejects"]

@@ -145,11 +145,21 @@ def test_only_the_bad_images_of_a_batch_are_encoded_again_or_given_up(vae: KLAut
     torch.testing.assert_close(encoded.moments[good], expected[good], rtol=1e-4, atol=1e-4)
 
 
+def test_a_cpu_encodes_as_many_images_at_once_as_its_memory_bears(
+    vae: KLAutoencoder, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    encoder = LatentEncoder(vae, "fp32")
+    assert encoder.num_threads(256 * 256) == encoder.num_threads(64 * 64) == 8
+    assert encoder.num_threads(1024 * 1024) == 2  # 32 channels, four maps: 512 MiB each
+    assert encoder.num_threads(8192 * 8192) == 1
+    assert LatentEncoder(vae, "fp32", batch_size=32).num_threads(256 * 256) == 1
+
+
 def test_a_cpu_starts_batches_on_several_threads_and_anyone_collects(vae: KLAutoencoder):
     images = images_of(6)
     expected = vae.encode(images)
     encoder = LatentEncoder(vae, "fp32")
-    assert encoder.num_threads == torch.get_num_threads()
     with ThreadPoolExecutor(3) as pool:
         started = list(pool.map(encoder.start, images.split(1)))
     found = [collect() for collect in reversed(started)][::-1]

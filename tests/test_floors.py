@@ -45,6 +45,7 @@ HOMES = {
     "pydantic_core": {"config.py"},
     "typer": {"cli.py"},
     "jinja2": {"quality/html.py"},
+    "triton": {"vae/kernels.py"},
     "diffusers": set(),
     "torchvision": set(),
 }

@@ -150,8 +150,8 @@ def test_attention(dtype: torch.dtype, most: int, monkeypatch: pytest.MonkeyPatc
     scores = q.double() @ k.double().mT
     assert scores.max() > 20, "sharp enough to overflow an exponential that is not shifted"
     expected = scores.softmax(dim=2) @ v.double()
-    assert_near(kernels.attend(q, k, v), expected, TOLERANCES[dtype])
-    assert_near(plain.attend(q, k, v), expected, TOLERANCES[dtype])
+    for module in MODULES:
+        assert_near(module.attend(q, k, v), expected, TOLERANCES[dtype])
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -159,7 +159,7 @@ def test_images_become_maps(module: ModuleType):
     images = torch.arange(256, dtype=torch.uint8, device=DEVICE).repeat(6).view(2, 3, 8, 32)
     found = module.to_input(images, torch.float32)
     expected = (images.double() / 127.5 - 1).permute(0, 2, 3, 1)
-    assert_near(found[..., :3], expected, 1e-7)
+    assert_near(found[..., :3], expected, 1e-6)
     assert not found[..., 3:].any()
     assert found.shape == (2, 8, 32, module.NUM_INPUT_CHANNELS)
     assert found.is_contiguous()

@@ -20,8 +20,8 @@ import torch
 
 import makers
 from latentcache import Batch, LatentLoader, open_dataset
-from latentcache.dataset.manifest import State, write_next
 from latentcache.dataset.receipts import Unit
+from latentcache.dataset.state import State, write_next
 from latentcache.errors import ConfigError, DatasetError, LatentCacheError
 from latentcache.storage import Store
 from reference import assert_stored, read_rows

@@ -266,3 +266,33 @@ def test_ctrl_c_fetches_no_more(moto: S3Server, tmp_path: Path, proxy: FaultyPro
             process.kill()
     assert said.endswith("KeyboardInterrupt\n")
     assert 8 <= proxy.count("GET", DATA) < num_files
+
+
+_FAILING = """
+import sys
+sys.path[:0] = sys.argv[4:]
+from latentcache import storage
+from ranks import load_remote
+storage._PAUSES_S = (0.01, 3600.0)
+list(load_remote(*sys.argv[1:4], shuffle=False, batch_size=1))
+"""
+
+
+def test_who_has_failed_does_not_wait_for_a_store_that_is_down(
+    moto: S3Server, tmp_path: Path, proxy: FaultyProxy
+) -> None:
+    """One file is gone, which is told at once; the others are asked for again and again."""
+    write_dataset(str(tmp_path / "local"), make_contract([SMALL]), [{SMALL: 1}] * NUM_FILES)
+    remote = upload(tmp_path / "local", moto, "failing")
+    (gone,) = open_dataset(str(tmp_path / "local")).units[0].files
+    moto.client.delete_object(Bucket="failing", Key=gone.path)
+    rule = proxy.on("GET", DATA, down, times=ALWAYS)
+    arguments = [remote, str(tmp_path / "cache"), proxy.endpoint_url, *sys.path]
+    command = [sys.executable, "-c", _FAILING, *arguments]
+    with Popen(command, stderr=PIPE, text=True) as process:
+        try:
+            _, said = process.communicate(timeout=DEADLINE_S)
+        finally:
+            process.kill()
+    assert f"{gone.path}: no such file" in said
+    assert rule.num_fired >= 1

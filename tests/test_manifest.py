@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
@@ -28,12 +29,10 @@ from latentcache.dataset.contract import (
 )
 from latentcache.dataset.manifest import (
     Manifest,
-    State,
     list_manifests,
     newest_manifest,
     read_manifest,
     read_records,
-    write_next,
 )
 from latentcache.dataset.receipts import (
     DataFile,
@@ -43,6 +42,7 @@ from latentcache.dataset.receipts import (
     new_attempt,
     read_receipts,
 )
+from latentcache.dataset.state import State, write_next
 from latentcache.dataset.statistics import Statistics
 from latentcache.errors import ContractMismatch, DatasetError, SourceError
 from latentcache.storage import ObjectInfo, Store
@@ -100,12 +100,20 @@ class Snapshot:
 class Driver:
     """A driver as the model sees it: the manifest it last read, and the receipts it knows.
 
-    `known` maps a version to its highest generation and whether that holds rows.
+    `known` maps a version to its highest generation and whether that holds rows. `listing` is the
+    one that it wrote a manifest from last: the same again, if the source has not changed since.
     """
 
     state: State
     base: int = 0
     known: dict[Version, tuple[int, bool]] = field(default_factory=dict)
+    listing: dict[str, list[Unit]] = field(default_factory=dict)
+
+    def list(self, listed: dict[str, str]) -> dict[str, list[Unit]]:
+        listing = {source: [unit_of((source, version))] for source, version in listed.items()}
+        if listing != self.listing:
+            self.listing = listing
+        return self.listing
 
 
 class Refused(Exception):
@@ -237,7 +245,7 @@ class Manifests(RuleBasedStateMachine):
             expected = self.expected(driver, on_missing, may_complete)
         except Refused:
             expected = None
-        listing = {s: [unit_of((s, version))] for s, version in self.listed.items()}
+        listing = driver.list(self.listed)
         before = tree_digest(self.folder / "manifests")
 
         def write() -> Manifest | None:
@@ -467,6 +475,123 @@ def test_who_loses_the_number_reads_everything_again(output: Output):
     assert len(asked) == 2
     assert manifest
     assert (manifest.number, manifest.num_units) == (1, 3)
+
+
+class CountedListing(dict[str, list[Unit]]):
+    """Counts how often it is asked for a source."""
+
+    num_asked = 0
+
+    def __getitem__(self, source: str) -> list[Unit]:
+        self.num_asked += 1
+        return super().__getitem__(source)
+
+
+def test_a_listing_that_is_known_costs_by_the_receipts_that_are_new(output: Output):
+    listing = CountedListing({name: [unit_of((name, "v1"))] for name in NAMES})
+    state = State(output.store)
+    costs, shown = [], []
+    for names in (NAMES[:10], NAMES[10:13], NAMES[13:14], [], NAMES[14:]):
+        for name in names:
+            receipt = receipt_of((name, "v1"), 0)
+            assert output.store.put_if_absent(receipt.path, receipt.to_bytes())
+            state.add(receipt)
+        listing.num_asked = 0
+        state, manifest = write_next(state, CONTRACT, 1, lambda: listing, on_missing="keep")
+        assert manifest
+        costs.append(listing.num_asked)
+        shown.append((manifest.number, manifest.num_units, manifest.complete))
+        assert not state.outside, "what a manifest names is in its segment"
+    assert costs == [40, 3, 1, 0, 26]
+    assert shown == [(1, 10, False), (2, 13, False), (3, 14, False), (3, 14, False), (4, 40, True)]
+
+
+@settings(max_examples=60, deadline=None, print_blob=True)
+@given(data=st.data())
+def test_a_known_listing_gives_the_manifests_that_a_new_one_gives(data: st.DataObject):
+    """One driver writes manifest after manifest from one listing; one starts anew for each."""
+    names = NAMES[:5]
+    changed = data.draw(st.sets(st.sampled_from(names)), "changed")
+    before = {name: [unit_of((name, "v1"))] for name in names[:4]}
+    after = {name: [unit_of((name, "v2" if name in changed else "v1"))] for name in names}
+    with tempfile.TemporaryDirectory() as folder:
+        stores = [Store(f"{folder}/{who}") for who in ("knows", "anew")]
+        state = State(stores[0])
+        generations: Counter[Version] = Counter()
+
+        def commit(version: Version, *, void: bool = False) -> None:
+            receipt = receipt_of(version, generations[version])
+            generations[version] += 1
+            if void:
+                receipt = replace(receipt.voided(), record=replace(receipt.record, files=()))
+            for store in stores:
+                assert store.put_if_absent(receipt.path, receipt.to_bytes())
+            state.add(receipt)
+
+        def write(listing: dict[str, list[Unit]]) -> list[Manifest | None]:
+            nonlocal state
+            state, known = write_next(state, CONTRACT, 1, lambda: listing, on_missing="keep")
+            anew = write_next(
+                State(stores[1]), CONTRACT, 1, lambda: dict(listing), on_missing="keep"
+            )
+            return [known, anew[1]]
+
+        for name in data.draw(st.sets(st.sampled_from(names[:4])), "first"):
+            commit((name, "v1"))
+        assert_alike(*write(before))
+        for number in range(data.draw(st.integers(1, 5), "manifests")):
+            for name in data.draw(st.lists(st.sampled_from(names), max_size=3), f"to {number}"):
+                version = (name, after[name][0].version)
+                commit(version, void=data.draw(st.sampled_from([False, False, True])))
+            assert_alike(*write(after))
+
+
+def assert_alike(one: Manifest | None, other: Manifest | None) -> None:
+    trees = [json.loads(manifest.to_bytes()) if manifest else {} for manifest in (one, other)]
+    sums = [tree.pop("statistics", {}) for tree in trees]
+    for tree in trees:
+        tree.pop("created_at", None)
+    assert trees[0] == trees[1]
+    for name in sums[0]:
+        if sums[0][name] is None:
+            assert sums[1][name] is None
+        else:
+            np.testing.assert_allclose(sums[0][name], sums[1][name], atol=1e-9)
+
+
+def test_units_that_are_encoded_again_cost_the_segments_they_lie_in(
+    output: Output, monkeypatch: pytest.MonkeyPatch
+):
+    read: list[str] = []
+    read_bytes = Store.read_bytes
+    listing = {name: [unit_of((name, "v1"))] for name in NAMES}
+    for first in range(0, 40, 4):  # ten segments
+        committed_now = [(name, "v1") for name in NAMES[first : first + 4]]
+        for version in committed_now:
+            output.commit(version)
+        write_next(State(output.store), CONTRACT, 1, lambda: listing, on_missing="keep")
+    state = State(output.store)
+    monkeypatch.setattr(
+        Store, "read_bytes", lambda self, path: read.append(path) or read_bytes(self, path)
+    )
+    costs = []
+    for names in (NAMES[:2], NAMES[2:6], NAMES[6:7], NAMES[:1]):
+        for name in names:
+            version = (name, "v1")
+            receipt = receipt_of(version, state.generation(unit_of(version).id) + 1)
+            assert output.store.put_if_absent(receipt.path, receipt.to_bytes())
+            state.add(receipt)
+        read.clear()
+        state, manifest = write_next(state, CONTRACT, 1, lambda: listing, on_missing="keep")
+        costs.append(sum(path.startswith("segments/") for path in read))
+    # At first all but the newest; then those in which a unit is replaced, as long as any is left.
+    assert costs == [10, 2, 1, 1]
+    assert manifest
+    values = [values_of((n, "v1"), state.generation(unit_of((n, "v1")).id)) for n in NAMES]
+    assert manifest.num_rows == sum(map(len, values))
+    np.testing.assert_array_equal(
+        manifest.statistics.histogram, Statistics.of(np.concatenate(values)).histogram
+    )
 
 
 def test_a_source_of_several_units_counts_when_all_are_committed(output: Output):

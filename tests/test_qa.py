@@ -132,6 +132,19 @@ def test_qa_again_sees_what_the_run_saw(sampled: Path, cli: Cli) -> None:
         assert again["measures"]["psnr_db"]["mean"] == pytest.approx(mean, abs=0.01)
 
 
+def test_verify_finds_a_lost_qa_file(sampled: Path, tmp_path: Path, cli: Cli) -> None:
+    out = shutil.copytree(sampled / "out", tmp_path / "out")
+    assert cli("verify", str(out)).code == 0
+    lost = next((out / "qa").glob("*/*.parquet"))
+    lost.unlink()
+    for options in ([], ["--quick"]):
+        found = cli("verify", str(out), *options, "--json")
+        assert found.code == 3
+        (problem,) = found.json["problems"]
+        assert problem["path"] == lost.relative_to(out).as_posix()
+        assert problem["message"] == "is gone"
+
+
 def test_gates_can_be_given_where_there_is_no_config(sampled: Path, cli: Cli) -> None:
     result = cli("qa", sampled / "out", "--rows", "2", "--min-psnr-db", "90")
     assert result.code == 3
@@ -202,9 +215,10 @@ def test_a_gate_stops_a_bad_run_and_a_lower_one_lets_it_go_on(tmp_path: Path, cl
     assert "the mean PSNR of 36 QA rows" in judged_alone.stderr
 
 
-def test_the_rejects_gate(tmp_path: Path, cli: Cli) -> None:
+@pytest.mark.parametrize("looked_at", [{}, {"fraction": 0.0, "min_rows_per_bucket": 0}])
+def test_the_rejects_gate(tmp_path: Path, cli: Cli, looked_at: dict[str, float]) -> None:
     write_shards(tmp_path, num_shards=1)
-    qa = {"min_psnr_db": 10, "max_rejects": 1}
+    qa = {"min_psnr_db": 10, "max_rejects": 1} | looked_at
     config = write_config(tmp_path, qa=qa)
     result = cli("run", config, "--set", "transform.min_side_px=80", "--json")
     assert result.code == 3

@@ -18,10 +18,10 @@ import safetensors.torch
 import torch
 
 from latentcache import open_dataset
-from latentcache.dataset.manifest import State, write_next
 from latentcache.dataset.reader import Dataset, RejectedRow
 from latentcache.dataset.receipts import Unit
 from latentcache.dataset.shards import TORCH_DTYPES, RejectRow, tensor_bytes
+from latentcache.dataset.state import State, write_next
 from latentcache.errors import DatasetError, ObjectNotFound, StorageError
 from latentcache.storage import Store
 from makers import commit_unit, make_contract, make_latents, write_dataset
@@ -145,9 +145,9 @@ def test_a_url_with_a_scheme_names_the_same_folder(tmp_path: Path, dataset: Data
 def add_unit(folder: Path, *, complete: bool) -> None:
     """One more manifest: a new source is listed, and encoded if `complete`."""
     store = Store(str(folder / "out"))
-    contract = open_dataset(store.url).contract
-    state = State(store)
-    listing = {record.unit.source: [record.unit] for record in state.live.values()}
+    dataset = open_dataset(store.url)
+    contract = dataset.contract
+    listing = {record.unit.source: [record.unit] for record in dataset.units}
     if complete:
         receipt = commit_unit(
             store,

@@ -256,20 +256,25 @@ def test_throughput_is_read_from_so_many_receipts_spread_evenly(
         path = tmp_path / "out" / "commits" / f"{record.name}.json"
         receipt = Receipt.from_bytes(path.read_bytes())
         stages = {
-            "zip": {"busy_s": 1.0, "wait_s": 0.0},
-            "encode": {"busy_s": 2.0**number, "wait_s": 0.5},
-            "fetch": {"busy_s": 1.0, "wait_s": 0.0},
+            "zip": {"busy_s": 1.0, "wait_s": 0.0, "num_threads": 1},
+            "encode": {"busy_s": 2.0**number, "wait_s": 0.5, "num_threads": 1},
+            "decode": {"busy_s": 7 * 2.0**number, "wait_s": 0.5, "num_threads": 4},
+            "fetch": {"busy_s": 1.0, "wait_s": 0.0, "num_threads": 2},
         }
         path.write_bytes(replace(receipt, stages=stages).to_bytes())
     monkeypatch.setattr(figures, "_MAX_RECEIPTS", 5)
     found = report_of(made)["throughput"]
     assert (found["num_units"], found["num_receipts"], found["num_samples"]) == (10, 5, 5 * 16)
-    assert [stage["stage"] for stage in found["stages"]] == ["fetch", "encode", "zip"]
-    assert found["stages"][1]["busy_s"] == sum(2.0**number for number in (0, 2, 4, 6, 8))
-    assert found["stages"][1]["wait_s"] == 2.5
+    assert [stage["stage"] for stage in found["stages"]] == ["fetch", "decode", "encode", "zip"]
+    assert found["stages"][2]["busy_s"] == sum(2.0**number for number in (0, 2, 4, 6, 8))
+    assert found["stages"][2]["wait_s"] == 2.5
+    assert [stage["num_threads"] for stage in found["stages"]] == [2, 4, 1, 1]
+    bound = "decode-bound: add 3 threads to each actor (compute.decode_threads: 7)"
+    assert found["bottleneck"] == bound
     text = Read(build_report(made, [], GATES).to_html()).text["throughput"]
     assert "5 units spread evenly over 10" in text
     assert f"{5 * 16 / 5:.0f} samples/s" in text
+    assert bound in text
 
 
 def test_rejects_are_counted_by_reason(dataset: Dataset):

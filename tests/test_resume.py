@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 import makers
 from latentcache import LatentLoader, open_dataset
 from latentcache.dataset.contract import read_contract
-from latentcache.dataset.manifest import State, write_next
 from latentcache.dataset.receipts import Unit
+from latentcache.dataset.state import State, write_next
 from latentcache.errors import ConfigError
 from latentcache.loader.noise import normal
 from latentcache.storage import Store

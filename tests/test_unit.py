@@ -494,7 +494,7 @@ def test_the_encoder_never_waits_at_a_shards_edge(
     tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
 ):
     """Each batch is encoded only once the next one waits, of the next shard too: else it hangs."""
-    num_units, images_each, batch_size = 5, 8, 4
+    num_units, images_each, batch_size = 5, 16, 8
     for number in range(num_units):
         images = {f"{i}.png": png(64, 64, 10 * number + i) for i in range(images_each)}
         shard(tmp_path, images, f"{number:06d}")

@@ -14,9 +14,9 @@ import torch
 
 from latentcache import open_dataset, verify
 from latentcache.dataset.contract import Contract, establish_contract
-from latentcache.dataset.manifest import State, write_next
 from latentcache.dataset.receipts import list_receipt_names, read_receipts
 from latentcache.dataset.shards import RejectRow, describe_file
+from latentcache.dataset.state import State, write_next
 from latentcache.errors import DatasetError
 from latentcache.storage import Store
 from makers import commit_unit, flip_byte, make_contract, make_latents, tree_digest, write_dataset

@@ -12,8 +12,7 @@ import torch
 from contenders import RESOLUTION_PX, Asked, free_moments, tell
 from latentcache import parse_config, run
 from latentcache.dataset.receipts import list_receipt_names, read_receipts
-from latentcache.engine import cluster
-from latentcache.engine.cluster import _EncoderActor
+from latentcache.engine.cluster import Cluster, _EncoderActor
 from latentcache.errors import LatentCacheError
 from latentcache.storage import Store
 from latentcache.vae.encoder import Encoded
@@ -37,7 +36,7 @@ def _start_free(images: torch.Tensor) -> Callable[[], Encoded]:
 if __name__ == "__main__":
     asked = Asked.of_command_line()
     if asked.encoder == "free":
-        cluster._EncoderActor = FreeActor  # type: ignore[misc]
+        Cluster.actor_class = FreeActor
     config = parse_config(
         {
             "name": "bench",

@@ -179,6 +179,8 @@ def run_command(
         _complain(f"given up: {failure['message']}")
     if summary.exit_code == 1:
         _complain(f"{summary.status}; the same command goes on: {shlex.join(_argv())}")
+    for breach in summary.breaches:
+        _complain(f"QA: {breach}")
     report = None
     if parsed.qa and summary.num_qa_rows and summary.manifest and summary.status != "interrupted":
         report = _report_run(parsed, summary)
@@ -206,7 +208,7 @@ def run_command(
 
 
 def _report_run(config: Config, summary: RunSummary) -> str:
-    """Write the report on the manifest that a run ended with, and say what gates it did not pass.
+    """Write the report on the manifest that a run ended with; after a breach, name the worst rows.
 
     A report that is there stays: a manifest never changes, nor does what was seen of it.
     """
@@ -224,7 +226,7 @@ def _report_run(config: Config, summary: RunSummary) -> str:
         report = build_report(
             dataset, summary.breaches, gates_of(config), decoder=config.qa.decoder
         )
-        for line in [*summary.breaches, *(report.worst_rows if summary.breaches else ())]:
+        for line in report.worst_rows if summary.breaches else ():
             _complain(f"QA: {line}")
         if not is_there:
             write_report(report, dataset)
@@ -249,13 +251,46 @@ def plan_command(
     retry_rejects: Annotated[
         bool, typer.Option("--retry-rejects", help="Plan units with rejects again.")
     ] = False,
+    calibrate: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Encode N of the images, and say what the whole job takes: thousands on a GPU, "
+            "a hundred on a CPU.",
+            show_default=False,
+        ),
+    ] = None,
+    usd_per_gpu_hour: Annotated[
+        float | None, typer.Option(min=0, help="A price, for --calibrate.", show_default=False)
+    ] = None,
+    usd_per_cpu_hour: Annotated[
+        float | None, typer.Option(min=0, help="A price, for --calibrate.", show_default=False)
+    ] = None,
+    usd_per_gb_month: Annotated[
+        float | None,
+        typer.Option(min=0, help="Price of the output's storage.", show_default=False),
+    ] = None,
     json_: Json = False,
 ) -> int:
     """Say what `run` would encode, and why. Writes nothing."""
+    from dataclasses import asdict
+
     parsed = _load(config, set_)
     from latentcache.engine.plan import make_plan
+    from latentcache.errors import ConfigError
 
+    prices = (usd_per_gpu_hour, usd_per_cpu_hour, usd_per_gb_month)
+    if calibrate is None and any(price is not None for price in prices):
+        raise ConfigError("prices are for --calibrate: without it nothing is known to price")
     plan = make_plan(parsed, retry_rejects=retry_rejects)
+    forecast = None
+    if calibrate and plan.pending and not plan.diff:
+        from latentcache.engine.calibrate import Prices, make_forecast
+
+        with _progress() as bar:
+            bar.add_task(f"encoding {calibrate} images", total=None)
+            forecast = make_forecast(parsed, plan, calibrate, Prices(*prices))
     if json_:
         _print_json(
             {
@@ -267,10 +302,15 @@ def plan_command(
                     for p in plan.pending
                 ],
                 "contract_diff": plan.diff,
+                "forecast": asdict(forecast) if forecast else None,
             }
         )
     else:
         _print_plan(plan)
+        if forecast:
+            _print(forecast.to_text())
+        elif calibrate and not plan.diff:
+            _print("nothing to calibrate on")
     if plan.diff:
         _complain("the output holds latents made another way; `run` will refuse:")
         for line in plan.diff:

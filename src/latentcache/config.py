@@ -152,7 +152,7 @@ class Latents(_Section):
     posterior: Literal["mean", "moments", "sample"] = "mean"
     dtype: Literal["float16", "bfloat16", "float32", "int8"] = Field(
         "float16",
-        description="int8 takes half the bytes of float16, at a latent SNR of about 40 dB.",
+        description="int8 takes half the bytes of float16, at a latent SNR of 35 to 40 dB.",
     )
     format: Literal["parquet", "safetensors"] = "parquet"
     calibration: Calibration | None = Field(None, description="Of int8; the defaults if left out.")

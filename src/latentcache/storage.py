@@ -13,13 +13,13 @@ import random
 import shutil
 import stat
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 
 import fsspec
@@ -162,7 +162,8 @@ class Store:
                 return
             yield pause_s * random.uniform(0.5, 1.5)
 
-    def _retry(self, path: str, action: Callable[[], T]) -> T:
+    def _retry(self, path: str, action: Callable[[], T], given_up: Event | None = None) -> T:
+        given_up = given_up or Event()
         pauses_s = self._pauses_s()
         while True:
             try:
@@ -173,9 +174,8 @@ class Store:
             except StorageError as error:
                 self._has_answered |= isinstance(error, ObjectNotFound)
                 pause_s = None if _is_final(error) else next(pauses_s, None)
-                if pause_s is None:
+                if pause_s is None or given_up.wait(pause_s):
                     raise
-                time.sleep(pause_s)
 
     def read_bytes(self, path: str) -> bytes:
         """Read a whole object."""
@@ -188,14 +188,17 @@ class Store:
     def _open(self, path: str) -> Any:
         return self._fs.open(self._full(path), "rb", block_size=_READ_BLOCK_BYTES)
 
-    def get_file(self, path: str, local: Path, size_bytes: int) -> None:
+    def get_file(
+        self, path: str, local: Path, size_bytes: int, given_up: Event | None = None
+    ) -> None:
         """Download an object, whole, to a local path; what lies there is written over, in place.
 
         An object of another size is not the one that is meant: `ObjectNotFound`. Fewer or more
         bytes than `size_bytes` for one that has the size are a cut connection, and tried again.
-        What is wrong with the local disk is told with the local path.
+        What is wrong with the local disk is told with the local path. Once `given_up` is set, a
+        failure is not waited out any more.
         """
-        self._retry(path, lambda: self._get_file(path, local, size_bytes))
+        self._retry(path, lambda: self._get_file(path, local, size_bytes), given_up)
 
     def _get_file(self, path: str, local: Path, size_bytes: int) -> None:
         num_bytes = 0

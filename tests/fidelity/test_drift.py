@@ -30,7 +30,7 @@ def vaes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, KLAutoencoder]:
 @pytest.mark.parametrize(
     ("name", "precision", "least_db"),
     # float16 has three bits more than bfloat16, at 6 dB each. Random weights, as that of published
-    # size has here, are harder than trained ones. bench/stages.py writes the figures down.
+    # size has here, are harder than trained ones. bench/encoder.py writes the figures down.
     [("demo", "fp16", 55), ("demo", "bf16", 35), ("kl-f8", "fp16", 45), ("kl-f8", "bf16", 27)],
 )
 def test_the_drift_of_a_narrow_precision(

@@ -18,9 +18,9 @@ from torch import Tensor
 from checkpoints import write_folder
 from latentcache import KLAutoencoder, load_vae, make_plan, parse_config
 from latentcache.dataset.contract import establish_contract
-from latentcache.dataset.manifest import State, write_next
 from latentcache.dataset.qa import Gates, QaTotals
-from latentcache.dataset.receipts import Receipt, new_attempt
+from latentcache.dataset.receipts import Receipt, UnitSummary, new_attempt
+from latentcache.dataset.state import State, write_next
 from latentcache.engine import unit as unit_module
 from latentcache.engine.job import Job, QaJob, UnitTask
 from latentcache.engine.sample import SampleSpec
@@ -119,7 +119,8 @@ class Made:
     @property
     def breaches(self) -> list[str]:
         """What the run itself would have said."""
-        return QaTotals(GATES, (receipt.record for receipt in self.receipts)).breaches()
+        units = (UnitSummary.of(receipt.record) for receipt in self.receipts)
+        return QaTotals(GATES, units).breaches()
 
 
 @pytest.fixture

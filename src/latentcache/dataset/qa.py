@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from latentcache.dataset.parquet import read_rows, read_table
-from latentcache.dataset.receipts import QaFile, UnitRecord
+from latentcache.dataset.receipts import QaFile, UnitRecord, UnitSummary
 from latentcache.dataset.shards import describe_file
 from latentcache.errors import DatasetError, ObjectNotFound
 from latentcache.storage import Store
@@ -206,30 +206,30 @@ class Gates:
 class QaTotals:
     """What the QA of many units comes to, held against gates."""
 
-    def __init__(self, gates: Gates, records: Iterable[UnitRecord] = ()) -> None:
+    def __init__(self, gates: Gates, units: Iterable[UnitSummary] = ()) -> None:
         self.gates = gates
         self.num_rows: Counter[str] = Counter()
         self.num_rejects = 0
         self._sum_psnr_db = 0.0
-        self._drifted: dict[str, UnitRecord] = {}
-        for record in records:
-            self.add(record)
+        self._drifted: dict[str, tuple[float, str]] = {}  # unit id -> (decibels, source)
+        for unit in units:
+            self.add(unit)
 
-    def add(self, record: UnitRecord, before: UnitRecord | None = None) -> None:
+    def add(self, unit: UnitSummary, before: UnitSummary | None = None) -> None:
         """Take in one more unit, in place of what it was before."""
-        self._count(record, 1)
+        self._count(unit, 1)
         if before:
             self._count(before, -1)
-        self._drifted.pop(record.unit.id, None)
+        self._drifted.pop(unit.unit_id, None)
         limit = self.gates.min_drift_db
-        if record.qa and limit is not None and record.qa.min_drift_db < limit:
-            self._drifted[record.unit.id] = record
+        if unit.qa and limit is not None and unit.qa.min_drift_db < limit:
+            self._drifted[unit.unit_id] = (unit.qa.min_drift_db, unit.source)
 
-    def _count(self, record: UnitRecord, sign: int) -> None:
-        self.num_rejects += sign * record.num_rejects
-        if record.qa:
-            self.num_rows.update({b: sign * num for b, num in record.qa.num_rows.items()})
-            self._sum_psnr_db += sign * record.qa.mean_psnr_db * record.qa.file.num_rows
+    def _count(self, unit: UnitSummary, sign: int) -> None:
+        self.num_rejects += sign * unit.num_rejects
+        if unit.qa:
+            self.num_rows.update({b: sign * num for b, num in unit.qa.num_rows.items()})
+            self._sum_psnr_db += sign * unit.qa.mean_psnr_db * sum(unit.qa.num_rows.values())
 
     @property
     def mean_psnr_db(self) -> float | None:
@@ -242,16 +242,17 @@ class QaTotals:
         found = []
         gates, mean, num_rows = self.gates, self.mean_psnr_db, self.num_rows.total()
         is_judged = num_rows >= (_MIN_ROWS_TO_JUDGE if at_work else 1)
-        if is_judged and mean is not None and mean < (gates.min_psnr_db or -math.inf):
+        min_psnr_db = -math.inf if gates.min_psnr_db is None else gates.min_psnr_db
+        if is_judged and mean is not None and mean < min_psnr_db:
             found.append(
                 f"the mean PSNR of {num_rows} QA rows is {mean:.2f} dB, below qa.min_psnr_db "
-                f"{gates.min_psnr_db:g}"
+                f"{min_psnr_db:g}"
             )
         if self._drifted:
-            worst = min(self._drifted.values(), key=_min_drift_db)
+            worst_db, source = min(self._drifted.values())
             found.append(
                 f"{len(self._drifted)} units have latents that are not what their images encode "
-                f"to: {_min_drift_db(worst):.1f} dB in {worst.unit.source}, below qa.min_drift_db "
+                f"to: {worst_db:.1f} dB in {source}, below qa.min_drift_db "
                 f"{gates.min_drift_db:g}"
             )
         if gates.max_rejects is not None and self.num_rejects > gates.max_rejects:
@@ -260,8 +261,3 @@ class QaTotals:
                 f"{gates.max_rejects}"
             )
         return found
-
-
-def _min_drift_db(record: UnitRecord) -> float:
-    assert record.qa
-    return record.qa.min_drift_db

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
+from itertools import islice
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -96,9 +96,12 @@ class Dataset(Sequence[Row]):
         self.url = store.url
         self.contract = contract
         self.manifest = manifest
-        self.units: list[UnitRecord] = read_records(store, manifest)
-        self._shards = [shard for record in self.units for shard in _pair(record)]
-        self._ends = list(accumulate(shard.rows.num_rows for shard in self._shards))
+        units = read_records(store, manifest)
+        self.units: Sequence[UnitRecord] = units
+        # [S], by shard: its unit's index, and the number of rows up to its end.
+        self._unit_of, num_rows = units.shards()
+        self._ends = np.cumsum(num_rows)
+        self._shard: Callable[[int], _Shard] = lru_cache(_CACHED_FILES)(self._find_shard)
         self._file: Callable[[int], Any] = lru_cache(_CACHED_FILES)(self._open_file)
         self._group: Callable[[int, int], pa.Table] = lru_cache(_CACHED_ROW_GROUPS)(
             self._read_group
@@ -113,16 +116,21 @@ class Dataset(Sequence[Row]):
         return self.manifest.statistics
 
     def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
+        return int(self._ends[-1]) if len(self._ends) else 0
 
     def __getitem__(self, index: int) -> Row:  # type: ignore[override]  # no slices
         position = index + len(self) if index < 0 else index
         if not 0 <= position < len(self):
             raise IndexError(f"row {index} of {len(self)}")
-        number = bisect_right(self._ends, position)
-        shard = self._shards[number]
-        offset = position - (self._ends[number] - shard.rows.num_rows)
+        number = int(np.searchsorted(self._ends, position, side="right"))
+        shard = self._shard(number)
+        offset = position - (int(self._ends[number]) - shard.rows.num_rows)
         return self._row(number, shard, offset)
+
+    def _find_shard(self, number: int) -> _Shard:
+        unit = int(self._unit_of[number])
+        first = int(np.searchsorted(self._unit_of, unit))
+        return list(_pair(self.units[unit]))[number - first]
 
     def _row(self, number: int, shard: _Shard, offset: int) -> Row:
         file, tensors = self._file(number)
@@ -151,7 +159,7 @@ class Dataset(Sequence[Row]):
         )
 
     def _open_file(self, number: int) -> tuple[pq.ParquetFile, SafetensorsRows | None]:
-        shard = self._shards[number]
+        shard = self._shard(number)
         with self._reading(shard.rows):
             file = pq.ParquetFile(self.store.open(shard.rows.path))
             if file.metadata.num_rows != shard.rows.num_rows:
@@ -177,11 +185,11 @@ class Dataset(Sequence[Row]):
 
     def rejects(self) -> Iterator[RejectedRow]:
         """Give every sample that was left out."""
-        records = [record for record in self.units if record.rejects]
+        records = (record for record in self.units if record.rejects)
         with ThreadPoolExecutor(_READ_THREADS) as pool:
             # So many at a time: of a million units, few are in memory.
-            for first in range(0, len(records), _READ_THREADS):
-                for rows in pool.map(self._read_rejects, records[first : first + _READ_THREADS]):
+            while some := list(islice(records, _READ_THREADS)):
+                for rows in pool.map(self._read_rejects, some):
                     yield from rows
 
     def _read_rejects(self, record: UnitRecord) -> list[RejectedRow]:

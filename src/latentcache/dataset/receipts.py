@@ -92,6 +92,57 @@ class UnitRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class QaSummary:
+    """What gates ask of a unit's QA: see `QaFile`."""
+
+    num_rows: dict[str, int]
+    mean_psnr_db: float
+    min_drift_db: float
+
+
+@dataclass(frozen=True, slots=True)
+class UnitSummary:
+    """What planning needs of a unit, and all of it that a driver keeps: a few hundred bytes.
+
+    `is_void`: it is to be encoded again. `segment` is the position of the segment that names it
+    among those of the newest manifest; None while no segment does.
+    """
+
+    unit_id: str
+    source: str
+    generation: int
+    num_samples: int
+    num_rows: int
+    num_rejects: int
+    qa: QaSummary | None = None
+    is_void: bool = False
+    segment: int | None = None
+
+    @classmethod
+    def of(
+        cls, record: UnitRecord, *, is_void: bool = False, segment: int | None = None
+    ) -> UnitSummary:
+        """Keep of a record what planning needs."""
+        qa = record.qa
+        return cls(
+            unit_id=record.unit.id,
+            source=record.unit.source,
+            generation=record.generation,
+            num_samples=record.num_samples,
+            num_rows=record.num_rows,
+            num_rejects=record.num_rejects,
+            qa=QaSummary(qa.num_rows, qa.mean_psnr_db, qa.min_drift_db) if qa else None,
+            is_void=is_void,
+            segment=segment,
+        )
+
+    @property
+    def name(self) -> str:
+        """The name of the receipt that it is of, `<unit>-<generation>`."""
+        return f"{self.unit_id}-{self.generation}"
+
+
+@dataclass(frozen=True, slots=True)
 class Receipt:
     """The record that commits a unit.
 
@@ -200,8 +251,7 @@ def put_failure(store: Store, unit: Unit, attempt: str, message: str) -> None:
 
 def read_failures(store: Store) -> dict[str, str]:
     """Read the failure hints: unit id to message."""
-    found: dict[str, str] = {}
-    for info in store.list(FAILURES):
-        tree = json.loads(store.read_bytes(info.path))
-        found[tree["unit"]["id"]] = tree["message"]
-    return found
+    with ThreadPoolExecutor(_READ_THREADS) as pool:
+        hints = pool.map(store.read_bytes, [info.path for info in store.list(FAILURES)])
+        trees = [json.loads(hint) for hint in hints]
+    return {tree["unit"]["id"]: tree["message"] for tree in trees}

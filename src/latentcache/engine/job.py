@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from latentcache.config import Config
 from latentcache.dataset.contract import Contract
 from latentcache.dataset.receipts import Unit
 from latentcache.engine.sample import SampleSpec
 from latentcache.errors import LatentCacheError
-from latentcache.storage import StorageOptions
+from latentcache.storage import StorageOptions, Store, storage_options
+from latentcache.vae.weights import absolute_url
+
+# One unit is finished while the next is fetched and decoded.
+UNITS_PER_ACTOR = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +42,48 @@ class Job:
     qa: QaJob | None = None
 
 
+def make_job(config: Config, contract: Contract, decode_threads: int) -> Job:
+    """Tell of a config what an actor needs to know."""
+    batch_size = config.compute.batch_size
+    output_storage = storage_options(config.output.storage)
+    return Job(
+        contract=contract,
+        checkpoint=absolute_url(config.vae.checkpoint),
+        checkpoint_storage=storage_options(config.vae.storage),
+        source_storage=storage_options(config.source.storage),
+        output_url=Store(config.output.url, output_storage).url,
+        output_storage=output_storage,
+        batch_size=None if batch_size == "auto" else batch_size,
+        decode_threads=decode_threads,
+        qa=_qa_job(config),
+    )
+
+
+def _qa_job(config: Config) -> QaJob | None:
+    qa = config.qa
+    if qa is None:
+        return None
+    return QaJob(
+        sample=SampleSpec(qa.fraction, qa.seed),
+        decoder=absolute_url(qa.decoder or config.vae.checkpoint),
+        decoder_storage=storage_options(qa.storage if qa.decoder else config.vae.storage),
+        lpips=(absolute_url(qa.lpips.url), qa.lpips.sha256) if qa.lpips else None,
+        lpips_storage=storage_options(qa.storage),
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class UnitTask:
-    """One attempt at one unit; `qa_wanted` counts the QA rows wanted of each bucket, at least."""
+    """One attempt at one unit; `qa_wanted` counts the QA rows wanted of each bucket, at least.
+
+    With `max_samples` no more are read: a trial, whose receipt nobody may put.
+    """
 
     unit: Unit
     generation: int
     attempt: str
     qa_wanted: dict[str, int] = field(default_factory=dict)
+    max_samples: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

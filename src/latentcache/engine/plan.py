@@ -15,8 +15,8 @@ from latentcache.dataset.contract import (
     contract_diff,
     read_contract,
 )
-from latentcache.dataset.manifest import Listing, State
 from latentcache.dataset.receipts import Unit, read_failures
+from latentcache.dataset.state import Listing, State
 from latentcache.errors import ConfigError
 from latentcache.images.source import SourceShard, list_shards
 from latentcache.images.transform import Bucket, ratio_buckets
@@ -103,13 +103,13 @@ def _pending(
     retry_rejects: bool,
     known: str,
 ) -> Iterable[PlannedUnit]:
-    known_sources = {record.unit.source for record in state.current.values() if record}
+    known_sources = state.sources
     for unit in units:
-        record = state.current.get(unit.id)
-        generation = state.generations.get(unit.id, -1) + 1
-        if record is not None:
-            if retry_rejects and record.num_rejects:
-                reason = f"retry of {record.num_rejects} rejects"
+        done = state.current(unit.id)
+        generation = state.generation(unit.id) + 1
+        if done:
+            if retry_rejects and done.num_rejects:
+                reason = f"retry of {done.num_rejects} rejects"
                 yield PlannedUnit(unit, generation, reason)
         elif generation:
             yield PlannedUnit(unit, generation, "marked to be encoded again")

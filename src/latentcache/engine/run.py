@@ -25,12 +25,15 @@ from latentcache.dataset.contract import (
     read_contract,
     require_same,
 )
-from latentcache.dataset.manifest import Listing, Manifest, State, write_next
+from latentcache.dataset.manifest import Manifest
 from latentcache.dataset.qa import Gates, QaTotals
-from latentcache.dataset.receipts import Receipt, Unit, put_failure, read_receipts
+from latentcache.dataset.receipts import Receipt, UnitSummary, put_failure
 from latentcache.dataset.shards import bucket_name
-from latentcache.engine.cluster import Cluster, Dispatcher, Failed, Finished, StopSignal
-from latentcache.engine.job import Job, QaJob
+from latentcache.dataset.state import Listing, State, write_next
+from latentcache.engine.cluster import Cluster
+from latentcache.engine.commit import Committed, Committer
+from latentcache.engine.dispatcher import Dispatcher, Failed, Finished, StopSignal
+from latentcache.engine.job import make_job
 from latentcache.engine.lease import Lease
 from latentcache.engine.plan import (
     Plan,
@@ -39,7 +42,7 @@ from latentcache.engine.plan import (
     units_of,
 )
 from latentcache.engine.progress import RunProgress
-from latentcache.engine.sample import SampleSpec
+from latentcache.engine.worker import settle_contract
 from latentcache.errors import ContractMismatch, SourceError
 from latentcache.images.source import list_shards
 from latentcache.storage import Store, storage_options
@@ -126,17 +129,17 @@ class _Driver:
         self.shards = plan.shards
         self.pending: list[PlannedUnit] = plan.pending
         self.left = {planned.unit.id for planned in plan.pending}
-        self.listing: dict[str, list[Unit]] = {unit.source: [unit] for unit in plan.units}
+        self.listing: Listing = plan.listing
         self.state: State = plan.state
         self.stop = stop
         self.num_skipped = len(plan.units) - len(plan.pending)
         self.num_committed = 0
         self.failed: dict[str, str] = {}
         self.replans: Counter[str] = Counter()
-        done = [self.state.current.get(unit.id) for unit in plan.units]
-        self.num_samples = sum(record.num_samples for record in done if record)
-        self.num_rejects = sum(record.num_rejects for record in done if record)
-        self.qa_totals = QaTotals(gates_of(config), (record for record in done if record))
+        done = [unit for planned in plan.units if (unit := self.state.current(planned.id))]
+        self.num_samples = sum(unit.num_samples for unit in done)
+        self.num_rejects = sum(unit.num_rejects for unit in done)
+        self.qa_totals = QaTotals(gates_of(config), done)
         self.loads = Loads()
         self._has_said_agreement = False
         self._manifest_at = (0, time.monotonic())
@@ -148,6 +151,7 @@ class _Driver:
         with (
             Cluster(compute.num_gpus, compute.num_cpu_actors, threads) as cluster,
             Lease(self.output, len(self.pending)) as lease,
+            Committer(self.output) as committer,
         ):
             self._establish_contract(cluster, progress)
             if not self.output.is_conditional:
@@ -159,7 +163,7 @@ class _Driver:
                 self._check(progress)
                 dispatcher = Dispatcher(
                     cluster,
-                    self._job(cluster.num_cpus_per_actor),
+                    make_job(self.config, self.contract, cluster.num_cpus_per_actor),
                     self.pending,
                     compute.unit_retries,
                     self.stop,
@@ -169,44 +173,23 @@ class _Driver:
                     lease.num_committed = self.num_committed
                     lease.renew()
                     if isinstance(event, Finished):
-                        self._commit(event.receipt, progress)
-                        dispatcher.qa_wanted = self._qa_wanted()
+                        committer.put(event.receipt)
                     elif isinstance(event, Failed):
                         self._give_up(event, dispatcher, progress)
                     else:
                         progress.polled(event.stats, event.num_lost)
+                    for committed in committer.ended():
+                        self._take(committed, progress)
+                        dispatcher.qa_wanted = self._qa_wanted()
+                for committed in committer.drain():
+                    self._take(committed, progress)
             self.write_manifest()  # under the lease, on which some stores rely
-
-    def _job(self, decode_threads: int) -> Job:
-        config = self.config
-        batch_size = config.compute.batch_size
-        return Job(
-            contract=self.contract,
-            checkpoint=absolute_url(config.vae.checkpoint),
-            checkpoint_storage=storage_options(config.vae.storage),
-            source_storage=storage_options(config.source.storage),
-            output_url=self.output.url,
-            output_storage=self.output.options,
-            batch_size=None if batch_size == "auto" else batch_size,
-            decode_threads=decode_threads,
-            qa=self._qa_job(),
-        )
-
-    def _qa_job(self) -> QaJob | None:
-        qa = self.config.qa
-        if qa is None:
-            return None
-        return QaJob(
-            sample=SampleSpec(qa.fraction, qa.seed),
-            decoder=absolute_url(qa.decoder or self.config.vae.checkpoint),
-            decoder_storage=storage_options(qa.storage if qa.decoder else self.config.vae.storage),
-            lpips=(absolute_url(qa.lpips.url), qa.lpips.sha256) if qa.lpips else None,
-            lpips_storage=storage_options(qa.storage),
-        )
 
     def _qa_wanted(self) -> dict[str, int]:
         """Count the QA rows that each bucket is still short of."""
-        least = self.config.qa.min_rows_per_bucket if self.config.qa else 0
+        if not self.config.qa:
+            return {}
+        least = self.config.qa.min_rows_per_bucket
         names = [bucket_name(size) for size in self.contract.transform.buckets]
         missing = {name: least - self.qa_totals.num_rows[name] for name in names}
         return {name: num for name, num in missing.items() if num > 0}
@@ -216,7 +199,8 @@ class _Driver:
         if not wanted.is_settled:
             if quantization := wanted.latents.quantization:
                 progress.say(f"calibrating int8 on {quantization.num_images} images")
-            self._adopt(cluster.settle(self._job(cluster.num_cpus_per_actor), self.shards))
+            job = make_job(self.config, self.contract, cluster.num_cpus_per_actor)
+            self._adopt(cluster.ask(settle_contract, job, self.shards))
         provenance = {
             "name": self.config.name,
             "checkpoint": absolute_url(self.config.vae.checkpoint),
@@ -268,21 +252,21 @@ class _Driver:
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
-    def _commit(self, receipt: Receipt, progress: RunProgress) -> None:
-        """Put the receipt: from here on the unit's rows exist."""
-        if self.output.put_if_absent(receipt.path, receipt.to_bytes()):
+    def _take(self, committed: Committed, progress: RunProgress) -> None:
+        """Count a unit whose receipt has been put: its rows exist."""
+        receipt = committed.receipt
+        if committed.is_ours:
             self.num_committed += 1
             self.loads.add_receipt(receipt.stages)
-        else:  # another driver committed this unit first, and its rows are as good
-            (receipt,) = read_receipts(self.output, [receipt.record.name])
+        else:
             self.num_skipped += 1
-        record, before = receipt.record, self.state.current.get(receipt.record.unit.id)
+        record, before = receipt.record, self.state.current(receipt.record.unit.id)
         self.state.add(receipt)
         if receipt.state == "rows":  # the other may have been a repair, which leaves it to be done
             self.left.discard(record.unit.id)
         self.num_samples += record.num_samples - (before.num_samples if before else 0)
         self.num_rejects += record.num_rejects - (before.num_rejects if before else 0)
-        self.qa_totals.add(record, before)
+        self.qa_totals.add(UnitSummary.of(record), before)
         self._say_agreement(receipt, progress)
         progress.unit_done(record.num_rows, record.num_rejects)
         self._check(progress)
@@ -314,8 +298,9 @@ class _Driver:
                 message = str(error)
             else:
                 (fresh,) = units_of(shards, self.contract)
-                self.listing[fresh.source] = [fresh]
-                self.left = self.left - {unit.id} | {fresh.id}
+                self.listing = {**self.listing, fresh.source: [fresh]}
+                self.left.discard(unit.id)
+                self.left.add(fresh.id)
                 dispatcher.add(PlannedUnit(fresh, 0, "changed"))
                 progress.say(f"{unit.source} changed while it was read: encoding its new version")
                 return

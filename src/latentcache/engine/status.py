@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from latentcache.dataset.bottleneck import Loads
 from latentcache.dataset.contract import read_contract
-from latentcache.dataset.manifest import State, list_manifests
+from latentcache.dataset.manifest import list_manifests
 from latentcache.dataset.receipts import read_failures, read_receipts
+from latentcache.dataset.state import State
 from latentcache.engine.lease import RunInfo, active_runs
 from latentcache.errors import DatasetError
 from latentcache.storage import StorageOptions, Store
@@ -47,16 +48,15 @@ def read_status(url: str, options: StorageOptions) -> Status:
         raise DatasetError(f"{store.url} is not a latent dataset: it has no contract.json")
     state = State(store)
     # Units that a manifest has dropped are history; those outside it are not in it yet.
-    live = {record.unit.id: record for record in state.live.values()}
-    fresh = {receipt.record.unit.id: receipt.record for receipt in state.outside.values()}
-    committed = [record for unit in live | fresh if (record := state.current.get(unit))]
-    failed = {u: why for u, why in read_failures(store).items() if not state.current.get(u)}
+    seen = {unit.unit_id for units in state.live.values() for unit in units} | state.outside.keys()
+    committed = [unit for unit_id in seen if (unit := state.current(unit_id))]
+    failed = {u: why for u, why in read_failures(store).items() if not state.current(u)}
     runs = active_runs(store)
     return Status(
-        num_units=max(len(live | fresh | failed), *(run.num_units for run in runs), 0),
+        num_units=max(len(seen | failed.keys()), *(run.num_units for run in runs), 0),
         num_committed=len(committed),
-        num_rows=sum(record.num_rows for record in committed),
-        num_rejects=sum(record.num_rejects for record in committed),
+        num_rows=sum(unit.num_rows for unit in committed),
+        num_rejects=sum(unit.num_rejects for unit in committed),
         manifests=list_manifests(store),
         complete=bool(state.manifest and state.manifest.complete),
         failed=failed,

@@ -52,7 +52,7 @@ def decode_jpeg(
     try:
         if simplejpeg.decode_jpeg_header(data)[:2] != (height, width):
             return None
-        return simplejpeg.decode_jpeg(
+        pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(
             data,
             colorspace,
             # It takes the smallest of libjpeg's fractions (eighths) that is no smaller than this.
@@ -61,3 +61,4 @@ def decode_jpeg(
         )
     except ValueError:
         return None
+    return pixels

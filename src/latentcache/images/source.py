@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import tarfile
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import BinaryIO
@@ -164,7 +164,12 @@ def _ask(store: Store, name: str) -> ObjectInfo | None:
 
 
 def read_shard(
-    shard: SourceShard, *, image: Sequence[str], keep: Sequence[str], options: StorageOptions
+    shard: SourceShard,
+    *,
+    image: Sequence[str],
+    keep: Sequence[str],
+    options: StorageOptions,
+    on_read: Callable[[int], None] = lambda num_bytes: None,
 ) -> Iterator[Sample | RejectedSample]:
     """Stream a shard's samples in the order of the tar, which may be gzipped.
 
@@ -189,6 +194,7 @@ def read_shard(
         image: fields that may hold the image, in lower case; of several the first named is taken.
         keep: further fields to return, in lower case.
         options: how to reach the store.
+        on_read: told of every read how many bytes it gave.
 
     Raises:
         SourceChanged: the shard is no longer the listed version. This and the next may come after
@@ -204,7 +210,7 @@ def read_shard(
     else:
         try:
             with store.open(name) as file:
-                counted = _CountedFile(store, name, file)
+                counted = _CountedFile(store, name, file, on_read)
                 head = counted.peek(8)
                 tar = TarStream(counted, is_gzip=head.startswith(b"\x1f\x8b"))
                 trouble = yield from _read_samples(tar, image, keep)
@@ -236,8 +242,11 @@ def _check_version(store: Store, name: str, shard: SourceShard) -> None:
 class _CountedFile:
     """A shard's bytes as they come from the store, counted."""
 
-    def __init__(self, store: Store, name: str, file: BinaryIO) -> None:
+    def __init__(
+        self, store: Store, name: str, file: BinaryIO, on_read: Callable[[int], None]
+    ) -> None:
         self._store, self._name, self._file = store, name, file
+        self._on_read = on_read
         self.num_bytes = 0
         self.at_end = False
 
@@ -245,6 +254,7 @@ class _CountedFile:
         with self._store.named(self._name):
             data = self._file.read(size)
         self.num_bytes += len(data)
+        self._on_read(len(data))
         self.at_end = not data
         return data
 

@@ -65,7 +65,7 @@ class TransformSpec:
 class Transformed:
     """An image brought to its bucket.
 
-    `pixels` is uint8 [3, height_px, width_px], RGB; in memory the channels lie together
+    `pixels` is uint8 [3, height_px, width_px], RGB; in memory the channels of a pixel lie together
     (channels-last), as decoders give them and fast encoders take them. The offsets say where the
     crop begins, in pixels of the resized image, and the sizes are those of the image as it came
     (after its EXIF orientation): what SDXL's micro-conditioning asks for (Podell et al. 2023,

@@ -18,10 +18,12 @@ import re
 import secrets
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from threading import Event
 
 from latentcache.dataset.receipts import DataFile
 from latentcache.errors import ConfigError, DatasetError, DiskFull, ObjectNotFound, StorageError
@@ -83,11 +85,12 @@ class FileCache:
     max_bytes: int
 
     @contextmanager
-    def open(self, store: Store, file: DataFile) -> Iterator[Path]:
+    def open(self, store: Store, file: DataFile, given_up: Event | None = None) -> Iterator[Path]:
         """Give the path of a local copy, which stays there inside the context: map it there.
 
         Of those who want a file at the same time one downloads it, the others wait for it. A copy
-        that was changed or cut since it was cached is fetched again.
+        that was changed or cut since it was cached is fetched again. Once `given_up` is set, a
+        store that fails is not tried again.
 
         Raises:
             DatasetError: the object is gone, or differs from its receipt, twice.
@@ -95,17 +98,17 @@ class FileCache:
             DiskFull: there is no room.
         """
         path = self.folder / file.sha256
-        with self._hold(store, file, path):
+        with self._hold(partial(_fetch, store, file, given_up), file, path):
             yield path
 
-    def _hold(self, store: Store, file: DataFile, path: Path) -> ExitStack:
+    def _hold(self, fetch: Callable[[Path], None], file: DataFile, path: Path) -> ExitStack:
         stem = f"{path.name}.{file.size_bytes}"
         part = path.with_name(f"{stem}.part")
         try:
             with named_local(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
                 for _ in range(_MAX_TRIES):
-                    held = _hold_cached(path, file) or self._hold_fetched(store, file, path, part)
+                    held = _hold_cached(path, file) or self._hold_fetched(fetch, file, path, part)
                     if held:
                         return held
                     # Who fetched it has failed. From here on each tries for itself, or all would
@@ -116,7 +119,7 @@ class FileCache:
         raise StorageError(f"{path} is deleted as soon as it is there: set cache_dir")
 
     def _hold_fetched(
-        self, store: Store, file: DataFile, path: Path, part: Path
+        self, fetch: Callable[[Path], None], file: DataFile, path: Path, part: Path
     ) -> ExitStack | None:
         """Fetch the file, or wait for who does; None if that did not bring it."""
         with ExitStack() as stack:
@@ -126,7 +129,7 @@ class FileCache:
                     if held := _hold_cached(path, file):  # it has come since we looked
                         return held
                     self._make_room()
-                    _fetch(store, file, part)
+                    fetch(part)
                     os.utime(part_fd, ns=(time.time_ns(), _CHECKED_NS))
                     os.fsync(part_fd)
                     self._commit(file, part, path)
@@ -163,12 +166,12 @@ class FileCache:
                 excess_bytes -= size_bytes
 
 
-def _fetch(store: Store, file: DataFile, part: Path) -> None:
+def _fetch(store: Store, file: DataFile, given_up: Event | None, part: Path) -> None:
     url = store.url_of(file.path)
     mend = "run `latentcache verify --repair`, then the run again"
     for _ in range(2):
         try:
-            store.get_file(file.path, part, file.size_bytes)
+            store.get_file(file.path, part, file.size_bytes, given_up)
         except ObjectNotFound as error:
             raise DatasetError(f"{error}, but the manifest names it: {mend}") from error
         with part.open("rb") as copy:

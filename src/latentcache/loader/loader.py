@@ -201,7 +201,8 @@ class LatentLoader:
         reader = self._idle.pop() if self._idle else self._make_reader()
         plans = self._plan(epoch, step, reader)
         try:
-            for batch, event in prefetch(plans, reader.read, self._num_ahead):
+            batches = prefetch(plans, reader.read, self._num_ahead, reader.rows.give_up)
+            for batch, event in batches:
                 if event is not None:
                     hand_over(batch, event)
                 self._move(epoch, batch.step + 1)

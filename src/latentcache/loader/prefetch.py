@@ -21,12 +21,17 @@ T = TypeVar("T")
 _NUM_THREADS = 2
 
 
-def prefetch(plans: Generator[P, None, None], work: Callable[[P], T], depth: int) -> Iterator[T]:
+def prefetch(
+    plans: Generator[P, None, None],
+    work: Callable[[P], T],
+    depth: int,
+    give_up: Callable[[], None],
+) -> Iterator[T]:
     """Work at most `depth` items ahead of whoever takes the results, in order.
 
     Two threads take turns: while one makes the next plan, the other does the work of the last, most
     of which is copying, without the interpreter lock. What they raise is raised here, in its turn.
-    `plans` is closed when this iterator is.
+    `plans` is closed when this iterator is; `give_up` is called before, to let work that waits end.
     """
     pool = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="latentcache-prefetch")
     turn = threading.Condition()
@@ -53,6 +58,7 @@ def prefetch(plans: Generator[P, None, None], work: Callable[[P], T], depth: int
             ahead.append(pool.submit(run, next(tickets)))
             yield item
     finally:
+        give_up()
         stop()
         with turn:
             plans.close()

@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -142,6 +143,7 @@ class RowReader:
         self._max_open_bytes = _share_of_cache(files, cache)
         self._open: dict[int, _Open] = {}
         self._opening: dict[int, Future[_Open]] = {}
+        self._given_up = Event()
         self._is_wanted = np.zeros(len(files), bool)  # open, or being opened
         self._is_open = np.zeros(len(files), bool)
         self._file_used = np.zeros(len(files), np.int64)
@@ -166,8 +168,14 @@ class RowReader:
                 self._opening[file] = self._pool.submit(self._open_file, file)
         self._is_wanted[files] = True
 
+    def give_up(self) -> None:
+        """Let threads that wait for a store to come back end, until `forget_prepared`."""
+        self._given_up.set()
+
     def forget_prepared(self) -> None:
         """Give up opening files that nobody has wanted yet, and forget which could not be."""
+        self.give_up()
+        self._given_up = Event()
         for file, opening in self._opening.items():
             opening.cancel()
             self._is_wanted[file] = False
@@ -294,7 +302,7 @@ class RowReader:
             _check_local(store, file)
             return _map_path(local, file)
         assert self._cache
-        with self._cache.open(store, file) as path:
+        with self._cache.open(store, file, self._given_up) as path:
             return _map_path(path, file)
 
 

@@ -28,7 +28,7 @@ from latentcache.dataset.qa import (
     write_qa,
 )
 from latentcache.dataset.reader import Dataset
-from latentcache.dataset.receipts import UnitRecord
+from latentcache.dataset.receipts import UnitRecord, UnitSummary
 from latentcache.dataset.shards import read_latents
 from latentcache.errors import (
     ConfigError,
@@ -141,7 +141,7 @@ def look_again(
             f"{dataset.url}: nothing to look at: {why}; `--units 2` reads shards again"
         )
     look.records = [fresh.get(r.unit.id) or replace(r, qa=None) for r in dataset.units]
-    look.breaches += QaTotals(gates, look.records).breaches()
+    look.breaches += QaTotals(gates, map(UnitSummary.of, look.records)).breaches()
     if examiner.agreement_db is not None:
         look.notes.append(
             "the decoder belongs to another encoder than the dataset's; on these images the two "

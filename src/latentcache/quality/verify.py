@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 
 import pyarrow as pa
@@ -21,6 +22,9 @@ from latentcache.errors import DatasetError, ObjectNotFound
 from latentcache.storage import StorageOptions, Store
 
 _THREADS = 8
+
+# Of very many units, so many records are in memory.
+_UNITS_AT_ONCE = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +81,10 @@ def verify(
         return record, list(_check_unit(store, dataset.contract, record, quick))
 
     with ThreadPoolExecutor(_THREADS) as pool:
-        for done, (record, problems) in enumerate(pool.map(check, dataset.units), start=1):
-            found.num_files += len(record.files) + (record.rejects is not None)
+        checked = chain.from_iterable(pool.map(check, some) for some in _batches(dataset.units))
+        for done, (record, problems) in enumerate(checked, start=1):
+            found.num_files += len(record.files)
+            found.num_files += (record.rejects is not None) + (record.qa is not None)
             found.num_rows += record.num_rows
             found.num_rejects += record.num_rejects
             found.problems += problems
@@ -89,6 +95,12 @@ def verify(
         bad = {problem.unit for problem in found.problems}
         found.repaired = _mark(store, [r for r in dataset.units if r.unit.id in bad])
     return found
+
+
+def _batches(units: Iterable[UnitRecord]) -> Iterator[list[UnitRecord]]:
+    left = iter(units)
+    while some := list(islice(left, _UNITS_AT_ONCE)):
+        yield some
 
 
 def _mark(store: Store, records: Iterable[UnitRecord]) -> list[str]:
@@ -134,6 +146,10 @@ def _check_unit(
                 yield problem(files[-1].path, message)
             for path in local:
                 path.unlink()
+        if record.qa:
+            copy = None if quick else Path(folder) / "qa.parquet"
+            if message := _check_object(store, record.qa.file, copy):
+                yield problem(record.qa.file.path, message)
 
 
 def _check_object(store: Store, file: DataFile, target: Path | None) -> str | None:

@@ -18,9 +18,9 @@ import torch
 
 _MAX_IMAGES = 128
 
-# As many pixels as make 2**31 values of the 128 channels that the widest maps have: the end of
-# 32-bit indices, which cuDNN's fastest kernels count with, and 4 GiB in 16 bits.
-_MAX_PIXELS = 2**24
+# One more would make 2**31 values of 128 channels, which the widest maps have: more than cuDNN's
+# indices hold, so that torch would split the batch; and 4 GiB in 16 bits.
+_MAX_PIXELS = 2**24 - 1
 
 _GOOD_ENOUGH = 0.97
 _MAX_IDLE_DOUBLINGS = 2

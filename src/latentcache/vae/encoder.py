@@ -34,6 +34,11 @@ MIN_DRIFT_DB = 55.0
 # their memory comes from the kernel anew, page by page: 28 images/s for one thread with eight.
 _CPU_BATCH_PIXELS = 256 * 256
 
+# What the images that a CPU encodes at once may take together, at four maps of the first block's
+# width each: all threads of a small actor have one, until the images or the network are large.
+_CPU_BYTES = 2**30
+_MAPS_AT_ONCE = 4
+
 # Batches that a GPU has in hand: one that it works on, one that is copied to it, one that waits.
 _MAX_IN_FLIGHT = 3
 
@@ -68,9 +73,8 @@ class LatentEncoder:
 
     On a GPU one thread starts batches and another collects them. Pixels go from pinned memory to
     the device on a stream of their own, moments come back on a third, and nothing waits but
-    `start`, for the batch before the last two, and who collects. On a CPU `num_threads` threads may
-    start batches at once, each of which is encoded by the thread that starts it; torch should then
-    have one thread itself (`torch.set_num_threads`).
+    `start`, for the batch before the last two, and who collects. On a CPU several threads may start
+    batches at once, and a batch is encoded by the thread that starts it.
 
     Args:
         vae: in fp32 on its device; its decoder is not used.
@@ -95,7 +99,19 @@ class LatentEncoder:
         self._limits: dict[tuple[int, int], int] = {}
         self._choosing = threading.Lock()
         self._gpu = _Gpu(self._device) if self._device.type == "cuda" else None
-        self.num_threads = 1 if self._gpu else torch.get_num_threads()
+
+    def num_threads(self, num_pixels: int) -> int:
+        """How many threads should start batches at once, of images of so many pixels at most.
+
+        On a CPU these are as many as torch has, if there is memory enough; torch itself should then
+        have that many times fewer (`torch.set_num_threads`).
+        """
+        if self._gpu:
+            return 1
+        num_pixels = max(num_pixels * (self._batch_size or 1), _CPU_BATCH_PIXELS)
+        width = self._reference.architecture.block_out_channels[0]
+        num_bytes = num_pixels * width * _MAPS_AT_ONCE * 4
+        return max(1, min(torch.get_num_threads(), _CPU_BYTES // num_bytes))
 
     def batch_size(self, width_px: int, height_px: int) -> int:
         """How many images of that bucket to bring at once; a GPU may have to try some sizes."""

@@ -218,8 +218,11 @@ class _Resnet:
         self.left_bias = self._bias if self._shortcut is not None and not pads else None
 
     def __call__(self, x: Tensor, statistics: Tensor | None) -> _Map:
-        h = self._conv1(self._norm1(x, statistics, silu=True))
-        h = self._conv2(self._norm2(h, None, silu=True))
+        # One step at a time: no more than three maps are alive at once.
+        h = self._norm1(x, statistics, silu=True)
+        h = self._conv1(h)
+        h = self._norm2(h, None, silu=True)
+        h = self._conv2(h)
         if self._shortcut is not None:
             h.view(-1, h.shape[3]).addmm_(x.view(-1, x.shape[3]), self._shortcut)
         if self._pads:

@@ -1,0 +1,317 @@
+"""Segments: immutable Parquet files with one row per committed unit, which manifests name.
+
+They are read column by column: of hundreds of thousands of units, a reader keeps what it asks for
+in Arrow's memory, and makes Python objects of those that it looks at.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter, deque
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from io import BytesIO
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from latentcache.dataset.parquet import read_table
+from latentcache.dataset.receipts import (
+    DataFile,
+    QaFile,
+    QaSummary,
+    Receipt,
+    Unit,
+    UnitRecord,
+    UnitSummary,
+)
+from latentcache.dataset.statistics import Statistics, merge_all
+from latentcache.errors import DatasetError, ObjectNotFound
+from latentcache.storage import Store
+
+Ints = npt.NDArray[np.int64]
+
+SEGMENTS = "segments"
+
+_READ_THREADS = 8
+
+# Records made at a time, of very many.
+_RECORDS_AT_ONCE = 1000
+
+_FILE_TYPE = pa.struct(
+    [
+        ("path", pa.string()),
+        ("size_bytes", pa.int64()),
+        ("sha256", pa.string()),
+        ("num_rows", pa.int64()),
+        ("bucket", pa.string()),
+    ]
+)
+SEGMENT_SCHEMA = pa.schema(
+    [
+        (
+            "unit",
+            pa.struct(
+                [
+                    ("id", pa.string()),
+                    ("source", pa.string()),
+                    ("size_bytes", pa.int64()),
+                    ("version", pa.string()),
+                ]
+            ),
+        ),
+        ("generation", pa.int32()),
+        ("attempt", pa.string()),
+        ("num_samples", pa.int64()),
+        ("num_rows", pa.int64()),
+        ("num_rejects", pa.int64()),
+        ("files", pa.list_(_FILE_TYPE)),
+        ("rejects", _FILE_TYPE),
+        ("qa", pa.string()),
+        ("statistics", pa.string()),
+    ]
+)
+SUMMARY_COLUMNS = ("unit", "generation", "num_samples", "num_rows", "num_rejects", "qa")
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """One segment file of a manifest."""
+
+    path: str
+    sha256: str
+    num_units: int
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """What units come to; `buckets` counts rows by bucket."""
+
+    num_units: int
+    num_samples: int
+    num_rows: int
+    num_rejects: int
+    buckets: Counter[str]
+    statistics: Statistics
+
+    @classmethod
+    def of(cls, units: Iterable[tuple[UnitRecord, Statistics]], num_channels: int) -> Totals:
+        """Add up units; `num_channels` is of a stored latent."""
+        units = list(units)
+        records = [record for record, _ in units]
+        buckets: Counter[str] = Counter()
+        for record in records:
+            for file in record.files:
+                if file.path.endswith(".parquet"):  # each bucket has one: safetensors has .rows
+                    buckets[file.bucket] += file.num_rows
+        return cls(
+            num_units=len(records),
+            num_samples=sum(record.num_samples for record in records),
+            num_rows=sum(record.num_rows for record in records),
+            num_rejects=sum(record.num_rejects for record in records),
+            buckets=buckets,
+            statistics=merge_all((statistics for _, statistics in units), num_channels),
+        )
+
+    def merge(self, other: Totals) -> Totals:
+        """Add up two."""
+        return Totals(
+            self.num_units + other.num_units,
+            self.num_samples + other.num_samples,
+            self.num_rows + other.num_rows,
+            self.num_rejects + other.num_rejects,
+            self.buckets + other.buckets,
+            self.statistics.merge(other.statistics),
+        )
+
+
+def put_segment(store: Store, receipts: Iterable[Receipt]) -> Segment:
+    """Write a segment of the units of some receipts, in the order of their sources."""
+    rows: list[dict[str, Any]] = [
+        {
+            **asdict(r.record),
+            "qa": json.dumps(r.record.qa and asdict(r.record.qa)),
+            "statistics": json.dumps(r.statistics.to_json()),
+        }
+        for r in sorted(receipts, key=lambda r: r.record.unit.source)
+    ]
+    buffer = BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, SEGMENT_SCHEMA), buffer, compression="ZSTD")
+    digest = hashlib.sha256(buffer.getvalue()).hexdigest()
+    path = f"{SEGMENTS}/{digest}.parquet"
+    store.put(path, buffer.getvalue())
+    return Segment(path, digest, len(rows))
+
+
+def read_segments(
+    store: Store,
+    segments: Iterable[Segment],
+    named_by: str,
+    columns: Sequence[str] | None = None,
+) -> Iterator[pa.Table]:
+    """Read segments, a few ahead; all columns, or some.
+
+    Args:
+        store: the output.
+        segments: which.
+        named_by: who says that they are there, for the error.
+        columns: None takes all.
+
+    Raises:
+        DatasetError: one is gone or damaged.
+    """
+
+    def read(segment: Segment) -> pa.Table:
+        try:
+            data = store.read_bytes(segment.path)
+        except ObjectNotFound as error:
+            raise DatasetError(
+                f"{named_by} names {store.url_of(segment.path)}, which is gone"
+            ) from error
+        if hashlib.sha256(data).hexdigest() != segment.sha256:
+            raise DatasetError(f"{store.url_of(segment.path)} is damaged: its SHA-256 differs")
+        return read_table(pa.BufferReader(data), columns)
+
+    left = iter(segments)
+    with ThreadPoolExecutor(_READ_THREADS) as pool:
+        ahead: deque[Future[pa.Table]] = deque()
+        while True:
+            ahead.extend(pool.submit(read, s) for s in islice(left, _READ_THREADS - len(ahead)))
+            if not ahead:
+                return
+            yield ahead.popleft().result()
+
+
+def summaries_of(table: pa.Table, number: int) -> Iterator[UnitSummary]:
+    """Give what planning needs of a segment's units; `number` is the segment's position."""
+    unit = table["unit"].combine_chunks()
+    columns = [pc.struct_field(unit, "id"), pc.struct_field(unit, "source")]
+    columns += [table[name] for name in SUMMARY_COLUMNS[1:]]
+    rows = zip(*(column.to_pylist() for column in columns), strict=True)
+    for unit_id, source, generation, num_samples, num_rows, num_rejects, qa in rows:
+        yield UnitSummary(
+            unit_id,
+            source,
+            generation,
+            num_samples,
+            num_rows,
+            num_rejects,
+            _qa_summary(qa),
+            segment=number,
+        )
+
+
+def _qa_summary(text: str) -> QaSummary | None:
+    tree = json.loads(text)
+    if tree is None:
+        return None
+    return QaSummary(tree["num_rows"], tree["mean_psnr_db"], tree["min_drift_db"])
+
+
+def names_of(table: pa.Table) -> pa.Array:
+    """Give the names of a segment's units, `<unit>-<generation>`: strings [num_units]."""
+    ids = pc.struct_field(table["unit"].combine_chunks(), "id")
+    generations = table["generation"].combine_chunks().cast(pa.string())
+    return pc.binary_join_element_wise(ids, generations, "-")
+
+
+def without(table: pa.Table, removed: Collection[str]) -> pa.Table:
+    """Leave out the units of these names."""
+    gone = pc.is_in(names_of(table), value_set=pa.array(removed, pa.string()))
+    return table.filter(pc.invert(gone))
+
+
+def totals_of(table: pa.Table, num_channels: int) -> Totals:
+    """Add up the units of a segment that was read whole."""
+    parts = (Statistics.from_json(json.loads(text)) for text in table["statistics"].to_pylist())
+    return Totals.of(zip(records_of(table), parts, strict=True), num_channels)
+
+
+def records_of(table: pa.Table) -> list[UnitRecord]:
+    """Make records of a segment's rows."""
+    columns = {name: table[name].combine_chunks() for name in table.column_names}
+    units = map(Unit, *_fields(columns["unit"]))
+    files = map(DataFile, *_fields(columns["files"].flatten()))
+    rejects = zip(*_fields(columns["rejects"]), strict=True)
+    counts = pc.list_value_length(columns["files"]).to_pylist()
+    names = ("generation", "attempt", "num_samples", "num_rows", "num_rejects", "qa")
+    plain = zip(*(columns[name].to_pylist() for name in names), strict=True)
+    return [
+        UnitRecord(
+            unit=unit,
+            generation=generation,
+            attempt=attempt,
+            num_samples=num_samples,
+            num_rows=num_rows,
+            num_rejects=num_rejects,
+            files=tuple(islice(files, num_files)),
+            rejects=DataFile(*reject) if reject[0] is not None else None,
+            qa=_qa_file(qa),
+        )
+        for unit, num_files, reject, (
+            generation,
+            attempt,
+            num_samples,
+            num_rows,
+            num_rejects,
+            qa,
+        ) in zip(units, counts, rejects, plain, strict=True)
+    ]
+
+
+def _fields(structs: pa.StructArray) -> list[list[Any]]:
+    return [field.to_pylist() for field in structs.flatten()]
+
+
+def _qa_file(text: str) -> QaFile | None:
+    tree = json.loads(text)
+    return QaFile(**{**tree, "file": DataFile(**tree["file"])}) if tree else None
+
+
+class UnitRecords(Sequence[UnitRecord]):
+    """The records of very many units: columns of text and numbers, of which records are made as
+    they are asked for.
+
+    Args:
+        table: rows of segments, in any order; they are given by source.
+    """
+
+    def __init__(self, table: pa.Table) -> None:
+        unit = table["unit"].combine_chunks()
+        keys = {name: pc.struct_field(unit, name) for name in ("source", "id")}
+        order = pc.sort_indices(
+            pa.table(keys), sort_keys=[("source", "ascending"), ("id", "ascending")]
+        )
+        self._table = table.combine_chunks().take(order)
+
+    def shards(self) -> tuple[Ints, Ints]:
+        """Of each file of rows, of which a bucket of a unit has one, in the order of the units:
+        the unit's index, and the number of rows; int64 [num_shards] both.
+        """
+        lists = self._table["files"].combine_chunks()
+        files = pc.list_flatten(lists)
+        is_rows = pc.ends_with(pc.struct_field(files, "path"), ".parquet")
+        columns = (pc.list_parent_indices(lists), pc.struct_field(files, "num_rows"))
+        unit_of, num_rows = (column.filter(is_rows).to_numpy() for column in columns)
+        return unit_of.astype(np.int64), num_rows
+
+    def __len__(self) -> int:
+        return int(self._table.num_rows)
+
+    def __iter__(self) -> Iterator[UnitRecord]:
+        for first in range(0, len(self), _RECORDS_AT_ONCE):
+            yield from records_of(self._table.slice(first, _RECORDS_AT_ONCE))
+
+    def __getitem__(self, index: int) -> UnitRecord:  # type: ignore[override]  # no slices
+        position = index + len(self) if index < 0 else index
+        if not 0 <= position < len(self):
+            raise IndexError(f"unit {index} of {len(self)}")
+        (record,) = records_of(self._table.slice(position, 1))
+        return record

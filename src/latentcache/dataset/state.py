@@ -1,0 +1,296 @@
+"""Which units count: from a manifest, a listing of the source and receipts to the next manifest.
+
+During a run that is asked every thousand units, of hundreds of thousands. So a `State` keeps little
+of each unit, and looks again only at what may have changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from functools import reduce
+
+from latentcache.dataset.manifest import Manifest, newest_manifest
+from latentcache.dataset.receipts import (
+    Receipt,
+    Unit,
+    UnitSummary,
+    list_receipt_names,
+    read_receipts,
+)
+from latentcache.dataset.segments import (
+    SUMMARY_COLUMNS,
+    Totals,
+    put_segment,
+    read_segments,
+    summaries_of,
+    totals_of,
+    without,
+)
+from latentcache.errors import SourceError
+from latentcache.storage import Store
+
+# `on_missing: drop` refuses to believe a listing in which more of the sources than this are gone.
+MAX_MISSING_SHARE = 0.1
+
+Listing = Mapping[str, Sequence[Unit]]
+"""Each source URL that is listed now, with its units at the listed version; once given, it does not
+change."""
+
+
+class State:
+    """All that is known of an output: its newest manifest, and receipts that it does not name.
+
+    Of each unit it keeps a summary, and of a receipt everything until a manifest names it: then its
+    segment has it. `live` holds, by source, the units that count in the newest manifest; `outside`,
+    by unit, the receipts of the highest generation that are in no segment.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.manifest = newest_manifest(store)
+        self.live: dict[str, tuple[UnitSummary, ...]] = {}
+        self.outside: dict[str, Receipt] = {}
+        self._latest: dict[str, UnitSummary] = {}
+        self._removed: set[str] = set()
+        self._totals: dict[int, Totals] = {}  # by position of the segment, as far as they were read
+        self._weighed: _Weighed | None = None
+        self._touched: set[str] = set()  # sources of the receipts that came since
+        named = self._read_segments(self.manifest) if self.manifest else set()
+        names = (name for name in list_receipt_names(store) if name not in named)
+        for receipt in read_receipts(store, names):
+            self.add(receipt)
+
+    def _read_segments(self, manifest: Manifest) -> set[str]:
+        """Take in what the manifest's segments hold, and give the names of all their units."""
+        named: set[str] = set()
+        self._removed.update(manifest.removed)
+        tables = read_segments(
+            self.store, manifest.segments, f"manifest {manifest.number}", SUMMARY_COLUMNS
+        )
+        for number, table in enumerate(tables):
+            for unit in summaries_of(table, number):
+                named.add(unit.name)
+                if unit.name not in self._removed:
+                    self.live[unit.source] = _in_order((*self.live.get(unit.source, ()), unit))
+                if unit.generation > self.generation(unit.unit_id):
+                    self._latest[unit.unit_id] = unit
+        return named
+
+    def add(self, receipt: Receipt) -> None:
+        """Take in one more receipt."""
+        record = receipt.record
+        if record.generation > self.generation(record.unit.id):
+            unit = UnitSummary.of(record, is_void=receipt.state == "void")
+            self._latest[unit.unit_id] = unit
+            self.outside[unit.unit_id] = receipt
+            self._touched.add(unit.source)
+
+    def generation(self, unit_id: str) -> int:
+        """Give a unit's highest generation; -1 where it has no receipt."""
+        unit = self._latest.get(unit_id)
+        return unit.generation if unit else -1
+
+    def current(self, unit_id: str) -> UnitSummary | None:
+        """Give a unit's summary; None where it has no receipt, or is to be encoded again."""
+        unit = self._latest.get(unit_id)
+        return None if unit is None or unit.is_void else unit
+
+    @property
+    def sources(self) -> set[str]:
+        """Every source that has been encoded in some version."""
+        return {unit.source for unit in self._latest.values() if not unit.is_void}
+
+    def weigh(self, listing: Listing, on_missing: str) -> _Weighed:
+        """Decide which units the next manifest names.
+
+        A source whose units at its listed version are all committed contributes exactly those. One
+        that changed and is unfinished keeps the units that the manifest has of it and is named in
+        `stale`. A source that is no longer listed keeps its units, or loses them with
+        `on_missing="drop"`.
+
+        After a first time with a listing, only sources of new receipts can have moved, and only
+        those are looked at.
+
+        Raises:
+            SourceError: `drop`, but more than a tenth of the sources are gone.
+        """
+        last = self._weighed
+        if last and last.listing is listing and last.on_missing == on_missing:
+            weighed = replace(last, changes={})
+            sources: Iterable[str] = self._touched & listing.keys()
+        else:
+            weighed = _Weighed(listing, on_missing)
+            sources = listing
+            missing = self.live.keys() - listing.keys()
+            if on_missing == "drop" and missing:
+                _require_few(missing, len(self.live))
+                weighed.changes.update(dict.fromkeys(missing, ()))
+        for source in sources:
+            units = [self.current(unit.id) for unit in listing[source]]
+            committed = _in_order(unit for unit in units if unit)
+            if len(committed) < len(units):
+                weighed.unfinished.add(source)
+                if source in self.live:
+                    weighed.stale.add(source)
+                continue
+            weighed.unfinished.discard(source)
+            weighed.stale.discard(source)
+            if committed != self.live.get(source, ()):
+                weighed.changes[source] = committed
+        return weighed
+
+    def put_next(
+        self, weighed: _Weighed, complete: bool, contract: str, num_channels: int
+    ) -> Manifest | None:
+        """Put the manifest that was decided on; None if its number is taken by now."""
+        newest = self.manifest
+        after = {unit.name: unit for units in weighed.changes.values() for unit in units}
+        before = {
+            unit.name: unit for source in weighed.changes for unit in self.live.get(source, ())
+        }
+        fresh = [self.outside[u.unit_id] for u in after.values() if u.segment is None]
+        # Units that lie in segments already and count no more, or count again.
+        moved = [(before | after)[name] for name in before.keys() ^ after.keys()]
+        moved = [unit for unit in moved if unit.segment is not None]
+        removed = self._removed.symmetric_difference(unit.name for unit in moved)
+        added = Totals.of(((r.record, r.statistics) for r in fresh), num_channels)
+        parts, totals = self._add(added, {unit.segment for unit in moved}, removed, num_channels)
+        segments = newest.segments if newest else ()
+        if fresh:
+            segments += (put_segment(self.store, fresh),)
+        manifest = Manifest(
+            number=newest.number + 1 if newest else 1,
+            complete=complete,
+            created_at=datetime.now(UTC).isoformat(),
+            contract=contract,
+            segments=segments,
+            removed=tuple(sorted(removed)) if moved or not newest else newest.removed,
+            stale=tuple(sorted(weighed.stale)),
+            num_units=totals.num_units,
+            num_samples=totals.num_samples,
+            num_rows=totals.num_rows,
+            num_rejects=totals.num_rejects,
+            buckets=dict(sorted(totals.buckets.items())),
+            statistics=totals.statistics,
+        )
+        if not self.store.put_if_absent(manifest.path, manifest.to_bytes()):
+            return None
+        self.manifest, self._removed, self._totals = manifest, removed, parts
+        for source, units in weighed.changes.items():
+            self._show(source, units, len(segments) - 1)
+        self.settle(weighed)
+        return manifest
+
+    def _add(
+        self, added: Totals, moved_in: AbstractSet[int | None], removed: set[str], num_channels: int
+    ) -> tuple[dict[int, Totals], Totals]:
+        """Add up the next manifest: a new segment, and those of the newest, less `removed`.
+
+        `moved_in` are the segments in which other units count than before. Gives the totals of
+        segments, as far as they are known, and of all together.
+        """
+        newest = self.manifest
+        parts = {number: part for number, part in self._totals.items() if number not in moved_in}
+        earlier = [newest.totals] if newest else []
+        if moved_in:  # minima and histograms cannot be taken back: add up anew what still counts
+            self._read_totals(parts, removed, num_channels)
+            earlier = list(parts.values())
+        if added.num_units:
+            parts[len(newest.segments) if newest else 0] = added
+        return parts, reduce(Totals.merge, earlier, added)
+
+    def _read_totals(self, parts: dict[int, Totals], removed: set[str], num_channels: int) -> None:
+        """Add up the units that count in those segments of the manifest that `parts` lacks."""
+        assert self.manifest
+        missing = [n for n in range(len(self.manifest.segments)) if n not in parts]
+        segments = [self.manifest.segments[number] for number in missing]
+        tables = read_segments(self.store, segments, f"manifest {self.manifest.number}")
+        for number, table in zip(missing, tables, strict=True):
+            parts[number] = totals_of(without(table, removed), num_channels)
+
+    def _show(self, source: str, units: tuple[UnitSummary, ...], newest_segment: int) -> None:
+        """Take down which units of a source the manifest just written shows."""
+        self.live.pop(source, None)
+        for unit in units:
+            if unit.segment is None:
+                unit = replace(unit, segment=newest_segment)
+                self._latest[unit.unit_id] = unit
+                del self.outside[unit.unit_id]
+            self.live[source] = (*self.live.get(source, ()), unit)
+
+    def settle(self, weighed: _Weighed) -> None:
+        """Take the newest manifest to be what a listing comes to."""
+        self._weighed = weighed
+        self._touched.clear()
+
+
+@dataclass(frozen=True, slots=True)
+class _Weighed:
+    """What a listing comes to, beside the newest manifest.
+
+    `changes` holds, by source, the units of the next manifest where they are others; `unfinished`
+    are the sources that are not all encoded at their listed version, and `stale` those of them that
+    older units stand in for.
+    """
+
+    listing: Listing
+    on_missing: str
+    changes: dict[str, tuple[UnitSummary, ...]] = field(default_factory=dict)
+    unfinished: set[str] = field(default_factory=set)
+    stale: set[str] = field(default_factory=set)
+
+
+def _in_order(units: Iterable[UnitSummary]) -> tuple[UnitSummary, ...]:
+    return tuple(sorted(units, key=lambda unit: unit.unit_id))
+
+
+def _require_few(missing: AbstractSet[str], num_sources: int) -> None:
+    if len(missing) > MAX_MISSING_SHARE * num_sources:
+        raise SourceError(
+            f"{len(missing)} of {num_sources} sources are no longer listed, such as "
+            f"{min(missing)}: too many to drop their rows; check `source.shards`, or set "
+            "`source.on_missing: keep`"
+        )
+
+
+def write_next(
+    state: State,
+    contract: str,
+    num_channels: int,
+    listing: Callable[[], Listing],
+    *,
+    on_missing: str,
+    may_complete: bool = True,
+) -> tuple[State, Manifest | None]:
+    """Write the next manifest if it would differ from the newest one.
+
+    A listing that was given before, the very same object, costs time by the receipts that are new.
+
+    Args:
+        state: what is known of the output; given back, read anew if another driver was faster.
+        contract: fingerprint of the dataset's contract.
+        num_channels: channels of a stored latent.
+        listing: gives the source's listing; called again after a lost race.
+        on_missing: see `State.weigh`.
+        may_complete: False holds `complete` back, after a check failed.
+
+    Returns:
+        The state, and the newest manifest (None where there is nothing to name yet).
+    """
+    while True:
+        weighed = state.weigh(listing(), on_missing)
+        complete = may_complete and not weighed.unfinished
+        newest = state.manifest
+        is_same = newest and (newest.stale, newest.complete) == (
+            tuple(sorted(weighed.stale)),
+            complete,
+        )
+        if not weighed.changes and (is_same or (newest is None and not complete)):
+            state.settle(weighed)
+            return state, newest
+        if manifest := state.put_next(weighed, complete, contract, num_channels):
+            return state, manifest
+        state = State(state.store)

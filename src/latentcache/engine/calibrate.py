@@ -1,0 +1,222 @@
+"""What a run would take: real images through one worker, and what they say of all the others.
+
+The worker does what it does in a run, but for QA and for the upload: its files go to a folder that
+is deleted. Nothing is written to the output.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from tempfile import TemporaryDirectory
+
+import torch
+
+from latentcache.config import Config
+from latentcache.dataset.bottleneck import Loads
+from latentcache.dataset.receipts import Receipt, Unit, new_attempt
+from latentcache.engine.cluster import Cluster
+from latentcache.engine.job import UNITS_PER_ACTOR, Job, UnitTask, make_job
+from latentcache.engine.plan import Plan, units_of
+from latentcache.engine.unit import UnitRunner
+from latentcache.engine.worker import load_runner, settle_contract
+from latentcache.errors import SourceError
+from latentcache.images.source import SourceShard
+from latentcache.storage import StorageOptions
+
+# Images are taken from the beginnings of so many shards.
+_NUM_SHARDS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What one worker did: `num_samples` images, rejects among them, in `elapsed_s`.
+
+    It read `source_bytes` for them and wrote `output_bytes`. `bottleneck` is its slowest stage.
+    """
+
+    device: str
+    num_samples: int
+    elapsed_s: float
+    source_bytes: int
+    output_bytes: int
+    bottleneck: str
+
+    @property
+    def images_per_s(self) -> float:
+        """The rate of one actor."""
+        return self.num_samples / self.elapsed_s
+
+
+@dataclass(frozen=True, slots=True)
+class Prices:
+    """What things cost, in US dollars; None where it is not known."""
+
+    gpu_hour: float | None = None
+    cpu_hour: float | None = None
+    gb_month: float | None = None
+
+    def compute(self, gpu_hours: float, cpu_hours: float) -> float | None:
+        """Price some work; None where no price is known."""
+        parts = [(self.gpu_hour, gpu_hours), (self.cpu_hour, cpu_hours)]
+        known = [price * hours for price, hours in parts if price is not None]
+        return sum(known) if known else None
+
+    def storage(self, num_bytes: int) -> float | None:
+        """Price a month of storage; None where no price is known."""
+        return None if self.gb_month is None else self.gb_month * num_bytes / 1e9
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What a trial says of the units that are pending, at the rate of one actor times their number.
+
+    `num_images` follows from the bytes pending and the bytes of an image in the trial. Uploads are
+    not in the rate: `upload_bytes_per_s` is what each actor must be able to send.
+    """
+
+    images_per_s: float
+    device: str
+    bottleneck: str
+    num_tried: int
+    num_images: int
+    num_actors: int
+    elapsed_s: float
+    gpu_hours: float
+    cpu_hours: float
+    output_bytes: int
+    upload_bytes_per_s: float
+    compute_usd: float | None
+    compute_usd_per_billion_images: float | None
+    storage_usd_per_month: float | None
+
+    def to_text(self) -> str:
+        """Say it in a few lines."""
+        hours = f"{_digits(self.gpu_hours)} GPU-hours" if self.gpu_hours else ""
+        hours = hours or f"{_digits(self.cpu_hours)} CPU-hours"
+        actors = f"{self.num_actors} actors" if self.num_actors > 1 else "1 actor"
+        upload = _digits(self.upload_bytes_per_s / 1e6)
+        lines = [
+            f"{self.num_tried} images tried on {self.device}: {self.images_per_s:,.1f} images/s "
+            f"per actor; {self.bottleneck}",
+            f"all of it: about {self.num_images:,} images on {actors}: "
+            f"{_duration(self.elapsed_s)}, {hours}, {_digits(self.output_bytes / 1e9)} GB out",
+            f"uploading was not tried: it takes {upload} MB/s per actor",
+        ]
+        if self.compute_usd is not None:
+            lines.append(
+                f"compute: {_digits(self.compute_usd)} USD, or "
+                f"{self.compute_usd_per_billion_images:,.0f} USD per billion images"
+            )
+        if self.storage_usd_per_month is not None:
+            lines.append(f"storage: {_digits(self.storage_usd_per_month)} USD a month")
+        return "\n".join(lines)
+
+
+def _digits(number: float) -> str:
+    """Write it with thousands separated, and below a hundred with two digits that count."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.2g}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, hours = seconds / 60, seconds / 3600
+    if minutes < 1:
+        return f"{seconds:.0f} s"
+    return f"{minutes:.0f} min" if hours < 2 else f"{hours:,.1f} h"
+
+
+def make_forecast(config: Config, plan: Plan, num_images: int, prices: Prices) -> Forecast:
+    """Encode some images of the pending shards on a worker of the cluster, and reckon.
+
+    Raises:
+        ClusterError: the cluster cannot be reached, or lacks what the config asks for.
+        SourceError: the shards that were tried cannot be read, or hold nothing.
+    """
+    assert plan.pending
+    compute = config.compute
+    threads = None if compute.decode_threads == "auto" else compute.decode_threads
+    pending = {planned.unit.source for planned in plan.pending}
+    shards = [shard for shard in plan.shards if shard.url in pending]
+    with Cluster(compute.num_gpus, compute.num_cpu_actors, threads) as cluster:
+        job = make_job(config, plan.contract, cluster.num_cpus_per_actor)
+        trial: Trial = cluster.ask(try_out, job, shards, num_images)
+        num_actors = min(cluster.num_actors, len(plan.pending))
+        num_gpus, num_cpus = cluster.num_gpus_per_actor, cluster.num_cpus_per_actor
+    num_pending = round(plan.num_bytes_pending * trial.num_samples / trial.source_bytes)
+    actor_hours = num_pending / trial.images_per_s / 3600
+    gpu_hours, cpu_hours = actor_hours * num_gpus, actor_hours * num_cpus
+    output_bytes = round(num_pending * trial.output_bytes / trial.num_samples)
+    usd = prices.compute(gpu_hours, cpu_hours)
+    return Forecast(
+        images_per_s=trial.images_per_s,
+        device=trial.device,
+        bottleneck=trial.bottleneck,
+        num_tried=trial.num_samples,
+        num_images=num_pending,
+        num_actors=num_actors,
+        elapsed_s=actor_hours * 3600 / num_actors,
+        gpu_hours=gpu_hours,
+        cpu_hours=cpu_hours,
+        output_bytes=output_bytes,
+        upload_bytes_per_s=trial.output_bytes / trial.elapsed_s,
+        compute_usd=usd,
+        compute_usd_per_billion_images=None if usd is None else usd / num_pending * 1e9,
+        storage_usd_per_month=prices.storage(output_bytes),
+    )
+
+
+def try_out(job: Job, shards: Sequence[SourceShard], num_images: int, device: str) -> Trial:
+    """Encode some images of some shards, in this process.
+
+    Args:
+        job: the run's.
+        shards: to choose from.
+        num_images: how many are timed; some more go before them, to warm up.
+        device: to encode on.
+
+    Raises:
+        LatentCacheError: a unit failed.
+    """
+    if not job.contract.is_settled:
+        job = replace(job, contract=settle_contract(job, shards, device))
+    chosen = random.Random(0).sample(shards, min(len(shards), _NUM_SHARDS))
+    each = math.ceil(num_images / len(chosen))
+    with TemporaryDirectory(prefix="latentcache-") as folder:
+        local = replace(job, output_url=folder, output_storage=StorageOptions(), qa=None)
+        runner = load_runner(local, device)
+        units = units_of(chosen, job.contract)
+        list(_run(runner, units[:1], each))
+        source_bytes = runner.num_source_bytes
+        began = time.perf_counter()
+        receipts = list(_run(runner, units, each))
+        elapsed_s = time.perf_counter() - began
+    loads = Loads()
+    for receipt in receipts:
+        loads.add_receipt(receipt.stages)
+    records = [receipt.record for receipt in receipts]
+    num_samples = sum(record.num_samples for record in records)
+    if not num_samples:
+        raise SourceError(f"{chosen[0].url} holds no sample to calibrate on")
+    is_cuda = device == "cuda"
+    return Trial(
+        device=torch.cuda.get_device_name() if is_cuda else f"{job.decode_threads} CPUs",
+        num_samples=num_samples,
+        elapsed_s=elapsed_s,
+        source_bytes=runner.num_source_bytes - source_bytes,
+        output_bytes=sum(file.size_bytes for record in records for file in record.files),
+        bottleneck=str(loads.bottleneck),
+    )
+
+
+def _run(runner: UnitRunner, units: Sequence[Unit], max_samples: int) -> Iterator[Receipt]:
+    """Run the beginnings of some units, as many at once as an actor does."""
+    tasks = [UnitTask(unit, 0, new_attempt(), max_samples=max_samples) for unit in units]
+    with ThreadPoolExecutor(UNITS_PER_ACTOR) as pool:
+        for result in pool.map(runner.run, tasks):
+            if not isinstance(result, Receipt):
+                raise result.fatal or SourceError(result.message)
+            yield result

@@ -1,0 +1,78 @@
+"""Putting receipts, several at a time: the one moment at which rows come to exist."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from queue import SimpleQueue
+
+from latentcache.dataset.receipts import Receipt, read_receipts
+from latentcache.storage import Store
+
+# A put is two or three round trips to a store, and 256 GPUs finish some 25 units a second.
+_NUM_THREADS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """The receipt that lies in the store now: ours, or that of the driver that was first."""
+
+    receipt: Receipt
+    is_ours: bool
+
+
+class Committer:
+    """Puts receipts while the driver's loop goes on.
+
+    Until `ended` or `drain` has given it back, a receipt counts for nothing: its unit is still in
+    hand. Never more are under way than there are threads, so that a run over a store that is down
+    stands still, and does not go on to encode what nobody can commit.
+
+    Args:
+        store: the output.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._pool = ThreadPoolExecutor(_NUM_THREADS, "commit")
+        self._num_under_way = 0
+        self._ended: SimpleQueue[Future[Committed]] = SimpleQueue()
+
+    def __enter__(self) -> Committer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+    def put(self, data: bytes) -> None:
+        """Begin to put the bytes of a receipt."""
+        self._num_under_way += 1
+        self._pool.submit(self._put, data).add_done_callback(self._ended.put)
+
+    def ended(self) -> Iterator[Committed]:
+        """Give what has been put by now; waits while no further one could be begun.
+
+        Raises:
+            StorageError: one could not be put.
+        """
+        while not self._ended.empty() or self._num_under_way >= _NUM_THREADS:
+            yield self._take()
+
+    def drain(self) -> Iterator[Committed]:
+        """Give all that is still under way, as it ends; raises as `ended`."""
+        while self._num_under_way:
+            yield self._take()
+
+    def _take(self) -> Committed:
+        future = self._ended.get()
+        self._num_under_way -= 1
+        return future.result()
+
+    def _put(self, data: bytes) -> Committed:
+        receipt = Receipt.from_bytes(data)
+        if self._store.put_if_absent(receipt.path, data):
+            return Committed(receipt, is_ours=True)
+        # Another driver committed this unit first, and its rows are as good.
+        (receipt,) = read_receipts(self._store, [receipt.record.name])
+        return Committed(receipt, is_ours=False)

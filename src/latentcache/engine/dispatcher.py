@@ -1,0 +1,322 @@
+"""The driver's loop: hands out units, two to an actor, and says what became of them.
+
+Actors keep no state that a unit needs, so losing one costs the units it had in hand. The cluster
+restarts and retries nothing: this loop does both, because it must tell a crash, which counts
+against a unit, from a preemption, which does not. It knows a cluster by what `Actors` says.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from latentcache.dataset.receipts import new_attempt
+from latentcache.engine.job import UNITS_PER_ACTOR, Job, UnitFailure, UnitTask
+from latentcache.engine.plan import PlannedUnit
+from latentcache.errors import ClusterError, LatentCacheError
+
+_POLL_S = 2.0
+
+# A call takes half a millisecond of the driver's time, of which 256 actors leave 40 for each unit.
+_MAX_POLLS_PER_S = 32
+
+# Longest waits for anything to come back, and, while all actors are lost, for one to be started.
+_WAIT_S, _WAIT_FOR_ACTORS_S = 1.0, 0.1
+
+# Actors lost in a row before any of them got ready: something is wrong that waiting will not mend.
+_MAX_START_FAILURES = 5
+
+
+class ActorLost(Exception):
+    """An actor is gone; `has_crashed`, if its node is not."""
+
+    def __init__(self, message: str, *, has_crashed: bool) -> None:
+        super().__init__(message)
+        self.has_crashed = has_crashed
+
+
+class Actors(Protocol):
+    """What the loop needs of a cluster. Actors and calls are the cluster's own, opaque here."""
+
+    num_actors: int
+
+    def start_actor(self, job: Job) -> Any:
+        """Ask for one more actor; it may pend until there is room."""
+
+    def call(self, actor: Any, method: Literal["setup", "run_unit", "stats"], *args: Any) -> Any:
+        """Call a method of an actor; see `engine.worker.Worker`."""
+
+    def wait(self, calls: Sequence[Any], timeout_s: float) -> Sequence[Any]:
+        """Give the calls that have ended, after at most that time; with none, wait it out."""
+
+    def result(self, call: Any, node: str | None) -> Any:
+        """Give what a call returned; `UnitFailure` for one that raised.
+
+        Args:
+            call: one that has ended.
+            node: where its actor runs, as its `setup` said.
+
+        Raises:
+            ActorLost: instead of an answer.
+        """
+
+    def kill(self, actor: Any) -> None:
+        """End an actor, whatever it is at."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A unit that was encoded and uploaded; `receipt` are the bytes that wait to be put."""
+
+    receipt: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A unit that was given up; `changed` says that its source is another version now."""
+
+    task: UnitTask
+    message: str
+    changed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Polled:
+    """What the actors said last: one dict of `UnitRunner.stats` for each, and losses so far."""
+
+    stats: list[dict[str, float]]
+    num_lost: int
+
+
+Event = Finished | Failed | Polled
+
+
+class StopSignal:
+    """A wish to end early: no more units are handed out, and those in hand get until `deadline`.
+
+    `deadline` is in seconds of `time.monotonic`; None lets them finish.
+    """
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+        self.deadline: float | None = None
+
+    def request(self, reason: str, grace_s: float | None = None) -> None:
+        """Ask for the end; a second wish may only bring it nearer. Safe in a signal handler."""
+        self.reason = self.reason or reason
+        if grace_s is not None:
+            wanted = time.monotonic() + grace_s
+            self.deadline = min(self.deadline or wanted, wanted)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the units in hand are to be given up."""
+        return self.deadline is not None and time.monotonic() >= self.deadline
+
+
+@dataclass(frozen=True, slots=True)
+class _Assignment:
+    """A unit in an actor's hands; `alone` because an earlier attempt may have crashed its actor."""
+
+    unit: PlannedUnit
+    task: UnitTask
+    alone: bool
+
+
+@dataclass(eq=False, slots=True)
+class _Worker:
+    """One actor as the driver sees it; `node` is None until its setup is done."""
+
+    actor: Any
+    setup: Any
+    node: str | None = None
+    in_hand: dict[Any, _Assignment] = field(default_factory=dict)
+    poll: Any = None
+    stats: dict[str, float] = field(default_factory=dict)
+
+
+class Dispatcher:
+    """Keeps the actors supplied with units until all are done or given up.
+
+    What a finished unit costs here does not grow with the number of units, and with the number of
+    actors only by what `Actors.wait` makes of it.
+
+    Args:
+        actors: the cluster.
+        job: what the units have in common.
+        pending: the units to begin with.
+        unit_retries: tries after the first, before a unit is given up.
+        stop: may end the loop early.
+    """
+
+    def __init__(
+        self,
+        actors: Actors,
+        job: Job,
+        pending: Iterable[PlannedUnit],
+        unit_retries: int,
+        stop: StopSignal,
+    ) -> None:
+        self._actors = actors
+        self._job = job
+        self._pending = deque(pending)
+        self._suspects: deque[PlannedUnit] = deque()
+        self._unit_retries = unit_retries
+        self._stop = stop
+        self._failures: Counter[str] = Counter()
+        self._workers: list[_Worker] = []
+        self._calls: dict[Any, _Worker] = {}  # all that are under way
+        self._with_room: dict[_Worker, None] = {}  # who waits longest first
+        self._num_in_hand = 0
+        self._num_lost = 0
+        self._start_failures = 0
+        self._may_start_at = 0.0
+        self.qa_wanted: dict[str, int] = {}
+        """QA rows wanted of each bucket, at least, from units that are handed out from now on."""
+
+    def add(self, unit: PlannedUnit) -> None:
+        """Add one more unit while the loop runs."""
+        self._pending.append(unit)
+
+    def run(self) -> Iterator[Event]:
+        """Yield each unit as it ends, and now and then what the actors say.
+
+        Raises:
+            ClusterError: actors are lost before they get ready, again and again.
+            LatentCacheError: an actor met what no other could do better: a checkpoint that cannot
+                be used, a disk without room.
+        """
+        next_poll = time.monotonic()
+        try:
+            while self._has_work():
+                self._start_actors()
+                self._hand_out()
+                if time.monotonic() >= next_poll:
+                    every_s = max(_POLL_S, len(self._workers) / _MAX_POLLS_PER_S)
+                    next_poll = time.monotonic() + every_s
+                    self._ask_for_stats()
+                    yield Polled([w.stats for w in self._workers if w.stats], self._num_lost)
+                timeout_s = _WAIT_S if self._calls else _WAIT_FOR_ACTORS_S
+                for call in self._actors.wait(list(self._calls), timeout_s):
+                    if worker := self._calls.pop(call, None):  # else its actor was lost meanwhile
+                        yield from self._take(worker, call)
+        finally:
+            for worker in self._workers:
+                self._actors.kill(worker.actor)
+            self._workers.clear()
+
+    def _has_work(self) -> bool:
+        if self._stop.reason:
+            return self._num_in_hand > 0 and not self._stop.is_over
+        return bool(self._num_in_hand or self._pending or self._suspects)
+
+    def _start_actors(self) -> None:
+        if self._stop.reason or len(self._workers) >= self._actors.num_actors:
+            return
+        waiting = len(self._pending) + len(self._suspects)
+        busy = sum(bool(worker.in_hand) for worker in self._workers)
+        wanted = min(self._actors.num_actors, waiting + busy)
+        while len(self._workers) < wanted and time.monotonic() >= self._may_start_at:
+            actor = self._actors.start_actor(self._job)
+            worker = _Worker(actor, self._actors.call(actor, "setup"))
+            self._workers.append(worker)
+            self._calls[worker.setup] = worker
+
+    def _hand_out(self) -> None:
+        """Give units to the actors with the fewest; one that may have crashed an actor goes alone.
+
+        For each such suspect that waits, one actor gets nothing else until it is empty.
+        """
+        if self._stop.reason or not (self._pending or self._suspects):
+            return
+        emptiest_first = sorted(self._with_room, key=lambda worker: len(worker.in_hand))
+        num_kept = len(self._suspects)
+        for worker in emptiest_first[:num_kept]:
+            if not worker.in_hand:
+                self._give(worker, self._suspects.popleft(), alone=True)
+        for num_in_hand in range(UNITS_PER_ACTOR):
+            for worker in emptiest_first[num_kept:]:
+                if self._pending and len(worker.in_hand) == num_in_hand:
+                    self._give(worker, self._pending.popleft(), alone=False)
+
+    def _give(self, worker: _Worker, unit: PlannedUnit, *, alone: bool) -> None:
+        task = UnitTask(unit.unit, unit.generation, new_attempt(), self.qa_wanted)
+        call = self._actors.call(worker.actor, "run_unit", task)
+        self._calls[call] = worker
+        worker.in_hand[call] = _Assignment(unit, task, alone)
+        self._num_in_hand += 1
+        if alone or len(worker.in_hand) == UNITS_PER_ACTOR:
+            del self._with_room[worker]
+
+    def _ask_for_stats(self) -> None:
+        for worker in self._workers:
+            if worker.node and worker.poll is None:
+                worker.poll = self._actors.call(worker.actor, "stats")
+                self._calls[worker.poll] = worker
+
+    def _take(self, worker: _Worker, call: Any) -> Iterator[Event]:
+        """Take in what came back: a unit's end, an actor's readiness or figures, or its loss."""
+        try:
+            result = self._actors.result(call, worker.node)
+        except ActorLost as lost:
+            yield from self._lose(worker, lost)
+            return
+        if call == worker.poll:
+            worker.poll = None
+            if isinstance(result, dict):
+                worker.stats = result
+        elif call == worker.setup:
+            if isinstance(result, LatentCacheError | UnitFailure):
+                raise (
+                    result if isinstance(result, LatentCacheError) else ClusterError(result.message)
+                )
+            worker.node = result
+            self._with_room[worker] = None
+            self._start_failures = 0
+        else:
+            assignment = worker.in_hand.pop(call)
+            self._num_in_hand -= 1
+            self._with_room.setdefault(worker)
+            if isinstance(result, bytes):
+                yield Finished(result)
+            else:
+                yield from self._fail(assignment, result)
+
+    def _fail(
+        self, assignment: _Assignment, failure: UnitFailure, *, crashed: bool = False
+    ) -> Iterator[Event]:
+        if failure.fatal:
+            raise failure.fatal
+        unit = assignment.unit
+        self._failures[unit.unit.id] += 1
+        if failure.changed or self._failures[unit.unit.id] > self._unit_retries:
+            yield Failed(assignment.task, failure.message, failure.changed)
+        else:
+            (self._suspects if crashed else self._pending).append(unit)
+
+    def _lose(self, worker: _Worker, lost: ActorLost) -> Iterator[Event]:
+        """An actor is gone: requeue its units. Only a crash with one unit in hand counts."""
+        self._workers.remove(worker)
+        self._with_room.pop(worker, None)
+        for call in (worker.setup, worker.poll, *worker.in_hand):
+            self._calls.pop(call, None)
+        self._actors.kill(worker.actor)
+        self._num_lost += 1
+        if worker.node is None:
+            self._start_failures += 1
+            if self._start_failures >= _MAX_START_FAILURES:
+                raise ClusterError(f"actors die before they get ready: {lost}")
+        # The first loss costs no time; a row of them backs off to half a minute.
+        self._may_start_at = time.monotonic() + min(30.0, 2.0**self._start_failures - 1)
+        assignments = list(worker.in_hand.values())
+        self._num_in_hand -= len(assignments)
+        if lost.has_crashed and len(assignments) == 1:
+            message = "its actor crashed or was killed with this unit alone in hand"
+            yield from self._fail(assignments[0], UnitFailure(message), crashed=True)
+        elif lost.has_crashed:
+            self._suspects.extend(assignment.unit for assignment in assignments)
+        else:
+            self._pending.extendleft(assignment.unit for assignment in assignments)

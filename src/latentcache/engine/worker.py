@@ -1,0 +1,69 @@
+"""What an actor loads before its first unit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from latentcache.dataset.contract import Contract
+from latentcache.engine.job import Job
+from latentcache.engine.settle import settle
+from latentcache.engine.unit import UnitRunner
+from latentcache.errors import ClusterError
+from latentcache.images.source import SourceShard
+from latentcache.networks import load_lpips
+from latentcache.vae.encoder import LatentEncoder, require_fp32
+from latentcache.vae.examine import Examiner
+from latentcache.vae.model import KLAutoencoder
+from latentcache.vae.weights import encoder_fingerprint, load_vae
+
+
+def load_runner(job: Job, device: str) -> UnitRunner:
+    """Load what runs units.
+
+    Raises:
+        ClusterError: the device cannot be used here, or the checkpoint is another one here.
+        CheckpointError: a checkpoint cannot be used.
+    """
+    vae = _load_vae(job, device)
+    examiner = _load_examiner(job, vae)
+    encoder = LatentEncoder(vae, job.contract.latents.precision, job.batch_size)
+    runner = UnitRunner(job, encoder, examiner)
+    # The runner's threads fill the cores; where few can encode at once, torch's help them.
+    num_encoding = runner.encode_pool.num_threads
+    num_threads = torch.get_num_threads() // num_encoding if device == "cpu" else 1
+    torch.set_num_threads(max(1, num_threads))
+    return runner
+
+
+def settle_contract(job: Job, shards: Sequence[SourceShard], device: str) -> Contract:
+    """Find out what the job's contract leaves open; see `engine/settle.py`."""
+    return settle(_load_vae(job, device), job, shards)
+
+
+def _load_vae(job: Job, device: str) -> KLAutoencoder:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ClusterError(
+            f"a worker has a GPU, but its torch {torch.__version__} cannot use it: install a CUDA "
+            "build there, or set compute.num_gpus to 0"
+        )
+    require_fp32()
+    vae = load_vae(job.checkpoint, device=device, decoder=False, options=job.checkpoint_storage)
+    if encoder_fingerprint(vae) != job.contract.vae.encoder_fingerprint:
+        raise ClusterError(
+            f"{job.checkpoint} gives a worker another encoder than it gave the driver: put the "
+            "checkpoint where every node reads the same"
+        )
+    return vae
+
+
+def _load_examiner(job: Job, vae: KLAutoencoder) -> Examiner | None:
+    if not job.qa:
+        return None
+    decoder = load_vae(job.qa.decoder, device=vae.device, options=job.qa.decoder_storage)
+    lpips = None
+    if job.qa.lpips:
+        url, sha256 = job.qa.lpips
+        lpips = load_lpips(url, sha256, job.qa.lpips_storage, vae.device)
+    return Examiner(job.contract, vae, decoder, lpips)

@@ -1,0 +1,77 @@
+"""`plan --calibrate`: what it foretells of a run, held against the run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from makers import config_tree, png, tree_digest, write_tar
+from runs import Cli
+
+SAMPLES_PER_SHARD = 30
+
+
+def write_config(folder: Path, **sections: Any) -> Path:
+    for number in range(6):
+        names = [f"{number}-{index}" for index in range(SAMPLES_PER_SHARD)]
+        members = [(f"{name}.png", png(70, 90, seed)) for seed, name in enumerate(names)]
+        write_tar(folder / "src" / f"{number}.tar", members)
+    tree = config_tree(folder, transform={"resolution_px": 64}, source={"keep": []}, **sections)
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def test_a_forecast_is_what_the_run_then_takes(tmp_path: Path, cli: Cli) -> None:
+    config = write_config(tmp_path)
+    before = tree_digest(tmp_path)
+    prices = ["--usd-per-cpu-hour", "3600", "--usd-per-gb-month", "1e9"]
+    plan = cli.ok("plan", config, "--calibrate", "20", *prices)
+    assert tree_digest(tmp_path) == before, "a plan writes nothing"
+    found = plan["forecast"]
+    assert found["num_tried"] == 20, "the rest of the shards is not read"
+    assert found["num_images"] == pytest.approx(6 * SAMPLES_PER_SHARD, rel=0.1)
+    # At a dollar for each second of a CPU and each byte.
+    cpu_s = found["cpu_hours"] * 3600
+    assert found["compute_usd"] == pytest.approx(cpu_s)
+    num_actors, rate = found["num_actors"], found["images_per_s"]
+    assert found["elapsed_s"] == pytest.approx(found["num_images"] / rate / num_actors)
+    per_billion = cpu_s / found["num_images"] * 1e9
+    assert found["compute_usd_per_billion_images"] == pytest.approx(per_billion)
+    assert found["storage_usd_per_month"] == pytest.approx(found["output_bytes"])
+    assert found["gpu_hours"] == 0
+    assert "-bound" in found["bottleneck"]
+
+    cli.ok("run", config)
+    written = sum(path.stat().st_size for path in (tmp_path / "out").glob("data/*/*"))
+    assert found["output_bytes"] == pytest.approx(written, rel=0.25)  # a file has a footer
+    done = cli("plan", config, "--calibrate", "20", "--json")
+    assert (done.code, done.json["forecast"]) == (0, None)
+
+
+def test_what_a_contract_leaves_open_is_settled_for_the_trial_alone(
+    tmp_path: Path, cli: Cli
+) -> None:
+    latents = {"dtype": "int8", "calibration": {"num_images": 8}}
+    config = write_config(tmp_path, latents=latents)
+    result = cli("plan", config, "--calibrate", "8")
+    assert result.code == 0
+    assert "8 images tried on" in result.stdout
+    assert "uploading was not tried" in result.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_tried_is_told(tmp_path: Path, cli: Cli) -> None:
+    config = write_config(tmp_path)
+    priced = cli("plan", config, "--usd-per-gpu-hour", "2")
+    assert priced.code == 2
+    assert "--calibrate" in priced.stderr
+    for path in tmp_path.glob("src/*.tar"):
+        path.write_bytes(b"\x28\xb5\x2f\xfd and so on")
+    result = cli("plan", config, "--calibrate", "8")
+    assert result.code == 1
+    (line,) = result.stderr.splitlines()
+    assert "compressed by zstd" in line

@@ -1,0 +1,97 @@
+"""Receipts put several at a time: each counts once it lies there, and not before."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from latentcache.dataset.receipts import Receipt, Unit, list_receipt_names, new_attempt
+from latentcache.engine.commit import Committer
+from latentcache.errors import StorageError
+from latentcache.storage import Store
+from makers import make_contract
+from simulated import make_receipt
+
+CONTRACT = make_contract()
+
+
+def receipts(num: int) -> list[Receipt]:
+    units = [Unit.of(f"{index}.tar", 1, "v1", CONTRACT.fingerprint) for index in range(num)]
+    return [make_receipt(CONTRACT, unit, 0, new_attempt()) for unit in units]
+
+
+class GatedStore(Store):
+    """Puts nothing before `gate` is set, or `opens_at` puts wait; `refused` is never taken."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.gate = threading.Event()
+        self.refused = ""
+        self.opens_at = 0
+        self._num_waiting = 0
+        self._lock = threading.Lock()
+
+    def put_if_absent(self, path: str, data: bytes) -> bool:
+        with self._lock:
+            self._num_waiting += 1
+            if self._num_waiting == self.opens_at:
+                self.gate.set()
+        assert self.gate.wait(60)
+        if self.refused and self.refused in path:
+            raise StorageError(f"cannot reach or use {path}")
+        return super().put_if_absent(path, data)
+
+
+def test_a_receipt_counts_when_it_lies_there(tmp_path: Path):
+    store = GatedStore(str(tmp_path))
+    wanted = receipts(3)
+    with Committer(store) as committer:
+        for receipt in wanted:
+            committer.put(receipt.to_bytes())
+        assert not list(committer.ended())
+        assert not list_receipt_names(store)
+        store.gate.set()
+        found = list(committer.drain())
+        assert not list(committer.drain())
+    assert {c.receipt.record.name for c in found} == set(list_receipt_names(store))
+    assert all(committed.is_ours for committed in found)
+
+
+def test_the_loop_stands_still_while_a_store_takes_no_more(tmp_path: Path):
+    store = GatedStore(str(tmp_path))
+    store.opens_at = 16
+    num_ended = 0
+    with Committer(store) as committer:
+        for number, receipt in enumerate(receipts(40), 1):
+            committer.put(receipt.to_bytes())
+            num_ended += len(list(committer.ended()))
+            assert num_ended >= number - 15
+            assert store.gate.is_set() or num_ended == 0
+        num_ended += len(list(committer.drain()))
+    assert num_ended == len(list_receipt_names(store)) == 40
+
+
+def test_the_receipt_of_a_driver_that_was_first_is_taken(tmp_path: Path):
+    store = Store(str(tmp_path))
+    (first,) = receipts(1)
+    assert store.put_if_absent(first.path, first.to_bytes())
+    with Committer(store) as committer:
+        committer.put(receipts(1)[0].to_bytes())
+        (committed,) = committer.drain()
+    assert not committed.is_ours
+    assert committed.receipt.record == first.record
+
+
+def test_a_put_that_fails_is_told_and_the_others_are_done(tmp_path: Path):
+    store = GatedStore(str(tmp_path))
+    wanted = receipts(5)
+    store.refused = wanted[2].path
+    with Committer(store) as committer:
+        for receipt in wanted:
+            committer.put(receipt.to_bytes())
+        store.gate.set()
+        with pytest.raises(StorageError, match="cannot reach"):
+            list(committer.drain())
+    assert set(list_receipt_names(store)) == {r.record.name for r in wanted if r is not wanted[2]}

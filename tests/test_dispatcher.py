@@ -1,0 +1,335 @@
+"""The driver's loop over simulated actors: who gets what, what a loss costs, what a unit costs.
+
+On a clock that moves by leaps alone, so that every figure is exact.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+
+import latentcache
+from latentcache import make_plan, run
+from latentcache.dataset.manifest import list_manifests
+from latentcache.dataset.receipts import Receipt, Unit, list_receipt_names
+from latentcache.engine import run as run_module
+from latentcache.engine.dispatcher import (
+    ActorLost,
+    Dispatcher,
+    Event,
+    Failed,
+    Finished,
+    Polled,
+    StopSignal,
+)
+from latentcache.engine.job import UNITS_PER_ACTOR, Job, UnitFailure
+from latentcache.engine.plan import PlannedUnit
+from latentcache.errors import ClusterError, DiskFull
+from latentcache.storage import StorageOptions, Store
+from makers import make_contract
+from simulated import Clock, SimulatedCluster, make_config
+
+CONTRACT = make_contract()
+UNITS = [Unit.of(f"{index:03d}.tar", 1, "v1", CONTRACT.fingerprint) for index in range(100)]
+JOB = Job(CONTRACT, "demo", StorageOptions(), StorageOptions(), "out", StorageOptions(), None, 1)
+
+CRASH, PREEMPTION = True, False
+
+
+class Actors(SimulatedCluster):
+    """Simulated actors that fail on demand.
+
+    `faults` says, by source, how each attempt at it ends, as far as they do not succeed: by the
+    loss of its actor (`CRASH`, `PREEMPTION`) or by a failure. `log` holds, in the order of their
+    ends, the attempts with their actor's number, begin, end, and how many units it had in hand.
+    """
+
+    def __init__(self, num_actors: int, clock: Clock, faults: dict[str, list[Any]]) -> None:
+        super().__init__(num_actors, clock, lambda unit: 1.0)
+        self.faults = faults
+        self.log: list[tuple[str, int, float, int]] = []
+        self.most_in_hand = 0
+        self.started: list[Any] = []
+        self.killed: list[Any] = []
+        self.num_dead_on_arrival = 0
+        self._in_hand: Counter[Any] = Counter()
+        self._calls: dict[int, tuple[Any, str, Any]] = {}
+
+    def start_actor(self, job: Job) -> Any:
+        self.started.append(super().start_actor(job))
+        return self.started[-1]
+
+    def call(self, actor: Any, method: str, *args: Any) -> int:
+        call = super().call(actor, method, *args)
+        self._calls[call] = (actor, method, args[0] if args else None)
+        if method == "run_unit":
+            self._in_hand[actor] += 1
+            self.most_in_hand = max(self.most_in_hand, self._in_hand[actor])
+        return call
+
+    def result(self, call: int, node: str | None) -> Any:
+        actor, method, task = self._calls.pop(call)
+        assert actor not in self.killed, "nobody asks a dead actor"
+        assert (node is None) == (method == "setup")
+        if method == "setup" and self.num_dead_on_arrival:
+            self.num_dead_on_arrival -= 1
+            raise ActorLost("died at once", has_crashed=True)
+        result = super().result(call, node)
+        if method != "run_unit":
+            return result
+        number = self.started.index(actor)
+        self.log.append((task.unit.source, number, self._clock.now(), self._in_hand[actor]))
+        self._in_hand[actor] -= 1
+        left = self.faults.get(task.unit.source)
+        fault = left.pop(0) if left else None
+        if isinstance(fault, bool):
+            raise ActorLost("it is gone", has_crashed=fault)
+        return fault or result
+
+    def kill(self, actor: Any) -> None:
+        self.killed.append(actor)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock(real=lambda: 1000.0)
+    monkeypatch.setattr(time, "monotonic", clock.now)
+    return clock
+
+
+def planned(num_units: int) -> list[PlannedUnit]:
+    return [PlannedUnit(unit, 0, "new") for unit in UNITS[:num_units]]
+
+
+def dispatch(
+    actors: Actors, num_units: int, *, retries: int = 1, stop: StopSignal | None = None
+) -> Iterator[Event]:
+    return Dispatcher(actors, JOB, planned(num_units), retries, stop or StopSignal()).run()
+
+
+def sources(events: Sequence[Event]) -> list[str]:
+    """The sources of the finished units, in that order."""
+    receipts = [Receipt.from_bytes(e.receipt) for e in events if isinstance(e, Finished)]
+    return [receipt.record.unit.source for receipt in receipts]
+
+
+def failures(events: Sequence[Event]) -> list[tuple[str, str]]:
+    return [(e.task.unit.source, e.message) for e in events if isinstance(e, Failed)]
+
+
+def test_units_go_out_in_order_two_to_an_actor(clock: Clock):
+    began, actors = clock.now(), Actors(4, clock, {})
+    events = list(dispatch(actors, 41))
+    assert sorted(sources(events)) == [unit.source for unit in UNITS[:41]]
+    assert actors.most_in_hand == UNITS_PER_ACTOR
+    assert clock.now() - began == 11  # 41 s of work for four
+    assert Counter(number for _, number, *_ in actors.log) == {0: 11, 1: 10, 2: 10, 3: 10}
+    assert len(actors.started) == len(actors.killed) == 4, "none is left behind"
+
+
+def test_no_more_actors_start_than_there_is_work_for(clock: Clock):
+    actors = Actors(256, clock, {})
+    assert len(sources(list(dispatch(actors, 3)))) == 3
+    assert len(actors.started) == 3
+    assert actors.most_in_hand == 1, "the fewest first"
+
+
+def test_figures_are_polled_in_bounds(clock: Clock):
+    for num_actors, every_s in ((2, 2.0), (96, 3.0)):
+        began, actors = clock.now(), Actors(num_actors, clock, {})
+        actors._unit_s = lambda unit: 60.0
+        polled = [e for e in dispatch(actors, num_actors) if isinstance(e, Polled)]
+        assert len(polled[-1].stats) == num_actors
+        assert len(polled) == pytest.approx((clock.now() - began) / every_s, abs=2)
+
+
+def test_a_crash_beside_another_unit_counts_against_neither(clock: Clock):
+    # The first has its actor to itself when it crashes again: with no retries left, it is given up.
+    actors = Actors(2, clock, {"004.tar": [CRASH]})
+    events = list(dispatch(actors, 20, retries=0))
+    assert sorted(sources(events)) == [unit.source for unit in UNITS[:20]]
+    assert not failures(events)
+    assert [entry[0] for entry in actors.log].count("004.tar") == 2
+    again = [entry for entry in actors.log if entry[0] in ("004.tar", "006.tar")][-2:]
+    assert [in_hand for *_, in_hand in again] == [1, 1], "suspects run alone"
+    assert len(actors.started) == 3
+
+
+def test_a_crash_alone_counts_and_a_unit_is_given_up(clock: Clock):
+    actors = Actors(2, clock, {"004.tar": [CRASH] * 9})
+    events = list(dispatch(actors, 20, retries=1))
+    ((source, message),) = failures(events)
+    assert source == "004.tar"
+    assert "crashed" in message
+    assert len(actors.faults["004.tar"]) == 9 - 3, "once beside another, twice alone"
+    assert sorted(sources(events)) == [u.source for u in UNITS[:20] if u.source != source]
+
+
+def test_a_preemption_never_counts(clock: Clock):
+    actors = Actors(2, clock, {"004.tar": [PREEMPTION] * 9})
+    events = list(dispatch(actors, 20, retries=0))
+    assert sorted(sources(events)) == [unit.source for unit in UNITS[:20]]
+    assert not actors.faults["004.tar"]
+    assert len(actors.started) == 2 + 9
+    polled = [event for event in events if isinstance(event, Polled)]
+    assert 1 <= polled[-1].num_lost <= 9
+
+
+def test_while_suspects_wait_the_other_actors_go_on(clock: Clock):
+    began, actors = clock.now(), Actors(8, clock, {"003.tar": [CRASH]})
+    events = list(dispatch(actors, 80))
+    assert sorted(sources(events)) == [unit.source for unit in UNITS[:80]]
+    # Ten rounds; one more for the unit that ran twice, and one in which two actors got empty.
+    assert clock.now() - began <= 12
+
+
+def test_a_failure_is_tried_again_and_a_changed_source_is_not(clock: Clock):
+    faults = {
+        "001.tar": [UnitFailure("a cut connection")],
+        "002.tar": [UnitFailure("a cut connection")] * 2,
+        "003.tar": [UnitFailure("another version", changed=True)],
+    }
+    actors = Actors(2, clock, faults)
+    events = list(dispatch(actors, 10, retries=1))
+    assert dict(failures(events)) == {
+        "002.tar": "a cut connection",
+        "003.tar": "another version",
+    }
+    assert [e.changed for e in events if isinstance(e, Failed)].count(True) == 1
+    assert len(sources(events)) == 8
+
+
+def test_what_no_other_unit_can_mend_ends_the_run(clock: Clock):
+    actors = Actors(2, clock, {"003.tar": [UnitFailure("no room", fatal=DiskFull("no room"))]})
+    with pytest.raises(DiskFull):
+        list(dispatch(actors, 10))
+    assert len(actors.killed) == 2
+
+
+def test_actors_that_never_get_ready_are_given_up_with_pauses(clock: Clock):
+    began, actors = clock.now(), Actors(1, clock, {})
+    actors.num_dead_on_arrival = 99
+    with pytest.raises(ClusterError, match="die before they get ready: died at once"):
+        list(dispatch(actors, 3))
+    assert len(actors.started) == len(actors.killed) == 5
+    assert clock.now() - began == pytest.approx(1 + 3 + 7 + 15, abs=1)
+
+    actors = Actors(1, clock, {})
+    actors.num_dead_on_arrival = 4
+    assert len(sources(list(dispatch(actors, 3)))) == 3
+
+
+def test_a_wish_to_stop_lets_units_in_hand_finish_until_its_deadline(clock: Clock):
+    for grace_s, num_done in ((None, 6), (6.0, 6), (2.0, 4), (0.0, 4)):
+        stop, done = StopSignal(), 0
+        actors = Actors(2, clock, {})
+        actors._unit_s = lambda unit: 5.0
+        for event in dispatch(actors, 20, stop=stop):
+            if isinstance(event, Finished):
+                done += 1
+                if done == 4:  # two by each, and each has just begun the next
+                    stop.request("interrupted", grace_s)
+        assert done == num_done
+        assert len(actors.killed) == 2
+
+
+def test_units_may_be_added_while_it_runs(clock: Clock):
+    actors = Actors(1, clock, {"000.tar": [UnitFailure("another version", changed=True)]})
+    dispatcher = Dispatcher(actors, JOB, planned(1), 0, StopSignal())
+    events = []
+    for event in dispatcher.run():
+        events.append(event)
+        if isinstance(event, Failed):
+            dispatcher.add(PlannedUnit(replace(UNITS[0], version="v2"), 0, "changed"))
+    assert sources(events) == ["000.tar"]
+
+
+# What a unit costs the whole driver.
+
+
+class Counting:
+    """Counts the lines of the package that this thread runs, and what it asks of a store."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.num_lines = 0
+        self.asked: Counter[str] = Counter()
+        self._package = str(Path(latentcache.__file__).parent)
+        for name in ("read_bytes", "put", "put_if_absent", "list"):
+            monkeypatch.setattr(Store, name, self._counted(name, getattr(Store, name)))
+
+    def _counted(self, name: str, method: Any) -> Any:
+        def call(store: Store, path: str = "", *args: Any) -> Any:
+            self.asked[f"{name} {path.partition('/')[0]}"] += 1
+            return method(store, path, *args)
+
+        return call
+
+    def _trace(self, frame: FrameType, event: str, argument: object) -> Any:
+        if not frame.f_code.co_filename.startswith(self._package):
+            return None
+        self.num_lines += event == "line"
+        return self._trace
+
+    def __enter__(self) -> Counting:
+        self._before = sys.gettrace()
+        sys.settrace(self._trace)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(self._before)
+
+
+def cost_of_a_run(
+    folder: Path, num_units: int, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> Counting:
+    config = make_config(str(folder), num_units, 16)
+    plan = make_plan(config)
+    cluster = SimulatedCluster(16, clock, lambda unit: 10.0)
+    monkeypatch.setattr(run_module, "Cluster", lambda *_: cluster)
+    monkeypatch.setattr(run_module, "MANIFEST_EVERY_UNITS", 50)
+    with monkeypatch.context() as patch, Counting(patch) as counting:
+        summary = run(config, plan=plan, quiet=True)
+    assert (summary.status, summary.num_committed) == ("complete", num_units)
+    assert len(list_receipt_names(plan.output)) == num_units
+    assert len(list_manifests(plan.output)) >= num_units // 50
+    return counting
+
+
+def test_what_a_unit_costs_the_driver_does_not_grow_with_their_number(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+):
+    few = cost_of_a_run(tmp_path / "few", 500, clock, monkeypatch)
+    many = cost_of_a_run(tmp_path / "many", 2000, clock, monkeypatch)
+    assert many.num_lines / 2000 < 1.05 * few.num_lines / 500
+    for counting, num_units in ((few, 500), (many, 2000)):
+        num_manifests = counting.asked.pop("put_if_absent manifests")
+        assert num_units // 50 <= num_manifests <= num_units // 50 + 1
+        assert counting.asked.pop("put segments") == num_manifests
+        assert counting.asked.pop("put_if_absent commits") == num_units
+        counting.asked.pop("put runs")  # the lease, once a minute
+        assert counting.asked.total() < 10, counting.asked
+
+
+def test_a_resume_reads_the_segments_and_what_no_manifest_names(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+):
+    cost_of_a_run(tmp_path, 500, clock, monkeypatch)
+    newest = max((tmp_path / "manifests").iterdir())
+    newest.unlink()
+    with monkeypatch.context() as patch:
+        counting = Counting(patch)
+        plan = make_plan(make_config(str(tmp_path), 500, 16))
+    assert not plan.pending
+    assert plan.state.manifest
+    num_named = plan.state.manifest.num_units
+    assert 400 <= num_named < 500
+    assert counting.asked["read_bytes segments"] == len(plan.state.manifest.segments)
+    assert counting.asked["read_bytes commits"] == 500 - num_named == len(plan.state.outside)
