@@ -127,10 +127,15 @@ class Contract:
         return replace(self, latents=mine)
 
     def to_json(self) -> dict[str, Any]:
-        """Give the contract as plain JSON; only int8 latents have a `quantization`."""
+        """Give the contract as plain JSON.
+
+        Only int8 latents have a `quantization`, and `dct_scaling` is there only where it is on.
+        """
         tree: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         if self.latents.quantization is None:
             del tree["latents"]["quantization"]
+        if not self.transform.dct_scaling:
+            del tree["transform"]["dct_scaling"]
         return tree
 
     @classmethod
