@@ -52,7 +52,7 @@ class Loads:
     def add_receipt(self, stages: Mapping[str, Mapping[str, float]] | None) -> None:
         """Add what a receipt says."""
         for stage, times in (stages or {}).items():
-            self.add(stage, times["busy_s"], times["wait_s"], times["num_threads"])
+            self.add(stage, times["busy_s"], times["wait_s"], times.get("num_threads", 1))
 
     @property
     def bottleneck(self) -> Bottleneck | None:
