@@ -14,7 +14,7 @@ from latentcache.dataset.bottleneck import STAGES, Loads, StageLoad
 from latentcache.dataset.receipts import Receipt, list_receipt_names, read_receipts
 from latentcache.storage import Store
 
-_WIDTH, _BAR, _GAP, _LEFT, _RIGHT, _TOP = 760, 22, 14, 130, 150, 74
+_WIDTH, _BAR, _GAP, _LEFT, _RIGHT, _TOP = 780, 22, 14, 150, 150, 74
 
 _STYLE = """
 text { font: 13px system-ui, sans-serif; fill: #1d2733 }
@@ -27,8 +27,8 @@ text { font: 13px system-ui, sans-serif; fill: #1d2733 }
 def write(receipts: Sequence[Receipt], path: Path) -> None:
     """Draw the picture.
 
-    For each stage a bar: the time that its threads need for its work alone, then the time in which
-    it had work but had to wait, as shares of the longest bar.
+    For each stage a bar: the time that its threads take for the work, then the time in which units,
+    of which an actor has two at once, had work for it and it did none of it.
     """
     loads = Loads()
     for receipt in receipts:
@@ -45,13 +45,13 @@ def write(receipts: Sequence[Receipt], path: Path) -> None:
         f'<rect width="{_WIDTH}" height="{height}" fill="#fff"/>',
         f'<text class="title" x="16" y="26">{escape(str(found))}</text>',
         f'<text class="small" x="16" y="48">{num_images:,} images in {len(receipts)} units: '
-        "seconds that each stage was at work, on all its threads, and had to wait</text>",
+        "seconds at work, on all threads of the stage, and seconds that units waited for it</text>",
     ]
     for number, (name, load) in enumerate(stages):
         y = _TOP + number * (_BAR + _GAP)
         lines += _bar(name, load, y, (_WIDTH - _LEFT - _RIGHT) / longest, name == found.stage)
     legend_y = height - 12
-    for x, kind, label in ((_LEFT, "busy", "at work"), (_LEFT + 90, "wait", "work, but waiting")):
+    for x, kind, label in ((_LEFT, "busy", "at work"), (_LEFT + 90, "wait", "units waited")):
         lines += [
             f'<rect class="{kind}" x="{x}" y="{legend_y - 10}" width="12" height="12"/>',
             f'<text class="small" x="{x + 18}" y="{legend_y}">{label}</text>',
