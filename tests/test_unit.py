@@ -253,7 +253,7 @@ def test_the_receipt_tells_of_the_files_as_they_lie_there(tmp_path: Path, make: 
     assert receipt.stages["encode"]["busy_s"] > 0
     threads = {stage: times["num_threads"] for stage, times in receipt.stages.items()}
     assert threads["decode"] == 2
-    assert threads["encode"] == bench.runner.encoder.num_threads
+    assert threads["encode"] == bench.runner.encode_pool.num_threads
     assert receipt.elapsed_s
     for stage, times in receipt.stages.items():
         assert 0 <= times["wait_s"] <= receipt.elapsed_s, stage
