@@ -67,7 +67,8 @@ class Loads:
         if turns:
             shared_s = sum(alone_s.pop(stage) for stage in turns)
             alone_s[max(turns, key=lambda stage: self.stages[stage].alone_s)] = shared_s
-        slowest = max(alone_s, key=lambda stage: alone_s[stage])
+        # Where two are as slow, more decode threads would not help.
+        slowest = max(alone_s, key=lambda stage: (alone_s[stage], stage != "decode"))
         if slowest != "decode":
             return Bottleneck(slowest, alone_s[slowest])
         # With so many threads, the next slowest stage would be the slowest.
