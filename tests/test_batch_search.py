@@ -59,12 +59,12 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_it_is_searched_once_for_images_of_about_one_size(file: Path):
     gpu = Gpu(saturating(1.0))
-    assert remembered_batch_size("a", 512, 512, gpu) == 32
+    assert remembered_batch_size("a", 256, 256, gpu) == 32
     num_asked = len(gpu.asked)
-    for width, height in ((512, 512), (448, 576), (640, 384)):
+    for width, height in ((256, 256), (224, 288), (320, 192)):
         assert remembered_batch_size("a", width, height, gpu) == 32
     assert len(gpu.asked) == num_asked
-    for encoder, side in (("a", 256), ("b", 512)):
+    for encoder, side in (("a", 128), ("b", 256)):
         before = len(gpu.asked)
         assert remembered_batch_size(encoder, side, side, gpu) == 32
         assert len(gpu.asked) > before
