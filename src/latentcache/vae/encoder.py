@@ -29,9 +29,9 @@ PRECISION_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.
 MIN_DRIFT_DB = 55.0
 
 # Pixels that a CPU thread encodes at once with `batch_size: auto`: one image of 256 px. On two
-# cores with the demo VAE, two threads with an image each made 83 images/s, one thread with one 44,
-# and torch's own two threads 51 with one image and 47 with two. Larger batches leave the cache, and
-# their memory comes from the kernel anew, page by page: 28 images/s for one thread with eight.
+# cores with the demo VAE, two threads with an image each made 80 images/s, and torch's own two
+# threads 73 with one image, 77 with two, 60 with four and 47 with eight (bench/results/encoder.json):
+# larger batches leave the cache.
 _CPU_BATCH_PIXELS = 256 * 256
 
 # What the images that a CPU encodes at once may take together, at four maps of the first block's

@@ -65,7 +65,7 @@ def _working_kernels(device: torch.device) -> ModuleType | None:
     except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
         reason = str(error).strip().partition("\n")[0]
         print(
-            f"encoding without fused kernels, about half as fast: triton cannot be used ({reason})",
+            f"encoding without fused kernels, which is slower: triton cannot be used ({reason})",
             file=sys.stderr,
         )
         return None
