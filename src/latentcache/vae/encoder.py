@@ -30,8 +30,8 @@ MIN_DRIFT_DB = 55.0
 
 # Pixels that a CPU thread encodes at once with `batch_size: auto`: one image of 256 px. On two
 # cores with the demo VAE, two threads with an image each made 80 images/s, and torch's own two
-# threads 73 with one image, 77 with two, 60 with four and 47 with eight (bench/results/encoder.json):
-# larger batches leave the cache.
+# threads 73 with one image, 77 with two, 60 with four and 47 with eight: larger batches leave the
+# cache (bench/results/encoder.json).
 _CPU_BATCH_PIXELS = 256 * 256
 
 # What the images that a CPU encodes at once may take together, at four maps of the first block's
