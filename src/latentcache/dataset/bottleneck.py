@@ -50,9 +50,10 @@ class Loads:
         load.alone_s += busy_s / num_threads
 
     def add_receipt(self, stages: Mapping[str, Mapping[str, float]] | None) -> None:
-        """Add what a receipt says."""
+        """Add what a receipt says; one that does not say on how many threads tells nothing."""
         for stage, times in (stages or {}).items():
-            self.add(stage, times["busy_s"], times["wait_s"], times.get("num_threads", 1))
+            if "num_threads" in times:
+                self.add(stage, times["busy_s"], times["wait_s"], times["num_threads"])
 
     @property
     def bottleneck(self) -> Bottleneck | None:

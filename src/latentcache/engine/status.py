@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from latentcache.dataset.bottleneck import Loads
 from latentcache.dataset.contract import read_contract
 from latentcache.dataset.manifest import list_manifests
-from latentcache.dataset.receipts import read_failures, read_receipts
+from latentcache.dataset.receipts import UnitSummary, read_failures, read_receipts
 from latentcache.dataset.state import State
 from latentcache.engine.lease import RunInfo, active_runs
 from latentcache.errors import DatasetError
@@ -61,12 +62,14 @@ def read_status(url: str, options: StorageOptions) -> Status:
         complete=bool(state.manifest and state.manifest.complete),
         failed=failed,
         active_runs=runs,
-        bottleneck=_bottleneck(store, [record.name for record in committed]),
+        bottleneck=_bottleneck(store, committed),
     )
 
 
-def _bottleneck(store: Store, names: list[str]) -> str | None:
+def _bottleneck(store: Store, committed: list[UnitSummary]) -> str | None:
+    # Segments are in the order of their writing; what is in none yet came last.
+    in_order = sorted(committed, key=lambda u: math.inf if u.segment is None else u.segment)
     loads = Loads()
-    for receipt in read_receipts(store, names[-_NUM_RECEIPTS:]):
+    for receipt in read_receipts(store, [unit.name for unit in in_order[-_NUM_RECEIPTS:]]):
         loads.add_receipt(receipt.stages)
     return str(loads.bottleneck) if loads.bottleneck else None
