@@ -110,12 +110,20 @@ def _resize_across(pixels: torch.Tensor, across: _Pass) -> torch.Tensor:
     height, width, _ = pixels.shape
     if across.scale == 1:
         return pixels[:, across.skip :]
-    # Without gaps, which the kernel is slow at; a copy of what is needed costs little beside it.
-    needed = pixels.flatten(1)[:, 3 * across.skip : 3 * across.end].contiguous()
-    pixels = needed.view(height, -1, 3)
-    width = pixels.shape[1]
-    num = _ask_for(across.stop - across.first, width)
-    return _bicubic(pixels, (height, num), (None, across.scale))
+    first, scales = across.first, (None, across.scale)
+    if first == 0:
+        return _bicubic(pixels, (height, _ask_for(across.stop, width)), scales)
+    # A slice of columns would have gaps, which are slow. But from `skip` on, a row may as well run
+    # on into the next one, for that is beyond what the wanted outputs see. Only the last has none.
+    num = _ask_for(across.stop - first, width)
+    found = torch.empty(height, num, 3, dtype=torch.uint8)
+    if height > 1:
+        offset = pixels.storage_offset() + 3 * across.skip
+        shifted = pixels.as_strided((height - 1, width, 3), pixels.stride(), offset)
+        _bicubic(shifted, (height - 1, num), scales, out=found[:-1])
+    last = _bicubic(pixels[-1:], (1, _ask_for(across.stop, width)), scales)
+    found[-1, : across.stop - first] = last[0, first : across.stop]
+    return found
 
 
 def _ask_for(num: int, length: int) -> int:
@@ -124,11 +132,18 @@ def _ask_for(num: int, length: int) -> int:
 
 
 def _bicubic(
-    pixels: torch.Tensor, size: tuple[int, int], scales: tuple[float | None, float | None]
+    pixels: torch.Tensor,
+    size: tuple[int, int],
+    scales: tuple[float | None, float | None],
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Run the kernel on [height, width, 3]: the first `size` outputs at the given scales."""
+    channels_last = pixels.unsqueeze(0).permute(0, 3, 1, 2)
     # What F.interpolate(…, mode="bicubic", antialias=True) calls; it would derive the scales from
     # the sizes.
     kernel = torch.ops.aten._upsample_bicubic2d_aa
-    found: torch.Tensor = kernel(pixels.unsqueeze(0).permute(0, 3, 1, 2), size, False, *scales)
-    return found[0].permute(1, 2, 0)
+    if out is None:
+        found: torch.Tensor = kernel(channels_last, size, False, *scales)
+        return found[0].permute(1, 2, 0)
+    kernel.out(channels_last, size, False, *scales, out=out.unsqueeze(0).permute(0, 3, 1, 2))
+    return out
