@@ -5,8 +5,8 @@
 latents on the local disk, by each contender (bench/contenders/) in a process of its own, on the
 same cores:
 
-- `demo`: 750 images with the demo VAE, which the peers run by diffusers;
-- `free`: 3,000 with an encoder that costs nothing, so that what is around it shows;
+- `demo`: 1,500 images with the demo VAE, which the peers run by diffusers;
+- `free`: 12,000 with an encoder that costs nothing, so that what is around it shows;
 - `stages`: each stage of ours run alone on the threads that it has in a run, and the whole pipeline
   in turns with them, in one process.
 
@@ -59,7 +59,7 @@ from latentcache.vae.encoder import Encoded, LatentEncoder
 
 PHOTOS = Path(__file__).resolve().parents[2] / "shared" / "data" / "photos"
 IMAGES_PER_SHARD = 125
-NUM_SHARDS = {"demo": 6, "free": 24}
+NUM_SHARDS = {"demo": 12, "free": 96}
 TUNING_SHARDS, IMAGES_PER_TUNING_SHARD = 2, {"demo": 60, "free": 250}
 NUM_CORES = os.cpu_count() or 1
 
