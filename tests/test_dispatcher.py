@@ -237,7 +237,7 @@ def test_a_unit_that_comes_back_late_gets_an_actor_again(clock: Clock):
 
 def test_what_the_driver_may_read_and_an_actor_may_not_ends_the_run(clock: Clock):
     denied = UnitFailure("on node n7: access to 003.tar denied", denied=True)
-    with pytest.raises(AccessDenied, match="on node n7: .* give every node the same credentials"):
+    with pytest.raises(AccessDenied, match=r"on node n7: .* give every node the same credentials"):
         list(dispatch(Actors(2, clock, {"003.tar": [denied]}), 10, may_read=lambda unit: True))
     # A shard that nobody may read is a shard that fails.
     events = list(dispatch(Actors(2, clock, {"003.tar": [denied] * 2}), 10, retries=1))

@@ -197,7 +197,7 @@ class Compute(_Section):
     )
     on_busy: Literal["join", "skip", "wait"] = Field(
         "join",
-        description="While another run is at work on the output: work beside it, do nothing, or wait.",
+        description="While another run works on the output: work beside it, do nothing, or wait.",
     )
     wait_for_gpus_s: float = Field(
         0.0, ge=0, description="For a GPU to appear, in a cluster that has none yet."

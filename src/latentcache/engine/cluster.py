@@ -36,7 +36,7 @@ from latentcache.engine.job import UNITS_PER_ACTOR, Job, UnitFailure, UnitTask
 from latentcache.engine.sizing import NodeShape, cpus_per_actor
 from latentcache.engine.unit import UnitRunner
 from latentcache.engine.versions import Versions
-from latentcache.engine.waiting import Patience, Reminder
+from latentcache.engine.waiting import NO_PATIENCE, Patience, Reminder
 from latentcache.engine.worker import load_runner
 from latentcache.errors import ClusterError, LatentCacheError, StorageError
 
@@ -144,7 +144,7 @@ class Cluster:
         num_gpus: int,
         num_cpu_actors: int,
         decode_threads: int | None,
-        patience: Patience = Patience(),
+        patience: Patience = NO_PATIENCE,
     ) -> None:
         address = os.environ.get("RAY_ADDRESS") or "local"
         arguments: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}

@@ -34,7 +34,9 @@ class StopSignal:
 
 
 @contextmanager
-def stop_on_signals(stop: StopSignal, grace_s: float, on_first: Callable[[], None]) -> Iterator[None]:
+def stop_on_signals(
+    stop: StopSignal, grace_s: float, on_first: Callable[[], None]
+) -> Iterator[None]:
     """Turn SIGINT and SIGTERM into a wish to end; Ray sets its own handlers before.
 
     Args:

@@ -29,6 +29,9 @@ class Patience:
     keep_alive: Callable[[], None] = lambda: None
 
 
+NO_PATIENCE = Patience()
+
+
 class Reminder:
     """Says what is waited for: at once, and then every minute."""
 
