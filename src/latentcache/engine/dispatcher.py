@@ -358,8 +358,8 @@ class Dispatcher:
         num_losses = self._losses[unit.unit.id]
         if num_losses > self._retries.preemptions:
             message = (
-                f"{unit.unit.source}: its node was lost each of the {num_losses} times that it was "
-                "begun (compute.preemption_retries)"
+                f"{unit.unit.source}: its node was lost {num_losses} times while it was encoded "
+                f"(compute.preemption_retries is {self._retries.preemptions})"
             )
             yield Failed(assignment.task, message)
         elif num_losses >= _ALONE_AFTER_LOSSES:
