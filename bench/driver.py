@@ -33,6 +33,7 @@ from latentcache.engine import run as run_module
 from latentcache.engine.cluster import Cluster
 from latentcache.engine.commit import Committer
 from latentcache.engine.job import UNITS_PER_ACTOR, Job, UnitTask
+from latentcache.engine.versions import Versions
 from simulated import Clock, Costs, SimulatedCluster, make_config, make_receipt
 
 DATA = Path(__file__).parent / ".data"
@@ -42,7 +43,7 @@ RAY_ACTORS, RAY_UNIT_S = 8, 0.2
 class SleepingActor:
     """Encodes as an actor does, one unit after the other, by sleeping."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, versions: Versions, job: Job) -> None:
         self._contract: Contract = job.contract
         self._folder = Path(job.output_url.removeprefix("file://"), "ready")
         self._encoder = threading.Lock()

@@ -398,6 +398,16 @@ def slow_down(exchange: Exchange) -> None:
     exchange.send(Reply(503, [("Content-Type", "application/xml")], body))
 
 
+def refuse(status: int, code: str, message: str = "") -> Fault:
+    """The server refuses, and says why in S3's words."""
+    body = f"<Error><Code>{code}</Code><Message>{message}</Message></Error>".encode()
+
+    def fault(exchange: Exchange) -> None:
+        exchange.send(Reply(status, [("Content-Type", "application/xml")], body))
+
+    return fault
+
+
 def overwrite(server: S3Server, bucket: str, key: str, data: bytes) -> Fault:
     """Somebody replaces an object right after a request for it was answered."""
 

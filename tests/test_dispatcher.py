@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -28,11 +28,12 @@ from latentcache.engine.dispatcher import (
     Failed,
     Finished,
     Polled,
-    StopSignal,
+    Retries,
 )
 from latentcache.engine.job import UNITS_PER_ACTOR, Job, UnitFailure
 from latentcache.engine.plan import PlannedUnit
-from latentcache.errors import ClusterError, DiskFull
+from latentcache.engine.stop import StopSignal
+from latentcache.errors import AccessDenied, ClusterError, DiskFull
 from latentcache.storage import StorageOptions, Store
 from makers import make_contract
 from simulated import Clock, SimulatedCluster, make_config
@@ -110,9 +111,17 @@ def planned(num_units: int) -> list[PlannedUnit]:
 
 
 def dispatch(
-    actors: Actors, num_units: int, *, retries: int = 1, stop: StopSignal | None = None
+    actors: Actors,
+    num_units: int,
+    *,
+    retries: int = 1,
+    preemptions: int = 20,
+    stop: StopSignal | None = None,
+    may_read: Callable[[Unit], bool] = lambda unit: False,
 ) -> Iterator[Event]:
-    return Dispatcher(actors, JOB, planned(num_units), retries, stop or StopSignal()).run()
+    budgets = Retries(retries, preemptions)
+    units = planned(num_units)
+    return Dispatcher(actors, JOB, units, budgets, stop or StopSignal(), may_read).run()
 
 
 def sources(events: Sequence[Event]) -> list[str]:
@@ -173,14 +182,77 @@ def test_a_crash_alone_counts_and_a_unit_is_given_up(clock: Clock):
     assert sorted(sources(events)) == [u.source for u in UNITS[:20] if u.source != source]
 
 
-def test_a_preemption_never_counts(clock: Clock):
+def test_a_preemption_is_no_failure(clock: Clock):
     actors = Actors(2, clock, {"004.tar": [PREEMPTION] * 9})
     events = list(dispatch(actors, 20, retries=0))
     assert sorted(sources(events)) == [unit.source for unit in UNITS[:20]]
     assert not actors.faults["004.tar"]
-    assert len(actors.started) == 2 + 9
+    assert 2 + 8 <= len(actors.started) <= 2 + 9
     polled = [event for event in events if isinstance(event, Polled)]
     assert 1 <= polled[-1].num_lost <= 9
+
+
+def test_a_unit_whose_node_is_always_lost_is_given_up_and_drags_none_along(clock: Clock):
+    actors = Actors(1, clock, {"004.tar": [PREEMPTION] * 99})
+    events = list(dispatch(actors, 20, retries=0, preemptions=4))
+    ((source, message),) = failures(events)
+    assert source == "004.tar"
+    assert message.startswith("004.tar: its node was lost 5 times")
+    assert len(actors.faults[source]) == 99 - 5
+    assert sorted(sources(events)) == [u.source for u in UNITS[:20] if u.source != source]
+    alone = [in_hand for name, _, _, in_hand in actors.log if name == source][-2:]
+    assert alone == [1, 1], "it took its neighbours down twice, and then nobody"
+
+
+@pytest.mark.parametrize(
+    ("attempts", "told"),
+    [
+        ("lost cut lost cut lost", None),
+        ("lost cut lost lost lost", "its node was lost 4 times"),
+        ("cut lost cut cut", "cut"),
+    ],
+)
+def test_the_two_budgets_are_apart(clock: Clock, attempts: str, told: str | None):
+    ends = {"lost": PREEMPTION, "cut": UnitFailure("cut")}
+    actors = Actors(1, clock, {"000.tar": [ends[end] for end in attempts.split()]})
+    events = list(dispatch(actors, 1, retries=2, preemptions=3))
+    assert not actors.faults["000.tar"]
+    if told is None:
+        assert sources(events) == ["000.tar"]
+    else:
+        ((_, message),) = failures(events)
+        assert told in message
+
+
+def test_with_nothing_left_to_hand_out_idle_actors_end(clock: Clock):
+    actors = Actors(3, clock, {})
+    actors._unit_s = lambda unit: 100.0 if unit.source == "000.tar" else 1.0
+    num_alive = [
+        len(actors.started) - len(actors.killed)
+        for event in dispatch(actors, 6)
+        if isinstance(event, Polled)
+    ]
+    assert num_alive[0] == 3
+    assert num_alive.count(1) > 40, "at two seconds a poll, almost all the time"
+    assert len(actors.started) == 3
+
+
+def test_a_unit_that_comes_back_late_gets_an_actor_again(clock: Clock):
+    actors = Actors(2, clock, {"000.tar": [CRASH]})
+    actors._unit_s = lambda unit: 100.0 if unit.source == "000.tar" else 1.0
+    assert len(sources(list(dispatch(actors, 2)))) == 2
+    assert len(actors.started) == 3
+    assert actors.most_in_hand == 1
+
+
+def test_what_the_driver_may_read_and_an_actor_may_not_ends_the_run(clock: Clock):
+    denied = UnitFailure("on node n7: access to 003.tar denied", denied=True)
+    with pytest.raises(AccessDenied, match=r"on node n7: .* give every node the same credentials"):
+        list(dispatch(Actors(2, clock, {"003.tar": [denied]}), 10, may_read=lambda unit: True))
+    # A shard that nobody may read is a shard that fails.
+    events = list(dispatch(Actors(2, clock, {"003.tar": [denied] * 2}), 10, retries=1))
+    assert failures(events) == [("003.tar", denied.message)]
+    assert len(sources(events)) == 9
 
 
 def test_while_suspects_wait_the_other_actors_go_on(clock: Clock):
@@ -226,6 +298,12 @@ def test_actors_that_never_get_ready_are_given_up_with_pauses(clock: Clock):
     actors.num_dead_on_arrival = 4
     assert len(sources(list(dispatch(actors, 3)))) == 3
 
+    # Many that were asked for together and die together are one mishap.
+    actors = Actors(30, clock, {})
+    actors.num_dead_on_arrival = 30
+    assert len(sources(list(dispatch(actors, 60)))) == 60
+    assert len(actors.started) <= 60
+
 
 def test_a_wish_to_stop_lets_units_in_hand_finish_until_its_deadline(clock: Clock):
     for grace_s, num_done in ((None, 6), (6.0, 6), (2.0, 4), (0.0, 4)):
@@ -243,7 +321,7 @@ def test_a_wish_to_stop_lets_units_in_hand_finish_until_its_deadline(clock: Cloc
 
 def test_units_may_be_added_while_it_runs(clock: Clock):
     actors = Actors(1, clock, {"000.tar": [UnitFailure("another version", changed=True)]})
-    dispatcher = Dispatcher(actors, JOB, planned(1), 0, StopSignal())
+    dispatcher = Dispatcher(actors, JOB, planned(1), Retries(0, 0), StopSignal())
     events = []
     for event in dispatcher.run():
         events.append(event)

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,12 @@ import pytest
 import latentcache
 from corpus import Shard, objects
 from latentcache import Dataset
+from latentcache.engine import run as run_module
 from latentcache.engine.lease import Lease
-from latentcache.errors import DatasetError, IncompleteRun, LatentCacheError
+from latentcache.errors import DatasetError, DiskFull, IncompleteRun, LatentCacheError, SourceError
 from latentcache.storage import Store
+from makers import config_tree, png, tree_digest, write_tar
+from nodes import is_actor
 from runs import (
     Cli,
     Configs,
@@ -36,14 +40,12 @@ from servers import (
     cut_halfway,
     free_port,
     lose_reply,
+    refuse,
     slow_down,
 )
+from thread_cluster import ThreadCluster
 
 ALWAYS = 1_000_000
-
-
-def is_actor(pid: int) -> bool:
-    return b"_EncoderActor" in Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
 def test_a_killed_actor_costs_time_alone(
@@ -351,6 +353,86 @@ def test_a_full_local_disk_is_told_and_the_same_command_goes_on(
     cli.ok("run", config)
     assert_nothing_lost_or_doubled(moto, output, corpus)
     assert_same(open_at(moto, output), undisturbed)
+
+
+def test_a_full_store_ends_the_run_and_the_same_command_goes_on(
+    moto: S3Server,
+    proxy: FaultyProxy,
+    cli: Cli,
+    configs: Configs,
+    corpus: list[Shard],
+    undisturbed: Dataset,
+) -> None:
+    output = moto.make_bucket("full")
+    config = configs.write("s3://photos", output, endpoint_url=proxy.endpoint_url)
+    full = proxy.on("PUT", "full/data/", refuse(507, "XMinioStorageFull", "Delete some"), ALWAYS)
+    result = cli("run", config, "--json")
+    assert 1 <= full.num_fired <= 2, "it went on"
+    assert result.code == 1
+    assert re.search(r"on node \S+: no room left to write s3://full/data/", result.json["error"])
+    assert result.stderr.splitlines()[-1] == f"latentcache: error: {result.json['error']}"
+    assert not receipts_at(moto, output)
+    full.times = 0
+    cli.ok("run", config)
+    assert_nothing_lost_or_doubled(moto, output, corpus)
+    assert_same(open_at(moto, output), undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "message"),
+    [
+        (507, "XMinioStorageFull", "Storage backend has reached its minimum free drive threshold."),
+        (403, "QuotaExceeded", ""),
+        (500, "InternalError", "write /data/x: no space left on device"),
+    ],
+)
+def test_what_full_stores_say_is_understood(
+    moto: S3Server, proxy: FaultyProxy, status: int, code: str, message: str
+) -> None:
+    moto.make_bucket(f"full-{status}")
+    options = replace(moto.options, endpoint_url=proxy.endpoint_url)
+    store = Store(f"s3://full-{status}", options)
+    proxy.on("PUT", f"full-{status}/", refuse(status, code, message), ALWAYS)
+    with pytest.raises(DiskFull, match=f"no room left to write s3://full-{status}/x"):
+        store.put("x", b"data")
+    with pytest.raises(DiskFull):
+        store.put_if_absent("x", b"data")
+
+
+def test_a_shard_that_nobody_may_read_is_given_up_and_the_rest_committed(
+    moto: S3Server, proxy: FaultyProxy, cli: Cli, configs: Configs, corpus: list[Shard]
+) -> None:
+    output = moto.make_bucket("denied")
+    config = configs.write("s3://photos", output, endpoint_url=proxy.endpoint_url, unit_retries=1)
+    denied = proxy.on("GET", "photos/05.tar", refuse(403, "AccessDenied", "Not yours"), ALWAYS)
+    result = cli("run", config, "--json")
+    assert denied.num_fired == 4, "two attempts, and the driver's own after each"
+    assert result.code == 1
+    assert result.json["status"] == "incomplete"
+    (failed,) = result.json["failed"]
+    assert failed["source"] == "s3://photos/05.tar"
+    assert "access to s3://photos/05.tar denied" in failed["message"]
+    assert result.json["num_committed"] == len(corpus) - 1
+
+
+@pytest.mark.parametrize("on_missing", ["keep", "drop"])
+def test_an_empty_listing_changes_nothing_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_missing: str
+) -> None:
+    monkeypatch.setattr(run_module, "Cluster", ThreadCluster)
+    for number in range(2):
+        write_tar(tmp_path / "src" / f"{number}.tar", [("a.png", png(70, 64, number))])
+    config = latentcache.parse_config(config_tree(tmp_path, source={"on_missing": on_missing}))
+    assert latentcache.run(config, quiet=True).num_committed == 2
+    shutil.rmtree(tmp_path / "src")
+    before = tree_digest(tmp_path)
+    with pytest.raises(SourceError) as caught:
+        latentcache.run(config, quiet=True)
+    assert re.search(
+        r"\*\.tar matches nothing.*; \S+/out keeps its 2 units and nothing was changed",
+        str(caught.value),
+    )
+    assert tree_digest(tmp_path) == before
 
 
 def test_an_unreachable_store_is_told_in_one_line(

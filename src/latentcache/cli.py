@@ -182,7 +182,8 @@ def run_command(
     for breach in summary.breaches:
         _complain(f"QA: {breach}")
     report = None
-    if parsed.qa and summary.num_qa_rows and summary.manifest and summary.status != "interrupted":
+    is_over = summary.status not in ("interrupted", "skipped")
+    if parsed.qa and summary.num_qa_rows and summary.manifest and is_over:
         report = _report_run(parsed, summary)
     if summary.status == "too_many_rejects":
         _complain(

@@ -192,6 +192,16 @@ class Compute(_Section):
         "auto", description="Per actor; also the CPUs that the actor asks Ray for."
     )
     unit_retries: int = Field(3, ge=0, description="Tries after the first, before a unit fails.")
+    preemption_retries: int = Field(
+        20, ge=0, description="The same for a unit whose node was taken away under it."
+    )
+    on_busy: Literal["join", "skip", "wait"] = Field(
+        "join",
+        description="While another run works on the output: work beside it, do nothing, or wait.",
+    )
+    wait_for_gpus_s: float = Field(
+        0.0, ge=0, description="For a GPU to appear, in a cluster that has none yet."
+    )
     precision: Literal["auto", "fp32", "fp16", "bf16"] = Field(
         "auto", description="auto: the fastest whose first batch stays 55 dB from fp32."
     )

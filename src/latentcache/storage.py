@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 
 import fsspec
 
-from latentcache.errors import ConfigError, DiskFull, ObjectNotFound, StorageError
+from latentcache.errors import AccessDenied, ConfigError, DiskFull, ObjectNotFound, StorageError
 
 if TYPE_CHECKING:  # to read a dataset takes no pydantic
     from latentcache.config import Storage
@@ -42,6 +42,9 @@ _READ_BLOCK_BYTES = 8 * 2**20
 _TEMP_PREFIX = ".tmp-"
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+
+# What S3 stores say when they are full: Ceph, MinIO, and those that pass on what their disk said.
+_SAYS_FULL = ("(QuotaExceeded)", "StorageFull)", "no space left on device", "disk quota exceeded")
 
 # mkstemp makes files private; what we publish follows the umask, which can only be read by setting.
 _UMASK = os.umask(0o022)
@@ -433,24 +436,31 @@ def _translate(error: BaseException, url: str, options: StorageOptions) -> Stora
     kind = type(error).__name__
     if isinstance(error, StorageError):
         return error
-    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+    if (isinstance(error, OSError) and error.errno in _NO_ROOM) or _says_full(error):
         return DiskFull(f"no room left to write {url}: free some space and run again")
     if "NoSuchBucket" in str(error.__cause__):
         return _Final(f"cannot use {url}: there is no such bucket{_where(options)}")
     if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError):
         return ObjectNotFound(f"{url}: no such file")
     if kind in ("NoCredentialsError", "PartialCredentialsError"):
-        return _Final(
+        return AccessDenied(
             f"no credentials for {url}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, name a "
             "profile in `storage.profile`, or set `storage.anon: true` for a public bucket"
         )
     if kind == "ProfileNotFound":
-        return _Final(f"cannot open {url}: {_first_line(error)}")
+        return AccessDenied(f"cannot open {url}: {_first_line(error)}")
+    if "RequestTimeTooSkewed" in str(error.__cause__):
+        return AccessDenied(f"{url} refuses the time of this machine: set its clock")
     if isinstance(error, PermissionError):
-        return _Final(f"access to {url} denied: {_first_line(error)}; check the credentials")
+        return AccessDenied(f"access to {url} denied: {_first_line(error)}; check the credentials")
     if kind in ("ParamValidationError", "HFValidationError", "RepositoryNotFoundError"):
         return _Final(f"{url}: {_first_line(error)}")
     return StorageError(f"cannot reach or use {url}{_where(options)}: {_first_line(error)}")
+
+
+def _says_full(error: BaseException) -> bool:
+    said = f"{error} {error.__cause__}"
+    return any(words in said for words in _SAYS_FULL)
 
 
 def _where(options: StorageOptions) -> str:
@@ -462,7 +472,7 @@ class _Final(StorageError):
 
 
 def _is_final(error: StorageError) -> bool:
-    return isinstance(error, _Final | ObjectNotFound | DiskFull)
+    return isinstance(error, _Final | AccessDenied | ObjectNotFound | DiskFull)
 
 
 def _first_line(error: BaseException) -> str:

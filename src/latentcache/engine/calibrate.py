@@ -23,6 +23,7 @@ from latentcache.engine.cluster import Cluster
 from latentcache.engine.job import UNITS_PER_ACTOR, Job, UnitTask, make_job
 from latentcache.engine.plan import Plan, units_of
 from latentcache.engine.unit import UnitRunner
+from latentcache.engine.waiting import Patience
 from latentcache.engine.worker import load_runner, settle_contract
 from latentcache.errors import SourceError
 from latentcache.images.source import SourceShard
@@ -141,7 +142,8 @@ def make_forecast(config: Config, plan: Plan, num_images: int, prices: Prices) -
     threads = None if compute.decode_threads == "auto" else compute.decode_threads
     pending = {planned.unit.source for planned in plan.pending}
     shards = [shard for shard in plan.shards if shard.url in pending]
-    with Cluster(compute.num_gpus, compute.num_cpu_actors, threads) as cluster:
+    patience = Patience(compute.wait_for_gpus_s)
+    with Cluster(compute.num_gpus, compute.num_cpu_actors, threads, patience) as cluster:
         job = make_job(config, plan.contract, cluster.num_cpus_per_actor)
         trial: Trial = cluster.ask(try_out, job, shards, num_images)
         num_actors = min(cluster.num_actors, len(plan.pending))

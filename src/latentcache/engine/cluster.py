@@ -7,10 +7,11 @@ The only file that imports ray. Ray's own restarts and retries are off: the driv
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 # A local cluster is for this process alone; tokens would only write files into the user's home.
@@ -32,7 +33,10 @@ from ray.exceptions import ActorDiedError, OutOfMemoryError, RayError, RayTaskEr
 from latentcache.dataset.receipts import Receipt
 from latentcache.engine.dispatcher import ActorLost
 from latentcache.engine.job import UNITS_PER_ACTOR, Job, UnitFailure, UnitTask
+from latentcache.engine.sizing import NodeShape, cpus_per_actor
 from latentcache.engine.unit import UnitRunner
+from latentcache.engine.versions import Versions
+from latentcache.engine.waiting import NO_PATIENCE, Patience, Reminder
 from latentcache.engine.worker import load_runner
 from latentcache.errors import ClusterError, LatentCacheError, StorageError
 
@@ -42,6 +46,15 @@ B = TypeVar("B")
 # Tries after the first, of work that is done again as a whole.
 _RETRIES = 2
 
+# How often somebody who waits is asked whether he lives.
+_KEEP_ALIVE_EVERY_S = 1.0
+
+# A node that is taken away in good order ends its actors first, and only then says so.
+_NODE_MAY_LINGER_S = 2.0
+
+# Stands for as many nodes as one likes, where an autoscaler has no limit.
+_VERY_MANY = 10**6
+
 
 def _device() -> str:
     return "cuda" if ray.get_gpu_ids() else "cpu"
@@ -50,16 +63,21 @@ def _device() -> str:
 class _EncoderActor:
     """What runs on a GPU. `__init__` cannot fail, so that a failure is told apart from a crash."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, versions: Versions, job: Job) -> None:
+        self._versions = versions
         self._job = job
         self._runner: UnitRunner | None = None
 
     def setup(self) -> str | LatentCacheError:
         """Load the VAE; says which node this is, or why it cannot be used."""
         try:
+            self._versions.require_here()
+        except ClusterError as error:
+            return error
+        try:
             self._runner = load_runner(self._job, _device())
         except LatentCacheError as error:
-            return error
+            return _with_host(error)
         node: str = ray.get_runtime_context().get_node_id()
         return node
 
@@ -68,7 +86,13 @@ class _EncoderActor:
         """Run one unit; the receipt comes back as the bytes that will be put."""
         assert self._runner
         result = self._runner.run(task)
-        return result.to_bytes() if isinstance(result, Receipt) else result
+        if isinstance(result, Receipt):
+            return result.to_bytes()
+        if result.fatal:
+            return replace(result, fatal=_with_host(result.fatal))
+        if result.denied:
+            return replace(result, message=f"on node {socket.gethostname()}: {result.message}")
+        return result
 
     @ray.method(concurrency_group="control")  # type: ignore[untyped-decorator]
     def stats(self) -> dict[str, float]:
@@ -76,15 +100,25 @@ class _EncoderActor:
         return self._runner.stats() if self._runner else {}
 
 
-def _with_device(function: Callable[..., A], *arguments: Any) -> A:
+def _with_host(error: LatentCacheError) -> LatentCacheError:
+    """Say on which node it is that something is wrong."""
+    return type(error)(f"on node {socket.gethostname()}: {error}")
+
+
+def _with_device(versions: Versions, function: Callable[..., A], *arguments: Any) -> A:
+    versions.require_here()
     return function(*arguments, _device())
 
 
 class _CallingActor:
     """Calls functions; what they cache in their module stays with its process and GPU."""
 
+    def __init__(self, versions: Versions) -> None:
+        self._versions = versions
+
     def call(self, function: Callable[[A], B], item: A) -> B:
         """Call one."""
+        self._versions.require_here()
         return function(item)
 
 
@@ -96,15 +130,22 @@ class Cluster:
     Args:
         num_gpus: actors with a GPU each; 0 for actors on CPUs.
         num_cpu_actors: how many of those.
-        decode_threads: CPUs that each actor asks for; None takes an equal share of the cluster's.
+        decode_threads: CPUs that each actor asks for; None takes as many as leave all of them room.
+        patience: how long to wait for a GPU, and what happens during this and other waits.
 
     Raises:
-        ClusterError: Ray cannot be reached, or has no GPU and none to come.
+        ClusterError: Ray cannot be reached, has no GPU and none to come, or no room for an actor.
     """
 
     actor_class: type = _EncoderActor
 
-    def __init__(self, num_gpus: int, num_cpu_actors: int, decode_threads: int | None) -> None:
+    def __init__(
+        self,
+        num_gpus: int,
+        num_cpu_actors: int,
+        decode_threads: int | None,
+        patience: Patience = NO_PATIENCE,
+    ) -> None:
         address = os.environ.get("RAY_ADDRESS") or "local"
         arguments: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
         try:
@@ -112,32 +153,36 @@ class Cluster:
         except (ConnectionError, ValueError, RuntimeError, RayError) as error:
             reason = _first_line(error)
             raise ClusterError(f"cannot join the Ray cluster at {address}: {reason}") from error
+        self._patience = patience
+        self.num_actors = num_gpus or num_cpu_actors
+        self.num_gpus_per_actor = 1 if num_gpus else 0
         try:
-            self._size_actors(num_gpus, num_cpu_actors, decode_threads)
-        except ClusterError:
+            if num_gpus:
+                self._wait_for_a_gpu()
+            self.num_cpus_per_actor = cpus_per_actor(
+                _shapes(), self.num_actors, with_gpu=num_gpus > 0, decode_threads=decode_threads
+            )
+        except BaseException:
             ray.shutdown()
             raise
 
-    def _size_actors(self, num_gpus: int, num_cpu_actors: int, decode_threads: int | None) -> None:
-        """Decide what each actor asks for; one that no node can hold would pend without a word."""
-        resources = ray.cluster_resources()
-        # Not a public call, but the one that Ray Data plans with; None without an autoscaler.
-        offered = ray._private.state.state.get_max_resources_from_cluster_config() or {}
-        if num_gpus and not resources.get("GPU") and not offered.get("GPU"):
-            raise ClusterError(
-                f"compute.num_gpus is {num_gpus}, but Ray finds no GPU here and none to come; "
-                "`--set compute.num_gpus=0` encodes on the CPU"
+    def _wait_for_a_gpu(self) -> None:
+        """Actors that ask for a GPU where none is or will be would pend without a word."""
+        wait_s = self._patience.wait_for_gpus_s
+        reminder, began = Reminder(self._patience.say), time.monotonic()
+        while not any(shape.num_gpus for shape in _shapes()):
+            left_s = began + wait_s - time.monotonic()
+            if left_s <= 0:
+                raise ClusterError(
+                    f"compute.num_gpus is {self.num_actors}, but Ray finds no GPU here and none to "
+                    f"come{f' in {wait_s:.0f} s' if wait_s else ''}; compute.wait_for_gpus_s waits "
+                    "for one, `--set compute.num_gpus=0` encodes on the CPU"
+                )
+            reminder.remind(
+                f"Ray has no GPU yet: waiting {left_s:.0f} s more (compute.wait_for_gpus_s)"
             )
-        self.num_actors = num_gpus or num_cpu_actors
-        share = int(resources.get("CPU", 1)) // self.num_actors
-        self.num_cpus_per_actor = decode_threads or max(1, min(share, 16))
-        self.num_gpus_per_actor = 1 if num_gpus else 0
-        largest = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
-        if self.num_cpus_per_actor > largest and not offered:
-            raise ClusterError(
-                f"compute.decode_threads is {decode_threads}, but the largest node has {largest} "
-                "CPUs; lower it, or leave it at auto"
-            )
+            self._patience.keep_alive()
+            time.sleep(min(left_s, _KEEP_ALIVE_EVERY_S))
 
     def __enter__(self) -> Cluster:
         return self
@@ -154,7 +199,10 @@ class Cluster:
             LatentCacheError: what the function raised.
         """
         task = ray.remote(_with_device).options(max_retries=_RETRIES, **self._resources)
-        answer: A = _get(task.remote(function, *arguments), "a worker failed")
+        ref = task.remote(Versions.here(), function, *arguments)
+        while not ray.wait([ref], timeout=_KEEP_ALIVE_EVERY_S)[0]:
+            self._patience.keep_alive()
+        answer: A = _get(ref, "a worker failed")
         return answer
 
     def map(self, function: Callable[[A], B], items: Iterable[A]) -> Iterator[B]:
@@ -185,7 +233,7 @@ class Cluster:
 
     def _start_caller(self) -> Any:
         options = {"max_restarts": 0, "max_task_retries": 0, **self._resources}
-        return ray.remote(_CallingActor).options(**options).remote()
+        return ray.remote(_CallingActor).options(**options).remote(Versions.here())
 
     def _result_of(self, call: _Call, actors: list[Any]) -> Any:
         """Wait for a call, and make it again if that may help."""
@@ -209,7 +257,7 @@ class Cluster:
             max_task_retries=0,
             concurrency_groups={"units": UNITS_PER_ACTOR, "control": 1},
         )(self.actor_class)
-        return actor_class.options(**self._resources).remote(job)
+        return actor_class.options(**self._resources).remote(Versions.here(), job)
 
     def call(self, actor: Any, method: str, *args: Any) -> Any:
         """Call a method of an actor."""
@@ -231,10 +279,13 @@ class Cluster:
         except RayTaskError as error:  # our own code failed outside the unit boundary
             return UnitFailure(str(error.cause))
         except RayError as error:
-            has_crashed = isinstance(error, OutOfMemoryError) or (
-                isinstance(error, ActorDiedError) and _is_alive(node)
-            )
-            raise ActorLost(_first_line(error), has_crashed=has_crashed) from error
+            if isinstance(error, ActorDiedError) and error.actor_init_failed:
+                # Nothing but imports happens there; the last line of the traceback names the one.
+                return ClusterError(
+                    f"a worker cannot load latentcache: {str(error).strip().splitlines()[-1]}; "
+                    "install the driver's packages on every node"
+                )
+            raise ActorLost(_first_line(error), has_crashed=_has_crashed(error, node)) from error
 
     def kill(self, actor: Any) -> None:
         """End an actor, whatever it is at."""
@@ -270,6 +321,40 @@ def _get(ref: Any, failure: str) -> Any:
         if isinstance(cause, LatentCacheError):
             raise cause from error
         raise ClusterError(f"{failure}: {_first_line(cause or error)}") from error
+
+
+def _has_crashed(error: RayError, node: str | None) -> bool:
+    """Tell a crash from a preemption, by whether the actor's node is still there."""
+    if isinstance(error, OutOfMemoryError):
+        return True
+    if not isinstance(error, ActorDiedError) or error.preempted:
+        return False
+    deadline = time.monotonic() + _NODE_MAY_LINGER_S
+    while is_alive := _is_alive(node):
+        if time.monotonic() >= deadline:
+            break
+        time.sleep(0.1)
+    return is_alive
+
+
+def _shapes() -> list[NodeShape]:
+    """What nodes Ray has, and which its autoscaler may add, as far as it says."""
+    # Not a public call, but the one that Ray Data plans with; None without an autoscaler.
+    config = ray._private.state.state.get_cluster_config()
+    groups = config.node_group_configs if config else ()
+    offered = [
+        _shape(group.resources, _VERY_MANY if group.max_count < 0 else group.max_count)
+        for group in groups
+    ]
+    known = {(shape.num_cpus, shape.num_gpus) for shape in offered}
+    present = [_shape(node["Resources"], 1) for node in ray.nodes() if node["Alive"]]
+    # A node of a group is one of those that the group may have.
+    return offered + [s for s in present if (s.num_cpus, s.num_gpus) not in known]
+
+
+def _shape(resources: Mapping[str, float], num_nodes: int) -> NodeShape:
+    num_cpus, num_gpus = (int(dict(resources).get(name, 0)) for name in ("CPU", "GPU"))
+    return NodeShape(num_cpus, num_gpus, num_nodes)
 
 
 def _is_alive(node: str | None) -> bool:

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from latentcache.dataset.receipts import new_attempt
+from latentcache.dataset.receipts import Unit, new_attempt
 from latentcache.engine.job import UNITS_PER_ACTOR, Job, UnitFailure, UnitTask
 from latentcache.engine.plan import PlannedUnit
-from latentcache.errors import ClusterError, LatentCacheError
+from latentcache.engine.stop import StopSignal
+from latentcache.errors import AccessDenied, ClusterError, LatentCacheError
 
 _POLL_S = 2.0
 
@@ -26,8 +27,12 @@ _MAX_POLLS_PER_S = 32
 # Longest waits for anything to come back, and, while all actors are lost, for one to be started.
 _WAIT_S, _WAIT_FOR_ACTORS_S = 1.0, 0.1
 
-# Actors lost in a row before any of them got ready: something is wrong that waiting will not mend.
+# Times in a row that actors were lost before any got ready: waiting will not mend what is wrong.
 _MAX_START_FAILURES = 5
+
+# From so many losses on a unit has its actor to itself: if it is what takes nodes down, as one that
+# eats all their memory does, it drags no other along.
+_ALONE_AFTER_LOSSES = 3
 
 
 class ActorLost(Exception):
@@ -94,27 +99,15 @@ class Polled:
 Event = Finished | Failed | Polled
 
 
-class StopSignal:
-    """A wish to end early: no more units are handed out, and those in hand get until `deadline`.
+@dataclass(frozen=True, slots=True)
+class Retries:
+    """How often a unit is tried again: after failures of its own, and after its actor was taken.
 
-    `deadline` is in seconds of `time.monotonic`; None lets them finish.
+    The two are counted apart, for the second is nobody's fault.
     """
 
-    def __init__(self) -> None:
-        self.reason: str | None = None
-        self.deadline: float | None = None
-
-    def request(self, reason: str, grace_s: float | None = None) -> None:
-        """Ask for the end; a second wish may only bring it nearer. Safe in a signal handler."""
-        self.reason = self.reason or reason
-        if grace_s is not None:
-            wanted = time.monotonic() + grace_s
-            self.deadline = min(self.deadline or wanted, wanted)
-
-    @property
-    def is_over(self) -> bool:
-        """Whether the units in hand are to be given up."""
-        return self.deadline is not None and time.monotonic() >= self.deadline
+    failures: int
+    preemptions: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,10 +121,14 @@ class _Assignment:
 
 @dataclass(eq=False, slots=True)
 class _Worker:
-    """One actor as the driver sees it; `node` is None until its setup is done."""
+    """One actor as the driver sees it; `node` is None until its setup is done.
+
+    Actors of one `wave` were asked for before any of them was lost.
+    """
 
     actor: Any
     setup: Any
+    wave: int
     node: str | None = None
     in_hand: dict[Any, _Assignment] = field(default_factory=dict)
     poll: Any = None
@@ -148,8 +145,9 @@ class Dispatcher:
         actors: the cluster.
         job: what the units have in common.
         pending: the units to begin with.
-        unit_retries: tries after the first, before a unit is given up.
+        retries: how often a unit is tried again, before it is given up.
         stop: may end the loop early.
+        may_read: whether the driver itself may read a unit's source, where an actor may not.
     """
 
     def __init__(
@@ -157,22 +155,26 @@ class Dispatcher:
         actors: Actors,
         job: Job,
         pending: Iterable[PlannedUnit],
-        unit_retries: int,
+        retries: Retries,
         stop: StopSignal,
+        may_read: Callable[[Unit], bool] = lambda unit: False,
     ) -> None:
         self._actors = actors
         self._job = job
         self._pending = deque(pending)
         self._suspects: deque[PlannedUnit] = deque()
-        self._unit_retries = unit_retries
+        self._retries = retries
         self._stop = stop
+        self._may_read = may_read
         self._failures: Counter[str] = Counter()
+        self._losses: Counter[str] = Counter()
         self._workers: list[_Worker] = []
         self._calls: dict[Any, _Worker] = {}  # all that are under way
         self._with_room: dict[_Worker, None] = {}  # who waits longest first
         self._num_in_hand = 0
         self._num_lost = 0
         self._start_failures = 0
+        self._wave = 0
         self._may_start_at = 0.0
         self.qa_wanted: dict[str, int] = {}
         """QA rows wanted of each bucket, at least, from units that are handed out from now on."""
@@ -187,13 +189,15 @@ class Dispatcher:
         Raises:
             ClusterError: actors are lost before they get ready, again and again.
             LatentCacheError: an actor met what no other could do better: a checkpoint that cannot
-                be used, a disk without room.
+                be used, a disk without room; or what waiting cannot mend: a node of another
+                version, or without the driver's credentials.
         """
         next_poll = time.monotonic()
         try:
             while self._has_work():
-                self._start_actors()
                 self._hand_out()
+                self._end_idle_actors()
+                self._start_actors()
                 if time.monotonic() >= next_poll:
                     every_s = max(_POLL_S, len(self._workers) / _MAX_POLLS_PER_S)
                     next_poll = time.monotonic() + every_s
@@ -221,9 +225,25 @@ class Dispatcher:
         wanted = min(self._actors.num_actors, waiting + busy)
         while len(self._workers) < wanted and time.monotonic() >= self._may_start_at:
             actor = self._actors.start_actor(self._job)
-            worker = _Worker(actor, self._actors.call(actor, "setup"))
+            worker = _Worker(actor, self._actors.call(actor, "setup"), self._wave)
             self._workers.append(worker)
             self._calls[worker.setup] = worker
+
+    def _end_idle_actors(self) -> None:
+        """With nothing left to hand out, let an autoscaler have the nodes of those that are empty.
+
+        So it goes with actors that still wait for a node. A unit that comes back starts one again.
+        """
+        if self._stop.reason or not (self._pending or self._suspects):
+            for worker in [worker for worker in self._workers if not worker.in_hand]:
+                self._end(worker)
+
+    def _end(self, worker: _Worker) -> None:
+        self._workers.remove(worker)
+        self._with_room.pop(worker, None)
+        for call in (worker.setup, worker.poll, *worker.in_hand):
+            self._calls.pop(call, None)
+        self._actors.kill(worker.actor)
 
     def _hand_out(self) -> None:
         """Give units to the actors with the fewest; one that may have crashed an actor goes alone.
@@ -288,35 +308,61 @@ class Dispatcher:
     def _fail(
         self, assignment: _Assignment, failure: UnitFailure, *, crashed: bool = False
     ) -> Iterator[Event]:
+        """A unit failed: try it again, or give it up; or end the run, if no other can do better."""
         if failure.fatal:
             raise failure.fatal
         unit = assignment.unit
+        if failure.denied and self._may_read(unit.unit):
+            raise AccessDenied(
+                f"{failure.message}; the driver may, so give every node the same credentials"
+            )
         self._failures[unit.unit.id] += 1
-        if failure.changed or self._failures[unit.unit.id] > self._unit_retries:
+        if failure.changed or self._failures[unit.unit.id] > self._retries.failures:
             yield Failed(assignment.task, failure.message, failure.changed)
         else:
             (self._suspects if crashed else self._pending).append(unit)
 
     def _lose(self, worker: _Worker, lost: ActorLost) -> Iterator[Event]:
-        """An actor is gone: requeue its units. Only a crash with one unit in hand counts."""
-        self._workers.remove(worker)
-        self._with_room.pop(worker, None)
-        for call in (worker.setup, worker.poll, *worker.in_hand):
-            self._calls.pop(call, None)
-        self._actors.kill(worker.actor)
+        """An actor is gone: requeue its units. Only a crash with one unit in hand is a failure."""
+        assignments = list(worker.in_hand.values())
+        self._end(worker)
+        self._num_in_hand -= len(assignments)
         self._num_lost += 1
-        if worker.node is None:
+        self._back_off(worker, lost)
+        if not lost.has_crashed:
+            for assignment in assignments:
+                yield from self._take_back(assignment)
+        elif len(assignments) == 1:
+            source = assignments[0].unit.unit.source
+            message = f"{source}: its actor crashed or was killed with this unit alone in hand"
+            yield from self._fail(assignments[0], UnitFailure(message), crashed=True)
+        else:
+            self._suspects.extend(assignment.unit for assignment in assignments)
+
+    def _back_off(self, worker: _Worker, lost: ActorLost) -> None:
+        """Decide when to start the next actor; what goes wrong for a whole wave counts once."""
+        if worker.node is None and worker.wave == self._wave:
+            self._wave += 1
             self._start_failures += 1
-            if self._start_failures >= _MAX_START_FAILURES:
+            is_hopeless = not any(other.node for other in self._workers)
+            if self._start_failures >= _MAX_START_FAILURES and is_hopeless:
                 raise ClusterError(f"actors die before they get ready: {lost}")
         # The first loss costs no time; a row of them backs off to half a minute.
-        self._may_start_at = time.monotonic() + min(30.0, 2.0**self._start_failures - 1)
-        assignments = list(worker.in_hand.values())
-        self._num_in_hand -= len(assignments)
-        if lost.has_crashed and len(assignments) == 1:
-            message = "its actor crashed or was killed with this unit alone in hand"
-            yield from self._fail(assignments[0], UnitFailure(message), crashed=True)
-        elif lost.has_crashed:
-            self._suspects.extend(assignment.unit for assignment in assignments)
+        pause_s = min(30.0, 2.0 ** min(self._start_failures, 5) - 1)
+        self._may_start_at = time.monotonic() + pause_s
+
+    def _take_back(self, assignment: _Assignment) -> Iterator[Event]:
+        """A unit's node was taken away: it goes first, unless that has happened too often."""
+        unit = assignment.unit
+        self._losses[unit.unit.id] += 1
+        num_losses = self._losses[unit.unit.id]
+        if num_losses > self._retries.preemptions:
+            message = (
+                f"{unit.unit.source}: its node was lost {num_losses} times while it was encoded "
+                f"(compute.preemption_retries is {self._retries.preemptions})"
+            )
+            yield Failed(assignment.task, message)
+        elif num_losses >= _ALONE_AFTER_LOSSES:
+            self._suspects.append(unit)
         else:
-            self._pending.extendleft(assignment.unit for assignment in assignments)
+            self._pending.appendleft(unit)

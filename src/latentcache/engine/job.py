@@ -90,10 +90,12 @@ class UnitTask:
 class UnitFailure:
     """Why an attempt gave no receipt.
 
-    `changed`: the source is no longer the listed version. `fatal`: what ends the whole run, because
-    no other unit can fare better, such as a disk without room.
+    `changed`: the source is no longer the listed version. `denied`: a store refused this node; if
+    the driver may read the source, that is the node's fault and not the unit's. `fatal`: what ends
+    the whole run, because no other unit can fare better, such as a disk without room.
     """
 
     message: str
     changed: bool = False
+    denied: bool = False
     fatal: LatentCacheError | None = None

@@ -1,4 +1,8 @@
-"""Leases: how drivers on one output see each other. Advisory; receipts decide what is committed."""
+"""Leases: how drivers on one output see each other. Advisory; receipts decide what is committed.
+
+A lease counts for ten minutes after its last renewal by the store's clock, which is that of all
+drivers; no host's own clock is asked where it matters.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +11,26 @@ import os
 import secrets
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal
 
+from latentcache.engine.stop import StopSignal, stop_on_signals
+from latentcache.engine.waiting import Reminder
 from latentcache.errors import IncompleteRun, ObjectNotFound
 from latentcache.storage import Store
 
 RUNS = "runs"
 RENEW_EVERY_S = 60.0
 STALE_AFTER_S = 600.0
+
+# How often somebody who waits looks whether the others have ended, and heeds a wish to end.
+_LOOK_EVERY_S = 5.0
+_HEED_EVERY_S = 0.2
+
+# Runs of this process. A container that is started again has its host's name and process id again.
+_ours: set[str] = set()
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +43,10 @@ class RunInfo:
     num_units: int
     num_committed: int
     age_s: float
+
+    def __str__(self) -> str:
+        """Say who it is."""
+        return f"pid {self.pid} on {self.host}, which renewed its lease {self.age_s:.0f} s ago"
 
 
 class Lease:
@@ -49,10 +67,12 @@ class Lease:
         self.num_committed = 0
 
     def __enter__(self) -> Lease:
+        _ours.add(self.run)
         self.renew()
         return self
 
     def __exit__(self, *_: object) -> None:
+        _ours.discard(self.run)
         self._store.delete(self._path)
 
     def renew(self) -> None:
@@ -79,16 +99,58 @@ class Lease:
         Raises:
             IncompleteRun: another run holds a lease under ten minutes old.
         """
-        # This lease was written a moment ago, so its time is the store's own.
-        now = self._store.info(self._path).modified_at or time.time()
-        for other in active_runs(self._store, now):
+        for other in busy_runs(self._store):
             if other.run != self.run:
                 lease = self._store.url_of(f"{RUNS}/{other.run}.json")
                 raise IncompleteRun(
                     f"{self._store.url} has no conditional writes, so one run at a time, and "
-                    f"pid {other.pid} on {other.host} renewed its lease {other.age_s:.0f} s ago: "
-                    f"wait for it, or delete {lease} if it died"
+                    f"another is at work, {other}: wait for it (`compute.on_busy: wait`), or "
+                    f"delete {lease} if it died"
                 )
+
+
+def busy_runs(store: Store) -> list[RunInfo]:
+    """List the runs at work on an output, oldest first, by the store's clock.
+
+    Where nobody holds a lease, as almost always, this writes nothing. Else the clock is read off a
+    small object, written and deleted at once: no store tells its time in another way.
+    """
+    if not any(_is_lease(info.path) for info in store.list(RUNS)):
+        return []
+    path = f"{RUNS}/{secrets.token_hex(8)}.clock"
+    store.put(path, b"What time is it?")
+    try:
+        now = store.info(path).modified_at
+    finally:
+        store.delete(path)
+    return active_runs(store, now)
+
+
+def stand_aside(
+    store: Store, on_busy: Literal["skip", "wait"], stop: StopSignal, say: Callable[[str], None]
+) -> None:
+    """Leave the output to the run at work there: wish to end, or wait until it has ended.
+
+    Who looks first and takes his lease then leaves a moment in which two may both find the output
+    free; they join, which is safe. The other way round, both might stand aside.
+
+    Args:
+        store: the output.
+        on_busy: `skip` or `wait`.
+        stop: told `skipped`; a wish to end ends the waiting.
+        say: tells the person.
+    """
+    if on_busy == "skip":
+        stop.request("skipped")
+        say(f"skipped: another run is at work on {store.url} (compute.on_busy)")
+        return
+    reminder = Reminder(say)
+    with stop_on_signals(stop, 0.0, lambda: say("stopping")):
+        while not stop.reason and (others := busy_runs(store)):
+            reminder.remind(f"waiting for another run to end: {others[0]} (compute.on_busy)")
+            look_again_at = time.monotonic() + _LOOK_EVERY_S
+            while not stop.reason and time.monotonic() < look_again_at:
+                time.sleep(_HEED_EVERY_S)
 
 
 def active_runs(store: Store, now: float | None = None) -> list[RunInfo]:
@@ -101,16 +163,28 @@ def active_runs(store: Store, now: float | None = None) -> list[RunInfo]:
     now = time.time() if now is None else now
     found = []
     for info in store.list(RUNS):
+        if not _is_lease(info.path):
+            continue
         try:
             tree: dict[str, Any] = json.loads(store.read_bytes(info.path))
         except ObjectNotFound:
             continue  # it ended between the listing and now
         age_s = now - (info.modified_at or 0.0)
-        died_here = tree["host"] == socket.gethostname() and not _is_running(tree["pid"])
-        if age_s < STALE_AFTER_S and not died_here:
-            tree.pop("renewed_at")
-            found.append(RunInfo(**tree, age_s=age_s))
+        tree.pop("renewed_at")
+        run = RunInfo(**tree, age_s=age_s)
+        if age_s < STALE_AFTER_S and not _died_here(run):
+            found.append(run)
     return sorted(found, key=lambda run: run.run)
+
+
+def _is_lease(path: str) -> bool:
+    return path.endswith(".json")
+
+
+def _died_here(run: RunInfo) -> bool:
+    if run.host != socket.gethostname():
+        return False
+    return run.run not in _ours if run.pid == os.getpid() else not _is_running(run.pid)
 
 
 def _is_running(pid: int) -> bool:

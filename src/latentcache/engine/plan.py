@@ -17,7 +17,7 @@ from latentcache.dataset.contract import (
 )
 from latentcache.dataset.receipts import Unit, read_failures
 from latentcache.dataset.state import Listing, State
-from latentcache.errors import ConfigError
+from latentcache.errors import ConfigError, SourceError
 from latentcache.images.source import SourceShard, list_shards
 from latentcache.images.transform import Bucket, ratio_buckets
 from latentcache.storage import Store, storage_options
@@ -81,13 +81,27 @@ def make_plan(config: Config, *, retry_rejects: bool = False) -> Plan:
     there = read_contract(output)
     if there:
         contract = contract.settled_as(there)
-    shards = list_shards(config.source.shards, storage_options(config.source.storage))
+    try:
+        shards = list_shards(config.source.shards, storage_options(config.source.storage))
+    except SourceError as error:
+        raise _what_stays(error, State(output)) from error
     units = units_of(shards, contract)
     diff = contract_diff(there, contract) if there else []
     state = State(output)
     known = "another contract" if diff else "changed"
     pending = list(_pending(units, state, read_failures(output), retry_rejects, known))
     return Plan(output, contract, there, diff, shards, units, pending, state)
+
+
+def _what_stays(error: SourceError, state: State) -> SourceError:
+    """Say of a listing that cannot be right what it means for the rows that are there."""
+    num_units = sum(map(len, state.live.values()))
+    if not num_units:
+        return error
+    return SourceError(
+        f"{error}; {state.store.url} keeps its {num_units} units and nothing was changed, for such "
+        "a listing counts as a mistake, whatever source.on_missing says"
+    )
 
 
 def units_of(shards: Iterable[SourceShard], contract: Contract) -> list[Unit]:

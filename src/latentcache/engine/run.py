@@ -6,15 +6,11 @@ only the driver puts the receipt that makes them count.
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from types import FrameType
 
 from latentcache.config import Config
 from latentcache.dataset.bottleneck import Loads
@@ -27,25 +23,22 @@ from latentcache.dataset.contract import (
 )
 from latentcache.dataset.manifest import Manifest
 from latentcache.dataset.qa import Gates, QaTotals
-from latentcache.dataset.receipts import Receipt, UnitSummary, put_failure
+from latentcache.dataset.receipts import Receipt, Unit, UnitSummary, put_failure
 from latentcache.dataset.shards import bucket_name
 from latentcache.dataset.state import Listing, State, write_next
 from latentcache.engine.cluster import Cluster
 from latentcache.engine.commit import Committed, Committer
-from latentcache.engine.dispatcher import Dispatcher, Failed, Finished, StopSignal
+from latentcache.engine.dispatcher import Dispatcher, Failed, Finished, Retries
 from latentcache.engine.job import make_job
-from latentcache.engine.lease import Lease
-from latentcache.engine.plan import (
-    Plan,
-    PlannedUnit,
-    make_plan,
-    units_of,
-)
+from latentcache.engine.lease import Lease, busy_runs, stand_aside
+from latentcache.engine.plan import Plan, PlannedUnit, make_plan, units_of
 from latentcache.engine.progress import RunProgress
+from latentcache.engine.stop import StopSignal, stop_on_signals
+from latentcache.engine.waiting import Patience
 from latentcache.engine.worker import settle_contract
-from latentcache.errors import ContractMismatch, SourceError
+from latentcache.errors import AccessDenied, ContractMismatch, SourceError, StorageError
 from latentcache.images.source import list_shards
-from latentcache.storage import Store, storage_options
+from latentcache.storage import Store, split_url, storage_options
 from latentcache.vae.weights import absolute_url
 
 # A manifest now and then during a run, so that a resume reads few receipts one by one.
@@ -57,16 +50,20 @@ MIN_SAMPLES_TO_JUDGE = 1000
 
 # Kubernetes kills 30 s after SIGTERM: units in hand get this long, manifests the rest.
 GRACE_S = 20.0
+_STOPPING = (
+    f"stopping: units in hand get {GRACE_S:.0f} s to finish; interrupt again to stop at once"
+)
 
 
 @dataclass(slots=True)
 class RunSummary:
     """How a run ended; `num_rows` and `num_rejects` are of the whole dataset after it.
 
-    `status`: `complete`, `incomplete` (units failed), `interrupted`, `too_many_rejects`, or
-    `failed_qa`, for which `breaches` says why. `num_committed` units were committed by this run,
-    `num_skipped` were there already. `num_qa_rows` rows were looked at, at a mean PSNR of
-    `mean_psnr_db`. `bottleneck` is the stage that held this run up, and what would help.
+    `status`: `complete`, `incomplete` (units failed), `interrupted`, `skipped` (another run is at
+    work, and `compute.on_busy` is `skip`), `too_many_rejects`, or `failed_qa`, for which `breaches`
+    says why. `num_committed` units were committed by this run, `num_skipped` were there already.
+    `num_qa_rows` rows were looked at, at a mean PSNR of `mean_psnr_db`. `bottleneck` is the stage
+    that held this run up, and what would help.
     """
 
     status: str
@@ -101,11 +98,18 @@ def run(
         ContractMismatch: the output holds latents made another way.
         LatentCacheError: nothing could be started, or no unit can succeed any more.
     """
-    began = time.monotonic()
+    began, stop = time.monotonic(), StopSignal()
     plan = plan or make_plan(config, retry_rejects=retry_rejects)
     if plan.there:
         require_same(plan.output, plan.there, plan.contract)
-    driver = _Driver(config, plan, StopSignal())
+    on_busy = config.compute.on_busy
+    while plan.pending and on_busy != "join" and busy_runs(plan.output):
+        stand_aside(plan.output, on_busy, stop, RunProgress(0, quiet=quiet).say)
+        if stop.reason:
+            driver = _Driver(config, plan, stop)
+            return driver.summary(plan.state.manifest, time.monotonic() - began)
+        plan = make_plan(config, retry_rejects=retry_rejects)
+    driver = _Driver(config, plan, stop)
     with RunProgress(len(plan.pending), quiet=quiet) as progress:
         if plan.pending:
             driver.encode(progress)
@@ -149,8 +153,13 @@ class _Driver:
         compute = self.config.compute
         threads = None if compute.decode_threads == "auto" else compute.decode_threads
         with (
-            Cluster(compute.num_gpus, compute.num_cpu_actors, threads) as cluster,
             Lease(self.output, len(self.pending)) as lease,
+            Cluster(
+                compute.num_gpus,
+                compute.num_cpu_actors,
+                threads,
+                Patience(compute.wait_for_gpus_s, progress.say, lease.renew),
+            ) as cluster,
             Committer(self.output) as committer,
         ):
             self._establish_contract(cluster, progress)
@@ -159,14 +168,15 @@ class _Driver:
                     f"{self.output.url} has no conditional writes: one run at a time, by lease"
                 )
                 lease.require_alone()
-            with self._signals(progress):
+            with stop_on_signals(self.stop, GRACE_S, lambda: progress.say(_STOPPING)):
                 self._check(progress)
                 dispatcher = Dispatcher(
                     cluster,
                     make_job(self.config, self.contract, cluster.num_cpus_per_actor),
                     self.pending,
-                    compute.unit_retries,
+                    Retries(compute.unit_retries, compute.preemption_retries),
                     self.stop,
+                    self._may_read,
                 )
                 dispatcher.qa_wanted = self._qa_wanted()
                 for event in dispatcher.run():
@@ -227,30 +237,18 @@ class _Driver:
         self.pending = [PlannedUnit(unit, 0, "new") for unit in units]
         self.left = {unit.id for unit in units}
 
-    @contextmanager
-    def _signals(self, progress: RunProgress) -> Iterator[None]:
-        """Turn SIGINT and SIGTERM into a wish to end; Ray sets its own handlers before."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def ask(number: int, frame: FrameType | None) -> None:
-            again = self.stop.reason is not None
-            self.stop.request("interrupted", grace_s=0.0 if again else GRACE_S)
-            if not again:
-                progress.say(
-                    f"stopping: units in hand get {GRACE_S:.0f} s to finish; "
-                    "interrupt again to stop at once"
-                )
-
-        previous = {
-            number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)
-        }
+    def _may_read(self, unit: Unit) -> bool:
+        """Whether this process may read what a store refused to an actor."""
+        folder, name = split_url(unit.source)
+        store = Store(folder, storage_options(self.config.source.storage))
         try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+            with store.open(name) as file, store.named(name):
+                file.read(1)
+        except AccessDenied:
+            return False
+        except StorageError:
+            return True  # whatever it is, it is no lack of rights
+        return True
 
     def _take(self, committed: Committed, progress: RunProgress) -> None:
         """Count a unit whose receipt has been put: its rows exist."""
@@ -353,7 +351,9 @@ class _Driver:
         """Say how it ended."""
         units = [unit for units in self.listing.values() for unit in units]
         breaches = self.qa_totals.breaches(at_work=bool(self.left))
-        if self._has_too_many_rejects:
+        if self.stop.reason == "skipped":
+            status, exit_code = "skipped", 0
+        elif self._has_too_many_rejects:
             status, exit_code = "too_many_rejects", 3
         elif breaches:
             status, exit_code = "failed_qa", 3

@@ -43,7 +43,14 @@ from latentcache.dataset.statistics import Statistics
 from latentcache.engine.job import UNITS_PER_ACTOR, Job, UnitFailure, UnitTask
 from latentcache.engine.sample import QaSample
 from latentcache.engine.stages import Background, OldestFirstPool, Room, StageTimes
-from latentcache.errors import ConfigError, DiskFull, LatentCacheError, Reject, SourceChanged
+from latentcache.errors import (
+    AccessDenied,
+    ConfigError,
+    DiskFull,
+    LatentCacheError,
+    Reject,
+    SourceChanged,
+)
 from latentcache.images.decode import Reserve, decode_image
 from latentcache.images.source import RejectedSample, Sample, SourceShard, read_shard
 from latentcache.images.transform import Bucket, Transformed, load_image, transform_spec
@@ -147,7 +154,7 @@ class UnitRunner:
         except (DiskFull, ConfigError) as error:
             return UnitFailure(str(error), fatal=error)
         except LatentCacheError as error:
-            return UnitFailure(str(error))
+            return UnitFailure(str(error), denied=isinstance(error, AccessDenied))
         except Exception as error:  # noqa: BLE001  (the unit boundary)
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 full = DiskFull("no room left on the local disk (TMPDIR)")

@@ -1,0 +1,228 @@
+"""Several runs on one output: beside each other, one after the other, or one alone."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import latentcache
+from corpus import good, objects
+from latentcache.config import Config, parse_config
+from latentcache.engine import lease as lease_module
+from latentcache.engine import run as run_module
+from latentcache.engine.lease import STALE_AFTER_S, Lease, busy_runs
+from latentcache.engine.progress import RunProgress
+from latentcache.storage import Store
+from makers import config_tree, png, tree_digest, write_tar
+from runs import Configs, assert_nothing_lost_or_doubled, receipts_at
+from servers import DEADLINE_S, Exchange, FaultyProxy, S3Server
+from thread_cluster import ThreadCluster
+
+NUM_RACES = 20
+ALWAYS = 1_000_000
+HOURS = 3600
+
+
+@pytest.fixture(autouse=True)
+def _without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_module, "Cluster", ThreadCluster)
+    monkeypatch.setattr(lease_module, "_LOOK_EVERY_S", 0.05)
+    monkeypatch.setattr(lease_module, "_HEED_EVERY_S", 0.01)
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable[[], object]]:
+    """What to do once a run says a line with such words in it."""
+    reactions: dict[str, Callable[[], object]] = {}
+    said: list[str] = []
+
+    def say(progress: RunProgress, *words: str, **_: object) -> None:
+        line = words[-1]
+        said.append(line)
+        for text in [text for text in reactions if text in line]:
+            reactions.pop(text)()
+
+    monkeypatch.setattr(RunProgress, "say", say)
+    return reactions
+
+
+def make_config(folder: Path, on_busy: str, num_shards: int = 2) -> Config:
+    for number in range(num_shards):
+        path = folder / "src" / f"{number}.tar"
+        if not path.exists():
+            members = [(f"{index}.png", png(70, 64, 10 * number + index)) for index in range(2)]
+            write_tar(path, members)
+    return parse_config(config_tree(folder, compute={"on_busy": on_busy, "decode_threads": 1}))
+
+
+def write_lease(store: Store, age_s: float = 0.0) -> Path:
+    """Another host's lease."""
+    tree = {"run": "other", "host": "elsewhere", "pid": 7, "num_units": 2, "num_committed": 0}
+    store.put("runs/other.json", json.dumps(tree | {"renewed_at": "some time"}).encode())
+    path = store.local_path("runs/other.json")
+    assert path
+    os.utime(path, (time.time() - age_s,) * 2)
+    return path
+
+
+def test_skip_leaves_the_output_to_the_other_run(tmp_path: Path):
+    config = make_config(tmp_path, "skip")
+    write_lease(Store(config.output.url))
+    before = tree_digest(tmp_path)
+    summary = latentcache.run(config, quiet=True)
+    assert (summary.status, summary.exit_code) == ("skipped", 0)
+    assert (summary.num_units, summary.num_committed, summary.manifest) == (2, 0, None)
+    assert tree_digest(tmp_path) == before
+
+
+@pytest.mark.parametrize("on_busy", ["skip", "wait"])
+def test_a_lease_that_nobody_renews_holds_nobody_up(tmp_path: Path, on_busy: str):
+    config = make_config(tmp_path, on_busy)
+    write_lease(Store(config.output.url), STALE_AFTER_S + 1)
+    assert latentcache.run(config, quiet=True).status == "complete"
+
+
+def test_join_works_beside_the_other_run(tmp_path: Path):
+    config = make_config(tmp_path, "join")
+    write_lease(Store(config.output.url))
+    summary = latentcache.run(config, quiet=True)
+    assert (summary.status, summary.num_committed) == ("complete", 2)
+
+
+def test_wait_does_what_the_other_run_has_left(
+    tmp_path: Path, told: dict[str, Callable[[], object]]
+):
+    config = make_config(tmp_path, "wait")
+    lease = write_lease(Store(config.output.url))
+
+    def other_run_does_what_it_finds_and_ends() -> None:
+        summary = latentcache.run(make_config(tmp_path, "join"), quiet=True)
+        assert summary.num_committed == 2
+        lease.unlink()
+        make_config(tmp_path, "join", num_shards=3)
+
+    told["waiting for another run to end: pid 7 on elsewhere"] = (
+        other_run_does_what_it_finds_and_ends
+    )
+    summary = latentcache.run(config)
+    assert not told
+    assert (summary.status, summary.num_committed, summary.num_skipped) == ("complete", 1, 2)
+
+
+def test_a_signal_ends_the_waiting(tmp_path: Path, told: dict[str, Callable[[], object]]):
+    config = make_config(tmp_path, "wait")
+    write_lease(Store(config.output.url))
+    before = tree_digest(tmp_path)
+    told["waiting for another run"] = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    summary = latentcache.run(config)
+    assert not told
+    assert (summary.status, summary.exit_code) == ("interrupted", 1)
+    assert tree_digest(tmp_path) == before
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_with_nothing_to_do_nobody_looks_for_other_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = make_config(tmp_path, "wait")
+    assert latentcache.run(config, quiet=True).num_committed == 2
+    write_lease(Store(config.output.url))
+    before = tree_digest(tmp_path)
+    monkeypatch.setattr(Store, "put", None)
+    assert latentcache.run(config, quiet=True).status == "complete"
+    assert tree_digest(tmp_path) == before
+
+
+@pytest.mark.parametrize("hours", [-9, 9])
+def test_the_clock_of_the_driver_does_not_matter(
+    tmp_path: Path, moto: S3Server, monkeypatch: pytest.MonkeyPatch, hours: int
+):
+    real = time.time
+    on_s3 = Store(moto.make_bucket(f"clocks{hours}"), moto.options)
+    with Lease(on_s3, 1) as lease:
+        monkeypatch.setattr(time, "time", lambda: real() + hours * HOURS)
+        (found,) = busy_runs(on_s3)
+        assert found.run == lease.run
+        assert -2 < found.age_s < 60
+    assert not moto.listing(f"clocks{hours}")
+
+    config = make_config(tmp_path, "skip")
+    lease_path = write_lease(Store(config.output.url))
+    os.utime(lease_path, (real(),) * 2)
+    assert latentcache.run(config, quiet=True).status == "skipped"
+    os.utime(lease_path, (real() - STALE_AFTER_S - 1,) * 2)
+    summary = latentcache.run(config, quiet=True)
+    assert (summary.status, summary.num_committed) == ("complete", 2)
+    assert latentcache.run(config, quiet=True).num_committed == 0
+
+
+def test_a_container_started_again_is_not_held_up_by_its_own_ghost(tmp_path: Path):
+    store = Store(str(tmp_path))
+    killed = Lease(store, 1)
+    killed.__enter__()
+    assert [run.run for run in busy_runs(store)] == [killed.run]
+    lease_module._ours.clear()  # as in a new process that got the same id
+    assert not busy_runs(store)
+
+
+def drive(number: int, configs: list[Path], start: Any, results: Any) -> None:
+    """One of two drivers, in a process of its own: a run on each output, at the same time."""
+    run_module.Cluster = ThreadCluster  # type: ignore[misc]
+    delays = random.Random(number)
+    for path in configs:
+        config = latentcache.load_config(path)
+        start.wait(DEADLINE_S)
+        time.sleep(delays.uniform(0, 0.3))
+        summary = latentcache.run(config, quiet=True)
+        results.put((path, summary.exit_code, summary.num_committed, summary.num_rows))
+
+
+def test_two_runs_race_on_one_output_twenty_times(moto: S3Server, configs: Configs):
+    shards = [good(f"{number}.tar", seed=number, num_samples=2) for number in range(5)]
+    source = moto.make_bucket("race-photos", objects(shards))
+    moto.make_bucket("races")
+    outputs = [f"s3://races/{number:02d}" for number in range(NUM_RACES)]
+    delays = random.Random(0)
+
+    def take_some_time(exchange: Exchange) -> None:
+        time.sleep(delays.uniform(0, 0.05))
+        exchange.send(exchange.forward())
+
+    with FaultyProxy(moto.endpoint_url) as proxy:
+        url = proxy.endpoint_url
+        delayed = proxy.on("PUT", "/(contract|commits|segments|manifests)", take_some_time, ALWAYS)
+        paths = [configs.write(source, output, endpoint_url=url) for output in outputs]
+        spawn = multiprocessing.get_context("spawn")
+        start, results = spawn.Barrier(2), spawn.Queue()
+        drivers = [spawn.Process(target=drive, args=(n, paths, start, results)) for n in range(2)]
+        for driver in drivers:
+            driver.start()
+        found = [results.get(timeout=DEADLINE_S) for _ in range(2 * NUM_RACES)]
+        for driver in drivers:
+            driver.join()
+            assert driver.exitcode == 0
+        assert delayed.num_fired > 2 * NUM_RACES
+        num_lost = sum("/commits/" in p and status == 412 for _, p, status in proxy.log)
+    assert num_lost > NUM_RACES, "they did not race"
+
+    num_rows = sum(len(shard.rows) for shard in shards)
+    for path, output in zip(paths, outputs, strict=True):
+        both = [tuple(rest) for of, *rest in found if of == path]
+        assert [code for code, _, _ in both] == [0, 0]
+        assert sum(num_committed for _, num_committed, _ in both) == len(shards)
+        assert {rows for _, _, rows in both} == {num_rows}
+        receipts = [receipt["record"] for receipt in receipts_at(moto, output)]
+        names = {(record["unit"]["id"], record["generation"]) for record in receipts}
+        assert len(names) == len(receipts) == len(shards)
+        assert_nothing_lost_or_doubled(moto, output, shards)
+        assert latentcache.verify(output, storage=moto.options).ok
+    assert not [key for key in moto.listing("races") if "/runs/" in key]
