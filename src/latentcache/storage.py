@@ -46,8 +46,8 @@ _TEMP_PREFIX = ".tmp-"
 
 _THREADS = 16
 
-# S3 deletes as many objects in one request; elsewhere each takes one.
-_DELETED_AT_ONCE = 1000
+# S3 lists and deletes so many objects in one request.
+_PAGE = 1000
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
@@ -315,7 +315,7 @@ class Store:
 
     def _walk_pages(self, folder: str) -> Iterator[ObjectInfo]:
         bucket, key, _ = self._fs.split_path(self._full(folder))
-        request = {"Bucket": bucket, "Prefix": f"{key}/"}
+        request = {"Bucket": bucket, "Prefix": f"{key}/", "MaxKeys": _PAGE}
         while True:
             page = self._retry(folder, lambda: self._fs.call_s3("list_objects_v2", **request))
             for entry in page.get("Contents", ()):
@@ -364,7 +364,7 @@ class Store:
         self, paths: Sequence[str], progress: Callable[[int], object] = lambda num_deleted: None
     ) -> None:
         """Delete objects as `delete` does, many at a time; `progress` is told how many more."""
-        size = _DELETED_AT_ONCE if self._is_s3 else _THREADS
+        size = _PAGE if self._is_s3 else _THREADS
         batches = [paths[first : first + size] for first in range(0, len(paths), size)]
         with ThreadPoolExecutor(_THREADS) as pool:
             for num_deleted in pool.map(self._delete_batch, batches):
@@ -394,7 +394,7 @@ class Store:
             return []
         bucket, key, _ = self._fs.split_path(self._root)
         prefix = f"{key}/" if key else ""
-        request = {"Bucket": bucket, "Prefix": prefix}
+        request = {"Bucket": bucket, "Prefix": prefix, "MaxUploads": _PAGE}
         uploads: list[Upload] = []
         while True:
             page = self._retry("", lambda: self._fs.call_s3("list_multipart_uploads", **request))
@@ -411,9 +411,7 @@ class Store:
         bucket, key, _ = self._fs.split_path(self._full(upload.path))
         request = {"Bucket": bucket, "Key": key, "UploadId": upload.id}
         with suppress(ObjectNotFound):
-            self._retry(
-                upload.path, lambda: self._fs.call_s3("abort_multipart_upload", **request)
-            )
+            self._retry(upload.path, lambda: self._fs.call_s3("abort_multipart_upload", **request))
 
     def temp_files(self) -> Iterator[ObjectInfo]:
         """Give the files on a local disk that are half written, or were when a writer died."""

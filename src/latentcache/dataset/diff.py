@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -40,11 +40,34 @@ class SourceDiff:
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """What some units, or a whole manifest, come to."""
+    """What some units come to."""
 
     num_units: int
     num_rows: int
     num_rejects: int
+
+    @classmethod
+    def of(cls, units: Iterable[DiffUnit]) -> Counts:
+        """Add up units."""
+        units = list(units)
+        num_rows = sum(unit.num_rows for unit in units)
+        return cls(len(units), num_rows, sum(unit.num_rejects for unit in units))
+
+
+@dataclass(frozen=True, slots=True)
+class DiffCounts:
+    """Totals of a diff: `before + added - removed - replaced + replacing = after`.
+
+    `before` and `after` are the whole manifests; `replaced` units went, `replacing` ones came for
+    them.
+    """
+
+    before: Counts
+    added: Counts
+    replaced: Counts
+    replacing: Counts
+    removed: Counts
+    after: Counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +80,7 @@ class ManifestDiff:
 
     before: int
     after: int
-    before_totals: Counts
-    after_totals: Counts
+    counts: DiffCounts
     added: tuple[SourceDiff, ...]
     replaced: tuple[SourceDiff, ...]
     removed: tuple[SourceDiff, ...]
@@ -94,23 +116,18 @@ def diff_manifests(
         SourceDiff(source, tuple(gone.get(source, ())), tuple(come.get(source, ())))
         for source in sorted(gone.keys() | come.keys())
     ]
-    return ManifestDiff(
-        before=old.number,
-        after=new.number,
-        before_totals=Counts(old.num_units, old.num_rows, old.num_rejects),
-        after_totals=Counts(new.num_units, new.num_rows, new.num_rejects),
-        added=tuple(d for d in by_source if not d.before),
-        replaced=tuple(d for d in by_source if d.before and d.after),
-        removed=tuple(d for d in by_source if not d.after),
+    added = tuple(diff for diff in by_source if not diff.before)
+    removed = tuple(diff for diff in by_source if not diff.after)
+    replaced = tuple(diff for diff in by_source if diff.before and diff.after)
+    counts = DiffCounts(
+        before=Counts(old.num_units, old.num_rows, old.num_rejects),
+        added=Counts.of(unit for diff in added for unit in diff.after),
+        replaced=Counts.of(unit for diff in replaced for unit in diff.before),
+        replacing=Counts.of(unit for diff in replaced for unit in diff.after),
+        removed=Counts.of(unit for diff in removed for unit in diff.before),
+        after=Counts(new.num_units, new.num_rows, new.num_rejects),
     )
-
-
-def count(diffs: Sequence[SourceDiff], *, before: bool) -> Counts:
-    """Add up the units of some sources: those that count no more, or those that came."""
-    units = [unit for diff in diffs for unit in (diff.before if before else diff.after)]
-    return Counts(
-        len(units), sum(unit.num_rows for unit in units), sum(unit.num_rejects for unit in units)
-    )
+    return ManifestDiff(old.number, new.number, counts, added, replaced, removed)
 
 
 def _complete_before(store: Store, number: int) -> Manifest:

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from latentcache.dataset.contract import Contract, read_contract
-from latentcache.dataset.garbage import KINDS, Keep, GarbagePlan, plan_garbage
+from latentcache.dataset.garbage import KINDS, GarbagePlan, Keep, plan_garbage
 from latentcache.dataset.manifest import put_manifest
 from latentcache.dataset.publish import read_published
 from latentcache.dataset.receipts import Receipt, Unit, read_receipts, void_receipt
@@ -200,9 +200,7 @@ class _Collector:
         unit_id, _, generation = name.rpartition("-")
         unit = Unit(unit_id, source="", size_bytes=0, version="")
         contract = self._contract
-        return void_receipt(
-            unit, int(generation), contract.fingerprint, contract.stored_channels
-        )
+        return void_receipt(unit, int(generation), contract.fingerprint, contract.stored_channels)
 
     def delete(self, plan: GarbagePlan) -> None:
         """Delete what was found: manifests first, so that none names what is gone."""
