@@ -169,6 +169,8 @@ class Model:
         is_old = self.world.is_old(f"commits/{name}.json")
         if there[generation] is None or name in self.live or not is_old:
             return False
+        if self.is_at_work(unit, generation + 1):
+            return False
         last = len(there) - 1
         if generation == last or there[last] is None or self.is_given_up(unit, last):
             return True
@@ -184,8 +186,13 @@ class Model:
             return there[generation] != attempt or self.is_given_up(unit, generation)
         last = len(there) - 1
         is_over = last < 0 or there[last] is None or self.is_given_up(unit, last)
-        return is_over and all(
-            self.world.is_old(other) for other in self.world.files() if attempt in other
+        return is_over and not self.is_at_work(unit, generation)
+
+    def is_at_work(self, unit: str, generation: int) -> bool:
+        """Whether a young attempt may yet be committed."""
+        return generation >= len(self.world.receipts.get(unit, ())) and any(
+            f"/{unit}/{generation}-" in path and not self.world.is_old(path)
+            for path in self.world.files()
         )
 
 

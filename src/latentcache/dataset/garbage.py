@@ -121,8 +121,7 @@ def plan_garbage(store: Store, keep: Keep, tick: Tick = lambda: None) -> Garbage
     plan.known_voids = {n for n, a in known.attempts.items() if a is None}.difference(
         newest.removed
     )
-    given_up = _give_up(plan, known, keep)
-    _find_files(store, plan, known, given_up, keep, tick)
+    _find_files(store, plan, known, keep, tick)
     _find_manifests(store, plan, dropped)
     _find_segments(store, plan, manifests, keep)
     plan.found["temporary"] = [i for i in store.temp_files() if keep.is_old(i.modified_at)]
@@ -131,6 +130,8 @@ def plan_garbage(store: Store, keep: Keep, tick: Tick = lambda: None) -> Garbage
     except StorageError as error:
         plan.notes.append(f"multipart uploads stay: {error}")
     plan.needs_manifest |= bool(plan.voids)
+    for infos in plan.found.values():
+        infos.sort(key=lambda info: info.path)
     return plan
 
 
@@ -222,18 +223,22 @@ def _take_highest(generations: dict[str, int], names: Iterable[str]) -> None:
         generations[unit] = max(generation, generations.get(unit, -1))
 
 
-def _give_up(plan: GarbagePlan, known: _Known, keep: Keep) -> set[str]:
+def _give_up(plan: GarbagePlan, known: _Known, keep: Keep, at_work: AbstractSet[str]) -> set[str]:
     """Choose the receipts whose rows no reader can want; a unit's last one is to be undone first.
 
     One that was followed by another is given up only if that is certain to stay: if it lies in the
     newest manifest, or is a void that the next one will tell of. One listing of the receipts that
     lacks the latter must not bring it back.
     """
-    old = {
-        name
-        for name, changed_at in known.changed_at.items()
-        if not known.is_void(name) and name not in known.live and keep.is_old(changed_at)
-    }
+    old = set()
+    for name, changed_at in known.changed_at.items():
+        unit, generation = _split(name)
+        if (
+            keep.is_old(changed_at)
+            and not known.is_void(name)
+            and f"{unit}-{generation + 1}" not in at_work
+        ):
+            old.add(name)
     given_up = set()
     for name in old:
         unit, generation = _split(name)
@@ -245,33 +250,39 @@ def _give_up(plan: GarbagePlan, known: _Known, keep: Keep) -> set[str]:
     return given_up
 
 
-def _find_files(
-    store: Store, plan: GarbagePlan, known: _Known, given_up: set[str], keep: Keep, tick: Tick
-) -> None:
-    orphans: dict[tuple[str, str], list[ObjectInfo]] = {}
+def _find_files(store: Store, plan: GarbagePlan, known: _Known, keep: Keep, tick: Tick) -> None:
+    unnamed: dict[str, list[ObjectInfo]] = {}  # of a receipt that no kept manifest names
+    uncommitted: dict[str, list[ObjectInfo]] = {}  # of a receipt that there is not
     for info in chain.from_iterable(store.walk(folder) for folder in ("data", "rejects", "qa")):
         tick()
         match = _FILE.fullmatch(info.path)
         if not match:
             continue
-        unit, generation, attempt = match[1], int(match[2]), match[3]
-        name = f"{unit}-{generation}"
+        name, attempt = f"{match[1]}-{int(match[2])}", match[3]
         if name not in known.attempts:
-            orphans.setdefault((name, attempt), []).append(info)
+            uncommitted.setdefault(name, []).append(info)
         elif known.attempts[name] != attempt:
             plan.found["attempts"].append(info)
-        elif name in given_up:
-            plan.found["units"].append(info)
-            plan.needs_manifest |= known.told.get(unit, -1) <= generation
-    for (name, _), infos in orphans.items():
+        elif name not in known.live:
+            unnamed.setdefault(name, []).append(info)
+    at_work = {
+        name
+        for name, infos in uncommitted.items()
+        if not all(keep.is_old(info.modified_at) for info in infos)
+    }
+    given_up = _give_up(plan, known, keep, at_work)
+    for name in given_up & unnamed.keys():
+        unit, generation = _split(name)
+        plan.found["units"] += unnamed[name]
+        plan.needs_manifest |= known.told.get(unit, -1) <= generation
+    for name in uncommitted.keys() - at_work:
         unit, generation = _split(name)
         last = f"{unit}-{known.latest[unit]}" if unit in known.latest else None
         # Rows that count stay as they are: a void after them would have them encoded again.
         is_over = last is None or known.is_void(last) or last in given_up
-        is_next = generation == known.latest.get(unit, -1) + 1
-        if is_over and is_next and all(keep.is_old(info.modified_at) for info in infos):
+        if is_over and generation == known.latest.get(unit, -1) + 1:
             plan.voids[name] = last
-            plan.found["orphans"] += infos
+            plan.found["orphans"] += uncommitted[name]
 
 
 def _find_manifests(store: Store, plan: GarbagePlan, dropped: Sequence[ObjectInfo]) -> None:
