@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,7 +160,6 @@ def collect(nights: Nights, monkeypatch: pytest.MonkeyPatch) -> None:
     server.client.create_multipart_upload(**upload)
     now = Store.now
     monkeypatch.setattr(Store, "now", lambda self: now(self) + 8 * DAY_S)
-    monkeypatch.setattr(time, "time", lambda: 0.0)  # a driver's own clock does not matter
 
     before = server.listing(nights.latents)
     found = latentcache.collect_garbage(nights.url, storage=options)

@@ -13,6 +13,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from threading import Barrier
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -25,6 +26,7 @@ from servers import (
     DEADLINE_S,
     Exchange,
     FaultyProxy,
+    Reply,
     S3Server,
     cut_halfway,
     free_port,
@@ -409,9 +411,10 @@ def test_a_store_that_cannot_delete_many_deletes_one_by_one(
 ) -> None:
     for name in "abc":
         faulty.put(f"data/{name}", b"")
-    refused = proxy.on("POST", "", slow_down, times=100)
+    body = b"<Error><Code>NotImplemented</Code><Message>no</Message></Error>"
+    refused = proxy.on("POST", "", lambda exchange: exchange.send(Reply(501, [], body)))
     faulty.delete_many(["data/a", "data/b"])
-    assert refused.num_fired
+    assert refused.num_fired == 1
     assert [info.path for info in faulty.list("data")] == ["data/c"]
 
 
@@ -439,7 +442,7 @@ def test_the_time_is_the_stores_own(
 ) -> None:
     store = Store(f"{bucket_of(moto)}/{tmp_path.name}", moto.options)
     store.put("a", b"")
-    monkeypatch.setattr("latentcache.storage.time.time", lambda: 0.0)
+    monkeypatch.setattr(storage, "time", SimpleNamespace(time=lambda: 0.0))
     written = store.info("a").modified_at
     assert written is not None
     assert 0 <= store.now() - written < 3600
