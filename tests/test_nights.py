@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +47,7 @@ class Nights:
         if encodes:
             summary = self.cli.ok("run", self.config)
         else:
-            found = latentcache.run(latentcache.load_config(self.config), quiet=True)
-            summary = {name: getattr(found, name) for name in found.__slots__}
+            summary = asdict(latentcache.run(latentcache.load_config(self.config), quiet=True))
         assert (summary["status"], summary["num_committed"]) == ("complete", encodes)
         after = self.server.listing(self.latents)
         assert before.items() <= after.items(), "nothing is replaced or deleted"

@@ -57,6 +57,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 
 
 def _manifest_name(text: str) -> int | str:
+    if text != "published" and not text.isdecimal():
+        raise typer.BadParameter(f"{text!r} is no manifest: give its number, or `published`")
     return text if text == "published" else int(text)
 
 
@@ -408,7 +410,7 @@ def diff_command(
         Any,
         typer.Argument(
             parser=_manifest_name,
-            metavar="[N]",
+            metavar="N",
             help="A manifest's number, or `published`; the complete one before M if left out.",
             show_default=False,
         ),
@@ -417,7 +419,7 @@ def diff_command(
         Any,
         typer.Argument(
             parser=_manifest_name,
-            metavar="[M]",
+            metavar="M",
             help="Likewise; the newest complete one if left out.",
             show_default=False,
         ),
@@ -463,7 +465,7 @@ def publish_command(
     number: Annotated[
         int | None,
         typer.Argument(
-            metavar="[N]",
+            metavar="N",
             help="The manifest's number; the newest complete one if left out.",
             show_default=False,
         ),
@@ -553,10 +555,11 @@ def _print_garbage(found: Garbage) -> None:
         _print(f"{len(found.uploads):>8}  {'':>10}  multipart uploads that never ended")
     if found.voided:
         _print(f"{len(found.voided):>8}  {'':>10}  units or attempts marked void first")
-    did = "deleted" if found.is_deleted else "to delete; --delete does it:"
+    did = "deleted" if found.is_deleted else "would delete"
+    hint = "" if found.is_deleted or not found.num_objects else "; --delete does it"
     _print(
-        f"{did} {found.num_objects} objects, {_bytes(found.num_bytes)}; "
-        f"{len(found.kept)} manifests kept"
+        f"{did} {found.num_objects} objects, {_bytes(found.num_bytes)}; kept manifests: "
+        f"{len(found.kept)}{hint}"
     )
 
 

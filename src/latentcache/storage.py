@@ -286,7 +286,8 @@ class Store:
         return infos, [path for path, entry in names if entry["type"] == "directory"]
 
     def _entries_local(self, prefix: str) -> tuple[Sequence[ObjectInfo], Sequence[str]]:
-        infos, folders = [], []
+        infos: list[ObjectInfo] = []
+        folders: list[str] = []
         with os.scandir(self._full(prefix)) as entries:
             for entry in entries:
                 # Others write here: what is half written does not count, nor what is gone by now.
@@ -315,7 +316,7 @@ class Store:
 
     def _walk_pages(self, folder: str) -> Iterator[ObjectInfo]:
         bucket, key, _ = self._fs.split_path(self._full(folder))
-        request = {"Bucket": bucket, "Prefix": f"{key}/", "MaxKeys": _PAGE}
+        request: dict[str, Any] = {"Bucket": bucket, "Prefix": f"{key}/", "MaxKeys": _PAGE}
         while True:
             page = self._retry(folder, lambda: self._fs.call_s3("list_objects_v2", **request))
             for entry in page.get("Contents", ()):
@@ -394,7 +395,7 @@ class Store:
             return []
         bucket, key, _ = self._fs.split_path(self._root)
         prefix = f"{key}/" if key else ""
-        request = {"Bucket": bucket, "Prefix": prefix, "MaxUploads": _PAGE}
+        request: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix, "MaxUploads": _PAGE}
         uploads: list[Upload] = []
         while True:
             page = self._retry("", lambda: self._fs.call_s3("list_multipart_uploads", **request))

@@ -189,10 +189,10 @@ def _read_known(store: Store, manifests: Sequence[Manifest], tick: Tick) -> _Kno
     newest = manifests[-1]
     columns = ("unit", "generation", "attempt")
     tables = read_segments(store, segments, "a kept manifest", columns)
-    for (segment, uncounted), table in zip(segments.items(), tables, strict=True):
+    for (segment, gone), table in zip(segments.items(), tables, strict=True):
         names = names_of(table).to_pylist()
         known.attempts.update(zip(names, table["attempt"].to_pylist(), strict=True))
-        known.live.update(name for name in names if name not in uncounted)
+        known.live.update(name for name in names if name not in gone)
         if segment in newest.segments:
             _take_highest(known.told, names)
         tick()
