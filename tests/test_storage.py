@@ -379,15 +379,15 @@ def test_a_full_disk_is_told_from_other_errors(tmp_path: Path) -> None:
 # What `gc` asks of a store.
 
 
-def test_a_walk_gives_everything_below_a_folder(
+def test_iterating_gives_everything_below_a_folder(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(storage, "_PAGE", 2)
-    assert list(store.walk("data")) == []
+    assert list(store.iterate("data")) == []
     paths = [f"data/{unit}/{name}" for unit in "abc" for name in ("1", "2", "deep/3")]
     for path in (*paths, "data/top", "other/x", "database"):
         store.put(path, path.encode())
-    found = {info.path: info for info in store.walk("data")}
+    found = {info.path: info for info in store.iterate("data")}
     assert found.keys() == {*paths, "data/top"}
     for path, info in found.items():
         asked = store.info(path)

@@ -292,19 +292,19 @@ class Store:
             for entry in entries:
                 # Others write here: what is half written does not count, nor what is gone by now.
                 with suppress(FileNotFoundError):
-                    if entry.is_dir():
+                    if entry.is_dir(follow_symlinks=False):
                         folders.append(prefix + entry.name)
                     elif entry.is_file() and not entry.name.startswith(_TEMP_PREFIX):
                         infos.append(_local_info(prefix + entry.name, entry.stat()))
         return infos, folders
 
-    def walk(self, folder: str) -> Iterator[ObjectInfo]:
+    def iterate(self, folder: str) -> Iterator[ObjectInfo]:
         """Give the objects below a folder, at any depth and in any order, as pages of them come.
 
         S3 lists a thousand objects a request; elsewhere each folder takes one.
         """
         if self._is_s3:
-            yield from self._walk_pages(folder)
+            yield from self._iterate_pages(folder)
             return
         with ThreadPoolExecutor(_THREADS) as pool:
             left = [folder]
@@ -314,7 +314,7 @@ class Store:
                     yield from infos
                     left += folders
 
-    def _walk_pages(self, folder: str) -> Iterator[ObjectInfo]:
+    def _iterate_pages(self, folder: str) -> Iterator[ObjectInfo]:
         bucket, key, _ = self._fs.split_path(self._full(folder))
         request: dict[str, Any] = {"Bucket": bucket, "Prefix": f"{key}/", "MaxKeys": _PAGE}
         while True:

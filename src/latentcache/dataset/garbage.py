@@ -200,7 +200,7 @@ def _read_known(store: Store, manifests: Sequence[Manifest], tick: Tick) -> _Kno
     for name in newest.removed:
         known.attempts.setdefault(name, None)
     unread = []
-    for info in store.walk(COMMITS):
+    for info in store.iterate(COMMITS):
         if match := _RECEIPT.fullmatch(info.path):
             if match[1] not in known.live:
                 known.changed_at[match[1]] = info.modified_at
@@ -253,7 +253,7 @@ def _give_up(plan: GarbagePlan, known: _Known, keep: Keep, at_work: AbstractSet[
 def _find_files(store: Store, plan: GarbagePlan, known: _Known, keep: Keep, tick: Tick) -> None:
     unnamed: dict[str, list[ObjectInfo]] = {}  # of a receipt that no kept manifest names
     uncommitted: dict[str, list[ObjectInfo]] = {}  # of a receipt that there is not
-    for info in chain.from_iterable(store.walk(folder) for folder in ("data", "rejects", "qa")):
+    for info in chain.from_iterable(store.iterate(folder) for folder in ("data", "rejects", "qa")):
         tick()
         match = _FILE.fullmatch(info.path)
         if not match:
@@ -299,7 +299,7 @@ def _find_segments(
 ) -> None:
     named = {segment.path for manifest in manifests for segment in manifest.segments}
     newest_at = store.info(plan.newest.path).modified_at
-    for info in store.walk(SEGMENTS):
+    for info in store.iterate(SEGMENTS):
         if info.path not in named and keep.is_old(info.modified_at):
             plan.found["segments"].append(info)
             is_shut_out = newest_at and info.modified_at and info.modified_at < newest_at
