@@ -22,7 +22,7 @@ DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"
 
 VERBS = (
     *("run", "plan", "status", "verify", "inspect", "eval", "bench-loader", "schema"),
-    "demo-data",
+    *("demo-data", "diff", "publish", "gc"),
 )
 
 # Rich would take these for markup, a terminal for a command.
@@ -179,7 +179,9 @@ def test_with_json_an_error_is_an_object_too(cli: Cli, folder: Path):
     assert result.code == 2
 
 
-@pytest.mark.parametrize("verb", ["status", "verify", "inspect", "bench-loader"])
+@pytest.mark.parametrize(
+    "verb", ["status", "verify", "inspect", "bench-loader", "diff", "publish", "gc"]
+)
 def test_what_is_no_dataset_is_told(cli: Cli, folder: Path, verb: str):
     assert_one_complaint(cli(verb, folder / "src"), 1, "is not a latent dataset")
 

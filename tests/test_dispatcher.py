@@ -391,6 +391,7 @@ def test_what_a_unit_costs_the_driver_does_not_grow_with_their_number(
         num_manifests = counting.asked.pop("put_if_absent manifests")
         assert num_units // 50 <= num_manifests <= num_units // 50 + 1
         assert counting.asked.pop("put segments") == num_manifests
+        assert counting.asked.pop("list manifests") == num_manifests
         assert counting.asked.pop("put_if_absent commits") == num_units
         counting.asked.pop("put runs")  # the lease, once a minute
         assert counting.asked.total() < 10, counting.asked

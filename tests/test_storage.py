@@ -13,17 +13,20 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from threading import Barrier
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from latentcache import storage
 from latentcache.errors import ConfigError, DiskFull, ObjectNotFound, StorageError
 from latentcache.storage import StorageOptions, Store, split_url
 from servers import (
     DEADLINE_S,
     Exchange,
     FaultyProxy,
+    Reply,
     S3Server,
     cut_halfway,
     free_port,
@@ -371,3 +374,84 @@ def test_a_full_disk_is_told_from_other_errors(tmp_path: Path) -> None:
         open("/dev/full", "wb", buffering=0) as full,
     ):
         full.write(b"1")
+
+
+# What `gc` asks of a store.
+
+
+def test_iterating_gives_everything_below_a_folder(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "_PAGE", 2)
+    assert list(store.iterate("data")) == []
+    paths = [f"data/{unit}/{name}" for unit in "abc" for name in ("1", "2", "deep/3")]
+    for path in (*paths, "data/top", "other/x", "database"):
+        store.put(path, path.encode())
+    found = {info.path: info for info in store.iterate("data")}
+    assert found.keys() == {*paths, "data/top"}
+    for path, info in found.items():
+        asked = store.info(path)
+        assert (info.size_bytes, info.version) == (asked.size_bytes, asked.version)
+        assert info.modified_at is not None
+
+
+def test_many_are_deleted_at_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "_PAGE", 3)
+    paths = [f"data/{number:02d} ü+&%" for number in range(8)]
+    for path in (*paths, "data/stays"):
+        store.put(path, b"")
+    told: list[int] = []
+    store.delete_many([*paths, "data/none"], told.append)
+    assert sum(told) == 9
+    assert [info.path for info in store.list("data")] == ["data/stays"]
+
+
+def test_a_store_that_cannot_delete_many_deletes_one_by_one(
+    faulty: Store, proxy: FaultyProxy
+) -> None:
+    for name in "abc":
+        faulty.put(f"data/{name}", b"")
+    body = b"<Error><Code>NotImplemented</Code><Message>no</Message></Error>"
+    refused = proxy.on("POST", "", lambda exchange: exchange.send(Reply(501, [], body)))
+    faulty.delete_many(["data/a", "data/b"])
+    assert refused.num_fired == 1
+    assert [info.path for info in faulty.list("data")] == ["data/c"]
+
+
+def test_uploads_that_were_left_are_listed_and_aborted(
+    moto: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "_PAGE", 2)
+    store = Store(f"{bucket_of(moto)}/{tmp_path.name}", moto.options)
+    assert list(store.list_uploads()) == []
+    for name in ("a", "b", "b", "c"):
+        key = f"{tmp_path.name}/data/{name}"
+        moto.client.create_multipart_upload(Bucket="stores", Key=key)
+    moto.client.create_multipart_upload(Bucket="stores", Key=f"{tmp_path.name}-other/data/x")
+    uploads = store.list_uploads()
+    assert sorted(upload.path for upload in uploads) == ["data/a", "data/b", "data/b", "data/c"]
+    assert all(abs(upload.started_at - store.now()) < 3600 for upload in uploads)
+    for upload in (*uploads, uploads[0]):
+        store.abort_upload(upload)
+    assert list(store.list_uploads()) == []
+    assert list(Store(str(tmp_path)).list_uploads()) == []
+
+
+def test_the_time_is_the_stores_own(
+    moto: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(f"{bucket_of(moto)}/{tmp_path.name}", moto.options)
+    store.put("a", b"")
+    monkeypatch.setattr(storage, "time", SimpleNamespace(time=lambda: 0.0))
+    written = store.info("a").modified_at
+    assert written is not None
+    assert 0 <= store.now() - written < 3600
+    assert Store(str(tmp_path)).now() == 0.0
+
+
+def test_what_killed_writers_left_on_a_disk_is_found(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    for path in ("a", "d/.tmp-1", "d/e/.tmp-2", ".tmp-3", "d/tmp-4"):
+        store.put(path, b"half")
+    assert sorted(info.path for info in store.temp_files()) == [".tmp-3", "d/.tmp-1", "d/e/.tmp-2"]
+    assert [info.path for info in store.list("d")] == ["d/tmp-4"]

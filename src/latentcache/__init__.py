@@ -13,7 +13,10 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from latentcache.config import Config, load_config, parse_config
+    from latentcache.dataset.diff import ManifestDiff, diff_manifests
+    from latentcache.dataset.publish import Published, publish
     from latentcache.dataset.reader import Dataset, RejectedRow, Row, open_dataset
+    from latentcache.engine.gc import Garbage, collect_garbage
     from latentcache.engine.plan import Plan, make_plan
     from latentcache.engine.run import RunSummary, run
     from latentcache.errors import LatentCacheError
@@ -30,22 +33,28 @@ _HOMES = {
     "Batch": "loader.batch",
     "Config": "config",
     "Dataset": "dataset.reader",
+    "Garbage": "engine.gc",
     "Join": "loader.join",
     "KLAutoencoder": "vae.model",
     "LatentCacheError": "errors",
     "LatentDataset": "loader.mapped",
     "LatentLoader": "loader.loader",
+    "ManifestDiff": "dataset.diff",
     "Plan": "engine.plan",
+    "Published": "dataset.publish",
     "RejectedRow": "dataset.reader",
     "Row": "dataset.reader",
     "RunSummary": "engine.run",
     "StorageOptions": "storage",
     "Verification": "quality.verify",
+    "collect_garbage": "engine.gc",
+    "diff_manifests": "dataset.diff",
     "load_config": "config",
     "load_vae": "vae.weights",
     "make_plan": "engine.plan",
     "open_dataset": "dataset.reader",
     "parse_config": "config",
+    "publish": "dataset.publish",
     "run": "engine.run",
     "to_uint8": "vae.model",
     "verify": "quality.verify",
@@ -55,22 +64,28 @@ __all__ = [
     "Batch",
     "Config",
     "Dataset",
+    "Garbage",
     "Join",
     "KLAutoencoder",
     "LatentCacheError",
     "LatentDataset",
     "LatentLoader",
+    "ManifestDiff",
     "Plan",
+    "Published",
     "RejectedRow",
     "Row",
     "RunSummary",
     "StorageOptions",
     "Verification",
+    "collect_garbage",
+    "diff_manifests",
     "load_config",
     "load_vae",
     "make_plan",
     "open_dataset",
     "parse_config",
+    "publish",
     "run",
     "to_uint8",
     "verify",

@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from latentcache.config import Config
+    from latentcache.dataset.diff import ManifestDiff
     from latentcache.dataset.qa import Gates
     from latentcache.dataset.reader import Dataset
+    from latentcache.engine.gc import Garbage
     from latentcache.engine.plan import Plan
     from latentcache.engine.run import RunSummary
     from latentcache.quality.qa import Networks
@@ -52,8 +54,23 @@ Overrides = Annotated[
     typer.Option("--set", metavar="A.B=C", help="Override a setting of the config; repeatable."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+
+
+def _manifest_name(text: str) -> int | str:
+    if text != "published" and not text.isdecimal():
+        raise typer.BadParameter(f"{text!r} is no manifest: give its number, or `published`")
+    return text if text == "published" else int(text)
+
+
+# `Any`, for Typer takes no union; the parser gives a `ManifestName`.
 ManifestNumber = Annotated[
-    int | None, typer.Option("--manifest", help="Its number; the newest complete one if left out.")
+    Any,
+    typer.Option(
+        "--manifest",
+        parser=_manifest_name,
+        metavar="N|published",
+        help="Its number; the newest complete one if left out.",
+    ),
 ]
 
 
@@ -298,6 +315,7 @@ def plan_command(
                 "num_units": len(plan.units),
                 "num_pending": len(plan.pending),
                 "num_bytes_pending": plan.num_bytes_pending,
+                "sources": asdict(plan.sources),
                 "pending": [
                     {"unit": p.unit.id, "source": p.unit.source, "reason": p.reason}
                     for p in plan.pending
@@ -325,6 +343,14 @@ def _print_plan(plan: Plan, most: int = 20) -> None:
         _print(f"{planned.unit.source}  {_bytes(planned.unit.size_bytes)}  {planned.reason}")
     if len(plan.pending) > most:
         _print(f"… and {len(plan.pending) - most} more")
+    found = plan.sources
+    fate = "kept" if found.on_missing == "keep" else "dropped"
+    newest = plan.state.manifest
+    _print(
+        f"sources: {found.num_new} new, {found.num_changed} changed, {found.num_unchanged} "
+        f"unchanged, {found.num_vanished} vanished ({fate}), beside "
+        + (f"manifest {newest.number}" if newest else "no manifest yet")
+    )
     buckets = ", ".join(f"{width}x{height}" for width, height in plan.contract.transform.buckets)
     channels, *_ = plan.contract.latent_shape((8, 8))
     terms = plan.contract.latents
@@ -364,6 +390,8 @@ def status_command(target: Target, set_: Overrides = None, json_: Json = False) 
     )
     newest = f"manifests: {', '.join(map(str, status.manifests[-10:])) or 'none yet'}"
     _print(newest + ("" if status.complete else "; the newest is not complete"))
+    if status.published is not None:
+        _print(f"published: manifest {status.published}")
     if status.bottleneck:
         _print(f"its latest units: {status.bottleneck}")
     for source, message in status.failed.items():
@@ -373,6 +401,167 @@ def status_command(target: Target, set_: Overrides = None, json_: Json = False) 
             f"running: {active.run} on {active.host} (pid {active.pid}), {active.num_committed} of "
             f"{active.num_units} units, seen {active.age_s:.0f} s ago"
         )
+
+
+@app.command("diff")
+@_command
+def diff_command(
+    target: Target,
+    before: Annotated[
+        Any,
+        typer.Argument(
+            parser=_manifest_name,
+            metavar="N",
+            help="A manifest's number, or `published`; the complete one before M if left out.",
+            show_default=False,
+        ),
+    ] = None,
+    after: Annotated[
+        Any,
+        typer.Argument(
+            parser=_manifest_name,
+            metavar="M",
+            help="Likewise; the newest complete one if left out.",
+            show_default=False,
+        ),
+    ] = None,
+    set_: Overrides = None,
+    json_: Json = False,
+) -> None:
+    """Say which units and rows came, went or were replaced between two manifests."""
+    from dataclasses import asdict
+
+    from latentcache.dataset.diff import diff_manifests
+
+    url, options = _locate(target, set_)
+    found = diff_manifests(url, before, after, storage=options)
+    if json_:
+        _print_json(asdict(found))
+    else:
+        _print_diff(found)
+
+
+def _print_diff(found: ManifestDiff, most: int = 20) -> None:
+    for kind in ("added", "replaced", "removed"):
+        diffs = getattr(found, kind)
+        for diff in diffs[:most]:
+            gone, come = (sum(u.num_rows for u in units) for units in (diff.before, diff.after))
+            rows = f"{gone} -> {come}" if kind == "replaced" else f"{gone + come}"
+            _print(f"{kind:9}  {diff.source}  {rows} rows")
+        if len(diffs) > most:
+            _print(f"… and {len(diffs) - most} more {kind}")
+    names = ("before", "added", "replaced", "replacing", "removed", "after")
+    _print(f"{'':10}{'units':>10}{'rows':>14}{'rejects':>12}")
+    for name in names:
+        counts = getattr(found.counts, name)
+        number = {"before": found.before, "after": found.after}.get(name)
+        label = name if number is None else f"{number:08d}"
+        _print(f"{label:10}{counts.num_units:>10}{counts.num_rows:>14}{counts.num_rejects:>12}")
+
+
+@app.command("publish")
+@_command
+def publish_command(
+    target: Target,
+    number: Annotated[
+        int | None,
+        typer.Argument(
+            metavar="N",
+            help="The manifest's number; the newest complete one if left out.",
+            show_default=False,
+        ),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Go back to an older manifest than the published one.")
+    ] = False,
+    set_: Overrides = None,
+    json_: Json = False,
+) -> None:
+    """Let `published.json` name a complete manifest, which readers can ask for as `published`."""
+    from dataclasses import asdict
+
+    from latentcache.dataset.publish import publish
+
+    url, options = _locate(target, set_)
+    published = publish(url, number, force=force, storage=options)
+    if json_:
+        _print_json(asdict(published))
+    else:
+        _print(f"published: manifest {published.manifest}, at {published.published_at}")
+
+
+@app.command("gc")
+@_command
+def gc_command(
+    target: Target,
+    set_: Overrides = None,
+    delete: Annotated[
+        bool, typer.Option("--delete", help="Delete it; without this, nothing is changed.")
+    ] = False,
+    keep_last: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="K",
+            help="Keep no more than the K newest complete manifests, the published one and young "
+            "ones; all are kept if left out.",
+            show_default=False,
+        ),
+    ] = None,
+    keep: Annotated[
+        list[int] | None,
+        typer.Option(metavar="N", help="With --keep-last: keep this one, too; repeatable."),
+    ] = None,
+    older_than_days: Annotated[
+        float, typer.Option(min=0, help="What is younger stays, by the store's clock.")
+    ] = 7.0,
+    json_: Json = False,
+) -> None:
+    """Find what no kept manifest names: files of lost attempts, old units, leftovers of kills."""
+    from dataclasses import asdict
+
+    from latentcache.engine.gc import collect_garbage
+
+    url, options = _locate(target, set_)
+    with _progress() as bar:
+        task = bar.add_task("looking", total=None)
+        found = collect_garbage(
+            url,
+            delete=delete,
+            keep_last=keep_last,
+            keep=keep or (),
+            older_than_days=older_than_days,
+            storage=options,
+            progress=lambda what, done, total: bar.update(
+                task, description=what, completed=done, total=total
+            ),
+        )
+    for note in found.notes:
+        _complain(note)
+    if json_:
+        totals = {"num_objects": found.num_objects, "num_bytes": found.num_bytes}
+        _print_json(asdict(found) | totals)
+    else:
+        _print_garbage(found)
+
+
+def _print_garbage(found: Garbage) -> None:
+    from latentcache.dataset.garbage import KINDS
+
+    for kind, objects in found.found.items():
+        if objects:
+            size = _bytes(sum(each.size_bytes for each in objects))
+            _print(f"{len(objects):>8}  {size:>10}  {KINDS[kind]}")
+    if found.uploads:
+        _print(f"{len(found.uploads):>8}  {'':>10}  multipart uploads that never ended")
+    if found.voided:
+        _print(f"{len(found.voided):>8}  {'':>10}  units or attempts marked void first")
+    did = "deleted" if found.is_deleted else "would delete"
+    hint = "" if found.is_deleted or not found.num_objects else "; --delete does it"
+    _print(
+        f"{did} {found.num_objects} objects, {_bytes(found.num_bytes)}; kept manifests: "
+        f"{len(found.kept)}{hint}"
+    )
 
 
 @app.command("verify")

@@ -13,10 +13,13 @@ import random
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
+from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from pathlib import Path
 from threading import Event
@@ -40,6 +43,11 @@ _PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 30.0, 30.0)
 _READ_BLOCK_BYTES = 8 * 2**20
 
 _TEMP_PREFIX = ".tmp-"
+
+_THREADS = 16
+
+# S3 lists and deletes so many objects in one request.
+_PAGE = 1000
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
@@ -79,6 +87,15 @@ class ObjectInfo:
     size_bytes: int
     version: str
     modified_at: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """A multipart upload that was begun and not ended; `started_at` as `ObjectInfo.modified_at`."""
+
+    path: str
+    id: str
+    started_at: float
 
 
 def split_url(url: str) -> tuple[str, str]:
@@ -123,6 +140,10 @@ class Store:
     def _fs(self) -> Any:
         """The client of the process that asks: a store made before a fork works after it."""
         return _filesystem(self._protocol, self.options, os.getpid())
+
+    @property
+    def _is_s3(self) -> bool:
+        return self._protocol in ("s3", "s3a")
 
     def url_of(self, path: str) -> str:
         """Give the absolute URL of a path."""
@@ -244,30 +265,82 @@ class Store:
 
     def list(self, folder: str = "") -> list[ObjectInfo]:
         """List the objects directly in a folder, by path; an empty list where there is none."""
+        infos, _ = self._entries(folder)
+        return sorted(infos, key=lambda info: info.path)
+
+    def _entries(self, folder: str) -> tuple[Sequence[ObjectInfo], Sequence[str]]:
+        """Give the objects and the folders that lie directly in a folder."""
         prefix = f"{folder}/" if folder else ""
         try:
             if self.is_local:
-                infos = self._retry(folder, lambda: self._list_local(prefix))
-            else:
-                entries = self._retry(
-                    folder, lambda: self._fs.ls(self._full(folder), detail=True, refresh=True)
-                )
-                # A file given as the folder lists as itself; it is not in the folder.
-                files = [e for e in entries if e["type"] == "file" and e["size"] is not None]
-                infos = [self._info_of(prefix + e["name"].rpartition("/")[2], e) for e in files]
+                return self._retry(folder, lambda: self._entries_local(prefix))
+            entries = self._retry(
+                folder, lambda: self._fs.ls(self._full(folder), detail=True, refresh=True)
+            )
         except ObjectNotFound:
-            return []
-        return sorted(infos, key=lambda info: info.path)
+            return [], []
+        names = [(prefix + e["name"].rstrip("/").rpartition("/")[2], e) for e in entries]
+        # A file given as the folder lists as itself; it is not in the folder.
+        infos = [
+            self._info_of(path, entry)
+            for path, entry in names
+            if entry["type"] == "file" and entry["size"] is not None
+        ]
+        return infos, [path for path, entry in names if entry["type"] == "directory"]
 
-    def _list_local(self, prefix: str) -> Sequence[ObjectInfo]:
-        infos = []
+    def _entries_local(self, prefix: str) -> tuple[Sequence[ObjectInfo], Sequence[str]]:
+        infos: list[ObjectInfo] = []
+        folders: list[str] = []
         with os.scandir(self._full(prefix)) as entries:
             for entry in entries:
                 # Others write here: what is half written does not count, nor what is gone by now.
                 with suppress(FileNotFoundError):
-                    if entry.is_file() and not entry.name.startswith(_TEMP_PREFIX):
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(prefix + entry.name)
+                    elif entry.is_file() and not entry.name.startswith(_TEMP_PREFIX):
                         infos.append(_local_info(prefix + entry.name, entry.stat()))
-        return infos
+        return infos, folders
+
+    def iterate(self, folder: str) -> Iterator[ObjectInfo]:
+        """Give the objects below a folder, at any depth and in any order, as pages of them come.
+
+        S3 lists a thousand objects a request; elsewhere each folder takes one.
+        """
+        if self._is_s3:
+            yield from self._iterate_pages(folder)
+            return
+        with ThreadPoolExecutor(_THREADS) as pool:
+            left = [folder]
+            while left:
+                some, left = left[-_THREADS:], left[:-_THREADS]
+                for infos, folders in pool.map(self._entries, some):
+                    yield from infos
+                    left += folders
+
+    def _iterate_pages(self, folder: str) -> Iterator[ObjectInfo]:
+        bucket, key, _ = self._fs.split_path(self._full(folder))
+        request: dict[str, Any] = {"Bucket": bucket, "Prefix": f"{key}/", "MaxKeys": _PAGE}
+        while True:
+            page = self._retry(folder, lambda: self._fs.call_s3("list_objects_v2", **request))
+            for entry in page.get("Contents", ()):
+                if not entry["Key"].endswith("/"):  # what consoles put to show a folder
+                    path = f"{folder}/{entry['Key'].removeprefix(request['Prefix'])}"
+                    yield self._info_of(path, {**entry, "size": entry["Size"]})
+            if not page.get("IsTruncated"):
+                return
+            request["ContinuationToken"] = page["NextContinuationToken"]
+
+    def now(self) -> float:
+        """Tell the time by the store's own clock, in seconds since 1970.
+
+        S3 and disks tell it; of other stores this host's clock has to do.
+        """
+        if not self._is_s3:
+            return time.time()
+        bucket, _, _ = self._fs.split_path(self._root)
+        reply = self._retry("", lambda: self._fs.call_s3("head_bucket", Bucket=bucket))
+        told = reply["ResponseMetadata"]["HTTPHeaders"].get("date")
+        return parsedate_to_datetime(told).timestamp() if told else time.time()
 
     def put_file(self, local: Path, path: str) -> None:
         """Upload a closed local file, whole, under a path that nobody else writes."""
@@ -290,6 +363,70 @@ class Store:
             self._retry(path, lambda: self._fs.rm_file(self._full(path)))
         except ObjectNotFound:
             return
+
+    def delete_many(
+        self, paths: Sequence[str], progress: Callable[[int], object] = lambda num_deleted: None
+    ) -> None:
+        """Delete objects as `delete` does, many at a time; `progress` is told how many more."""
+        size = _PAGE if self._is_s3 else _THREADS
+        batches = [paths[first : first + size] for first in range(0, len(paths), size)]
+        with ThreadPoolExecutor(_THREADS) as pool:
+            for num_deleted in pool.map(self._delete_batch, batches):
+                progress(num_deleted)
+
+    def _delete_batch(self, paths: Sequence[str]) -> int:
+        left: Sequence[str] = paths
+        if self._is_s3:
+            with suppress(StorageError):  # a store that cannot, or is busy: then one by one
+                left = self._delete_at_once(paths)
+        for path in left:
+            self.delete(path)
+        return len(paths)
+
+    def _delete_at_once(self, paths: Sequence[str]) -> Sequence[str]:
+        """Delete up to a thousand objects with one request to S3; gives those that it left."""
+        keys = {self._fs.split_path(self._full(path))[1]: path for path in paths}
+        bucket, _, _ = self._fs.split_path(self._root)
+        wanted = {"Objects": [{"Key": key} for key in keys], "Quiet": True}
+        with self.named(paths[0]):
+            reply = self._fs.call_s3("delete_objects", Bucket=bucket, Delete=wanted)
+        return [keys[error["Key"]] for error in reply.get("Errors", ())]
+
+    def list_uploads(self) -> Sequence[Upload]:
+        """List the multipart uploads that are under way or were left; only S3 has such."""
+        if not self._is_s3:
+            return []
+        bucket, key, _ = self._fs.split_path(self._root)
+        prefix = f"{key}/" if key else ""
+        request: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix, "MaxUploads": _PAGE}
+        uploads: list[Upload] = []
+        while True:
+            page = self._retry("", lambda: self._fs.call_s3("list_multipart_uploads", **request))
+            for entry in page.get("Uploads", ()):
+                path, started = entry["Key"].removeprefix(prefix), entry["Initiated"]
+                uploads.append(Upload(path, entry["UploadId"], started.timestamp()))
+            if not page.get("IsTruncated"):
+                return uploads
+            request["KeyMarker"] = page["NextKeyMarker"]
+            request["UploadIdMarker"] = page["NextUploadIdMarker"]
+
+    def abort_upload(self, upload: Upload) -> None:
+        """Give up a multipart upload and free its parts; it is no error if it has ended."""
+        bucket, key, _ = self._fs.split_path(self._full(upload.path))
+        request = {"Bucket": bucket, "Key": key, "UploadId": upload.id}
+        with suppress(ObjectNotFound):
+            self._retry(upload.path, lambda: self._fs.call_s3("abort_multipart_upload", **request))
+
+    def temp_files(self) -> Iterator[ObjectInfo]:
+        """Give the files on a local disk that are half written, or were when a writer died."""
+        if not self.is_local:
+            return
+        for folder, _, names in os.walk(self._root):
+            for name in names:
+                path = os.path.join(folder, name)
+                if name.startswith(_TEMP_PREFIX):
+                    with suppress(FileNotFoundError):  # its writer was at work, and is done
+                        yield _local_info(os.path.relpath(path, self._root), os.stat(path))
 
     def put_if_absent(self, path: str, data: bytes) -> bool:
         """Put a small object only if nothing lies at the path yet. True if `data` lies there now.
@@ -438,6 +575,8 @@ def _translate(error: BaseException, url: str, options: StorageOptions) -> Stora
         return error
     if (isinstance(error, OSError) and error.errno in _NO_ROOM) or _says_full(error):
         return DiskFull(f"no room left to write {url}: free some space and run again")
+    if isinstance(error, OSError) and error.errno == errno.ENOSYS:
+        return _Final(f"{url}{_where(options)} cannot do that: {_first_line(error)}")
     if "NoSuchBucket" in str(error.__cause__):
         return _Final(f"cannot use {url}: there is no such bucket{_where(options)}")
     if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError):

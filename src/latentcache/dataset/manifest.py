@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Literal, TypeAlias
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -31,12 +32,16 @@ from latentcache.storage import Store
 
 MANIFESTS = "manifests"
 
+ManifestName: TypeAlias = int | Literal["published"]
+"""Which manifest: its number, or the one that `published.json` names."""
+
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
     """A numbered snapshot; `removed` names units of its segments (`<unit>-<generation>`) that no
-    longer count, `stale` the sources whose listed version is not encoded yet and whose older rows
-    stand in for it. `complete` says that every listed source is encoded at its listed version.
+    longer count, and `void` receipts, which are in no segment; `stale` the sources whose listed
+    version is not encoded yet and whose older rows stand in for it. `complete` says that every
+    listed source is encoded at its listed version.
     """
 
     number: int
@@ -94,6 +99,16 @@ class Manifest:
             return cls(**tree)
         except (ValueError, KeyError, TypeError) as error:
             raise DatasetError(f"{url} is not a manifest: {error}") from error
+
+
+def put_manifest(store: Store, manifest: Manifest) -> bool:
+    """Put a manifest; False if another came first.
+
+    `gc` deletes old ones: that a number is free does not say that it is the next one.
+    """
+    if any(number >= manifest.number for number in list_manifests(store)):
+        return False
+    return store.put_if_absent(manifest.path, manifest.to_bytes())
 
 
 def list_manifests(store: Store) -> list[int]:

@@ -16,8 +16,9 @@ import pyarrow.parquet as pq
 import torch
 
 from latentcache.dataset.contract import Contract, read_contract
-from latentcache.dataset.manifest import Manifest, list_manifests, read_manifest, read_records
+from latentcache.dataset.manifest import Manifest, ManifestName, read_records
 from latentcache.dataset.parquet import read_table
+from latentcache.dataset.publish import find_manifest
 from latentcache.dataset.quantization import to_values
 from latentcache.dataset.receipts import DataFile, UnitRecord
 from latentcache.dataset.shards import SafetensorsRows, tensor_from_bytes
@@ -210,13 +211,13 @@ def _pair(record: UnitRecord) -> Iterator[_Shard]:
 
 
 def open_dataset(
-    url: str, manifest: int | None = None, *, storage: StorageOptions | None = None
+    url: str, manifest: ManifestName | None = None, *, storage: StorageOptions | None = None
 ) -> Dataset:
     """Open a latent dataset.
 
     Args:
         url: the `output.url` of the run that made it.
-        manifest: the number of a manifest; None takes the newest complete one.
+        manifest: the number of a manifest, or "published"; None takes the newest complete one.
         storage: how to reach the store.
 
     Raises:
@@ -227,23 +228,11 @@ def open_dataset(
 
 
 def open_manifest(
-    url: str, manifest: int | None = None, *, storage: StorageOptions | None = None
+    url: str, manifest: ManifestName | None = None, *, storage: StorageOptions | None = None
 ) -> tuple[Store, Contract, Manifest]:
     """Find a dataset's contract and a manifest of it; see `open_dataset`."""
     store = Store(url, storage or StorageOptions())
     contract = read_contract(store)
     if contract is None:
         raise DatasetError(f"{store.url} is not a latent dataset: it has no contract.json")
-    if manifest is not None:
-        return store, contract, read_manifest(store, manifest)
-    numbers = list_manifests(store)
-    for number in reversed(numbers):
-        found = read_manifest(store, number)
-        if found.complete:
-            return store, contract, found
-    if not numbers:
-        raise DatasetError(f"{store.url} has no manifest yet: no run has got that far")
-    raise DatasetError(
-        f"{store.url} has no complete manifest yet; finish the run, or ask for manifest "
-        f"{numbers[-1]} to read what is there"
-    )
+    return store, contract, find_manifest(store, manifest)

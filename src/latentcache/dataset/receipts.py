@@ -188,19 +188,18 @@ class Receipt:
 
     def voided(self) -> Receipt:
         """Give the receipt that undoes this one: no rows, at the next generation."""
-        record = replace(
-            self.record,
-            generation=self.record.generation + 1,
-            attempt=new_attempt(),
-            num_samples=0,
-            num_rows=0,
-            num_rejects=0,
-            files=(),
-            rejects=None,
-            qa=None,
-        )
-        empty = Statistics.empty(len(self.statistics.mean))
-        return Receipt(record, self.contract_fingerprint, empty, state="void")
+        num_channels = len(self.statistics.mean)
+        unit, generation = self.record.unit, self.record.generation + 1
+        return void_receipt(unit, generation, self.contract_fingerprint, num_channels)
+
+
+def void_receipt(
+    unit: Unit, generation: int, contract_fingerprint: str, num_channels: int
+) -> Receipt:
+    """Give a receipt that says: this unit is to be encoded again, whatever it held before."""
+    record = UnitRecord(unit, generation, new_attempt(), 0, 0, 0, files=(), rejects=None)
+    empty = Statistics.empty(num_channels)
+    return Receipt(record, contract_fingerprint, empty, state="void")
 
 
 def record_from_json(tree: dict[str, Any]) -> UnitRecord:

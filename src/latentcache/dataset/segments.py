@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import secrets
 from collections import Counter, deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -142,8 +143,10 @@ def put_segment(store: Store, receipts: Iterable[Receipt]) -> Segment:
         }
         for r in sorted(receipts, key=lambda r: r.record.unit.source)
     ]
+    # No two writers share a segment, so that one which a killed run left can be deleted.
+    schema = SEGMENT_SCHEMA.with_metadata({"latentcache.segment": secrets.token_hex(16)})
     buffer = BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, SEGMENT_SCHEMA), buffer, compression="ZSTD")
+    pq.write_table(pa.Table.from_pylist(rows, schema), buffer, compression="ZSTD")
     digest = hashlib.sha256(buffer.getvalue()).hexdigest()
     path = f"{SEGMENTS}/{digest}.parquet"
     store.put(path, buffer.getvalue())

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import reduce
 
-from latentcache.dataset.manifest import Manifest, newest_manifest
+from latentcache.dataset.manifest import Manifest, newest_manifest, put_manifest
 from latentcache.dataset.receipts import (
     Receipt,
     Unit,
@@ -64,7 +64,7 @@ class State:
             self.add(receipt)
 
     def _read_segments(self, manifest: Manifest) -> set[str]:
-        """Take in what the manifest's segments hold, and give the names of all their units."""
+        """Take in what a manifest says, and give the names of all receipts that it knows."""
         named: set[str] = set()
         self._removed.update(manifest.removed)
         tables = read_segments(
@@ -77,7 +77,12 @@ class State:
                     self.live[unit.source] = _in_order((*self.live.get(unit.source, ()), unit))
                 if unit.generation > self.generation(unit.unit_id):
                     self._latest[unit.unit_id] = unit
-        return named
+        for name in self._removed - named:
+            unit_id, _, generation = name.rpartition("-")
+            if int(generation) > self.generation(unit_id):
+                void = UnitSummary(unit_id, "", int(generation), 0, 0, 0, is_void=True)
+                self._latest[unit_id] = void
+        return named | self._removed
 
     def add(self, receipt: Receipt) -> None:
         """Take in one more receipt."""
@@ -126,7 +131,7 @@ class State:
             sources = listing
             missing = self.live.keys() - listing.keys()
             if on_missing == "drop" and missing:
-                _require_few(missing, len(self.live))
+                require_few(missing, len(self.live))
                 weighed.changes.update(dict.fromkeys(missing, ()))
         for source in sources:
             units = [self.current(unit.id) for unit in listing[source]]
@@ -176,7 +181,7 @@ class State:
             buckets=dict(sorted(totals.buckets.items())),
             statistics=totals.statistics,
         )
-        if not self.store.put_if_absent(manifest.path, manifest.to_bytes()):
+        if not put_manifest(self.store, manifest):
             return None
         self.manifest, self._removed, self._totals = manifest, removed, parts
         for source, units in weighed.changes.items():
@@ -247,7 +252,8 @@ def _in_order(units: Iterable[UnitSummary]) -> tuple[UnitSummary, ...]:
     return tuple(sorted(units, key=lambda unit: unit.unit_id))
 
 
-def _require_few(missing: AbstractSet[str], num_sources: int) -> None:
+def require_few(missing: AbstractSet[str], num_sources: int) -> None:
+    """Refuse to drop more than a tenth of the sources; see `State.weigh`."""
     if len(missing) > MAX_MISSING_SHARE * num_sources:
         raise SourceError(
             f"{len(missing)} of {num_sources} sources are no longer listed, such as "

@@ -16,7 +16,7 @@ from latentcache.dataset.contract import (
     read_contract,
 )
 from latentcache.dataset.receipts import Unit, read_failures
-from latentcache.dataset.state import Listing, State
+from latentcache.dataset.state import Listing, State, require_few
 from latentcache.errors import ConfigError, SourceError
 from latentcache.images.source import SourceShard, list_shards
 from latentcache.images.transform import Bucket, ratio_buckets
@@ -32,6 +32,21 @@ class PlannedUnit:
     unit: Unit
     generation: int
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """What the listing means beside the newest manifest, in sources.
+
+    `num_vanished` are no longer listed; the next manifest keeps their rows or, with
+    `on_missing: drop`, drops them.
+    """
+
+    num_new: int
+    num_changed: int
+    num_unchanged: int
+    num_vanished: int
+    on_missing: str
 
 
 @dataclass(frozen=True)
@@ -51,6 +66,24 @@ class Plan:
     units: list[Unit]
     pending: list[PlannedUnit]
     state: State
+    on_missing: str
+
+    @property
+    def sources(self) -> Sources:
+        """Count what is new, changed, unchanged and gone beside the newest manifest."""
+        listing, live = self.listing, self.state.live
+        changed = [
+            source
+            for source in listing.keys() & live.keys()
+            if {unit.id for unit in listing[source]} != {unit.unit_id for unit in live[source]}
+        ]
+        return Sources(
+            num_new=len(listing.keys() - live.keys()),
+            num_changed=len(changed),
+            num_unchanged=len(listing.keys() & live.keys()) - len(changed),
+            num_vanished=len(live.keys() - listing.keys()),
+            on_missing=self.on_missing,
+        )
 
     @property
     def listing(self) -> Listing:
@@ -72,7 +105,8 @@ def make_plan(config: Config, *, retry_rejects: bool = False) -> Plan:
 
     Raises:
         ConfigError: the checkpoint or the source cannot be used.
-        SourceError: a named shard is missing, or a glob matches nothing.
+        SourceError: a named shard is missing, a glob matches nothing, or more sources are gone than
+            `on_missing: drop` believes.
         StorageError: a store cannot be reached.
         DatasetError: what lies at the output is damaged.
     """
@@ -88,9 +122,13 @@ def make_plan(config: Config, *, retry_rejects: bool = False) -> Plan:
     units = units_of(shards, contract)
     diff = contract_diff(there, contract) if there else []
     state = State(output)
+    on_missing = config.source.on_missing
+    missing = state.live.keys() - {unit.source for unit in units}
+    if on_missing == "drop":
+        require_few(missing, len(state.live))  # before anything is encoded, not at the end
     known = "another contract" if diff else "changed"
     pending = list(_pending(units, state, read_failures(output), retry_rejects, known))
-    return Plan(output, contract, there, diff, shards, units, pending, state)
+    return Plan(output, contract, there, diff, shards, units, pending, state, on_missing)
 
 
 def _what_stays(error: SourceError, state: State) -> SourceError:

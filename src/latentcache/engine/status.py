@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from latentcache.dataset.bottleneck import Loads
 from latentcache.dataset.contract import read_contract
 from latentcache.dataset.manifest import list_manifests
+from latentcache.dataset.publish import read_published
 from latentcache.dataset.receipts import UnitSummary, read_failures, read_receipts
 from latentcache.dataset.state import State
 from latentcache.engine.lease import RunInfo, active_runs
@@ -24,7 +25,8 @@ class Status:
 
     `num_units` are the units that have left a trace, or those of a run at work if they are more;
     `failed` maps the ids of units that were given up, and not committed since, to why.
-    `bottleneck` is the stage that held the latest units up, and what would help.
+    `bottleneck` is the stage that held the latest units up, and what would help. `published` is the
+    number of the published manifest.
     """
 
     num_units: int
@@ -36,6 +38,7 @@ class Status:
     failed: dict[str, str]
     active_runs: list[RunInfo]
     bottleneck: str | None
+    published: int | None
 
 
 def read_status(url: str, options: StorageOptions) -> Status:
@@ -53,6 +56,7 @@ def read_status(url: str, options: StorageOptions) -> Status:
     committed = [unit for unit_id in seen if (unit := state.current(unit_id))]
     failed = {u: why for u, why in read_failures(store).items() if not state.current(u)}
     runs = active_runs(store)
+    published = read_published(store)
     return Status(
         num_units=max(len(seen | failed.keys()), *(run.num_units for run in runs), 0),
         num_committed=len(committed),
@@ -63,6 +67,7 @@ def read_status(url: str, options: StorageOptions) -> Status:
         failed=failed,
         active_runs=runs,
         bottleneck=_bottleneck(store, committed),
+        published=published.manifest if published else None,
     )
 
 

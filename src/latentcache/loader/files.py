@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from latentcache.dataset.contract import Contract, contract_diff
-from latentcache.dataset.manifest import Manifest, read_files
+from latentcache.dataset.manifest import Manifest, ManifestName, read_files
 from latentcache.dataset.reader import open_manifest
 from latentcache.dataset.receipts import DataFile
 from latentcache.dataset.shards import row_group_rows
@@ -143,14 +143,15 @@ def _parse_bucket(name: str) -> Bucket:
 
 def open_sources(
     urls: Sequence[str],
-    manifests: Mapping[str, int] | int | None,
+    manifests: Mapping[str, ManifestName] | ManifestName | None,
     storage: StorageOptions | None,
 ) -> list[Source]:
     """Open datasets that are to be read together.
 
     Args:
         urls: where they lie.
-        manifests: the number of a manifest, or one for each URL; None takes the newest complete.
+        manifests: the number of a manifest or "published", or one for each URL; None takes the
+            newest complete.
         storage: how to reach all of them.
 
     Raises:
@@ -158,8 +159,8 @@ def open_sources(
         ContractMismatch: their latents do not mean the same; the message names each field.
         DatasetError: there is no dataset, or no such manifest, or no complete one.
     """
-    if isinstance(manifests, int):
-        if len(urls) > 1:
+    if isinstance(manifests, int | str):
+        if isinstance(manifests, int) and len(urls) > 1:
             raise ConfigError("manifest must be {url: number} where several datasets are mixed")
         manifests = dict.fromkeys(urls, manifests)
     manifests = manifests or {}

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from latentcache.dataset.manifest import ManifestName
 from latentcache.dataset.shards import bucket_name, row_group_rows
 from latentcache.errors import ConfigError, DatasetError, LatentCacheError
 from latentcache.loader.batch import Batch, BatchReader, Plan, hand_over
@@ -52,7 +53,8 @@ class LatentLoader:
         batch_size: rows of a global batch. A rank gets its slice of it.
         seed: of the order, and of draws from the posterior.
         rank, world_size: of this process; from `torch.distributed` where that is initialised.
-        manifest: its number, or {url: number}; the newest complete one if left out.
+        manifest: its number or "published", or {url: number}; the newest complete one if left
+            out.
         shuffle: False reads in the order of the source shards, bucket after bucket.
         window_rows: rows of a bucket that are shuffled among each other; see `loader/order.py`.
         block_rows: neighbours that stay together before that; None takes a row group.
@@ -85,7 +87,7 @@ class LatentLoader:
         seed: int = 0,
         rank: int | None = None,
         world_size: int | None = None,
-        manifest: int | Mapping[str, int] | None = None,
+        manifest: ManifestName | Mapping[str, ManifestName] | None = None,
         shuffle: bool = True,
         window_rows: int = DEFAULT_WINDOW_ROWS,
         block_rows: int | None = None,

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from latentcache.dataset.manifest import ManifestName
 from latentcache.loader.files import Files, open_sources
 from latentcache.loader.join import Join, Joined
 from latentcache.loader.latents import LatentFinish
@@ -44,7 +45,7 @@ class LatentDataset(torch.utils.data.Dataset[dict[str, Any]]):
         self,
         url: str,
         *,
-        manifest: int | None = None,
+        manifest: ManifestName | None = None,
         dtype: torch.dtype = torch.float32,
         normalize: bool = True,
         columns: Sequence[str] | None = None,

@@ -13,6 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from latentcache.dataset.contract import Contract
+from latentcache.dataset.manifest import ManifestName
 from latentcache.dataset.parquet import read_table
 from latentcache.dataset.quantization import is_finite
 from latentcache.dataset.reader import open_dataset
@@ -53,7 +54,7 @@ class Verification:
 
 def verify(
     url: str,
-    manifest: int | None = None,
+    manifest: ManifestName | None = None,
     *,
     storage: StorageOptions | None = None,
     quick: bool = False,
@@ -64,7 +65,7 @@ def verify(
 
     Args:
         url: the dataset.
-        manifest: which one; None takes the newest complete one.
+        manifest: its number, or "published"; None takes the newest complete one.
         storage: how to reach it.
         quick: only that objects exist in the right size.
         repair: put a `void` receipt for each bad unit, so that the next run encodes it again.
