@@ -97,7 +97,7 @@ class Source(Images):
         None,
         ge=1,
         le=65536,
-        description="Units that a folder is cut into; 64 if left out. It stays what it was at first.",
+        description="Units that a folder is cut into; 64 if left out. It stays as it was at first.",
     )
     on_missing: Literal["keep", "drop"] = Field(
         "keep", description="Whether rows stay when their shard is no longer listed."

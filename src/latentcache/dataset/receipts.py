@@ -61,7 +61,9 @@ class Unit:
     @property
     def num_bytes(self) -> int:
         """How many bytes of the source are its own, about."""
-        return self.size_bytes // int(self.range.partition("/")[2]) if self.range else self.size_bytes
+        return (
+            self.size_bytes // int(self.range.partition("/")[2]) if self.range else self.size_bytes
+        )
 
 
 def new_attempt() -> str:

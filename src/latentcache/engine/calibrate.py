@@ -211,9 +211,7 @@ def try_out(job: Job, shards: Sequence[SourceShard], num_images: int, device: st
     )
 
 
-def _run(
-    runner: UnitRunner, shards: Sequence[SourceShard], max_samples: int
-) -> Iterator[Receipt]:
+def _run(runner: UnitRunner, shards: Sequence[SourceShard], max_samples: int) -> Iterator[Receipt]:
     """Encode the beginnings of some shards, as many at once as an actor does."""
     tasks = [
         UnitTask(unit, 0, new_attempt(), max_samples=max_samples, files=shard.files)

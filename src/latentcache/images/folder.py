@@ -1,7 +1,7 @@
 """Folders of image files, with files beside them: `0001.jpg`, `0001.txt`, `0001.json`.
 
-Samples are spread over a fixed number of slots by the hash of their keys, and a slot is a unit. So a
-file that is new, replaced or deleted touches one slot, however many files there are. A slot is a
+Samples are spread over a fixed number of slots by the hash of their keys, and a slot is a unit. So
+a file that is new, replaced or deleted touches one slot, however many files there are. A slot is a
 source of its own, `<folder>#<slot>/<slots>`: it changes by itself, and none waits for another.
 """
 
@@ -14,7 +14,7 @@ from collections.abc import Collection, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from latentcache.dataset.contract import canonical_json
-from latentcache.errors import ConfigError, SourceChanged, SourceError, StorageError
+from latentcache.errors import ConfigError, SourceError, StorageError
 from latentcache.images.samples import (
     Group,
     OnRead,
@@ -177,7 +177,9 @@ def _fetch(store: Store, files: Sequence[ObjectInfo]) -> Generator[bytes]:
             while ahead or waiting:
                 while waiting and (
                     not ahead
-                    or (len(ahead) < _FILES_AHEAD and num_bytes + waiting.size_bytes <= _BYTES_AHEAD)
+                    or (
+                        len(ahead) < _FILES_AHEAD and num_bytes + waiting.size_bytes <= _BYTES_AHEAD
+                    )
                 ):
                     ahead.append((pool.submit(_read, store, waiting), waiting.size_bytes))
                     num_bytes += waiting.size_bytes

@@ -64,8 +64,8 @@ def read_parquet(
     extension; else the row's number in the file, of 9 digits.
 
     Rejects beside those of all sources: `no_key` (nothing in the column `wanted.key`; the row's
-    number stands for it), and without a key `empty_shard`, `not_parquet` (no footer that can be read) and
-    `corrupt_shard` (damage in row groups: it says which, and how many rows are lost).
+    number stands for it), and without a key `empty_shard`, `not_parquet` (no footer that can be
+    read) and `corrupt_shard` (damage in row groups: it says which, and how many rows are lost).
 
     Raises:
         SourceError: a column that is named is not there, or of no type that can be used.
@@ -206,9 +206,7 @@ def _first_byte(group: pq.RowGroupMetaData) -> int:
     return min((offset for offsets in pages for offset in offsets if offset), default=0)
 
 
-def _batches(
-    parquet: pq.ParquetFile, number: int, columns: _Columns
-) -> Iterator[pa.RecordBatch]:
+def _batches(parquet: pq.ParquetFile, number: int, columns: _Columns) -> Iterator[pa.RecordBatch]:
     group = parquet.metadata.row_group(number)
     fitting = _BATCH_BYTES * group.num_rows // max(1, group.total_byte_size)
     size = max(1, min(_BATCH_ROWS, fitting))

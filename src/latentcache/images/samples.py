@@ -1,7 +1,7 @@
 """What sources are read as: shards as they were listed, and the samples in them.
 
-Tars, Parquet files and folders have the rules for keys and fields in common, which are WebDataset's,
-and the reasons for which a sample is left out.
+Tars, Parquet files and folders have the rules for keys and fields in common, which are
+WebDataset's, and the reasons for which a sample is left out.
 """
 
 from __future__ import annotations

@@ -214,8 +214,8 @@ def read_shard(
     Reasons of the rejects, all of stage `read`. With a key: `no_image` (none of the fields in
     `image`), `duplicate_key` (a sample of this key came earlier), `unsafe_key` (an absolute path, a
     `..`, a control character), `key_not_utf8`, `oversized_field` (above `MAX_MEMBER_BYTES`); bytes
-    that cannot stand in a key are escaped with a backslash. Without a key, and at most once, what is
-    wrong with the whole shard. `read_tar` and `read_parquet` name those of their kind.
+    that cannot stand in a key are escaped with a backslash. Without a key, and at most once: what
+    is wrong with the whole shard. `read_tar` and `read_parquet` name those of their kind.
 
     Args:
         shard: what was listed.
