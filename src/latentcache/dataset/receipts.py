@@ -61,9 +61,8 @@ class Unit:
     @property
     def num_bytes(self) -> int:
         """How many bytes of the source are its own, about."""
-        return (
-            self.size_bytes // int(self.range.partition("/")[2]) if self.range else self.size_bytes
-        )
+        num_parts = int(self.range.partition("/")[2]) if self.range else 1
+        return self.size_bytes // num_parts
 
 
 def new_attempt() -> str:

@@ -166,28 +166,21 @@ def _groups(files: Sequence[ObjectInfo], wanted: Wanted) -> Iterator[tuple[Group
         yield group, found
 
 
-def _fetch(store: Store, files: Sequence[ObjectInfo]) -> Generator[bytes]:
+def _fetch(store: Store, files: Sequence[ObjectInfo]) -> Generator[bytes, None, None]:
     """Give the files' contents in order, fetched ahead by some threads."""
-    ahead: deque[tuple[Future[bytes], int]] = deque()
+    ahead: deque[Future[bytes]] = deque()
     num_bytes = 0
-    left = iter(files)
-    waiting = next(left, None)
     with ThreadPoolExecutor(_THREADS, "fetch") as pool:
         try:
-            while ahead or waiting:
-                while waiting and (
-                    not ahead
-                    or (
-                        len(ahead) < _FILES_AHEAD and num_bytes + waiting.size_bytes <= _BYTES_AHEAD
-                    )
-                ):
-                    ahead.append((pool.submit(_read, store, waiting), waiting.size_bytes))
-                    num_bytes += waiting.size_bytes
-                    waiting = next(left, None)
-                future, size_bytes = ahead.popleft()
-                content = future.result()
-                num_bytes -= size_bytes
-                yield content
+            for file in files:
+                ahead.append(pool.submit(_read, store, file))
+                num_bytes += file.size_bytes
+                while len(ahead) > _FILES_AHEAD or num_bytes > _BYTES_AHEAD:
+                    content = ahead.popleft().result()
+                    num_bytes -= len(content)
+                    yield content
+            while ahead:
+                yield ahead.popleft().result()
         finally:
             pool.shutdown(cancel_futures=True)
 
