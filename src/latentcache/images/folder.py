@@ -114,11 +114,14 @@ def _shard(source: str, files: list[tuple[str, ObjectInfo]]) -> SourceShard:
     # By key first: a folder's name may sort between the files of one sample.
     files.sort(key=lambda file: (file[0], file[1].path))
     infos = tuple(info for _, info in files)
-    listing = sorted((info.path, info.size_bytes, info.version) for info in infos)
-    # Names that are not UTF-8 have surrogates, of which JSON would know nothing.
-    entries = [[path.encode("utf-8", "surrogateescape").hex(), *rest] for path, *rest in listing]
-    version = hashlib.sha256(canonical_json(entries)).hexdigest()
+    listing = sorted((_utf8(info.path), info.size_bytes, info.version) for info in infos)
+    version = hashlib.sha256(canonical_json(listing)).hexdigest()
     return SourceShard(source, sum(info.size_bytes for info in infos), version, files=infos)
+
+
+def _utf8(path: str) -> str:
+    """Write a name that is not UTF-8 as JSON can hold it."""
+    return path.encode("utf-8", "backslashreplace").decode()
 
 
 def read_slot(
