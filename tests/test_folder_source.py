@@ -1,4 +1,4 @@
-"""Folders of images: grouped as the same files in a tar, and cut so that a file touches one unit."""
+"""Folders of images: grouped as the files of a tar, and cut so that a file touches one unit."""
 
 from __future__ import annotations
 
