@@ -7,16 +7,17 @@ None of these can be reached from a test. What their answers look like was read 
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fsspec.implementations.memory import MemoryFileSystem
+from fsspec import AbstractFileSystem
 from fsspec.registry import _registry
 
 from latentcache import parse_config
@@ -30,16 +31,15 @@ from test_source import pair, tar_bytes
 CHANGED_AT = datetime(2026, 1, 1, tzinfo=UTC)
 
 
-class _Hub(MemoryFileSystem):
+class _Hub(AbstractFileSystem):
     """Files in memory, told of as a client of some cloud tells of them."""
 
-    store: dict[str, Any] = {}
-    pseudo_dirs = [""]
-    arguments: dict[str, Any] = {}
+    store: ClassVar[dict[str, tuple[bytes, int]]]
+    arguments: ClassVar[dict[str, Any]]
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__()
-        type(self).arguments = {k: v for k, v in arguments.items() if k != "skip_instance_cache"}
+        type(self).arguments = arguments
 
     @classmethod
     def _strip_protocol(cls, path: str) -> str:
@@ -79,7 +79,7 @@ class HuggingFace(_Hub):
     """Answers from its last listing unless told to refresh, and then in short form."""
 
     protocol = "hf"
-    listed: dict[str, dict[str, Any]] = {}
+    listed: ClassVar[dict[str, dict[str, Any]]] = {}
 
     def details(self, number: int) -> dict[str, Any]:
         return {"blob_id": f"{number:040x}", "lfs": None, "xet_hash": None, "last_commit": None}
@@ -107,11 +107,12 @@ class HuggingFace(_Hub):
 
 class Google(_Hub):
     protocol = "gs"
+    etags: ClassVar[Iterator[int]] = itertools.count()
 
     def details(self, number: int) -> dict[str, Any]:
-        generation, mtime = str(1_700_000_000_000_000 + number), CHANGED_AT
-        # The ETag changes with an object's metadata, too.
-        return {"etag": f"{id(object())}", "generation": generation, "mtime": mtime}
+        generation = str(1_700_000_000_000_000 + number)
+        # Its ETag changes with an object's metadata, too.
+        return {"etag": f"C{next(self.etags)}", "generation": generation, "mtime": CHANGED_AT}
 
 
 class Azure(_Hub):
@@ -124,7 +125,7 @@ class Azure(_Hub):
 @pytest.fixture(params=[HuggingFace, Google, Azure], ids=lambda kind: kind.protocol)
 def hub(request: pytest.FixtureRequest) -> Iterator[type[_Hub]]:
     kind: type[_Hub] = request.param
-    kind.store = {}
+    kind.store, HuggingFace.listed = {}, {}
     there = _registry.get(kind.protocol)
     fsspec.register_implementation(kind.protocol, kind, clobber=True)
     storage_module._filesystem.cache_clear()
