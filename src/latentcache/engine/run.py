@@ -294,8 +294,8 @@ class _Driver:
     def _give_up(self, event: Failed, dispatcher: Dispatcher, progress: RunProgress) -> None:
         """Plan a changed source anew, or quarantine the unit and go on."""
         unit, message = event.task.unit, event.message
-        if event.changed and unit not in self.listing[unit.source]:
-            return  # another part of the source was told first
+        if unit not in self.listing[unit.source]:
+            return  # another part of the source told of its change, and all was planned anew
         self.replans[unit.source] += 1
         if event.changed and self.replans[unit.source] <= self.config.compute.unit_retries:
             try:
