@@ -54,8 +54,10 @@ def read_all(shards: Sequence[SourceShard]) -> list[Sample | RejectedSample]:
     return [sample for shard in shards for sample in read(shard)]
 
 
-def by_key(samples: Sequence[Sample | RejectedSample]) -> list[Sample | RejectedSample]:
-    return sorted(samples, key=lambda sample: sample.key or "")
+def by_key(samples: Sequence[Sample | RejectedSample]) -> list[Sample | tuple[str | None, str]]:
+    """The samples, and key and message of the rejects, by key."""
+    in_order = sorted(samples, key=lambda sample: sample.key or "")
+    return [s if isinstance(s, Sample) else (s.key, s.reject.message) for s in in_order]
 
 
 FILES = {
