@@ -40,7 +40,7 @@ FLOORS = {
 # Libraries that one place alone may know, relative to the package.
 HOMES = {
     "ray": {"engine/cluster.py"},
-    "webdataset": {"images/source.py", "images/demo_data.py"},
+    "webdataset": {"images/source.py", "images/samples.py", "images/demo_data.py"},
     "pydantic": {"config.py"},
     "pydantic_core": {"config.py"},
     "typer": {"cli.py"},

@@ -5,6 +5,7 @@ The model knows sources, versions and receipts, and nothing of segments, `remove
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import tempfile
@@ -595,17 +596,19 @@ def test_units_that_are_encoded_again_cost_the_segments_they_lie_in(
 
 
 def test_a_source_of_several_units_counts_when_all_are_committed(output: Output):
-    parts = [Unit.of("a.tar", 10, f"part {index}", CONTRACT) for index in range(2)]
+    parts = [Unit.of("a.parquet", 10, "v1", CONTRACT, f"{index}/2") for index in range(2)]
     for index, unit in enumerate(parts):
-        receipt = receipt_of(("a.tar", f"part {index}"), 0)
-        assert receipt.record.unit == unit
+        receipt = receipt_of(("a.parquet", "v1"), 0)
+        receipt = replace(receipt, record=replace(receipt.record, unit=unit))
         assert output.store.put_if_absent(receipt.path, receipt.to_bytes())
         _, manifest = write_next(
-            State(output.store), CONTRACT, 1, lambda: {"a.tar": parts}, on_missing="keep"
+            State(output.store), CONTRACT, 1, lambda: {"a.parquet": parts}, on_missing="keep"
         )
         assert bool(manifest) == (index == 1)
     assert manifest
     assert manifest.num_units == 2
+    ranges = {record.unit.id: record.unit.range for record in read_records(output.store, manifest)}
+    assert ranges == {unit.id: unit.range for unit in parts}
 
 
 @pytest.mark.parametrize("damage", [b"", b"[]", b"{}", b"\xff", b'{"format_version": 1}'])
@@ -631,15 +634,27 @@ def test_a_receipt_survives_its_json():
     assert void.record.attempt != receipt.record.attempt, "two repairs must not look the same"
 
 
-def test_units_of_one_size_differ_by_source_version_and_contract():
+def test_units_differ_by_source_size_version_range_and_contract():
     ids = {
-        Unit.of(source, size, version, contract).id
+        Unit.of(source, size, version, contract, part).id
         for source in ("a", "b")
         for size in (1, 2)
         for version in ("x", "y")
         for contract in ("c", "d")
+        for part in (None, "0/2", "1/2")
     }
-    assert len(ids) == 16
+    assert len(ids) == 48
+
+
+def test_the_name_of_a_unit_never_moves():
+    # docs/format.md says how it is made; without a range, by null in its place.
+    assert Unit.of("a", 1, "x", "c").id == named(["a", 1, "x", None, "c"])
+    assert Unit.of("a", 1, "x", "c", "0/2").id == named(["a", 1, "x", "0/2", "c"])
+
+
+def named(parts: list[str | int | None]) -> str:
+    text = json.dumps(parts, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 # The contract.
@@ -687,6 +702,17 @@ def test_every_field_moves_the_fingerprint_and_is_named_in_the_diff():
         assert line == (
             f"{path}: {json.dumps(value)} there, {json.dumps(section[names[-1]])} wanted"
         )
+
+
+def test_what_only_some_sources_have_stands_in_a_contract_only_then():
+    plain = make_contract()
+    assert not {"caption_field", "key_column"} & plain.to_json().keys()
+    other = replace(plain, caption_field="caption", key_column="id")
+    assert Contract.from_json(json.loads(json.dumps(other.to_json()))) == other
+    assert contract_diff(plain, other) == [
+        'caption_field: null there, "caption" wanted',
+        'key_column: null there, "id" wanted',
+    ]
 
 
 def test_the_first_contract_stays_and_an_equal_one_agrees(tmp_path: Path):

@@ -244,7 +244,7 @@ def test_rejects_with_a_key(tmp_path: Path):
 
 
 def test_an_oversized_member_is_skipped_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("latentcache.images.source.MAX_MEMBER_BYTES", 1000)
+    monkeypatch.setattr("latentcache.images.samples.MAX_MEMBER_BYTES", 1000)
     members = [("a.jpg", bytes(1001)), ("b.npy", bytes(5000)), ("b.jpg", bytes(1000))]
     assert summary(read_bytes(tmp_path, tar_bytes(members))) == [
         ("a", "oversized_field"),

@@ -317,7 +317,12 @@ def plan_command(
                 "num_bytes_pending": plan.num_bytes_pending,
                 "sources": asdict(plan.sources),
                 "pending": [
-                    {"unit": p.unit.id, "source": p.unit.source, "reason": p.reason}
+                    {
+                        "unit": p.unit.id,
+                        "source": p.unit.source,
+                        "range": p.unit.range,
+                        "reason": p.reason,
+                    }
                     for p in plan.pending
                 ],
                 "contract_diff": plan.diff,
@@ -340,7 +345,7 @@ def plan_command(
 
 def _print_plan(plan: Plan, most: int = 20) -> None:
     for planned in plan.pending[:most]:
-        _print(f"{planned.unit.source}  {_bytes(planned.unit.size_bytes)}  {planned.reason}")
+        _print(f"{planned.unit.title}  {_bytes(planned.unit.num_bytes)}  {planned.reason}")
     if len(plan.pending) > most:
         _print(f"… and {len(plan.pending) - most} more")
     found = plan.sources

@@ -10,7 +10,7 @@ import copy
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import (
@@ -60,13 +60,31 @@ class Storage(_Section):
 class Images(_Section):
     """Which images are read."""
 
-    shards: str | list[str] = Field(
-        description="WebDataset tars: a URL, with brace ranges or a glob, or a list of such URLs."
+    shards: str | list[str] | None = Field(
+        None,
+        description="WebDataset tars or Parquet files: a URL, with brace ranges or a glob, or a "
+        "list of such URLs.",
+    )
+    folder: str | None = Field(
+        None, description="A folder of image files, in place of shards: its URL."
     )
     image: list[str] = Field(
-        ["jpg", "jpeg", "png", "webp"], min_length=1, description="Fields that hold the image."
+        ["jpg", "jpeg", "png", "webp", "image"],
+        min_length=1,
+        description="Fields that hold the image: file name endings, or columns of Parquet files.",
+    )
+    key: str | None = Field(
+        None, description="Column of Parquet files with the key; the image's path if left out."
     )
     storage: Storage = Storage()
+
+    @model_validator(mode="after")
+    def _has_one_source(self) -> Self:
+        if (self.shards is None) == (self.folder is None):
+            raise ValueError("name either `shards` or `folder`")
+        if self.key is not None and self.shards is None:
+            raise ValueError("`key` names a column of Parquet files, and goes with `shards`")
+        return self
 
 
 class Source(Images):
@@ -74,6 +92,12 @@ class Source(Images):
 
     keep: list[str] = Field(
         [], description="Fields kept as columns: text, `cls` as integer; `txt` becomes `caption`."
+    )
+    num_units: int | None = Field(
+        None,
+        ge=1,
+        le=65536,
+        description="Units that a folder is cut into; 64 if left out. It stays as it was at first.",
     )
     on_missing: Literal["keep", "drop"] = Field(
         "keep", description="Whether rows stay when their shard is no longer listed."
@@ -83,11 +107,19 @@ class Source(Images):
     @classmethod
     def _keep_names_are_free(cls, keep: list[str]) -> list[str]:
         for name in keep:
-            if name in (*ROW_COLUMNS, "caption"):
+            if name in ROW_COLUMNS:
                 raise ValueError(f"{name!r} is a column of every row already")
         if len(set(keep)) < len(keep):
             raise ValueError("names a field twice")
+        if {"txt", "caption"} <= set(keep):
+            raise ValueError("`txt` and `caption` would both be the column `caption`")
         return keep
+
+    @model_validator(mode="after")
+    def _only_folders_are_cut(self) -> Self:
+        if self.num_units is not None and self.folder is None:
+            raise ValueError("`num_units` goes with `folder`: a shard is a unit by itself")
+        return self
 
 
 class RatioBuckets(_Section):

@@ -49,6 +49,16 @@ _THREADS = 16
 # S3 lists and deletes so many objects in one request.
 _PAGE = 1000
 
+# What tells versions of an object apart, by what fsspec's clients call it: S3; Google, whose ETag
+# changes with the metadata too; Azure; the two kinds of repositories on the Hugging Face Hub.
+_VERSIONS = ("ETag", "generation", "etag", "blob_id", "xet_hash")
+
+# The Hub's client else answers from its last listing, and a fresh answer has no version in it.
+_INFO_OPTIONS = {"hf": {"refresh": True, "expand_info": True}}
+
+# Extras of this package that bring a protocol's client.
+_EXTRAS = {"gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure"}
+
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 # What S3 stores say when they are full: Ceph, MinIO, and those that pass on what their disk said.
@@ -79,7 +89,7 @@ def storage_options(storage: Storage) -> StorageOptions:
 class ObjectInfo:
     """One object: `path` below the store's root, and what tells its versions apart.
 
-    `version` is the ETag where there is one, else the generation or the time of change.
+    `version` is the ETag or what the store has in its place, else the time of change.
     `modified_at` is in seconds since 1970 by the store's own clock, None where it does not say.
     """
 
@@ -157,7 +167,7 @@ class Store:
         return f"{self._root.rstrip('/')}/{path}" if path else self._root
 
     def _info_of(self, path: str, details: dict[str, Any]) -> ObjectInfo:
-        version = details.get("ETag") or details.get("etag") or details.get("generation")
+        version = next((details[name] for name in _VERSIONS if details.get(name)), None)
         changed = details.get("LastModified") or details.get("last_modified")
         changed = changed or details.get("mtime") or details.get("updated")
         if isinstance(changed, datetime):
@@ -205,12 +215,16 @@ class Store:
         """Read a whole object."""
         return self._retry(path, lambda: cast(bytes, self._fs.cat_file(self._full(path))))
 
-    def open(self, path: str) -> BinaryIO:
-        """Open an object for reading. Errors of later reads are foreign: read inside `named`."""
-        return self._retry(path, lambda: cast(BinaryIO, self._open(path)))
+    def open(self, path: str, *, readahead: bool = True) -> BinaryIO:
+        """Open an object for reading. Errors of later reads are foreign: read inside `named`.
 
-    def _open(self, path: str) -> Any:
-        return self._fs.open(self._full(path), "rb", block_size=_READ_BLOCK_BYTES)
+        Without `readahead`, each read asks a remote store for just those bytes.
+        """
+        return self._retry(path, lambda: cast(BinaryIO, self._open(path, readahead)))
+
+    def _open(self, path: str, readahead: bool = True) -> Any:
+        options = {} if readahead else {"cache_type": "none"}
+        return self._fs.open(self._full(path), "rb", block_size=_READ_BLOCK_BYTES, **options)
 
     def get_file(
         self, path: str, local: Path, size_bytes: int, given_up: Event | None = None
@@ -249,7 +263,8 @@ class Store:
             status = self._retry(path, lambda: os.stat(self._full(path)))
             is_folder, info = stat.S_ISDIR(status.st_mode), _local_info(path, status)
         else:
-            details = self._retry(path, lambda: self._fs.info(self._full(path)))
+            fresh = _INFO_OPTIONS.get(self._protocol, {})
+            details = self._retry(path, lambda: self._fs.info(self._full(path), **fresh))
             is_folder, info = details["type"] == "directory", self._info_of(path, details)
         if is_folder:
             raise ObjectNotFound(f"{self.url_of(path)} is a folder, not a file")
@@ -341,6 +356,44 @@ class Store:
         reply = self._retry("", lambda: self._fs.call_s3("head_bucket", Bucket=bucket))
         told = reply["ResponseMetadata"]["HTTPHeaders"].get("date")
         return parsedate_to_datetime(told).timestamp() if told else time.time()
+
+    def walk(self, folder: str = "") -> list[ObjectInfo]:
+        """List the objects below a folder, at any depth, by path; none where there is none.
+
+        On a local disk, links to files count as files, and links to folders are not followed.
+        """
+        prefix = f"{folder}/" if folder else ""
+        try:
+            if self.is_local:
+                infos = self._retry(folder, lambda: list(self._walk_local(prefix)))
+            else:
+                entries = self._retry(folder, lambda: self._find(folder))
+                infos = [self._info_of(prefix + below, entry) for below, entry in entries]
+        except ObjectNotFound:
+            return []
+        return sorted(infos, key=lambda info: info.path)
+
+    def _walk_local(self, prefix: str) -> Iterator[ObjectInfo]:
+        with os.scandir(self._full(prefix)) as entries:
+            for entry in entries:
+                with suppress(FileNotFoundError):  # gone by now
+                    if entry.is_dir(follow_symlinks=False):
+                        yield from self._walk_local(f"{prefix}{entry.name}/")
+                    elif entry.is_file() and not entry.name.startswith(_TEMP_PREFIX):
+                        yield _local_info(prefix + entry.name, entry.stat())
+
+    def _find(self, folder: str) -> list[tuple[str, dict[str, Any]]]:
+        """Find what lies below a folder of a remote store: the path below it, and the details."""
+        root = self._full(folder)
+        base = self._fs._strip_protocol(root).rstrip("/") + "/"
+        refresh = {"refresh": True} if self._protocol == "hf" else {}
+        found = self._fs.find(root, detail=True, **refresh)
+        return [
+            (name.removeprefix(base), entry)
+            for name, entry in found.items()
+            # Some stores have empty objects that stand for folders.
+            if name.startswith(base) and entry["type"] == "file" and not name.endswith("/")
+        ]
 
     def put_file(self, local: Path, path: str) -> None:
         """Upload a closed local file, whole, under a path that nobody else writes."""
@@ -551,9 +604,21 @@ def _filesystem(protocol: str, options: StorageOptions, pid: int) -> Any:
                 "request_checksum_calculation": "when_required",
             },
         }
+    elif protocol in ("gs", "gcs"):
+        arguments |= {
+            "endpoint_url": options.endpoint_url,
+            "requester_pays": options.requester_pays,
+            "use_listings_cache": False,
+        }
+        arguments |= {"token": "anon"} if options.anon else {}
+    elif protocol in ("az", "abfs", "abfss"):
+        arguments |= {"anon": options.anon, "use_listings_cache": False}
     try:
         return fsspec.filesystem(protocol, **arguments)
-    except (ImportError, ValueError) as error:
+    except ImportError as error:
+        mend = f": pip install 'latentcache[{extra}]'" if (extra := _EXTRAS.get(protocol)) else ""
+        raise ConfigError(f"cannot use {protocol}:// URLs: {error}{mend}") from error
+    except ValueError as error:
         raise ConfigError(f"cannot use {protocol}:// URLs: {error}") from error
 
 

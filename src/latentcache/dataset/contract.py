@@ -88,13 +88,19 @@ class LatentContract:
 
 @dataclass(frozen=True)
 class Contract:
-    """All that must agree between the runs that fill one dataset."""
+    """All that must agree between the runs that fill one dataset.
+
+    `caption_field` is where the column `caption` comes from, and `key_column` the column of Parquet
+    files that holds the key, if one was named.
+    """
 
     vae: VaeContract
     transform: TransformContract
     latents: LatentContract
     image_fields: tuple[str, ...]
     columns: tuple[str, ...]
+    caption_field: str = "txt"
+    key_column: str | None = None
     format_version: int = field(default=FORMAT_VERSION)
 
     @property
@@ -107,6 +113,10 @@ class Contract:
         width_px, height_px = bucket
         factor = self.vae.downsample_factor
         return self.stored_channels, height_px // factor, width_px // factor
+
+    def field_of(self, column: str) -> str:
+        """Name the field of a sample that a kept column is read from."""
+        return self.caption_field if column == "caption" else column
 
     @property
     def is_settled(self) -> bool:
@@ -129,13 +139,18 @@ class Contract:
     def to_json(self) -> dict[str, Any]:
         """Give the contract as plain JSON.
 
-        Only int8 latents have a `quantization`, and `dct_scaling` is there only where it is on.
+        Only int8 latents have a `quantization`; `dct_scaling` is there only where it is on,
+        `caption_field` where it is not `txt`, `key_column` where one was named.
         """
         tree: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         if self.latents.quantization is None:
             del tree["latents"]["quantization"]
         if not self.transform.dct_scaling:
             del tree["transform"]["dct_scaling"]
+        if self.caption_field == "txt":
+            del tree["caption_field"]
+        if self.key_column is None:
+            del tree["key_column"]
         return tree
 
     @classmethod
@@ -163,6 +178,8 @@ class Contract:
                 latents=LatentContract(**latents),
                 image_fields=tuple(tree["image_fields"]),
                 columns=tuple(tree["columns"]),
+                caption_field=tree.get("caption_field", "txt"),
+                key_column=tree.get("key_column"),
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise DatasetError(f"contract.json is damaged: {error}") from error

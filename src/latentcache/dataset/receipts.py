@@ -27,19 +27,42 @@ _READ_THREADS = 16
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """One piece of work: a source shard in one version, to be encoded under one contract."""
+    """One piece of work: a source shard in one version, to be encoded under one contract.
+
+    With a `range`, `k/n`, it is a part of the source, of which it shares size and version with the
+    others: the k-th of n, counted from 0.
+    """
 
     id: str
     source: str
     size_bytes: int
     version: str
+    range: str | None = None
 
     @classmethod
-    def of(cls, source: str, size_bytes: int, version: str, contract_fingerprint: str) -> Unit:
+    def of(
+        cls,
+        source: str,
+        size_bytes: int,
+        version: str,
+        contract_fingerprint: str,
+        range: str | None = None,
+    ) -> Unit:
         """Name the unit: its id is a hash (128 bits, hex) of all that decides its rows."""
-        parts = [source, size_bytes, version, None, contract_fingerprint]  # None: no range
+        parts = [source, size_bytes, version, range, contract_fingerprint]
         digest = hashlib.sha256(canonical_json(parts)).hexdigest()
-        return cls(digest[:32], source, size_bytes, version)
+        return cls(digest[:32], source, size_bytes, version, range)
+
+    @property
+    def title(self) -> str:
+        """What a person calls it: its source, and the range of it."""
+        return f"{self.source} [{self.range}]" if self.range else self.source
+
+    @property
+    def num_bytes(self) -> int:
+        """How many bytes of the source are its own, about."""
+        num_parts = int(self.range.partition("/")[2]) if self.range else 1
+        return self.size_bytes // num_parts
 
 
 def new_attempt() -> str:

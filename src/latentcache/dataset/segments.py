@@ -65,6 +65,7 @@ SEGMENT_SCHEMA = pa.schema(
                     ("source", pa.string()),
                     ("size_bytes", pa.int64()),
                     ("version", pa.string()),
+                    ("range", pa.string()),
                 ]
             ),
         ),

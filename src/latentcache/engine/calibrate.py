@@ -18,7 +18,7 @@ import torch
 
 from latentcache.config import Config
 from latentcache.dataset.bottleneck import Loads
-from latentcache.dataset.receipts import Receipt, Unit, new_attempt
+from latentcache.dataset.receipts import Receipt, new_attempt
 from latentcache.engine.cluster import Cluster
 from latentcache.engine.job import UNITS_PER_ACTOR, Job, UnitTask, make_job
 from latentcache.engine.plan import Plan, units_of
@@ -190,11 +190,10 @@ def try_out(job: Job, shards: Sequence[SourceShard], num_images: int, device: st
     with TemporaryDirectory(prefix="latentcache-") as folder:
         local = replace(job, output_url=folder, output_storage=StorageOptions(), qa=None)
         runner = load_runner(local, device)
-        units = units_of(chosen, job.contract)
-        list(_run(runner, units[:1], each))
+        list(_run(runner, chosen[:1], each))
         source_bytes = runner.num_source_bytes
         began = time.perf_counter()
-        receipts = list(_run(runner, units, each))
+        receipts = list(_run(runner, chosen, each))
         elapsed_s = time.perf_counter() - began
     loads = Loads()
     for receipt in receipts:
@@ -214,9 +213,12 @@ def try_out(job: Job, shards: Sequence[SourceShard], num_images: int, device: st
     )
 
 
-def _run(runner: UnitRunner, units: Sequence[Unit], max_samples: int) -> Iterator[Receipt]:
-    """Run the beginnings of some units, as many at once as an actor does."""
-    tasks = [UnitTask(unit, 0, new_attempt(), max_samples=max_samples) for unit in units]
+def _run(runner: UnitRunner, shards: Sequence[SourceShard], max_samples: int) -> Iterator[Receipt]:
+    """Encode the beginnings of some shards, as many at once as an actor does."""
+    tasks = [
+        UnitTask(unit, 0, new_attempt(), max_samples=max_samples, files=shard.files)
+        for shard, unit in zip(shards, units_of(shards, runner.job.contract), strict=True)
+    ]
     with ThreadPoolExecutor(UNITS_PER_ACTOR) as pool:
         for result in pool.map(runner.run, tasks):
             if not isinstance(result, Receipt):

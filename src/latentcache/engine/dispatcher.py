@@ -263,7 +263,8 @@ class Dispatcher:
                     self._give(worker, self._pending.popleft(), alone=False)
 
     def _give(self, worker: _Worker, unit: PlannedUnit, *, alone: bool) -> None:
-        task = UnitTask(unit.unit, unit.generation, new_attempt(), self.qa_wanted)
+        attempt = new_attempt()
+        task = UnitTask(unit.unit, unit.generation, attempt, self.qa_wanted, files=unit.files)
         call = self._actors.call(worker.actor, "run_unit", task)
         self._calls[call] = worker
         worker.in_hand[call] = _Assignment(unit, task, alone)

@@ -9,7 +9,8 @@ from latentcache.dataset.contract import Contract
 from latentcache.dataset.receipts import Unit
 from latentcache.engine.sample import SampleSpec
 from latentcache.errors import LatentCacheError
-from latentcache.storage import StorageOptions, Store, storage_options
+from latentcache.images.source import SourceShard
+from latentcache.storage import ObjectInfo, StorageOptions, Store, storage_options
 from latentcache.vae.weights import absolute_url
 
 # One unit is finished while the next is fetched and decoded.
@@ -76,7 +77,8 @@ def _qa_job(config: Config) -> QaJob | None:
 class UnitTask:
     """One attempt at one unit; `qa_wanted` counts the QA rows wanted of each bucket, at least.
 
-    With `max_samples` no more are read: a trial, whose receipt nobody may put.
+    With `max_samples` no more are read: a trial, whose receipt nobody may put. `files` are those of
+    a folder's slot.
     """
 
     unit: Unit
@@ -84,6 +86,13 @@ class UnitTask:
     attempt: str
     qa_wanted: dict[str, int] = field(default_factory=dict)
     max_samples: int | None = None
+    files: tuple[ObjectInfo, ...] = ()
+
+    @property
+    def shard(self) -> SourceShard:
+        """What the unit reads."""
+        unit = self.unit
+        return SourceShard(unit.source, unit.size_bytes, unit.version, unit.range, self.files)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,20 +18,21 @@ from latentcache.dataset.contract import (
 from latentcache.dataset.receipts import Unit, read_failures
 from latentcache.dataset.state import Listing, State, require_few
 from latentcache.errors import ConfigError, SourceError
-from latentcache.images.source import SourceShard, list_shards
+from latentcache.images.source import SourceShard, list_source
 from latentcache.images.transform import Bucket, ratio_buckets
-from latentcache.storage import Store, storage_options
+from latentcache.storage import ObjectInfo, Store, storage_options
 from latentcache.vae.model import FAMILY
 from latentcache.vae.weights import encoder_fingerprint, load_vae
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedUnit:
-    """A unit to encode, the generation that its receipt will have, and why."""
+    """A unit to encode, the generation that its receipt will have, why, and a slot's files."""
 
     unit: Unit
     generation: int
     reason: str
+    files: tuple[ObjectInfo, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +89,12 @@ class Plan:
     @property
     def listing(self) -> Listing:
         """Each listed source with its units."""
-        return {unit.source: [unit] for unit in self.units}
+        return by_source(self.units)
 
     @property
     def num_bytes_pending(self) -> int:
         """Bytes of source shards to read."""
-        return sum(planned.unit.size_bytes for planned in self.pending)
+        return sum(planned.unit.num_bytes for planned in self.pending)
 
 
 def make_plan(config: Config, *, retry_rejects: bool = False) -> Plan:
@@ -104,7 +105,8 @@ def make_plan(config: Config, *, retry_rejects: bool = False) -> Plan:
         retry_rejects: encode units with rejects again, at their next generation.
 
     Raises:
-        ConfigError: the checkpoint or the source cannot be used.
+        ConfigError: the checkpoint or the source cannot be used, or a folder is to be cut another
+            way than it was.
         SourceError: a named shard is missing, a glob matches nothing, or more sources are gone than
             `on_missing: drop` believes.
         StorageError: a store cannot be reached.
@@ -115,19 +117,19 @@ def make_plan(config: Config, *, retry_rejects: bool = False) -> Plan:
     there = read_contract(output)
     if there:
         contract = contract.settled_as(there)
+    state = State(output)
     try:
-        shards = list_shards(config.source.shards, storage_options(config.source.storage))
+        shards = list_source(config.source, config.source.num_units, state.sources)
     except SourceError as error:
-        raise _what_stays(error, State(output)) from error
+        raise _what_stays(error, state) from error
     units = units_of(shards, contract)
     diff = contract_diff(there, contract) if there else []
-    state = State(output)
     on_missing = config.source.on_missing
     missing = state.live.keys() - {unit.source for unit in units}
     if on_missing == "drop":
         require_few(missing, len(state.live))  # before anything is encoded, not at the end
     known = "another contract" if diff else "changed"
-    pending = list(_pending(units, state, read_failures(output), retry_rejects, known))
+    pending = list(_pending(shards, units, state, read_failures(output), retry_rejects, known))
     return Plan(output, contract, there, diff, shards, units, pending, state, on_missing)
 
 
@@ -145,10 +147,19 @@ def _what_stays(error: SourceError, state: State) -> SourceError:
 def units_of(shards: Iterable[SourceShard], contract: Contract) -> list[Unit]:
     """Name the units of some shards under a contract."""
     mark = contract.fingerprint
-    return [Unit.of(shard.url, shard.size_bytes, shard.version, mark) for shard in shards]
+    return [Unit.of(s.url, s.size_bytes, s.version, mark, s.range) for s in shards]
+
+
+def by_source(units: Iterable[Unit]) -> dict[str, list[Unit]]:
+    """Put the units of each source together."""
+    found: dict[str, list[Unit]] = {}
+    for unit in units:
+        found.setdefault(unit.source, []).append(unit)
+    return found
 
 
 def _pending(
+    shards: Iterable[SourceShard],
     units: Iterable[Unit],
     state: State,
     failures: dict[str, str],
@@ -156,21 +167,22 @@ def _pending(
     known: str,
 ) -> Iterable[PlannedUnit]:
     known_sources = state.sources
-    for unit in units:
+    for shard, unit in zip(shards, units, strict=True):
         done = state.current(unit.id)
         generation = state.generation(unit.id) + 1
         if done:
-            if retry_rejects and done.num_rejects:
-                reason = f"retry of {done.num_rejects} rejects"
-                yield PlannedUnit(unit, generation, reason)
+            if not (retry_rejects and done.num_rejects):
+                continue
+            reason = f"retry of {done.num_rejects} rejects"
         elif generation:
-            yield PlannedUnit(unit, generation, "marked to be encoded again")
+            reason = "marked to be encoded again"
         elif unit.id in failures:
-            yield PlannedUnit(unit, generation, f"failed before: {failures[unit.id]}")
+            reason = f"failed before: {failures[unit.id]}"
         elif unit.source in known_sources:
-            yield PlannedUnit(unit, generation, known)
+            reason = known
         else:
-            yield PlannedUnit(unit, generation, "new")
+            reason = "new"
+        yield PlannedUnit(unit, generation, reason, shard.files)
 
 
 def wanted_contract(config: Config) -> Contract:
@@ -220,6 +232,8 @@ def wanted_contract(config: Config) -> Contract:
         ),
         image_fields=tuple(config.source.image),
         columns=tuple("caption" if name == "txt" else name for name in config.source.keep),
+        caption_field="caption" if "caption" in config.source.keep else "txt",
+        key_column=config.source.key,
     )
 
 

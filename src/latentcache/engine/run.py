@@ -31,13 +31,13 @@ from latentcache.engine.commit import Committed, Committer
 from latentcache.engine.dispatcher import Dispatcher, Failed, Finished, Retries
 from latentcache.engine.job import make_job
 from latentcache.engine.lease import Lease, busy_runs, stand_aside
-from latentcache.engine.plan import Plan, PlannedUnit, make_plan, units_of
+from latentcache.engine.plan import Plan, PlannedUnit, by_source, make_plan, units_of
 from latentcache.engine.progress import RunProgress
 from latentcache.engine.stop import StopSignal, stop_on_signals
 from latentcache.engine.waiting import Patience
 from latentcache.engine.worker import settle_contract
 from latentcache.errors import AccessDenied, ContractMismatch, SourceError, StorageError
-from latentcache.images.source import list_shards
+from latentcache.images.source import SourceShard, list_again, list_source
 from latentcache.storage import Store, split_url, storage_options
 from latentcache.vae.weights import absolute_url
 
@@ -233,8 +233,11 @@ class _Driver:
         """Take a contract that is settled; the units get their names from it."""
         self.contract = contract
         units = units_of(self.shards, contract)
-        self.listing = {unit.source: [unit] for unit in units}
-        self.pending = [PlannedUnit(unit, 0, "new") for unit in units]
+        self.listing = by_source(units)
+        self.pending = [
+            PlannedUnit(unit, 0, "new", shard.files)
+            for shard, unit in zip(self.shards, units, strict=True)
+        ]
         self.left = {unit.id for unit in units}
 
     def _may_read(self, unit: Unit) -> bool:
@@ -288,23 +291,36 @@ class _Driver:
     def _give_up(self, event: Failed, dispatcher: Dispatcher, progress: RunProgress) -> None:
         """Plan a changed source anew, or quarantine the unit and go on."""
         unit, message = event.task.unit, event.message
+        if unit not in self.listing[unit.source]:
+            return  # another part of the source told of its change, and all was planned anew
         self.replans[unit.source] += 1
         if event.changed and self.replans[unit.source] <= self.config.compute.unit_retries:
             try:
-                shards = list_shards(unit.source, storage_options(self.config.source.storage))
+                shards = list_again(unit.source, storage_options(self.config.source.storage))
             except SourceError as error:
                 message = str(error)
             else:
-                (fresh,) = units_of(shards, self.contract)
-                self.listing = {**self.listing, fresh.source: [fresh]}
-                self.left.discard(unit.id)
-                self.left.add(fresh.id)
-                dispatcher.add(PlannedUnit(fresh, 0, "changed"))
+                self._replan(unit, shards, dispatcher)
                 progress.say(f"{unit.source} changed while it was read: encoding its new version")
                 return
-        self.failed[unit.source] = message
+        self.failed[unit.title] = message
         progress.say(f"given up: {message}")
         put_failure(self.output, unit, event.task.attempt, message)
+
+    def _replan(self, failed: Unit, shards: list[SourceShard], dispatcher: Dispatcher) -> None:
+        """Take a source's new units for its old ones; what is there or under way stays so."""
+        units = units_of(shards, self.contract)
+        before = {unit.id for unit in self.listing[failed.source]}
+        under_way = (self.left & before) - {failed.id}
+        self.listing = {**self.listing, failed.source: units}
+        self.left -= before
+        for shard, unit in zip(shards, units, strict=True):
+            if self.state.current(unit.id):
+                continue
+            self.left.add(unit.id)
+            if unit.id not in under_way:
+                generation = self.state.generation(unit.id) + 1
+                dispatcher.add(PlannedUnit(unit, generation, "changed", shard.files))
 
     @property
     def _has_too_many_rejects(self) -> bool:
@@ -344,8 +360,8 @@ class _Driver:
         yield self.listing
         while True:
             source = self.config.source
-            shards = list_shards(source.shards, storage_options(source.storage))
-            yield {unit.source: [unit] for unit in units_of(shards, self.contract)}
+            shards = list_source(source, source.num_units, self.listing.keys())
+            yield by_source(units_of(shards, self.contract))
 
     def summary(self, manifest: Manifest | None, elapsed_s: float) -> RunSummary:
         """Say how it ended."""

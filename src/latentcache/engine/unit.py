@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from latentcache.dataset.contract import Contract
 from latentcache.dataset.qa import QaRow, write_qa
 from latentcache.dataset.quantization import is_finite, to_stored, to_values
 from latentcache.dataset.receipts import DataFile, QaFile, Receipt, UnitRecord
@@ -52,7 +53,7 @@ from latentcache.errors import (
     SourceChanged,
 )
 from latentcache.images.decode import Reserve, decode_image
-from latentcache.images.source import RejectedSample, Sample, SourceShard, read_shard
+from latentcache.images.source import RejectedSample, Sample, read_shard
 from latentcache.images.transform import Bucket, Transformed, load_image, transform_spec
 from latentcache.pictures import write_thumbnail
 from latentcache.storage import Store
@@ -82,15 +83,15 @@ _BATCHED_BYTES = 256 * 2**20
 _CROPPED_BYTES = 128 * 2**20
 
 
-def read_columns(fields: dict[str, bytes], columns: tuple[str, ...]) -> dict[str, str | int | None]:
-    """Read the kept fields of a sample; a field that the sample lacks is None.
+def read_columns(fields: dict[str, bytes], contract: Contract) -> dict[str, str | int | None]:
+    """Read the kept columns of a sample; where it lacks the field, one is None.
 
     Raises:
         Reject: a field is not UTF-8, or `cls` is not an integer.
     """
     found: dict[str, str | int | None] = {}
-    for column in columns:
-        name = source_field(column)
+    for column in contract.columns:
+        name = contract.field_of(column)
         data = fields.get(name)
         try:
             text = None if data is None else data.decode("utf-8")
@@ -98,11 +99,6 @@ def read_columns(fields: dict[str, bytes], columns: tuple[str, ...]) -> dict[str
         except ValueError as error:  # UnicodeDecodeError is one
             raise Reject("read", "bad_field", f"field {name!r}: {error}") from error
     return found
-
-
-def source_field(column: str) -> str:
-    """Name the WebDataset field that a column is read from."""
-    return "txt" if column == "caption" else column
 
 
 class UnitRunner:
@@ -160,7 +156,7 @@ class UnitRunner:
                 full = DiskFull("no room left on the local disk (TMPDIR)")
                 return UnitFailure(str(full), fatal=full)
             traceback.print_exc(file=sys.stderr)
-            return UnitFailure(f"{task.unit.source}: {type(error).__name__}: {error}")
+            return UnitFailure(f"{task.unit.title}: {type(error).__name__}: {error}")
 
     def stage_times(self) -> dict[str, StageTimes]:
         """Give new clocks for all stages, in the order in which a sample passes them.
@@ -276,13 +272,11 @@ class _Attempt:
 
     def _decode_all(self) -> Iterator[Future[_Decoded | RejectRow]]:
         """Fetch: read samples in order, and queue each to be decoded."""
-        unit = self.task.unit
-        shard = SourceShard(unit.source, unit.size_bytes, unit.version)
-        columns = self.contract.columns
         samples = read_shard(
-            shard,
+            self.task.shard,
             image=self.contract.image_fields,
-            keep=tuple(source_field(column) for column in columns),
+            keep=tuple(map(self.contract.field_of, self.contract.columns)),
+            key=self.contract.key_column,
             options=self.runner.job.source_storage,
             on_read=self._count_bytes,
         )
@@ -320,7 +314,7 @@ class _Attempt:
             return _reject_row(sample.key, sample.reject)
         spec = self.runner.spec
         try:
-            columns = read_columns(sample.fields, self.contract.columns)
+            columns = read_columns(sample.fields, self.contract)
             done = load_image(sample.image, spec, reserve)
         except Reject as reject:
             thumbnail = None
@@ -464,7 +458,7 @@ class _Attempt:
         num_rows = sum(writer.num_rows for writer in writers)
         if num_rows + len(self.rejects) != self.num_samples:
             raise AssertionError(
-                f"{self.task.unit.source}: {self.num_samples} samples came in, but {num_rows} rows "
+                f"{self.task.unit.title}: {self.num_samples} samples came in, but {num_rows} rows "
                 f"and {len(self.rejects)} rejects would go out"
             )
         record = UnitRecord(

@@ -15,7 +15,7 @@ from typing import Protocol, TypeVar
 
 from latentcache.config import EvalConfig, EvalModel, Network
 from latentcache.errors import SourceError
-from latentcache.images.source import list_shards
+from latentcache.images.source import list_source
 from latentcache.metrics import FeatureStatistics, frechet_distance
 from latentcache.quality.card import (
     Evaluation,
@@ -65,7 +65,7 @@ def plan_evaluation(config: EvalConfig) -> EvalPlan:
         SourceError: a named shard is missing, or a glob matches nothing.
         StorageError: a store cannot be reached or written.
     """
-    shards = list_shards(config.source.shards, storage_options(config.source.storage))
+    shards = list_source(config.source)
     pictures = _shares(config.picture_rows, len(shards))
     limits: Sequence[int | None] = [None] * len(shards)
     if config.max_images is not None:
@@ -77,6 +77,7 @@ def plan_evaluation(config: EvalConfig) -> EvalPlan:
     output.delete("evaluation.probe")
     job = EvalJob(
         image_fields=tuple(config.source.image),
+        key_column=config.source.key,
         source_storage=storage_options(config.source.storage),
         resolution_px=config.resolution_px,
         vae=config.vae.model_copy(update={"checkpoint": absolute_url(config.vae.checkpoint)}),

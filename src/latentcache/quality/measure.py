@@ -50,6 +50,7 @@ class EvalJob:
     """What all pieces have in common; a process loads its models once for a job."""
 
     image_fields: tuple[str, ...]
+    key_column: str | None
     source_storage: StorageOptions
     resolution_px: int
     vae: Vae
@@ -214,8 +215,8 @@ def _images(
     """Give a shard's images by key, uint8 [3, side, side]; counts the samples left out."""
     side = Bucket(job.resolution_px, job.resolution_px)
     spec = TransformSpec((side,), min_side_px=None, max_upscale=None, max_pixels=MAX_PIXELS)
-    samples = read_shard(shard, image=job.image_fields, keep=(), options=job.source_storage)
-    for sample in samples:
+    fields, key, options = job.image_fields, job.key_column, job.source_storage
+    for sample in read_shard(shard, image=fields, keep=(), key=key, options=options):
         try:
             if isinstance(sample, RejectedSample):
                 raise sample.reject

@@ -38,7 +38,7 @@ from latentcache.errors import (
     SourceError,
     StorageError,
 )
-from latentcache.images.source import Sample, SourceShard, read_shard
+from latentcache.images.source import Sample, read_shard, shard_of
 from latentcache.images.transform import load_image, transform_spec
 from latentcache.networks import load_lpips
 from latentcache.pictures import write_png
@@ -214,10 +214,10 @@ def _fetch(dataset: Dataset, record: UnitRecord, selection: Selection, look: Loo
     missing = set(drawn[: -(-selection.num_rows // selection.num_units)])
     spec = transform_spec(dataset.contract)
     crops: Crops = {}
-    unit = record.unit
-    shard = SourceShard(unit.source, unit.size_bytes, unit.version)
-    fields, options = dataset.contract.image_fields, selection.source_storage
-    for sample in read_shard(shard, image=fields, keep=(), options=options):
+    unit, options = record.unit, selection.source_storage
+    shard = shard_of(unit, options)
+    fields, key = dataset.contract.image_fields, dataset.contract.key_column
+    for sample in read_shard(shard, image=fields, keep=(), key=key, options=options):
         if not isinstance(sample, Sample) or sample.key not in missing:
             continue
         missing.remove(sample.key)
@@ -225,7 +225,7 @@ def _fetch(dataset: Dataset, record: UnitRecord, selection: Selection, look: Loo
             done = load_image(sample.image, spec)
         except Reject as reject:
             look.breaches.append(
-                f"row {sample.key!r} of {unit.source} is there, but its image is rejected now: "
+                f"row {sample.key!r} of {unit.title} is there, but its image is rejected now: "
                 f"{reject.message}"
             )
             continue
@@ -233,12 +233,12 @@ def _fetch(dataset: Dataset, record: UnitRecord, selection: Selection, look: Loo
         placed = (done.bucket.name, *size, done.crop_top, done.crop_left)
         if placed != rows[sample.key]:
             look.breaches.append(
-                f"row {sample.key!r} of {unit.source} has bucket, size and crop "
+                f"row {sample.key!r} of {unit.title} has bucket, size and crop "
                 f"{rows[sample.key]}, but its image gives {placed}"
             )
             continue
         crops.setdefault(done.bucket.name, {})[sample.key] = write_png(done.pixels)
-    look.breaches += [f"row {key!r} is not in {unit.source}" for key in sorted(missing)]
+    look.breaches += [f"row {key!r} is not in {unit.title}" for key in sorted(missing)]
     return crops
 
 

@@ -1,0 +1,233 @@
+"""`hf://`, `gs://` and `az://`, on stand-ins that answer as their clients do.
+
+None of these can be reached from a test. What their answers look like was read off the clients
+(huggingface_hub, gcsfs, adlfs); the files themselves lie in memory.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, ClassVar
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from fsspec import AbstractFileSystem
+from fsspec.registry import _registry
+
+from latentcache import parse_config
+from latentcache import storage as storage_module
+from latentcache.errors import ConfigError, SourceChanged
+from latentcache.images.source import Sample, SourceShard, list_source, read_shard
+from latentcache.storage import StorageOptions, Store
+from makers import config_tree
+from test_source import pair, tar_bytes
+
+CHANGED_AT = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+class _Hub(AbstractFileSystem):
+    """Files in memory, told of as a client of some cloud tells of them."""
+
+    store: ClassVar[dict[str, tuple[bytes, int]]]
+    arguments: ClassVar[dict[str, Any]]
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__()
+        type(self).arguments = arguments
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return path.partition("://")[2].rstrip("/") if "://" in path else path.strip("/")
+
+    def _full(self, path: str) -> str:
+        return self._strip_protocol(path)
+
+    def ls(self, path: str, detail: bool = True, **kwargs: Any) -> list[Any]:
+        prefix = f"{self._full(path)}/"
+        below = [name for name in self.store if name.startswith(prefix)]
+        if not below:
+            raise FileNotFoundError(path)
+        return [self.entry(name) for name in below if "/" not in name.removeprefix(prefix)]
+
+    def find(self, path: str, detail: bool = False, **kwargs: Any) -> dict[str, Any]:
+        prefix = f"{self._full(path)}/"
+        return {name: self.entry(name) for name in self.store if name.startswith(prefix)}
+
+    def info(self, path: str, **kwargs: Any) -> dict[str, Any]:
+        if self._full(path) not in self.store:
+            raise FileNotFoundError(path)
+        return self.entry(self._full(path))
+
+    def _open(self, path: str, mode: str = "rb", **kwargs: Any) -> Any:
+        return io.BytesIO(self.store[self._full(path)][0])
+
+    def entry(self, name: str) -> dict[str, Any]:
+        data, number = self.store[name]
+        return {"name": name, "size": len(data), "type": "file", **self.details(number)}
+
+    def details(self, number: int) -> dict[str, Any]:
+        raise NotImplementedError
+
+
+class HuggingFace(_Hub):
+    """Answers from its last listing unless told to refresh, and then in short form."""
+
+    protocol = "hf"
+    listed: ClassVar[dict[str, dict[str, Any]]] = {}
+
+    def details(self, number: int) -> dict[str, Any]:
+        return {"blob_id": f"{number:040x}", "lfs": None, "xet_hash": None, "last_commit": None}
+
+    def ls(self, path: str, detail: bool = True, refresh: bool = False, **kwargs: Any) -> list[Any]:
+        found = super().ls(path)
+        self.listed |= {entry["name"]: entry for entry in found if refresh}
+        return [self.listed.get(entry["name"], entry) for entry in found]
+
+    def find(self, path: str, detail: bool = False, refresh: bool = False, **kwargs: Any) -> Any:
+        found = super().find(path)
+        self.listed |= found if refresh else {}
+        return {name: self.listed.get(name, entry) for name, entry in found.items()}
+
+    def info(
+        self, path: str, refresh: bool = False, expand_info: bool = False, **kwargs: Any
+    ) -> Any:
+        name = self._full(path)
+        if not refresh and name in self.listed:
+            return self.listed[name]
+        found = super().info(path)
+        short = {key: found[key] for key in ("name", "size", "type")}
+        return short if refresh and not expand_info else found
+
+
+class Google(_Hub):
+    protocol = "gs"
+    etags: ClassVar[Iterator[int]] = itertools.count()
+
+    def details(self, number: int) -> dict[str, Any]:
+        generation = str(1_700_000_000_000_000 + number)
+        # Its ETag changes with an object's metadata, too.
+        return {"etag": f"C{next(self.etags)}", "generation": generation, "mtime": CHANGED_AT}
+
+
+class Azure(_Hub):
+    protocol = "az"
+
+    def details(self, number: int) -> dict[str, Any]:
+        return {"etag": f"0x8DD{number:012X}", "last_modified": CHANGED_AT, "metadata": None}
+
+
+@pytest.fixture(params=[HuggingFace, Google, Azure], ids=lambda kind: kind.protocol)
+def hub(request: pytest.FixtureRequest) -> Iterator[type[_Hub]]:
+    kind: type[_Hub] = request.param
+    kind.store, HuggingFace.listed = {}, {}
+    there = _registry.get(kind.protocol)
+    fsspec.register_implementation(kind.protocol, kind, clobber=True)
+    storage_module._filesystem.cache_clear()
+    yield kind
+    storage_module._filesystem.cache_clear()
+    del _registry[kind.protocol]
+    if there:
+        fsspec.register_implementation(kind.protocol, there, clobber=True)
+
+
+ROOTS = {
+    "hf": "datasets/someone/photos@refs%2Fconvert%2Fparquet/data",
+    "gs": "bucket/photos",
+    "az": "container/photos",
+}
+
+
+def put(hub: type[_Hub], name: str, data: bytes) -> None:
+    path = f"{ROOTS[hub.protocol]}/{name}"
+    hub.store[path] = (data, hub.store[path][1] + 1 if path in hub.store else 0)
+
+
+def listed(hub: type[_Hub], **source: Any) -> list[SourceShard]:
+    root = f"{hub.protocol}://{ROOTS[hub.protocol]}"
+    tree = config_tree(Path("/none"))
+    tree["source"] = {name: f"{root}{value}" for name, value in source.items()}
+    return list_source(parse_config(tree).source)
+
+
+def read(shard: SourceShard) -> list[Any]:
+    return list(read_shard(shard, image=["jpg", "image"], keep=(), options=StorageOptions()))
+
+
+def parquet_bytes(*images: bytes) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(pa.table({"image": pa.array(images, pa.binary())}), buffer)
+    return buffer.getvalue()
+
+
+def test_all_kinds_of_source_are_read(hub: type[_Hub]):
+    put(hub, "x.tar", tar_bytes(pair("a")))
+    put(hub, "x.parquet", parquet_bytes(b"one", b"two"))
+    put(hub, "images/deep/b.jpg", b"b")
+    (tar,) = listed(hub, shards="/*.tar")
+    assert [sample.key for sample in read(tar)] == ["a"]
+    (parquet,) = listed(hub, shards="/x.parquet")
+    assert read(parquet) == [Sample(f"{n:09d}", i, {}) for n, i in enumerate((b"one", b"two"))]
+    (slot,) = listed(hub, folder="/images")
+    assert read(slot) == [Sample("deep/b", b"b", {})]
+
+
+@pytest.mark.parametrize("kind", ["shards", "folder"])
+def test_another_version_is_told_and_the_same_is_not(hub: type[_Hub], kind: str):
+    put(hub, "images/x.parquet", parquet_bytes(b"one"))
+    put(hub, "images/x.jpg", b"one")
+    url = {"shards": "/images/*.parquet", "folder": "/images"}[kind]
+    (before,) = listed(hub, **{kind: url})
+    assert listed(hub, **{kind: url}) == [before]
+    assert before.version
+    assert len(read(before)) == 1
+    put(hub, "images/x.parquet", parquet_bytes(b"two"))  # of the same size
+    (after,) = listed(hub, **{kind: url})
+    assert after.size_bytes == before.size_bytes
+    assert after.version != before.version
+    if kind == "shards":
+        with pytest.raises(SourceChanged, match=r"x\.parquet changed"):
+            read(before)
+
+
+def test_a_file_that_changes_after_the_listing_is_told(hub: type[_Hub]):
+    put(hub, "images/x.jpg", b"one")
+    (before,) = listed(hub, folder="/images")
+    put(hub, "images/x.jpg", b"two")
+    with pytest.raises(SourceChanged, match=r"x\.jpg changed"):
+        read(before)
+
+
+def test_no_listing_is_kept_by_a_client_and_a_public_bucket_needs_no_credentials(
+    hub: type[_Hub],
+):
+    Store(f"{hub.protocol}://{ROOTS[hub.protocol]}", StorageOptions(anon=True))
+    expected = {
+        "hf": {},
+        "gs": {
+            "endpoint_url": None,
+            "requester_pays": False,
+            "use_listings_cache": False,
+            "token": "anon",
+        },
+        "az": {"anon": True, "use_listings_cache": False},
+    }
+    assert hub.arguments == expected[hub.protocol]
+
+
+@pytest.mark.parametrize(("protocol", "extra"), [("gs", "gcs"), ("az", "azure")])
+def test_a_missing_package_is_told_with_the_extra_that_brings_it(
+    monkeypatch: pytest.MonkeyPatch, protocol: str, extra: str
+):
+    def missing(name: str, **arguments: Any) -> Any:
+        raise ImportError(f"install the package for {name}")
+
+    monkeypatch.setattr(fsspec, "filesystem", missing)
+    storage_module._filesystem.cache_clear()
+    with pytest.raises(ConfigError, match=rf"{protocol}://.*pip install 'latentcache\[{extra}\]'"):
+        Store(f"{protocol}://bucket/photos")

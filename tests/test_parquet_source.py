@@ -1,0 +1,412 @@
+"""Parquet files of images, cut into parts: every row once, whatever is wrong with it told."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from latentcache.errors import SourceChanged, SourceError, StorageError
+from latentcache.images import parquet as parquet_module
+from latentcache.images.source import (
+    RejectedSample,
+    Sample,
+    SourceShard,
+    list_shards,
+    read_shard,
+)
+from latentcache.storage import StorageOptions, Store
+
+OPTIONS = StorageOptions()
+IMAGE = ("jpg", "image")
+
+Row = dict[str, Any]
+
+HUGGING_FACE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+def rows_of(num_rows: int, *, num_bytes: int = 20, first: int = 0) -> list[Row]:
+    return [
+        {
+            "image": {"bytes": bytes([index % 251]) * num_bytes, "path": f"{index:04d}.jpg"},
+            "caption": f"picture {index} — ü",
+        }
+        for index in range(first, first + num_rows)
+    ]
+
+
+def write(path: Path, rows: Sequence[Row], group_rows: int = 10, **options: Any) -> Path:
+    fields: list[tuple[str, pa.DataType]] = [("image", HUGGING_FACE), ("caption", pa.string())]
+    table = pa.Table.from_pylist(list(rows), pa.schema(fields))
+    pq.write_table(table, path, row_group_size=group_rows, **options)
+    return path
+
+
+def read(
+    shard: SourceShard, keep: Sequence[str] = (), key: str | None = None
+) -> list[Sample | RejectedSample]:
+    return list(read_shard(shard, image=IMAGE, keep=keep, key=key, options=OPTIONS))
+
+
+def read_file(
+    path: Path, keep: Sequence[str] = (), key: str | None = None
+) -> list[Sample | RejectedSample]:
+    (shard,) = list_shards(str(path), OPTIONS)
+    return read(shard, keep, key)
+
+
+def read_table(
+    folder: Path, table: pa.Table, keep: Sequence[str] = (), key: str | None = None
+) -> list[Sample | RejectedSample]:
+    path = folder / "x.parquet"
+    pq.write_table(table, path)
+    return read_file(path, keep, key)
+
+
+def summary(results: Sequence[Sample | RejectedSample]) -> list[tuple[str | None, str]]:
+    return [(r.key, "ok" if isinstance(r, Sample) else r.reject.reason) for r in results]
+
+
+def test_rows_become_samples_in_order(tmp_path: Path):
+    path = write(tmp_path / "x.parquet", rows_of(25))
+    assert read_file(path, ["caption"]) == [
+        Sample(f"{index:04d}", bytes([index]) * 20, {"caption": f"picture {index} — ü".encode()})
+        for index in range(25)
+    ]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    groups=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 3000)), min_size=1, max_size=8),
+    part_bytes=st.integers(200, 20_000),
+    compression=st.sampled_from(["NONE", "SNAPPY"]),
+)
+def test_the_parts_of_a_file_have_each_row_once(
+    tmp_path_factory: pytest.TempPathFactory,
+    groups: list[tuple[int, int]],
+    part_bytes: int,
+    compression: str,
+):
+    path = tmp_path_factory.mktemp("parts") / "x.parquet"
+    schema = pa.schema([("image", HUGGING_FACE), ("caption", pa.string())])
+    first = 0
+    with pq.ParquetWriter(path, schema, compression=compression) as writer:
+        for num_rows, num_bytes in groups:
+            rows = rows_of(num_rows, num_bytes=num_bytes, first=first)
+            writer.write_table(pa.Table.from_pylist(rows, schema), row_group_size=num_rows)
+            first += num_rows
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parquet_module, "PART_BYTES", part_bytes)
+        shards = list_shards(str(path), OPTIONS)
+    size = path.stat().st_size
+    assert len(shards) == max(1, round(size / part_bytes))
+    assert {(shard.size_bytes, shard.version) for shard in shards} == {
+        (shards[0].size_bytes, shards[0].version)
+    }
+    found = [read(shard, ["caption"]) for shard in shards]
+    expected = duckdb.sql(
+        f"SELECT image.path, image.bytes, caption FROM read_parquet('{path}')"
+    ).fetchall()
+    assert [
+        (sample.key + ".jpg", sample.image, sample.fields["caption"].decode())
+        for part in found
+        for sample in part
+        if isinstance(sample, Sample)
+    ] == expected
+    # As Hadoop splits: a row group belongs to the part in which its first byte lies.
+    metadata = pq.read_metadata(path)
+    starts = [
+        min(
+            offset
+            for column in range(metadata.num_columns)
+            for chunk in [metadata.row_group(number).column(column)]
+            for offset in (chunk.dictionary_page_offset, chunk.data_page_offset)
+            if offset
+        )
+        for number in range(metadata.num_row_groups)
+    ]
+    for index, part in enumerate(found):
+        low, high = index * size / len(shards), (index + 1) * size / len(shards)
+        mine = [n for (n, _), start in zip(groups, starts, strict=True) if low <= start < high]
+        assert len(part) == sum(mine)
+
+
+def test_a_small_file_is_whole_and_a_large_one_in_ranges(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = write(tmp_path / "x.parquet", rows_of(40, num_bytes=1000), compression="NONE")
+    (whole,) = list_shards(str(path), OPTIONS)
+    assert whole.range is None
+    monkeypatch.setattr(parquet_module, "PART_BYTES", path.stat().st_size // 3)
+    parts = list_shards(f"{tmp_path}/*.parquet", OPTIONS)
+    assert [(part.url, part.range) for part in parts] == [
+        (whole.url, f"{index}/3") for index in range(3)
+    ]
+
+
+def test_a_row_without_path_is_called_by_its_number_in_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    table = pa.table({"image": pa.array([bytes([i]) * 3000 for i in range(30)], pa.binary())})
+    path = tmp_path / "x.parquet"
+    pq.write_table(table, path, row_group_size=4, compression="NONE")
+    monkeypatch.setattr(parquet_module, "PART_BYTES", 20_000)
+    shards = list_shards(str(path), OPTIONS)
+    assert len(shards) > 2
+    found = [sample for shard in shards for sample in read(shard)]
+    assert found == [Sample(f"{i:09d}", bytes([i]) * 3000, {}) for i in range(30)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys"),
+    [
+        (pa.string(), ["one", "two", "three"]),
+        (pa.large_string(), ["one", "two", "three"]),
+        (pa.string_view(), ["one", "two", "three"]),
+        (pa.dictionary(pa.int32(), pa.string()), ["one", "two", "three"]),
+        (pa.int64(), [3, -1, 2**40]),
+    ],
+)
+def test_a_column_may_hold_the_key(tmp_path: Path, kind: pa.DataType, keys: list[Any]):
+    images = [{"bytes": b"x", "path": f"{index}.jpg"} for index in range(3)]
+    table = pa.table({"image": pa.array(images, HUGGING_FACE), "id": pa.array(keys, kind)})
+    found = read_table(tmp_path, table, ["id"], key="id")
+    assert [sample.key for sample in found] == list(map(str, keys))
+    assert [sample.fields["id"].decode() for sample in found if isinstance(sample, Sample)] == list(
+        map(str, keys)
+    )
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pa.binary(), pa.large_binary(), pa.binary_view(), pa.dictionary(pa.int8(), pa.binary())],
+)
+def test_an_image_may_be_any_kind_of_binary(tmp_path: Path, kind: pa.DataType):
+    table = pa.table({"jpg": pa.array([b"a", b"b"]).cast(pa.binary())})
+    array = table["jpg"].combine_chunks()
+    array = array.dictionary_encode() if pa.types.is_dictionary(kind) else array.cast(kind)
+    found = read_table(tmp_path, pa.table({"jpg": array}))
+    assert [sample.image for sample in found if isinstance(sample, Sample)] == [b"a", b"b"]
+
+
+def test_of_several_image_columns_the_first_that_a_row_has_is_taken(tmp_path: Path):
+    table = pa.table(
+        {"image": pa.array([b"1", b"2"], pa.binary()), "jpg": pa.array([None, b"j"], pa.binary())}
+    )
+    found = read_table(tmp_path, table)
+    assert [sample.image for sample in found if isinstance(sample, Sample)] == [b"1", b"j"]
+
+
+def test_rows_that_are_no_samples_are_rejects(tmp_path: Path):
+    image = [
+        {"bytes": b"x", "path": "a.jpg"},
+        {"bytes": b"y", "path": "a.png"},
+        {"bytes": None, "path": "elsewhere/b.jpg"},
+        None,
+        {"bytes": b"z", "path": "/abs/c.jpg"},
+        {"bytes": b"z", "path": "d\x07.jpg"},
+        {"bytes": b"z", "path": "v1.0/e.final.jpg"},
+    ]
+    table = pa.table({"image": pa.array(image, HUGGING_FACE)})
+    found = read_table(tmp_path, table)
+    assert summary(found) == [
+        ("a", "ok"),
+        ("a", "duplicate_key"),
+        ("elsewhere/b", "no_image"),
+        ("000000003", "no_image"),
+        ("/abs/c", "unsafe_key"),
+        ("d\\x07", "unsafe_key"),
+        ("v1.0/e.final", "ok"),
+    ]
+    assert isinstance(found[2], RejectedSample)
+    assert "image elsewhere" in found[2].reject.message
+
+
+def test_a_key_that_is_null_is_a_reject(tmp_path: Path):
+    table = pa.table({"image": pa.array([b"1", b"2"], pa.binary()), "id": ["a", None]})
+    assert summary(read_table(tmp_path, table, key="id")) == [
+        ("a", "ok"),
+        ("000000001", "no_key"),
+    ]
+
+
+def test_null_columns_are_fields_that_a_sample_lacks(tmp_path: Path):
+    table = pa.table({"image": pa.array([b"1", b"2"], pa.binary()), "cls": [None, 7]})
+    assert read_table(tmp_path, table, ["cls"]) == [
+        Sample("000000000", b"1", {}),
+        Sample("000000001", b"2", {"cls": b"7"}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("columns", "keep", "key", "told"),
+    [
+        ({"picture": [b"x"]}, [], None, "source.image names jpg, image, the file has picture"),
+        ({"image": ["x"]}, [], None, "column 'image' is string, no image"),
+        ({"image": [[b"x"]]}, [], None, "column 'image' is list.*, no image"),
+        ({"image": [{"data": b"x"}]}, [], None, "column 'image' is struct.*, no image"),
+        ({"image": [b"x"]}, ["txt"], None, "no column 'txt', which source.keep names; it has im"),
+        ({"image": [b"x"], "txt": [1.5]}, ["txt"], None, "'txt', which source.keep names, is dou"),
+        ({"image": [b"x"], "txt": [["a"]]}, ["txt"], None, "'txt', which source.keep names, is li"),
+        ({"image": [b"x"]}, [], "id", "no column 'id', which source.key names"),
+        ({"image": [b"x"], "id": [b"y"]}, [], "id", "'id', which source.key names, is binary"),
+    ],
+)
+def test_columns_that_cannot_be_used_are_named(
+    tmp_path: Path, columns: dict[str, list[Any]], keep: list[str], key: str | None, told: str
+):
+    with pytest.raises(SourceError, match=rf"x\.parquet.*{told}"):
+        read_table(tmp_path, pa.table(columns), keep, key)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [(b"", "empty_shard"), (b"PAR1", "not_parquet"), (b"no Parquet " * 999, "not_parquet")],
+)
+def test_what_is_no_parquet_file_is_one_reject(tmp_path: Path, data: bytes, reason: str):
+    path = tmp_path / "x.parquet"
+    path.write_bytes(data)
+    assert summary(read_file(path)) == [(None, reason)]
+
+
+def test_a_file_cut_anywhere_is_one_reject(tmp_path: Path):
+    data = write(tmp_path / "x.parquet", rows_of(30)).read_bytes()
+    for end in range(1, len(data), 97):
+        path = tmp_path / "cut.parquet"
+        path.write_bytes(data[:end])
+        assert summary(read_file(path)) == [(None, "not_parquet")], end
+
+
+def test_damage_costs_the_rows_behind_it_in_their_row_group(tmp_path: Path):
+    path = write(tmp_path / "x.parquet", rows_of(40), write_page_checksum=True)
+    chunk = pq.read_metadata(path).row_group(1).column(0)
+    data = bytearray(path.read_bytes())
+    data[chunk.data_page_offset + chunk.total_compressed_size // 2] ^= 0xFF
+    path.write_bytes(data)
+    found = read_file(path)
+    good = [f"{index:04d}" for index in range(40) if not 10 <= index < 20]
+    assert summary(found) == [*((key, "ok") for key in good), (None, "corrupt_shard")]
+    assert isinstance(found[-1], RejectedSample)
+    assert "10 rows of row group 1 are lost" in found[-1].reject.message
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(st.floats(0, 1), st.binary(min_size=1, max_size=8)), max_size=4))
+def test_damage_never_raises_and_leaves_at_most_one_keyless_reject(
+    tmp_path_factory: pytest.TempPathFactory, patches: list[tuple[float, bytes]]
+):
+    path = write(tmp_path_factory.mktemp("damage") / "x.parquet", rows_of(20), 7)
+    data = bytearray(path.read_bytes())
+    for where, patch in patches:
+        start = int(where * (len(data) - 400))  # a damaged footer may say anything at all
+        data[start : start + len(patch)] = patch
+    path.write_bytes(data)
+    assert [found.key for found in read_file(path)].count(None) <= 1
+
+
+class Faulty:
+    """A file whose reads fail, or end too soon, from some byte on."""
+
+    def __init__(self, data: bytes, start: int, fault: str) -> None:
+        self._file, self._start, self._fault = io.BytesIO(data), start, fault
+        self.num_faults = 0
+
+    def __enter__(self) -> Faulty:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return
+
+    def seek(self, position: int) -> int:
+        return self._file.seek(position)
+
+    def read(self, size: int) -> bytes:
+        position = self._file.tell()
+        if not position <= self._start < position + size:
+            return self._file.read(size)
+        self.num_faults += 1
+        if self._fault == "breaks":
+            raise ConnectionResetError("gone")
+        return self._file.read(size)[: self._start - position]
+
+
+@pytest.mark.parametrize("fault", ["breaks", "is cut"])
+@pytest.mark.parametrize("where", [0.1, 0.5, 0.9999])
+def test_a_failing_connection_is_a_storage_error_and_never_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, where: float
+):
+    path = write(tmp_path / "x.parquet", rows_of(40, num_bytes=3000), compression="NONE")
+    data = path.read_bytes()
+    faulty = Faulty(data, int(where * len(data)), fault)
+    monkeypatch.setattr(Store, "open", lambda self, path, **_: faulty)
+    with pytest.raises(StorageError, match=r"x\.parquet.*(gone|gave)"):
+        read_file(path)
+    assert faulty.num_faults == 1
+
+
+def test_a_file_replaced_or_deleted_while_it_is_read_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = write(tmp_path / "x.parquet", rows_of(40))
+    (shard,) = list_shards(str(path), OPTIONS)
+
+    def begin() -> Iterator[Sample | RejectedSample]:
+        reading = read_shard(shard, image=IMAGE, keep=(), options=OPTIONS)
+        next(reading)
+        return reading
+
+    reading = begin()
+    write(path, rows_of(40, num_bytes=30))
+    with pytest.raises(SourceChanged, match="changed"):
+        list(reading)
+    for data in (b"other", b""):  # though it looks damaged, or cut
+        path.write_bytes(data)
+        with pytest.raises(SourceChanged, match="changed"):
+            read(shard)
+    pq.write_table(pa.table({"other": [1]}), path)  # nor can it be used
+    with pytest.raises(SourceChanged, match="changed"):
+        read(shard)
+    path.unlink()
+    with pytest.raises(SourceChanged, match="deleted"):
+        read(shard)
+
+
+def test_a_row_group_is_never_in_memory_twice(tmp_path: Path):
+    """Of 96 MiB in one row group, a page and a batch."""
+    path = tmp_path / "x.parquet"
+    schema = pa.schema([("image", HUGGING_FACE)])
+    rows = [{"image": {"bytes": bytes(2**20), "path": f"{i}.jpg"}} for i in range(96)]
+    with pq.ParquetWriter(path, schema, compression="NONE", write_batch_size=4) as writer:
+        writer.write_table(pa.Table.from_pylist(rows, schema), row_group_size=96)
+    del rows
+    (shard,) = list_shards(str(path), OPTIONS)
+    before, peak, num_rows = pa.total_allocated_bytes(), 0, 0
+    for sample in read_shard(shard, image=IMAGE, keep=(), options=OPTIONS):
+        assert isinstance(sample, Sample)
+        num_rows += 1
+        peak = max(peak, pa.total_allocated_bytes() - before)
+    assert num_rows == 96
+    assert peak < 48 * 2**20
+
+
+def test_what_is_read_is_counted_row_by_row(tmp_path: Path):
+    path = write(tmp_path / "x.parquet", rows_of(12))
+    (shard,) = list_shards(str(path), OPTIONS)
+    counts: list[int] = []
+    samples = read_shard(
+        shard, image=IMAGE, keep=["caption"], options=OPTIONS, on_read=counts.append
+    )
+    sizes = [
+        len(sample.image) + len(sample.fields["caption"])
+        for sample in samples
+        if isinstance(sample, Sample)
+    ]
+    assert counts == sizes
