@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from types import FrameType
 
@@ -42,9 +42,11 @@ from latentcache.engine.plan import (
     units_of,
 )
 from latentcache.engine.progress import RunProgress
+from latentcache.engine.prometheus import RunMetrics
 from latentcache.engine.worker import settle_contract
 from latentcache.errors import ContractMismatch, SourceError
 from latentcache.images.source import list_shards
+from latentcache.log import Level
 from latentcache.storage import Store, storage_options
 from latentcache.vae.weights import absolute_url
 
@@ -87,7 +89,12 @@ class RunSummary:
 
 
 def run(
-    config: Config, *, retry_rejects: bool = False, quiet: bool = False, plan: Plan | None = None
+    config: Config,
+    *,
+    retry_rejects: bool = False,
+    quiet: bool = False,
+    log_json: bool = False,
+    plan: Plan | None = None,
 ) -> RunSummary:
     """Encode what is left to do. Run it again after anything: it takes up where it stopped.
 
@@ -95,6 +102,7 @@ def run(
         config: the run.
         retry_rejects: encode units with rejects again.
         quiet: no progress on stderr.
+        log_json: what stderr is told are JSON objects, one each line.
         plan: from `make_plan`; None makes it.
 
     Raises:
@@ -106,11 +114,24 @@ def run(
     if plan.there:
         require_same(plan.output, plan.there, plan.contract)
     driver = _Driver(config, plan, StopSignal())
-    with RunProgress(len(plan.pending), quiet=quiet) as progress:
+    with RunProgress(len(plan.pending), quiet=quiet, log_json=log_json) as progress:
+        progress.log(
+            "run_started",
+            f"{len(plan.pending)} of {len(plan.units)} units to encode into {plan.output.url}",
+            dataset=config.name,
+            output=plan.output.url,
+            num_units=len(plan.units),
+            num_pending=len(plan.pending),
+        )
         if plan.pending:
             driver.encode(progress)
-        manifest = driver.write_manifest()
-    return driver.summary(manifest, time.monotonic() - began)
+        manifest = driver.write_manifest(progress)
+        summary = driver.summary(manifest, time.monotonic() - began)
+        fields = asdict(summary)
+        fields["num_failed"] = len(fields.pop("failed"))  # each has been said
+        level: Level = "error" if summary.exit_code else "info"
+        progress.log("run_ended", f"the run ended: {summary.status}", level, **fields)
+    return summary
 
 
 def gates_of(config: Config) -> Gates:
@@ -141,7 +162,7 @@ class _Driver:
         self.num_rejects = sum(unit.num_rejects for unit in done)
         self.qa_totals = QaTotals(gates_of(config), done)
         self.loads = Loads()
-        self._has_said_agreement = False
+        self._has_said: set[str] = set()
         self._manifest_at = (0, time.monotonic())
 
     def encode(self, progress: RunProgress) -> None:
@@ -156,7 +177,8 @@ class _Driver:
             self._establish_contract(cluster, progress)
             if not self.output.is_conditional:
                 progress.say(
-                    f"{self.output.url} has no conditional writes: one run at a time, by lease"
+                    "no_conditional_writes",
+                    f"{self.output.url} has no conditional writes: one run at a time, by lease",
                 )
                 lease.require_alone()
             with self._signals(progress):
@@ -169,6 +191,7 @@ class _Driver:
                     self.stop,
                 )
                 dispatcher.qa_wanted = self._qa_wanted()
+                metrics = RunMetrics(self.config.name)
                 for event in dispatcher.run():
                     lease.num_committed = self.num_committed
                     lease.renew()
@@ -178,12 +201,19 @@ class _Driver:
                         self._give_up(event, dispatcher, progress)
                     else:
                         progress.polled(event.stats, event.num_lost)
+                        metrics.update_actors(len(event.stats), event.num_lost)
+                        self._tell(metrics)
                     for committed in committer.ended():
                         self._take(committed, progress)
                         dispatcher.qa_wanted = self._qa_wanted()
                 for committed in committer.drain():
                     self._take(committed, progress)
-            self.write_manifest()  # under the lease, on which some stores rely
+                self._tell(metrics)
+            self.write_manifest(progress)  # under the lease, on which some stores rely
+
+    def _tell(self, metrics: RunMetrics) -> None:
+        num_failed = len(self.failed)
+        metrics.update_units(self.num_committed, len(self.left) - num_failed, num_failed)
 
     def _qa_wanted(self) -> dict[str, int]:
         """Count the QA rows that each bucket is still short of."""
@@ -198,7 +228,9 @@ class _Driver:
         wanted = self.contract
         if not wanted.is_settled:
             if quantization := wanted.latents.quantization:
-                progress.say(f"calibrating int8 on {quantization.num_images} images")
+                num_images = quantization.num_images
+                message = f"calibrating int8 on {num_images} images"
+                progress.say("calibrating", message, num_images=num_images)
             job = make_job(self.config, self.contract, cluster.num_cpus_per_actor)
             self._adopt(cluster.ask(settle_contract, job, self.shards))
         provenance = {
@@ -239,8 +271,11 @@ class _Driver:
             self.stop.request("interrupted", grace_s=0.0 if again else GRACE_S)
             if not again:
                 progress.say(
+                    "stopping",
                     f"stopping: units in hand get {GRACE_S:.0f} s to finish; "
-                    "interrupt again to stop at once"
+                    "interrupt again to stop at once",
+                    "warning",
+                    reason="interrupted",
                 )
 
         previous = {
@@ -267,7 +302,7 @@ class _Driver:
         self.num_samples += record.num_samples - (before.num_samples if before else 0)
         self.num_rejects += record.num_rejects - (before.num_rejects if before else 0)
         self.qa_totals.add(UnitSummary.of(record), before)
-        self._say_agreement(receipt, progress)
+        self._say_notes(receipt, progress)
         progress.unit_done(record.num_rows, record.num_rejects)
         self._check(progress)
         num_units, since = self._manifest_at
@@ -275,17 +310,26 @@ class _Driver:
             self.num_committed - num_units >= MANIFEST_EVERY_UNITS
             or time.monotonic() - since >= MANIFEST_EVERY_S
         ):
-            self.write_manifest()
+            self.write_manifest(progress)
             self._manifest_at = (self.num_committed, time.monotonic())
 
-    def _say_agreement(self, receipt: Receipt, progress: RunProgress) -> None:
+    def _say_notes(self, receipt: Receipt, progress: RunProgress) -> None:
+        """Say, once each, what receipts note of how they came to be."""
+        notes: dict[str, str] = {}
         agreement_db = (receipt.notes or {}).get("decoder_agreement_db")
-        if agreement_db is not None and not self._has_said_agreement:
-            self._has_said_agreement = True
-            progress.say(
+        if agreement_db is not None:
+            notes["other_decoder"] = (
                 "qa.decoder belongs to another encoder than vae.checkpoint; on the QA images the "
                 f"two agree to {agreement_db} dB, which is accepted"
             )
+        triton = (receipt.versions or {}).get("triton", "")
+        if triton.startswith("unusable"):
+            notes["no_fused_kernels"] = (
+                f"a worker encodes without fused kernels, which is slower: triton is {triton}"
+            )
+        for event in notes.keys() - self._has_said:
+            self._has_said.add(event)
+            progress.say(event, notes[event], "warning")
 
     def _give_up(self, event: Failed, dispatcher: Dispatcher, progress: RunProgress) -> None:
         """Plan a changed source anew, or quarantine the unit and go on."""
@@ -302,10 +346,18 @@ class _Driver:
                 self.left.discard(unit.id)
                 self.left.add(fresh.id)
                 dispatcher.add(PlannedUnit(fresh, 0, "changed"))
-                progress.say(f"{unit.source} changed while it was read: encoding its new version")
+                message = f"{unit.source} changed while it was read: encoding its new version"
+                progress.say("unit_changed", message, source=unit.source)
                 return
         self.failed[unit.source] = message
-        progress.say(f"given up: {message}")
+        progress.say(
+            "unit_given_up",
+            f"given up: {message}",
+            "error",
+            unit=unit.id,
+            source=unit.source,
+            num_failed=len(self.failed),
+        )
         put_failure(self.output, unit, event.task.attempt, message)
 
     @property
@@ -318,19 +370,24 @@ class _Driver:
         if self.stop.reason:
             return
         for breach in self.qa_totals.breaches(at_work=True):
-            progress.say(f"stopping: {breach}")
+            progress.say("stopping", f"stopping: {breach}", "error", reason="failed_qa")
             self.stop.request("failed_qa")
         if self._has_too_many_rejects:
             rate = self.num_rejects / self.num_samples
             progress.say(
+                "stopping",
                 f"stopping: {rate:.1%} of {self.num_samples} samples were rejected, more than "
-                f"rejects.max_rate {self.config.rejects.max_rate:.1%}"
+                f"rejects.max_rate {self.config.rejects.max_rate:.1%}",
+                "error",
+                reason="too_many_rejects",
+                num_samples=self.num_samples,
+                num_rejects=self.num_rejects,
             )
             self.stop.request("too_many_rejects")
 
-    def write_manifest(self) -> Manifest | None:
+    def write_manifest(self, progress: RunProgress) -> Manifest | None:
         """Write the next manifest, if it would differ from the newest."""
-        listings = self._listings()
+        before, listings = self.state.manifest, self._listings()
         self.state, manifest = write_next(
             self.state,
             self.contract.fingerprint,
@@ -339,6 +396,15 @@ class _Driver:
             on_missing=self.config.source.on_missing,
             may_complete=not self._has_too_many_rejects and not self.qa_totals.breaches(),
         )
+        if manifest and manifest is not before:
+            progress.log(
+                "manifest_written",
+                f"manifest {manifest.number} names {manifest.num_rows} rows",
+                manifest=manifest.number,
+                complete=manifest.complete,
+                num_rows=manifest.num_rows,
+                num_rejects=manifest.num_rejects,
+            )
         return manifest
 
     def _listings(self) -> Iterator[Listing]:
