@@ -215,7 +215,7 @@ def test_a_run_exports_all_that_is_asked_for_and_logs_what_happens(
         asked = asked_by(expression)
         for name, labels in asked.metrics.items():
             assert name in exported, f"{where}: no {name}, but {sorted(exported)}"
-            assert labels | asked.labels <= exported[name] | {"stage", "reason"}, where
+            assert labels | asked.labels <= exported[name], where
     assert monitored.total("ray_latentcache_units_pending") == 1
     assert monitored.total("ray_latentcache_actors_lost_total") == 1
     assert 1 <= monitored.total("ray_latentcache_actors") <= 2

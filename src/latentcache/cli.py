@@ -97,9 +97,7 @@ def _progress() -> Progress:
     return Progress(console=console, transient=True, disable=not console.is_terminal)
 
 
-def _complain(
-    message: str, event: str = "note", level: Level = "warning", **fields: Any
-) -> None:
+def _complain(message: str, event: str = "note", level: Level = "warning", **fields: Any) -> None:
     """Say what is amiss on stderr; with --log-json, `event` names it and `fields` go with it."""
     from latentcache.log import one_line, write_json
 

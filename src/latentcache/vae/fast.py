@@ -67,7 +67,9 @@ def triton_version(device: torch.device) -> str | None:
     if device.type != "cuda":
         return None
     kernels = _working_kernels(device)
-    return kernels.triton.__version__ if isinstance(kernels, ModuleType) else f"unusable: {kernels}"
+    if isinstance(kernels, ModuleType):
+        return str(kernels.triton.__version__)
+    return f"unusable: {kernels}"
 
 
 @functools.cache
