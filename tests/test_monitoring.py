@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import threading
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,9 +23,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from corpus import Shard
 from runs import Cli, Configs, Result
 from servers import (
+    DEADLINE_S,
     Exchange,
     FaultyProxy,
-    Reply,
     S3Server,
     free_port,
     ray_cluster,
@@ -168,18 +169,19 @@ class Monitored:
 def monitored(servers_folder: Path) -> Iterator[Monitored]:
     folder, port = servers_folder / "m", free_port()
     folder.mkdir()
+    # A gauge is forgotten after two intervals, and the driver tells of it every two seconds.
     options = (
         f"--metrics-export-port={port}",
         "--dashboard-agent-listen-port=0",
-        '--system-config={"metrics_report_interval_ms": 1000}',
+        '--system-config={"metrics_report_interval_ms": 4000}',
     )
     with ray_cluster(folder, *options) as address:
         yield Monitored(Cli(RAY_ADDRESS=address), port)
 
 
-def deny(exchange: Exchange) -> None:
-    body = b"<Error><Code>AccessDenied</Code><Message>not you</Message></Error>"
-    exchange.send(Reply(403, [("Content-Type", "application/xml")], body))
+def kill_reader(exchange: Exchange) -> None:
+    os.kill(exchange.client_pid, signal.SIGKILL)
+    exchange.cut()
 
 
 def test_a_run_exports_all_that_is_asked_for_and_logs_what_happens(
@@ -189,21 +191,35 @@ def test_a_run_exports_all_that_is_asked_for_and_logs_what_happens(
     configs: Configs,
     corpus: list[Shard],
 ) -> None:
+    may_go_on = threading.Event()
+
+    def hold(exchange: Exchange) -> None:
+        assert may_go_on.wait(DEADLINE_S)
+        exchange.send(exchange.forward())
+
     output = moto.make_bucket("monitored")
     config = configs.write(
         "s3://photos", output, endpoint_url=proxy.endpoint_url, num_cpu_actors=2, unit_retries=1
     )
-    denied = proxy.on("GET", "photos/02.tar", deny, times=1_000_000)
-    first, again = proxy.gate("photos/04.tar"), proxy.gate("photos/04.tar")
+    crash = proxy.on("GET", "photos/05.tar", kill_reader, times=1_000_000)
+    held = proxy.on("GET", "photos/07.tar", hold, times=1_000_000)
     run = monitored.cli.start("run", config, "--json", "--log-json")
-    run.wait_until_it_is_at(first)
-    os.kill(first.client_pid, signal.SIGKILL)
-    run.wait_until_it_is_at(again)  # the same shard, in another actor's hands
-    num_left = len(corpus) - 2
+    try:
+        assert_all_is_exported(monitored, num_committed=len(corpus) - 2)
+    finally:
+        may_go_on.set()
+    assert held.num_fired > 0
+    assert 2 <= crash.num_fired <= 3
+    result = run.result()
+    assert result.code == 1
+    assert_log_tells(result, given_up="s3://photos/05.tar", num_lost=crash.num_fired)
 
-    # With all but two shards done, of which one is held and one cannot be read.
+
+def assert_all_is_exported(monitored: Monitored, num_committed: int) -> None:
+    """Hold the queries against a run that has one unit left, and has given one up."""
+
     def is_told() -> bool:
-        is_committed = monitored.total("ray_latentcache_units_committed_total") == num_left
+        is_committed = monitored.total("ray_latentcache_units_committed_total") == num_committed
         return is_committed and monitored.total("ray_latentcache_units_failed") == 1
 
     wait_until(is_told, "the units in the metrics")
@@ -217,17 +233,12 @@ def test_a_run_exports_all_that_is_asked_for_and_logs_what_happens(
             assert name in exported, f"{where}: no {name}, but {sorted(exported)}"
             assert labels | asked.labels <= exported[name], where
     assert monitored.total("ray_latentcache_units_pending") == 1
-    assert monitored.total("ray_latentcache_actors_lost_total") == 1
+    assert 2 <= monitored.total("ray_latentcache_actors_lost_total") <= 3
     assert 1 <= monitored.total("ray_latentcache_actors") <= 2
-    assert denied.num_fired > 0
-    again.open()
-    result = run.result()
-    assert result.code == 1
-    assert_log_tells(result, "s3://photos/02.tar")
 
 
-def assert_log_tells(result: Result, given_up: str) -> None:
-    """Hold the JSON log of a run that gave a unit up and lost an actor against its summary."""
+def assert_log_tells(result: Result, given_up: str, num_lost: int) -> None:
+    """Hold the JSON log of a run that gave a unit up and lost actors against its summary."""
     log = [json.loads(line) for line in result.stderr.splitlines()]
     for entry in log:
         assert datetime.fromisoformat(entry["time"]).utcoffset() == timedelta(0)
@@ -237,7 +248,7 @@ def assert_log_tells(result: Result, given_up: str) -> None:
     events = [entry["event"] for entry in log]
     assert (events[0], events[-2:]) == ("run_started", ["run_ended", "incomplete"])
     assert by_event["run_started"]["num_pending"] == result.json["num_units"]
-    assert by_event["actors_lost"]["num_lost"] == 1
+    assert by_event["actors_lost"]["num_lost"] == num_lost
     assert events.count("unit_given_up") == 1
     assert by_event["unit_given_up"]["source"] == given_up
     assert by_event["manifest_written"]["complete"] is False
