@@ -21,6 +21,7 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from corpus import Shard
+from latentcache.engine.prometheus import RunMetrics
 from runs import Cli, Configs, Result
 from servers import (
     DEADLINE_S,
@@ -256,3 +257,26 @@ def assert_log_tells(result: Result, given_up: str, num_lost: int) -> None:
     assert (ended["level"], ended["num_failed"]) == ("error", 1)
     same = ("status", "exit_code", "num_committed", "num_rows", "num_rejects", "manifest")
     assert {name: ended[name] for name in same} == {name: result.json[name] for name in same}
+
+
+def test_a_counter_tells_what_came_on_top_and_never_goes_back(monkeypatch: pytest.MonkeyPatch):
+    told: list[tuple[str, float, dict[str, str]]] = []
+
+    class Spy:
+        def __init__(self, name: str, description: str, labels: tuple[str, ...]) -> None:
+            self.name, self.labels = name, labels
+
+        def inc(self, value: float, labels: dict[str, str]) -> None:
+            assert labels.keys() == set(self.labels)
+            told.append((self.name, value, labels))
+
+        set = inc
+
+    monkeypatch.setattr("ray.util.metrics.Counter", Spy)
+    monkeypatch.setattr("ray.util.metrics.Gauge", Spy)
+    metrics = RunMetrics("photos")
+    for num_lost in (0, 2, 1, 2, 5):
+        metrics.update_actors(1, num_lost)
+    lost = [(value, labels) for name, value, labels in told if name.endswith("_lost_total")]
+    assert lost == [(2, {"dataset": "photos"}), (3, {"dataset": "photos"})]
+    assert sum(name == "latentcache_actors" for name, _, _ in told) == 5
