@@ -69,6 +69,9 @@ class Running:
     def wait_until_it_says(self, text: str) -> None:
         wait_until(lambda: text in _read(self._stderr), f"{text!r} on stderr")
 
+    def wait_until_it_prints(self, text: str) -> None:
+        wait_until(lambda: text in _read(self._stdout), f"{text!r} on stdout")
+
     def result(self) -> Result:
         with self._files:
             try:

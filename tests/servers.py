@@ -159,11 +159,12 @@ def rclone_server(folder: Path) -> Iterator[S3Server]:
 
 
 @contextmanager
-def ray_cluster(folder: Path) -> Iterator[str]:
+def ray_cluster(folder: Path, *options: str) -> Iterator[str]:
     """A one-node cluster, which claims to have a GPU; yields its address.
 
     Args:
         folder: for Ray's own files; short, because Unix sockets lie below it.
+        options: more, for `ray start`.
     """
     port = free_port()
     command = [
@@ -171,6 +172,7 @@ def ray_cluster(folder: Path) -> Iterator[str]:
         *("--node-ip-address=127.0.0.1", "--num-cpus=8", "--num-gpus=1"),
         *("--include-dashboard=false", "--object-store-memory=100000000"),
         *("--disable-usage-stats", f"--temp-dir={folder / 'ray'}"),
+        *options,
     ]
     log = folder / "ray.log"
     with _process(command, log) as process:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ import yaml
 
 import latentcache
 from latentcache import open_dataset, verify
+from latentcache.dataset.contract import establish_contract
 from latentcache.metrics import drift_db
-from makers import config_tree, flip_byte, png, tree_digest, write_tar
+from latentcache.storage import Store
+from makers import config_tree, flip_byte, make_contract, png, tree_digest, write_tar
 from runs import Cli, Result
 
 DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"
@@ -179,6 +182,16 @@ def test_with_json_an_error_is_an_object_too(cli: Cli, folder: Path):
     assert result.code == 2
 
 
+def test_in_a_json_log_an_error_is_an_object_too(cli: Cli, folder: Path):
+    result = cli("run", folder / "c.yaml", "--set", "vae.checkpoint=nowhere", "--log-json")
+    assert (result.code, result.stdout) == (2, "")
+    (line,) = result.stderr.splitlines()
+    error = json.loads(line)
+    assert error.keys() == {"time", "level", "event", "message", "exit_code"}
+    assert (error["level"], error["event"], error["exit_code"]) == ("error", "error", 2)
+    assert "nowhere" in error["message"]
+
+
 @pytest.mark.parametrize(
     "verb", ["status", "verify", "inspect", "bench-loader", "diff", "publish", "gc"]
 )
@@ -271,6 +284,24 @@ def test_status_is_that_of_the_dataset(demo: Demo):
     assert status["bottleneck"] == demo.first.json["bottleneck"]
     assert status["bottleneck"] in demo("status").stdout
     assert "4 of 4 known units committed" in demo("status").stdout, "by its config"
+
+
+def test_watching_what_is_complete_ends_at_once(demo: Demo):
+    watched = demo.cli.ok("status", demo.url, "--watch")
+    assert watched["rows_per_s"] is watched["left_s"] is None
+    del watched["window_s"], watched["rows_per_s"], watched["left_s"]
+    assert watched == demo.cli.ok("status", demo.url)
+    (line,) = demo("status", "--watch").stdout.splitlines()
+    assert line.startswith(f"4/4 units, {demo.first.json['num_rows']} rows, 3 rejects, 0 failed")
+
+
+def test_ctrl_c_ends_watching_in_peace(cli: Cli, tmp_path: Path):
+    establish_contract(Store(str(tmp_path)), make_contract(), {})
+    watching = cli.start("status", tmp_path, "--watch", "--every", "0.1")
+    watching.wait_until_it_prints("0/0 units, 0 rows, 0.0 rows/s")  # the second time, at least
+    watching.process.send_signal(signal.SIGINT)
+    result = watching.result()
+    assert (result.code, result.stderr) == (0, "")
 
 
 def test_inspect_shows_what_it_is(demo: Demo):

@@ -2,7 +2,7 @@
 
 Only typer is imported here at once, so that help and tab completion answer at once; each command
 imports what it needs. Results go to stdout, everything else to stderr; with `--json`, stdout gets
-exactly one JSON object.
+exactly one JSON object, or with `status --watch` one each time.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec
 
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from latentcache.engine.gc import Garbage
     from latentcache.engine.plan import Plan
     from latentcache.engine.run import RunSummary
+    from latentcache.engine.watch import Watched
+    from latentcache.log import Level
     from latentcache.quality.qa import Networks
     from latentcache.storage import StorageOptions
 
@@ -79,18 +81,19 @@ class _Stdout:
 
     def __init__(self) -> None:
         sys.stdout.flush()
-        self._file = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="backslashreplace")
+        self.file = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="backslashreplace")
         os.dup2(2, 1)
 
     def print(self, text: str) -> None:
         """Print a line; nobody reading is no error."""
         try:
-            print(text, file=self._file, flush=True)
+            print(text, file=self.file, flush=True)
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self._file.fileno())
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
 
 _stdout: _Stdout | None = None
+_log_json = False
 
 
 def _print(text: str) -> None:
@@ -111,8 +114,16 @@ def _progress() -> Progress:
     return Progress(console=console, transient=True, disable=not console.is_terminal)
 
 
-def _complain(line: str) -> None:
-    print(f"latentcache: {line}", file=sys.stderr, flush=True)
+def _complain(message: str, event: str = "note", level: Level = "warning", **fields: Any) -> None:
+    """Say what is amiss on stderr; with --log-json, `event` names it and `fields` go with it."""
+    from latentcache.log import one_line, write_json
+
+    if _log_json:
+        write_json(event, message, level, **fields)
+        return
+    lines = [one_line(line) for line in message.split("\n")]
+    text = "\n".join(["error: " + lines[0] if event == "error" else lines[0], *lines[1:]])
+    print(f"latentcache: {text}", file=sys.stderr, flush=True)
 
 
 def _command(function: Callable[P, int | None]) -> Callable[P, None]:
@@ -120,10 +131,11 @@ def _command(function: Callable[P, int | None]) -> Callable[P, None]:
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        global _stdout
+        global _stdout, _log_json
         from latentcache.errors import LatentCacheError
 
         _stdout = _Stdout()
+        _log_json = bool(kwargs.get("log_json"))
         as_json = bool(kwargs.get("json_"))
         try:
             code = function(*args, **kwargs) or 0
@@ -140,7 +152,7 @@ def _command(function: Callable[P, int | None]) -> Callable[P, None]:
 
 
 def _fail(message: str, code: int, as_json: bool) -> NoReturn:
-    _complain(f"error: {message}")
+    _complain(message, "error", "error", exit_code=code)
     if as_json:
         _print_json({"status": "error", "error": message, "exit_code": code})
     raise typer.Exit(code)
@@ -183,21 +195,29 @@ def run_command(
     retry_rejects: Annotated[
         bool, typer.Option("--retry-rejects", help="Encode units with rejects again.")
     ] = False,
+    log_json: Annotated[
+        bool, typer.Option("--log-json", help="Make each line on stderr one JSON object.")
+    ] = False,
     json_: Json = False,
 ) -> int:
     """Encode what is left to do. After anything, run it again: it takes up where it stopped."""
     from dataclasses import asdict
 
+    from latentcache.log import write_libraries_as_json
+
+    if log_json:
+        write_libraries_as_json()
     parsed = _load(config, set_)
     from latentcache.engine.run import run
 
-    summary = run(parsed, retry_rejects=retry_rejects)
-    for failure in summary.failed:
-        _complain(f"given up: {failure['message']}")
+    summary = run(parsed, retry_rejects=retry_rejects, log_json=log_json)
+    for failure in [] if log_json else summary.failed:  # whose log has had each at its time
+        _complain(f"given up: {failure['message']}", "unit_given_up")
     if summary.exit_code == 1:
-        _complain(f"{summary.status}; the same command goes on: {shlex.join(_argv())}")
+        again = shlex.join(_argv())
+        _complain(f"{summary.status}; the same command goes on: {again}", "incomplete")
     for breach in summary.breaches:
-        _complain(f"QA: {breach}")
+        _complain(f"QA: {breach}", "gate_breached", "error")
     report = None
     is_over = summary.status not in ("interrupted", "skipped")
     if parsed.qa and summary.num_qa_rows and summary.manifest and is_over:
@@ -205,7 +225,9 @@ def run_command(
     if summary.status == "too_many_rejects":
         _complain(
             "too many rejects: look at them with `latentcache inspect`, then mend the source or "
-            "raise rejects.max_rate"
+            "raise rejects.max_rate",
+            "too_many_rejects",
+            "error",
         )
     if json_:
         _print_json(asdict(summary) | {"report": report})
@@ -245,7 +267,7 @@ def _report_run(config: Config, summary: RunSummary) -> str:
             dataset, summary.breaches, gates_of(config), decoder=config.qa.decoder
         )
         for line in report.worst_rows if summary.breaches else ():
-            _complain(f"QA: {line}")
+            _complain(f"QA: {line}", "worst_row")
         if not is_there:
             write_report(report, dataset)
     return str(dataset.store.local_path(path) or dataset.store.url_of(path))
@@ -378,13 +400,28 @@ def _bytes(count: int) -> str:
 
 @app.command("status")
 @_command
-def status_command(target: Target, set_: Overrides = None, json_: Json = False) -> None:
+def status_command(
+    target: Target,
+    set_: Overrides = None,
+    watch_: Annotated[
+        bool,
+        typer.Option("--watch", help="Go on until it is complete and no run is at work."),
+    ] = False,
+    every_s: Annotated[
+        float, typer.Option("--every", min=0.1, metavar="SECONDS", help="With --watch: how often.")
+    ] = 10.0,
+    json_: Json = False,
+) -> None:
     """Say how far a dataset is, and who works on it."""
     from dataclasses import asdict
 
     from latentcache.engine.status import read_status
+    from latentcache.engine.watch import watch
 
     url, options = _locate(target, set_)
+    if watch_:
+        _show_each(watch(url, options, every_s), url, as_json=json_)
+        return
     status = read_status(url, options)
     if json_:
         _print_json(asdict(status))
@@ -567,6 +604,25 @@ def _print_garbage(found: Garbage) -> None:
         f"{did} {found.num_objects} objects, {_bytes(found.num_bytes)}; kept manifests: "
         f"{len(found.kept)}{hint}"
     )
+
+
+def _show_each(found: Iterator[Watched], url: str, *, as_json: bool) -> None:
+    """Show each: in place on a terminal, elsewhere a line each. An interrupt is how one ends it."""
+    from contextlib import suppress
+
+    from rich.console import Console
+    from rich.live import Live
+
+    assert _stdout
+    console = Console(file=_stdout.file)
+    with suppress(KeyboardInterrupt):
+        if as_json or not console.is_terminal:
+            for watched in found:
+                _print_json(watched.to_json()) if as_json else _print(watched.to_line())
+            return
+        with Live(console=console, auto_refresh=False) as live:
+            for watched in found:
+                live.update(watched.to_table(url), refresh=True)
 
 
 @app.command("verify")

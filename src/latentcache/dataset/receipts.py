@@ -271,9 +271,14 @@ def put_failure(store: Store, unit: Unit, attempt: str, message: str) -> None:
     store.put(f"{FAILURES}/{unit.id}-{attempt}.json", canonical_json(tree))
 
 
-def read_failures(store: Store) -> dict[str, str]:
-    """Read the failure hints: unit id to message."""
+def list_failures(store: Store) -> list[str]:
+    """List the paths of the failure hints."""
+    return [info.path for info in store.list(FAILURES)]
+
+
+def read_failures(store: Store, paths: Iterable[str] | None = None) -> dict[str, str]:
+    """Read failure hints, all of them if `paths` is None: unit id to message."""
     with ThreadPoolExecutor(_READ_THREADS) as pool:
-        hints = pool.map(store.read_bytes, [info.path for info in store.list(FAILURES)])
+        hints = pool.map(store.read_bytes, list_failures(store) if paths is None else paths)
         trees = [json.loads(hint) for hint in hints]
     return {tree["unit"]["id"]: tree["message"] for tree in trees}

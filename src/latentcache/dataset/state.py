@@ -46,9 +46,13 @@ class State:
     Of each unit it keeps a summary, and of a receipt everything until a manifest names it: then its
     segment has it. `live` holds, by source, the units that count in the newest manifest; `outside`,
     by unit, the receipts of the highest generation that are in no segment.
+
+    Args:
+        store: the output.
+        receipts: names of the receipts to take in, where they have been listed already.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, receipts: Iterable[str] | None = None) -> None:
         self.store = store
         self.manifest = newest_manifest(store)
         self.live: dict[str, tuple[UnitSummary, ...]] = {}
@@ -59,8 +63,8 @@ class State:
         self._weighed: _Weighed | None = None
         self._touched: set[str] = set()  # sources of the receipts that came since
         named = self._read_segments(self.manifest) if self.manifest else set()
-        names = (name for name in list_receipt_names(store) if name not in named)
-        for receipt in read_receipts(store, names):
+        listed = list_receipt_names(store) if receipts is None else receipts
+        for receipt in read_receipts(store, (name for name in listed if name not in named)):
             self.add(receipt)
 
     def _read_segments(self, manifest: Manifest) -> set[str]:

@@ -1,7 +1,7 @@
 """Ray: actors on GPUs or CPUs, and what their loss means.
 
-The only file that imports ray. Ray's own restarts and retries are off: the driver's loop, in
-`dispatcher.py`, does both.
+The only file that imports ray, but for its metrics in `prometheus.py`. Ray's own restarts and
+retries are off: the driver's loop, in `dispatcher.py`, does both.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from ray.exceptions import ActorDiedError, OutOfMemoryError, RayError, RayTaskEr
 from latentcache.dataset.receipts import Receipt
 from latentcache.engine.dispatcher import ActorLost
 from latentcache.engine.job import UNITS_PER_ACTOR, Job, UnitFailure, UnitTask
+from latentcache.engine.prometheus import ActorMetrics
 from latentcache.engine.sizing import NodeShape, cpus_per_actor
 from latentcache.engine.unit import UnitRunner
 from latentcache.engine.versions import Versions
@@ -67,6 +68,7 @@ class _EncoderActor:
         self._versions = versions
         self._job = job
         self._runner: UnitRunner | None = None
+        self._metrics = ActorMetrics(job.name)
 
     def setup(self) -> str | LatentCacheError:
         """Load the VAE; says which node this is, or why it cannot be used."""
@@ -96,8 +98,12 @@ class _EncoderActor:
 
     @ray.method(concurrency_group="control")  # type: ignore[untyped-decorator]
     def stats(self) -> dict[str, float]:
-        """Say how far things are."""
-        return self._runner.stats() if self._runner else {}
+        """Say how far things are, to Prometheus too."""
+        if self._runner is None:
+            return {}
+        stats = self._runner.stats()
+        self._metrics.update(stats, dict(self._runner.rejects))
+        return stats
 
 
 def _with_host(error: LatentCacheError) -> LatentCacheError:

@@ -30,7 +30,7 @@ class QaJob:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What every unit of a run has in common."""
+    """What every unit of a run has in common; `name` is the config's."""
 
     contract: Contract
     checkpoint: str
@@ -41,6 +41,7 @@ class Job:
     batch_size: int | None
     decode_threads: int
     qa: QaJob | None = None
+    name: str = ""
 
 
 def make_job(config: Config, contract: Contract, decode_threads: int) -> Job:
@@ -57,6 +58,7 @@ def make_job(config: Config, contract: Contract, decode_threads: int) -> Job:
         batch_size=None if batch_size == "auto" else batch_size,
         decode_threads=decode_threads,
         qa=_qa_job(config),
+        name=config.name,
     )
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import version
 
 from latentcache.config import Config
@@ -33,11 +34,13 @@ from latentcache.engine.job import make_job
 from latentcache.engine.lease import Lease, busy_runs, stand_aside
 from latentcache.engine.plan import Plan, PlannedUnit, by_source, make_plan, units_of
 from latentcache.engine.progress import RunProgress
+from latentcache.engine.prometheus import RunMetrics
 from latentcache.engine.stop import StopSignal, stop_on_signals
 from latentcache.engine.waiting import Patience
 from latentcache.engine.worker import settle_contract
 from latentcache.errors import AccessDenied, ContractMismatch, SourceError, StorageError
 from latentcache.images.source import SourceShard, list_again, list_source
+from latentcache.log import Level
 from latentcache.storage import Store, split_url, storage_options
 from latentcache.vae.weights import absolute_url
 
@@ -84,7 +87,12 @@ class RunSummary:
 
 
 def run(
-    config: Config, *, retry_rejects: bool = False, quiet: bool = False, plan: Plan | None = None
+    config: Config,
+    *,
+    retry_rejects: bool = False,
+    quiet: bool = False,
+    log_json: bool = False,
+    plan: Plan | None = None,
 ) -> RunSummary:
     """Encode what is left to do. Run it again after anything: it takes up where it stopped.
 
@@ -92,6 +100,7 @@ def run(
         config: the run.
         retry_rejects: encode units with rejects again.
         quiet: no progress on stderr.
+        log_json: what stderr is told are JSON objects, one each line.
         plan: from `make_plan`; None makes it.
 
     Raises:
@@ -104,17 +113,41 @@ def run(
         require_same(plan.output, plan.there, plan.contract)
     on_busy = config.compute.on_busy
     while plan.pending and on_busy != "join" and busy_runs(plan.output):
-        stand_aside(plan.output, on_busy, stop, RunProgress(0, quiet=quiet).say)
+        aside = RunProgress(0, quiet=quiet, log_json=log_json)
+        stand_aside(plan.output, on_busy, stop, partial(aside.say, "busy"))
         if stop.reason:
             driver = _Driver(config, plan, stop)
-            return driver.summary(plan.state.manifest, time.monotonic() - began)
+            summary = driver.summary(plan.state.manifest, time.monotonic() - began)
+            _log_end(aside, summary)
+            return summary
         plan = make_plan(config, retry_rejects=retry_rejects)
     driver = _Driver(config, plan, stop)
-    with RunProgress(len(plan.pending), quiet=quiet) as progress:
+    with RunProgress(len(plan.pending), quiet=quiet, log_json=log_json) as progress:
+        progress.log(
+            "run_started",
+            f"{len(plan.pending)} of {len(plan.units)} units to encode into {plan.output.url}",
+            dataset=config.name,
+            output=plan.output.url,
+            num_units=len(plan.units),
+            num_pending=len(plan.pending),
+        )
         if plan.pending:
             driver.encode(progress)
-        manifest = driver.write_manifest()
-    return driver.summary(manifest, time.monotonic() - began)
+        manifest = driver.write_manifest(progress)
+        summary = driver.summary(manifest, time.monotonic() - began)
+        _log_end(progress, summary)
+    return summary
+
+
+def _log_end(progress: RunProgress, summary: RunSummary) -> None:
+    fields = asdict(summary)
+    fields["num_failed"] = len(fields.pop("failed"))  # each has been said
+    level: Level = "error" if summary.exit_code else "info"
+    progress.log("run_ended", f"the run ended: {summary.status}", level, **fields)
+
+
+def _say_stopping(progress: RunProgress) -> None:
+    progress.say("stopping", _STOPPING, "warning", reason="interrupted")
 
 
 def gates_of(config: Config) -> Gates:
@@ -145,7 +178,7 @@ class _Driver:
         self.num_rejects = sum(unit.num_rejects for unit in done)
         self.qa_totals = QaTotals(gates_of(config), done)
         self.loads = Loads()
-        self._has_said_agreement = False
+        self._has_said: set[str] = set()
         self._manifest_at = (0, time.monotonic())
 
     def encode(self, progress: RunProgress) -> None:
@@ -158,17 +191,18 @@ class _Driver:
                 compute.num_gpus,
                 compute.num_cpu_actors,
                 threads,
-                Patience(compute.wait_for_gpus_s, progress.say, lease.renew),
+                Patience(compute.wait_for_gpus_s, partial(progress.say, "waiting"), lease.renew),
             ) as cluster,
             Committer(self.output) as committer,
         ):
             self._establish_contract(cluster, progress)
             if not self.output.is_conditional:
                 progress.say(
-                    f"{self.output.url} has no conditional writes: one run at a time, by lease"
+                    "no_conditional_writes",
+                    f"{self.output.url} has no conditional writes: one run at a time, by lease",
                 )
                 lease.require_alone()
-            with stop_on_signals(self.stop, GRACE_S, lambda: progress.say(_STOPPING)):
+            with stop_on_signals(self.stop, GRACE_S, partial(_say_stopping, progress)):
                 self._check(progress)
                 dispatcher = Dispatcher(
                     cluster,
@@ -179,6 +213,7 @@ class _Driver:
                     self._may_read,
                 )
                 dispatcher.qa_wanted = self._qa_wanted()
+                metrics = RunMetrics(self.config.name)
                 for event in dispatcher.run():
                     lease.num_committed = self.num_committed
                     lease.renew()
@@ -188,12 +223,19 @@ class _Driver:
                         self._give_up(event, dispatcher, progress)
                     else:
                         progress.polled(event.stats, event.num_lost)
+                        metrics.update_actors(len(event.stats), event.num_lost)
+                        self._tell(metrics)
                     for committed in committer.ended():
                         self._take(committed, progress)
                         dispatcher.qa_wanted = self._qa_wanted()
                 for committed in committer.drain():
                     self._take(committed, progress)
-            self.write_manifest()  # under the lease, on which some stores rely
+                self._tell(metrics)
+            self.write_manifest(progress)  # under the lease, on which some stores rely
+
+    def _tell(self, metrics: RunMetrics) -> None:
+        num_failed = len(self.failed)
+        metrics.update_units(self.num_committed, len(self.left) - num_failed, num_failed)
 
     def _qa_wanted(self) -> dict[str, int]:
         """Count the QA rows that each bucket is still short of."""
@@ -208,7 +250,9 @@ class _Driver:
         wanted = self.contract
         if not wanted.is_settled:
             if quantization := wanted.latents.quantization:
-                progress.say(f"calibrating int8 on {quantization.num_images} images")
+                num_images = quantization.num_images
+                message = f"calibrating int8 on {num_images} images"
+                progress.say("calibrating", message, num_images=num_images)
             job = make_job(self.config, self.contract, cluster.num_cpus_per_actor)
             self._adopt(cluster.ask(settle_contract, job, self.shards))
         provenance = {
@@ -268,7 +312,7 @@ class _Driver:
         self.num_samples += record.num_samples - (before.num_samples if before else 0)
         self.num_rejects += record.num_rejects - (before.num_rejects if before else 0)
         self.qa_totals.add(UnitSummary.of(record), before)
-        self._say_agreement(receipt, progress)
+        self._say_notes(receipt, progress)
         progress.unit_done(record.num_rows, record.num_rejects)
         self._check(progress)
         num_units, since = self._manifest_at
@@ -276,17 +320,26 @@ class _Driver:
             self.num_committed - num_units >= MANIFEST_EVERY_UNITS
             or time.monotonic() - since >= MANIFEST_EVERY_S
         ):
-            self.write_manifest()
+            self.write_manifest(progress)
             self._manifest_at = (self.num_committed, time.monotonic())
 
-    def _say_agreement(self, receipt: Receipt, progress: RunProgress) -> None:
+    def _say_notes(self, receipt: Receipt, progress: RunProgress) -> None:
+        """Say, once each, what receipts note of how they came to be."""
+        notes: dict[str, str] = {}
         agreement_db = (receipt.notes or {}).get("decoder_agreement_db")
-        if agreement_db is not None and not self._has_said_agreement:
-            self._has_said_agreement = True
-            progress.say(
+        if agreement_db is not None:
+            notes["other_decoder"] = (
                 "qa.decoder belongs to another encoder than vae.checkpoint; on the QA images the "
                 f"two agree to {agreement_db} dB, which is accepted"
             )
+        triton = (receipt.versions or {}).get("triton", "")
+        if triton.startswith("unusable"):
+            notes["no_fused_kernels"] = (
+                f"a worker encodes without fused kernels, which is slower: triton is {triton}"
+            )
+        for event in notes.keys() - self._has_said:
+            self._has_said.add(event)
+            progress.say(event, notes[event], "warning")
 
     def _give_up(self, event: Failed, dispatcher: Dispatcher, progress: RunProgress) -> None:
         """Plan a changed source anew, or quarantine the unit and go on."""
@@ -301,10 +354,18 @@ class _Driver:
                 message = str(error)
             else:
                 self._replan(unit, shards, dispatcher)
-                progress.say(f"{unit.source} changed while it was read: encoding its new version")
+                message = f"{unit.source} changed while it was read: encoding its new version"
+                progress.say("unit_changed", message, source=unit.source)
                 return
         self.failed[unit.title] = message
-        progress.say(f"given up: {message}")
+        progress.say(
+            "unit_given_up",
+            f"given up: {message}",
+            "error",
+            unit=unit.id,
+            source=unit.title,
+            num_failed=len(self.failed),
+        )
         put_failure(self.output, unit, event.task.attempt, message)
 
     def _replan(self, failed: Unit, shards: list[SourceShard], dispatcher: Dispatcher) -> None:
@@ -332,19 +393,24 @@ class _Driver:
         if self.stop.reason:
             return
         for breach in self.qa_totals.breaches(at_work=True):
-            progress.say(f"stopping: {breach}")
+            progress.say("stopping", f"stopping: {breach}", "error", reason="failed_qa")
             self.stop.request("failed_qa")
         if self._has_too_many_rejects:
             rate = self.num_rejects / self.num_samples
             progress.say(
+                "stopping",
                 f"stopping: {rate:.1%} of {self.num_samples} samples were rejected, more than "
-                f"rejects.max_rate {self.config.rejects.max_rate:.1%}"
+                f"rejects.max_rate {self.config.rejects.max_rate:.1%}",
+                "error",
+                reason="too_many_rejects",
+                num_samples=self.num_samples,
+                num_rejects=self.num_rejects,
             )
             self.stop.request("too_many_rejects")
 
-    def write_manifest(self) -> Manifest | None:
+    def write_manifest(self, progress: RunProgress) -> Manifest | None:
         """Write the next manifest, if it would differ from the newest."""
-        listings = self._listings()
+        before, listings = self.state.manifest, self._listings()
         self.state, manifest = write_next(
             self.state,
             self.contract.fingerprint,
@@ -353,6 +419,15 @@ class _Driver:
             on_missing=self.config.source.on_missing,
             may_complete=not self._has_too_many_rejects and not self.qa_totals.breaches(),
         )
+        if manifest and manifest is not before:
+            progress.log(
+                "manifest_written",
+                f"manifest {manifest.number} names {manifest.num_rows} rows",
+                manifest=manifest.number,
+                complete=manifest.complete,
+                num_rows=manifest.num_rows,
+                num_rejects=manifest.num_rejects,
+            )
         return manifest
 
     def _listings(self) -> Iterator[Listing]:

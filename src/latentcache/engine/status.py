@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from dataclasses import dataclass
 
 from latentcache.dataset.bottleneck import Loads
 from latentcache.dataset.contract import read_contract
-from latentcache.dataset.manifest import list_manifests
+from latentcache.dataset.manifest import Manifest, list_manifests, read_manifest
 from latentcache.dataset.publish import read_published
-from latentcache.dataset.receipts import UnitSummary, read_failures, read_receipts
+from latentcache.dataset.receipts import (
+    Receipt,
+    UnitSummary,
+    list_failures,
+    list_receipt_names,
+    read_failures,
+    read_receipts,
+)
 from latentcache.dataset.state import State
 from latentcache.engine.lease import RunInfo, active_runs
 from latentcache.errors import DatasetError
 from latentcache.storage import StorageOptions, Store
 
-# Receipts that are read to tell the bottleneck: the latest.
+# Receipts that tell the bottleneck: the latest.
 _NUM_RECEIPTS = 64
 
 
@@ -23,10 +31,10 @@ _NUM_RECEIPTS = 64
 class Status:
     """Totals over all committed units, named by a manifest or not.
 
-    `num_units` are the units that have left a trace, or those of a run at work if they are more;
-    `failed` maps the ids of units that were given up, and not committed since, to why.
-    `bottleneck` is the stage that held the latest units up, and what would help. `published` is the
-    number of the published manifest.
+    `num_units` are the units that have left a trace, or those committed and those that a run at
+    work has still to do, if they are more; `failed` maps the ids of units that were given up, and
+    not committed since, to why. `bottleneck` is the stage that held the latest units up, and what
+    would help. `published` is the number of the published manifest.
     """
 
     num_units: int
@@ -47,34 +55,109 @@ def read_status(url: str, options: StorageOptions) -> Status:
     Raises:
         DatasetError: nothing has been written there yet.
     """
-    store = Store(url, options)
-    if read_contract(store) is None:
-        raise DatasetError(f"{store.url} is not a latent dataset: it has no contract.json")
-    state = State(store)
-    # Units that a manifest has dropped are history; those outside it are not in it yet.
-    seen = {unit.unit_id for units in state.live.values() for unit in units} | state.outside.keys()
-    committed = [unit for unit_id in seen if (unit := state.current(unit_id))]
-    failed = {u: why for u, why in read_failures(store).items() if not state.current(u)}
-    runs = active_runs(store)
-    published = read_published(store)
-    return Status(
-        num_units=max(len(seen | failed.keys()), *(run.num_units for run in runs), 0),
-        num_committed=len(committed),
-        num_rows=sum(unit.num_rows for unit in committed),
-        num_rejects=sum(unit.num_rejects for unit in committed),
-        manifests=list_manifests(store),
-        complete=bool(state.manifest and state.manifest.complete),
-        failed=failed,
-        active_runs=runs,
-        bottleneck=_bottleneck(store, committed),
-        published=published.manifest if published else None,
-    )
+    return StatusReader(url, options).read()
 
 
-def _bottleneck(store: Store, committed: list[UnitSummary]) -> str | None:
-    # Segments are in the order of their writing; what is in none yet came last.
-    in_order = sorted(committed, key=lambda u: math.inf if u.segment is None else u.segment)
-    loads = Loads()
-    for receipt in read_receipts(store, [unit.name for unit in in_order[-_NUM_RECEIPTS:]]):
-        loads.add_receipt(receipt.stages)
-    return str(loads.bottleneck) if loads.bottleneck else None
+class StatusReader:
+    """Reads the status of an output, again and again; after the first time, only what is new.
+
+    Every time it lists receipts, failures, manifests and leases. Only a manifest that drops units,
+    or takes them back, has everything read anew.
+
+    Raises:
+        DatasetError: nothing has been written there yet.
+    """
+
+    def __init__(self, url: str, options: StorageOptions) -> None:
+        self._store = Store(url, options)
+        if read_contract(self._store) is None:
+            raise DatasetError(
+                f"{self._store.url} is not a latent dataset: it has no contract.json"
+            )
+        self._manifest: Manifest | None = None
+        self._names: set[str] = set()  # of the receipts that have been taken in
+        self._units: dict[str, UnitSummary] = {}  # that count, or will; void ones too
+        self._stages: deque[dict[str, dict[str, float]] | None] = deque(maxlen=_NUM_RECEIPTS)
+        self._failures: dict[str, str] = {}
+        self._failure_paths: set[str] = set()
+        self._expected: dict[str, int] = {}  # by run, as many units as it will leave
+        self._has_read = False
+
+    def read(self) -> Status:
+        """Read what is new, and say how far things are."""
+        manifests = list_manifests(self._store)
+        if not self._has_read or self._drops_units(manifests):
+            self._read_all()
+        else:
+            names = set(list_receipt_names(self._store)) - self._names
+            self._add(read_receipts(self._store, names))
+        self._read_failures()
+        return self._status(manifests)
+
+    def _drops_units(self, manifests: list[int]) -> bool:
+        """Take in the newest manifest; say whether units that counted may do so no more."""
+        known = self._manifest
+        if manifests and (known is None or known.number < manifests[-1]):
+            self._manifest = read_manifest(self._store, manifests[-1])
+        return (known.removed if known else ()) != (
+            self._manifest.removed if self._manifest else ()
+        )
+
+    def _read_all(self) -> None:
+        self._names = set(list_receipt_names(self._store))
+        state = State(self._store, self._names)
+        self._manifest, self._has_read = state.manifest, True
+        self._units = {unit.unit_id: unit for units in state.live.values() for unit in units}
+        self._units.update({r.record.unit.id: _summary(r) for r in state.outside.values()})
+        # Segments are in the order of their writing; what is in none yet came last.
+        rows = [unit for unit in self._units.values() if not unit.is_void]
+        rows.sort(key=lambda unit: math.inf if unit.segment is None else unit.segment)
+        latest = read_receipts(self._store, [unit.name for unit in rows[-_NUM_RECEIPTS:]])
+        self._stages.extend(receipt.stages for receipt in latest)
+
+    def _add(self, receipts: list[Receipt]) -> None:
+        for receipt in receipts:
+            unit = _summary(receipt)
+            self._names.add(unit.name)
+            before = self._units.get(unit.unit_id)
+            if before is None or unit.generation > before.generation:
+                self._units[unit.unit_id] = unit
+            self._stages.append(receipt.stages)
+
+    def _read_failures(self) -> None:
+        paths = set(list_failures(self._store)) - self._failure_paths
+        self._failures.update(read_failures(self._store, paths))
+        self._failure_paths |= paths
+
+    def _status(self, manifests: list[int]) -> Status:
+        committed = [unit for unit in self._units.values() if not unit.is_void]
+        # A unit that was committed and counts no more, for a manifest dropped it, has not failed.
+        done = {name.rpartition("-")[0] for name in self._names}
+        done -= {unit.unit_id for unit in self._units.values() if unit.is_void}
+        failed = {unit: why for unit, why in self._failures.items() if unit not in done}
+        runs = active_runs(self._store)
+        published = read_published(self._store)
+        for run in runs:
+            # A lease is up to a minute old: with later ones it comes nearer to the truth.
+            expected = len(committed) + run.num_units - run.num_committed
+            self._expected[run.run] = min(expected, self._expected.get(run.run, expected))
+        loads = Loads()
+        for stages in self._stages:
+            loads.add_receipt(stages)
+        known = len(self._units.keys() | failed.keys())
+        return Status(
+            num_units=max([known, *(self._expected[run.run] for run in runs)]),
+            num_committed=len(committed),
+            num_rows=sum(unit.num_rows for unit in committed),
+            num_rejects=sum(unit.num_rejects for unit in committed),
+            manifests=manifests,
+            complete=bool(self._manifest and self._manifest.complete),
+            failed=failed,
+            active_runs=runs,
+            bottleneck=str(loads.bottleneck) if loads.bottleneck else None,
+            published=published.manifest if published else None,
+        )
+
+
+def _summary(receipt: Receipt) -> UnitSummary:
+    return UnitSummary.of(receipt.record, is_void=receipt.state == "void")

@@ -119,8 +119,9 @@ class UnitRunner:
         self.finished = self.stage_times()
         self.active: list[_Attempt] = []
         self.num_rows = 0
-        self.num_rejects = 0
+        self.rejects: Counter[tuple[str, str]] = Counter()  # by stage and reason
         self.num_source_bytes = 0
+        self.num_output_bytes = 0
         self._ranks = itertools.count()
         self._versions = {
             "latentcache": version("latentcache"),
@@ -128,6 +129,8 @@ class UnitRunner:
             "pillow": version("pillow"),
             "simplejpeg": version("simplejpeg"),
         }
+        if triton := encoder.triton:
+            self._versions["triton"] = triton
 
     def run(self, task: UnitTask) -> Receipt | UnitFailure:
         """Encode one unit and upload its files.
@@ -143,6 +146,7 @@ class UnitRunner:
                 finally:
                     self.active.remove(attempt)
                     self.num_source_bytes += attempt.num_source_bytes
+                    self.num_output_bytes += attempt.num_output_bytes
                     for stage, times in attempt.times.items():
                         self.finished[stage].add(times.busy_s, times.wait_s)
         except SourceChanged as error:
@@ -174,14 +178,20 @@ class UnitRunner:
         }
 
     def stats(self) -> dict[str, float]:
-        """Give cumulative figures: rows, rejects, and those of each stage, `<stage>_busy_s` etc."""
-        stages = self.stage_times()
-        for found in [self.finished, *(attempt.times for attempt in list(self.active))]:
+        """Give cumulative figures: rows, rejects, bytes read from the source and written to the
+        output, and those of each stage, `<stage>_busy_s` etc.
+        """
+        stages, active = self.stage_times(), list(self.active)
+        for found in [self.finished, *(attempt.times for attempt in active)]:
             for stage, times in found.items():
                 stages[stage].add(times.busy_s, times.wait_s)
+        source_bytes = sum(attempt.num_source_bytes for attempt in active)
+        output_bytes = sum(attempt.num_output_bytes for attempt in active)
         return {
             "num_rows": self.num_rows,
-            "num_rejects": self.num_rejects,
+            "num_rejects": self.rejects.total(),
+            "num_source_bytes": self.num_source_bytes + source_bytes,
+            "num_output_bytes": self.num_output_bytes + output_bytes,
             **{
                 f"{stage}_{name}": value
                 for stage, times in stages.items()
@@ -230,6 +240,7 @@ class _Attempt:
         self.rejects: list[RejectRow] = []
         self.num_samples = 0
         self.num_source_bytes = 0
+        self.num_output_bytes = 0
         self.notes = {"encoded_again_in_fp32": 0}
         if self.contract.latents.quantization:
             self.notes["clamped_values"] = 0
@@ -414,7 +425,7 @@ class _Attempt:
         if self.num_thumbnails[row.reason] > _MAX_THUMBNAILS:
             row = replace(row, thumbnail=None)
         self.rejects.append(row)
-        self.runner.num_rejects += 1
+        self.runner.rejects[row.stage, row.reason] += 1
 
     def _examine(self, writers: list[BucketWriter]) -> QaFile | None:
         """Look at the chosen rows, as they lie in the closed files."""
@@ -450,11 +461,11 @@ class _Attempt:
         qa = self._examine(writers)
         with self.times["upload"].working():
             for local, file in files:
-                self.runner.output.put_file(local, file.path)
+                self._upload(local, file)
             if rejects:
-                self.runner.output.put_file(self.folder / f"{self.stem}.parquet", rejects.path)
+                self._upload(self.folder / f"{self.stem}.parquet", rejects)
             if qa:
-                self.runner.output.put_file(self.folder / "qa.parquet", qa.file.path)
+                self._upload(self.folder / "qa.parquet", qa.file)
         num_rows = sum(writer.num_rows for writer in writers)
         if num_rows + len(self.rejects) != self.num_samples:
             raise AssertionError(
@@ -474,6 +485,10 @@ class _Attempt:
         )
         elapsed_s = time.perf_counter() - self.began
         return self.runner.receipt(record, self.statistics, self.times, elapsed_s, self.notes)
+
+    def _upload(self, local: Path, file: DataFile) -> None:
+        self.runner.output.put_file(local, file.path)
+        self.num_output_bytes += file.size_bytes
 
 
 def _crop_bytes(bucket: Bucket) -> int:

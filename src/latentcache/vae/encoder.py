@@ -18,7 +18,7 @@ from torch import Tensor
 
 from latentcache.metrics import drift_db
 from latentcache.vae.batch_search import remembered_batch_size
-from latentcache.vae.fast import Encode, fastest_encode
+from latentcache.vae.fast import Encode, fastest_encode, triton_version
 from latentcache.vae.model import KLAutoencoder
 
 _Part = Callable[[], tuple[Tensor, float]]  # waits for moments and the device's seconds
@@ -99,6 +99,11 @@ class LatentEncoder:
         self._limits: dict[tuple[int, int], int] = {}
         self._choosing = threading.Lock()
         self._gpu = _Gpu(self._device) if self._device.type == "cuda" else None
+
+    @property
+    def triton(self) -> str | None:
+        """Which triton encodes here, if any; see `triton_version`."""
+        return triton_version(self._device)
 
     def num_threads(self, num_pixels: int) -> int:
         """How many threads should start batches at once, of images of so many pixels at most.

@@ -16,6 +16,7 @@ CPU do what lies between the convolutions. Four things move, and none of them ch
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import subprocess
 import sys
@@ -52,13 +53,28 @@ def fastest_encode(vae: KLAutoencoder, dtype: torch.dtype) -> Encode:
     """
     if vae.device.type != "cuda":
         return FastEncoder(vae, dtype, plain)
-    if kernels := _working_kernels(vae.device):
+    kernels = _working_kernels(vae.device)
+    if isinstance(kernels, ModuleType):
         return FastEncoder(vae, dtype, kernels)
     return copy.deepcopy(vae).to(dtype).encode
 
 
-def _working_kernels(device: torch.device) -> ModuleType | None:
-    """Load `kernels.py` and try it; None, said once on stderr, where triton cannot be used."""
+def triton_version(device: torch.device) -> str | None:
+    """Say which triton `fastest_encode` works with there: none on a CPU.
+
+    Where a GPU's cannot be used, that is `unusable: ` and why.
+    """
+    if device.type != "cuda":
+        return None
+    kernels = _working_kernels(device)
+    if isinstance(kernels, ModuleType):
+        return str(kernels.triton.__version__)
+    return f"unusable: {kernels}"
+
+
+@functools.cache
+def _working_kernels(device: torch.device) -> ModuleType | str:
+    """Load `kernels.py` and try it; where triton cannot be used, give the reason."""
     try:
         kernels = importlib.import_module("latentcache.vae.kernels")
         kernels.to_input(torch.zeros((1, 3, 8, 8), dtype=torch.uint8, device=device), torch.float16)
@@ -68,7 +84,7 @@ def _working_kernels(device: torch.device) -> ModuleType | None:
             f"encoding without fused kernels, which is slower: triton cannot be used ({reason})",
             file=sys.stderr,
         )
-        return None
+        return reason
     return kernels
 
 

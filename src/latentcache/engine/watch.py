@@ -1,0 +1,139 @@
+"""Following a dataset while it grows: its status now and then, with rates and the time left."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from latentcache.engine.status import Status, StatusReader
+from latentcache.log import one_line
+from latentcache.storage import StorageOptions
+
+# Rates are over what was watched, but over no more than this.
+_WINDOW_S = 600.0
+
+# Of very many units the receipts alone take long to list: reading gets a tenth of the time.
+_REST = 9.0
+
+
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """A status, and what has changed over the last `window_s`; None where that tells nothing."""
+
+    status: Status
+    window_s: float
+    rows_per_s: float | None
+    left_s: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Say all of it; the status' own fields are at the top."""
+        return {
+            **asdict(self.status),
+            "window_s": round(self.window_s, 3),
+            "rows_per_s": self.rows_per_s,
+            "left_s": self.left_s,
+        }
+
+    def to_line(self) -> str:
+        """Say it in one line."""
+        status = self.status
+        parts = [f"{status.num_committed}/{status.num_units} units", f"{status.num_rows} rows"]
+        if self.rows_per_s is not None:
+            parts.append(f"{self.rows_per_s:.1f} rows/s")
+        if self.left_s is not None:
+            parts.append(f"{self.left_s:.0f} s left")
+        parts += [f"{status.num_rejects} rejects", f"{len(status.failed)} failed"]
+        parts.append(f"{len(status.active_runs)} runs at work")
+        if status.bottleneck:
+            parts.append(status.bottleneck)
+        return one_line(", ".join(parts))
+
+    def to_table(self, url: str, most_failures: int = 5) -> Table:
+        """Say it in a few lines, for a terminal."""
+        status = self.status
+        table = Table.grid(padding=(0, 2))
+
+        def add(name: str, text: str) -> None:
+            table.add_row(Text(name, "bold"), Text(one_line(text)))
+
+        share = status.num_committed / max(1, status.num_units)
+        add("dataset", url)
+        add("units", f"{status.num_committed} of {status.num_units} ({share:.1%})")
+        rate = ""
+        if self.rows_per_s is not None:
+            rate = f", {self.rows_per_s:,.1f}/s over the last {_duration(self.window_s)}"
+        add("rows", f"{status.num_rows:,}{rate}")
+        add("time left", "not known" if self.left_s is None else _duration(self.left_s))
+        num_samples = max(1, status.num_rows + status.num_rejects)
+        add("rejects", f"{status.num_rejects:,} ({status.num_rejects / num_samples:.2%})")
+        newest = str(status.manifests[-1]) if status.manifests else "none yet"
+        add("manifest", newest + ("" if status.complete else ", not complete"))
+        add("bottleneck", status.bottleneck or "not known")
+        for run in status.active_runs:
+            add("run", f"{run.host}, pid {run.pid}, seen {run.age_s:.0f} s ago")
+        if not status.active_runs:
+            add("run", "none at work")
+        for number, message in enumerate(status.failed.values()):
+            if number == most_failures:
+                add("", f"and {len(status.failed) - most_failures} more")
+                break
+            add("failed", message)
+        return table
+
+
+def watch(
+    url: str,
+    options: StorageOptions,
+    every_s: float,
+    *,
+    clock: Callable[[], float] = time.monotonic,
+    wait: Callable[[float], None] = time.sleep,
+) -> Iterator[Watched]:
+    """Read the status now and then, until the dataset is complete and no run is at work.
+
+    Args:
+        url: the dataset.
+        options: how to reach it.
+        every_s: between two readings, at least; where reading takes long, nine times as long.
+        clock: tells seconds.
+        wait: lets seconds pass.
+
+    Raises:
+        DatasetError: nothing has been written there yet.
+    """
+    reader = StatusReader(url, options)
+    readings: deque[tuple[float, Status]] = deque()
+    while True:
+        began = clock()
+        status = reader.read()
+        now = clock()
+        while len(readings) > 1 and now - readings[0][0] > _WINDOW_S:
+            readings.popleft()
+        readings.append((now, status))
+        yield _watched(now, status, *readings[0])
+        if status.complete and not status.active_runs:
+            return
+        wait(max(every_s, _REST * (now - began)))
+
+
+def _watched(now: float, status: Status, then: float, before: Status) -> Watched:
+    window_s = now - then
+    if window_s <= 0:
+        return Watched(status, 0.0, None, None)
+    rows_per_s = (status.num_rows - before.num_rows) / window_s
+    num_done = status.num_committed - before.num_committed
+    left_s = None
+    if num_done > 0:
+        left_s = (status.num_units - status.num_committed) * window_s / num_done
+    return Watched(status, window_s, rows_per_s, left_s)
+
+
+def _duration(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))

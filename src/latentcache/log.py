@@ -1,0 +1,39 @@
+"""Lines on stderr: plain ones for people, or one JSON object each for a log collector."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+Level = Literal["info", "warning", "error"]
+
+
+def write_json(event: str, message: str, level: Level = "info", **fields: Any) -> None:
+    """Write one object, in ASCII: what `event` (a name that stays), `message` and `fields` say."""
+    time = datetime.now(UTC).isoformat(timespec="milliseconds")
+    tree = {"time": time, "level": level, "event": event, "message": message, **fields}
+    # In one call, so that lines of several threads do not mix.
+    sys.stderr.write(json.dumps(tree) + "\n")
+    sys.stderr.flush()
+
+
+def one_line(text: str) -> str:
+    """Make a text fit for one line of a terminal or a log, whatever a file was called."""
+    return "".join(
+        c if c.isprintable() else " " if c.isspace() else f"\\x{ord(c):02x}" for c in text
+    )
+
+
+def write_libraries_as_json() -> None:
+    """Let what libraries warn of, in this process, be objects too: event `library`."""
+    logging.basicConfig(handlers=[_JsonHandler()], level=logging.WARNING, force=True)
+    logging.captureWarnings(True)
+
+
+class _JsonHandler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        level: Level = "error" if record.levelno >= logging.ERROR else "warning"
+        write_json("library", record.getMessage(), level, logger=record.name)
