@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from types import FrameType
 
+from latentcache import __version__
 from latentcache.config import Config
 from latentcache.dataset.bottleneck import Loads
 from latentcache.dataset.contract import (
@@ -204,7 +205,9 @@ class _Driver:
         provenance = {
             "name": self.config.name,
             "checkpoint": absolute_url(self.config.vae.checkpoint),
-            "versions": {name: version(name) for name in ("latentcache", "torch", "pillow", "ray")},
+            # Of the package itself not what is installed: it may have come with a Ray job.
+            "versions": {"latentcache": __version__}
+            | {name: version(name) for name in ("torch", "pillow", "ray")},
         }
         try:
             data = establish_contract(self.output, self.contract, provenance)
