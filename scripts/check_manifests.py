@@ -1,9 +1,8 @@
 """Hold infra/kuberay/ against KubeRay's schemas: `python scripts/check_manifests.py SCHEMAS`.
 
-SCHEMAS is a folder of `…rayjobs.v1.json` and `…raycronjobs.v1.json`: the OpenAPI v3 schemas of the
-custom resources, as their definitions hold them. They are not part of this project. Fields that a
-schema does not know are errors, as they are for `kubectl create`. The plain kinds are checked by
-the tests.
+SCHEMAS is a folder of `…-rayjobs.v1.json` and `…-raycronjobs.v1.json`, the OpenAPI v3 schemas in the
+definitions of these resources, which are not part of this project. A field that a schema does not
+know is an error, as it is for `kubectl create`. The tests check the plain kinds.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 #
 #   apt-get install slurm-wlm munge && bash scripts/try_slurm.sh
 #
-# from the repository's root, with `latentcache` and `ray` on the PATH. Checks that a job's exit code
-# is the run's, that one out of time queues itself again and completes, and that nothing stays.
+# from the repository's root, with `latentcache` and `ray` on the PATH. Checks that a job's exit code is
+# the run's, that one out of time queues itself again and completes, and that nothing stays.
 set -euo pipefail
 
 [[ $EUID == 0 ]] || { echo "this starts Slurm's daemons and has to be root" >&2; exit 1; }
@@ -26,7 +26,9 @@ fail() {
   exit 1
 }
 
-free_port() { python3 -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'; }
+free_port() {
+  python3 -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'
+}
 mkdir -p "$folder"/{state,spool}
 chmod 755 "$folder"
 head -c 1024 /dev/urandom >"$folder/munge.key"
@@ -39,7 +41,8 @@ SlurmdPort=$(free_port)
 SlurmUser=root
 AuthType=auth/munge
 CredType=cred/munge
-AuthInfo=socket=$folder/munge.socket
+# A job that is queued again waits until the credential of its first start has expired.
+AuthInfo=socket=$folder/munge.socket,cred_expire=10
 StateSaveLocation=$folder/state
 SlurmdSpoolDir=$folder/spool
 SlurmctldPidFile=$folder/slurmctld.pid
