@@ -15,6 +15,7 @@ from dataclasses import asdict
 from typing import Any
 
 import latentcache
+from latentcache.errors import DatasetError
 
 
 def main(path: str) -> dict[str, Any]:
@@ -42,7 +43,7 @@ def published(url: str, options: latentcache.StorageOptions) -> int | None:
     """Give the number of the manifest that is published; None where none is yet."""
     try:
         return latentcache.open_dataset(url, "published", storage=options).manifest.number
-    except latentcache.LatentCacheError:
+    except DatasetError:
         return None
 
 
