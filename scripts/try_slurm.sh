@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs infra/slurm/latentcache.sbatch for real, on a Slurm of one node made for it: as root,
+# Runs infra/slurm/latentcache.sbatch for real, on a Slurm of two nodes on this machine: as root,
 #
 #   apt-get install slurm-wlm munge && bash scripts/try_slurm.sh
 #
@@ -11,7 +11,6 @@ set -euo pipefail
 script=$PWD/infra/slurm/latentcache.sbatch
 folder=$(mktemp -d /tmp/try-slurm.XXXXXX)
 export SLURM_CONF=$folder/slurm.conf LATENTCACHE_TMPDIR=$folder
-node=$(hostname -s)
 daemons=()
 finish() {
   scancel --user=root 2>/dev/null || true
@@ -29,24 +28,23 @@ fail() {
 free_port() {
   python3 -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'
 }
-mkdir -p "$folder"/{state,spool}
+mkdir -p "$folder"/{state,spool.try1,spool.try2}
 chmod 755 "$folder"
 head -c 1024 /dev/urandom >"$folder/munge.key"
 chmod 400 "$folder/munge.key"
 cat >"$SLURM_CONF" <<CONF
 ClusterName=try
-SlurmctldHost=$node(127.0.0.1)
+SlurmctldHost=$(hostname -s)(127.0.0.1)
 SlurmctldPort=$(free_port)
-SlurmdPort=$(free_port)
 SlurmUser=root
 AuthType=auth/munge
 CredType=cred/munge
 # A job that is queued again waits until the credential of its first start has expired.
 AuthInfo=socket=$folder/munge.socket,cred_expire=10
 StateSaveLocation=$folder/state
-SlurmdSpoolDir=$folder/spool
+SlurmdSpoolDir=$folder/spool.%n
 SlurmctldPidFile=$folder/slurmctld.pid
-SlurmdPidFile=$folder/slurmd.pid
+SlurmdPidFile=$folder/slurmd.%n.pid
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
@@ -54,7 +52,8 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 ReturnToService=2
 MinJobAge=3600
-NodeName=$node NodeAddr=127.0.0.1 CPUs=2
+NodeName=try1 NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 Port=$(free_port) CPUs=1
+NodeName=try2 NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 Port=$(free_port) CPUs=1
 PartitionName=all Nodes=ALL Default=YES State=UP
 CONF
 echo "CgroupPlugin=disabled" >"$folder/cgroup.conf"
@@ -64,11 +63,13 @@ munged --foreground --force --key-file="$folder/munge.key" --socket="$folder/mun
 daemons+=($!)
 slurmctld -D -f "$SLURM_CONF" >"$folder/slurmctld.log" 2>&1 &
 daemons+=($!)
-slurmd -D -f "$SLURM_CONF" >"$folder/slurmd.log" 2>&1 &
-daemons+=($!)
+for node in try1 try2; do
+  slurmd -D -N "$node" -f "$SLURM_CONF" >"$folder/slurmd.$node.log" 2>&1 &
+  daemons+=($!)
+done
 for ((tries = 60; ; tries--)); do
-  [[ $(sinfo --noheader --format=%T 2>/dev/null) == idle ]] && break
-  ((tries)) || fail "the node does not come up"
+  [[ $(sinfo --noheader --format='%T %D' 2>/dev/null) == "idle 2" ]] && break
+  ((tries)) || fail "the nodes do not come up"
   sleep 1
 done
 sinfo --version
@@ -82,7 +83,7 @@ until_is() {
   done
   fail "job $1 has $2=$(field "$1" "$2"), not $3"
 }
-submit() { (cd "$folder" && sbatch --parsable --cpus-per-task=2 "$script" "$@"); }
+submit() { (cd "$folder" && sbatch --parsable --nodes=2 "$script" "$@"); }
 
 cd "$folder"
 latentcache demo-data shards --shards 6 --samples 24 >/dev/null
@@ -93,7 +94,7 @@ transform: {resolution_px: 256, min_side_px: 64}
 vae: {checkpoint: demo}
 output: {url: latents}
 rejects: {max_rate: 0.5}
-compute: {num_gpus: 0, num_cpu_actors: 1}
+compute: {num_gpus: 0, num_cpu_actors: 2, decode_threads: 1}
 YAML
 
 echo "== a run out of time queues itself again, and completes"
