@@ -25,7 +25,7 @@ def main(path: str) -> dict[str, Any]:
 
     summary = latentcache.run(config, plan=plan)
     told = asdict(summary) | {"published": published(summary.output, options)}
-    # After a failure, or aside for another run, or without anything new, there is nothing to publish.
+    # After a failure, aside for another run, or without anything new, nothing is to be published.
     if summary.exit_code or summary.status != "complete" or summary.manifest == told["published"]:
         return told
 

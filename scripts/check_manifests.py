@@ -1,8 +1,8 @@
 """Hold infra/kuberay/ against KubeRay's schemas: `python scripts/check_manifests.py SCHEMAS`.
 
-SCHEMAS is a folder of `…-rayjobs.v1.json` and `…-raycronjobs.v1.json`, the OpenAPI v3 schemas in the
-definitions of these resources, which are not part of this project. A field that a schema does not
-know is an error, as it is for `kubectl create`. The tests check the plain kinds.
+SCHEMAS is a folder of `…-rayjobs.v1.json` and `…-raycronjobs.v1.json`, the OpenAPI v3 schemas of
+these resources, which are not part of this project. A field that a schema does not know is an
+error, as it is for `kubectl create`.
 """
 
 from __future__ import annotations
