@@ -108,9 +108,7 @@ def pack(folder: Path, config: Path) -> Path:
     working_dir.mkdir()
     shutil.copy(config, working_dir / "config.yaml")
     path = folder / "runtime-env.yaml"
-    path.write_text(
-        yaml.safe_dump({"working_dir": str(working_dir), "py_modules": [str(package)]})
-    )
+    path.write_text(yaml.safe_dump({"working_dir": str(working_dir), "py_modules": [str(package)]}))
     return path
 
 
