@@ -53,7 +53,9 @@ def wait_until(is_so: Callable[[], bool], what: str) -> None:
 
 
 @contextmanager
-def _process(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def _process(
+    command: list[str], log: Path, env: dict[str, str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
     """A server in a session of its own, so that all it starts ends with it."""
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -61,6 +63,7 @@ def _process(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
+            env=env,
             start_new_session=True,
         )
     try:
@@ -184,6 +187,57 @@ def ray_cluster(folder: Path, *options: str) -> Iterator[str]:
 
         wait_until(is_up, "Ray")
         yield f"127.0.0.1:{port}"
+
+
+@dataclass(frozen=True, slots=True)
+class JobServer:
+    """A cluster that takes jobs; `env` is what somebody needs who is to reach it."""
+
+    url: str
+    address: str
+    env: dict[str, str]
+
+
+@contextmanager
+def job_server(folder: Path, env: dict[str, str]) -> Iterator[JobServer]:
+    """A one-node cluster with a dashboard; all of its processes are gone when the context ends.
+
+    Args:
+        folder: for Ray's own files, and its home; short, because Unix sockets lie below it.
+        env: on top of this process's; `RAY_AUTH_MODE` and what goes with it.
+    """
+    port, dashboard_port = free_port(), free_port()
+    command = [
+        *(str(SCRIPTS / "ray"), "start", "--head", "--block", f"--port={port}"),
+        *("--node-ip-address=127.0.0.1", "--num-cpus=4", "--object-store-memory=100000000"),
+        *("--include-dashboard=true", f"--dashboard-port={dashboard_port}"),
+        *("--dashboard-host=127.0.0.1", "--dashboard-agent-listen-port=0"),
+        *("--disable-usage-stats", f"--temp-dir={folder / 'ray'}"),
+    ]
+    log = folder / "ray.log"
+    mark = f"JOB_SERVER={folder}"
+    # As on a cluster: `python` and `latentcache` are found, and nothing of who started it.
+    inherited = os.environ | {"PATH": f"{SCRIPTS}:{os.environ['PATH']}", "HOME": str(folder)}
+    with _process(command, log, inherited | env | dict([mark.split("=")])) as process:
+
+        def is_up() -> bool:
+            assert process.poll() is None, f"Ray ended: {log.read_text()}"
+            return "Ray runtime started" in log.read_text()
+
+        wait_until(is_up, "Ray")
+        _wait_for_port(dashboard_port, process, log)
+        yield JobServer(f"http://127.0.0.1:{dashboard_port}", f"127.0.0.1:{port}", env)
+    wait_until(lambda: not _processes_with(mark), "the cluster's processes to end")
+
+
+def _processes_with(variable: str) -> list[int]:
+    """Which processes have `NAME=value` in their environment."""
+    found = []
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):  # of somebody else, or gone by now
+            if variable.encode() in environ.read_bytes().split(b"\0"):
+                found.append(int(environ.parts[2]))
+    return found
 
 
 def _process_at(port: int, peer_port: int) -> int:

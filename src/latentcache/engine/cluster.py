@@ -15,7 +15,9 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 # A local cluster is for this process alone; tokens would only write files into the user's home.
-os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+# Whether one that is there asks for a token, its users are told and Ray finds out.
+if (os.environ.get("RAY_ADDRESS") or "local") == "local":
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 # Warns of a change to come in how actors without GPUs see them; ours ask for none or a whole one.
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_DEDUP_LOGS", "0")

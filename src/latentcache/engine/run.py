@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
 
+from latentcache import __version__
 from latentcache.config import Config
 from latentcache.dataset.bottleneck import Loads
 from latentcache.dataset.contract import (
@@ -258,7 +259,9 @@ class _Driver:
         provenance = {
             "name": self.config.name,
             "checkpoint": absolute_url(self.config.vae.checkpoint),
-            "versions": {name: version(name) for name in ("latentcache", "torch", "pillow", "ray")},
+            # Of the package itself not what is installed: it may have come with a Ray job.
+            "versions": {"latentcache": __version__}
+            | {name: version(name) for name in ("torch", "pillow", "ray")},
         }
         try:
             data = establish_contract(self.output, self.contract, provenance)

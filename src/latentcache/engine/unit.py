@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from latentcache import __version__
 from latentcache.dataset.contract import Contract
 from latentcache.dataset.qa import QaRow, write_qa
 from latentcache.dataset.quantization import is_finite, to_stored, to_values
@@ -124,7 +125,7 @@ class UnitRunner:
         self.num_output_bytes = 0
         self._ranks = itertools.count()
         self._versions = {
-            "latentcache": version("latentcache"),
+            "latentcache": __version__,
             "torch": torch.__version__,
             "pillow": version("pillow"),
             "simplejpeg": version("simplejpeg"),
