@@ -112,7 +112,7 @@ def collect_garbage(
     with ExitStack() as stack:
         lease = stack.enter_context(Lease(store, 0)) if delete else None
         if lease:
-            _require_alone(store, lease, now)
+            _require_alone(store, lease)
         collector = _Collector(store, contract, lease, progress)
         if not delete:
             return collector.summary(collector.plan(terms), None)
@@ -125,8 +125,8 @@ def collect_garbage(
     raise IncompleteRun(f"others write to {store.url} all the time: try again when no run is")
 
 
-def _require_alone(store: Store, lease: Lease, now: float) -> None:
-    for other in active_runs(store, now):
+def _require_alone(store: Store, lease: Lease) -> None:
+    for other in active_runs(store):
         if other.run != lease.run:
             raise IncompleteRun(
                 f"pid {other.pid} on {other.host} works on {store.url}, and renewed its lease "

@@ -99,7 +99,7 @@ class Lease:
         Raises:
             IncompleteRun: another run holds a lease under ten minutes old.
         """
-        for other in busy_runs(self._store):
+        for other in active_runs(self._store):
             if other.run != self.run:
                 lease = self._store.url_of(f"{RUNS}/{other.run}.json")
                 raise IncompleteRun(
@@ -107,23 +107,6 @@ class Lease:
                     f"another is at work, {other}: wait for it (`compute.on_busy: wait`), or "
                     f"delete {lease} if it died"
                 )
-
-
-def busy_runs(store: Store) -> list[RunInfo]:
-    """List the runs at work on an output, oldest first, by the store's clock.
-
-    Where nobody holds a lease, as almost always, this writes nothing. Else the clock is read off a
-    small object, written and deleted at once: no store tells its time in another way.
-    """
-    if not any(_is_lease(info.path) for info in store.list(RUNS)):
-        return []
-    path = f"{RUNS}/{secrets.token_hex(8)}.clock"
-    store.put(path, b"What time is it?")
-    try:
-        now = store.info(path).modified_at
-    finally:
-        store.delete(path)
-    return active_runs(store, now)
 
 
 def stand_aside(
@@ -146,25 +129,19 @@ def stand_aside(
         return
     reminder = Reminder(say)
     with stop_on_signals(stop, 0.0, lambda: say("stopping")):
-        while not stop.reason and (others := busy_runs(store)):
+        while not stop.reason and (others := active_runs(store)):
             reminder.remind(f"waiting for another run to end: {others[0]} (compute.on_busy)")
             look_again_at = time.monotonic() + _LOOK_EVERY_S
             while not stop.reason and time.monotonic() < look_again_at:
                 time.sleep(_HEED_EVERY_S)
 
 
-def active_runs(store: Store, now: float | None = None) -> list[RunInfo]:
-    """List the runs that hold a lease, oldest first, but for dead processes of this host.
-
-    Args:
-        store: the output.
-        now: seconds since 1970 by the store's clock; None takes this host's.
-    """
-    now = time.time() if now is None else now
+def active_runs(store: Store) -> list[RunInfo]:
+    """List the runs at work on an output, oldest first, but for dead processes of this host."""
+    leases = store.list(RUNS)
+    now = store.now() if leases else 0.0
     found = []
-    for info in store.list(RUNS):
-        if not _is_lease(info.path):
-            continue
+    for info in leases:
         try:
             tree: dict[str, Any] = json.loads(store.read_bytes(info.path))
         except ObjectNotFound:
@@ -175,10 +152,6 @@ def active_runs(store: Store, now: float | None = None) -> list[RunInfo]:
         if age_s < STALE_AFTER_S and not _died_here(run):
             found.append(run)
     return sorted(found, key=lambda run: run.run)
-
-
-def _is_lease(path: str) -> bool:
-    return path.endswith(".json")
 
 
 def _died_here(run: RunInfo) -> bool:

@@ -32,7 +32,7 @@ from latentcache.engine.cluster import Cluster
 from latentcache.engine.commit import Committed, Committer
 from latentcache.engine.dispatcher import Dispatcher, Failed, Finished, Retries
 from latentcache.engine.job import make_job
-from latentcache.engine.lease import Lease, busy_runs, stand_aside
+from latentcache.engine.lease import Lease, active_runs, stand_aside
 from latentcache.engine.plan import Plan, PlannedUnit, by_source, make_plan, units_of
 from latentcache.engine.progress import RunProgress
 from latentcache.engine.prometheus import RunMetrics
@@ -113,7 +113,7 @@ def run(
     if plan.there:
         require_same(plan.output, plan.there, plan.contract)
     on_busy = config.compute.on_busy
-    while plan.pending and on_busy != "join" and busy_runs(plan.output):
+    while plan.pending and on_busy != "join" and active_runs(plan.output):
         aside = RunProgress(0, quiet=quiet, log_json=log_json)
         stand_aside(plan.output, on_busy, stop, partial(aside.say, "busy"))
         if stop.reason:
