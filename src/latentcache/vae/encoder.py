@@ -29,8 +29,8 @@ PRECISION_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.
 MIN_DRIFT_DB = 55.0
 
 # Pixels that a CPU thread encodes at once with `batch_size: auto`: one image of 256 px. On two
-# cores with the demo VAE, two threads with an image each made 80 images/s, and torch's own two
-# threads 73 with one image, 77 with two, 60 with four and 47 with eight: larger batches leave the
+# cores with the demo VAE, two threads with an image each made 77 images/s, and torch's own two
+# threads 67 with one image, 73 with two, 60 with four and 48 with eight: larger batches leave the
 # cache (bench/results/encoder.json).
 _CPU_BATCH_PIXELS = 256 * 256
 
