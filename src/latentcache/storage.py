@@ -316,10 +316,11 @@ class Store:
                         infos.append(_local_info(prefix + entry.name, entry.stat()))
         return infos, folders
 
-    def iterate(self, folder: str) -> Iterator[ObjectInfo]:
+    def iterate(self, folder: str = "") -> Iterator[ObjectInfo]:
         """Give the objects below a folder, at any depth and in any order, as pages of them come.
 
-        S3 lists a thousand objects a request; elsewhere each folder takes one.
+        S3 lists a thousand objects a request; elsewhere each folder takes one. On a local disk,
+        links to files count as files, and links to folders are not followed.
         """
         if self._is_s3:
             yield from self._iterate_pages(folder)
@@ -334,12 +335,14 @@ class Store:
 
     def _iterate_pages(self, folder: str) -> Iterator[ObjectInfo]:
         bucket, key, _ = self._fs.split_path(self._full(folder))
-        request: dict[str, Any] = {"Bucket": bucket, "Prefix": f"{key}/", "MaxKeys": _PAGE}
+        prefix = f"{key}/" if key else ""
+        request: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix, "MaxKeys": _PAGE}
         while True:
             page = self._retry(folder, lambda: self._fs.call_s3("list_objects_v2", **request))
             for entry in page.get("Contents", ()):
                 if not entry["Key"].endswith("/"):  # what consoles put to show a folder
-                    path = f"{folder}/{entry['Key'].removeprefix(request['Prefix'])}"
+                    below = entry["Key"].removeprefix(prefix)
+                    path = f"{folder}/{below}" if folder else below
                     yield self._info_of(path, {**entry, "size": entry["Size"]})
             if not page.get("IsTruncated"):
                 return
@@ -357,43 +360,9 @@ class Store:
         told = reply["ResponseMetadata"]["HTTPHeaders"].get("date")
         return parsedate_to_datetime(told).timestamp() if told else time.time()
 
-    def walk(self, folder: str = "") -> list[ObjectInfo]:
-        """List the objects below a folder, at any depth, by path; none where there is none.
-
-        On a local disk, links to files count as files, and links to folders are not followed.
-        """
-        prefix = f"{folder}/" if folder else ""
-        try:
-            if self.is_local:
-                infos = self._retry(folder, lambda: list(self._walk_local(prefix)))
-            else:
-                entries = self._retry(folder, lambda: self._find(folder))
-                infos = [self._info_of(prefix + below, entry) for below, entry in entries]
-        except ObjectNotFound:
-            return []
-        return sorted(infos, key=lambda info: info.path)
-
-    def _walk_local(self, prefix: str) -> Iterator[ObjectInfo]:
-        with os.scandir(self._full(prefix)) as entries:
-            for entry in entries:
-                with suppress(FileNotFoundError):  # gone by now
-                    if entry.is_dir(follow_symlinks=False):
-                        yield from self._walk_local(f"{prefix}{entry.name}/")
-                    elif entry.is_file() and not entry.name.startswith(_TEMP_PREFIX):
-                        yield _local_info(prefix + entry.name, entry.stat())
-
-    def _find(self, folder: str) -> list[tuple[str, dict[str, Any]]]:
-        """Find what lies below a folder of a remote store: the path below it, and the details."""
-        root = self._full(folder)
-        base = self._fs._strip_protocol(root).rstrip("/") + "/"
-        refresh = {"refresh": True} if self._protocol == "hf" else {}
-        found = self._fs.find(root, detail=True, **refresh)
-        return [
-            (name.removeprefix(base), entry)
-            for name, entry in found.items()
-            # Some stores have empty objects that stand for folders.
-            if name.startswith(base) and entry["type"] == "file" and not name.endswith("/")
-        ]
+    def walk(self, folder: str = "") -> Sequence[ObjectInfo]:
+        """List the objects below a folder, at any depth, by path; none where there is none."""
+        return sorted(self.iterate(folder), key=lambda info: info.path)
 
     def put_file(self, local: Path, path: str) -> None:
         """Upload a closed local file, whole, under a path that nobody else writes."""
