@@ -74,8 +74,12 @@ class Actors(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A unit that was encoded and uploaded; `receipt` are the bytes that wait to be put."""
+    """A unit that was encoded and uploaded; `receipt` are the bytes that wait to be put.
 
+    They are of another attempt than `task`'s where another run had put them already.
+    """
+
+    task: UnitTask
     receipt: bytes
 
 
@@ -302,7 +306,7 @@ class Dispatcher:
             self._num_in_hand -= 1
             self._with_room.setdefault(worker)
             if isinstance(result, bytes):
-                yield Finished(result)
+                yield Finished(assignment.task, result)
             else:
                 yield from self._fail(assignment, result)
 
