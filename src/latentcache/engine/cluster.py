@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -30,6 +31,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
 
 import ray
+import torch
 from ray.exceptions import ActorDiedError, OutOfMemoryError, RayError, RayTaskError
 
 from latentcache.dataset.receipts import Receipt
@@ -79,6 +81,8 @@ class _EncoderActor:
             self._runner = load_runner(self._job, _device())
         except LatentCacheError as error:
             return _with_host(error)
+        except RuntimeError as error:  # what torch raises of a GPU that is broken or taken
+            return _with_host(ClusterError(f"cannot use its device: {_first_line(error)}"))
         node: str = ray.get_runtime_context().get_node_id()
         return node
 
@@ -86,7 +90,13 @@ class _EncoderActor:
     def run_unit(self, task: UnitTask) -> bytes | UnitFailure:
         """Run one unit; the receipt comes back as the bytes that will be put."""
         assert self._runner
-        result = self._runner.run(task)
+        try:
+            result = self._runner.run(task)
+        except torch.AcceleratorError:
+            # All that this process asks of its GPU will fail from now on, whatever the unit: end as
+            # a crash, which another process takes up.
+            traceback.print_exc()
+            os._exit(1)
         if isinstance(result, Receipt):
             return result.to_bytes()
         if result.fatal:

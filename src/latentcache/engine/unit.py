@@ -137,7 +137,8 @@ class UnitRunner:
     def run(self, task: UnitTask) -> Receipt | UnitFailure:
         """Encode one unit and upload its files; one that another run has committed by now is done.
 
-        This is the boundary at which anything that goes wrong becomes the failure of one unit.
+        This is the boundary at which anything that goes wrong becomes the failure of one unit; but
+        for the loss of the GPU, which no unit can be blamed for.
         """
         try:
             if committed := self._committed(task):
@@ -159,6 +160,8 @@ class UnitRunner:
             return UnitFailure(str(error), fatal=error)
         except LatentCacheError as error:
             return UnitFailure(str(error), denied=isinstance(error, AccessDenied))
+        except torch.AcceleratorError:
+            raise
         except Exception as error:  # noqa: BLE001  (the unit boundary)
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 full = DiskFull("no room left on the local disk (TMPDIR)")
