@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import sys
@@ -28,9 +29,17 @@ def one_line(text: str) -> str:
 
 
 def write_libraries_as_json() -> None:
-    """Let what libraries warn of, in this process, be objects too: event `library`."""
+    """Let what libraries warn of or print, in this process, be objects too: event `library`."""
+    sys.stdout = _JsonLines()  # where Ray prints what its raylets complain of
     logging.basicConfig(handlers=[_JsonHandler()], level=logging.WARNING, force=True)
     logging.captureWarnings(True)
+
+
+class _JsonLines(io.TextIOBase):
+    def write(self, text: str) -> int:
+        if text.strip():
+            write_json("library", one_line(text.strip()), "warning", logger="stdout")
+        return len(text)
 
 
 class _JsonHandler(logging.Handler):
