@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import threading
 from collections import defaultdict
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from servers import DEADLINE_S, Exchange
+from servers import DEADLINE_S, SCRIPTS, Exchange
 
 
 class Nodes:
@@ -29,6 +30,11 @@ class Nodes:
         (raylet,) = node.all_processes["raylet"]
         self.workers[raylet.process.pid] = node
         return int(raylet.process.pid)
+
+    def status(self) -> str:
+        """What `ray status` says, which is what an autoscaler sees."""
+        command = [str(SCRIPTS / "ray"), "status", f"--address={self.address}"]
+        return subprocess.run(command, capture_output=True, text=True).stdout
 
     def kill(self, raylet: int) -> None:
         """Kill all processes of a node."""

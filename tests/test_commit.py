@@ -49,7 +49,7 @@ def test_a_receipt_counts_when_it_lies_there(tmp_path: Path):
     wanted = receipts(3)
     with Committer(store) as committer:
         for receipt in wanted:
-            committer.put(receipt.to_bytes())
+            committer.put(receipt.to_bytes(), receipt.record.attempt)
         assert not list(committer.ended())
         assert not list_receipt_names(store)
         store.gate.set()
@@ -65,7 +65,7 @@ def test_the_loop_stands_still_while_a_store_takes_no_more(tmp_path: Path):
     num_ended = 0
     with Committer(store) as committer:
         for number, receipt in enumerate(receipts(40), 1):
-            committer.put(receipt.to_bytes())
+            committer.put(receipt.to_bytes(), receipt.record.attempt)
             num_ended += len(list(committer.ended()))
             assert num_ended >= number - 15
             assert store.gate.is_set() or num_ended == 0
@@ -78,10 +78,15 @@ def test_the_receipt_of_a_driver_that_was_first_is_taken(tmp_path: Path):
     (first,) = receipts(1)
     assert store.put_if_absent(first.path, first.to_bytes())
     with Committer(store) as committer:
-        committer.put(receipts(1)[0].to_bytes())
+        (second,) = receipts(1)
+        committer.put(second.to_bytes(), second.record.attempt)
         (committed,) = committer.drain()
+        # Another who met it before he began gives it back as it is.
+        committer.put(first.to_bytes(), second.record.attempt)
+        (met,) = committer.drain()
     assert not committed.is_ours
-    assert committed.receipt.record == first.record
+    assert not met.is_ours
+    assert committed.receipt.record == met.receipt.record == first.record
 
 
 def test_a_put_that_fails_is_told_and_the_others_are_done(tmp_path: Path):
@@ -90,7 +95,7 @@ def test_a_put_that_fails_is_told_and_the_others_are_done(tmp_path: Path):
     store.refused = wanted[2].path
     with Committer(store) as committer:
         for receipt in wanted:
-            committer.put(receipt.to_bytes())
+            committer.put(receipt.to_bytes(), receipt.record.attempt)
         store.gate.set()
         with pytest.raises(StorageError, match="cannot reach"):
             list(committer.drain())

@@ -33,7 +33,13 @@ from latentcache.engine.dispatcher import (
 from latentcache.engine.job import UNITS_PER_ACTOR, Job, UnitFailure
 from latentcache.engine.plan import PlannedUnit
 from latentcache.engine.stop import StopSignal
-from latentcache.errors import AccessDenied, ClusterError, DiskFull
+from latentcache.errors import (
+    AccessDenied,
+    ClusterError,
+    DiskFull,
+    LatentCacheError,
+    StorageError,
+)
 from latentcache.storage import StorageOptions, Store
 from makers import make_contract
 from simulated import Clock, SimulatedCluster, make_config
@@ -61,6 +67,7 @@ class Actors(SimulatedCluster):
         self.started: list[Any] = []
         self.killed: list[Any] = []
         self.num_dead_on_arrival = 0
+        self.setups: list[LatentCacheError | UnitFailure] = []  # what the first ones say
         self._in_hand: Counter[Any] = Counter()
         self._calls: dict[int, tuple[Any, str, Any]] = {}
 
@@ -83,6 +90,8 @@ class Actors(SimulatedCluster):
         if method == "setup" and self.num_dead_on_arrival:
             self.num_dead_on_arrival -= 1
             raise ActorLost("died at once", has_crashed=True)
+        if method == "setup" and self.setups:
+            return self.setups.pop(0)
         result = super().result(call, node)
         if method != "run_unit":
             return result
@@ -303,6 +312,35 @@ def test_actors_that_never_get_ready_are_given_up_with_pauses(clock: Clock):
     actors.num_dead_on_arrival = 30
     assert len(sources(list(dispatch(actors, 60)))) == 60
     assert len(actors.started) <= 60
+
+
+def test_a_store_that_a_new_actor_cannot_reach_is_asked_again_by_the_next(clock: Clock):
+    actors = Actors(1, clock, {})
+    actors.setups = [StorageError("on node n7: cannot reach s3://vae")] * 4
+    assert len(sources(list(dispatch(actors, 3)))) == 3
+    assert len(actors.started) == len(actors.killed) == 5
+
+    actors.setups = [StorageError("on node n7: cannot reach s3://vae")] * 5
+    with pytest.raises(ClusterError, match="get ready: on node n7: cannot reach s3://vae"):
+        list(dispatch(actors, 3))
+
+
+@pytest.mark.parametrize(
+    ("said", "raised"),
+    [
+        (AccessDenied("no credentials"), AccessDenied),
+        (ClusterError("another version"), ClusterError),
+        (UnitFailure("on node n7: no CUDA"), ClusterError),
+    ],
+)
+def test_what_no_other_actor_can_mend_ends_the_run_before_it_begins(
+    clock: Clock, said: LatentCacheError | UnitFailure, raised: type[LatentCacheError]
+):
+    actors = Actors(2, clock, {})
+    actors.setups = [said]
+    with pytest.raises(raised, match=said.message if isinstance(said, UnitFailure) else str(said)):
+        list(dispatch(actors, 3))
+    assert len(actors.started) == len(actors.killed) == 2
 
 
 def test_a_wish_to_stop_lets_units_in_hand_finish_until_its_deadline(clock: Clock):

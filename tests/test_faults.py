@@ -116,8 +116,8 @@ def test_two_drivers_at_once_commit_each_unit_once(
     runs = [cli.start("run", config, "--json") for _ in range(2)]
     results = [run.result() for run in runs]
     assert [result.code for result in results] == [0, 0], [result.stderr for result in results]
-    # Both have encoded everything, the empty shard apart, which nobody needs to read.
-    assert held.num_fired >= 2 * (len(corpus) - 1)
+    # All but the empty shard, which nobody needs to read; what one has begun, both may have.
+    assert held.num_fired >= len(corpus) - 1
     summaries = [result.json for result in results]
     assert sum(summary["num_committed"] for summary in summaries) == len(corpus)
     for summary in summaries:

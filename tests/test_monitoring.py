@@ -22,6 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from corpus import Shard
 from latentcache.engine.prometheus import RunMetrics
+from latentcache.log import _JsonLines
 from runs import Cli, Configs, Result
 from servers import (
     DEADLINE_S,
@@ -213,6 +214,8 @@ def test_a_run_exports_all_that_is_asked_for_and_logs_what_happens(
     assert 2 <= crash.num_fired <= 3
     result = run.result()
     assert result.code == 1
+    # Ray sends the last word of a driver that ends in order: no alert takes it for a dead one.
+    assert [value for _, value in monitored.scrape()["ray_latentcache_units_pending"]] == [0]
     assert_log_tells(result, given_up="s3://photos/05.tar", num_lost=crash.num_fired)
 
 
@@ -257,6 +260,14 @@ def assert_log_tells(result: Result, given_up: str, num_lost: int) -> None:
     assert (ended["level"], ended["num_failed"]) == ("error", 1)
     same = ("status", "exit_code", "num_committed", "num_rows", "num_rejects", "manifest")
     assert {name: ended[name] for name in same} == {name: result.json[name] for name in same}
+
+
+def test_what_libraries_print_is_an_object_in_the_log_too(capsys: pytest.CaptureFixture[str]):
+    print("\x1b[33m(raylet)\x1b[0m A worker died.\nTo troubleshoot, look", file=_JsonLines())
+    (line,) = capsys.readouterr().err.splitlines()
+    told = json.loads(line)
+    assert (told["event"], told["level"]) == ("library", "warning")
+    assert told["message"] == "\\x1b[33m(raylet)\\x1b[0m A worker died. To troubleshoot, look"
 
 
 def test_a_counter_tells_what_came_on_top_and_never_goes_back(monkeypatch: pytest.MonkeyPatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ from runs import (
     open_at,
     receipts_at,
 )
-from servers import FaultyProxy, S3Server
+from servers import FaultyProxy, S3Server, wait_until
 
 NUM_KILLS = 10
 ALWAYS = 1_000_000
@@ -181,8 +182,17 @@ def test_a_cluster_without_gpus_may_get_some(
     assert "Ray finds no GPU here and none to come in 1 s" in late.json["error"]
     assert "Ray has no GPU yet: waiting 1 s more" in late.stderr
 
-    run = nodes_cli.start("run", config, "--json", "--set", "compute.wait_for_gpus_s=100")
+    patient = ("run", config, "--json", "--set", "compute.wait_for_gpus_s=100")
+    stopped = nodes_cli.start(*patient)
+    stopped.wait_until_it_says("Ray has no GPU yet")
+    stopped.process.send_signal(signal.SIGTERM)
+    result = stopped.result()
+    assert (result.code, result.json["error"]) == (1, "interrupted")
+
+    run = nodes_cli.start(*patient)
     run.wait_until_it_says("Ray has no GPU yet")
+    # An autoscaler adds a node for what pends, and for nothing else.
+    wait_until(lambda: "'GPU': 1.0}: 1+ pending" in nodes.status(), "somebody to ask for a GPU")
     # It claims to have one, as a node with a CPU build of torch would.
     raylet = nodes.add(num_gpus=1)
     result = run.result()

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import diffusers
 import numpy as np
@@ -708,3 +708,26 @@ def test_another_contract_gives_other_units(tmp_path: Path, make: Make):
     assert ids[0] != ids[1]
     assert isinstance(contracts[0], Contract)
     assert replace(contracts[0], transform=contracts[1].transform) == contracts[1]
+
+
+def test_a_lost_gpu_ends_the_process_and_fails_no_unit(
+    tmp_path: Path, make: Make, loaded: KLAutoencoder, monkeypatch: pytest.MonkeyPatch
+):
+    """What a CUDA context says for ever after an illegal access, here without a GPU."""
+    from latentcache.engine.cluster import _EncoderActor
+
+    def end(code: int) -> NoReturn:
+        raise SystemExit(code)
+
+    def encode(*_: Any) -> NoReturn:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    shard(tmp_path, {"a.png": png(SIZE, SIZE, 1)})
+    spoilt = copy.copy(loaded)
+    spoilt.encode = encode  # type: ignore[method-assign]
+    monkeypatch.setattr("os._exit", end)
+    with make(spoilt) as bench:
+        actor = _EncoderActor.__new__(_EncoderActor)
+        actor._runner = bench.runner
+        with pytest.raises(SystemExit):
+            actor.run_unit(UnitTask(bench.units[0], 0, new_attempt()))

@@ -144,7 +144,7 @@ def _command(function: Callable[P, int | None]) -> Callable[P, None]:
         except OSError as error:  # of a local file that no store stands before
             where = f"{error.filename}: " if error.filename else ""
             _fail(f"{where}{error.strerror or error}", 1, as_json)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):  # the latter is what Ray makes of SIGTERM
             _fail("interrupted", 1, as_json)
         raise typer.Exit(code)
 

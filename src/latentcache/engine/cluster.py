@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import socket
 import time
+import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -30,6 +31,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
 
 import ray
+import torch
 from ray.exceptions import ActorDiedError, OutOfMemoryError, RayError, RayTaskError
 
 from latentcache.dataset.receipts import Receipt
@@ -55,9 +57,6 @@ _KEEP_ALIVE_EVERY_S = 1.0
 # A node that is taken away in good order ends its actors first, and only then says so.
 _NODE_MAY_LINGER_S = 2.0
 
-# Stands for as many nodes as one likes, where an autoscaler has no limit.
-_VERY_MANY = 10**6
-
 
 def _device() -> str:
     return "cuda" if ray.get_gpu_ids() else "cpu"
@@ -82,6 +81,8 @@ class _EncoderActor:
             self._runner = load_runner(self._job, _device())
         except LatentCacheError as error:
             return _with_host(error)
+        except RuntimeError as error:  # what torch raises of a GPU that is broken or taken
+            return _with_host(ClusterError(f"cannot use its device: {_first_line(error)}"))
         node: str = ray.get_runtime_context().get_node_id()
         return node
 
@@ -89,7 +90,13 @@ class _EncoderActor:
     def run_unit(self, task: UnitTask) -> bytes | UnitFailure:
         """Run one unit; the receipt comes back as the bytes that will be put."""
         assert self._runner
-        result = self._runner.run(task)
+        try:
+            result = self._runner.run(task)
+        except torch.AcceleratorError:
+            # All that this process asks of its GPU will fail from now on, whatever the unit: end as
+            # a crash, which another process takes up.
+            traceback.print_exc()
+            os._exit(1)
         if isinstance(result, Receipt):
             return result.to_bytes()
         if result.fatal:
@@ -176,8 +183,12 @@ class Cluster:
 
     def _wait_for_a_gpu(self) -> None:
         """Actors that ask for a GPU where none is or will be would pend without a word."""
+        if any(shape.num_gpus for shape in _shapes()):
+            return
         wait_s = self._patience.wait_for_gpus_s
         reminder, began = Reminder(self._patience.say), time.monotonic()
+        # An autoscaler adds a node for what pends, and for nothing else.
+        ref = ray.remote(_nothing).options(num_gpus=1, num_cpus=1).remote()
         while not any(shape.num_gpus for shape in _shapes()):
             left_s = began + wait_s - time.monotonic()
             if left_s <= 0:
@@ -191,6 +202,7 @@ class Cluster:
             )
             self._patience.keep_alive()
             time.sleep(min(left_s, _KEEP_ALIVE_EVERY_S))
+        ray.cancel(ref, force=True)
 
     def __enter__(self) -> Cluster:
         return self
@@ -346,23 +358,13 @@ def _has_crashed(error: RayError, node: str | None) -> bool:
 
 
 def _shapes() -> list[NodeShape]:
-    """What nodes Ray has, and which its autoscaler may add, as far as it says."""
-    # Not a public call, but the one that Ray Data plans with; None without an autoscaler.
-    config = ray._private.state.state.get_cluster_config()
-    groups = config.node_group_configs if config else ()
-    offered = [
-        _shape(group.resources, _VERY_MANY if group.max_count < 0 else group.max_count)
-        for group in groups
-    ]
-    known = {(shape.num_cpus, shape.num_gpus) for shape in offered}
-    present = [_shape(node["Resources"], 1) for node in ray.nodes() if node["Alive"]]
-    # A node of a group is one of those that the group may have.
-    return offered + [s for s in present if (s.num_cpus, s.num_gpus) not in known]
+    """What nodes Ray has; which its autoscaler may add, none but Anyscale's tells."""
+    found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [NodeShape(int(has.get("CPU", 0)), int(has.get("GPU", 0))) for has in found]
 
 
-def _shape(resources: Mapping[str, float], num_nodes: int) -> NodeShape:
-    num_cpus, num_gpus = (int(dict(resources).get(name, 0)) for name in ("CPU", "GPU"))
-    return NodeShape(num_cpus, num_gpus, num_nodes)
+def _nothing() -> None:
+    """A task whose only purpose is to be waited for by an autoscaler."""
 
 
 def _is_alive(node: str | None) -> bool:

@@ -45,10 +45,10 @@ class Committer:
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown()
 
-    def put(self, data: bytes) -> None:
-        """Begin to put the bytes of a receipt."""
+    def put(self, data: bytes, attempt: str) -> None:
+        """Begin to put the bytes of a receipt, which ours are if they are of that attempt."""
         self._num_under_way += 1
-        self._pool.submit(self._put, data).add_done_callback(self._ended.put)
+        self._pool.submit(self._put, data, attempt).add_done_callback(self._ended.put)
 
     def ended(self) -> Iterator[Committed]:
         """Give what has been put by now; waits while no further one could be begun.
@@ -69,10 +69,9 @@ class Committer:
         self._num_under_way -= 1
         return future.result()
 
-    def _put(self, data: bytes) -> Committed:
+    def _put(self, data: bytes, attempt: str) -> Committed:
         receipt = Receipt.from_bytes(data)
-        if self._store.put_if_absent(receipt.path, data):
-            return Committed(receipt, is_ours=True)
-        # Another driver committed this unit first, and its rows are as good.
-        (receipt,) = read_receipts(self._store, [receipt.record.name])
-        return Committed(receipt, is_ours=False)
+        if not self._store.put_if_absent(receipt.path, data):
+            # Another driver committed this unit first, and its rows are as good.
+            (receipt,) = read_receipts(self._store, [receipt.record.name])
+        return Committed(receipt, is_ours=receipt.record.attempt == attempt)

@@ -17,7 +17,13 @@ from latentcache.dataset.receipts import Unit, new_attempt
 from latentcache.engine.job import UNITS_PER_ACTOR, Job, UnitFailure, UnitTask
 from latentcache.engine.plan import PlannedUnit
 from latentcache.engine.stop import StopSignal
-from latentcache.errors import AccessDenied, ClusterError, LatentCacheError
+from latentcache.errors import (
+    AccessDenied,
+    ClusterError,
+    DiskFull,
+    LatentCacheError,
+    StorageError,
+)
 
 _POLL_S = 2.0
 
@@ -74,8 +80,12 @@ class Actors(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A unit that was encoded and uploaded; `receipt` are the bytes that wait to be put."""
+    """A unit that was encoded and uploaded; `receipt` are the bytes that wait to be put.
 
+    They are of another attempt than `task`'s where another run had put them already.
+    """
+
+    task: UnitTask
     receipt: bytes
 
 
@@ -290,21 +300,30 @@ class Dispatcher:
             if isinstance(result, dict):
                 worker.stats = result
         elif call == worker.setup:
-            if isinstance(result, LatentCacheError | UnitFailure):
-                raise (
-                    result if isinstance(result, LatentCacheError) else ClusterError(result.message)
-                )
-            worker.node = result
-            self._with_room[worker] = None
-            self._start_failures = 0
+            yield from self._begin(worker, result)
         else:
             assignment = worker.in_hand.pop(call)
             self._num_in_hand -= 1
             self._with_room.setdefault(worker)
             if isinstance(result, bytes):
-                yield Finished(result)
+                yield Finished(assignment.task, result)
             else:
                 yield from self._fail(assignment, result)
+
+    def _begin(
+        self, worker: _Worker, result: str | LatentCacheError | UnitFailure
+    ) -> Iterator[Event]:
+        """An actor is ready, or says why not; only a store may answer the next one better."""
+        if isinstance(result, StorageError) and not isinstance(result, AccessDenied | DiskFull):
+            yield from self._lose(worker, ActorLost(str(result), has_crashed=False))
+        elif isinstance(result, LatentCacheError):
+            raise result
+        elif isinstance(result, UnitFailure):
+            raise ClusterError(result.message)
+        else:
+            worker.node = result
+            self._with_room[worker] = None
+            self._start_failures = 0
 
     def _fail(
         self, assignment: _Assignment, failure: UnitFailure, *, crashed: bool = False
@@ -315,7 +334,8 @@ class Dispatcher:
         unit = assignment.unit
         if failure.denied and self._may_read(unit.unit):
             raise AccessDenied(
-                f"{failure.message}; the driver may, so give every node the same credentials"
+                f"{failure.message}; the driver may, so give every node the same credentials, and "
+                "the right time"
             )
         self._failures[unit.unit.id] += 1
         if failure.changed or self._failures[unit.unit.id] > self._retries.failures:

@@ -90,6 +90,10 @@ class Lease:
         }
         self._store.put(self._path, json.dumps(tree).encode())
 
+    def others(self) -> list[RunInfo]:
+        """List the other runs at work on the output, oldest first."""
+        return [run for run in active_runs(self._store) if run.run != self.run]
+
     def require_alone(self) -> None:
         """Refuse to work beside another driver, on a store that cannot tell who was first.
 
@@ -99,14 +103,13 @@ class Lease:
         Raises:
             IncompleteRun: another run holds a lease under ten minutes old.
         """
-        for other in active_runs(self._store):
-            if other.run != self.run:
-                lease = self._store.url_of(f"{RUNS}/{other.run}.json")
-                raise IncompleteRun(
-                    f"{self._store.url} has no conditional writes, so one run at a time, and "
-                    f"another is at work, {other}: wait for it (`compute.on_busy: wait`), or "
-                    f"delete {lease} if it died"
-                )
+        for other in self.others():
+            lease = self._store.url_of(f"{RUNS}/{other.run}.json")
+            raise IncompleteRun(
+                f"{self._store.url} has no conditional writes, so one run at a time, and "
+                f"another is at work, {other}: wait for it (`compute.on_busy: wait`), or "
+                f"delete {lease} if it died"
+            )
 
 
 def stand_aside(

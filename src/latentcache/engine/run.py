@@ -6,6 +6,7 @@ only the driver puts the receipt that makes them count.
 
 from __future__ import annotations
 
+import random
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -109,20 +110,21 @@ def run(
         LatentCacheError: nothing could be started, or no unit can succeed any more.
     """
     began, stop = time.monotonic(), StopSignal()
-    plan = plan or make_plan(config, retry_rejects=retry_rejects)
-    if plan.there:
-        require_same(plan.output, plan.there, plan.contract)
     on_busy = config.compute.on_busy
-    while plan.pending and on_busy != "join" and active_runs(plan.output):
+    while True:
+        plan = plan or make_plan(config, retry_rejects=retry_rejects)
+        if plan.there:
+            require_same(plan.output, plan.there, plan.contract)
+        driver = _Driver(config, plan, stop)
+        if not plan.pending or on_busy == "join" or not active_runs(plan.output):
+            break
         aside = RunProgress(0, quiet=quiet, log_json=log_json)
         stand_aside(plan.output, on_busy, stop, partial(aside.say, "busy"))
         if stop.reason:
-            driver = _Driver(config, plan, stop)
             summary = driver.summary(plan.state.manifest, time.monotonic() - began)
             _log_end(aside, summary)
             return summary
-        plan = make_plan(config, retry_rejects=retry_rejects)
-    driver = _Driver(config, plan, stop)
+        plan = None
     with RunProgress(len(plan.pending), quiet=quiet, log_json=log_json) as progress:
         progress.log(
             "run_started",
@@ -197,12 +199,7 @@ class _Driver:
             Committer(self.output) as committer,
         ):
             self._establish_contract(cluster, progress)
-            if not self.output.is_conditional:
-                progress.say(
-                    "no_conditional_writes",
-                    f"{self.output.url} has no conditional writes: one run at a time, by lease",
-                )
-                lease.require_alone()
+            self._join(lease, progress)
             with stop_on_signals(self.stop, GRACE_S, partial(_say_stopping, progress)):
                 self._check(progress)
                 dispatcher = Dispatcher(
@@ -219,7 +216,7 @@ class _Driver:
                     lease.num_committed = self.num_committed
                     lease.renew()
                     if isinstance(event, Finished):
-                        committer.put(event.receipt)
+                        committer.put(event.receipt, event.task.attempt)
                     elif isinstance(event, Failed):
                         self._give_up(event, dispatcher, progress)
                     else:
@@ -233,6 +230,19 @@ class _Driver:
                     self._take(committed, progress)
                 self._tell(metrics)
             self.write_manifest(progress)  # under the lease, on which some stores rely
+
+    def _join(self, lease: Lease, progress: RunProgress) -> None:
+        """Go another way than runs that are at work already; alone where that would be unsafe."""
+        if not self.output.is_conditional:
+            progress.say(
+                "no_conditional_writes",
+                f"{self.output.url} has no conditional writes: one run at a time, by lease",
+            )
+            lease.require_alone()
+        elif others := lease.others():
+            # What one has committed the other does not begin, so they share what is left.
+            self.pending = random.sample(self.pending, len(self.pending))
+            progress.say("joining", f"joining another run: {others[0]} (compute.on_busy)")
 
     def _tell(self, metrics: RunMetrics) -> None:
         num_failed = len(self.failed)
@@ -353,7 +363,7 @@ class _Driver:
         if event.changed and self.replans[unit.source] <= self.config.compute.unit_retries:
             try:
                 shards = list_again(unit.source, storage_options(self.config.source.storage))
-            except SourceError as error:
+            except (SourceError, StorageError) as error:
                 message = str(error)
             else:
                 self._replan(unit, shards, dispatcher)

@@ -13,16 +13,15 @@ _MAX_CPUS = 16
 
 @dataclass(frozen=True, slots=True)
 class NodeShape:
-    """What a node has, and how many nodes like it there are or may come."""
+    """What a node has."""
 
     num_cpus: int
     num_gpus: int
-    num_nodes: int = 1
 
     def num_places(self, num_cpus: int, *, with_gpu: bool) -> int:
-        """Count the actors that these nodes hold if each asks for so many CPUs, or a GPU too."""
+        """Count the actors that it holds if each asks for so many CPUs, or a GPU too."""
         on_cpus = self.num_cpus // num_cpus
-        return self.num_nodes * (min(on_cpus, self.num_gpus) if with_gpu else on_cpus)
+        return min(on_cpus, self.num_gpus) if with_gpu else on_cpus
 
 
 def cpus_per_actor(
@@ -35,7 +34,7 @@ def cpus_per_actor(
     with which as many actors have room as with one CPU each.
 
     Args:
-        shapes: of the nodes that there are, and of those that may come.
+        shapes: of the nodes that there are.
         num_actors: how many are wanted; fewer may have room by now.
         with_gpu: whether each has a GPU; then nodes without one do not count.
         decode_threads: what the config says; None leaves it to this function.

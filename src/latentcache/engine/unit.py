@@ -32,7 +32,7 @@ from latentcache import __version__
 from latentcache.dataset.contract import Contract
 from latentcache.dataset.qa import QaRow, write_qa
 from latentcache.dataset.quantization import is_finite, to_stored, to_values
-from latentcache.dataset.receipts import DataFile, QaFile, Receipt, UnitRecord
+from latentcache.dataset.receipts import DataFile, QaFile, Receipt, UnitRecord, read_receipts
 from latentcache.dataset.shards import (
     BucketWriter,
     RejectRow,
@@ -52,6 +52,7 @@ from latentcache.errors import (
     LatentCacheError,
     Reject,
     SourceChanged,
+    StorageError,
 )
 from latentcache.images.decode import Reserve, decode_image
 from latentcache.images.source import RejectedSample, Sample, read_shard
@@ -134,11 +135,14 @@ class UnitRunner:
             self._versions["triton"] = triton
 
     def run(self, task: UnitTask) -> Receipt | UnitFailure:
-        """Encode one unit and upload its files.
+        """Encode one unit and upload its files; one that another run has committed by now is done.
 
-        This is the boundary at which anything that goes wrong becomes the failure of one unit.
+        This is the boundary at which anything that goes wrong becomes the failure of one unit; but
+        for the loss of the GPU, which no unit can be blamed for.
         """
         try:
+            if committed := self._committed(task):
+                return committed
             with TemporaryDirectory(prefix="latentcache-") as folder:
                 attempt = _Attempt(self, task, next(self._ranks), Path(folder))
                 self.active.append(attempt)
@@ -156,12 +160,24 @@ class UnitRunner:
             return UnitFailure(str(error), fatal=error)
         except LatentCacheError as error:
             return UnitFailure(str(error), denied=isinstance(error, AccessDenied))
+        except torch.AcceleratorError:
+            raise
         except Exception as error:  # noqa: BLE001  (the unit boundary)
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 full = DiskFull("no room left on the local disk (TMPDIR)")
                 return UnitFailure(str(full), fatal=full)
             traceback.print_exc(file=sys.stderr)
             return UnitFailure(f"{task.unit.title}: {type(error).__name__}: {error}")
+
+    def _committed(self, task: UnitTask) -> Receipt | None:
+        """Give the receipt that lies there for a unit; a look that fails costs work, not rows."""
+        if task.max_samples is not None:
+            return None
+        try:
+            (receipt,) = read_receipts(self.output, [f"{task.unit.id}-{task.generation}"])
+        except StorageError:
+            return None
+        return receipt
 
     def stage_times(self) -> dict[str, StageTimes]:
         """Give new clocks for all stages, in the order in which a sample passes them.
