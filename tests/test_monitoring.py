@@ -6,6 +6,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import urllib.request
 from collections.abc import Iterator
@@ -22,7 +24,6 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from corpus import Shard
 from latentcache.engine.prometheus import RunMetrics
-from latentcache.log import _JsonLines
 from runs import Cli, Configs, Result
 from servers import (
     DEADLINE_S,
@@ -262,12 +263,22 @@ def assert_log_tells(result: Result, given_up: str, num_lost: int) -> None:
     assert {name: ended[name] for name in same} == {name: result.json[name] for name in same}
 
 
-def test_what_libraries_print_is_an_object_in_the_log_too(capsys: pytest.CaptureFixture[str]):
-    print("\x1b[33m(raylet)\x1b[0m A worker died.\nTo troubleshoot, look", file=_JsonLines())
-    (line,) = capsys.readouterr().err.splitlines()
-    told = json.loads(line)
-    assert (told["event"], told["level"]) == ("library", "warning")
-    assert told["message"] == "\\x1b[33m(raylet)\\x1b[0m A worker died. To troubleshoot, look"
+def test_what_libraries_print_or_log_is_an_object_in_the_log_too():
+    code = """if True:
+        import logging
+        from latentcache.log import write_libraries_as_json
+        write_libraries_as_json()
+        print("\\x1b[33m(raylet)\\x1b[0m A worker died.\\nTo troubleshoot, look")
+        logging.getLogger("other").error("it broke")
+    """
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not said.stdout
+    told = [json.loads(line) for line in said.stderr.splitlines()]
+    assert [(entry["event"], entry["level"], entry["message"]) for entry in told] == [
+        ("library", "info", "(raylet) A worker died."),
+        ("library", "info", "To troubleshoot, look"),
+        ("library", "error", "it broke"),
+    ]
 
 
 def test_a_counter_tells_what_came_on_top_and_never_goes_back(monkeypatch: pytest.MonkeyPatch):
