@@ -92,8 +92,9 @@ def test_nodes_are_killed_and_added_and_nothing_is_lost(
 
     assert num_kills == NUM_KILLS
     assert num_kills <= num_in_hand <= 2 * num_kills
-    # What was begun and not committed is what was in the hands of the killed.
-    assert turnstile.num_begun - len(shards) == num_in_hand
+    # What was begun in vain was in the hands of the killed, who may still hand something over: a
+    # worker outlives its raylet for a moment.
+    assert 0 < turnstile.num_begun - len(shards) <= num_in_hand
     assert_nothing_lost_or_doubled(moto, output, shards)
     committed = {receipt["record"]["attempt"] for receipt in receipts_at(moto, output)}
     files = [Path(key).name for key in moto.listing("fleet") if key.startswith("data/")]
