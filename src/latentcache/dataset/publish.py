@@ -67,9 +67,20 @@ def publish(
             f"{manifest.number}; --force goes back"
         )
     published = Published(manifest.number, datetime.now(UTC).isoformat(), manifest.contract)
-    store.put(PUBLISHED_PATH, json.dumps(asdict(published), indent=1).encode())
-    read_manifest(store, manifest.number)  # `gc` may have deleted it before it could see this
+    _put(store, published)
+    try:
+        read_manifest(store, manifest.number)
+    except DatasetError:  # `gc` deleted it before it could see this
+        if now:
+            _put(store, now)
+        else:
+            store.delete(PUBLISHED_PATH)
+        raise
     return published
+
+
+def _put(store: Store, published: Published) -> None:
+    store.put(PUBLISHED_PATH, json.dumps(asdict(published), indent=1).encode())
 
 
 def read_published(store: Store) -> Published | None:

@@ -15,7 +15,7 @@ from latentcache.dataset.contract import (
     contract_diff,
     read_contract,
 )
-from latentcache.dataset.receipts import Unit, read_failures
+from latentcache.dataset.receipts import Unit, failed_unit, list_failures, read_failures
 from latentcache.dataset.state import Listing, State, require_few
 from latentcache.errors import ConfigError, SourceError
 from latentcache.images.source import SourceShard, list_source
@@ -129,8 +129,16 @@ def make_plan(config: Config, *, retry_rejects: bool = False) -> Plan:
     if on_missing == "drop":
         require_few(missing, len(state.live))  # before anything is encoded, not at the end
     known = "another contract" if diff else "changed"
-    pending = list(_pending(shards, units, state, read_failures(output), retry_rejects, known))
+    failures = _read_failures(output, units, state)
+    pending = list(_pending(shards, units, state, failures, retry_rejects, known))
     return Plan(output, contract, there, diff, shards, units, pending, state, on_missing)
+
+
+def _read_failures(output: Store, units: Iterable[Unit], state: State) -> dict[str, str]:
+    """Read why units that are left failed before: of each its last hint, of one for every try."""
+    left = {unit.id for unit in units if not state.current(unit.id)}
+    last = {failed_unit(path): path for path in list_failures(output)} if left else {}
+    return read_failures(output, (path for unit, path in last.items() if unit in left))
 
 
 def _what_stays(error: SourceError, state: State) -> SourceError:

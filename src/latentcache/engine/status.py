@@ -125,9 +125,9 @@ class StatusReader:
             self._stages.append(receipt.stages)
 
     def _read_failures(self) -> None:
-        paths = set(list_failures(self._store)) - self._failure_paths
+        paths = [p for p in list_failures(self._store) if p not in self._failure_paths]
         self._failures.update(read_failures(self._store, paths))
-        self._failure_paths |= paths
+        self._failure_paths.update(paths)
 
     def _status(self, manifests: list[int]) -> Status:
         committed = [unit for unit in self._units.values() if not unit.is_void]
