@@ -56,7 +56,7 @@ NodeName=try1 NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 Port=$(free_port) C
 NodeName=try2 NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 Port=$(free_port) CPUs=1
 PartitionName=all Nodes=ALL Default=YES State=UP
 CONF
-echo "CgroupPlugin=disabled" >"$folder/cgroup.conf"
+echo "CgroupPlugin=cgroup/v1" >"$folder/cgroup.conf"
 
 munged --foreground --force --key-file="$folder/munge.key" --socket="$folder/munge.socket" \
   --pid-file="$folder/munge.pid" --log-file="$folder/munged.log" --seed-file="$folder/munge.seed" &

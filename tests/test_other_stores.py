@@ -53,11 +53,13 @@ class _Hub(AbstractFileSystem):
         below = [name for name in self.store if name.startswith(prefix)]
         if not below:
             raise FileNotFoundError(path)
-        return [self.entry(name) for name in below if "/" not in name.removeprefix(prefix)]
-
-    def find(self, path: str, detail: bool = False, **kwargs: Any) -> dict[str, Any]:
-        prefix = f"{self._full(path)}/"
-        return {name: self.entry(name) for name in self.store if name.startswith(prefix)}
+        heads = {name: name.removeprefix(prefix).partition("/")[0] for name in below}
+        files = [self.entry(name) for name in below if name == prefix + heads[name]]
+        folders = {prefix + head for name, head in heads.items() if name != prefix + head}
+        return [
+            *files,
+            *({"name": name, "size": 0, "type": "directory"} for name in sorted(folders)),
+        ]
 
     def info(self, path: str, **kwargs: Any) -> dict[str, Any]:
         if self._full(path) not in self.store:
@@ -88,11 +90,6 @@ class HuggingFace(_Hub):
         found = super().ls(path)
         self.listed |= {entry["name"]: entry for entry in found if refresh}
         return [self.listed.get(entry["name"], entry) for entry in found]
-
-    def find(self, path: str, detail: bool = False, refresh: bool = False, **kwargs: Any) -> Any:
-        found = super().find(path)
-        self.listed |= found if refresh else {}
-        return {name: self.listed.get(name, entry) for name, entry in found.items()}
 
     def info(
         self, path: str, refresh: bool = False, expand_info: bool = False, **kwargs: Any

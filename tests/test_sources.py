@@ -57,7 +57,9 @@ def parquet_bytes(files: Mapping[str, bytes], group_rows: int = 3) -> bytes:
     image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     schema = pa.schema([("image", image), ("txt", pa.string())])
     buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, schema), buffer, row_group_size=group_rows)
+    # Statistics would hold two images of each row group again, which of three rows is much.
+    options = {"row_group_size": group_rows, "write_statistics": False}
+    pq.write_table(pa.Table.from_pylist(rows, schema), buffer, **options)
     return buffer.getvalue()
 
 
@@ -80,8 +82,8 @@ def write_config(folder: Path, source: dict[str, Any], **sections: Any) -> Path:
     tree = config_tree(folder, **sections)
     tree["source"] = {"keep": ["txt"], **source}
     tree["transform"] = {"resolution_px": 64, "buckets": {"max_ratio": 1.7, "step_px": 16}}
-    # One thread, so that every run adds up in the same order.
-    tree["compute"] = {"num_gpus": 0, "decode_threads": 1}
+    # One thread and an image at a time, so that every run adds up in the same order.
+    tree["compute"] = {"num_gpus": 0, "decode_threads": 1, "batch_size": 1}
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path

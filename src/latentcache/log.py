@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import re
 import sys
 from datetime import UTC, datetime
 from typing import Any, Literal
 
 Level = Literal["info", "warning", "error"]
+
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def write_json(event: str, message: str, level: Level = "info", **fields: Any) -> None:
@@ -28,12 +32,23 @@ def one_line(text: str) -> str:
 
 
 def write_libraries_as_json() -> None:
-    """Let what libraries warn of, in this process, be objects too: event `library`."""
+    """Let what libraries warn of or print, in this process, be objects too: event `library`."""
     logging.basicConfig(handlers=[_JsonHandler()], level=logging.WARNING, force=True)
     logging.captureWarnings(True)
+    sys.stdout = _Prints()
 
 
 class _JsonHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         level: Level = "error" if record.levelno >= logging.ERROR else "warning"
         write_json("library", record.getMessage(), level, logger=record.name)
+
+
+class _Prints(io.TextIOBase):
+    """Stands for stdout, where Ray prints, in colours, what it has to say of lost workers."""
+
+    def write(self, text: str) -> int:
+        for line in _COLOURS.sub("", text).splitlines():
+            if line.strip():
+                write_json("library", line.strip())
+        return len(text)

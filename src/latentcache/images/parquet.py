@@ -39,7 +39,7 @@ _BUFFER_BYTES = 8 * 2**20
 _BATCH_BYTES = 8 * 2**20
 _BATCH_ROWS = 64
 
-_Damage = (pa.ArrowException, OSError)
+_Damage = (pa.ArrowException, OSError, UnicodeDecodeError)
 
 
 def is_parquet(url: str) -> bool:
