@@ -545,8 +545,8 @@ def gc_command(
         typer.Option(
             min=1,
             metavar="K",
-            help="Keep no more than the K newest complete manifests, the published one and young "
-            "ones; all are kept if left out.",
+            help="Keep no more than the K newest complete manifests, the published one, and those "
+            "that readers were given lately; all are kept if left out.",
             show_default=False,
         ),
     ] = None,

@@ -73,8 +73,6 @@ def publish(
     except DatasetError:  # `gc` deleted it before it could see this
         if now:
             _put(store, now)
-        else:
-            store.delete(PUBLISHED_PATH)
         raise
     return published
 

@@ -20,7 +20,13 @@ from latentcache.dataset.receipts import Unit
 from latentcache.errors import ConfigError, ObjectNotFound, SourceChanged, SourceError
 from latentcache.images.folder import is_slot, list_folder, list_slot, read_slot, slots_of
 from latentcache.images.parquet import is_parquet, read_parquet, split_file
-from latentcache.images.samples import RejectedSample, Sample, SourceShard, Wanted
+from latentcache.images.samples import (
+    RejectedSample,
+    Sample,
+    SourceShard,
+    Wanted,
+    key_and_field,
+)
 from latentcache.images.tar import read_tar
 from latentcache.storage import ObjectInfo, StorageOptions, Store, split_url, storage_options
 
@@ -63,7 +69,15 @@ def list_source(
     options = storage_options(source.storage)
     if source.folder is not None:
         url = Store(source.folder, options).url
-        return list_folder(url, slots_of(url, num_units, known), options)
+        slots = list_folder(url, slots_of(url, num_units, known), options)
+        files = (file for slot in slots for file in slot.files)
+        if not any(key_and_field(file.path)[1] in source.image for file in files):
+            # Captions that were left without their images would take the place of all rows.
+            raise SourceError(
+                f"{url} holds no image files, which source.image says end in "
+                f"{', '.join(source.image)}: check source.folder"
+            )
+        return slots
     assert source.shards is not None
     shards = list_shards(source.shards, options)
     if source.key and not any(is_parquet(shard.url) for shard in shards):
