@@ -346,7 +346,7 @@ class Store:
     def now(self) -> float:
         """Tell the time by the store's own clock, in seconds since 1970.
 
-        S3 and disks tell it; of other stores this host's clock has to do.
+        S3 tells it; of disks and other stores this host's clock has to do.
         """
         if not self._is_s3:
             return time.time()

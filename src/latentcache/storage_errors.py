@@ -24,6 +24,13 @@ _TRANSPORTS = {
     "httpx", "httpx2", "huggingface_hub", "requests", "s3fs", "urllib3",
 }  # fmt: skip
 
+# What clients other than S3's raise for want of credentials, or of rights; gcsfs words it alone.
+_DENIED = {
+    "ClientAuthenticationError", "DefaultCredentialsError", "GatedRepoError",
+    "LocalTokenNotFoundError", "RefreshError",
+}  # fmt: skip
+_SAYS_DENIED = "Forbidden: "
+
 
 @contextmanager
 def named_local(path: Path) -> Iterator[None]:
@@ -64,7 +71,8 @@ def translate(error: BaseException, url: str, endpoint_url: str | None) -> Stora
         return AccessDenied(f"cannot open {url}: {first_line(error)}")
     if "RequestTimeTooSkewed" in str(error.__cause__):
         return AccessDenied(f"{url} refuses the time of this machine: set its clock")
-    if isinstance(error, PermissionError):
+    is_denied = kind in _DENIED or str(error).startswith(_SAYS_DENIED)
+    if is_denied or isinstance(error, PermissionError):
         return AccessDenied(f"access to {url} denied: {first_line(error)}; check the credentials")
     if kind in ("ParamValidationError", "HFValidationError", "RepositoryNotFoundError"):
         return _Final(f"{url}: {first_line(error)}")
