@@ -31,9 +31,11 @@ from latentcache.dataset.receipts import (
     Receipt,
     Unit,
     UnitRecord,
+    list_failures,
     list_receipt_names,
     new_attempt,
     put_failure,
+    read_failures,
 )
 from latentcache.dataset.segments import put_segment
 from latentcache.dataset.state import State, write_next
@@ -423,7 +425,8 @@ def test_parts_wait_for_one_at_which_runs_still_fail(world: World) -> None:
     assert (world.gc().num_objects, world.gc().voided) == (0, [])
     world.age()  # nobody has tried it for a week
     found = world.gc()
-    assert (kinds(found), found.voided) == ({"units": 3}, [f"{parts[0].id}-1"])
+    assert (kinds(found), found.voided) == ({"units": 3, "failures": 1}, [f"{parts[0].id}-1"])
+    assert read_failures(world.store, list_failures(world.store)) == {}
 
 
 def test_what_is_young_stays(world: World) -> None:

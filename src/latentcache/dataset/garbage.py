@@ -35,6 +35,7 @@ KINDS = {
     "orphans": "files of attempts that never ended",
     "manifests": "manifests that are not kept, and their reports",
     "segments": "segments that no kept manifest names",
+    "failures": "hints about units that failed a while ago",
     "temporary": "half-written files of writers that died",
 }
 
@@ -134,6 +135,7 @@ def plan_garbage(store: Store, keep: Keep, tick: Tick = lambda: None) -> Garbage
     _find_files(store, plan, known, keep, tick)
     _find_manifests(store, plan)
     _find_segments(store, plan, manifests, keep)
+    plan.found["failures"] = [i for i in store.iterate(FAILURES) if keep.is_old(i.modified_at)]
     plan.found["temporary"] = [i for i in store.temp_files() if keep.is_old(i.modified_at)]
     try:
         plan.uploads = [u for u in store.list_uploads() if keep.is_old(u.started_at)]

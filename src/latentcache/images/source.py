@@ -25,6 +25,8 @@ from latentcache.images.samples import (
     Sample,
     SourceShard,
     Wanted,
+    escaped,
+    is_utf8,
     key_and_field,
 )
 from latentcache.images.tar import read_tar
@@ -200,7 +202,10 @@ def _refuse_twice(urls: Sequence[str]) -> None:
 
 
 def _shard(store: Store, info: ObjectInfo) -> SourceShard:
-    return SourceShard(store.url_of(info.path), info.size_bytes, info.version)
+    url = store.url_of(info.path)
+    if not is_utf8(url):  # no unit could be named by it
+        raise SourceError(f"{escaped(url)} has a name that is not UTF-8: rename it")
+    return SourceShard(url, info.size_bytes, info.version)
 
 
 def _shards_of(file: SourceShard) -> list[SourceShard]:
