@@ -119,7 +119,8 @@ def make_plan(config: Config, *, retry_rejects: bool = False) -> Plan:
         contract = contract.settled_as(there)
     state = State(output)
     try:
-        shards = list_source(config.source, config.source.num_units, state.sources)
+        known = state.sources | state.live.keys()  # which may all be marked to be encoded again
+        shards = list_source(config.source, config.source.num_units, known)
     except SourceError as error:
         raise _what_stays(error, state) from error
     units = units_of(shards, contract)
@@ -128,9 +129,9 @@ def make_plan(config: Config, *, retry_rejects: bool = False) -> Plan:
     missing = state.live.keys() - {unit.source for unit in units}
     if on_missing == "drop":
         require_few(missing, len(state.live))  # before anything is encoded, not at the end
-    known = "another contract" if diff else "changed"
+    why = "another contract" if diff else "changed"
     failures = _read_failures(output, units, state)
-    pending = list(_pending(shards, units, state, failures, retry_rejects, known))
+    pending = list(_pending(shards, units, state, failures, retry_rejects, why))
     return Plan(output, contract, there, diff, shards, units, pending, state, on_missing)
 
 
