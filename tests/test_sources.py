@@ -20,6 +20,7 @@ from corpus import jpeg
 from latentcache import Dataset, open_dataset
 from latentcache.config import EvalConfig
 from latentcache.engine import run as run_module
+from latentcache.errors import ConfigError
 from latentcache.images import parquet as parquet_module
 from latentcache.quality.evaluate import evaluate, plan_evaluation
 from latentcache.storage import StorageOptions
@@ -265,6 +266,17 @@ def test_a_folder_that_is_damaged_throughout_is_not_cut_anew(
     del tree["source"]["num_units"]
     again = latentcache.run(latentcache.parse_config(tree), quiet=True)
     assert (again.num_units, again.num_committed, again.num_rows) == (1, 1, 3)
+
+
+@pytest.mark.parametrize("output", ["", "/", "/latents", "/deep/latents"])
+def test_a_folder_that_holds_the_output_is_refused(tmp_path: Path, output: str):
+    write_source(tmp_path / "src", "folder", draw_files(1))
+    tree = config_tree(tmp_path, output={"url": f"{tmp_path}/src{output}"})
+    tree["source"] = {"folder": f"{tmp_path}/src/"}
+    with pytest.raises(ConfigError, match=r"output\.url, .*, lies in source\.folder"):
+        latentcache.make_plan(latentcache.parse_config(tree))
+    tree["output"] = {"url": f"{tmp_path}/src-latents"}
+    assert len(latentcache.make_plan(latentcache.parse_config(tree)).pending) == 1
 
 
 # The command line with Parquet files cut into parts of a few row groups each.

@@ -106,13 +106,14 @@ def make_plan(config: Config, *, retry_rejects: bool = False) -> Plan:
 
     Raises:
         ConfigError: the checkpoint or the source cannot be used, or a folder is to be cut another
-            way than it was.
+            way than it was, or holds the output.
         SourceError: a named shard is missing, a glob matches nothing, or more sources are gone than
             `on_missing: drop` believes.
         StorageError: a store cannot be reached.
         DatasetError: what lies at the output is damaged.
     """
     output = Store(config.output.url, storage_options(config.output.storage))
+    _require_apart(config, output)
     contract = wanted_contract(config)
     there = read_contract(output)
     if there:
@@ -133,6 +134,18 @@ def make_plan(config: Config, *, retry_rejects: bool = False) -> Plan:
     failures = _read_failures(output, units, state)
     pending = list(_pending(shards, units, state, failures, retry_rejects, why))
     return Plan(output, contract, there, diff, shards, units, pending, state, on_missing)
+
+
+def _require_apart(config: Config, output: Store) -> None:
+    """Refuse a folder that holds the output: each run would find the files of the one before."""
+    if config.source.folder is None:
+        return
+    folder = Store(config.source.folder, storage_options(config.source.storage)).url
+    if f"{output.url}/".startswith(f"{folder}/"):
+        raise ConfigError(
+            f"output.url, {output.url}, lies in source.folder, whose files are read: choose one "
+            "beside it"
+        )
 
 
 def _read_failures(output: Store, units: Iterable[Unit], state: State) -> dict[str, str]:
