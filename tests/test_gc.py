@@ -422,11 +422,14 @@ def test_parts_wait_for_one_at_which_runs_still_fail(world: World) -> None:
     assert world.store.put_if_absent(receipt.path, receipt.to_bytes())
     world.age()
     put_failure(world.store, parts[1], new_attempt(), "c.parquet [1/2]: broken")
+    hints = list_failures(world.store)
+    assert read_failures(world.store, hints) == {parts[1].id: "c.parquet [1/2]: broken"}
     assert (world.gc().num_objects, world.gc().voided) == (0, [])
     world.age()  # nobody has tried it for a week
     found = world.gc()
     assert (kinds(found), found.voided) == ({"units": 3, "failures": 1}, [f"{parts[0].id}-1"])
-    assert read_failures(world.store, list_failures(world.store)) == {}
+    assert list_failures(world.store) == []
+    assert read_failures(world.store, hints) == {}, "listed before, and read after"
 
 
 def test_what_is_young_stays(world: World) -> None:

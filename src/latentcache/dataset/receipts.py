@@ -9,14 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from latentcache.dataset.contract import canonical_json
 from latentcache.dataset.statistics import Statistics
-from latentcache.errors import DatasetError
+from latentcache.errors import DatasetError, ObjectNotFound
 from latentcache.storage import Store
 
 COMMITS = "commits"
@@ -292,6 +292,12 @@ def read_failed_units(store: Store, paths: Iterable[str]) -> list[Unit]:
     return [Unit(**tree["unit"]) for tree in _read_hints(store, paths)]
 
 
-def _read_hints(store: Store, paths: Iterable[str]) -> list[dict[str, Any]]:
+def _read_hints(store: Store, paths: Iterable[str]) -> Iterator[dict[str, Any]]:
+    def read(path: str) -> bytes | None:
+        try:
+            return store.read_bytes(path)
+        except ObjectNotFound:  # `gc` deletes old ones, beside whoever plans or asks for the status
+            return None
+
     with ThreadPoolExecutor(_READ_THREADS) as pool:
-        return [json.loads(hint) for hint in pool.map(store.read_bytes, paths)]
+        yield from (json.loads(hint) for hint in pool.map(read, paths) if hint is not None)
