@@ -11,13 +11,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
-from latentcache.dataset.contract import Contract, read_contract
+from latentcache.dataset.contract import Contract, require_contract
 from latentcache.dataset.garbage import KINDS, GarbagePlan, Keep, plan_garbage
 from latentcache.dataset.manifest import put_manifest
 from latentcache.dataset.publish import read_published
 from latentcache.dataset.receipts import Receipt, Unit, read_receipts, void_receipt
 from latentcache.engine.lease import RUNS, Lease, active_runs
-from latentcache.errors import ConfigError, DatasetError, IncompleteRun
+from latentcache.errors import ConfigError, IncompleteRun
 from latentcache.storage import ObjectInfo, StorageOptions, Store, Upload
 
 DEFAULT_AGE_DAYS = 7.0
@@ -104,9 +104,7 @@ def collect_garbage(
     if older_than_days < 0 or (keep_last is not None and keep_last < 1):
         raise ConfigError("--older-than-days is at least 0, --keep-last at least 1")
     store = Store(url, storage or StorageOptions())
-    contract = read_contract(store)
-    if contract is None:
-        raise DatasetError(f"{store.url} is not a latent dataset: it has no contract.json")
+    contract = require_contract(store)
     now = store.now()
     terms = Keep(now - older_than_days * _DAY_S, keep_last, tuple(keep))
     with ExitStack() as stack:
