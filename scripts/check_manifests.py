@@ -26,7 +26,10 @@ def main(folder: Path) -> int:
         for tree in yaml.safe_load_all(path.read_text()):
             if not tree.get("apiVersion", "").startswith("ray.io/"):
                 continue
-            (schema,) = folder.glob(f"*-{tree['kind'].lower()}s.v1.json")
+            name = f"*-{tree['kind'].lower()}s.v1.json"
+            schema = next(folder.glob(name), None)
+            if schema is None:
+                sys.exit(f"{path.name}: {folder} has no {name}")
             problems = list(problems_of(tree, json.loads(schema.read_text())))
             num_problems += len(problems)
             for problem in problems:

@@ -3,8 +3,9 @@
 #
 #   apt-get install slurm-wlm munge && bash scripts/try_slurm.sh
 #
-# from the repository's root, with `latentcache` and `ray` on the PATH. Checks that a job's exit code is
-# the run's, that one out of time queues itself again and completes, and that nothing stays.
+# from the repository's root, with `latentcache` and `ray` on the PATH. One dataset is made by a run
+# that is ended in every way Slurm has, and taken up again each time; that takes ten minutes on two
+# cores. Checked are exit codes, summaries, the dataset, and that nothing is left behind.
 set -euo pipefail
 
 [[ $EUID == 0 ]] || { echo "this starts Slurm's daemons and has to be root" >&2; exit 1; }
@@ -12,10 +13,19 @@ script=$PWD/infra/slurm/latentcache.sbatch
 folder=$(mktemp -d /tmp/try-slurm.XXXXXX)
 export SLURM_CONF=$folder/slurm.conf LATENTCACHE_TMPDIR=$folder
 daemons=()
-finish() {
+stop_slurm() {
+  # Jobs first: a slurmd waits for its own, and for ever once slurmctld is gone.
   scancel --user=root 2>/dev/null || true
+  for ((i = 120; i; i--)); do
+    [[ -z $(squeue --noheader 2>/dev/null) ]] && break
+    sleep 0.5
+  done
   kill "${daemons[@]}" 2>/dev/null || true
   wait "${daemons[@]}" 2>/dev/null || true
+  daemons=()
+}
+finish() {
+  stop_slurm
   rm -rf "$folder"
 }
 trap finish EXIT
@@ -48,18 +58,28 @@ SlurmdPidFile=$folder/slurmd.%n.pid
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
+MpiDefault=none
+MailProg=/bin/true
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 ReturnToService=2
 MinJobAge=3600
-NodeName=try1 NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 Port=$(free_port) CPUs=1
-NodeName=try2 NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 Port=$(free_port) CPUs=1
-PartitionName=all Nodes=ALL Default=YES State=UP
+NodeName=try1 NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 Port=$(free_port) CPUs=2
+NodeName=try2 NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 Port=$(free_port) CPUs=2
+PartitionName=spare Nodes=ALL Default=YES State=UP PriorityTier=1
+PartitionName=urgent Nodes=ALL State=UP PriorityTier=2
 CONF
-echo "CgroupPlugin=cgroup/v1" >"$folder/cgroup.conf"
+# Where cgroups are not to be had, as in a container: Slurm since 23.11 can do without, and 22.05
+# asks for none of them as configured here.
+cgroups=disabled
+[[ $(slurmd -V) =~ \ (20|21|22|23\.02)\. ]] && cgroups=cgroup/v1
+echo "CgroupPlugin=$cgroups" >"$folder/cgroup.conf"
 
 munged --foreground --force --key-file="$folder/munge.key" --socket="$folder/munge.socket" \
-  --pid-file="$folder/munge.pid" --log-file="$folder/munged.log" --seed-file="$folder/munge.seed" &
+  --pid-file="$folder/munge.pid" --log-file="$folder/munged.log" --seed-file="$folder/munge.seed" \
+  >"$folder/munged.log" 2>&1 &
 daemons+=($!)
 slurmctld -D -f "$SLURM_CONF" >"$folder/slurmctld.log" 2>&1 &
 daemons+=($!)
@@ -67,70 +87,99 @@ for node in try1 try2; do
   slurmd -D -N "$node" -f "$SLURM_CONF" >"$folder/slurmd.$node.log" 2>&1 &
   daemons+=($!)
 done
-for ((tries = 60; ; tries--)); do
-  [[ $(sinfo --noheader --format='%T %D' 2>/dev/null) == "idle 2" ]] && break
-  ((tries)) || fail "the nodes do not come up"
-  sleep 1
-done
-sinfo --version
 
-field() { scontrol show job "$1" | tr ' ' '\n' | sed -n "s/^$2=//p"; }
-# until_is JOB FIELD VALUE: wait for it.
-until_is() {
-  for ((tries = 240; tries; tries--)); do
-    [[ $(field "$1" "$2") == $3 ]] && return
+# until_so WHAT COMMAND…: wait until the command succeeds, five minutes at most.
+until_so() {
+  local what=$1
+  shift
+  for ((tries = 600; tries; tries--)); do
+    "$@" && return
     sleep 0.5
   done
-  fail "job $1 has $2=$(field "$1" "$2"), not $3"
+  fail "it never was so: $what"
 }
-submit() { (cd "$folder" && sbatch --parsable --nodes=2 "$script" "$@"); }
+field() { scontrol show job "$1" | tr ' ' '\n' | sed -n "s/^$2=//p"; }
+is() { [[ $(field "$1" "$2") == "$3" ]]; }
+num_units() { find latents/commits -name '*.json' 2>/dev/null | wc -l; }
+has_units() { (($(num_units) >= $1)); }
+nodes_are_idle() { [[ $(sinfo --noheader --partition=spare --format='%T %D' 2>/dev/null) == "idle 2" ]]; }
+submit() { sbatch --parsable --nodes=2 "$@"; }
+# tell JOB: what Slurm has to say of it, and its last summary.
+tell() {
+  echo "   job $1: $(field "$1" JobState), ExitCode=$(field "$1" ExitCode)," \
+    "Restarts=$(field "$1" Restarts), NodeList=$(field "$1" NodeList); $(num_units) of 48 units"
+  grep -h '^{' "latentcache-$1.log" | tail -n 1 | cut -c 1-200 | sed 's/^/   /'
+}
+check() { is "$1" "$2" "$3" || fail "job $1 has $2=$(field "$1" "$2"), not $3"; }
 
+until_so "both nodes are up" nodes_are_idle
+sinfo --version
 cd "$folder"
-latentcache demo-data shards --shards 6 --samples 24 >/dev/null
+# Work enough to outlast a job of two minutes.
+latentcache demo-data shards --shards 48 --samples 12 >/dev/null
 cat >config.yaml <<'YAML'
 name: try-slurm
 source: {shards: shards/*.tar}
-transform: {resolution_px: 256, min_side_px: 64}
+transform: {resolution_px: 512, min_side_px: 64}
 vae: {checkpoint: demo}
 output: {url: latents}
 rejects: {max_rate: 0.5}
-compute: {num_gpus: 0, num_cpu_actors: 2, decode_threads: 1}
+compute: {num_gpus: 0, num_cpu_actors: 2, decode_threads: 2}
 YAML
 
-echo "== a run out of time queues itself again, and completes"
-job=$(submit config.yaml)
-for ((tries = 240; ; tries--)); do
-  [[ -n $(ls latents/commits 2>/dev/null) ]] && break
-  ((tries)) || fail "no unit was committed"
-  sleep 0.25
-done
-scancel --batch --signal=USR1 "$job"
-until_is "$job" Restarts 1
-echo "   stopped after $(ls latents/commits | wc -l) of 6 units"
-scontrol release "$job" 2>/dev/null || true
-until_is "$job" JobState COMPLETED
-[[ $(field "$job" ExitCode) == 0:0 ]] || fail "exit code $(field "$job" ExitCode)"
-grep -h '^{' "latentcache-$job.log"
-grep -q '"status": "interrupted"' "latentcache-$job.log" || fail "it was not stopped"
+echo "== a mistake in the config: the exit code is the program's"
+job=$(submit "$script" config.yaml --set compute.num_gpu=1)
+until_so "the job failed" is "$job" JobState FAILED
+check "$job" ExitCode 2:0
+tell "$job"
+
+echo "== out of time: Slurm tells it, it finishes what is in hand and queues itself again"
+job=$(submit --time=2 "$script" config.yaml)
+until_so "units are committed" has_units 1
+squeue --steps --noheader --format='   step %i %j on %N'
+num_raylets=$(pgrep --full --count "raylet/raylet .*$folder/lc-$job/" || true)
+echo "   $num_raylets nodes in Ray's cluster"
+((num_raylets == 2)) || fail "Ray is not on both nodes"
+until_so "it was queued again" is "$job" Restarts 1
+tell "$job"
+grep -q '"status": "interrupted".*"exit_code": 1' "latentcache-$job.log" || fail "it was not told"
+scontrol update JobId="$job" TimeLimit=60
+
+echo "== preempted by a job of another partition: Slurm queues it again"
+count=$(num_units)
+until_so "it goes on" has_units $((count + 2))
+submit --partition=urgent --output=/dev/null --wrap='sleep 1' >/dev/null
+until_so "it was queued again" is "$job" Restarts 2
+tell "$job"
+
+echo "== told to stop, by scancel --batch --signal=TERM: it finishes what is in hand"
+count=$(num_units)
+until_so "it goes on" has_units $((count + 2))
+scancel --batch --signal=TERM "$job"
+until_so "the job failed" is "$job" JobState FAILED
+check "$job" ExitCode 1:0
+check "$job" Restarts 2
+tell "$job"
+
+echo "== cancelled, by scancel"
+count=$(num_units)
+job=$(submit "$script" config.yaml)
+until_so "it goes on" has_units $((count + 2))
+scancel "$job"
+until_so "the job is cancelled" is "$job" JobState CANCELLED
+until_so "its nodes are free" nodes_are_idle
+tell "$job"
+
+echo "== submitted again: what is left is done"
+job=$(submit "$script" config.yaml)
+until_so "it is complete" is "$job" JobState COMPLETED
+check "$job" ExitCode 0:0
+tell "$job"
 latentcache verify latents || fail "what it made is not whole"
 
-echo "== a run's exit code is the job's"
-job=$(submit config.yaml --set compute.num_gpu=1)
-until_is "$job" JobState FAILED
-[[ $(field "$job" ExitCode) == 2:0 ]] || fail "exit code $(field "$job" ExitCode)"
-
-echo "== a job that is told to stop does, and is not queued again"
-rm -r latents
-job=$(submit config.yaml)
-for ((tries = 240; tries; tries--)); do
-  [[ -n $(ls latents/commits 2>/dev/null) ]] && break
-  sleep 0.25
-done
-scancel --batch --signal=TERM "$job"
-until_is "$job" JobState FAILED
-[[ $(field "$job" ExitCode) == 1:0 ]] || fail "exit code $(field "$job" ExitCode)"
-
 echo "== nothing stays"
+until_so "its nodes are free" nodes_are_idle
 ls -d "$folder"/lc-* 2>/dev/null && fail "temporary folders are left"
-pgrep --full "$folder/lc-" && fail "processes are left"
+stop_slurm
+pgrep --list-full --full --runstates D,R,S "$folder|^slurmstepd" && fail "processes are left"
 echo "all well"
