@@ -24,6 +24,7 @@ FLOORS = {
     "errors": 0.0,
     "log": 0.0,
     "config": 0.5,
+    "storage_errors": 0.5,
     "storage": 1.0,
     "dataset": 1.5,
     "metrics": 2.0,

@@ -114,7 +114,7 @@ def test_any_files_are_grouped_as_the_members_of_a_tar(
     tar = write_tar(folder / "x.tar", [(path, files[path]) for path in sorted(files, key=key)])
     (shard,) = list_shards(str(tar), OPTIONS)
     expected = by_key(read(shard))
-    if not expected:
+    if not any(isinstance(sample, Sample) for sample in expected):
         with pytest.raises(SourceError, match="holds no image files"):
             listed(folder / "images", num_units)
     else:
@@ -186,6 +186,9 @@ def test_a_folder_without_images_is_told(tmp_path: Path):
     for folder in (tmp_path, tmp_path / "none"):
         with pytest.raises(SourceError, match="holds no image files"):
             listed(folder)
+    fill(tmp_path, {"a.txt": b"a caption alone", "README.md": b""})
+    with pytest.raises(SourceError, match=r"source\.image says end in jpg, jpeg, .*source\.folder"):
+        listed(tmp_path)
 
 
 def test_a_file_replaced_or_deleted_after_the_listing_has_changed(tmp_path: Path):

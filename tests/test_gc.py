@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -23,14 +24,18 @@ from latentcache import collect_garbage, publish, verify
 from latentcache.dataset import state as state_module
 from latentcache.dataset.contract import establish_contract
 from latentcache.dataset.manifest import list_manifests, read_manifest, read_records
+from latentcache.dataset.publish import PUBLISHED_PATH
 from latentcache.dataset.receipts import (
     DataFile,
     QaFile,
     Receipt,
     Unit,
     UnitRecord,
+    list_failures,
     list_receipt_names,
     new_attempt,
+    put_failure,
+    read_failures,
 )
 from latentcache.dataset.segments import put_segment
 from latentcache.dataset.state import State, write_next
@@ -157,7 +162,9 @@ class Model:
         self.kept = set(numbers)
         if keep_last is not None:
             young = {n for n in numbers if not world.is_old(f"manifests/{n:08d}.json")}
-            self.kept = {numbers[-1], *complete[-keep_last:], *young}
+            # Readers were given a complete one until the next one came.
+            given = {n for n, after in pairwise(complete) if after in young}
+            self.kept = {numbers[-1], *complete[-keep_last:], *young, *given}
             pointer = world.folder / "published.json"
             if pointer.exists():
                 self.kept.add(json.loads(pointer.read_text())["manifest"])
@@ -394,6 +401,37 @@ def test_kept_numbers_and_the_published_one_stay(world: World) -> None:
         world.gc(keep_last=1, keep=[7])
 
 
+def test_what_readers_were_given_until_today_stays(world: World) -> None:
+    """Manifest 3 is old, but it was the newest one until a moment ago."""
+    full(world)
+    world.change("b.tar")
+    world.commit("b.tar")
+    world.write()
+    found = world.gc(keep_last=1)
+    assert found.kept == [3, 4, 5]
+    assert found.manifest == 5  # voids what manifest 1 alone named
+    world.age()
+    assert world.gc(keep_last=1).kept == [4, 5, 6]
+
+
+def test_parts_wait_for_one_at_which_runs_still_fail(world: World) -> None:
+    world.commit("b.tar")
+    world.write()
+    parts = [Unit.of("c.parquet", 10, "v1", CONTRACT.fingerprint, f"{k}/2") for k in range(2)]
+    receipt = Receipt(world.upload(parts[0], 0), CONTRACT.fingerprint, Statistics.empty(4))
+    assert world.store.put_if_absent(receipt.path, receipt.to_bytes())
+    world.age()
+    put_failure(world.store, parts[1], new_attempt(), "c.parquet [1/2]: broken")
+    hints = list_failures(world.store)
+    assert read_failures(world.store, hints) == {parts[1].id: "c.parquet [1/2]: broken"}
+    assert (world.gc().num_objects, world.gc().voided) == (0, [])
+    world.age()  # nobody has tried it for a week
+    found = world.gc()
+    assert (kinds(found), found.voided) == ({"units": 3, "failures": 1}, [f"{parts[0].id}-1"])
+    assert list_failures(world.store) == []
+    assert read_failures(world.store, hints) == {}, "listed before, and read after"
+
+
 def test_what_is_young_stays(world: World) -> None:
     full(world)
     assert kinds(world.gc(keep_last=1, older_than_days=9)) == {"attempts": 15}
@@ -413,6 +451,39 @@ def test_a_manifest_published_meanwhile_is_seen(world: World) -> None:
     assert 1 in found.kept
     for number in found.kept:
         assert verify(world.url, number, quick=True).ok
+
+
+def test_a_manifest_published_while_it_is_deleted_is_put_back(world: World) -> None:
+    """The pointer comes after the last look at it, and before the manifest goes."""
+    full(world)
+    data = world.store.read_bytes("manifests/00000001.json")
+    delete_many, num_times = Store.delete_many, []
+
+    def publish_then_delete(store: Store, paths: list[str], *args: Any) -> None:
+        if not num_times:
+            num_times.append(publish(world.url, 1))
+        delete_many(store, paths, *args)
+
+    with patch.object(Store, "delete_many", publish_then_delete):
+        found = world.gc(keep_last=1)
+    assert num_times
+    assert 1 in found.kept
+    assert world.store.read_bytes("manifests/00000001.json") == data
+    for number in found.kept:
+        assert verify(world.url, number, quick=True).ok
+
+
+def test_a_manifest_that_is_deleted_while_it_is_published_is_not(world: World) -> None:
+    publish(full(world).url, 3)
+    put = Store.put
+
+    def put_then_delete(store: Store, path: str, data: bytes) -> None:
+        put(store, path, data)
+        store.delete("manifests/00000001.json")
+
+    with patch.object(Store, "put", put_then_delete), pytest.raises(DatasetError, match="no manif"):
+        publish(world.url, 1, force=True)
+    assert json.loads(world.store.read_bytes(PUBLISHED_PATH))["manifest"] == 3
 
 
 def test_a_receipt_put_meanwhile_wins(world: World) -> None:

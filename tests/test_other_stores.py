@@ -22,7 +22,7 @@ from fsspec.registry import _registry
 
 from latentcache import parse_config
 from latentcache import storage as storage_module
-from latentcache.errors import ConfigError, SourceChanged
+from latentcache.errors import AccessDenied, ConfigError, SourceChanged
 from latentcache.images.source import Sample, SourceShard, list_source, read_shard
 from latentcache.storage import StorageOptions, Store
 from makers import config_tree
@@ -215,6 +215,35 @@ def test_no_listing_is_kept_by_a_client_and_a_public_bucket_needs_no_credentials
         "az": {"anon": True, "use_listings_cache": False},
     }
     assert hub.arguments == expected[hub.protocol]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        type("ClientAuthenticationError", (Exception,), {"__module__": "azure.core.exceptions"})(
+            "no"
+        ),
+        type("DefaultCredentialsError", (Exception,), {"__module__": "google.auth.exceptions"})(
+            "no"
+        ),
+        type("GatedRepoError", (OSError,), {"__module__": "huggingface_hub.errors"})("no"),
+        OSError("Forbidden: bucket/photos\nno"),  # gcsfs
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_store_that_gives_no_access_is_not_asked_again(
+    hub: type[_Hub], monkeypatch: pytest.MonkeyPatch, error: Exception
+):
+    num_asked = itertools.count(1)
+
+    def refuse(self: _Hub, path: str, **kwargs: Any) -> Any:
+        next(num_asked)
+        raise error
+
+    monkeypatch.setattr(hub, "info", refuse)
+    with pytest.raises(AccessDenied, match=r"denied: .*; check the credentials"):
+        Store(f"{hub.protocol}://{ROOTS[hub.protocol]}").info("x.tar")
+    assert next(num_asked) == 2
 
 
 @pytest.mark.parametrize(("protocol", "extra"), [("gs", "gcs"), ("az", "azure")])

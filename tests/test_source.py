@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
 import shutil
 import tarfile
 import tracemalloc
@@ -421,6 +422,12 @@ def test_shards_are_listed_sorted_with_size_and_version(
     monkeypatch.chdir(folder)
     assert list_shards(["b-0.tar", "./b-1.tar"], OPTIONS) == found
     assert list_shards([f"file://{folder}/b-?.tar"], OPTIONS) == found
+
+
+def test_a_shard_whose_name_is_not_utf8_is_told(tmp_path: Path):
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/x\xff.tar")).write_bytes(b"")
+    with pytest.raises(SourceError, match=r"x\\xff\.tar has a name that is not UTF-8: rename it"):
+        list_shards(f"{tmp_path}/*.tar", OPTIONS)
 
 
 def test_globs_match_files_of_one_folder(folder: Path):

@@ -19,12 +19,15 @@ import latentcache
 from corpus import jpeg
 from latentcache import Dataset, open_dataset
 from latentcache.config import EvalConfig
+from latentcache.engine import run as run_module
+from latentcache.errors import ConfigError
 from latentcache.images import parquet as parquet_module
 from latentcache.quality.evaluate import evaluate, plan_evaluation
 from latentcache.storage import StorageOptions
 from makers import config_tree, tree_digest, write_tar
 from runs import Cli, Result, Running, receipts_at
 from servers import FaultyProxy, S3Server, cut_halfway, overwrite
+from thread_cluster import ThreadCluster
 
 KINDS = ("tar", "parquet", "folder")
 
@@ -247,6 +250,33 @@ def test_a_folder_night_after_night(tmp_path: Path, cli: Cli, checkpoint: Path):
     assert "in 4 units" in refused.json["error"]
     nights = [len(open_dataset(str(tmp_path / "out"), number)) for number in (1, 2, 3, 4)]
     assert nights == [12, 13, 13, 12]
+
+
+def test_a_folder_that_is_damaged_throughout_is_not_cut_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(run_module, "Cluster", ThreadCluster)
+    write_source(tmp_path / "src", "folder", draw_files(3))
+    tree = config_tree(tmp_path)
+    tree["source"] = {"folder": f"{tmp_path}/src", "num_units": 1}
+    summary = latentcache.run(latentcache.parse_config(tree), quiet=True)
+    for path in (tmp_path / "out" / "data").glob("*/*"):
+        path.unlink()
+    assert len(latentcache.verify(summary.output, repair=True).repaired) == 1
+    del tree["source"]["num_units"]
+    again = latentcache.run(latentcache.parse_config(tree), quiet=True)
+    assert (again.num_units, again.num_committed, again.num_rows) == (1, 1, 3)
+
+
+@pytest.mark.parametrize("output", ["", "/", "/latents", "/deep/latents"])
+def test_a_folder_that_holds_the_output_is_refused(tmp_path: Path, output: str):
+    write_source(tmp_path / "src", "folder", draw_files(1))
+    tree = config_tree(tmp_path, output={"url": f"{tmp_path}/src{output}"})
+    tree["source"] = {"folder": f"{tmp_path}/src/"}
+    with pytest.raises(ConfigError, match=r"output\.url, .*, lies in source\.folder"):
+        latentcache.make_plan(latentcache.parse_config(tree))
+    tree["output"] = {"url": f"{tmp_path}/src-latents"}
+    assert len(latentcache.make_plan(latentcache.parse_config(tree)).pending) == 1
 
 
 # The command line with Parquet files cut into parts of a few row groups each.

@@ -545,8 +545,8 @@ def gc_command(
         typer.Option(
             min=1,
             metavar="K",
-            help="Keep no more than the K newest complete manifests, the published one and young "
-            "ones; all are kept if left out.",
+            help="Keep no more than the K newest complete manifests, the published one, and those "
+            "that readers were given lately; all are kept if left out.",
             show_default=False,
         ),
     ] = None,
@@ -599,10 +599,13 @@ def _print_garbage(found: Garbage) -> None:
     if found.voided:
         _print(f"{len(found.voided):>8}  {'':>10}  units or attempts marked void first")
     did = "deleted" if found.is_deleted else "would delete"
-    hint = "" if found.is_deleted or not found.num_objects else "; --delete does it"
+    is_clean = not (found.num_objects or found.uploads)
+    hint = "" if found.is_deleted or is_clean else "; --delete does it"
+    kept = ", ".join(map(str, found.kept[-10:]))
+    more = f"{len(found.kept) - 10} and " if len(found.kept) > 10 else ""
     _print(
         f"{did} {found.num_objects} objects, {_bytes(found.num_bytes)}; kept manifests: "
-        f"{len(found.kept)}{hint}"
+        f"{more}{kept}{hint}"
     )
 
 

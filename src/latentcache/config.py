@@ -454,6 +454,8 @@ def _reason(mistake: ErrorDetails, names: Sequence[str], kind: type[BaseModel]) 
     if mistake["type"] in ("model_type", "dict_type"):
         return f"should be a section with settings of its own (got {mistake['input']!r:.60})"
     message = mistake["msg"].removeprefix("Value error, ")
+    if isinstance(mistake["input"], dict):  # how settings go together
+        return message
     return f"{message[:1].lower()}{message[1:]} (got {mistake['input']!r:.60})"
 
 

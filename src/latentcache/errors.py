@@ -103,3 +103,9 @@ class Reject(Exception):
         self.stage = stage
         self.reason = reason
         self.message = message
+
+
+def first_line(error: BaseException) -> str:
+    """Give what an exception says, in one line; of one that says nothing, its kind."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from latentcache.errors import ConfigError, ObjectNotFound
+from latentcache.errors import ConfigError, ObjectNotFound, first_line
 from latentcache.storage import StorageOptions, Store, split_url
 
 Features = Callable[[Tensor], Tensor]
@@ -186,7 +186,7 @@ def _load_script(url: str, sha256: str, options: StorageOptions) -> torch.jit.Sc
             load: Callable[..., torch.jit.ScriptModule] = torch.jit.load
             network = load(file, map_location="cpu")
         except (RuntimeError, ValueError) as error:
-            raise ConfigError(f"{url} is not a TorchScript file: {_first_line(error)}") from error
+            raise ConfigError(f"{url} is not a TorchScript file: {first_line(error)}") from error
     return network.eval()
 
 
@@ -201,7 +201,7 @@ def _try(
         called = ", ".join(f"{name}={value}" for name, value in arguments.items())
         raise ConfigError(
             f"{url} cannot be called with {called}, as StyleGAN2-ADA's networks are: "
-            f"{_first_line(error)}"
+            f"{first_line(error)}"
         ) from error
     if not isinstance(found, Tensor):
         raise ConfigError(f"{url} gives no tensor: name one of StyleGAN2-ADA's networks")
@@ -216,7 +216,7 @@ def _load_vgg16(url: str, sha256: str, options: StorageOptions) -> Iterator[tupl
             warnings.simplefilter("ignore", UserWarning)  # of TorchScript, which is an error below
             tensors = torch.load(file, map_location="cpu", weights_only=True)
     except (RuntimeError, ValueError, EOFError, LookupError, pickle.UnpicklingError) as error:
-        raise ConfigError(f"{url} is not a PyTorch state dict: {_first_line(error)}") from error
+        raise ConfigError(f"{url} is not a PyTorch state dict: {first_line(error)}") from error
     if not isinstance(tensors, dict):
         raise ConfigError(f"{url} is not a PyTorch state dict")
     in_channels = 3
@@ -249,8 +249,3 @@ def _vgg16_layers(weights: Mapping[str, Tensor], images: Tensor) -> Iterator[Ten
             x = F.conv2d(x, weight, bias, padding=1).relu()
         # A place where all channels are off has no direction; the small number keeps it at zero.
         yield x / (x.square().sum(dim=1, keepdim=True).sqrt() + 1e-10)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

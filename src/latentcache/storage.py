@@ -6,7 +6,6 @@ the put-if-absent protocol have one home. fsspec does the transport.
 
 from __future__ import annotations
 
-import errno
 import io
 import os
 import random
@@ -27,7 +26,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 
 import fsspec
 
-from latentcache.errors import AccessDenied, ConfigError, DiskFull, ObjectNotFound, StorageError
+from latentcache.errors import ConfigError, ObjectNotFound, StorageError
+from latentcache.storage_errors import is_final, is_foreign, named_local, translate
 
 if TYPE_CHECKING:  # to read a dataset takes no pydantic
     from latentcache.config import Storage
@@ -58,11 +58,6 @@ _INFO_OPTIONS = {"hf": {"refresh": True, "expand_info": True}}
 
 # Extras of this package that bring a protocol's client.
 _EXTRAS = {"gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure"}
-
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
-
-# What S3 stores say when they are full: Ceph, MinIO, and those that pass on what their disk said.
-_SAYS_FULL = ("(QuotaExceeded)", "StorageFull)", "no space left on device", "disk quota exceeded")
 
 # mkstemp makes files private; what we publish follows the umask, which can only be read by setting.
 _UMASK = os.umask(0o022)
@@ -185,9 +180,9 @@ class Store:
         try:
             yield
         except Exception as error:
-            if not _is_foreign(error):
+            if not is_foreign(error):
                 raise
-            raise _translate(error, self.url_of(path), self.options) from error
+            raise translate(error, self.url_of(path), self.options.endpoint_url) from error
 
     def _pauses_s(self) -> Iterator[float]:
         """Wait between tries; ends when it is time to give up."""
@@ -207,7 +202,7 @@ class Store:
                 return result
             except StorageError as error:
                 self._has_answered |= isinstance(error, ObjectNotFound)
-                pause_s = None if _is_final(error) else next(pauses_s, None)
+                pause_s = None if is_final(error) else next(pauses_s, None)
                 if pause_s is None or given_up.wait(pause_s):
                     raise
 
@@ -351,7 +346,7 @@ class Store:
     def now(self) -> float:
         """Tell the time by the store's own clock, in seconds since 1970.
 
-        S3 and disks tell it; of other stores this host's clock has to do.
+        S3 tells it; of disks and other stores this host's clock has to do.
         """
         if not self._is_s3:
             return time.time()
@@ -532,17 +527,6 @@ class Store:
         return True
 
 
-@contextmanager
-def named_local(path: Path) -> Iterator[None]:
-    """Turn an `OSError` inside into a `StorageError` that names a local file or folder."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _NO_ROOM:
-            raise DiskFull(f"no room left to write {path}: free some space") from error
-        raise _Final(f"cannot use {path}: {_first_line(error)}") from error
-
-
 def _local_info(path: str, status: os.stat_result) -> ObjectInfo:
     # Nanoseconds: two writes within a second must not look the same.
     return ObjectInfo(path, status.st_size, f"{status.st_mtime_ns}", status.st_mtime)
@@ -589,65 +573,3 @@ def _filesystem(protocol: str, options: StorageOptions, pid: int) -> Any:
         raise ConfigError(f"cannot use {protocol}:// URLs: {error}{mend}") from error
     except ValueError as error:
         raise ConfigError(f"cannot use {protocol}:// URLs: {error}") from error
-
-
-# Packages whose exceptions are a store's doing; not all of them are an OSError.
-_TRANSPORTS = {
-    "adlfs", "aiohttp", "azure", "botocore", "fsspec", "gcsfs", "google", "httpcore", "httpcore2",
-    "httpx", "httpx2", "huggingface_hub", "requests", "s3fs", "urllib3",
-}  # fmt: skip
-
-
-def _is_foreign(error: Exception) -> bool:
-    modules = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
-    return isinstance(error, OSError) or not modules.isdisjoint(_TRANSPORTS)
-
-
-def _translate(error: BaseException, url: str, options: StorageOptions) -> StorageError:
-    kind = type(error).__name__
-    if isinstance(error, StorageError):
-        return error
-    if (isinstance(error, OSError) and error.errno in _NO_ROOM) or _says_full(error):
-        return DiskFull(f"no room left to write {url}: free some space and run again")
-    if isinstance(error, OSError) and error.errno == errno.ENOSYS:
-        return _Final(f"{url}{_where(options)} cannot do that: {_first_line(error)}")
-    if "NoSuchBucket" in str(error.__cause__):
-        return _Final(f"cannot use {url}: there is no such bucket{_where(options)}")
-    if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError):
-        return ObjectNotFound(f"{url}: no such file")
-    if kind in ("NoCredentialsError", "PartialCredentialsError"):
-        return AccessDenied(
-            f"no credentials for {url}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, name a "
-            "profile in `storage.profile`, or set `storage.anon: true` for a public bucket"
-        )
-    if kind == "ProfileNotFound":
-        return AccessDenied(f"cannot open {url}: {_first_line(error)}")
-    if "RequestTimeTooSkewed" in str(error.__cause__):
-        return AccessDenied(f"{url} refuses the time of this machine: set its clock")
-    if isinstance(error, PermissionError):
-        return AccessDenied(f"access to {url} denied: {_first_line(error)}; check the credentials")
-    if kind in ("ParamValidationError", "HFValidationError", "RepositoryNotFoundError"):
-        return _Final(f"{url}: {_first_line(error)}")
-    return StorageError(f"cannot reach or use {url}{_where(options)}: {_first_line(error)}")
-
-
-def _says_full(error: BaseException) -> bool:
-    said = f"{error} {error.__cause__}"
-    return any(words in said for words in _SAYS_FULL)
-
-
-def _where(options: StorageOptions) -> str:
-    return f" (endpoint {options.endpoint_url})" if options.endpoint_url else ""
-
-
-class _Final(StorageError):
-    """A `StorageError` that trying again cannot mend."""
-
-
-def _is_final(error: StorageError) -> bool:
-    return isinstance(error, _Final | AccessDenied | ObjectNotFound | DiskFull)
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

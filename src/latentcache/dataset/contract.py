@@ -224,6 +224,18 @@ def read_contract(store: Store) -> Contract | None:
     return _parse(store, data)
 
 
+def require_contract(store: Store) -> Contract:
+    """Read the contract of what must be a dataset.
+
+    Raises:
+        DatasetError: it is none, or damaged.
+    """
+    contract = read_contract(store)
+    if contract is None:
+        raise DatasetError(f"{store.url} is not a latent dataset: it has no contract.json")
+    return contract
+
+
 def read_provenance(store: Store) -> dict[str, Any]:
     """Read what stands beside the contract of a dataset: its name, checkpoint URL and versions."""
     provenance: dict[str, Any] = json.loads(store.read_bytes(CONTRACT_PATH))["provenance"]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from latentcache.dataset.contract import read_contract
+from latentcache.dataset.contract import require_contract
 from latentcache.dataset.manifest import Manifest, ManifestName, list_manifests, read_manifest
 from latentcache.dataset.publish import find_manifest
 from latentcache.dataset.segments import names_of, read_segments, without
@@ -107,8 +107,7 @@ def diff_manifests(
         DatasetError: there is no dataset, or no such manifest.
     """
     store = Store(url, storage or StorageOptions())
-    if read_contract(store) is None:
-        raise DatasetError(f"{store.url} is not a latent dataset: it has no contract.json")
+    require_contract(store)
     new = find_manifest(store, after)
     old = _complete_before(store, new.number) if before is None else find_manifest(store, before)
     gone, come = _differing(store, old, new), _differing(store, new, old)

@@ -24,7 +24,7 @@ from itertools import chain
 
 from latentcache.dataset.manifest import MANIFESTS, Manifest, list_manifests, read_manifest
 from latentcache.dataset.publish import read_published
-from latentcache.dataset.receipts import COMMITS, read_receipts
+from latentcache.dataset.receipts import COMMITS, FAILURES, read_failed_units, read_receipts
 from latentcache.dataset.segments import SEGMENTS, Segment, names_of, read_segments
 from latentcache.errors import DatasetError, StorageError
 from latentcache.storage import ObjectInfo, Store, Upload
@@ -35,6 +35,7 @@ KINDS = {
     "orphans": "files of attempts that never ended",
     "manifests": "manifests that are not kept, and their reports",
     "segments": "segments that no kept manifest names",
+    "failures": "hints about units that failed a while ago",
     "temporary": "half-written files of writers that died",
 }
 
@@ -50,7 +51,8 @@ class Keep:
     """What stays: manifests, and all that changed after `until`, by the store's clock.
 
     `last` keeps that many of the newest complete manifests, and those of `numbers`; None keeps all.
-    The newest of all and the published one always stay.
+    The newest of all and the published one always stay. A complete manifest changed when the next
+    one came: until then readers were given it.
     """
 
     until: float
@@ -66,7 +68,8 @@ class Keep:
 class GarbagePlan:
     """What is to go, and what must be put before.
 
-    `found` holds objects by kind (see `KINDS`). `voids` are the receipts to put, by name, each with
+    `kept` are the numbers of the manifests that stay, `dropped` those that go. `found` holds
+    objects by kind (see `KINDS`). `voids` are the receipts to put, by name, each with
     the name of the unit's receipt before it, if it has one. `known_voids` are those that lie there
     and that the newest manifest does not tell of. If `needs_manifest`, nothing may be deleted
     before a manifest after `newest` tells of both. `notes` say what could not be looked at.
@@ -74,12 +77,18 @@ class GarbagePlan:
 
     newest: Manifest
     kept: list[int]
+    dropped: list[Manifest]
     found: dict[str, list[ObjectInfo]] = field(default_factory=lambda: {k: [] for k in KINDS})
     uploads: list[Upload] = field(default_factory=list)
     voids: dict[str, str | None] = field(default_factory=dict)
     known_voids: set[str] = field(default_factory=set)
     needs_manifest: bool = False
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def num_found(self) -> int:
+        """Objects and uploads that are to go."""
+        return len(self.uploads) + sum(map(len, self.found.values()))
 
 
 @dataclass(slots=True)
@@ -89,7 +98,8 @@ class _Known:
     `attempts` maps each receipt's name to the attempt that it commits, None for a void; `live` are
     those that a kept manifest names; `latest` maps units to their highest generation, and `told` to
     the highest one that the newest manifest tells of. `changed_at` has the times of the receipts
-    that no kept manifest names.
+    that no kept manifest names, and `waiting` those of them that only wait for another part of
+    their source, at which a run failed not long ago.
     """
 
     attempts: dict[str, str | None] = field(default_factory=dict)
@@ -97,6 +107,7 @@ class _Known:
     latest: dict[str, int] = field(default_factory=dict)
     told: dict[str, int] = field(default_factory=dict)
     changed_at: dict[str, float | None] = field(default_factory=dict)
+    waiting: set[str] = field(default_factory=set)
 
     def is_void(self, name: str) -> bool:
         return name in self.attempts and self.attempts[name] is None
@@ -116,14 +127,15 @@ def plan_garbage(store: Store, keep: Keep, tick: Tick = lambda: None) -> Garbage
     """
     manifests, dropped = _choose(store, keep)
     newest = manifests[-1]
-    known = _read_known(store, manifests, tick)
-    plan = GarbagePlan(newest, [manifest.number for manifest in manifests])
+    known = _read_known(store, manifests, keep, tick)
+    plan = GarbagePlan(newest, [manifest.number for manifest in manifests], dropped)
     plan.known_voids = {n for n, a in known.attempts.items() if a is None}.difference(
         newest.removed
     )
     _find_files(store, plan, known, keep, tick)
-    _find_manifests(store, plan, dropped)
+    _find_manifests(store, plan)
     _find_segments(store, plan, manifests, keep)
+    plan.found["failures"] = [i for i in store.iterate(FAILURES) if keep.is_old(i.modified_at)]
     plan.found["temporary"] = [i for i in store.temp_files() if keep.is_old(i.modified_at)]
     try:
         plan.uploads = [u for u in store.list_uploads() if keep.is_old(u.started_at)]
@@ -135,8 +147,8 @@ def plan_garbage(store: Store, keep: Keep, tick: Tick = lambda: None) -> Garbage
     return plan
 
 
-def _choose(store: Store, keep: Keep) -> tuple[list[Manifest], list[ObjectInfo]]:
-    """Read the manifests that stay, oldest first, and list the others."""
+def _choose(store: Store, keep: Keep) -> tuple[list[Manifest], list[Manifest]]:
+    """Read the manifests that stay, oldest first, and the others."""
     listed = {info.path: info for info in store.list(MANIFESTS)}
     numbers = list_manifests(store)
     if not numbers:
@@ -144,23 +156,26 @@ def _choose(store: Store, keep: Keep) -> tuple[list[Manifest], list[ObjectInfo]]
     published = read_published(store)
     always = {numbers[-1], *keep.numbers, *([published.manifest] if published else [])}
     kept: list[Manifest] = []
-    dropped: list[ObjectInfo] = []
+    dropped: list[Manifest] = []
     num_left = len(numbers) if keep.last is None else keep.last
     if unknown := set(keep.numbers).difference(numbers):
         read_manifest(store, min(unknown))  # says what there is
     later: Manifest | None = None  # the next one, if it is kept
+    is_long_past = False  # whether readers have been given a newer one since before `keep.until`
     for number in reversed(numbers):
         manifest = read_manifest(store, number)
         info = listed.get(manifest.path)
         is_repeated = later is not None and _is_repeated(manifest, later)
         is_last = num_left > 0 and not is_repeated and (manifest.complete or keep.last is None)
         num_left -= is_last
-        is_young = info is None or not keep.is_old(info.modified_at)
-        if is_repeated or is_last or is_young or number in always:
+        is_old = info is not None and keep.is_old(info.modified_at)
+        is_past = is_long_past if manifest.complete else is_old
+        is_long_past |= manifest.complete and is_old
+        if is_repeated or is_last or not is_past or number in always:
             kept.append(manifest)
             later = manifest
-        elif info:
-            dropped.append(info)
+        else:
+            dropped.append(manifest)
             later = None
     return kept[::-1], dropped
 
@@ -176,8 +191,30 @@ def _is_repeated(manifest: Manifest, later: Manifest) -> bool:
     )
 
 
-def _read_known(store: Store, manifests: Sequence[Manifest], tick: Tick) -> _Known:
+def _read_known(store: Store, manifests: Sequence[Manifest], keep: Keep, tick: Tick) -> _Known:
     known = _Known()
+    _read_named(store, manifests, known, tick)
+    unread = []
+    for info in store.iterate(COMMITS):
+        if match := _RECEIPT.fullmatch(info.path):
+            if match[1] not in known.live:
+                known.changed_at[match[1]] = info.modified_at
+            if match[1] not in known.attempts:
+                unread.append(match[1])
+        tick()
+    hints = [i.path for i in store.iterate(FAILURES) if not keep.is_old(i.modified_at)]
+    failing = {(unit.source, unit.version) for unit in read_failed_units(store, hints)}
+    for name, receipt in zip(unread, read_receipts(store, unread), strict=True):
+        record = receipt.record
+        known.attempts[name] = record.attempt if receipt.state == "rows" else None
+        if (record.unit.source, record.unit.version) in failing:
+            known.waiting.add(name)
+    _take_highest(known.latest, known.attempts)
+    return known
+
+
+def _read_named(store: Store, manifests: Sequence[Manifest], known: _Known, tick: Tick) -> None:
+    """Take in what the kept manifests say."""
     segments: dict[Segment, AbstractSet[str]] = {}
     uncounted: AbstractSet[str] | None = None
     for manifest in reversed(manifests):
@@ -199,18 +236,6 @@ def _read_known(store: Store, manifests: Sequence[Manifest], tick: Tick) -> _Kno
     _take_highest(known.told, newest.removed)
     for name in newest.removed:
         known.attempts.setdefault(name, None)
-    unread = []
-    for info in store.iterate(COMMITS):
-        if match := _RECEIPT.fullmatch(info.path):
-            if match[1] not in known.live:
-                known.changed_at[match[1]] = info.modified_at
-            if match[1] not in known.attempts:
-                unread.append(match[1])
-        tick()
-    for name, receipt in zip(unread, read_receipts(store, unread), strict=True):
-        known.attempts[name] = receipt.record.attempt if receipt.state == "rows" else None
-    _take_highest(known.latest, known.attempts)
-    return known
 
 
 def _split(name: str) -> tuple[str, int]:
@@ -235,6 +260,7 @@ def _give_up(plan: GarbagePlan, known: _Known, keep: Keep, at_work: AbstractSet[
         unit, generation = _split(name)
         if (
             keep.is_old(changed_at)
+            and name not in known.waiting
             and not known.is_void(name)
             and f"{unit}-{generation + 1}" not in at_work
         ):
@@ -285,8 +311,9 @@ def _find_files(store: Store, plan: GarbagePlan, known: _Known, keep: Keep, tick
             plan.found["orphans"] += uncommitted[name]
 
 
-def _find_manifests(store: Store, plan: GarbagePlan, dropped: Sequence[ObjectInfo]) -> None:
-    plan.found["manifests"] += dropped
+def _find_manifests(store: Store, plan: GarbagePlan) -> None:
+    gone = {manifest.path for manifest in plan.dropped}
+    plan.found["manifests"] += [info for info in store.list(MANIFESTS) if info.path in gone]
     for info in store.list("qa"):
         match = _REPORT.fullmatch(info.path)
         # A number that is gone already was deleted by a `gc` that was killed.

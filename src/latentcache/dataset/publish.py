@@ -9,7 +9,7 @@ import json
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
-from latentcache.dataset.contract import FORMAT_VERSION
+from latentcache.dataset.contract import FORMAT_VERSION, require_contract
 from latentcache.dataset.manifest import Manifest, ManifestName, list_manifests, read_manifest
 from latentcache.errors import CheckFailed, ConfigError, DatasetError, ObjectNotFound
 from latentcache.storage import StorageOptions, Store
@@ -50,9 +50,10 @@ def publish(
     Raises:
         CheckFailed: the manifest is not complete.
         ConfigError: it is older than the published one.
-        DatasetError: there is no such manifest, or no complete one.
+        DatasetError: there is no dataset, no such manifest, or no complete one.
     """
     store = Store(url, storage or StorageOptions())
+    require_contract(store)
     manifest = newest_complete(store) if number is None else read_manifest(store, number)
     if not manifest.complete:
         raise CheckFailed(
@@ -67,9 +68,18 @@ def publish(
             f"{manifest.number}; --force goes back"
         )
     published = Published(manifest.number, datetime.now(UTC).isoformat(), manifest.contract)
-    store.put(PUBLISHED_PATH, json.dumps(asdict(published), indent=1).encode())
-    read_manifest(store, manifest.number)  # `gc` may have deleted it before it could see this
+    _put(store, published)
+    try:
+        read_manifest(store, manifest.number)
+    except DatasetError:  # `gc` deleted it before it could see this
+        if now:
+            _put(store, now)
+        raise
     return published
+
+
+def _put(store: Store, published: Published) -> None:
+    store.put(PUBLISHED_PATH, json.dumps(asdict(published), indent=1).encode())
 
 
 def read_published(store: Store) -> Published | None:

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from latentcache.dataset.contract import Contract, read_contract
+from latentcache.dataset.contract import Contract, require_contract
 from latentcache.dataset.manifest import Manifest, ManifestName, read_records
 from latentcache.dataset.parquet import read_table
 from latentcache.dataset.publish import find_manifest
@@ -232,7 +232,5 @@ def open_manifest(
 ) -> tuple[Store, Contract, Manifest]:
     """Find a dataset's contract and a manifest of it; see `open_dataset`."""
     store = Store(url, storage or StorageOptions())
-    contract = read_contract(store)
-    if contract is None:
-        raise DatasetError(f"{store.url} is not a latent dataset: it has no contract.json")
+    contract = require_contract(store)
     return store, contract, find_manifest(store, manifest)

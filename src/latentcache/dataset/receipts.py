@@ -9,14 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from latentcache.dataset.contract import canonical_json
 from latentcache.dataset.statistics import Statistics
-from latentcache.errors import DatasetError
+from latentcache.errors import DatasetError, ObjectNotFound
 from latentcache.storage import Store
 
 COMMITS = "commits"
@@ -272,13 +272,32 @@ def put_failure(store: Store, unit: Unit, attempt: str, message: str) -> None:
 
 
 def list_failures(store: Store) -> list[str]:
-    """List the paths of the failure hints."""
-    return [info.path for info in store.list(FAILURES)]
+    """List the paths of the failure hints, the latest last."""
+    infos = sorted(store.list(FAILURES), key=lambda info: info.modified_at or 0.0)
+    return [info.path for info in infos]
 
 
-def read_failures(store: Store, paths: Iterable[str] | None = None) -> dict[str, str]:
-    """Read failure hints, all of them if `paths` is None: unit id to message."""
+def failed_unit(path: str) -> str:
+    """Tell from a hint's path the id of its unit."""
+    return path.rpartition("/")[2].partition("-")[0]
+
+
+def read_failures(store: Store, paths: Iterable[str]) -> dict[str, str]:
+    """Read failure hints: unit id to its last one's message."""
+    return {tree["unit"]["id"]: tree["message"] for tree in _read_hints(store, paths)}
+
+
+def read_failed_units(store: Store, paths: Iterable[str]) -> list[Unit]:
+    """Read which units some failure hints are of."""
+    return [Unit(**tree["unit"]) for tree in _read_hints(store, paths)]
+
+
+def _read_hints(store: Store, paths: Iterable[str]) -> Iterator[dict[str, Any]]:
+    def read(path: str) -> bytes | None:
+        try:
+            return store.read_bytes(path)
+        except ObjectNotFound:  # `gc` deletes old ones, beside whoever plans or asks for the status
+            return None
+
     with ThreadPoolExecutor(_READ_THREADS) as pool:
-        hints = pool.map(store.read_bytes, list_failures(store) if paths is None else paths)
-        trees = [json.loads(hint) for hint in hints]
-    return {tree["unit"]["id"]: tree["message"] for tree in trees}
+        yield from (json.loads(hint) for hint in pool.map(read, paths) if hint is not None)

@@ -261,8 +261,8 @@ def require_few(missing: AbstractSet[str], num_sources: int) -> None:
     if len(missing) > MAX_MISSING_SHARE * num_sources:
         raise SourceError(
             f"{len(missing)} of {num_sources} sources are no longer listed, such as "
-            f"{min(missing)}: too many to drop their rows; check `source.shards`, or set "
-            "`source.on_missing: keep`"
+            f"{min(missing)}: too many to drop their rows; check what the config's `source` names, "
+            "or set `source.on_missing: keep`"
         )
 
 

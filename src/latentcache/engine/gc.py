@@ -11,14 +11,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
-from latentcache.dataset.contract import Contract, read_contract
+from latentcache.dataset.contract import Contract, require_contract
 from latentcache.dataset.garbage import KINDS, GarbagePlan, Keep, plan_garbage
 from latentcache.dataset.manifest import put_manifest
 from latentcache.dataset.publish import read_published
 from latentcache.dataset.receipts import Receipt, Unit, read_receipts, void_receipt
 from latentcache.engine.lease import RUNS, Lease, active_runs
-from latentcache.errors import ConfigError, DatasetError, IncompleteRun
-from latentcache.storage import StorageOptions, Store, Upload
+from latentcache.errors import ConfigError, IncompleteRun
+from latentcache.storage import ObjectInfo, StorageOptions, Store, Upload
 
 DEFAULT_AGE_DAYS = 7.0
 
@@ -104,9 +104,7 @@ def collect_garbage(
     if older_than_days < 0 or (keep_last is not None and keep_last < 1):
         raise ConfigError("--older-than-days is at least 0, --keep-last at least 1")
     store = Store(url, storage or StorageOptions())
-    contract = read_contract(store)
-    if contract is None:
-        raise DatasetError(f"{store.url} is not a latent dataset: it has no contract.json")
+    contract = require_contract(store)
     now = store.now()
     terms = Keep(now - older_than_days * _DAY_S, keep_last, tuple(keep))
     with ExitStack() as stack:
@@ -119,8 +117,8 @@ def collect_garbage(
         for _ in range(_MAX_TRIES):
             plan = collector.plan(terms)
             manifest = collector.settle(plan)
-            if manifest is not None:
-                collector.delete(plan)
+            if manifest is not None and collector.delete_manifests(plan):
+                collector.delete_rest(plan)
                 return collector.summary(plan, manifest)
     raise IncompleteRun(f"others write to {store.url} all the time: try again when no run is")
 
@@ -129,8 +127,7 @@ def _require_alone(store: Store, lease: Lease) -> None:
     for other in active_runs(store):
         if other.run != lease.run:
             raise IncompleteRun(
-                f"pid {other.pid} on {other.host} works on {store.url}, and renewed its lease "
-                f"{other.age_s:.0f} s ago: wait for it, or delete "
+                f"another run is at work on {store.url}, {other}: wait for it, or delete "
                 f"{store.url_of(f'{RUNS}/{other.run}.json')} if it died"
             )
 
@@ -202,16 +199,34 @@ class _Collector:
         contract = self._contract
         return void_receipt(unit, int(generation), contract.fingerprint, contract.stored_channels)
 
-    def delete(self, plan: GarbagePlan) -> None:
-        """Delete what was found: manifests first, so that none names what is gone."""
-        manifests = [info.path for info in plan.found["manifests"]]
-        others = [info.path for kind in KINDS.keys() - {"manifests"} for info in plan.found[kind]]
-        self._num_done, total = 0, len(manifests) + len(others) + len(plan.uploads)
-        for paths in (manifests, others):
-            self._store.delete_many(paths, lambda num: self._step("deleting", num, total))
+    def delete_manifests(self, plan: GarbagePlan) -> bool:
+        """Delete manifests, before anything that they name.
+
+        Returns:
+            False if one of them was published in that moment. `publish` looks whether a manifest
+            is there after it wrote the pointer, and this looks at the pointer afterwards: one of
+            the two sees the other. It is put back then, and the plan is void.
+        """
+        self._num_done = 0
+        self._delete(plan, plan.found["manifests"])
+        published = read_published(self._store)
+        for manifest in plan.dropped:
+            if published and published.manifest == manifest.number:
+                self._store.put_if_absent(manifest.path, manifest.to_bytes())
+                return False
+        return True
+
+    def delete_rest(self, plan: GarbagePlan) -> None:
+        """Delete all else."""
+        for kind in KINDS.keys() - {"manifests"}:
+            self._delete(plan, plan.found[kind])
         for upload in plan.uploads:
             self._store.abort_upload(upload)
-            self._step("deleting", 1, total)
+            self._step("deleting", 1, plan.num_found)
+
+    def _delete(self, plan: GarbagePlan, objects: Sequence[ObjectInfo]) -> None:
+        paths = [info.path for info in objects]
+        self._store.delete_many(paths, lambda num: self._step("deleting", num, plan.num_found))
 
     def summary(self, plan: GarbagePlan, manifest: int | None) -> Garbage:
         """Say what was found; `manifest` is what `settle` gave."""

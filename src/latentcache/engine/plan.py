@@ -15,7 +15,7 @@ from latentcache.dataset.contract import (
     contract_diff,
     read_contract,
 )
-from latentcache.dataset.receipts import Unit, read_failures
+from latentcache.dataset.receipts import Unit, failed_unit, list_failures, read_failures
 from latentcache.dataset.state import Listing, State, require_few
 from latentcache.errors import ConfigError, SourceError
 from latentcache.images.source import SourceShard, list_source
@@ -106,20 +106,22 @@ def make_plan(config: Config, *, retry_rejects: bool = False) -> Plan:
 
     Raises:
         ConfigError: the checkpoint or the source cannot be used, or a folder is to be cut another
-            way than it was.
+            way than it was, or holds the output.
         SourceError: a named shard is missing, a glob matches nothing, or more sources are gone than
             `on_missing: drop` believes.
         StorageError: a store cannot be reached.
         DatasetError: what lies at the output is damaged.
     """
     output = Store(config.output.url, storage_options(config.output.storage))
+    _require_apart(config, output)
     contract = wanted_contract(config)
     there = read_contract(output)
     if there:
         contract = contract.settled_as(there)
     state = State(output)
     try:
-        shards = list_source(config.source, config.source.num_units, state.sources)
+        known = state.sources | state.live.keys()  # which may all be marked to be encoded again
+        shards = list_source(config.source, config.source.num_units, known)
     except SourceError as error:
         raise _what_stays(error, state) from error
     units = units_of(shards, contract)
@@ -128,9 +130,29 @@ def make_plan(config: Config, *, retry_rejects: bool = False) -> Plan:
     missing = state.live.keys() - {unit.source for unit in units}
     if on_missing == "drop":
         require_few(missing, len(state.live))  # before anything is encoded, not at the end
-    known = "another contract" if diff else "changed"
-    pending = list(_pending(shards, units, state, read_failures(output), retry_rejects, known))
+    why = "another contract" if diff else "changed"
+    failures = _read_failures(output, units, state)
+    pending = list(_pending(shards, units, state, failures, retry_rejects, why))
     return Plan(output, contract, there, diff, shards, units, pending, state, on_missing)
+
+
+def _require_apart(config: Config, output: Store) -> None:
+    """Refuse a folder that holds the output: each run would find the files of the one before."""
+    if config.source.folder is None:
+        return
+    folder = Store(config.source.folder, storage_options(config.source.storage)).url
+    if f"{output.url}/".startswith(f"{folder}/"):
+        raise ConfigError(
+            f"output.url, {output.url}, lies in source.folder, whose files are read: choose one "
+            "beside it"
+        )
+
+
+def _read_failures(output: Store, units: Iterable[Unit], state: State) -> dict[str, str]:
+    """Read why units that are left failed before: of each its last hint, of one for every try."""
+    left = {unit.id for unit in units if not state.current(unit.id)}
+    last = {failed_unit(path): path for path in list_failures(output)} if left else {}
+    return read_failures(output, (path for unit, path in last.items() if unit in left))
 
 
 def _what_stays(error: SourceError, state: State) -> SourceError:

@@ -7,7 +7,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from latentcache.dataset.bottleneck import Loads
-from latentcache.dataset.contract import read_contract
+from latentcache.dataset.contract import require_contract
 from latentcache.dataset.manifest import Manifest, list_manifests, read_manifest
 from latentcache.dataset.publish import read_published
 from latentcache.dataset.receipts import (
@@ -20,7 +20,6 @@ from latentcache.dataset.receipts import (
 )
 from latentcache.dataset.state import State
 from latentcache.engine.lease import RunInfo, active_runs
-from latentcache.errors import DatasetError
 from latentcache.storage import StorageOptions, Store
 
 # Receipts that tell the bottleneck: the latest.
@@ -70,10 +69,7 @@ class StatusReader:
 
     def __init__(self, url: str, options: StorageOptions) -> None:
         self._store = Store(url, options)
-        if read_contract(self._store) is None:
-            raise DatasetError(
-                f"{self._store.url} is not a latent dataset: it has no contract.json"
-            )
+        require_contract(self._store)
         self._manifest: Manifest | None = None
         self._names: set[str] = set()  # of the receipts that have been taken in
         self._units: dict[str, UnitSummary] = {}  # that count, or will; void ones too
@@ -125,9 +121,9 @@ class StatusReader:
             self._stages.append(receipt.stages)
 
     def _read_failures(self) -> None:
-        paths = set(list_failures(self._store)) - self._failure_paths
+        paths = [p for p in list_failures(self._store) if p not in self._failure_paths]
         self._failures.update(read_failures(self._store, paths))
-        self._failure_paths |= paths
+        self._failure_paths.update(paths)
 
     def _status(self, manifests: list[int]) -> Status:
         committed = [unit for unit in self._units.values() if not unit.is_void]

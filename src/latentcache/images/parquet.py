@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pyarrow.types as pt
 
-from latentcache.errors import Reject, SourceError, StorageError
+from latentcache.errors import Reject, SourceError, StorageError, first_line
 from latentcache.images.samples import (
     Group,
     OnRead,
@@ -161,7 +161,7 @@ def _read_rows(
     except _Damage as error:
         if file.failure:
             raise file.failure from error
-        return _trouble("not_parquet", f"its footer cannot be read: {_first_line(error)}")
+        return _trouble("not_parquet", f"its footer cannot be read: {first_line(error)}")
     columns = _find_columns(schema, wanted, shard.url)
     seen: set[str] = set()
     losses: list[str] = []
@@ -179,7 +179,7 @@ def _read_rows(
         except _Damage as error:
             if file.failure:
                 raise file.failure from error
-            why = _first_line(error)
+            why = first_line(error)
         if done < num_rows:
             losses.append(f"{num_rows - done} rows of row group {number} are lost: {why}")
     return _trouble("corrupt_shard", "; ".join(losses)) if losses else None
@@ -315,8 +315,3 @@ def _sample_of(
     if group.key:
         return sample_of(group, wanted, seen)
     return RejectedSample(number, Reject("read", "no_key", f"its {wanted.key!r} is null or empty"))
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

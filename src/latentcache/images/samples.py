@@ -144,9 +144,7 @@ def sample_of(group: Group, wanted: Wanted, seen: set[str]) -> Sample | Rejected
 
 
 def _key_fault(key: str) -> Reject | None:
-    try:
-        key.encode()
-    except UnicodeEncodeError:
+    if not is_utf8(key):
         return Reject("read", "key_not_utf8", "the key is not UTF-8")
     if key.startswith("/"):
         return Reject("read", "unsafe_key", "the key is an absolute path")
@@ -155,6 +153,15 @@ def _key_fault(key: str) -> Reject | None:
     if _CONTROL.search(key):
         return Reject("read", "unsafe_key", "the key has a control character")
     return None
+
+
+def is_utf8(name: str) -> bool:
+    """Whether a name's bytes were UTF-8, in which stores and Parquet hold names."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def escaped(key: str) -> str:

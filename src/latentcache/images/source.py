@@ -20,7 +20,15 @@ from latentcache.dataset.receipts import Unit
 from latentcache.errors import ConfigError, ObjectNotFound, SourceChanged, SourceError
 from latentcache.images.folder import is_slot, list_folder, list_slot, read_slot, slots_of
 from latentcache.images.parquet import is_parquet, read_parquet, split_file
-from latentcache.images.samples import RejectedSample, Sample, SourceShard, Wanted
+from latentcache.images.samples import (
+    RejectedSample,
+    Sample,
+    SourceShard,
+    Wanted,
+    escaped,
+    is_utf8,
+    key_and_field,
+)
 from latentcache.images.tar import read_tar
 from latentcache.storage import ObjectInfo, StorageOptions, Store, split_url, storage_options
 
@@ -63,7 +71,15 @@ def list_source(
     options = storage_options(source.storage)
     if source.folder is not None:
         url = Store(source.folder, options).url
-        return list_folder(url, slots_of(url, num_units, known), options)
+        slots = list_folder(url, slots_of(url, num_units, known), options)
+        files = (file for slot in slots for file in slot.files)
+        if not any(key_and_field(file.path)[1] in source.image for file in files):
+            # Captions that were left without their images would take the place of all rows.
+            raise SourceError(
+                f"{url} holds no image files, which source.image says end in "
+                f"{', '.join(source.image)}: check source.folder"
+            )
+        return slots
     assert source.shards is not None
     shards = list_shards(source.shards, options)
     if source.key and not any(is_parquet(shard.url) for shard in shards):
@@ -186,7 +202,10 @@ def _refuse_twice(urls: Sequence[str]) -> None:
 
 
 def _shard(store: Store, info: ObjectInfo) -> SourceShard:
-    return SourceShard(store.url_of(info.path), info.size_bytes, info.version)
+    url = store.url_of(info.path)
+    if not is_utf8(url):  # no unit could be named by it
+        raise SourceError(f"{escaped(url)} has a name that is not UTF-8: rename it")
+    return SourceShard(url, info.size_bytes, info.version)
 
 
 def _shards_of(file: SourceShard) -> list[SourceShard]:

@@ -27,7 +27,8 @@ from threading import Event
 
 from latentcache.dataset.receipts import DataFile
 from latentcache.errors import ConfigError, DatasetError, DiskFull, ObjectNotFound, StorageError
-from latentcache.storage import Store, named_local
+from latentcache.storage import Store
+from latentcache.storage_errors import named_local
 
 _OURS = re.compile(r"[0-9a-f]{64}(\.(?P<size_bytes>\d+)(\.[0-9a-f]+)?\.part)?")
 

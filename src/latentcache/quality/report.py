@@ -24,7 +24,8 @@ from latentcache.dataset.receipts import UnitRecord
 from latentcache.errors import ConfigError, DatasetError
 from latentcache.quality import figures, html
 from latentcache.quality.pictures import RowPictures, draw_row
-from latentcache.storage import Store, named_local
+from latentcache.storage import Store
+from latentcache.storage_errors import named_local
 
 _READ_THREADS = 8
 

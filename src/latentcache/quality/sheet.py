@@ -14,7 +14,8 @@ from latentcache.dataset.contract import read_provenance
 from latentcache.dataset.reader import Dataset
 from latentcache.dataset.shards import bucket_name
 from latentcache.errors import CheckpointError, ConfigError, DatasetError, StorageError
-from latentcache.storage import StorageOptions, named_local
+from latentcache.storage import StorageOptions
+from latentcache.storage_errors import named_local
 from latentcache.vae.decoder import require_family
 from latentcache.vae.model import KLAutoencoder, to_uint8
 from latentcache.vae.weights import encoder_fingerprint, load_vae
