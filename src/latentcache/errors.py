@@ -15,7 +15,7 @@
      ├── IncompleteRun              1   a run ended with units left to do
      └── CheckFailed                3   a verification, the reject budget or a gate failed
 
-The message is one line that names the thing and says the mend; `cli.py` prints it and exits with
+The message is one line that names the thing and says the mend; `cli/` prints it and exits with
 `exit_code`. A sample that cannot become a latent is not an error: it is a `Reject`, which the unit
 turns into a row of the rejects file.
 """

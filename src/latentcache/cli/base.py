@@ -1,0 +1,203 @@
+"""What commands share: the options of several, and how they print, complain and fail."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from latentcache.config import Config
+    from latentcache.log import Level
+    from latentcache.storage import StorageOptions
+
+P = ParamSpec("P")
+
+app = typer.Typer(
+    help="Encode image datasets to KL-f8 latents once, and train from the result.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ConfigPath = Annotated[Path, typer.Argument(help="The config, a YAML file.", metavar="CONFIG")]
+Target = Annotated[
+    str,
+    typer.Argument(
+        help="The dataset's URL, or the config that made it.",
+        metavar="URL|CONFIG",
+        show_default=False,
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="A.B=C", help="Override a setting of the config; repeatable."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+
+
+def manifest_name(text: str) -> int | str:
+    """Take what `--manifest` says: a number, or `published`."""
+    if text != "published" and not text.isdecimal():
+        raise typer.BadParameter(f"{text!r} is no manifest: give its number, or `published`")
+    return text if text == "published" else int(text)
+
+
+# `Any`, for Typer takes no union; the parser gives a `ManifestName`.
+ManifestNumber = Annotated[
+    Any,
+    typer.Option(
+        "--manifest",
+        parser=manifest_name,
+        metavar="N|published",
+        help="Its number; the newest complete one if left out.",
+    ),
+]
+
+
+class _Stdout:
+    """The real stdout: Ray's processes write to file descriptor 1, which is stderr from here on."""
+
+    def __init__(self) -> None:
+        sys.stdout.flush()
+        self.file = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="backslashreplace")
+        os.dup2(2, 1)
+
+    def print(self, text: str) -> None:
+        """Print a line; nobody reading is no error."""
+        try:
+            print(text, file=self.file, flush=True)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
+_stdout: _Stdout | None = None
+_log_json = False
+
+
+def print_line(text: str) -> None:
+    """Print a result."""
+    assert _stdout
+    _stdout.print(text)
+
+
+def print_json(tree: dict[str, Any]) -> None:
+    """Print a result as one line of JSON."""
+    print_line(json.dumps(tree, ensure_ascii=False))
+
+
+def stdout_console() -> Console:
+    """A console on the real stdout."""
+    from rich.console import Console
+
+    assert _stdout
+    return Console(file=_stdout.file)
+
+
+def progress_bar() -> Progress:
+    """A progress bar on stderr, where a person is looking."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    return Progress(console=console, transient=True, disable=not console.is_terminal)
+
+
+def complain(message: str, event: str = "note", level: Level = "warning", **fields: Any) -> None:
+    """Say what is amiss on stderr; with --log-json, `event` names it and `fields` go with it."""
+    from latentcache.log import one_line, write_json
+
+    if _log_json:
+        write_json(event, message, level, **fields)
+        return
+    lines = [one_line(line) for line in message.split("\n")]
+    text = "\n".join(["error: " + lines[0] if event == "error" else lines[0], *lines[1:]])
+    print(f"latentcache: {text}", file=sys.stderr, flush=True)
+
+
+def command(function: Callable[P, int | None]) -> Callable[P, None]:
+    """Make a command: what it returns is the exit code; errors become one line, no traceback."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        global _stdout, _log_json
+        from latentcache.errors import LatentCacheError
+
+        _stdout = _Stdout()
+        _log_json = bool(kwargs.get("log_json"))
+        as_json = bool(kwargs.get("json_"))
+        try:
+            code = function(*args, **kwargs) or 0
+        except LatentCacheError as error:
+            _fail(str(error), error.exit_code, as_json)
+        except OSError as error:  # of a local file that no store stands before
+            where = f"{error.filename}: " if error.filename else ""
+            _fail(f"{where}{error.strerror or error}", 1, as_json)
+        except (KeyboardInterrupt, SystemExit):  # the latter is what Ray makes of SIGTERM
+            _fail("interrupted", 1, as_json)
+        raise typer.Exit(code)
+
+    return run
+
+
+def _fail(message: str, code: int, as_json: bool) -> NoReturn:
+    complain(message, "error", "error", exit_code=code)
+    if as_json:
+        print_json({"status": "error", "error": message, "exit_code": code})
+    raise typer.Exit(code)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    show_version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if show_version:
+        from latentcache import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+def is_config(target: str) -> bool:
+    """Tell a config's path from a dataset's URL."""
+    return target.endswith((".yaml", ".yml"))
+
+
+def locate(target: str, overrides: list[str] | None) -> tuple[str, StorageOptions]:
+    """Find the dataset that a URL or a config means."""
+    from latentcache.config import load_config
+    from latentcache.errors import ConfigError
+    from latentcache.storage import StorageOptions, storage_options
+
+    if not is_config(target):
+        if overrides:
+            raise ConfigError("--set goes with a config, not with a dataset's URL")
+        return target, StorageOptions()
+    output = load_config(target, overrides or ()).output
+    return output.url, storage_options(output.storage)
+
+
+def load(path: Path, overrides: list[str] | None) -> Config:
+    """Read a config, with its `--set` options."""
+    from latentcache.config import load_config
+
+    return load_config(path, overrides or ())
+
+
+def size_text(count: int) -> str:
+    """Write a number of bytes for people."""
+    size = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"

@@ -1,0 +1,323 @@
+"""Datasets that are there: `verify`, `inspect`, `diff`, `publish`, `gc`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from latentcache.cli.base import (
+    Json,
+    ManifestNumber,
+    Overrides,
+    Target,
+    app,
+    command,
+    complain,
+    is_config,
+    locate,
+    manifest_name,
+    print_json,
+    print_line,
+    progress_bar,
+    size_text,
+)
+
+if TYPE_CHECKING:
+    from latentcache.dataset.diff import ManifestDiff
+    from latentcache.dataset.reader import Dataset
+    from latentcache.engine.gc import Garbage
+    from latentcache.storage import StorageOptions
+
+
+@app.command("verify")
+@command
+def verify_command(
+    target: Target,
+    set_: Overrides = None,
+    manifest: ManifestNumber = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Only that objects exist in the right size.")
+    ] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Mark bad units; the next run encodes them again.")
+    ] = False,
+    json_: Json = False,
+) -> int:
+    """Hold a manifest against its objects: existence, size, SHA-256, rows, finite latents."""
+    from dataclasses import asdict
+
+    from latentcache.quality.verify import verify
+
+    url, options = locate(target, set_)
+    with progress_bar() as bar:
+        task = bar.add_task("verifying", total=None)
+        found = verify(
+            url,
+            manifest,
+            storage=options,
+            quick=quick,
+            repair=repair,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    if json_:
+        print_json(asdict(found))
+    else:
+        for problem in found.problems:
+            print_line(f"{problem.path or problem.source}: {problem.message}")
+        verdict = "ok" if found.ok else f"{len(found.problems)} problems"
+        print_line(
+            f"{verdict}: manifest {found.manifest}, {found.num_units} units, {found.num_files} "
+            f"files, {found.num_rows} rows, {found.num_rejects} rejects"
+        )
+    if found.repaired:
+        complain(f"{len(found.repaired)} units marked; run the config again to encode them")
+    elif not found.ok and not repair:
+        complain("`latentcache verify --repair` marks the bad units to be encoded again")
+    return 0 if found.ok else 3
+
+
+@app.command("inspect")
+@command
+def inspect_command(
+    target: Target,
+    set_: Overrides = None,
+    manifest: ManifestNumber = None,
+    num_rows: Annotated[
+        int | None,
+        typer.Option("--rows", min=0, help="How many rows to show; 5, in a picture 24."),
+    ] = None,
+    image: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Decode rows drawn at random into a picture, instead."),
+    ] = None,
+    decoder: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="With --image: a checkpoint other than the encoder's."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="With --image: draws other rows.")] = 0,
+    json_: Json = False,
+) -> None:
+    """Show what a dataset is: contract, totals, buckets, statistics, a few rows and rejects."""
+    from latentcache.dataset.reader import open_dataset
+    from latentcache.errors import ConfigError
+    from latentcache.quality.inspect import describe, render
+
+    if decoder and not image:
+        raise ConfigError("--decoder goes with --image")
+    url, options = locate(target, set_)
+    dataset = open_dataset(url, manifest, storage=options)
+    if image:
+        drawn = _draw_rows(dataset, image, num_rows, decoder, _vae_storage(target, set_), seed)
+        print_json(drawn) if json_ else print_line(f"{drawn['num_rows']} rows in {image}")
+        return
+    described = describe(dataset, 5 if num_rows is None else num_rows)
+    if json_:
+        print_json(described)
+    else:
+        print_line(render(described))
+
+
+def _vae_storage(target: str, overrides: list[str] | None) -> StorageOptions:
+    """How to reach the VAE, where a config says so."""
+    from latentcache.config import load_config
+    from latentcache.storage import StorageOptions, storage_options
+
+    if not is_config(target):
+        return StorageOptions()
+    return storage_options(load_config(target, overrides or ()).vae.storage)
+
+
+def _draw_rows(
+    dataset: Dataset,
+    image: Path,
+    num_rows: int | None,
+    decoder: str | None,
+    storage: StorageOptions,
+    seed: int,
+) -> dict[str, Any]:
+    """Write a contact sheet; see `quality/sheet.py`."""
+    from latentcache.errors import ConfigError
+    from latentcache.quality.sheet import DEFAULT_NUM_ROWS, load_decoder, save_sheet
+
+    if num_rows == 0:
+        raise ConfigError("--rows 0 leaves nothing to draw with --image")
+    vae, notes = load_decoder(dataset, decoder, storage)
+    for note in notes:
+        complain(note)
+    with progress_bar() as bar:
+        task = bar.add_task("decoding", total=None)
+        num_drawn = save_sheet(
+            dataset,
+            vae,
+            image,
+            num_rows or DEFAULT_NUM_ROWS,
+            seed=seed,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    return {"image": str(image), "num_rows": num_drawn, "notes": notes}
+
+
+@app.command("diff")
+@command
+def diff_command(
+    target: Target,
+    before: Annotated[
+        Any,
+        typer.Argument(
+            parser=manifest_name,
+            metavar="N",
+            help="A manifest's number, or `published`; the complete one before M if left out.",
+            show_default=False,
+        ),
+    ] = None,
+    after: Annotated[
+        Any,
+        typer.Argument(
+            parser=manifest_name,
+            metavar="M",
+            help="Likewise; the newest complete one if left out.",
+            show_default=False,
+        ),
+    ] = None,
+    set_: Overrides = None,
+    json_: Json = False,
+) -> None:
+    """Say which units and rows came, went or were replaced between two manifests."""
+    from dataclasses import asdict
+
+    from latentcache.dataset.diff import diff_manifests
+
+    url, options = locate(target, set_)
+    found = diff_manifests(url, before, after, storage=options)
+    if json_:
+        print_json(asdict(found))
+    else:
+        _print_diff(found)
+
+
+def _print_diff(found: ManifestDiff, most: int = 20) -> None:
+    for kind in ("added", "replaced", "removed"):
+        diffs = getattr(found, kind)
+        for diff in diffs[:most]:
+            gone, come = (sum(u.num_rows for u in units) for units in (diff.before, diff.after))
+            rows = f"{gone} -> {come}" if kind == "replaced" else f"{gone + come}"
+            print_line(f"{kind:9}  {diff.source}  {rows} rows")
+        if len(diffs) > most:
+            print_line(f"… and {len(diffs) - most} more {kind}")
+    names = ("before", "added", "replaced", "replacing", "removed", "after")
+    print_line(f"{'':10}{'units':>10}{'rows':>14}{'rejects':>12}")
+    for name in names:
+        counts = getattr(found.counts, name)
+        number = {"before": found.before, "after": found.after}.get(name)
+        label = name if number is None else f"{number:08d}"
+        print_line(f"{label:10}{counts.num_units:>10}{counts.num_rows:>14}{counts.num_rejects:>12}")
+
+
+@app.command("publish")
+@command
+def publish_command(
+    target: Target,
+    number: Annotated[
+        int | None,
+        typer.Argument(
+            metavar="N",
+            help="The manifest's number; the newest complete one if left out.",
+            show_default=False,
+        ),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Go back to an older manifest than the published one.")
+    ] = False,
+    set_: Overrides = None,
+    json_: Json = False,
+) -> None:
+    """Let `published.json` name a complete manifest, which readers can ask for as `published`."""
+    from dataclasses import asdict
+
+    from latentcache.dataset.publish import publish
+
+    url, options = locate(target, set_)
+    published = publish(url, number, force=force, storage=options)
+    if json_:
+        print_json(asdict(published))
+    else:
+        print_line(f"published: manifest {published.manifest}, at {published.published_at}")
+
+
+@app.command("gc")
+@command
+def gc_command(
+    target: Target,
+    set_: Overrides = None,
+    delete: Annotated[
+        bool, typer.Option("--delete", help="Delete it; without this, nothing is changed.")
+    ] = False,
+    keep_last: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="K",
+            help="Keep no more than the K newest complete manifests, the published one, and those "
+            "that readers were given lately; all are kept if left out.",
+            show_default=False,
+        ),
+    ] = None,
+    keep: Annotated[
+        list[int] | None,
+        typer.Option(metavar="N", help="With --keep-last: keep this one, too; repeatable."),
+    ] = None,
+    older_than_days: Annotated[
+        float, typer.Option(min=0, help="What is younger stays, by the store's clock.")
+    ] = 7.0,
+    json_: Json = False,
+) -> None:
+    """Find what no kept manifest names: files of lost attempts, old units, leftovers of kills."""
+    from dataclasses import asdict
+
+    from latentcache.engine.gc import collect_garbage
+
+    url, options = locate(target, set_)
+    with progress_bar() as bar:
+        task = bar.add_task("looking", total=None)
+        found = collect_garbage(
+            url,
+            delete=delete,
+            keep_last=keep_last,
+            keep=keep or (),
+            older_than_days=older_than_days,
+            storage=options,
+            progress=lambda what, done, total: bar.update(
+                task, description=what, completed=done, total=total
+            ),
+        )
+    for note in found.notes:
+        complain(note)
+    if json_:
+        totals = {"num_objects": found.num_objects, "num_bytes": found.num_bytes}
+        print_json(asdict(found) | totals)
+    else:
+        _print_garbage(found)
+
+
+def _print_garbage(found: Garbage) -> None:
+    from latentcache.dataset.garbage import KINDS
+
+    for kind, objects in found.found.items():
+        if objects:
+            size = size_text(sum(each.size_bytes for each in objects))
+            print_line(f"{len(objects):>8}  {size:>10}  {KINDS[kind]}")
+    if found.uploads:
+        print_line(f"{len(found.uploads):>8}  {'':>10}  multipart uploads that never ended")
+    if found.voided:
+        print_line(f"{len(found.voided):>8}  {'':>10}  units or attempts marked void first")
+    did = "deleted" if found.is_deleted else "would delete"
+    is_clean = not (found.num_objects or found.uploads)
+    hint = "" if found.is_deleted or is_clean else "; --delete does it"
+    kept = ", ".join(map(str, found.kept[-10:]))
+    more = f"{len(found.kept) - 10} and " if len(found.kept) > 10 else ""
+    print_line(
+        f"{did} {found.num_objects} objects, {size_text(found.num_bytes)}; kept manifests: "
+        f"{more}{kept}{hint}"
+    )

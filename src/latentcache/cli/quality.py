@@ -1,0 +1,175 @@
+"""What latents are worth: `qa`, `eval`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from latentcache.cli.base import (
+    ConfigPath,
+    Json,
+    ManifestNumber,
+    Overrides,
+    Target,
+    app,
+    command,
+    complain,
+    is_config,
+    load,
+    locate,
+    print_json,
+    print_line,
+    progress_bar,
+)
+
+if TYPE_CHECKING:
+    from latentcache.dataset.qa import Gates
+    from latentcache.quality.qa import Networks
+    from latentcache.storage import StorageOptions
+
+
+@app.command("qa")
+@command
+def qa_command(
+    target: Target,
+    set_: Overrides = None,
+    manifest: ManifestNumber = None,
+    num_rows: Annotated[
+        int, typer.Option("--rows", min=1, help="How many rows to look at, over all buckets.")
+    ] = 256,
+    num_units: Annotated[
+        int,
+        typer.Option(
+            "--units", min=0, help="Read this many source shards again, not the run's own crops."
+        ),
+    ] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Draws other rows.")] = 0,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="The dataset's VAE; by default where its run found it.")
+    ] = None,
+    decoder: Annotated[
+        str | None, typer.Option(help="A checkpoint whose decoder is used; by default the VAE's.")
+    ] = None,
+    min_psnr_db: Annotated[
+        float | None, typer.Option(help="Gate: the mean PSNR, at least.", show_default="15")
+    ] = None,
+    min_drift_db: Annotated[
+        float | None,
+        typer.Option(help="Gate: each latent against an fp32 encode, at least.", show_default="30"),
+    ] = None,
+    max_rejects: Annotated[
+        int | None, typer.Option(help="Gate: samples left out, at most.", show_default="any")
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Write the report to this .html (or .json) file.")
+    ] = None,
+    json_: Json = False,
+) -> int:
+    """Decode stored latents and hold them against their images; a gate not passed exits 3.
+
+    A config's section `qa` says what decodes and what the gates are, unless options here do.
+    """
+    import tempfile
+
+    from latentcache.dataset.qa import Gates
+    from latentcache.dataset.reader import open_dataset
+    from latentcache.quality.qa import Selection, look_again
+    from latentcache.quality.report import Looked, build_report, require_writable, save_report
+
+    url, options = locate(target, set_)
+    gates, networks, source_storage = _qa_settings(target, set_, checkpoint, decoder)
+    gates = Gates(
+        gates.min_psnr_db if min_psnr_db is None else min_psnr_db,
+        gates.min_drift_db if min_drift_db is None else min_drift_db,
+        gates.max_rejects if max_rejects is None else max_rejects,
+    )
+    if report:
+        require_writable(report)
+    dataset = open_dataset(url, manifest, storage=options)
+    selection = Selection(num_rows, num_units, seed, source_storage)
+    with tempfile.TemporaryDirectory(prefix="latentcache-") as folder:
+        with progress_bar() as bar:
+            task = bar.add_task("decoding", total=num_rows)
+            look = look_again(
+                dataset,
+                networks,
+                selection,
+                gates,
+                Path(folder),
+                lambda done, total: bar.update(task, completed=done, total=total),
+            )
+        found = build_report(
+            dataset,
+            look.breaches,
+            gates,
+            notes=look.notes,
+            decoder=look.decoder,
+            looked=Looked(look.store, look.records),
+        )
+        if report:
+            save_report(found, report)
+    for note in look.notes:
+        complain(note)
+    for breach in look.breaches:
+        complain(f"QA: {breach}")
+    if json_:
+        print_json(found.to_json())
+    else:
+        print_line(found.to_text())
+    return 3 if look.breaches else 0
+
+
+def _qa_settings(
+    target: str, overrides: list[str] | None, checkpoint: str | None, decoder: str | None
+) -> tuple[Gates, Networks, StorageOptions]:
+    """Read off a config what measures and what the gates are; the defaults where it has none."""
+    from latentcache.config import Qa, Storage
+    from latentcache.dataset.qa import Gates
+    from latentcache.quality.qa import Networks
+    from latentcache.storage import storage_options
+
+    config = load(Path(target), overrides) if is_config(target) else None
+    qa = config.qa if config and config.qa else Qa()
+
+    networks = Networks(
+        checkpoint=checkpoint or (config.vae.checkpoint if config else None),
+        checkpoint_storage=storage_options(config.vae.storage if config else Storage()),
+        decoder=decoder or qa.decoder,
+        decoder_storage=storage_options(qa.storage),
+        lpips=(qa.lpips.url, qa.lpips.sha256) if qa.lpips else None,
+    )
+    source_storage = storage_options(config.source.storage if config else Storage())
+    return Gates(qa.min_psnr_db, qa.min_drift_db, qa.max_rejects), networks, source_storage
+
+
+@app.command("eval")
+@command
+def eval_command(config: ConfigPath, set_: Overrides = None, json_: Json = False) -> None:
+    """Hold decoders against each other: the model card's table, over images of your own."""
+    from contextlib import ExitStack
+    from dataclasses import asdict
+
+    from latentcache.config import load_eval_config
+    from latentcache.quality.card import render_card
+    from latentcache.quality.evaluate import Map, evaluate, plan_evaluation
+
+    parsed = load_eval_config(config, set_ or ())
+    plan, compute = plan_evaluation(parsed), parsed.compute
+    with ExitStack() as stack:
+        run: Map = map
+        if compute.num_gpus or compute.num_cpu_actors > 1:
+            from latentcache.engine.cluster import Cluster
+
+            cluster = Cluster(compute.num_gpus, compute.num_cpu_actors, None)
+            run = stack.enter_context(cluster).map
+        bar = progress_bar()
+        task = stack.enter_context(bar).add_task("evaluating", total=None)
+        found = evaluate(
+            plan, run, lambda done, total: bar.update(task, completed=done, total=total)
+        )
+    if json_:
+        print_json(asdict(found))
+    else:
+        print_line(f"{render_card(found)}\n\nwritten to {found.output}")

@@ -1,0 +1,293 @@
+"""Runs: `run`, `plan`, `status`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from latentcache.cli.base import (
+    ConfigPath,
+    Json,
+    Overrides,
+    Target,
+    app,
+    command,
+    complain,
+    load,
+    locate,
+    print_json,
+    print_line,
+    progress_bar,
+    size_text,
+    stdout_console,
+)
+
+if TYPE_CHECKING:
+    from latentcache.config import Config
+    from latentcache.engine.plan import Plan
+    from latentcache.engine.run import RunSummary
+    from latentcache.engine.watch import Watched
+
+
+@app.command("run")
+@command
+def run_command(
+    config: ConfigPath,
+    set_: Overrides = None,
+    retry_rejects: Annotated[
+        bool, typer.Option("--retry-rejects", help="Encode units with rejects again.")
+    ] = False,
+    log_json: Annotated[
+        bool, typer.Option("--log-json", help="Make each line on stderr one JSON object.")
+    ] = False,
+    json_: Json = False,
+) -> int:
+    """Encode what is left to do. After anything, run it again: it takes up where it stopped."""
+    from dataclasses import asdict
+
+    from latentcache.log import write_libraries_as_json
+
+    if log_json:
+        write_libraries_as_json()
+    parsed = load(config, set_)
+    from latentcache.engine.run import run
+
+    summary = run(parsed, retry_rejects=retry_rejects, log_json=log_json)
+    for failure in [] if log_json else summary.failed:  # whose log has had each at its time
+        complain(f"given up: {failure['message']}", "unit_given_up")
+    if summary.exit_code == 1:
+        again = shlex.join(_argv())
+        complain(f"{summary.status}; the same command goes on: {again}", "incomplete")
+    for breach in summary.breaches:
+        complain(f"QA: {breach}", "gate_breached", "error")
+    report = None
+    is_over = summary.status not in ("interrupted", "skipped")
+    if parsed.qa and summary.num_qa_rows and summary.manifest and is_over:
+        report = _report_run(parsed, summary)
+    if summary.status == "too_many_rejects":
+        complain(
+            "too many rejects: look at them with `latentcache inspect`, then mend the source or "
+            "raise rejects.max_rate",
+            "too_many_rejects",
+            "error",
+        )
+    if json_:
+        print_json(asdict(summary) | {"report": report})
+    else:
+        print_line(
+            f"{summary.status}: {summary.num_committed} units encoded, {summary.num_skipped} there "
+            f"already, of {summary.num_units}; {summary.num_rows} rows and {summary.num_rejects} "
+            f"rejects in manifest {summary.manifest} of {summary.output} "
+            f"({summary.elapsed_s:.1f} s)"
+        )
+        if summary.bottleneck:
+            print_line(summary.bottleneck)
+        if summary.mean_psnr_db is not None:
+            print_line(f"QA: {summary.num_qa_rows} rows, mean PSNR {summary.mean_psnr_db:.2f} dB")
+        if report:
+            print_line(f"report: {report}")
+    return summary.exit_code
+
+
+def _report_run(config: Config, summary: RunSummary) -> str:
+    """Write the report on the manifest that a run ended with; after a breach, name the worst rows.
+
+    A report that is there stays: a manifest never changes, nor does what was seen of it.
+    """
+    from latentcache.dataset.reader import open_dataset
+    from latentcache.engine.run import gates_of
+    from latentcache.quality.report import build_report, report_path, write_report
+    from latentcache.storage import storage_options
+
+    assert config.qa
+    options = storage_options(config.output.storage)
+    dataset = open_dataset(config.output.url, summary.manifest, storage=options)
+    path = report_path(dataset)
+    is_there = dataset.store.exists(path)
+    if summary.breaches or not is_there:
+        report = build_report(
+            dataset, summary.breaches, gates_of(config), decoder=config.qa.decoder
+        )
+        for line in report.worst_rows if summary.breaches else ():
+            complain(f"QA: {line}", "worst_row")
+        if not is_there:
+            write_report(report, dataset)
+    return str(dataset.store.local_path(path) or dataset.store.url_of(path))
+
+
+def _argv() -> list[str]:
+    return ["latentcache", *sys.argv[1:]]
+
+
+@app.command("plan")
+@command
+def plan_command(
+    config: ConfigPath,
+    set_: Overrides = None,
+    retry_rejects: Annotated[
+        bool, typer.Option("--retry-rejects", help="Plan units with rejects again.")
+    ] = False,
+    calibrate: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Encode N of the images, and say what the whole job takes: thousands on a GPU, "
+            "a hundred on a CPU.",
+            show_default=False,
+        ),
+    ] = None,
+    usd_per_gpu_hour: Annotated[
+        float | None, typer.Option(min=0, help="A price, for --calibrate.", show_default=False)
+    ] = None,
+    usd_per_cpu_hour: Annotated[
+        float | None, typer.Option(min=0, help="A price, for --calibrate.", show_default=False)
+    ] = None,
+    usd_per_gb_month: Annotated[
+        float | None,
+        typer.Option(min=0, help="Price of the output's storage.", show_default=False),
+    ] = None,
+    json_: Json = False,
+) -> int:
+    """Say what `run` would encode, and why. Writes nothing."""
+    from dataclasses import asdict
+
+    parsed = load(config, set_)
+    from latentcache.engine.plan import make_plan
+    from latentcache.errors import ConfigError
+
+    prices = (usd_per_gpu_hour, usd_per_cpu_hour, usd_per_gb_month)
+    if calibrate is None and any(price is not None for price in prices):
+        raise ConfigError("prices are for --calibrate: without it nothing is known to price")
+    plan = make_plan(parsed, retry_rejects=retry_rejects)
+    forecast = None
+    if calibrate and plan.pending and not plan.diff:
+        from latentcache.engine.calibrate import Prices, make_forecast
+
+        with progress_bar() as bar:
+            bar.add_task(f"encoding {calibrate} images", total=None)
+            forecast = make_forecast(parsed, plan, calibrate, Prices(*prices))
+    if json_:
+        print_json(
+            {
+                "num_units": len(plan.units),
+                "num_pending": len(plan.pending),
+                "num_bytes_pending": plan.num_bytes_pending,
+                "sources": asdict(plan.sources),
+                "pending": [
+                    {
+                        "unit": p.unit.id,
+                        "source": p.unit.source,
+                        "range": p.unit.range,
+                        "reason": p.reason,
+                    }
+                    for p in plan.pending
+                ],
+                "contract_diff": plan.diff,
+                "forecast": asdict(forecast) if forecast else None,
+            }
+        )
+    else:
+        _print_plan(plan)
+        if forecast:
+            print_line(forecast.to_text())
+        elif calibrate and not plan.diff:
+            print_line("nothing to calibrate on")
+    if plan.diff:
+        complain("the output holds latents made another way; `run` will refuse:")
+        for line in plan.diff:
+            complain(f"  {line}")
+        return 2
+    return 0
+
+
+def _print_plan(plan: Plan, most: int = 20) -> None:
+    for planned in plan.pending[:most]:
+        print_line(f"{planned.unit.title}  {size_text(planned.unit.num_bytes)}  {planned.reason}")
+    if len(plan.pending) > most:
+        print_line(f"… and {len(plan.pending) - most} more")
+    found = plan.sources
+    fate = "kept" if found.on_missing == "keep" else "dropped"
+    newest = plan.state.manifest
+    print_line(
+        f"sources: {found.num_new} new, {found.num_changed} changed, {found.num_unchanged} "
+        f"unchanged, {found.num_vanished} vanished ({fate}), beside "
+        + (f"manifest {newest.number}" if newest else "no manifest yet")
+    )
+    buckets = ", ".join(f"{width}x{height}" for width, height in plan.contract.transform.buckets)
+    channels, *_ = plan.contract.latent_shape((8, 8))
+    terms = plan.contract.latents
+    print_line(
+        f"{len(plan.pending)} of {len(plan.units)} units to encode "
+        f"({size_text(plan.num_bytes_pending)} to read) into {plan.output.url}\n"
+        f"latents: {terms.posterior}, {channels} channels, {terms.dtype}, {terms.format}; "
+        f"buckets: {buckets}"
+    )
+
+
+@app.command("status")
+@command
+def status_command(
+    target: Target,
+    set_: Overrides = None,
+    watch_: Annotated[
+        bool,
+        typer.Option("--watch", help="Go on until it is complete and no run is at work."),
+    ] = False,
+    every_s: Annotated[
+        float, typer.Option("--every", min=0.1, metavar="SECONDS", help="With --watch: how often.")
+    ] = 10.0,
+    json_: Json = False,
+) -> None:
+    """Say how far a dataset is, and who works on it."""
+    from dataclasses import asdict
+
+    from latentcache.engine.status import read_status
+    from latentcache.engine.watch import watch
+
+    url, options = locate(target, set_)
+    if watch_:
+        _show_each(watch(url, options, every_s), url, as_json=json_)
+        return
+    status = read_status(url, options)
+    if json_:
+        print_json(asdict(status))
+        return
+    print_line(
+        f"{status.num_committed} of {status.num_units} known units committed, "
+        f"{status.num_rows} rows, {status.num_rejects} rejects"
+    )
+    newest = f"manifests: {', '.join(map(str, status.manifests[-10:])) or 'none yet'}"
+    print_line(newest + ("" if status.complete else "; the newest is not complete"))
+    if status.published is not None:
+        print_line(f"published: manifest {status.published}")
+    if status.bottleneck:
+        print_line(f"its latest units: {status.bottleneck}")
+    for source, message in status.failed.items():
+        print_line(f"failed: {source}: {message}")
+    for active in status.active_runs:
+        print_line(
+            f"running: {active.run} on {active.host} (pid {active.pid}), {active.num_committed} of "
+            f"{active.num_units} units, seen {active.age_s:.0f} s ago"
+        )
+
+
+def _show_each(found: Iterator[Watched], url: str, *, as_json: bool) -> None:
+    """Show each: in place on a terminal, elsewhere a line each. An interrupt is how one ends it."""
+    from contextlib import suppress
+
+    from rich.live import Live
+
+    console = stdout_console()
+    with suppress(KeyboardInterrupt):
+        if as_json or not console.is_terminal:
+            for watched in found:
+                print_json(watched.to_json()) if as_json else print_line(watched.to_line())
+            return
+        with Live(console=console, auto_refresh=False) as live:
+            for watched in found:
+                live.update(watched.to_table(url), refresh=True)

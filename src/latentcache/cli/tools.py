@@ -1,0 +1,119 @@
+"""What else there is: `bench-loader`, `schema`, `demo-data`."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from latentcache.cli.base import (
+    Json,
+    ManifestNumber,
+    Overrides,
+    Target,
+    app,
+    command,
+    locate,
+    print_json,
+    print_line,
+    progress_bar,
+)
+
+
+@app.command("bench-loader")
+@command
+def bench_loader_command(
+    target: Target,
+    set_: Overrides = None,
+    manifest: ManifestNumber = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a batch.")] = 256,
+    seconds: Annotated[float, typer.Option(min=0.1, help="How long to go on.")] = 10.0,
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    normalize: Annotated[bool, typer.Option(help="As a model is trained on.")] = True,
+    columns: Annotated[
+        list[str] | None, typer.Option("--column", help="Read only these columns; repeatable.")
+    ] = None,
+    cache_dir: Annotated[
+        Path | None, typer.Option(help="Where files of a remote store are kept.")
+    ] = None,
+    cache_bytes: Annotated[str, typer.Option(help="How much of them.")] = "100gb",
+    json_: Json = False,
+) -> None:
+    """Measure how fast a training loop would get batches here, if it did nothing else."""
+    from dataclasses import asdict
+
+    from latentcache.dataset.shards import TORCH_DTYPES
+    from latentcache.errors import ConfigError
+    from latentcache.loader.loader import LatentLoader
+    from latentcache.loader.measure import measure_loader
+
+    known = {name: kind for name, kind in TORCH_DTYPES.items() if kind.is_floating_point}
+    if dtype not in known:
+        raise ConfigError(f"--dtype is {dtype!r}; it must be one of {', '.join(known)}")
+    url, options = locate(target, set_)
+    make = functools.partial(
+        LatentLoader,
+        url,
+        batch_size=batch_size,
+        manifest=manifest,
+        tail="pad",  # else a small dataset would have no batch
+        dtype=known[dtype],
+        normalize=normalize,
+        columns=columns,
+        cache_dir=cache_dir,
+        cache_bytes=cache_bytes,
+        storage=options,
+    )
+    with progress_bar() as bar:
+        task = bar.add_task("reading", total=seconds)
+        speed = measure_loader(make, seconds, lambda passed: bar.update(task, completed=passed))
+    if json_:
+        print_json(asdict(speed))
+        return
+    print_line(
+        f"{speed.rows_per_s:,.0f} samples/s, {speed.megabytes_per_s:,.0f} MB/s of {dtype}, over "
+        f"{speed.num_steps} steps in {speed.elapsed_s:.1f} s\n"
+        f"a step of {batch_size}: {speed.step_p50_ms:.2f} ms (median), {speed.step_p99_ms:.2f} ms "
+        f"(99%)\n"
+        f"first batch after {speed.first_batch_s:.2f} s, manifest read in {speed.open_s:.2f} s; "
+        f"resumed in {speed.resume_s:.2f} s"
+    )
+
+
+@app.command("schema")
+@command
+def schema_command(
+    eval_: Annotated[bool, typer.Option("--eval", help="Of a config of `eval`.")] = False,
+) -> None:
+    """Print the JSON Schema of a config."""
+    from latentcache.config import Config, EvalConfig
+
+    kind = EvalConfig if eval_ else Config
+    print_line(json.dumps(kind.model_json_schema(), indent=2))
+
+
+@app.command("demo-data")
+@command
+def demo_data_command(
+    folder: Annotated[Path, typer.Argument(help="Where to write the shards.")],
+    shards: Annotated[int, typer.Option(min=1, help="How many shards.")] = 8,
+    samples: Annotated[int, typer.Option(min=1, help="Samples in each.")] = 24,
+    seed: Annotated[int, typer.Option(min=0, help="Draws other pictures.")] = 0,
+    broken: Annotated[bool, typer.Option(help="Break some samples on purpose.")] = True,
+    json_: Json = False,
+) -> None:
+    """Draw WebDataset shards of varied pictures with captions, some broken on purpose."""
+    from dataclasses import asdict
+
+    from latentcache.images.demo_data import write_demo_data
+
+    made = write_demo_data(
+        folder, num_shards=shards, samples_per_shard=samples, seed=seed, broken=broken
+    )
+    if json_:
+        print_json(asdict(made))
+    else:
+        print_line(f"{made.num_samples} samples, {made.num_broken} of them broken, in {folder}")
