@@ -8,7 +8,8 @@ same cores:
 - `demo`: 1,500 images with the demo VAE, which the peers run by diffusers;
 - `free`: 12,000 with an encoder that costs nothing, so that what is around it shows;
 - `stages`: each stage of ours run alone on the threads that it has in a run, and the whole pipeline
-  in turns with them, in one process.
+  in turns with them, in one process; beside `demo` and `free` with `device`, which takes 4 ms an
+  image and no CPU, as an accelerator does: whether that is kept busy.
 
 The settings of each are tried on two small shards, and the best counts. Rates are of the work
 itself and, beside it, with starting up (imports, models, Ray). Writes bench/results/run.json, and
@@ -25,6 +26,7 @@ import shutil
 import sys
 import tarfile
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -62,6 +64,7 @@ IMAGES_PER_SHARD = 125
 NUM_SHARDS = {"demo": 12, "free": 96}
 TUNING_SHARDS, IMAGES_PER_TUNING_SHARD = 2, {"demo": 60, "free": 250}
 NUM_CORES = os.cpu_count() or 1
+DEVICE_S = 0.004
 
 # What a user of each might try on a small machine.
 TRIALS: dict[str, list[dict[str, Any]]] = {
@@ -184,8 +187,16 @@ class Alone:
         url, none = self.plan.output.url, self.options
         job = Job(self.plan.contract, "demo", none, none, url, none, None, NUM_CORES)
         vae = LatentEncoder(load_vae("demo", decoder=False), "fp32")
-        if encoder == "free":
-            vae.start = lambda images: partial(Encoded, free_moments(images), 0, ())  # type: ignore[method-assign]
+        device = threading.Lock()
+
+        def start(images: torch.Tensor) -> Callable[[], Encoded]:
+            if encoder == "device":
+                with device:
+                    time.sleep(DEVICE_S * len(images))
+            return partial(Encoded, free_moments(images), 0, ())
+
+        if encoder != "demo":
+            vae.start = start  # type: ignore[method-assign]
         self.runner = UnitRunner(job, vae)
         torch.set_num_threads(1)  # from here on, as in an actor
         self.units = self.plan.units
@@ -299,7 +310,10 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             if part == "stages":
-                found[part] = {e: against_its_stages(folder, photos, e) for e in ("demo", "free")}
+                found[part] = {
+                    encoder: against_its_stages(folder, photos, encoder)
+                    for encoder in ("demo", "device", "free")
+                }
             else:
                 found[part] = against_peers(folder, photos, part)
         found[part]["images"] = kind
