@@ -496,7 +496,7 @@ MISTAKES = {
     "models.0.storage.endpoint": "no such setting; did you mean 'endpoint_url'?",
     "networks.vgg": "no such setting; did you mean 'vgg16'?",
     "networks.lpips.sha": "no such setting; did you mean 'sha256'?",
-    "source.keep": "no such setting; known here: shards, image, storage",
+    "source.keep": "no such setting; did you mean 'key'?",
     "transform": "no such setting; known here: name, source, resolution_px, vae, models",
     "compute.precision": "no such setting; known here: num_gpus, num_cpu_actors, batch_size",
 }
