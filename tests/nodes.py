@@ -78,7 +78,7 @@ def _living_actor(exchange: Exchange) -> int | None:
     try:
         pid = exchange.client_pid
         return pid if is_actor(pid) else None
-    except (AssertionError, ValueError, OSError):  # neither its connection nor itself is there
+    except (AssertionError, OSError):  # neither its connection nor itself is there
         return None
 
 

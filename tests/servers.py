@@ -242,9 +242,13 @@ def _processes_with(variable: str) -> list[int]:
 
 def _process_at(port: int, peer_port: int) -> int:
     """Which process holds the local end of a connection on this machine."""
-    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-    ends = (f"0100007F:{port:04X}", f"0100007F:{peer_port:04X}")
-    (inode,) = (row[9] for row in rows if (row[1], row[2]) == ends)
+    ends, inodes = (f"0100007F:{port:04X}", f"0100007F:{peer_port:04X}"), set[str]()
+    for _ in range(10):  # a table that changes while it is read may lack a row, or have it twice
+        rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+        if inodes := {row[9] for row in rows if (row[1], row[2]) == ends}:
+            break
+    assert len(inodes) == 1, f"connections from port {port}: {inodes}"
+    (inode,) = inodes
     for link in Path("/proc").glob("[0-9]*/fd/*"):
         try:
             if os.readlink(link) == f"socket:[{inode}]":
