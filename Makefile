@@ -21,9 +21,8 @@ demo: .venv/base  ## draw shards, encode them, check the result
 	@echo
 	@echo '    $(BIN)/python examples/train_dit.py demo/latents --out demo/dit --vae demo'
 
-# Three at a time even on two cores: they wait for processes and stores half of their time.
 test: .venv/dev  ## run the tests
-	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 check: .venv/dev  ## lint, format, types
 	$(BIN)/ruff check

@@ -7,6 +7,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+# Several tests run at a time. With a thread for each core of their own, which wait by spinning, the
+# whole takes half as long again. Torch asks when it is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import hypothesis
 import pytest
 import torch
