@@ -439,6 +439,11 @@ def test_uploads_that_were_left_are_listed_and_aborted(
     assert list(Store(str(tmp_path)).list_uploads()) == []
 
 
+def test_a_store_that_knows_no_uploads_has_none(rclone: S3Server) -> None:
+    store = Store(rclone.make_bucket("no-uploads", {"a": b""}), rclone.options)
+    assert list(store.list_uploads()) == []
+
+
 def test_the_time_is_the_stores_own(
     moto: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

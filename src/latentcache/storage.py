@@ -418,7 +418,10 @@ class Store:
         request: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix, "MaxUploads": _PAGE}
         uploads: list[Upload] = []
         while True:
-            page = self._retry("", lambda: self._fs.call_s3("list_multipart_uploads", **request))
+            try:
+                page = self._retry("", lambda: self._fs.call_s3("list_multipart_uploads", **request))
+            except ObjectNotFound:  # rclone's way of saying that there are none
+                return uploads
             for entry in page.get("Uploads", ()):
                 path, started = entry["Key"].removeprefix(prefix), entry["Initiated"]
                 uploads.append(Upload(path, entry["UploadId"], started.timestamp()))
