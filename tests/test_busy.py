@@ -23,7 +23,8 @@ from latentcache.engine import lease as lease_module
 from latentcache.engine import run as run_module
 from latentcache.engine.lease import STALE_AFTER_S, Lease, active_runs
 from latentcache.engine.progress import RunProgress
-from latentcache.storage import Store
+from latentcache.engine.status import read_status
+from latentcache.storage import StorageOptions, Store
 from makers import config_tree, png, tree_digest, write_tar
 from runs import Configs, assert_nothing_lost_or_doubled, receipts_at
 from servers import DEADLINE_S, Exchange, FaultyProxy, S3Server
@@ -68,8 +69,9 @@ def make_config(folder: Path, on_busy: str, num_shards: int = 2) -> Config:
 
 def write_lease(store: Store, age_s: float = 0.0) -> Path:
     """Another host's lease."""
-    tree = {"run": "other", "host": "elsewhere", "pid": 7, "num_units": 2, "num_committed": 0}
-    store.put("runs/other.json", json.dumps(tree | {"renewed_at": "some time"}).encode())
+    tree = {"run": "other", "host": "elsewhere", "pid": 7, "renewed_at": "some time"}
+    counts = {"num_units": 2, "num_total": 2, "num_committed": 0}
+    store.put("runs/other.json", json.dumps(tree | counts).encode())
     path = store.local_path("runs/other.json")
     assert path
     os.utime(path, (time.time() - age_s,) * 2)
@@ -106,6 +108,22 @@ def test_join_begins_nothing_that_the_other_run_has_committed(
     assert (summary.status, summary.num_committed, summary.num_skipped) == ("complete", 0, 3)
     assert summary.num_rows == other.num_rows
     assert len(list(tmp_path.glob("out/data/*/*"))) == 3, "one was encoded twice"
+
+
+def test_from_its_start_a_run_says_how_many_units_there_will_be(
+    tmp_path: Path, told: dict[str, Callable[[], object]]
+):
+    config = make_config(tmp_path, "join")
+    latentcache.run(config, quiet=True)
+    (tmp_path / "src/1.tar").rename(tmp_path / "src/5.tar")  # 1.tar is gone, and kept
+    write_lease(Store(config.output.url))
+    seen = []
+    told["joining another run"] = lambda: seen.append(
+        read_status(config.output.url, StorageOptions())
+    )
+    assert latentcache.run(config).num_committed == 1
+    (status,) = seen
+    assert (status.num_committed, status.num_units) == (2, 3)
 
 
 def test_wait_does_what_the_other_run_has_left(

@@ -100,8 +100,10 @@ def test_without_conditional_writes_a_second_driver_is_refused(
         assert second.code == 1
         assert "no conditional writes" in second.json["error"]
         assert f"pid {first.process.pid}" in second.json["error"]
-        (running,) = cli.ok("status", config)["active_runs"]
+        status = cli.ok("status", config)
+        (running,) = status["active_runs"]
         assert running["pid"] == first.process.pid
+        assert status["num_units"] == len(shards)
         gate.open()
         assert first.result().code == 0
     assert_nothing_lost_or_doubled(rclone, output, shards)

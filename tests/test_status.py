@@ -114,7 +114,7 @@ class Clock:
 
 
 def without_runs(status: Status) -> Status:
-    return replace(status, active_runs=[], num_units=0)
+    return replace(status, active_runs=[])
 
 
 def test_watching_tells_rates_and_ends_with_the_run(output: Output):
@@ -125,7 +125,7 @@ def test_watching_tells_rates_and_ends_with_the_run(output: Output):
 
     for number in range(2):
         output.commit(f"{number}.tar")
-    lease = Lease(output.store, 3)
+    lease = Lease(output.store, 3, 5)
     lease.__enter__()
     failed = output.unit("4.tar")
     clock = Clock(
@@ -214,7 +214,7 @@ def test_where_reading_takes_long_it_is_read_less_often(output: Output):
 def test_a_watched_dataset_as_a_terminal_shows_it(output: Output):
     output.commit("0.tar", num_rows=1234)
     put_failure(output.store, output.unit("1.tar"), new_attempt(), "1.tar\x1b[2J: [red]broken[/]")
-    with Lease(output.store, 7):
+    with Lease(output.store, 7, 8):
         clock = Clock((90.0, lambda: output.commit("2.tar", num_rows=4500)))
         watching = clock.watch(output)
         *_, watched = next(watching), next(watching)

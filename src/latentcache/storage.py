@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from email.utils import parsedate_to_datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
@@ -417,9 +417,10 @@ class Store:
         prefix = f"{key}/" if key else ""
         request: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix, "MaxUploads": _PAGE}
         uploads: list[Upload] = []
+        list_page = partial(self._fs.call_s3, "list_multipart_uploads")
         while True:
             try:
-                page = self._retry("", lambda: self._fs.call_s3("list_multipart_uploads", **request))
+                page = self._retry("", partial(list_page, **request))
             except ObjectNotFound:  # rclone's way of saying that there are none
                 return uploads
             for entry in page.get("Uploads", ()):

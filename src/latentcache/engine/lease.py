@@ -35,12 +35,16 @@ _ours: set[str] = set()
 
 @dataclass(frozen=True, slots=True)
 class RunInfo:
-    """A run that holds a lease; `age_s` is since its last renewal, by the store's clock."""
+    """A run that holds a lease; `age_s` is since its last renewal, by the store's clock.
+
+    It has `num_units` to encode, and leaves an output of `num_total`, those there before included.
+    """
 
     run: str
     host: str
     pid: int
     num_units: int
+    num_total: int
     num_committed: int
     age_s: float
 
@@ -55,13 +59,15 @@ class Lease:
     Args:
         store: the output.
         num_units: how many units the run will encode.
+        num_total: how many the output will have then.
     """
 
-    def __init__(self, store: Store, num_units: int) -> None:
+    def __init__(self, store: Store, num_units: int, num_total: int = 0) -> None:
         started = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
         self.run = f"{started}-{secrets.token_hex(4)}"
         self._store = store
         self._num_units = num_units
+        self._num_total = num_total
         self._path = f"{RUNS}/{self.run}.json"
         self._renew_at = 0.0
         self.num_committed = 0
@@ -85,6 +91,7 @@ class Lease:
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "num_units": self._num_units,
+            "num_total": self._num_total,
             "num_committed": self.num_committed,
             "renewed_at": datetime.now(UTC).isoformat(),
         }

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from latentcache.dataset.bottleneck import STAGES, Loads
 from latentcache.log import Level, one_line, write_json
@@ -40,13 +41,14 @@ class RunProgress:
         self._bottleneck = ""
         self._live: Progress | None = None
         if self._console.is_terminal and not quiet and not log_json:
+            whole = Column(no_wrap=True)
             self._live = Progress(
                 TextColumn("encoding"),
-                BarColumn(),
-                MofNCompleteColumn(),
+                BarColumn(bar_width=20),
+                MofNCompleteColumn(table_column=whole),
                 TextColumn("units"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
+                TimeRemainingColumn(table_column=whole),
+                TextColumn("{task.fields[note]}", table_column=Column()),  # in a narrow one, wraps
                 console=self._console,
             )
 

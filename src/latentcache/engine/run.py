@@ -189,7 +189,7 @@ class _Driver:
         compute = self.config.compute
         threads = None if compute.decode_threads == "auto" else compute.decode_threads
         with (
-            Lease(self.output, len(self.pending)) as lease,
+            Lease(self.output, len(self.pending), self._num_total()) as lease,
             Cluster(
                 compute.num_gpus,
                 compute.num_cpu_actors,
@@ -230,6 +230,13 @@ class _Driver:
                     self._take(committed, progress)
                 self._tell(metrics)
             self.write_manifest(progress)  # under the lease, on which some stores rely
+
+    def _num_total(self) -> int:
+        """Count the units that the output will have, if all goes well."""
+        gone = self.state.live.keys() - self.listing.keys()
+        kept = gone if self.config.source.on_missing == "keep" else ()
+        num_kept = sum(len(self.state.live[source]) for source in kept)
+        return num_kept + sum(map(len, self.listing.values()))
 
     def _join(self, lease: Lease, progress: RunProgress) -> None:
         """Go another way than runs that are at work already; alone where that would be unsafe."""

@@ -30,8 +30,8 @@ _NUM_RECEIPTS = 64
 class Status:
     """Totals over all committed units, named by a manifest or not.
 
-    `num_units` are the units that have left a trace, or those committed and those that a run at
-    work has still to do, if they are more; `failed` maps the ids of units that were given up, and
+    `num_units` are the units that have left a trace, or as many as a run at work will leave, if
+    those are more; `failed` maps the ids of units that were given up, and
     not committed since, to why. `bottleneck` is the stage that held the latest units up, and what
     would help. `published` is the number of the published manifest.
     """
@@ -76,7 +76,6 @@ class StatusReader:
         self._stages: deque[dict[str, dict[str, float]] | None] = deque(maxlen=_NUM_RECEIPTS)
         self._failures: dict[str, str] = {}
         self._failure_paths: set[str] = set()
-        self._expected: dict[str, int] = {}  # by run, as many units as it will leave
         self._has_read = False
 
     def read(self) -> Status:
@@ -133,16 +132,12 @@ class StatusReader:
         failed = {unit: why for unit, why in self._failures.items() if unit not in done}
         runs = active_runs(self._store)
         published = read_published(self._store)
-        for run in runs:
-            # A lease is up to a minute old: with later ones it comes nearer to the truth.
-            expected = len(committed) + run.num_units - run.num_committed
-            self._expected[run.run] = min(expected, self._expected.get(run.run, expected))
         loads = Loads()
         for stages in self._stages:
             loads.add_receipt(stages)
         known = len(self._units.keys() | failed.keys())
         return Status(
-            num_units=max([known, *(self._expected[run.run] for run in runs)]),
+            num_units=max([known, *(run.num_total for run in runs)]),
             num_committed=len(committed),
             num_rows=sum(unit.num_rows for unit in committed),
             num_rejects=sum(unit.num_rejects for unit in committed),
