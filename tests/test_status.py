@@ -149,6 +149,17 @@ def test_watching_tells_rates_and_ends_with_the_run(output: Output):
     assert clock.waited == [10.0] * 4
 
 
+def test_where_no_run_is_at_work_the_time_left_is_not_known(output: Output):
+    output.commit("0.tar")
+    output.listing["1.tar"] = [output.unit("1.tar")]
+    output.write_manifest()
+    lease = Lease(output.store, 3, 4)
+    lease.__enter__()
+    clock = Clock((10.0, lambda: output.commit("2.tar")), (10.0, lease.__exit__))
+    watching = clock.watch(output)
+    assert [next(watching).left_s for _ in range(3)] == [None, 20.0, None]
+
+
 def test_watching_reads_only_what_is_new(output: Output, monkeypatch: pytest.MonkeyPatch):
     for number in range(50):
         output.commit(f"{number}.tar")

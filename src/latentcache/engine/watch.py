@@ -130,7 +130,7 @@ def _watched(now: float, status: Status, then: float, before: Status) -> Watched
     rows_per_s = (status.num_rows - before.num_rows) / window_s
     num_done = status.num_committed - before.num_committed
     left_s = None
-    if num_done > 0:
+    if num_done > 0 and (status.active_runs or status.complete):
         left_s = (status.num_units - status.num_committed) * window_s / num_done
     return Watched(status, window_s, rows_per_s, left_s)
 
