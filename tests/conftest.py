@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,6 +40,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # No test is about time, and the machine may be busy.
     hypothesis.settings.register_profile("untimed", deadline=None)
     hypothesis.settings.load_profile("untimed")
+    # A script's background jobs ignore Ctrl-C, and so does all that they start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     home = tempfile.TemporaryDirectory(prefix="latentcache-home-")
     config.add_cleanup(home.cleanup)
     for name in [name for name in os.environ if name.startswith(("AWS_", "RAY_"))]:
