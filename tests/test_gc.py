@@ -422,7 +422,7 @@ def test_parts_wait_for_one_at_which_runs_still_fail(world: World) -> None:
     assert world.store.put_if_absent(receipt.path, receipt.to_bytes())
     world.age()
     put_failure(world.store, parts[1], new_attempt(), "c.parquet [1/2]: broken")
-    hints = list_failures(world.store)
+    hints = [hint.path for hint in list_failures(world.store)]
     assert read_failures(world.store, hints) == {parts[1].id: "c.parquet [1/2]: broken"}
     assert (world.gc().num_objects, world.gc().voided) == (0, [])
     world.age()  # nobody has tried it for a week

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import itertools
+import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -147,6 +150,34 @@ def test_watching_tells_rates_and_ends_with_the_run(output: Output):
     assert [len(w.status.failed) for w in seen] == [0, 0, 1, 1, 0]
     assert [w.status.complete for w in seen] == [False, False, False, False, True]
     assert clock.waited == [10.0] * 4
+
+
+def test_what_failed_before_a_complete_manifest_is_settled(output: Output):
+    def fail(source: str) -> None:
+        put_failure(output.store, output.unit(source), new_attempt(), f"{source}: broken")
+
+    def fail_later() -> None:
+        before = set(hints())
+        fail("2.tar")
+        (hint,) = set(hints()) - before
+        os.utime(hint, (time.time() + 10,) * 2)
+
+    def hints() -> Iterator[Path]:
+        return Path(output.url).glob("failures/*")
+
+    fail("1.tar")
+    output.commit("0.tar")
+    clock = Clock(
+        (10.0, lambda: output.commit("1.tar", version="replaced")),
+        (10.0, output.write_manifest),
+        (10.0, fail_later),
+    )
+    seen = []
+    with Lease(output.store, 1, 2):
+        for watched in itertools.islice(clock.watch(output), 4):
+            seen.append(list(watched.status.failed.values()))
+            assert without_runs(watched.status) == without_runs(read_status(output.url, NOWHERE))
+    assert seen == [["1.tar: broken"], ["1.tar: broken"], [], ["2.tar: broken"]]
 
 
 def test_where_no_run_is_at_work_the_time_left_is_not_known(output: Output):

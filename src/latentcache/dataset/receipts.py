@@ -17,7 +17,7 @@ from typing import Any, Literal
 from latentcache.dataset.contract import canonical_json
 from latentcache.dataset.statistics import Statistics
 from latentcache.errors import DatasetError, ObjectNotFound
-from latentcache.storage import Store
+from latentcache.storage import ObjectInfo, Store
 
 COMMITS = "commits"
 FAILURES = "failures"
@@ -271,10 +271,9 @@ def put_failure(store: Store, unit: Unit, attempt: str, message: str) -> None:
     store.put(f"{FAILURES}/{unit.id}-{attempt}.json", canonical_json(tree))
 
 
-def list_failures(store: Store) -> list[str]:
-    """List the paths of the failure hints, the latest last."""
-    infos = sorted(store.list(FAILURES), key=lambda info: info.modified_at or 0.0)
-    return [info.path for info in infos]
+def list_failures(store: Store) -> list[ObjectInfo]:
+    """List the failure hints, the latest last."""
+    return sorted(store.list(FAILURES), key=lambda info: info.modified_at or 0.0)
 
 
 def failed_unit(path: str) -> str:

@@ -151,7 +151,8 @@ def _require_apart(config: Config, output: Store) -> None:
 def _read_failures(output: Store, units: Iterable[Unit], state: State) -> dict[str, str]:
     """Read why units that are left failed before: of each its last hint, of one for every try."""
     left = {unit.id for unit in units if not state.current(unit.id)}
-    last = {failed_unit(path): path for path in list_failures(output)} if left else {}
+    hints = list_failures(output) if left else []
+    last = {failed_unit(hint.path): hint.path for hint in hints}
     return read_failures(output, (path for unit, path in last.items() if unit in left))
 
 

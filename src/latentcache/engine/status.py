@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass
 
 from latentcache.dataset.bottleneck import Loads
@@ -13,6 +14,7 @@ from latentcache.dataset.publish import read_published
 from latentcache.dataset.receipts import (
     Receipt,
     UnitSummary,
+    failed_unit,
     list_failures,
     list_receipt_names,
     read_failures,
@@ -20,6 +22,7 @@ from latentcache.dataset.receipts import (
 )
 from latentcache.dataset.state import State
 from latentcache.engine.lease import RunInfo, active_runs
+from latentcache.errors import ObjectNotFound
 from latentcache.storage import StorageOptions, Store
 
 # Receipts that tell the bottleneck: the latest.
@@ -31,8 +34,8 @@ class Status:
     """Totals over all committed units, named by a manifest or not.
 
     `num_units` are the units that have left a trace, or as many as a run at work will leave, if
-    those are more; `failed` maps the ids of units that were given up, and
-    not committed since, to why. `bottleneck` is the stage that held the latest units up, and what
+    those are more; `failed` maps the ids of units that were given up, and not committed or replaced
+    since, to why. `bottleneck` is the stage that held the latest units up, and what
     would help. `published` is the number of the published manifest.
     """
 
@@ -75,7 +78,8 @@ class StatusReader:
         self._units: dict[str, UnitSummary] = {}  # that count, or will; void ones too
         self._stages: deque[dict[str, dict[str, float]] | None] = deque(maxlen=_NUM_RECEIPTS)
         self._failures: dict[str, str] = {}
-        self._failure_paths: set[str] = set()
+        self._failed_at: dict[str, float] = {}  # by the paths of the hints that have been read
+        self._settled = (0, 0.0)  # the manifest before which failures count no more, and when
         self._has_read = False
 
     def read(self) -> Status:
@@ -120,16 +124,32 @@ class StatusReader:
             self._stages.append(receipt.stages)
 
     def _read_failures(self) -> None:
-        paths = [p for p in list_failures(self._store) if p not in self._failure_paths]
-        self._failures.update(read_failures(self._store, paths))
-        self._failure_paths.update(paths)
+        hints = [hint for hint in list_failures(self._store) if hint.path not in self._failed_at]
+        self._failures.update(read_failures(self._store, (hint.path for hint in hints)))
+        self._failed_at.update((hint.path, hint.modified_at or 0.0) for hint in hints)
+
+    def _failed_lately(self) -> set[str]:
+        """Give the units that failed since a complete manifest, if that is the newest.
+
+        What failed before it is in it by now, or is no longer in the source: replaced, perhaps.
+        """
+        newest = self._manifest
+        if not (newest and newest.complete):
+            return set(self._failures)
+        if newest.number != self._settled[0]:
+            with suppress(ObjectNotFound):  # `gc` was faster
+                written_at = self._store.info(newest.path).modified_at or 0.0
+                self._settled = (newest.number, written_at)
+        _, since = self._settled
+        return {failed_unit(path) for path, at in self._failed_at.items() if at > since}
 
     def _status(self, manifests: list[int]) -> Status:
         committed = [unit for unit in self._units.values() if not unit.is_void]
         # A unit that was committed and counts no more, for a manifest dropped it, has not failed.
         done = {name.rpartition("-")[0] for name in self._names}
         done -= {unit.unit_id for unit in self._units.values() if unit.is_void}
-        failed = {unit: why for unit, why in self._failures.items() if unit not in done}
+        open_units = self._failed_lately() - done
+        failed = {unit: why for unit, why in self._failures.items() if unit in open_units}
         runs = active_runs(self._store)
         published = read_published(self._store)
         loads = Loads()
