@@ -4,7 +4,7 @@
 #   apt-get install slurm-wlm munge && bash scripts/try_slurm.sh
 #
 # from the repository's root, with `latentcache` and `ray` on the PATH. One dataset is made by a run
-# that is ended in every way Slurm has, and taken up again each time; that takes ten minutes on two
+# that is ended in every way Slurm has, and taken up again each time; that takes six minutes on two
 # cores. Checked are exit codes, summaries, the dataset, and that nothing is left behind.
 set -euo pipefail
 

@@ -43,7 +43,7 @@ from latentcache.engine.unit import UnitRunner
 from latentcache.engine.versions import Versions
 from latentcache.engine.waiting import NO_PATIENCE, Patience, Reminder
 from latentcache.engine.worker import load_runner
-from latentcache.errors import ClusterError, LatentCacheError, StorageError
+from latentcache.errors import ClusterError, LatentCacheError, StorageError, first_line
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -82,7 +82,7 @@ class _EncoderActor:
         except LatentCacheError as error:
             return _with_host(error)
         except RuntimeError as error:  # what torch raises of a GPU that is broken or taken
-            return _with_host(ClusterError(f"cannot use its device: {_first_line(error)}"))
+            return _with_host(ClusterError(f"cannot use its device: {first_line(error)}"))
         node: str = ray.get_runtime_context().get_node_id()
         return node
 
@@ -166,7 +166,7 @@ class Cluster:
         try:
             ray.init(address=address, log_to_driver=False, logging_level="ERROR", **arguments)
         except (ConnectionError, ValueError, RuntimeError, RayError) as error:
-            reason = _first_line(error)
+            reason = first_line(error)
             raise ClusterError(f"cannot join the Ray cluster at {address}: {reason}") from error
         self._patience = patience
         self.num_actors = num_gpus or num_cpu_actors
@@ -305,7 +305,7 @@ class Cluster:
                     f"a worker cannot load latentcache: {str(error).strip().splitlines()[-1]}; "
                     "install the driver's packages on every node"
                 )
-            raise ActorLost(_first_line(error), has_crashed=_has_crashed(error, node)) from error
+            raise ActorLost(first_line(error), has_crashed=_has_crashed(error, node)) from error
 
     def kill(self, actor: Any) -> None:
         """End an actor, whatever it is at."""
@@ -340,7 +340,7 @@ def _get(ref: Any, failure: str) -> Any:
         cause = getattr(error, "cause", None)
         if isinstance(cause, LatentCacheError):
             raise cause from error
-        raise ClusterError(f"{failure}: {_first_line(cause or error)}") from error
+        raise ClusterError(f"{failure}: {first_line(cause or error)}") from error
 
 
 def _has_crashed(error: RayError, node: str | None) -> bool:
@@ -369,8 +369,3 @@ def _nothing() -> None:
 
 def _is_alive(node: str | None) -> bool:
     return any(entry["NodeID"] == node and entry["Alive"] for entry in ray.nodes())
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

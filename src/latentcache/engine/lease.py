@@ -59,7 +59,7 @@ class Lease:
     Args:
         store: the output.
         num_units: how many units the run will encode.
-        num_total: how many the output will have then.
+        num_total: how many the output will have then; 0 if it does not grow.
     """
 
     def __init__(self, store: Store, num_units: int, num_total: int = 0) -> None:
