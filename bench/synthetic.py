@@ -13,6 +13,7 @@ from latentcache.dataset.contract import (
     Contract,
     LatentContract,
     QuantizationContract,
+    SourceContract,
     TransformContract,
     VaeContract,
     establish_contract,
@@ -58,7 +59,7 @@ def make_contract(
             max_pixels=2**28,
         ),
         latents=LatentContract(posterior, dtype, format, "fp32", quantization),
-        image_fields=("jpg",),
+        source=SourceContract(("jpg",)),
         columns=tuple(columns),
     )
 

@@ -260,7 +260,7 @@ def test_another_contract_is_refused_with_its_diff(demo: Demo):
     assert planned.code == 2
     assert planned.json["contract_diff"] == [
         'latents.dtype: "float16" there, "float32" wanted',
-        "transform.dct_scaling: null there, true wanted",
+        "transform.dct_scaling: false there, true wanted",
     ]
     assert {unit["reason"] for unit in planned.json["pending"]} == {"another contract"}
     refused = demo("run", *other)

@@ -143,7 +143,7 @@ def test_the_published_manifest_is_the_one_that_is_opened(world: World) -> None:
         "manifest": 2,
         "published_at": published.published_at,
         "contract": CONTRACT.fingerprint,
-        "format_version": 1,
+        "format_version": 2,
     }
     assert open_dataset(world.url, "published").manifest.number == 2
     assert open_dataset(world.url).manifest.number == 4
@@ -178,7 +178,7 @@ def test_what_is_not_complete_or_not_there_is_not_published(world: World) -> Non
 
 @pytest.mark.parametrize(
     "damage",
-    [b"", b"[]", b"{}", b'{"format_version": 2}', b'{"format_version": 1, "manifest": "x"}'],
+    [b"", b"[]", b"{}", b'{"format_version": 3}', b'{"format_version": 2, "manifest": "x"}'],
 )
 def test_a_damaged_pointer_is_named(world: World, damage: bytes) -> None:
     nights(world)

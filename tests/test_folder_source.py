@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from latentcache import parse_config
+from latentcache.dataset.contract import SourceContract
 from latentcache.errors import ConfigError, SourceChanged, SourceError, StorageError
 from latentcache.images import folder as folder_module
 from latentcache.images.source import (
@@ -47,7 +48,7 @@ def listed(folder: Path, num_units: int = 4, known: Sequence[str] = ()) -> list[
 
 
 def read(shard: SourceShard) -> list[Sample | RejectedSample]:
-    return list(read_shard(shard, image=IMAGE, keep=KEEP, options=OPTIONS))
+    return list(read_shard(shard, SourceContract(IMAGE), keep=KEEP, options=OPTIONS))
 
 
 def read_all(shards: Sequence[SourceShard]) -> list[Sample | RejectedSample]:
@@ -263,7 +264,7 @@ def test_files_come_in_order_though_fetched_at_once_and_few_are_held(
         return read_bytes(self, path)
 
     monkeypatch.setattr(Store, "read_bytes", count)
-    reading = read_shard(shard, image=IMAGE, keep=KEEP, options=OPTIONS)
+    reading = read_shard(shard, SourceContract(IMAGE), keep=KEEP, options=OPTIONS)
     for index, sample in enumerate(reading):
         assert sample == Sample(f"{index:03d}", bytes([index]) * 1000, {})
         assert len(began) <= index + 1 + 13
@@ -274,7 +275,7 @@ def test_reading_stops_early(tmp_path: Path):
     fill(tmp_path, {f"{index}.jpg": b"x" for index in range(50)})
     (shard,) = listed(tmp_path, 1)
     before = threading.active_count()
-    reading = read_shard(shard, image=IMAGE, keep=KEEP, options=OPTIONS)
+    reading = read_shard(shard, SourceContract(IMAGE), keep=KEEP, options=OPTIONS)
     next(reading)
     del reading
     assert threading.active_count() == before
@@ -290,7 +291,9 @@ def test_only_fields_that_are_wanted_are_fetched(tmp_path: Path, monkeypatch: py
     )
     counts: list[int] = []
     (shard,) = listed(tmp_path, 1)
-    found = list(read_shard(shard, image=IMAGE, keep=KEEP, options=OPTIONS, on_read=counts.append))
+    found = list(
+        read_shard(shard, SourceContract(IMAGE), keep=KEEP, options=OPTIONS, on_read=counts.append)
+    )
     assert found[0] == Sample("a", bytes(100), {})
     assert isinstance(found[1], RejectedSample)
     assert found[1].reject.reason == "oversized_field"

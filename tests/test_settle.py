@@ -155,8 +155,8 @@ def test_it_takes_a_few_images_of_a_few_shards(
     read: Counter[str] = Counter()
     read_shard = settle_module.read_shard
 
-    def count(shard: SourceShard, **options: Any) -> Iterator[Any]:
-        for sample in read_shard(shard, **options):
+    def count(shard: SourceShard, *args: Any, **options: Any) -> Iterator[Any]:
+        for sample in read_shard(shard, *args, **options):
             read[shard.url] += 1
             yield sample
 

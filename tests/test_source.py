@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
+from latentcache.dataset.contract import SourceContract
 from latentcache.errors import ConfigError, SourceChanged, SourceError, StorageError
 from latentcache.images import tarstream
 from latentcache.images.source import (
@@ -56,7 +57,7 @@ def read_bytes(folder: Path, data: bytes, name: str = "x.tar") -> list[Sample | 
     path = folder / name
     path.write_bytes(data)
     (shard,) = list_shards(str(path), OPTIONS)
-    return list(read_shard(shard, image=IMAGE, keep=KEEP, options=OPTIONS))
+    return list(read_shard(shard, SourceContract(IMAGE), keep=KEEP, options=OPTIONS))
 
 
 def summary(results: list[Sample | RejectedSample]) -> list[tuple[str | None, str]]:
@@ -87,7 +88,7 @@ def test_a_field_can_be_image_and_kept(tmp_path: Path):
     (tmp_path / "x.tar").write_bytes(tar_bytes([("k.png", b"1"), ("k.seg.png", b"2")]))
     (shard,) = list_shards(str(tmp_path / "x.tar"), OPTIONS)
     keep = ("png", "seg.png")
-    (sample,) = read_shard(shard, image=("jpg", "png"), keep=keep, options=OPTIONS)
+    (sample,) = read_shard(shard, SourceContract(("jpg", "png")), keep=keep, options=OPTIONS)
     assert sample == Sample("k", b"1", {"png": b"1", "seg.png": b"2"})
 
 
@@ -347,25 +348,25 @@ def test_a_shard_replaced_or_deleted_while_it_is_read_has_changed(
     path = tmp_path / "x.tar"
     path.write_bytes(tar_bytes(GOOD))
     (shard,) = list_shards(str(path), OPTIONS)
-    reading = read_shard(shard, image=IMAGE, keep=KEEP, options=OPTIONS)
+    reading = read_shard(shard, SourceContract(IMAGE), keep=KEEP, options=OPTIONS)
     next(reading)
     path.write_bytes(tar_bytes(GOOD))
     with pytest.raises(SourceChanged, match="changed"):
         list(reading)
     monkeypatch.setattr(Store, "open", lambda self, path: io.BytesIO(b"other"))
     with pytest.raises(SourceChanged, match="changed"):  # though it looks like a cut connection
-        list(read_shard(shard, image=IMAGE, keep=KEEP, options=OPTIONS))
+        list(read_shard(shard, SourceContract(IMAGE), keep=KEEP, options=OPTIONS))
     monkeypatch.undo()
     path.unlink()
     with pytest.raises(SourceChanged, match="deleted"):
-        list(read_shard(shard, image=IMAGE, keep=KEEP, options=OPTIONS))
+        list(read_shard(shard, SourceContract(IMAGE), keep=KEEP, options=OPTIONS))
 
 
 def test_reading_stops_early_without_a_warning(tmp_path: Path):
     path = tmp_path / "x.tar"
     path.write_bytes(tar_bytes(GOOD))
     (shard,) = list_shards(str(path), OPTIONS)
-    reading = read_shard(shard, image=IMAGE, keep=KEEP, options=OPTIONS)
+    reading = read_shard(shard, SourceContract(IMAGE), keep=KEEP, options=OPTIONS)
     next(reading)
     reading.close()
 
@@ -475,7 +476,7 @@ def test_a_shard_on_another_kind_of_store():
     memory.pipe_file("/shards/x.tar", tar_bytes(GOOD))
     (shard,) = list_shards("memory://shards/*.tar", OPTIONS)
     assert isinstance(shard, SourceShard)
-    results = list(read_shard(shard, image=IMAGE, keep=KEEP, options=OPTIONS))
+    results = list(read_shard(shard, SourceContract(IMAGE), keep=KEEP, options=OPTIONS))
     assert [r.key for r in results] == ["a", "b/c", "b/d"]
     memory.rm("/shards", recursive=True)
 
@@ -489,7 +490,7 @@ def test_memory_stays_bounded_by_a_sample(tmp_path: Path):
             tar.addfile(header, io.BytesIO(bytes(2**20)))
     (shard,) = list_shards(str(path), OPTIONS)
     tracemalloc.start()
-    for _ in read_shard(shard, image=IMAGE, keep=(), options=OPTIONS):
+    for _ in read_shard(shard, SourceContract(IMAGE), options=OPTIONS):
         pass
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

@@ -16,8 +16,11 @@ from typing import Any
 from latentcache.errors import ContractMismatch, DatasetError, ObjectNotFound
 from latentcache.storage import Store
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CONTRACT_PATH = "contract.json"
+
+MAX_SAMPLE_BYTES = 256 * 2**20
+"""The default of `source.max_sample_bytes`."""
 
 
 def canonical_json(tree: Any) -> bytes:
@@ -26,6 +29,27 @@ def canonical_json(tree: Any) -> bytes:
         tree, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
     )
     return text.encode()
+
+
+@dataclass(frozen=True)
+class SourceContract:
+    """How a source is read as samples.
+
+    Attributes:
+        image_fields: fields that may hold the image, in order of preference.
+        key_column: column of Parquet files that holds the key; None derives the key.
+        max_sample_bytes: a sample whose fields together hold more bytes is a reject.
+        caption_index: which element becomes the text where a text column holds a list.
+        key_rules: version of the rules that derive keys from names and paths (docs/format.md).
+        text_rules: version of the rules that decode text fields (docs/format.md).
+    """
+
+    image_fields: tuple[str, ...]
+    key_column: str | None = None
+    max_sample_bytes: int = MAX_SAMPLE_BYTES
+    caption_index: int = 0
+    key_rules: int = 1
+    text_rules: int = 1
 
 
 @dataclass(frozen=True)
@@ -90,17 +114,15 @@ class LatentContract:
 class Contract:
     """All that must agree between the runs that fill one dataset.
 
-    `caption_field` is where the column `caption` comes from, and `key_column` the column of Parquet
-    files that holds the key, if one was named.
+    `caption_field` is where the column `caption` comes from.
     """
 
     vae: VaeContract
     transform: TransformContract
     latents: LatentContract
-    image_fields: tuple[str, ...]
+    source: SourceContract
     columns: tuple[str, ...]
     caption_field: str = "txt"
-    key_column: str | None = None
     format_version: int = field(default=FORMAT_VERSION)
 
     @property
@@ -139,18 +161,11 @@ class Contract:
     def to_json(self) -> dict[str, Any]:
         """Give the contract as plain JSON.
 
-        Only int8 latents have a `quantization`; `dct_scaling` is there only where it is on,
-        `caption_field` where it is not `txt`, `key_column` where one was named.
+        Only int8 latents have a `quantization`.
         """
         tree: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         if self.latents.quantization is None:
             del tree["latents"]["quantization"]
-        if not self.transform.dct_scaling:
-            del tree["transform"]["dct_scaling"]
-        if self.caption_field == "txt":
-            del tree["caption_field"]
-        if self.key_column is None:
-            del tree["key_column"]
         return tree
 
     @classmethod
@@ -176,10 +191,9 @@ class Contract:
                 vae=VaeContract(**_with_tuples(tree["vae"])),
                 transform=TransformContract(**transform),
                 latents=LatentContract(**latents),
-                image_fields=tuple(tree["image_fields"]),
+                source=SourceContract(**_with_tuples(tree["source"])),
                 columns=tuple(tree["columns"]),
-                caption_field=tree.get("caption_field", "txt"),
-                key_column=tree.get("key_column"),
+                caption_field=tree["caption_field"],
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise DatasetError(f"contract.json is damaged: {error}") from error

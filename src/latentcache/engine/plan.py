@@ -18,7 +18,7 @@ from latentcache.dataset.contract import (
 from latentcache.dataset.receipts import Unit, failed_unit, list_failures, read_failures
 from latentcache.dataset.state import Listing, State, require_few
 from latentcache.errors import ConfigError, SourceError
-from latentcache.images.source import SourceShard, list_source
+from latentcache.images.source import SourceShard, list_source, source_contract
 from latentcache.images.transform import Bucket, ratio_buckets
 from latentcache.storage import ObjectInfo, Store, storage_options
 from latentcache.vae.model import FAMILY
@@ -253,10 +253,9 @@ def wanted_contract(config: Config) -> Contract:
             precision=_known_precision(config),
             quantization=_quantization(config),
         ),
-        image_fields=tuple(config.source.image),
+        source=source_contract(config.source),
         columns=tuple("caption" if name == "txt" else name for name in config.source.keep),
         caption_field="caption" if "caption" in config.source.keep else "txt",
-        key_column=config.source.key,
     )
 
 

@@ -99,10 +99,9 @@ def _sample(job: Job, shards: Sequence[SourceShard]) -> Iterator[tuple[str, Tran
 
 def _images(job: Job, shard: SourceShard) -> Iterator[tuple[str, Transformed]]:
     """Give a shard's images with their names; what is wrong there, its unit will record."""
-    spec, fields = transform_spec(job.contract), job.contract.image_fields
-    key, options = job.contract.key_column, job.source_storage
+    spec = transform_spec(job.contract)
     try:
-        for sample in read_shard(shard, image=fields, keep=(), key=key, options=options):
+        for sample in read_shard(shard, job.contract.source, options=job.source_storage):
             if isinstance(sample, Sample):
                 try:
                     transformed = load_image(sample.image, spec)

@@ -302,9 +302,8 @@ class _Attempt:
         """Fetch: read samples in order, and queue each to be decoded."""
         samples = read_shard(
             self.task.shard,
-            image=self.contract.image_fields,
+            self.contract.source,
             keep=tuple(map(self.contract.field_of, self.contract.columns)),
-            key=self.contract.key_column,
             options=self.runner.job.source_storage,
             on_read=self._count_bytes,
         )

@@ -16,6 +16,7 @@ from fnmatch import fnmatchcase
 from webdataset.shardlists import expand_urls as expand_braces
 
 from latentcache.config import Images
+from latentcache.dataset.contract import SourceContract
 from latentcache.dataset.receipts import Unit
 from latentcache.errors import ConfigError, ObjectNotFound, SourceChanged, SourceError
 from latentcache.images.folder import is_slot, list_folder, list_slot, read_slot, slots_of
@@ -42,6 +43,7 @@ __all__ = [
     "list_source",
     "read_shard",
     "shard_of",
+    "source_contract",
 ]
 
 # From so many shards in one folder on, one listing of it is cheaper than asking for each.
@@ -51,6 +53,11 @@ _MAX_BRACE_RANGE = 10_000_000
 
 _GLOB = re.compile(r"[*?\[]")
 _COMMAND = re.compile(r"^pipe:|^-$|[|`<>\n]|\$[({]|&&")
+
+
+def source_contract(source: Images) -> SourceContract:
+    """Return how a config's `source` section says that samples are read."""
+    return SourceContract(tuple(source.image), source.key)
 
 
 def list_source(
@@ -221,11 +228,10 @@ def _ask(store: Store, name: str) -> ObjectInfo | None:
 
 def read_shard(
     shard: SourceShard,
+    source: SourceContract,
     *,
-    image: Sequence[str],
-    keep: Sequence[str],
+    keep: Sequence[str] = (),
     options: StorageOptions,
-    key: str | None = None,
     on_read: Callable[[int], None] = lambda num_bytes: None,
 ) -> Iterator[Sample | RejectedSample]:
     """Stream a shard's samples: a tar's in its order, a Parquet file's by row, a folder's by key.
@@ -238,11 +244,9 @@ def read_shard(
 
     Args:
         shard: what was listed.
-        image: fields that may hold the image, of tars and folders in lower case; of several the
-            first named is taken.
+        source: how samples are read. Of several image fields the first named is taken.
         keep: further fields to return.
         options: how to reach the store.
-        key: the column of Parquet files that holds the key.
         on_read: told of everything that is read how many bytes it has: the bytes of a tar, and of
             the others those of the fields.
 
@@ -252,7 +256,7 @@ def read_shard(
         StorageError: the store cannot be read, or cut the connection.
         SourceError: the shard is compressed in a way that is not read, or lacks a column.
     """
-    wanted = Wanted(tuple(image), tuple(keep), key)
+    wanted = Wanted(source.image_fields, tuple(keep), source.key_column)
     if shard.files:
         return read_slot(shard, wanted, options, on_read)
     if is_parquet(shard.url):

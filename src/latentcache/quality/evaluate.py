@@ -15,7 +15,7 @@ from typing import Protocol, TypeVar
 
 from latentcache.config import EvalConfig, EvalModel, Network
 from latentcache.errors import SourceError
-from latentcache.images.source import list_source
+from latentcache.images.source import list_source, source_contract
 from latentcache.metrics import FeatureStatistics, frechet_distance
 from latentcache.quality.card import (
     Evaluation,
@@ -76,8 +76,7 @@ def plan_evaluation(config: EvalConfig) -> EvalPlan:
     output.put("evaluation.probe", b"")
     output.delete("evaluation.probe")
     job = EvalJob(
-        image_fields=tuple(config.source.image),
-        key_column=config.source.key,
+        source=source_contract(config.source),
         source_storage=storage_options(config.source.storage),
         resolution_px=config.resolution_px,
         vae=config.vae.model_copy(update={"checkpoint": absolute_url(config.vae.checkpoint)}),

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from latentcache.config import MAX_PIXELS, EvalModel, Networks, Vae
+from latentcache.dataset.contract import SourceContract
 from latentcache.dataset.qa import MAX_DB, MIN_DB
 from latentcache.errors import CheckpointError, ClusterError, ConfigError, Reject
 from latentcache.images.source import RejectedSample, SourceShard, read_shard
@@ -49,8 +50,7 @@ _CHUNK_IMAGES = 256
 class EvalJob:
     """What all pieces have in common; a process loads its models once for a job."""
 
-    image_fields: tuple[str, ...]
-    key_column: str | None
+    source: SourceContract
     source_storage: StorageOptions
     resolution_px: int
     vae: Vae
@@ -215,8 +215,7 @@ def _images(
     """Give a shard's images by key, uint8 [3, side, side]; counts the samples left out."""
     side = Bucket(job.resolution_px, job.resolution_px)
     spec = TransformSpec((side,), min_side_px=None, max_upscale=None, max_pixels=MAX_PIXELS)
-    fields, key, options = job.image_fields, job.key_column, job.source_storage
-    for sample in read_shard(shard, image=fields, keep=(), key=key, options=options):
+    for sample in read_shard(shard, job.source, options=job.source_storage):
         try:
             if isinstance(sample, RejectedSample):
                 raise sample.reject

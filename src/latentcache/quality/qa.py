@@ -216,8 +216,7 @@ def _fetch(dataset: Dataset, record: UnitRecord, selection: Selection, look: Loo
     crops: Crops = {}
     unit, options = record.unit, selection.source_storage
     shard = shard_of(unit, options)
-    fields, key = dataset.contract.image_fields, dataset.contract.key_column
-    for sample in read_shard(shard, image=fields, keep=(), key=key, options=options):
+    for sample in read_shard(shard, dataset.contract.source, options=options):
         if not isinstance(sample, Sample) or sample.key not in missing:
             continue
         missing.remove(sample.key)
