@@ -16,6 +16,7 @@ from PIL import Image
 from latentcache.dataset.contract import (
     Contract,
     LatentContract,
+    SourceContract,
     TransformContract,
     VaeContract,
     establish_contract,
@@ -107,7 +108,7 @@ def make_contract(
     num_channels = latent_channels * (2 if posterior == "moments" else 1)
     quantization = make_quantization(num_channels) if dtype == "int8" else None
     latents = LatentContract(posterior, dtype, format, "fp32", quantization)
-    return Contract(vae, transform, latents, ("jpg", "png"), tuple(columns))
+    return Contract(vae, transform, latents, SourceContract(("jpg", "png")), tuple(columns))
 
 
 def make_latents(contract: Contract, bucket: Size, num_rows: int, seed: int = 0) -> torch.Tensor:
