@@ -42,7 +42,6 @@ import profile_picture
 from contenders import RESOLUTION_PX, Asked, free_moments, run
 from harness import print_table, take_turns, write_results
 from latentcache import load_vae, make_plan, parse_config
-from latentcache.dataset.contract import SourceContract
 from latentcache.dataset.receipts import (
     Receipt,
     Unit,
@@ -208,7 +207,7 @@ class Alone:
 
     def _read(self, unit: Unit) -> Iterator[Sample]:
         shard = SourceShard(unit.source, unit.size_bytes, unit.version)
-        for sample in read_shard(shard, SourceContract(("jpg",)), options=self.options):
+        for sample in read_shard(shard, image=("jpg",), keep=(), options=self.options):
             assert isinstance(sample, Sample)
             yield sample
 

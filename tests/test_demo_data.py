@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from latentcache.dataset.contract import SourceContract
 from latentcache.errors import Reject
 from latentcache.images.decode import decode_image
 from latentcache.images.demo_data import DemoData, write_demo_data
@@ -36,7 +35,7 @@ def test_every_sample_reads_and_the_broken_ones_have_the_reason_counted(
     shards = list_shards(f"{folder}/demo-{{000000..000004}}.tar", OPTIONS)
     for shard in shards:
         for sample in read_shard(
-            shard, SourceContract(("jpg", "png", "webp")), keep=("txt", "json"), options=OPTIONS
+            shard, image=("jpg", "png", "webp"), keep=("txt", "json"), options=OPTIONS
         ):
             if isinstance(sample, RejectedSample):
                 reasons[sample.reject.reason] += 1

@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from latentcache import parse_config
-from latentcache.dataset.contract import SourceContract
 from latentcache.errors import ConfigError, SourceChanged, SourceError, StorageError
 from latentcache.images import folder as folder_module
 from latentcache.images.source import (
@@ -21,12 +20,11 @@ from latentcache.images.source import (
     Sample,
     SourceShard,
     list_again,
-    list_shards,
     list_source,
     read_shard,
 )
 from latentcache.storage import ObjectInfo, StorageOptions, Store
-from makers import config_tree, write_tar
+from makers import config_tree
 
 OPTIONS = StorageOptions()
 IMAGE = ("jpg", "png")
@@ -48,7 +46,7 @@ def listed(folder: Path, num_units: int = 4, known: Sequence[str] = ()) -> list[
 
 
 def read(shard: SourceShard) -> list[Sample | RejectedSample]:
-    return list(read_shard(shard, SourceContract(IMAGE), keep=KEEP, options=OPTIONS))
+    return list(read_shard(shard, image=IMAGE, keep=KEEP, options=OPTIONS))
 
 
 def read_all(shards: Sequence[SourceShard]) -> list[Sample | RejectedSample]:
@@ -75,19 +73,24 @@ FILES = {
 }
 
 
-def test_files_are_grouped_as_the_members_of_a_tar(tmp_path: Path):
+def test_files_are_grouped_by_their_path_up_to_the_last_dot(tmp_path: Path):
     fill(tmp_path / "images", FILES)
-    in_order = sorted(FILES.items(), key=lambda file: (file[0].rpartition(".")[0], file[0]))
-    tar = write_tar(tmp_path / "x.tar", in_order)
-    (shard,) = list_shards(str(tar), OPTIONS)
-    from_tar = read(shard)
-    assert len(from_tar) == 7
+    second = "two.png is a second image of its sample, beside two.jpg: rename one of them"
     for num_units in (1, 3, 64):
-        assert by_key(read_all(listed(tmp_path / "images", num_units))) == by_key(from_tar)
+        assert by_key(read_all(listed(tmp_path / "images", num_units))) == [
+            Sample("a", b"a", {"txt": b"caption of a"}),
+            Sample("b/a", b"b", {"json": b"{}"}),
+            Sample("b/a-1", b"b1", {}),
+            Sample("b/a.d/c", b"between the files of b/a", {}),
+            Sample("b/v1.0/x", b"dots in a folder", {}),
+            ("only", "has txt, but none of jpg, png"),
+            Sample("two", b"the first in the alphabet", {}),
+            ("two", second),
+        ]
 
 
-names = st.sampled_from(["a", "b", "a-1", "é", "Z", "d.e", "__m__"])
-endings = st.sampled_from([".jpg", ".JPG", ".txt", ".seg.png", ".png", ".json", "", "."])
+names = st.sampled_from(["a", "b", "a-1", "é", "Z", "d.e", "v1.0", "__m__", ".h"])
+endings = st.sampled_from([".jpg", ".JPG", ".txt", ".seg.png", ".png", ".gif", ".json", "", "."])
 
 
 @settings(max_examples=60, deadline=None)
@@ -97,29 +100,38 @@ endings = st.sampled_from([".jpg", ".JPG", ".txt", ".seg.png", ".png", ".json", 
     ),
     num_units=st.integers(1, 5),
 )
-def test_any_files_are_grouped_as_the_members_of_a_tar(
+def test_every_image_file_is_a_row_or_a_reject(
     tmp_path_factory: pytest.TempPathFactory, paths: set[tuple[str, str]], num_units: int
 ):
-    folder = tmp_path_factory.mktemp("any")
-    files: dict[str, bytes] = {}
+    folder = tmp_path_factory.mktemp("any") / "images"
+    folder.mkdir()
     for name, ending in sorted(paths):
-        path = folder / "images" / f"{name}{ending}"
+        path = folder / f"{name}{ending}"
         if not path.is_dir() and not any(parent.is_file() for parent in path.parents):
-            fill(folder / "images", {f"{name}{ending}": f"{name}{ending}".encode()})
-            files[f"{name}{ending}"] = f"{name}{ending}".encode()
-
-    def key(path: str) -> tuple[str, str]:
-        parent, _, name = path.rpartition("/")
-        return f"{parent}/{name.partition('.')[0]}".lstrip("/"), path
-
-    tar = write_tar(folder / "x.tar", [(path, files[path]) for path in sorted(files, key=key)])
-    (shard,) = list_shards(str(tar), OPTIONS)
-    expected = by_key(read(shard))
-    if not any(isinstance(sample, Sample) for sample in expected):
+            fill(folder, {f"{name}{ending}": f"{name}{ending}".encode()})
+    images = [
+        str(path.relative_to(folder))
+        for path in folder.rglob("*")
+        if path.is_file()
+        and path.suffix.lower() in (".jpg", ".png", ".gif")
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and not str(path.relative_to(folder)).startswith("__m__/")
+    ]
+    if not any(path.lower().endswith((".jpg", ".png")) for path in images):
         with pytest.raises(SourceError, match="holds no image files"):
-            listed(folder / "images", num_units)
-    else:
-        assert by_key(read_all(listed(folder / "images", num_units))) == expected
+            listed(folder, num_units)
+        return
+    found = read_all(listed(folder, num_units))
+    assert sum(sample.num_images for sample in found) == len(images)
+    rows = [sample for sample in found if isinstance(sample, Sample)]
+    assert not any(sample.extra_images for sample in rows)
+    assert len({sample.key for sample in rows}) == len(rows)
+    for sample in rows:
+        path = sample.image.decode()
+        assert path in images
+        assert path.rpartition(".")[0] == sample.key
+    stems = {path.rpartition(".")[0] for path in images if not path.lower().endswith(".gif")}
+    assert {sample.key for sample in rows} == stems
 
 
 def test_hidden_files_and_folders_are_passed_over(tmp_path: Path):
@@ -133,7 +145,8 @@ def test_links_to_files_are_followed_and_links_to_folders_are_not(tmp_path: Path
     (tmp_path / "images" / "again").symlink_to(tmp_path / "images")
     (tmp_path / "images" / "broken.jpg").symlink_to(tmp_path / "nowhere")
     found = by_key(read_all(listed(tmp_path / "images")))
-    assert found == [Sample("a", b"a", {}), Sample("linked", b"b", {})]
+    broken = ("broken", "broken.jpg is a link to a file that does not exist")
+    assert found == [Sample("a", b"a", {}), broken, Sample("linked", b"b", {})]
 
 
 def test_a_name_that_is_not_utf8_is_a_reject(tmp_path: Path):
@@ -264,7 +277,7 @@ def test_files_come_in_order_though_fetched_at_once_and_few_are_held(
         return read_bytes(self, path)
 
     monkeypatch.setattr(Store, "read_bytes", count)
-    reading = read_shard(shard, SourceContract(IMAGE), keep=KEEP, options=OPTIONS)
+    reading = read_shard(shard, image=IMAGE, keep=KEEP, options=OPTIONS)
     for index, sample in enumerate(reading):
         assert sample == Sample(f"{index:03d}", bytes([index]) * 1000, {})
         assert len(began) <= index + 1 + 13
@@ -275,14 +288,13 @@ def test_reading_stops_early(tmp_path: Path):
     fill(tmp_path, {f"{index}.jpg": b"x" for index in range(50)})
     (shard,) = listed(tmp_path, 1)
     before = threading.active_count()
-    reading = read_shard(shard, SourceContract(IMAGE), keep=KEEP, options=OPTIONS)
+    reading = read_shard(shard, image=IMAGE, keep=KEEP, options=OPTIONS)
     next(reading)
     del reading
     assert threading.active_count() == before
 
 
 def test_only_fields_that_are_wanted_are_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("latentcache.images.samples.MAX_MEMBER_BYTES", 100)
     fill(tmp_path, {"a.jpg": bytes(100), "a.npy": bytes(500), "b.jpg": bytes(101)})
     read_bytes = Store.read_bytes
     fetched: list[str] = []
@@ -291,12 +303,13 @@ def test_only_fields_that_are_wanted_are_fetched(tmp_path: Path, monkeypatch: py
     )
     counts: list[int] = []
     (shard,) = listed(tmp_path, 1)
-    found = list(
-        read_shard(shard, SourceContract(IMAGE), keep=KEEP, options=OPTIONS, on_read=counts.append)
+    reading = read_shard(
+        shard, image=IMAGE, keep=KEEP, options=OPTIONS, max_sample_bytes=100, on_read=counts.append
     )
+    found = list(reading)
     assert found[0] == Sample("a", bytes(100), {})
     assert isinstance(found[1], RejectedSample)
-    assert found[1].reject.reason == "oversized_field"
+    assert found[1].reject.reason == "oversized_sample"
     assert (fetched, counts) == (["a.jpg"], [100])
 
 

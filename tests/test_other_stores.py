@@ -22,7 +22,6 @@ from fsspec.registry import _registry
 
 from latentcache import parse_config
 from latentcache import storage as storage_module
-from latentcache.dataset.contract import SourceContract
 from latentcache.errors import AccessDenied, ConfigError, SourceChanged
 from latentcache.images.source import Sample, SourceShard, list_source, read_shard
 from latentcache.storage import StorageOptions, Store
@@ -154,7 +153,7 @@ def listed(hub: type[_Hub], **source: Any) -> list[SourceShard]:
 
 
 def read(shard: SourceShard) -> list[Any]:
-    return list(read_shard(shard, SourceContract(("jpg", "image")), options=StorageOptions()))
+    return list(read_shard(shard, image=["jpg", "image"], keep=(), options=StorageOptions()))
 
 
 def parquet_bytes(*images: bytes) -> bytes:

@@ -14,7 +14,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from latentcache.dataset.contract import SourceContract
 from latentcache.errors import SourceChanged, SourceError, StorageError
 from latentcache.images import parquet as parquet_module
 from latentcache.images.source import (
@@ -54,7 +53,7 @@ def write(path: Path, rows: Sequence[Row], group_rows: int = 10, **options: Any)
 def read(
     shard: SourceShard, keep: Sequence[str] = (), key: str | None = None
 ) -> list[Sample | RejectedSample]:
-    return list(read_shard(shard, SourceContract(IMAGE, key), keep=keep, options=OPTIONS))
+    return list(read_shard(shard, image=IMAGE, keep=keep, key=key, options=OPTIONS))
 
 
 def read_file(
@@ -362,7 +361,7 @@ def test_a_file_replaced_or_deleted_while_it_is_read_has_changed(
     (shard,) = list_shards(str(path), OPTIONS)
 
     def begin() -> Iterator[Sample | RejectedSample]:
-        reading = read_shard(shard, SourceContract(IMAGE), options=OPTIONS)
+        reading = read_shard(shard, image=IMAGE, keep=(), options=OPTIONS)
         next(reading)
         return reading
 
@@ -392,7 +391,7 @@ def test_a_row_group_is_never_in_memory_twice(tmp_path: Path):
     del rows
     (shard,) = list_shards(str(path), OPTIONS)
     before, peak, num_rows = pa.total_allocated_bytes(), 0, 0
-    for sample in read_shard(shard, SourceContract(IMAGE), options=OPTIONS):
+    for sample in read_shard(shard, image=IMAGE, keep=(), options=OPTIONS):
         assert isinstance(sample, Sample)
         num_rows += 1
         peak = max(peak, pa.total_allocated_bytes() - before)
@@ -405,7 +404,7 @@ def test_what_is_read_is_counted_row_by_row(tmp_path: Path):
     (shard,) = list_shards(str(path), OPTIONS)
     counts: list[int] = []
     samples = read_shard(
-        shard, SourceContract(IMAGE), keep=["caption"], options=OPTIONS, on_read=counts.append
+        shard, image=IMAGE, keep=["caption"], options=OPTIONS, on_read=counts.append
     )
     sizes = [
         len(sample.image) + len(sample.fields["caption"])

@@ -153,14 +153,14 @@ def test_it_takes_a_few_images_of_a_few_shards(
     write_shards(tmp_path, num_shards, in_each)
     job, shards = plan_job(tmp_path, checkpoint, calibration={"num_images": 32})
     read: Counter[str] = Counter()
-    read_shard = settle_module.read_shard
+    read_shard = settle_module.read_images
 
     def count(shard: SourceShard, *args: Any, **options: Any) -> Iterator[Any]:
         for sample in read_shard(shard, *args, **options):
             read[shard.url] += 1
             yield sample
 
-    monkeypatch.setattr(settle_module, "read_shard", count)
+    monkeypatch.setattr(settle_module, "read_images", count)
     settle(vae, job, shards)
     assert len(read) == num_opened
     assert read.total() == 32

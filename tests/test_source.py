@@ -17,9 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from latentcache.dataset.contract import SourceContract
 from latentcache.errors import ConfigError, SourceChanged, SourceError, StorageError
-from latentcache.images import tarstream
 from latentcache.images.source import (
     RejectedSample,
     Sample,
@@ -57,7 +55,7 @@ def read_bytes(folder: Path, data: bytes, name: str = "x.tar") -> list[Sample | 
     path = folder / name
     path.write_bytes(data)
     (shard,) = list_shards(str(path), OPTIONS)
-    return list(read_shard(shard, SourceContract(IMAGE), keep=KEEP, options=OPTIONS))
+    return list(read_shard(shard, image=IMAGE, keep=KEEP, options=OPTIONS))
 
 
 def summary(results: list[Sample | RejectedSample]) -> list[tuple[str | None, str]]:
@@ -79,7 +77,7 @@ GOOD = [*pair("a", b"x" * 700), *pair("b/c", b""), ("b/d.json", b"{}"), ("b/d.pn
 def test_samples_come_in_order_with_the_fields_asked_for(tmp_path: Path):
     members = [("k1.npy", b"dropped"), ("k1.JPG", b"one"), ("k1.png", b"two"), *pair("k2")]
     assert read_bytes(tmp_path, tar_bytes(members)) == [
-        Sample("k1", b"one", {}),
+        Sample("k1", b"one", {}, extra_images=("png",)),
         Sample("k2", b"image", {"txt": b"caption of k2"}),
     ]
 
@@ -88,8 +86,8 @@ def test_a_field_can_be_image_and_kept(tmp_path: Path):
     (tmp_path / "x.tar").write_bytes(tar_bytes([("k.png", b"1"), ("k.seg.png", b"2")]))
     (shard,) = list_shards(str(tmp_path / "x.tar"), OPTIONS)
     keep = ("png", "seg.png")
-    (sample,) = read_shard(shard, SourceContract(("jpg", "png")), keep=keep, options=OPTIONS)
-    assert sample == Sample("k", b"1", {"png": b"1", "seg.png": b"2"})
+    (sample,) = read_shard(shard, image=("jpg", "png"), keep=keep, options=OPTIONS)
+    assert sample == Sample("k", b"1", {"png": b"1", "seg.png": b"2"}, extra_images=("seg.png",))
 
 
 names = st.lists(
@@ -245,22 +243,40 @@ def test_rejects_with_a_key(tmp_path: Path):
     ]
 
 
-def test_an_oversized_member_is_skipped_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("latentcache.images.samples.MAX_MEMBER_BYTES", 1000)
-    members = [("a.jpg", bytes(1001)), ("b.npy", bytes(5000)), ("b.jpg", bytes(1000))]
-    assert summary(read_bytes(tmp_path, tar_bytes(members))) == [
-        ("a", "oversized_field"),
+def test_a_sample_whose_fields_together_are_too_large_is_a_reject(tmp_path: Path):
+    members = [("a.jpg", bytes(600)), ("a.txt", bytes(401)), ("b.npy", bytes(5000))]
+    members += [("b.jpg", bytes(600)), ("b.txt", bytes(400)), ("c.png", bytes(900))]
+    members += [("c.jpg", bytes(900)), ("d.jpg", bytes(1001))]
+    (tmp_path / "x.tar").write_bytes(tar_bytes(members))
+    (shard,) = list_shards(str(tmp_path / "x.tar"), OPTIONS)
+    reserved: list[int] = []
+    found = list(
+        read_shard(
+            shard,
+            image=IMAGE,
+            keep=KEEP,
+            options=OPTIONS,
+            max_sample_bytes=1000,
+            reserve=reserved.append,
+        )
+    )
+    assert summary(found) == [
+        ("a", "oversized_sample"),
         ("b", "ok"),
+        ("c", "ok"),  # of two images only one is held
+        ("d", "oversized_sample"),
     ]
+    assert max(reserved) == 1000
 
 
-def test_links_folders_and_devices_are_passed_over(tmp_path: Path):
+def test_folders_are_passed_over_and_a_device_in_the_place_of_an_image_is_a_reject(tmp_path: Path):
     others = []
-    for i, kind in enumerate((tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE)):
-        header = tarfile.TarInfo(f"other{i}.jpg")
-        header.type, header.linkname = kind, "a.jpg"
+    for name, kind in (("f.jpg", tarfile.DIRTYPE), ("p.jpg", tarfile.FIFOTYPE)):
+        header = tarfile.TarInfo(name)
+        header.type = kind
         others.append(header)
-    assert summary(read_bytes(tmp_path, tar_bytes([*others, *pair("a"), *others]))) == [("a", "ok")]
+    found = summary(read_bytes(tmp_path, tar_bytes([*others, *pair("a")])))
+    assert found == [("p", "not_a_file"), ("a", "ok")]
 
 
 @pytest.mark.parametrize(
@@ -348,25 +364,25 @@ def test_a_shard_replaced_or_deleted_while_it_is_read_has_changed(
     path = tmp_path / "x.tar"
     path.write_bytes(tar_bytes(GOOD))
     (shard,) = list_shards(str(path), OPTIONS)
-    reading = read_shard(shard, SourceContract(IMAGE), keep=KEEP, options=OPTIONS)
+    reading = read_shard(shard, image=IMAGE, keep=KEEP, options=OPTIONS)
     next(reading)
     path.write_bytes(tar_bytes(GOOD))
     with pytest.raises(SourceChanged, match="changed"):
         list(reading)
     monkeypatch.setattr(Store, "open", lambda self, path: io.BytesIO(b"other"))
     with pytest.raises(SourceChanged, match="changed"):  # though it looks like a cut connection
-        list(read_shard(shard, SourceContract(IMAGE), keep=KEEP, options=OPTIONS))
+        list(read_shard(shard, image=IMAGE, keep=KEEP, options=OPTIONS))
     monkeypatch.undo()
     path.unlink()
     with pytest.raises(SourceChanged, match="deleted"):
-        list(read_shard(shard, SourceContract(IMAGE), keep=KEEP, options=OPTIONS))
+        list(read_shard(shard, image=IMAGE, keep=KEEP, options=OPTIONS))
 
 
 def test_reading_stops_early_without_a_warning(tmp_path: Path):
     path = tmp_path / "x.tar"
     path.write_bytes(tar_bytes(GOOD))
     (shard,) = list_shards(str(path), OPTIONS)
-    reading = read_shard(shard, SourceContract(IMAGE), keep=KEEP, options=OPTIONS)
+    reading = read_shard(shard, image=IMAGE, keep=KEEP, options=OPTIONS)
     next(reading)
     reading.close()
 
@@ -476,7 +492,7 @@ def test_a_shard_on_another_kind_of_store():
     memory.pipe_file("/shards/x.tar", tar_bytes(GOOD))
     (shard,) = list_shards("memory://shards/*.tar", OPTIONS)
     assert isinstance(shard, SourceShard)
-    results = list(read_shard(shard, SourceContract(IMAGE), keep=KEEP, options=OPTIONS))
+    results = list(read_shard(shard, image=IMAGE, keep=KEEP, options=OPTIONS))
     assert [r.key for r in results] == ["a", "b/c", "b/d"]
     memory.rm("/shards", recursive=True)
 
@@ -490,9 +506,8 @@ def test_memory_stays_bounded_by_a_sample(tmp_path: Path):
             tar.addfile(header, io.BytesIO(bytes(2**20)))
     (shard,) = list_shards(str(path), OPTIONS)
     tracemalloc.start()
-    for _ in read_shard(shard, SourceContract(IMAGE), options=OPTIONS):
+    for _ in read_shard(shard, image=IMAGE, keep=(), options=OPTIONS):
         pass
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 12 * 2**20
-    assert tarstream.MAX_MEMBER_BYTES > 2**20

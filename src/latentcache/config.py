@@ -76,6 +76,12 @@ class Images(_Section):
     key: str | None = Field(
         None, description="Column of Parquet files with the key; the image's path if left out."
     )
+    max_sample_bytes: int = Field(
+        256 * 2**20,
+        ge=1,
+        le=2**31 - 1,
+        description="Reject a sample whose fields together hold more bytes, before reading them.",
+    )
     storage: Storage = Storage()
 
     @model_validator(mode="after")

@@ -80,6 +80,10 @@ def storage_options(storage: Storage) -> StorageOptions:
     return StorageOptions(**storage.model_dump())
 
 
+DANGLING = "dangling"
+"""The version of a local link whose target does not exist."""
+
+
 @dataclass(frozen=True, slots=True)
 class ObjectInfo:
     """One object: `path` below the store's root, and what tells its versions apart.
@@ -307,7 +311,11 @@ class Store:
                 with suppress(FileNotFoundError):
                     if entry.is_dir(follow_symlinks=False):
                         folders.append(prefix + entry.name)
-                    elif entry.is_file() and not entry.name.startswith(_TEMP_PREFIX):
+                    elif entry.name.startswith(_TEMP_PREFIX):
+                        continue
+                    elif _is_dangling(entry):
+                        infos.append(ObjectInfo(prefix + entry.name, 0, DANGLING, None))
+                    elif entry.is_file():
                         infos.append(_local_info(prefix + entry.name, entry.stat()))
         return infos, folders
 
@@ -529,6 +537,11 @@ class Store:
         finally:
             os.unlink(temp)
         return True
+
+
+def _is_dangling(entry: os.DirEntry[str]) -> bool:
+    """Return whether an entry is a link to nothing, or to itself."""
+    return entry.is_symlink() and not os.path.exists(entry.path)
 
 
 def _local_info(path: str, status: os.stat_result) -> ObjectInfo:

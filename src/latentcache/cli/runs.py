@@ -84,6 +84,11 @@ def run_command(
             f"rejects in manifest {summary.manifest} of {summary.output} "
             f"({summary.elapsed_s:.1f} s)"
         )
+        if summary.num_extra_images:
+            print_line(
+                f"{summary.num_extra_images} of {summary.num_images} images are further images of "
+                "a sample (such as masks) and were not encoded"
+            )
         if summary.bottleneck:
             print_line(summary.bottleneck)
         if summary.mean_psnr_db is not None:
@@ -177,6 +182,7 @@ def plan_command(
                 "num_units": len(plan.units),
                 "num_pending": len(plan.pending),
                 "num_bytes_pending": plan.num_bytes_pending,
+                "num_images": plan.num_images,
                 "sources": asdict(plan.sources),
                 "pending": [
                     {
@@ -221,9 +227,10 @@ def _print_plan(plan: Plan, most: int = 20) -> None:
     buckets = ", ".join(f"{width}x{height}" for width, height in plan.contract.transform.buckets)
     channels, *_ = plan.contract.latent_shape((8, 8))
     terms = plan.contract.latents
+    images = "" if plan.num_images is None else f"; {plan.num_images} image files in all"
     print_line(
         f"{len(plan.pending)} of {len(plan.units)} units to encode "
-        f"({size_text(plan.num_bytes_pending)} to read) into {plan.output.url}\n"
+        f"({size_text(plan.num_bytes_pending)} to read{images}) into {plan.output.url}\n"
         f"latents: {terms.posterior}, {channels} channels, {terms.dtype}, {terms.format}; "
         f"buckets: {buckets}"
     )

@@ -57,6 +57,8 @@ class Manifest:
     num_rejects: int
     buckets: dict[str, int]
     statistics: Statistics
+    num_images: int = 0
+    num_extra_images: int = 0
     format_version: int = FORMAT_VERSION
 
     @property
@@ -74,6 +76,8 @@ class Manifest:
             self.num_rejects,
             Counter(self.buckets),
             self.statistics,
+            self.num_images,
+            self.num_extra_images,
         )
 
     def to_bytes(self) -> bytes:

@@ -96,7 +96,11 @@ class QaFile:
 
 @dataclass(frozen=True, slots=True)
 class UnitRecord:
-    """What a committed unit holds: all that a manifest repeats of its receipt."""
+    """What a committed unit holds: all that a manifest repeats of its receipt.
+
+    `num_images` counts the image files or members of the shard: rows, rejects with an image, and
+    `num_extra_images`, which are further images of a sample, such as masks.
+    """
 
     unit: Unit
     generation: int
@@ -107,6 +111,8 @@ class UnitRecord:
     files: tuple[DataFile, ...]
     rejects: DataFile | None
     qa: QaFile | None = None
+    num_images: int = 0
+    num_extra_images: int = 0
 
     @property
     def name(self) -> str:
@@ -140,6 +146,8 @@ class UnitSummary:
     qa: QaSummary | None = None
     is_void: bool = False
     segment: int | None = None
+    num_images: int = 0
+    num_extra_images: int = 0
 
     @classmethod
     def of(
@@ -157,6 +165,8 @@ class UnitSummary:
             qa=QaSummary(qa.num_rows, qa.mean_psnr_db, qa.min_drift_db) if qa else None,
             is_void=is_void,
             segment=segment,
+            num_images=record.num_images,
+            num_extra_images=record.num_extra_images,
         )
 
     @property
@@ -172,6 +182,7 @@ class Receipt:
     `stages` holds busy seconds, wait seconds and threads by stage, `elapsed_s` how long the attempt
     took, `versions` what encoded it; `notes` counts what is worth knowing: latents that were not
     finite and were encoded again in fp32, and with int8 the values that lay outside its range.
+    `extra_image_fields` names fields that hold further images of samples.
     """
 
     record: UnitRecord
@@ -182,6 +193,7 @@ class Receipt:
     elapsed_s: float | None = None
     versions: dict[str, str] | None = None
     notes: dict[str, int] | None = None
+    extra_image_fields: list[str] | None = None
 
     @property
     def path(self) -> str:

@@ -74,13 +74,24 @@ SEGMENT_SCHEMA = pa.schema(
         ("num_samples", pa.int64()),
         ("num_rows", pa.int64()),
         ("num_rejects", pa.int64()),
+        ("num_images", pa.int64()),
+        ("num_extra_images", pa.int64()),
         ("files", pa.list_(_FILE_TYPE)),
         ("rejects", _FILE_TYPE),
         ("qa", pa.string()),
         ("statistics", pa.string()),
     ]
 )
-SUMMARY_COLUMNS = ("unit", "generation", "num_samples", "num_rows", "num_rejects", "qa")
+SUMMARY_COLUMNS = (
+    "unit",
+    "generation",
+    "num_samples",
+    "num_rows",
+    "num_rejects",
+    "qa",
+    "num_images",
+    "num_extra_images",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +113,8 @@ class Totals:
     num_rejects: int
     buckets: Counter[str]
     statistics: Statistics
+    num_images: int = 0
+    num_extra_images: int = 0
 
     @classmethod
     def of(cls, units: Iterable[tuple[UnitRecord, Statistics]], num_channels: int) -> Totals:
@@ -120,6 +133,8 @@ class Totals:
             num_rejects=sum(record.num_rejects for record in records),
             buckets=buckets,
             statistics=merge_all((statistics for _, statistics in units), num_channels),
+            num_images=sum(record.num_images for record in records),
+            num_extra_images=sum(record.num_extra_images for record in records),
         )
 
     def merge(self, other: Totals) -> Totals:
@@ -131,6 +146,8 @@ class Totals:
             self.num_rejects + other.num_rejects,
             self.buckets + other.buckets,
             self.statistics.merge(other.statistics),
+            self.num_images + other.num_images,
+            self.num_extra_images + other.num_extra_images,
         )
 
 
@@ -199,16 +216,18 @@ def summaries_of(table: pa.Table, number: int) -> Iterator[UnitSummary]:
     columns = [pc.struct_field(unit, "id"), pc.struct_field(unit, "source")]
     columns += [table[name] for name in SUMMARY_COLUMNS[1:]]
     rows = zip(*(column.to_pylist() for column in columns), strict=True)
-    for unit_id, source, generation, num_samples, num_rows, num_rejects, qa in rows:
+    for unit_id, source, generation, samples, num_rows, rejects, qa, images, extra in rows:
         yield UnitSummary(
             unit_id,
             source,
             generation,
-            num_samples,
+            samples,
             num_rows,
-            num_rejects,
+            rejects,
             _qa_summary(qa),
             segment=number,
+            num_images=images,
+            num_extra_images=extra,
         )
 
 
@@ -245,28 +264,22 @@ def records_of(table: pa.Table) -> list[UnitRecord]:
     files = map(DataFile, *_fields(columns["files"].flatten()))
     rejects = zip(*_fields(columns["rejects"]), strict=True)
     counts = pc.list_value_length(columns["files"]).to_pylist()
-    names = ("generation", "attempt", "num_samples", "num_rows", "num_rejects", "qa")
-    plain = zip(*(columns[name].to_pylist() for name in names), strict=True)
+    counts_of = ("num_samples", "num_rows", "num_rejects", "num_images", "num_extra_images")
+    names = ("generation", "attempt", *counts_of)
+    values = [columns[name].to_pylist() for name in names]
+    plain = (dict(zip(names, row, strict=True)) for row in zip(*values, strict=True))
+    qa = map(_qa_file, columns["qa"].to_pylist())
     return [
         UnitRecord(
             unit=unit,
-            generation=generation,
-            attempt=attempt,
-            num_samples=num_samples,
-            num_rows=num_rows,
-            num_rejects=num_rejects,
             files=tuple(islice(files, num_files)),
             rejects=DataFile(*reject) if reject[0] is not None else None,
-            qa=_qa_file(qa),
+            qa=qa_file,
+            **row,
         )
-        for unit, num_files, reject, (
-            generation,
-            attempt,
-            num_samples,
-            num_rows,
-            num_rejects,
-            qa,
-        ) in zip(units, counts, rejects, plain, strict=True)
+        for unit, num_files, reject, qa_file, row in zip(
+            units, counts, rejects, qa, plain, strict=True
+        )
     ]
 
 

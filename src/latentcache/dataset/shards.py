@@ -66,6 +66,7 @@ class RejectRow:
     """A sample left out: `key` is None where no sample could be named.
 
     `thumbnail` is a small JPEG of the first few of a reason that could be decoded, else None.
+    `has_image` says whether the reject stands for an image; it is not stored.
     """
 
     key: str | None
@@ -73,6 +74,7 @@ class RejectRow:
     reason: str
     message: str
     thumbnail: bytes | None = None
+    has_image: bool = True
 
 
 def bucket_name(bucket: tuple[int, int]) -> str:

@@ -182,6 +182,8 @@ class State:
             num_samples=totals.num_samples,
             num_rows=totals.num_rows,
             num_rejects=totals.num_rejects,
+            num_images=totals.num_images,
+            num_extra_images=totals.num_extra_images,
             buckets=dict(sorted(totals.buckets.items())),
             statistics=totals.statistics,
         )

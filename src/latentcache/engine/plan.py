@@ -18,6 +18,7 @@ from latentcache.dataset.contract import (
 from latentcache.dataset.receipts import Unit, failed_unit, list_failures, read_failures
 from latentcache.dataset.state import Listing, State, require_few
 from latentcache.errors import ConfigError, SourceError
+from latentcache.images.samples import Wanted, file_key_and_field
 from latentcache.images.source import SourceShard, list_source, source_contract
 from latentcache.images.transform import Bucket, ratio_buckets
 from latentcache.storage import ObjectInfo, Store, storage_options
@@ -90,6 +91,15 @@ class Plan:
     def listing(self) -> Listing:
         """Each listed source with its units."""
         return by_source(self.units)
+
+    @property
+    def num_images(self) -> int | None:
+        """Count the image files of folders, which a listing shows; None for other sources."""
+        files = [file for shard in self.shards for file in shard.files]
+        if not files:
+            return None
+        wanted = Wanted(self.contract.source.image_fields, ())
+        return sum(wanted.is_image(file_key_and_field(file.path)[1]) for file in files)
 
     @property
     def num_bytes_pending(self) -> int:

@@ -84,6 +84,8 @@ class RunSummary:
     num_qa_rows: int = 0
     mean_psnr_db: float | None = None
     bottleneck: str | None = None
+    num_images: int = 0
+    num_extra_images: int = 0
     breaches: list[str] = field(default_factory=list)
     failed: list[dict[str, str]] = field(default_factory=list)
 
@@ -357,6 +359,16 @@ class _Driver:
             notes["no_fused_kernels"] = (
                 f"a worker encodes without fused kernels, which is slower: triton is {triton}"
             )
+        if (receipt.notes or {}).get("gathered_by_key"):
+            notes["gathered_by_key"] = (
+                f"{receipt.record.unit.title} is not grouped by key, or holds links: such tars are "
+                "read three times; repack them with the files of each sample next to each other"
+            )
+        if receipt.extra_image_fields:
+            fields = ", ".join(receipt.extra_image_fields)
+            notes["extra_images"] = (
+                f"samples have further images, which are counted and not encoded: {fields}"
+            )
         for event in notes.keys() - self._has_said:
             self._has_said.add(event)
             progress.say(event, notes[event], "warning")
@@ -480,6 +492,8 @@ class _Driver:
             num_rows=manifest.num_rows if manifest else 0,
             num_rejects=manifest.num_rejects if manifest else 0,
             manifest=manifest.number if manifest else None,
+            num_images=manifest.num_images if manifest else 0,
+            num_extra_images=manifest.num_extra_images if manifest else 0,
             elapsed_s=round(elapsed_s, 3),
             exit_code=exit_code,
             output=self.output.url,

@@ -18,7 +18,7 @@ from latentcache.dataset.contract import Contract
 from latentcache.dataset.quantization import fit
 from latentcache.engine.job import Job
 from latentcache.errors import LatentCacheError, Reject, SourceError
-from latentcache.images.source import Sample, SourceShard, read_shard
+from latentcache.images.source import Sample, SourceShard, read_images
 from latentcache.images.transform import Bucket, Transformed, load_image, transform_spec
 from latentcache.vae.encoder import LatentEncoder, draw_latents, resolve_precision
 from latentcache.vae.model import KLAutoencoder
@@ -101,7 +101,7 @@ def _images(job: Job, shard: SourceShard) -> Iterator[tuple[str, Transformed]]:
     """Give a shard's images with their names; what is wrong there, its unit will record."""
     spec = transform_spec(job.contract)
     try:
-        for sample in read_shard(shard, job.contract.source, options=job.source_storage):
+        for sample in read_images(shard, job.contract.source, job.source_storage):
             if isinstance(sample, Sample):
                 try:
                     transformed = load_image(sample.image, spec)

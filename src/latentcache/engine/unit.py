@@ -42,6 +42,7 @@ from latentcache.dataset.shards import (
     write_rejects,
 )
 from latentcache.dataset.statistics import Statistics
+from latentcache.engine.accounting import SampleBudget, SampleCounts
 from latentcache.engine.job import UNITS_PER_ACTOR, Job, UnitFailure, UnitTask
 from latentcache.engine.sample import QaSample
 from latentcache.engine.stages import Background, OldestFirstPool, Room, StageTimes
@@ -55,7 +56,7 @@ from latentcache.errors import (
     StorageError,
 )
 from latentcache.images.decode import Reserve, decode_image
-from latentcache.images.source import RejectedSample, Sample, read_shard
+from latentcache.images.source import NotGrouped, RejectedSample, Sample, read_samples
 from latentcache.images.transform import Bucket, Transformed, load_image, transform_spec
 from latentcache.pictures import write_thumbnail
 from latentcache.storage import Store
@@ -143,17 +144,10 @@ class UnitRunner:
         try:
             if committed := self._committed(task):
                 return committed
-            with TemporaryDirectory(prefix="latentcache-") as folder:
-                attempt = _Attempt(self, task, next(self._ranks), Path(folder))
-                self.active.append(attempt)
-                try:
-                    return attempt.run()
-                finally:
-                    self.active.remove(attempt)
-                    self.num_source_bytes += attempt.num_source_bytes
-                    self.num_output_bytes += attempt.num_output_bytes
-                    for stage, times in attempt.times.items():
-                        self.finished[stage].add(times.busy_s, times.wait_s)
+            try:
+                return self._attempt(task, gather=False)
+            except NotGrouped:
+                return self._attempt(task, gather=True)
         except SourceChanged as error:
             return UnitFailure(str(error), changed=True)
         except (DiskFull, ConfigError) as error:
@@ -168,6 +162,19 @@ class UnitRunner:
                 return UnitFailure(str(full), fatal=full)
             traceback.print_exc(file=sys.stderr)
             return UnitFailure(f"{task.unit.title}: {type(error).__name__}: {error}")
+
+    def _attempt(self, task: UnitTask, *, gather: bool) -> Receipt:
+        with TemporaryDirectory(prefix="latentcache-") as folder:
+            attempt = _Attempt(self, task, next(self._ranks), Path(folder), gather=gather)
+            self.active.append(attempt)
+            try:
+                return attempt.run()
+            finally:
+                self.active.remove(attempt)
+                self.num_source_bytes += attempt.num_source_bytes
+                self.num_output_bytes += attempt.num_output_bytes
+                for stage, times in attempt.times.items():
+                    self.finished[stage].add(times.busy_s, times.wait_s)
 
     def _committed(self, task: UnitTask) -> Receipt | None:
         """Give the receipt that lies there for a unit; a look that fails costs work, not rows."""
@@ -245,8 +252,11 @@ _Batch = tuple[Bucket, list[RowMeta], torch.Tensor, "Future[Callable[[], Encoded
 class _Attempt:
     """One attempt at one unit, in the order in which its data passes."""
 
-    def __init__(self, runner: UnitRunner, task: UnitTask, rank: int, folder: Path) -> None:
+    def __init__(
+        self, runner: UnitRunner, task: UnitTask, rank: int, folder: Path, *, gather: bool
+    ) -> None:
         self.runner = runner
+        self.gather = gather
         self.contract = runner.job.contract
         self.task = task
         self.rank = rank
@@ -255,10 +265,12 @@ class _Attempt:
         self.began = time.perf_counter()
         self.times = runner.stage_times()
         self.rejects: list[RejectRow] = []
-        self.num_samples = 0
+        self.counts = SampleCounts()
         self.num_source_bytes = 0
         self.num_output_bytes = 0
         self.notes = {"encoded_again_in_fp32": 0}
+        if gather:
+            self.notes["gathered_by_key"] = 1
         if self.contract.latents.quantization:
             self.notes["clamped_values"] = 0
         self.num_thumbnails: Counter[str] = Counter()
@@ -300,22 +312,30 @@ class _Attempt:
 
     def _decode_all(self) -> Iterator[Future[_Decoded | RejectRow]]:
         """Fetch: read samples in order, and queue each to be decoded."""
-        samples = read_shard(
+        budget = SampleBudget(self.runner.fetched, self.contract.source.max_sample_bytes)
+        samples = read_samples(
             self.task.shard,
             self.contract.source,
             keep=tuple(map(self.contract.field_of, self.contract.columns)),
             options=self.runner.job.source_storage,
+            gather=self.gather,
             on_read=self._count_bytes,
+            reserve=budget.reserve,
         )
-        for sample in islice(samples, self.task.max_samples):
-            self.num_samples += 1
-            num_bytes = len(sample.image) if isinstance(sample, Sample) else 0
-            waited_s = self.runner.fetched.take(num_bytes)
-            self.times["fetch"].add(-waited_s, waited_s)  # the stage's thread is counted as busy
-            job = partial(self._decode_in_room, sample)
-            future = self.runner.decode_pool.submit(self.rank, job, self.times["decode"])
-            future.add_done_callback(partial(_give_back, self.runner.fetched, num_bytes))
-            yield future
+        try:
+            for sample in islice(samples, self.task.max_samples):
+                self.counts.add(sample)
+                num_bytes = sample.num_bytes if isinstance(sample, Sample) else 0
+                budget.finish(num_bytes)
+                # The thread of this stage counts as busy throughout.
+                self.times["fetch"].add(-budget.waited_s, budget.waited_s)
+                budget.waited_s = 0.0
+                job = partial(self._decode_in_room, sample)
+                future = self.runner.decode_pool.submit(self.rank, job, self.times["decode"])
+                future.add_done_callback(partial(_give_back, self.runner.fetched, num_bytes))
+                yield future
+        finally:
+            budget.close()
 
     def _count_bytes(self, num_bytes: int) -> None:
         self.num_source_bytes += num_bytes
@@ -338,7 +358,7 @@ class _Attempt:
 
     def _decode(self, sample: Sample | RejectedSample, reserve: Reserve) -> _Decoded | RejectRow:
         if isinstance(sample, RejectedSample):
-            return _reject_row(sample.key, sample.reject)
+            return _reject_row(sample.key, sample.reject, has_image=sample.num_images > 0)
         spec = self.runner.spec
         try:
             columns = read_columns(sample.fields, self.contract)
@@ -483,24 +503,24 @@ class _Attempt:
             if qa:
                 self._upload(self.folder / "qa.parquet", qa.file)
         num_rows = sum(writer.num_rows for writer in writers)
-        if num_rows + len(self.rejects) != self.num_samples:
-            raise AssertionError(
-                f"{self.task.unit.title}: {self.num_samples} samples came in, but {num_rows} rows "
-                f"and {len(self.rejects)} rejects would go out"
-            )
+        num_with_image = sum(reject.has_image for reject in self.rejects)
+        self.counts.check(self.task.unit.title, num_rows, len(self.rejects), num_with_image)
         record = UnitRecord(
             unit=self.task.unit,
             generation=self.task.generation,
             attempt=self.task.attempt,
-            num_samples=self.num_samples,
+            num_samples=self.counts.num_samples,
             num_rows=num_rows,
             num_rejects=len(self.rejects),
+            num_images=self.counts.num_images,
+            num_extra_images=self.counts.num_extra_images,
             files=tuple(file for _, file in files),
             rejects=rejects,
             qa=qa,
         )
         elapsed_s = time.perf_counter() - self.began
-        return self.runner.receipt(record, self.statistics, self.times, elapsed_s, self.notes)
+        receipt = self.runner.receipt(record, self.statistics, self.times, elapsed_s, self.notes)
+        return replace(receipt, extra_image_fields=self.counts.extra_image_fields)
 
     def _upload(self, local: Path, file: DataFile) -> None:
         self.runner.output.put_file(local, file.path)
@@ -515,5 +535,7 @@ def _give_back(room: Room, num_bytes: int, _: Future[Any]) -> None:
     room.give_back(num_bytes)
 
 
-def _reject_row(key: str | None, reject: Reject, thumbnail: bytes | None = None) -> RejectRow:
-    return RejectRow(key, reject.stage, reject.reason, reject.message, thumbnail)
+def _reject_row(
+    key: str | None, reject: Reject, thumbnail: bytes | None = None, *, has_image: bool = True
+) -> RejectRow:
+    return RejectRow(key, reject.stage, reject.reason, reject.message, thumbnail, has_image)

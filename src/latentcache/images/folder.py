@@ -10,23 +10,27 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import deque
-from collections.abc import Collection, Generator, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import groupby
 
 from latentcache.dataset.contract import canonical_json
-from latentcache.errors import ConfigError, SourceError, StorageError
+from latentcache.errors import ConfigError, Reject, SourceError, StorageError
 from latentcache.images.samples import (
     Group,
     OnRead,
     RejectedSample,
+    ReserveSample,
     Sample,
     SourceShard,
     Wanted,
-    key_and_field,
+    escaped,
+    file_key_and_field,
     require_version,
     sample_of,
 )
-from latentcache.storage import ObjectInfo, StorageOptions, Store
+from latentcache.storage import DANGLING, ObjectInfo, StorageOptions, Store
 
 # Slots of a folder, where neither the config nor the output says otherwise.
 NUM_SLOTS = 64
@@ -69,7 +73,7 @@ def slots_of(url: str, wanted: int | None, known: Collection[str]) -> int:
 def list_folder(url: str, num_slots: int, options: StorageOptions) -> list[SourceShard]:
     """List the slots of a folder that have files, in order; one recursive listing of the store.
 
-    Files and folders with a leading dot are passed over, and files that no sample could have.
+    Files and folders with a leading dot are passed over, and files without a dot in their name.
 
     Raises:
         SourceError: it has no file that a sample could have.
@@ -78,8 +82,8 @@ def list_folder(url: str, num_slots: int, options: StorageOptions) -> list[Sourc
     store = Store(url, options)
     slots: dict[int, list[tuple[str, ObjectInfo]]] = {}
     for info in store.walk():
-        key, _ = key_and_field(info.path)
-        if key is not None and not _is_hidden(info.path):
+        key, _ = file_key_and_field(info.path)
+        if key is not None:
             slots.setdefault(_slot_of(key, num_slots), []).append((key, info))
     if not slots:
         raise SourceError(f"{store.url} holds no image files: check source.folder")
@@ -99,10 +103,6 @@ def list_slot(source: str, options: StorageOptions) -> SourceShard:
         if shard.url == source:
             return shard
     raise SourceError(f"{source} has no files any more: check source.folder")
-
-
-def _is_hidden(path: str) -> bool:
-    return any(name.startswith(".") and name != ".." for name in path.split("/"))
 
 
 def _slot_of(key: str, num_slots: int) -> int:
@@ -125,65 +125,116 @@ def _utf8(path: str) -> str:
 
 
 def read_slot(
-    shard: SourceShard, wanted: Wanted, options: StorageOptions, on_read: OnRead
+    shard: SourceShard,
+    wanted: Wanted,
+    options: StorageOptions,
+    on_read: OnRead,
+    reserve: ReserveSample,
 ) -> Iterator[Sample | RejectedSample]:
     """Stream the samples of a folder's slot, by key; see `images.source.read_shard`.
 
-    Files are grouped as WebDataset does it with members of a tar: the same path up to the first dot
-    of the file name is one sample, and the lower-cased rest is the field.
+    Files with the same path up to the last dot of the file name are one sample, and the
+    lower-cased rest is the field. Of several images the first in order of preference is the
+    sample's; each other one is a reject `duplicate_key`. A link whose target does not exist is a
+    reject `broken_link` if it names an image.
     """
     match = _SLOT.fullmatch(shard.url)
     assert match
     store = Store(match["folder"], options)
-    groups = list(_groups(shard.files, wanted))
-    files = [file for _, found in groups for _, file in found]
-    seen: set[str] = set()
-    contents = _fetch(store, files)
+    fetches = _fetch(store, _groups(shard.files, wanted), reserve)
     try:
-        for group, found in groups:
-            for name, _ in found:
-                group.fields[name] = next(contents)
-                on_read(len(group.fields[name]))
-            yield sample_of(group, wanted, seen)
+        for files, contents in fetches:
+            for name, content in contents.items():
+                files.group.fields[name] = content
+                on_read(len(content))
+            if files.group.names:
+                yield sample_of(files.group, wanted, ())
+            yield from files.rejects
     finally:
-        contents.close()
+        fetches.close()
 
 
-_Fields = list[tuple[str, ObjectInfo]]
+@dataclass(slots=True)
+class _Files:
+    """The files of one sample: those to read, by field, and rejects for its other images."""
+
+    group: Group
+    found: dict[str, ObjectInfo]
+    rejects: list[RejectedSample]
 
 
-def _groups(files: Sequence[ObjectInfo], wanted: Wanted) -> Iterator[tuple[Group, _Fields]]:
-    """Give the samples of a slot, each with the fields of it that are to be read."""
-    group: Group | None = None
-    found: _Fields = []
-    for file in files:
-        key, name = key_and_field(file.path)
+def _groups(files: Sequence[ObjectInfo], wanted: Wanted) -> Iterator[_Files]:
+    """Group the files of a slot, which are sorted by key."""
+    for key, members in groupby(files, lambda file: file_key_and_field(file.path)[0]):
         assert key is not None
-        if group is None or key != group.key or name in group.names:
-            if group is not None:
-                yield group, found
-            group, found = Group(key), []
-        if group.is_wanted(name, file.size_bytes, wanted):
-            found.append((name, file))
-    if group is not None:
-        yield group, found
+        yield _files_of(key, list(members), wanted)
 
 
-def _fetch(store: Store, files: Sequence[ObjectInfo]) -> Generator[bytes, None, None]:
-    """Give the files' contents in order, fetched ahead by some threads."""
-    ahead: deque[Future[bytes]] = deque()
-    num_bytes = 0
+def _files_of(key: str, members: Sequence[ObjectInfo], wanted: Wanted) -> _Files:
+    files = _Files(Group(key), {}, [])
+    images: list[tuple[int, str, ObjectInfo]] = []
+    for file in members:
+        name = file_key_and_field(file.path)[1]
+        if wanted.is_image(name):
+            rank = wanted.image.index(name) if name in wanted.image else len(wanted.image)
+            images.append((rank, name, file))
+        elif name not in files.group.names and files.group.add(name, file.size_bytes, wanted):
+            files.found[name] = file
+    whole = []
+    for image in sorted(images, key=lambda image: (image[0], image[2].path)):
+        if image[2].version == DANGLING:
+            message = f"{escaped(image[2].path)} is a link to a file that does not exist"
+            reject = Reject("read", "broken_link", message)
+            files.rejects.append(RejectedSample(escaped(key), reject, 1))
+        else:
+            whole.append(image)
+    for _, name, file in whole[:1]:
+        if files.group.add(name, file.size_bytes, wanted):
+            files.found[name] = file
+    for _, _, file in whole[1:]:
+        message = (
+            f"{escaped(file.path)} is a second image of its sample, beside "
+            f"{escaped(whole[0][2].path)}: rename one of them"
+        )
+        reject = Reject("read", "duplicate_key", message)
+        files.rejects.append(RejectedSample(escaped(key), reject, 1))
+    return files
+
+
+def _fetch(
+    store: Store, groups: Iterable[_Files], reserve: ReserveSample
+) -> Generator[tuple[_Files, dict[str, bytes]], None, None]:
+    """Yield groups with the contents of their files, in order, fetched ahead by some threads.
+
+    A sample that alone is larger than `_BYTES_AHEAD` is fetched when no other is held.
+    """
+    ahead: deque[tuple[_Files, dict[str, Future[bytes]]]] = deque()
+    num_files = num_bytes = 0
+
+    def pop() -> tuple[_Files, dict[str, bytes]]:
+        nonlocal num_files, num_bytes
+        files, reads = ahead.popleft()
+        reserve(files.group.num_bytes)
+        num_files -= len(reads)
+        num_bytes -= files.group.num_bytes
+        return files, {name: read.result() for name, read in reads.items()}
+
     with ThreadPoolExecutor(_THREADS, "fetch") as pool:
         try:
-            for file in files:
-                ahead.append(pool.submit(_read, store, file))
-                num_bytes += file.size_bytes
-                while len(ahead) > _FILES_AHEAD or num_bytes > _BYTES_AHEAD:
-                    content = ahead.popleft().result()
-                    num_bytes -= len(content)
-                    yield content
+            for files in groups:
+                size = files.group.num_bytes
+                while ahead and num_bytes + size > _BYTES_AHEAD:
+                    yield pop()
+                if size > _BYTES_AHEAD:
+                    reserve(size)
+                reads = {n: pool.submit(_read, store, file) for n, file in files.found.items()}
+                ahead.append((files, reads))
+                num_files += len(reads)
+                num_bytes += size
+                while num_files > _FILES_AHEAD or (ahead and num_bytes > _BYTES_AHEAD):
+                    yield pop()
             while ahead:
-                yield ahead.popleft().result()
+                yield pop()
         finally:
             pool.shutdown(cancel_futures=True)
 

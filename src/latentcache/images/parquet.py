@@ -313,5 +313,7 @@ def _sample_of(
     group: Group, wanted: Wanted, seen: set[str], number: str
 ) -> Sample | RejectedSample:
     if group.key:
-        return sample_of(group, wanted, seen)
+        sample = sample_of(group, wanted, seen)
+        seen.add(group.key)
+        return sample
     return RejectedSample(number, Reject("read", "no_key", f"its {wanted.key!r} is null or empty"))

@@ -7,20 +7,23 @@ WebDataset's, and the reasons for which a sample is left out.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 
 from webdataset.tariterators import base_plus_ext
 
-from latentcache.errors import ObjectNotFound, Reject, SourceChanged
-from latentcache.images.tarstream import MAX_MEMBER_BYTES
+from latentcache.dataset.contract import MAX_SAMPLE_BYTES
+from latentcache.errors import ObjectNotFound, Reject, SourceChanged, SourceError
 from latentcache.storage import ObjectInfo, Store
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _METADATA = re.compile(r"__[^/]*__($|/)")  # as in webdataset.tariterators.tar_file_iterator
 
 OnRead = Callable[[int], None]
-"""Told of everything that is read how many bytes it has."""
+"""Called with the number of bytes of each read."""
+
+ReserveSample = Callable[[int], None]
+"""Called before a field is read, with the bytes that the sample under construction then holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,33 +50,88 @@ class SourceShard:
         require_version(store, ObjectInfo(name, self.size_bytes, self.version, None))
 
 
+# Endings by which a file or a field counts as an image, whether or not `source.image` names it.
+IMAGE_ENDINGS = frozenset(
+    [
+        *("avif", "bmp", "gif", "heic", "heif", "jfif", "jp2", "jpe", "jpeg", "jpg", "jxl"),
+        *("png", "ppm", "tga", "tif", "tiff", "webp"),
+    ]
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Wanted:
     """What is read of a sample: the first of the fields `image` that it has, and `keep`.
 
-    `key` names the column of Parquet files that holds the key; None leaves it to the image's path.
+    Attributes:
+        image: fields that may hold the image, in order of preference; lower case for tars and
+            folders.
+        keep: further fields.
+        key: the column of Parquet files that holds the key; None derives the key.
+        max_sample_bytes: a sample whose wanted fields together hold more bytes is a reject.
+        caption_index: the element that is taken where a text column of Parquet holds lists.
     """
 
     image: Sequence[str]
     keep: Sequence[str]
     key: str | None = None
+    max_sample_bytes: int = MAX_SAMPLE_BYTES
+    caption_index: int = 0
+
+    def is_image(self, name: str) -> bool:
+        """Return whether a field holds an image: by `image`, or by its ending."""
+        return name in self.image or name.rpartition(".")[2] in IMAGE_ENDINGS
+
+    def is_relevant(self, name: str) -> bool:
+        """Return whether a field is read, or is an image that must be accounted for."""
+        return name in self.keep or self.is_image(name)
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One sample: the bytes of its image, and those of the fields asked for that it has."""
+    """One sample: the bytes of its image, and those of the fields asked for that it has.
+
+    Attributes:
+        key: unique within the shard.
+        image: the encoded image.
+        fields: kept fields by name; a field that the sample lacks is absent.
+        extra_images: names of its further image fields, such as masks, which are not read.
+    """
 
     key: str
     image: bytes
     fields: dict[str, bytes]
+    extra_images: tuple[str, ...] = ()
+
+    @property
+    def num_images(self) -> int:
+        """Image files or members of the sample."""
+        return 1 + len(self.extra_images)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all fields together."""
+        return len(self.image) + sum(map(len, self.fields.values()))
 
 
 @dataclass(frozen=True, slots=True)
 class RejectedSample:
-    """A sample left out (stage `read`), or, without a key, what is wrong with the whole shard."""
+    """A sample left out (stage `read`), or, without a key, what is wrong with the whole shard.
+
+    `num_images` counts the image files or members that the reject stands for. The first is the
+    reject's own, and the others count as extra images.
+    """
 
     key: str | None
     reject: Reject
+    num_images: int = 0
+
+
+class NotGrouped(SourceError):
+    """A tar must be read in gather mode: its samples are scattered, or it holds links.
+
+    Raised after samples were yielded: discard them and read again with `gather=True`.
+    """
 
 
 def require_version(store: Store, listed: ObjectInfo) -> None:
@@ -93,54 +151,102 @@ def require_version(store: Store, listed: ObjectInfo) -> None:
 
 @dataclass(slots=True)
 class Group:
-    """The fields of one sample, while they come in; `names` are all that it has."""
+    """The fields of one sample while they are read; `names` are all fields that it has."""
 
     key: str
     names: set[str] = field(default_factory=set)
     fields: dict[str, bytes] = field(default_factory=dict)
-    oversized: str | None = None
+    num_bytes: int = 0
+    fault: Reject | None = None
 
-    def is_wanted(self, name: str, size_bytes: int, wanted: Wanted) -> bool:
-        """Take down a field that the sample has, and say whether it is to be read."""
+    def add(self, name: str, size_bytes: int, wanted: Wanted) -> bool:
+        """Record a field of the sample, and return whether to read it."""
         self.names.add(name)
-        if name not in wanted.image and name not in wanted.keep:
+        if self.fault or (name not in wanted.image and name not in wanted.keep):
             return False
-        if size_bytes > MAX_MEMBER_BYTES:
-            self.oversized = f"{name} holds {size_bytes} bytes"
-        return size_bytes <= MAX_MEMBER_BYTES
+        if name in wanted.image and name not in wanted.keep:
+            # Of several images only the first in order of preference is read.
+            rank = wanted.image.index
+            read = [other for other in self.fields if other in wanted.image]
+            if any(rank(other) < rank(name) for other in read):
+                return False
+            for other in set(read).difference(wanted.keep):
+                self.num_bytes -= len(self.fields.pop(other))
+        self.num_bytes += size_bytes
+        if self.num_bytes > wanted.max_sample_bytes:
+            self.fields.clear()
+            self.fault = oversized(self.num_bytes, wanted)
+        return self.fault is None
+
+    def refuse(self, fault: Reject) -> None:
+        """Make the sample a reject, and free what was read of it."""
+        self.fields.clear()
+        self.fault = self.fault or fault
+
+
+def oversized(num_bytes: int, wanted: Wanted) -> Reject:
+    """Return the reject of a sample that is too large to read."""
+    message = (
+        f"its fields hold {num_bytes} bytes or more, above source.max_sample_bytes "
+        f"({wanted.max_sample_bytes})"
+    )
+    return Reject("read", "oversized_sample", message)
+
+
+def is_hidden(path: str) -> bool:
+    """Return whether a file, or a folder above it, has a name with a leading dot."""
+    return any(part.startswith(".") and part not in (".", "..") for part in path.split("/"))
 
 
 def key_and_field(path: str) -> tuple[str | None, str]:
     """Split a path as WebDataset does: up to the first dot of the file name, and the rest.
 
     The field is in lower case. The key is None for what is no part of any sample: names without a
-    dot, or with a leading one, and `__metadata__`.
+    dot, hidden files and folders at any depth, and `__metadata__`.
     """
-    if _METADATA.match(path):
+    if _METADATA.match(path) or is_hidden(path):
         return None, ""
     key, name = base_plus_ext(path)
     if key is None:
-        # Its pattern does not see past a line break; such a name must not be lost.
-        return (path, "") if "\n" in path else (None, "")
+        # The pattern of `base_plus_ext` ends at a line break; such a name must not be lost.
+        return (path, path.rpartition(".")[2].lower()) if "\n" in path else (None, "")
     return key, name.lower()
 
 
-def sample_of(group: Group, wanted: Wanted, seen: set[str]) -> Sample | RejectedSample:
-    """Make a sample of what came in, or say why it is none; `seen` are the keys before it."""
+def file_key_and_field(path: str) -> tuple[str | None, str]:
+    """Split the path of a file in a folder: up to the last dot of the file name, and the rest.
+
+    Names with further dots, such as `Screenshot 10.30.15.jpg`, are common among files. The field
+    is in lower case. The key is None for the same names as in `key_and_field`.
+    """
+    folder, slash, name = path.rpartition("/")
+    stem, dot, ending = name.rpartition(".")
+    if not dot or is_hidden(path) or _METADATA.match(path):
+        return None, ""
+    return f"{folder}{slash}{stem}", ending.lower()
+
+
+def sample_of(group: Group, wanted: Wanted, seen: Container[str]) -> Sample | RejectedSample:
+    """Make a sample of the fields that were read, or a reject that says why there is none.
+
+    Args:
+        group: the fields.
+        wanted: what was to be read.
+        seen: keys of earlier samples of the shard.
+    """
+    images = [name for name in wanted.image if name in group.names]
+    extra = [name for name in group.names if wanted.is_image(name) and name not in images[:1]]
     fault = _key_fault(group.key)
     if fault is None and group.key in seen:
-        fault = Reject("read", "duplicate_key", "a sample of this key came earlier in the shard")
-    seen.add(group.key)
-    if fault is None and group.oversized:
-        fault = Reject("read", "oversized_field", f"{group.oversized}, above {MAX_MEMBER_BYTES}")
-    images = [group.fields[name] for name in wanted.image if name in group.fields]
-    if fault is None and not images:
+        fault = Reject("read", "duplicate_key", "an earlier sample of the shard has the same key")
+    fault = fault or group.fault
+    if fault is None and (not images or images[0] not in group.fields):
         has = ", ".join(sorted(group.names)) or "nothing"
         fault = Reject("read", "no_image", f"has {has}, but none of {', '.join(wanted.image)}")
     if fault is not None:
-        return RejectedSample(escaped(group.key), fault)
+        return RejectedSample(escaped(group.key), fault, len(images[:1]) + len(extra))
     fields = {name: group.fields[name] for name in wanted.keep if name in group.fields}
-    return Sample(group.key, images[0], fields)
+    return Sample(group.key, group.fields[images[0]], fields, tuple(sorted(extra)))
 
 
 def _key_fault(key: str) -> Reject | None:

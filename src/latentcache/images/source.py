@@ -16,24 +16,26 @@ from fnmatch import fnmatchcase
 from webdataset.shardlists import expand_urls as expand_braces
 
 from latentcache.config import Images
-from latentcache.dataset.contract import SourceContract
+from latentcache.dataset.contract import MAX_SAMPLE_BYTES, SourceContract
 from latentcache.dataset.receipts import Unit
 from latentcache.errors import ConfigError, ObjectNotFound, SourceChanged, SourceError
 from latentcache.images.folder import is_slot, list_folder, list_slot, read_slot, slots_of
 from latentcache.images.parquet import is_parquet, read_parquet, split_file
 from latentcache.images.samples import (
+    NotGrouped,
     RejectedSample,
     Sample,
     SourceShard,
     Wanted,
     escaped,
+    file_key_and_field,
     is_utf8,
-    key_and_field,
 )
 from latentcache.images.tar import read_tar
 from latentcache.storage import ObjectInfo, StorageOptions, Store, split_url, storage_options
 
 __all__ = [
+    "NotGrouped",
     "RejectedSample",
     "Sample",
     "SourceShard",
@@ -41,6 +43,8 @@ __all__ = [
     "list_again",
     "list_shards",
     "list_source",
+    "read_images",
+    "read_samples",
     "read_shard",
     "shard_of",
     "source_contract",
@@ -57,7 +61,7 @@ _COMMAND = re.compile(r"^pipe:|^-$|[|`<>\n]|\$[({]|&&")
 
 def source_contract(source: Images) -> SourceContract:
     """Return how a config's `source` section says that samples are read."""
-    return SourceContract(tuple(source.image), source.key)
+    return SourceContract(tuple(source.image), source.key, source.max_sample_bytes)
 
 
 def list_source(
@@ -80,7 +84,7 @@ def list_source(
         url = Store(source.folder, options).url
         slots = list_folder(url, slots_of(url, num_units, known), options)
         files = (file for slot in slots for file in slot.files)
-        if not any(key_and_field(file.path)[1] in source.image for file in files):
+        if not any(file_key_and_field(file.path)[1] in _lower(source.image) for file in files):
             # Captions that were left without their images would take the place of all rows.
             raise SourceError(
                 f"{url} holds no image files, which source.image says end in "
@@ -228,37 +232,103 @@ def _ask(store: Store, name: str) -> ObjectInfo | None:
 
 def read_shard(
     shard: SourceShard,
-    source: SourceContract,
     *,
-    keep: Sequence[str] = (),
+    image: Sequence[str],
+    keep: Sequence[str],
     options: StorageOptions,
+    key: str | None = None,
+    max_sample_bytes: int = MAX_SAMPLE_BYTES,
+    caption_index: int = 0,
+    gather: bool = False,
     on_read: Callable[[int], None] = lambda num_bytes: None,
+    reserve: Callable[[int], None] = lambda num_bytes: None,
 ) -> Iterator[Sample | RejectedSample]:
     """Stream a shard's samples: a tar's in its order, a Parquet file's by row, a folder's by key.
 
     Reasons of the rejects, all of stage `read`. With a key: `no_image` (none of the fields in
-    `image`), `duplicate_key` (a sample of this key came earlier), `unsafe_key` (an absolute path, a
-    `..`, a control character), `key_not_utf8`, `oversized_field` (above `MAX_MEMBER_BYTES`); bytes
+    `image`), `duplicate_key` (an earlier sample has the key), `unsafe_key` (an absolute path, a
+    `..`, a control character), `key_not_utf8`, `oversized_sample` (above `max_sample_bytes`); bytes
     that cannot stand in a key are escaped with a backslash. Without a key, and at most once: what
-    is wrong with the whole shard. `read_tar` and `read_parquet` name those of their kind.
+    is wrong with the whole shard. The readers of tars, folders and Parquet files name further ones.
+
+    Each image file or member of the shard is a `Sample`, or counted in its `extra_images`, or in
+    the `num_images` of a reject.
 
     Args:
         shard: what was listed.
-        source: how samples are read. Of several image fields the first named is taken.
+        image: fields that may hold the image; of several the first named is taken. Tars and folders
+            compare them without case.
         keep: further fields to return.
         options: how to reach the store.
-        on_read: told of everything that is read how many bytes it has: the bytes of a tar, and of
-            the others those of the fields.
+        key: the column of Parquet files that holds the key.
+        max_sample_bytes: a sample whose fields together hold more bytes is a reject.
+        caption_index: the element that is taken where a text column of Parquet holds lists.
+        gather: read a tar whose samples are scattered, or that holds links.
+        on_read: called with the number of bytes of each read: of a tar those of the archive, of the
+            others those of the fields.
+        reserve: called before a field is read, with the bytes that its sample then holds.
 
     Raises:
-        SourceChanged: the shard is no longer the listed version. This and the next may come after
-            samples were yielded: discard them all.
+        NotGrouped: without `gather`, the tar needs it. This and the next two may come after samples
+            were yielded: discard them all.
+        SourceChanged: the shard is no longer the listed version.
         StorageError: the store cannot be read, or cut the connection.
         SourceError: the shard is compressed in a way that is not read, or lacks a column.
     """
-    wanted = Wanted(source.image_fields, tuple(keep), source.key_column)
-    if shard.files:
-        return read_slot(shard, wanted, options, on_read)
-    if is_parquet(shard.url):
+    if is_parquet(shard.url) and not shard.files:
+        wanted = Wanted(tuple(image), tuple(keep), key, max_sample_bytes, caption_index)
         return read_parquet(shard, wanted, options, on_read)
-    return read_tar(shard, wanted, options, on_read)
+    wanted = Wanted(_lower(image), _lower(keep), None, max_sample_bytes)
+    if shard.files:
+        return read_slot(shard, wanted, options, on_read, reserve)
+    return read_tar(shard, wanted, options, on_read, reserve, gather=gather)
+
+
+def _lower(names: Sequence[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name.lower() for name in names))
+
+
+def read_samples(
+    shard: SourceShard,
+    source: SourceContract,
+    *,
+    keep: Sequence[str] = (),
+    options: StorageOptions,
+    gather: bool = False,
+    on_read: Callable[[int], None] = lambda num_bytes: None,
+    reserve: Callable[[int], None] = lambda num_bytes: None,
+) -> Iterator[Sample | RejectedSample]:
+    """Stream a shard's samples as a contract says that they are read; see `read_shard`."""
+    return read_shard(
+        shard,
+        image=source.image_fields,
+        keep=keep,
+        options=options,
+        key=source.key_column,
+        max_sample_bytes=source.max_sample_bytes,
+        caption_index=source.caption_index,
+        gather=gather,
+        on_read=on_read,
+        reserve=reserve,
+    )
+
+
+def read_images(
+    shard: SourceShard, source: SourceContract, options: StorageOptions
+) -> Iterator[Sample | RejectedSample]:
+    """Stream a shard's samples without kept fields, for callers that use each at once.
+
+    Raises:
+        SourceChanged: the shard is no longer the listed version.
+        StorageError: the store cannot be read, or cut the connection.
+        SourceError: the shard is compressed in a way that is not read, or lacks a column.
+    """
+    keys = set()
+    try:
+        for sample in read_samples(shard, source, options=options):
+            keys.add(sample.key)
+            yield sample
+    except NotGrouped:
+        for sample in read_samples(shard, source, options=options, gather=True):
+            if sample.key not in keys:
+                yield sample

@@ -1,15 +1,20 @@
-"""WebDataset tars, plain or gzipped: read once, front to back, and never held in memory."""
+"""WebDataset tars, plain or gzipped: read from front to back, and never held in memory."""
 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from functools import lru_cache, partial
 from typing import BinaryIO
 
 from latentcache.errors import Reject, SourceError, StorageError
+from latentcache.images.gather import gather_samples, member_fault
 from latentcache.images.samples import (
     Group,
+    NotGrouped,
     OnRead,
     RejectedSample,
+    ReserveSample,
     Sample,
     SourceShard,
     Wanted,
@@ -30,18 +35,27 @@ _OTHER_COMPRESSION = {
 
 
 def read_tar(
-    shard: SourceShard, wanted: Wanted, options: StorageOptions, on_read: OnRead
+    shard: SourceShard,
+    wanted: Wanted,
+    options: StorageOptions,
+    on_read: OnRead,
+    reserve: ReserveSample,
+    *,
+    gather: bool,
 ) -> Iterator[Sample | RejectedSample]:
-    """Stream a tar's samples in its order; see `images.source.read_shard`.
+    """Stream a tar's samples; see `images.source.read_shard`.
 
-    Members are grouped as WebDataset does it: neighbours with the same path up to the first dot of
-    the file name are one sample, and the lower-cased rest is the field. As there, directories,
-    links and devices, `__metadata__` files and files without a dot, or with a leading one, are no
-    part of any sample.
+    Members are grouped as WebDataset does it: neighbors with the same path up to the first dot of
+    the file name are one sample, and the lower-cased rest is the field. Directories, devices,
+    `__metadata__` files, hidden files and files without a dot are no part of any sample.
 
-    Rejects without a key: `empty_shard`, `not_a_tar`, `truncated_shard` (its bytes end too soon),
-    `corrupt_shard` (a damaged header or gzip stream: what follows it cannot be read),
-    `trailing_data` (bytes after the end mark, such as a second tar).
+    A tar that holds links, or whose samples are scattered, raises `NotGrouped` as soon as that
+    shows. With `gather` it is read in three passes: see `images.gather`.
+
+    Rejects beside those of all sources: `sparse_member`. Without a key: `empty_shard`, `not_a_tar`,
+    `truncated_shard` (its bytes end too soon), `corrupt_shard` (a damaged header or gzip stream:
+    what follows it cannot be read), `trailing_data` (bytes after the end mark, such as a second
+    tar).
 
     Where a shard ends too soon, a sample counts with the members that came whole. Only if the cut
     falls within one of its members is it lost, into the keyless reject, which names it either way.
@@ -53,18 +67,14 @@ def read_tar(
         trouble = RejectedSample(None, Reject("read", "empty_shard", "the shard holds no bytes"))
     else:
         try:
-            with store.open(name) as file:
-                counted = _CountedFile(store, name, file, on_read)
-                head = counted.peek(8)
-                tar = TarStream(counted, is_gzip=head.startswith(b"\x1f\x8b"))
-                trouble = yield from _read_samples(tar, wanted)
-                if trouble is not None and trouble.reject.reason == "not_a_tar":
-                    _refuse_compression(shard, head)
-                if counted.at_end and counted.num_bytes < shard.size_bytes:
-                    raise StorageError(
-                        f"{shard.url}: the connection was cut after {counted.num_bytes} of "
-                        f"{shard.size_bytes} bytes"
-                    )
+            if gather:
+                passes = partial(_open_pass, store, shard, name, on_read)
+                trouble = yield from gather_samples(passes, wanted, reserve)
+            else:
+                with _open_pass(store, shard, name, on_read) as tar:
+                    trouble = yield from _read_samples(tar, wanted, reserve, shard.url)
+            if trouble is not None and trouble.reject.reason == "not_a_tar":
+                _refuse_compression(store, name)
         except StorageError:
             # An object replaced or deleted may show as fewer bytes or as a failed read.
             shard.require_unchanged(store, name)
@@ -72,6 +82,23 @@ def read_tar(
     shard.require_unchanged(store, name)
     if trouble is not None:
         yield trouble
+
+
+@contextmanager
+def _open_pass(store: Store, shard: SourceShard, name: str, on_read: OnRead) -> Iterator[TarStream]:
+    """Open the shard for one pass from its first byte to its last.
+
+    Raises:
+        StorageError: the connection was cut.
+    """
+    with store.open(name) as file:
+        counted = _CountedFile(store, name, file, on_read)
+        yield TarStream(counted, is_gzip=counted.peek(2) == b"\x1f\x8b")
+        if counted.at_end and counted.num_bytes < shard.size_bytes:
+            raise StorageError(
+                f"{shard.url}: the connection was cut after {counted.num_bytes} of "
+                f"{shard.size_bytes} bytes"
+            )
 
 
 class _CountedFile:
@@ -98,42 +125,66 @@ class _CountedFile:
         return data
 
 
-def _refuse_compression(shard: SourceShard, head: bytes) -> None:
+def _refuse_compression(store: Store, name: str) -> None:
+    with store.open(name) as file, store.named(name):
+        head = file.read(8)
     for magic, compression in _OTHER_COMPRESSION.items():
         if head.startswith(magic):
             raise SourceError(
-                f"{shard.url} is compressed by {compression}: repack it as .tar or .tar.gz"
+                f"{store.url_of(name)} is compressed by {compression}: repack it as .tar or .tar.gz"
             )
 
 
 def _read_samples(
-    tar: TarStream, wanted: Wanted
+    tar: TarStream, wanted: Wanted, reserve: ReserveSample, url: str
 ) -> Generator[Sample | RejectedSample, None, RejectedSample | None]:
-    """Yield the samples; return what is wrong with the shard as a whole."""
-    seen: set[str] = set()
+    """Yield the samples of a tar whose samples are neighbors; return what is wrong with it."""
+    seen: dict[str, tuple[str, ...]] = {}  # the fields of each sample before this one
     group: Group | None = None
     is_of_group = False  # the member last met
-    trouble: RejectedSample | None = None
+    num_images_lost = 0
     try:
         for member in tar:
-            key, name = key_and_field(member.name) if member.isreg() else (None, "")
-            is_of_group = key is not None
-            if key is None:
+            key, name = key_and_field(member.name)
+            is_of_group = key is not None and member.isreg()
+            if key is None or member.isdir():
                 continue
+            if not member.isreg():
+                if member.islnk() or member.issym():
+                    if wanted.is_relevant(name):
+                        raise NotGrouped(f"{url}: {escaped(member.name)} is a link")
+                    continue
+                if not wanted.is_image(name):
+                    continue
             if group is None or key != group.key or name in group.names:
                 if group is not None:
                     yield sample_of(group, wanted, seen)
+                    seen.setdefault(group.key, _shared(tuple(sorted(group.names))))
+                if key in seen and name not in seen[key] and wanted.is_relevant(name):
+                    raise NotGrouped(f"{url}: the sample {escaped(key)} is scattered")
                 group = Group(key)
-            if group.is_wanted(name, member.size, wanted):
+            if fault := member_fault(member):
+                group.names.add(name)
+                group.refuse(fault)
+            elif group.add(name, member.size, wanted):
+                reserve(group.num_bytes)
                 group.fields[name] = tar.read(member)
+        trouble = None
     except TarEnds as end:
         message = end.message
         if group is not None and is_of_group and tar.is_in_member:
             message += f"; the sample {escaped(group.key)} is lost with it"
+            num_images_lost = sum(map(wanted.is_image, group.names))
             group = None
         elif group is not None and end.reason != "trailing_data":
             message += f"; its last sample, {escaped(group.key)}, may lack fields"
-        trouble = RejectedSample(None, Reject("read", end.reason, message))
+        trouble = RejectedSample(None, Reject("read", end.reason, message), num_images_lost)
     if group is not None:
         yield sample_of(group, wanted, seen)
     return trouble
+
+
+@lru_cache(maxsize=1024)
+def _shared(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return one object for equal tuples: most samples of a shard have the same fields."""
+    return names

@@ -12,8 +12,9 @@ import zlib
 from collections.abc import Iterator
 from typing import IO, Any, Protocol, cast
 
-# A larger member is never an image or a caption, and a larger header never a header.
-MAX_MEMBER_BYTES = 2**30
+# tarfile reads a header's extensions (PAX records, long names) into memory. Honest ones hold paths
+# and times, a few KiB; the bound also holds for all global PAX records together.
+MAX_HEADER_BYTES = 2**20
 
 # POSIX ends an archive with two blocks of zeros.
 _END_MARK_BYTES = 2 * tarfile.BLOCKSIZE
@@ -56,7 +57,7 @@ class TarStream:
         self._tar: tarfile.TarFile | None = None
 
     def __iter__(self) -> Iterator[tarfile.TarInfo]:
-        """Give each member; names that are not UTF-8 hold surrogate escapes.
+        """Yield each member; names that are not UTF-8 hold surrogate escapes.
 
         Raises:
             TarEnds: the archive ends before or after its proper end.
@@ -68,25 +69,36 @@ class TarStream:
                 encoding="utf-8",
                 errors="surrogateescape",
             )
-            while (member := self._tar.next()) is not None:
+            while (member := self._next()) is not None:
                 self._tar.members = []  # type: ignore[attr-defined]  # else it keeps every member
+                self._check_global_headers()
                 yield member
         except tarfile.ReadError as error:
             raise self._cut() from error
         self._check_end()
 
+    def _next(self) -> tarfile.TarInfo | None:
+        assert self._tar is not None
+        self._stream.num_header_bytes = 0
+        return self._tar.next()
+
+    def _check_global_headers(self) -> None:
+        records = cast(Any, self._tar).pax_headers
+        if sum(len(name) + len(value) for name, value in records.items()) > MAX_HEADER_BYTES:
+            message = f"global headers hold more than {MAX_HEADER_BYTES} bytes"
+            raise TarEnds("corrupt_shard", message)
+
     def read(self, member: tarfile.TarInfo) -> bytes:
-        """Read the data of the member last given.
+        """Read the data of the member last yielded, which must be a regular file.
 
         Raises:
             TarEnds: it is cut or damaged.
         """
-        assert self._tar is not None
-        assert member.size <= MAX_MEMBER_BYTES
-        try:
-            return cast(IO[bytes], self._tar.extractfile(member)).read()
-        except tarfile.ReadError as error:
-            raise self._cut() from error
+        self._stream.seek(member.offset_data)
+        data = self._stream.read_data(member.size)
+        if len(data) < member.size:
+            raise self._cut()
+        return data
 
     @property
     def is_in_member(self) -> bool:
@@ -101,7 +113,7 @@ class TarStream:
         """Read on from the first block of zeros: nothing but zeros may follow, and one block."""
         start = self._stream.tell()
         has_data = False
-        while chunk := self._stream.read(_CHUNK_BYTES):
+        while chunk := self._stream.read_data(_CHUNK_BYTES):
             has_data = has_data or bool(chunk.strip(b"\0"))
         if has_data:
             raise TarEnds(
@@ -112,7 +124,11 @@ class TarStream:
 
 
 class _Header(tarfile.TarInfo):
-    """A member's header; damage to it does not look like the archive's end."""
+    """A member's header; damage to it does not look like the archive's end.
+
+    The maps of sparse members are skipped and not parsed: such members are refused (`is_sparse`),
+    and a small map can claim any number of entries and any size.
+    """
 
     @classmethod
     def fromtarfile(cls, tarfile_: tarfile.TarFile) -> _Header:
@@ -122,12 +138,39 @@ class _Header(tarfile.TarInfo):
             return super().fromtarfile(tarfile_)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
             raise
-        except (tarfile.TarError, ValueError, LookupError) as error:
+        except (
+            tarfile.TarError,
+            ValueError,
+            LookupError,
+            OverflowError,
+            RecursionError,  # a chain of extended headers
+        ) as error:
             if start == 0:
                 raise TarEnds("not_a_tar", f"begins with no tar header: {error}") from error
             if stream.at_end:
                 raise TarEnds("truncated_shard", f"ends without an end mark: {error}") from error
             raise TarEnds("corrupt_shard", f"header at byte {start}: {error}") from error
+
+    def _proc_sparse(self, tarfile_: tarfile.TarFile) -> _Header:
+        """Skip the blocks of an old GNU sparse map."""
+        stream, header = cast(_ForwardFile, tarfile_.fileobj), cast(Any, self)
+        _, is_extended, _ = header._sparse_structs
+        del header._sparse_structs
+        while is_extended:
+            is_extended = bool(stream.read(tarfile.BLOCKSIZE)[504])
+        header.sparse = []
+        self.offset_data = stream.tell()
+        cast(Any, tarfile_).offset = self.offset_data + header._block(self.size)
+        return self
+
+    def _proc_gnusparse_00(self, next_: Any, *_: Any) -> None:
+        next_.sparse = []
+
+    def _proc_gnusparse_01(self, next_: Any, *_: Any) -> None:
+        next_.sparse = []
+
+    def _proc_gnusparse_10(self, next_: Any, *_: Any) -> None:
+        next_.sparse = []
 
 
 class _ForwardFile:
@@ -140,14 +183,21 @@ class _ForwardFile:
             self._read_some = gzip.GzipFile(fileobj=cast(IO[bytes], file), mode="rb").read1
         self._position = 0
         self.at_end = False
+        self.num_header_bytes = 0  # of the member at hand, with all its extensions
 
     def tell(self) -> int:
         return self._position
 
     def read(self, size: int) -> bytes:
-        """Read so many bytes, fewer only at the end."""
-        if size > MAX_MEMBER_BYTES:
-            raise TarEnds("corrupt_shard", f"a header of {size} bytes at byte {self._position}")
+        """Read bytes of a header for tarfile; fewer than `size` only at the end."""
+        self.num_header_bytes += size
+        if self.num_header_bytes > MAX_HEADER_BYTES:
+            message = f"a header of more than {MAX_HEADER_BYTES} bytes at byte {self._position}"
+            raise TarEnds("corrupt_shard", message)
+        return self.read_data(size)
+
+    def read_data(self, size: int) -> bytes:
+        """Read `size` bytes, fewer only at the end."""
         pieces = []
         while size > 0 and (piece := self._read_piece(size)):
             pieces.append(piece)

@@ -38,6 +38,8 @@ def totals(dataset: Dataset, measures: pa.Table) -> dict[str, Any]:
         "num_samples": manifest.num_samples,
         "num_rows": manifest.num_rows,
         "num_rejects": manifest.num_rejects,
+        "num_images": manifest.num_images,
+        "num_extra_images": manifest.num_extra_images,
         "num_bytes": sum(file.size_bytes for unit in dataset.units for file in unit.files),
         "num_qa_rows": measures.num_rows,
         "mean_psnr_db": pc.mean(measures["psnr_db"]).as_py(),

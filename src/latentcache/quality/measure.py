@@ -21,7 +21,7 @@ from latentcache.config import MAX_PIXELS, EvalModel, Networks, Vae
 from latentcache.dataset.contract import SourceContract
 from latentcache.dataset.qa import MAX_DB, MIN_DB
 from latentcache.errors import CheckpointError, ClusterError, ConfigError, Reject
-from latentcache.images.source import RejectedSample, SourceShard, read_shard
+from latentcache.images.source import RejectedSample, SourceShard, read_images
 from latentcache.images.transform import Bucket, TransformSpec, load_image
 from latentcache.metrics import FeatureStatistics, psnr_db, ssim
 from latentcache.networks import (
@@ -215,7 +215,7 @@ def _images(
     """Give a shard's images by key, uint8 [3, side, side]; counts the samples left out."""
     side = Bucket(job.resolution_px, job.resolution_px)
     spec = TransformSpec((side,), min_side_px=None, max_upscale=None, max_pixels=MAX_PIXELS)
-    for sample in read_shard(shard, job.source, options=job.source_storage):
+    for sample in read_images(shard, job.source, job.source_storage):
         try:
             if isinstance(sample, RejectedSample):
                 raise sample.reject

@@ -38,7 +38,7 @@ from latentcache.errors import (
     SourceError,
     StorageError,
 )
-from latentcache.images.source import Sample, read_shard, shard_of
+from latentcache.images.source import Sample, read_images, shard_of
 from latentcache.images.transform import load_image, transform_spec
 from latentcache.networks import load_lpips
 from latentcache.pictures import write_png
@@ -216,7 +216,7 @@ def _fetch(dataset: Dataset, record: UnitRecord, selection: Selection, look: Loo
     crops: Crops = {}
     unit, options = record.unit, selection.source_storage
     shard = shard_of(unit, options)
-    for sample in read_shard(shard, dataset.contract.source, options=options):
+    for sample in read_images(shard, dataset.contract.source, options):
         if not isinstance(sample, Sample) or sample.key not in missing:
             continue
         missing.remove(sample.key)

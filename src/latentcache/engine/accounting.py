@@ -1,0 +1,100 @@
+"""What a unit holds while it reads, and the proof that no image of its shard is lost."""
+
+from __future__ import annotations
+
+from latentcache.engine.stages import Room
+from latentcache.images.source import RejectedSample, Sample
+
+# Bytes of a sample under construction that each unit may hold beside the shared budget. Nearly all
+# samples are smaller, so that reading them waits for nobody.
+_FREE_BYTES = 32 * 2**20
+
+# Names of extra image fields that a receipt lists.
+_MAX_FIELDS = 16
+
+
+class SampleBudget:
+    """The bytes of the sample that a unit is reading, held in a budget that units share.
+
+    A thread must not wait for bytes while it holds some of the same budget, or two units could wait
+    for each other. So the first `_FREE_BYTES` of a sample are not counted, and a larger sample
+    takes `max_sample_bytes` at once.
+
+    Args:
+        fetched: the budget, which also holds samples that wait to be decoded.
+        max_sample_bytes: no sample holds more.
+    """
+
+    def __init__(self, fetched: Room, max_sample_bytes: int) -> None:
+        self._fetched = fetched
+        self._max_sample_bytes = max_sample_bytes
+        self._held = 0
+        self.waited_s = 0.0
+
+    def reserve(self, num_bytes: int) -> None:
+        """Wait until the sample under construction may hold `num_bytes` in all."""
+        if num_bytes > _FREE_BYTES and not self._held:
+            self.waited_s += self._fetched.take(self._max_sample_bytes)
+            self._held = self._max_sample_bytes
+
+    def finish(self, num_bytes: int) -> None:
+        """Hold `num_bytes` for the finished sample, whose consumer gives them back."""
+        if self._held:
+            self._fetched.give_back(self._held - num_bytes)
+            self._held = 0
+        else:
+            self.waited_s += self._fetched.take(num_bytes)
+
+    def close(self) -> None:
+        """Give back what an unfinished sample holds."""
+        self._fetched.give_back(self._held)
+        self._held = 0
+
+
+class SampleCounts:
+    """Counts what a shard holds, to be held against what a unit makes of it."""
+
+    def __init__(self) -> None:
+        self.num_samples = 0
+        self.num_images = 0
+        self.num_extra_images = 0
+        self.extra_image_fields: list[str] = []
+
+    def add(self, sample: Sample | RejectedSample) -> None:
+        """Count a sample as it is read."""
+        self.num_samples += 1
+        self.num_images += sample.num_images
+        self.num_extra_images += max(0, sample.num_images - 1)
+        if isinstance(sample, Sample):
+            for name in sample.extra_images:
+                if (
+                    name not in self.extra_image_fields
+                    and len(self.extra_image_fields) < _MAX_FIELDS
+                ):
+                    self.extra_image_fields.append(name)
+
+    def check(
+        self, title: str, num_rows: int, num_rejects: int, num_rejects_with_image: int
+    ) -> None:
+        """Raise unless samples = rows + rejects, and images = rows + rejects + extra images.
+
+        Args:
+            title: of the unit, for the error.
+            num_rows: rows that were written.
+            num_rejects: rejects that were written.
+            num_rejects_with_image: those of them that stand for an image.
+
+        Raises:
+            AssertionError: the unit would lose or double something.
+        """
+        if num_rows + num_rejects != self.num_samples:
+            raise AssertionError(
+                f"{title}: {self.num_samples} samples were read, but {num_rows} rows and "
+                f"{num_rejects} rejects were written"
+            )
+        if num_rows + num_rejects_with_image + self.num_extra_images != self.num_images:
+            raise AssertionError(
+                f"{title}: {self.num_images} images were read, but {num_rows} rows, "
+                f"{num_rejects_with_image} rejects with an image and {self.num_extra_images} extra "
+                "images were written"
+            )
