@@ -25,6 +25,7 @@ FLOORS = {
     "log": 0.0,
     "config": 0.5,
     "storage_errors": 0.5,
+    "parquet_footer": 0.5,
     "storage": 1.0,
     "dataset": 1.5,
     "metrics": 2.0,

@@ -76,6 +76,9 @@ class Images(_Section):
     key: str | None = Field(
         None, description="Column of Parquet files with the key; the image's path if left out."
     )
+    caption_index: int = Field(
+        0, ge=0, description="Element that is kept where a text column of Parquet holds lists."
+    )
     max_sample_bytes: int = Field(
         256 * 2**20,
         ge=1,

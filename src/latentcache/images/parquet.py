@@ -2,7 +2,11 @@
 
 A row is a sample, and the columns in which it is not null are its fields. A large file is cut into
 several units by its size alone, so that listing opens nothing: part k of n holds the row groups
-whose first byte lies in [k·size/n, (k+1)·size/n), which whoever reads it finds in the footer.
+whose first byte lies in [k·size/n, (k+1)·size/n), which the reader finds in the footer.
+
+pyarrow aborts the process on some damaged footers, and allocates what a page header claims. So the
+footer is checked by `latentcache.parquet_footer` first, and each page header as it passes
+(`images.parquet_file`).
 """
 
 from __future__ import annotations
@@ -10,7 +14,7 @@ from __future__ import annotations
 import posixpath
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, BinaryIO
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -18,15 +22,19 @@ import pyarrow.parquet as pq
 import pyarrow.types as pt
 
 from latentcache.errors import Reject, SourceError, StorageError, first_line
+from latentcache.images.parquet_file import OversizedPage, ParquetBytes
 from latentcache.images.samples import (
     Group,
     OnRead,
     RejectedSample,
+    ReserveSample,
     Sample,
     SourceShard,
     Wanted,
+    is_safe_key,
     sample_of,
 )
+from latentcache.parquet_footer import DamagedFooter, Footer, RowGroup
 from latentcache.storage import StorageOptions, Store, split_url
 
 # A part of a file, about. Units are named by it: docs/format.md says so.
@@ -39,11 +47,14 @@ _BUFFER_BYTES = 8 * 2**20
 _BATCH_BYTES = 8 * 2**20
 _BATCH_ROWS = 64
 
-_Damage = (pa.ArrowException, OSError, UnicodeDecodeError)
+# Paths of images are read this many at a time to see whether they can be keys.
+_PATHS_AT_ONCE = 1024
+
+_Damage = (pa.ArrowException, OSError, UnicodeDecodeError, DamagedFooter)
 
 
 def is_parquet(url: str) -> bool:
-    """Whether a URL names a Parquet file."""
+    """Return whether a URL names a Parquet file."""
     return url.lower().endswith(".parquet")
 
 
@@ -56,16 +67,22 @@ def split_file(shard: SourceShard) -> list[SourceShard]:
 
 
 def read_parquet(
-    shard: SourceShard, wanted: Wanted, options: StorageOptions, on_read: OnRead
+    shard: SourceShard,
+    wanted: Wanted,
+    options: StorageOptions,
+    on_read: OnRead,
+    reserve: ReserveSample,
 ) -> Iterator[Sample | RejectedSample]:
     """Stream the rows of a part of a Parquet file, in order; see `images.source.read_shard`.
 
-    The key is the column `wanted.key`, where that is given; else the image's `path` less its
-    extension; else the row's number in the file, of 9 digits.
+    The key is the column `wanted.key`, where that is given. Otherwise it is the image's `path` less
+    its extension, if the paths of all rows of the file are there, unique and safe as keys; else the
+    row's number in the file, of 9 digits.
 
     Rejects beside those of all sources: `no_key` (nothing in the column `wanted.key`; the row's
     number stands for it), and without a key `empty_shard`, `not_parquet` (no footer that can be
-    read) and `corrupt_shard` (damage in row groups: it says which, and how many rows are lost).
+    read) and `corrupt_shard` (damage in row groups, or a page above `wanted.max_sample_bytes`: it
+    says which, and how many rows are lost).
 
     Raises:
         SourceError: a column that is named is not there, or of no type that can be used.
@@ -78,8 +95,8 @@ def read_parquet(
             trouble = _trouble("empty_shard", "the file holds no bytes")
         else:
             with store.open(name, readahead=False) as opened:
-                file = _WholeReads(store, name, opened, shard.size_bytes)
-                trouble = yield from _read_rows(file, shard, wanted, on_read)
+                file = ParquetBytes(store, name, opened, shard.size_bytes)
+                trouble = yield from _read_rows(file, shard, wanted, on_read, reserve)
     except (StorageError, SourceError):
         # What was replaced or deleted may show as anything.
         shard.require_unchanged(store, name)
@@ -93,56 +110,17 @@ def _trouble(reason: str, message: str) -> RejectedSample:
     return RejectedSample(None, Reject("read", reason, message))
 
 
-class _WholeReads:
-    """A file as Arrow reads it: what a read gives is all that was asked for, or else it raises.
-
-    Arrow may dress up what is raised; `failure` keeps it as it was.
-    """
-
-    closed = False
-
-    def __init__(self, store: Store, name: str, file: BinaryIO, size_bytes: int) -> None:
-        self._store, self._name, self._file = store, name, file
-        self._size_bytes = size_bytes
-        self._position = 0
-        self.failure: StorageError | None = None
-
-    def read(self, size: int = -1) -> bytes:
-        left = max(0, self._size_bytes - self._position)
-        size = left if size < 0 else min(size, left)
-        try:
-            with self._store.named(self._name):
-                self._file.seek(self._position)
-                data = self._file.read(size)
-            if len(data) < size:
-                raise StorageError(
-                    f"{self._store.url_of(self._name)}: the connection gave {len(data)} of {size} "
-                    f"bytes at byte {self._position}"
-                )
-        except StorageError as error:
-            self.failure = error
-            raise
-        self._position += size
-        return data
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self._position = (0, self._position, self._size_bytes)[whence] + offset
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def close(self) -> None:
-        return
-
-
 @dataclass(frozen=True, slots=True)
 class _Columns:
-    """The columns to read: `images` that the file has, `texts` that are kept, and the key's."""
+    """The columns to read: `images` that the file has, `texts` that are kept, and the key's.
+
+    `path` names the image column whose `path` is the key; None takes the number of the row.
+    """
 
     images: Sequence[str]
     texts: Sequence[str]
     key: str | None
+    path: str | None = None
 
     @property
     def names(self) -> list[str]:
@@ -150,10 +128,15 @@ class _Columns:
 
 
 def _read_rows(
-    file: _WholeReads, shard: SourceShard, wanted: Wanted, on_read: OnRead
+    file: ParquetBytes,
+    shard: SourceShard,
+    wanted: Wanted,
+    on_read: OnRead,
+    reserve: ReserveSample,
 ) -> Generator[Sample | RejectedSample, None, RejectedSample | None]:
     """Yield the samples; return what is wrong with the file as a whole."""
     try:
+        footer = file.read_footer()
         parquet = pq.ParquetFile(file, buffer_size=_BUFFER_BYTES, page_checksum_verification=True)
         schema = parquet.schema_arrow
     except pa.ArrowMemoryError:
@@ -163,19 +146,27 @@ def _read_rows(
             raise file.failure from error
         return _trouble("not_parquet", f"its footer cannot be read: {first_line(error)}")
     columns = _find_columns(schema, wanted, shard.url)
+    file.check_pages(footer, columns.names, wanted.max_sample_bytes, reserve)
+    reader = _Reader(file, parquet, footer)
+    if columns.key is None:
+        columns = replace(columns, path=_path_column(reader, schema, columns))
     seen: set[str] = set()
     losses: list[str] = []
-    for number, first in _row_groups(parquet.metadata, shard):
-        num_rows = parquet.metadata.row_group(number).num_rows
+    for number, first in _row_groups(footer, shard):
+        num_rows = footer.row_groups[number].num_rows
         done, why = 0, "it ends early"
         try:
-            for batch in _batches(parquet, number, columns):
-                for group in _groups(batch, columns, first + done):
+            for batch in reader.batches(number, columns.names):
+                for group in _groups(batch, columns, wanted, first + done):
                     done += 1
                     on_read(sum(map(len, group.fields.values())))
-                    yield _sample_of(group, wanted, seen, f"{first + done - 1:09d}")
+                    sample = _sample_of(group, wanted, seen, f"{first + done - 1:09d}")
+                    seen.add(group.key)
+                    yield sample
         except pa.ArrowMemoryError:
             raise
+        except OversizedPage as error:
+            why = str(error)
         except _Damage as error:
             if file.failure:
                 raise file.failure from error
@@ -185,33 +176,93 @@ def _read_rows(
     return _trouble("corrupt_shard", "; ".join(losses)) if losses else None
 
 
-def _row_groups(metadata: pq.FileMetaData, shard: SourceShard) -> Iterator[tuple[int, int]]:
-    """Give the shard's row groups, each with the number that its first row has in the file.
+def _row_groups(footer: Footer, shard: SourceShard) -> Iterator[tuple[int, int]]:
+    """Yield the shard's row groups, each with the number that its first row has in the file.
 
-    Every row group belongs to exactly one part, whatever offsets a footer claims.
+    Every row group belongs to exactly one part.
     """
     part, _, num_parts = (shard.range or "0/1").partition("/")
     first_row = 0
-    for number in range(metadata.num_row_groups):
-        group = metadata.row_group(number)
-        mine = _first_byte(group) * int(num_parts) // shard.size_bytes
-        if min(max(mine, 0), int(num_parts) - 1) == int(part):
+    for number, group in enumerate(footer.row_groups):
+        start = min((column.start for column in group.columns), default=0)
+        if start * int(num_parts) // shard.size_bytes == int(part):
             yield number, first_row
         first_row += group.num_rows
 
 
-def _first_byte(group: pq.RowGroupMetaData) -> int:
-    columns = [group.column(index) for index in range(group.num_columns)]
-    pages = [(column.dictionary_page_offset, column.data_page_offset) for column in columns]
-    return min((offset for offsets in pages for offset in offsets if offset), default=0)
+class _Reader:
+    """Reads row groups in batches whose bytes are bounded, whatever the file claims."""
+
+    def __init__(self, file: ParquetBytes, parquet: pq.ParquetFile, footer: Footer) -> None:
+        self._file, self._parquet, self.footer = file, parquet, footer
+
+    @property
+    def failure(self) -> StorageError | None:
+        """What the store raised, if it failed."""
+        return self._file.failure
+
+    def batches(
+        self, number: int, columns: Sequence[str], most: int = _BATCH_ROWS
+    ) -> Iterator[pa.RecordBatch]:
+        """Yield the rows of a row group, at most `most` at a time.
+
+        Raises:
+            OversizedPage: a page holds more bytes than a sample may.
+            DamagedFooter: a page has no header.
+        """
+        group = self.footer.row_groups[number]
+        size = max(1, min(most, self._num_fitting(group, columns)))
+        # Without Arrow's threads, which may outlive the process: dataset/parquet.py.
+        batches = self._parquet.iter_batches(size, [number], list(columns), use_threads=False)
+        while True:
+            try:
+                batch = next(batches, None)
+            except (pa.ArrowException, OSError) as error:
+                if self._file.damage:  # which Arrow may have replaced by an error of its own
+                    raise self._file.damage from error
+                raise
+            if batch is None:
+                return
+            yield batch
+
+    def _num_fitting(self, group: RowGroup, columns: Sequence[str]) -> int:
+        """Return how many rows surely fit into `_BATCH_BYTES`, by what their values may hold."""
+        fitting = _BATCH_BYTES * group.num_rows // max(1, group.total_byte_size)
+        for chunk in group.columns:
+            if not {chunk.path[0], ".".join(chunk.path)}.isdisjoint(columns):
+                # Each row may repeat one value that is as large as the dictionary or the page.
+                repeated = self._file.dictionary_size(chunk)
+                if chunk.may_expand:
+                    repeated = max(repeated, chunk.total_uncompressed_size)
+                fitting = min(fitting, _BATCH_BYTES // max(1, repeated))
+        return fitting
 
 
-def _batches(parquet: pq.ParquetFile, number: int, columns: _Columns) -> Iterator[pa.RecordBatch]:
-    group = parquet.metadata.row_group(number)
-    fitting = _BATCH_BYTES * group.num_rows // max(1, group.total_byte_size)
-    size = max(1, min(_BATCH_ROWS, fitting))
-    # Without Arrow's threads, which may outlive the process: dataset/parquet.py.
-    yield from parquet.iter_batches(size, [number], columns.names, use_threads=False)
+def _path_column(reader: _Reader, schema: pa.Schema, columns: _Columns) -> str | None:
+    """Return the image column whose paths are the keys; None if they cannot be."""
+    name = next((name for name in columns.images if _has_path(schema.field(name).type)), None)
+    if name is None:
+        return None
+    seen: set[int] = set()
+    for number in range(len(reader.footer.row_groups)):
+        try:
+            for batch in reader.batches(number, [f"{name}.path"], _PATHS_AT_ONCE):
+                for path in _texts(pc.struct_field(_plain(batch.column(name)), "path"), 0):
+                    key = _key_of(path) if path else ""
+                    if not key or hash(key) in seen or not is_safe_key(key):
+                        return None
+                    seen.add(hash(key))
+        except pa.ArrowMemoryError:
+            raise
+        except (OversizedPage, *_Damage) as error:
+            if reader.failure:
+                raise reader.failure from error
+            continue  # the rows of this row group are lost as well
+    return name
+
+
+def _key_of(path: bytes) -> str:
+    return posixpath.splitext(path)[0].decode("utf-8", "surrogateescape")
 
 
 def _find_columns(schema: pa.Schema, wanted: Wanted, url: str) -> _Columns:
@@ -224,8 +275,9 @@ def _find_columns(schema: pa.Schema, wanted: Wanted, url: str) -> _Columns:
     for name in names:
         kind = _type_of(schema, name, url, "image")
         if pt.is_struct(kind):
-            kind = kind.field("bytes").type if kind.get_field_index("bytes") >= 0 else pa.null()
-        if not _is_binary(kind):
+            has_bytes = kind.get_field_index("bytes") >= 0
+            kind = kind.field("bytes").type if has_bytes else pa.int8()
+        if not (_is_binary(kind) or pt.is_null(kind)):
             raise SourceError(
                 f"{url}: column {name!r} is {schema.field(name).type}, no image: that is binary, "
                 "or struct<bytes: binary, path: string>"
@@ -233,16 +285,16 @@ def _find_columns(schema: pa.Schema, wanted: Wanted, url: str) -> _Columns:
     for setting, texts in (("keep", wanted.keep), ("key", [wanted.key] if wanted.key else [])):
         for name in texts:
             kind = _type_of(schema, name, url, setting)
-            if not (_is_text(kind) or pt.is_integer(kind)):
+            if not _is_readable(kind, is_key=setting == "key"):
                 raise SourceError(
-                    f"{url}: column {name!r}, which source.{setting} names, is {kind}: only text "
-                    "and integers can be read"
+                    f"{url}: column {name!r}, which source.{setting} names, is {kind}: only text, "
+                    "numbers, dates and lists of them can be read"
                 )
     return _Columns(names, wanted.keep, wanted.key)
 
 
 def _type_of(schema: pa.Schema, name: str, url: str, setting: str) -> pa.DataType:
-    """Give a column's type, below what wraps it."""
+    """Return a column's type, below what wraps it."""
     indices = schema.get_all_field_indices(name)
     if len(indices) != 1:
         has = f"two columns {name!r}" if indices else f"no column {name!r}"
@@ -263,27 +315,54 @@ def _is_text(kind: pa.DataType) -> bool:
     return bool(pt.is_string(kind) or pt.is_large_string(kind) or pt.is_string_view(kind))
 
 
-def _groups(batch: pa.RecordBatch, columns: _Columns, first: int) -> Iterator[Group]:
-    """Give the fields of each row; of a key that is null, an empty one."""
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pt.is_list(kind) or pt.is_large_list(kind) or pt.is_fixed_size_list(kind))
+
+
+def _is_readable(kind: pa.DataType, *, is_key: bool) -> bool:
+    """Return whether values of a type can become text."""
+    if _is_text(kind) or pt.is_integer(kind):
+        return True
+    if is_key:
+        return False
+    if _is_list(kind):
+        return _is_readable(kind.value_type, is_key=False) and not _is_list(kind.value_type)
+    return bool(
+        _is_binary(kind)
+        or pt.is_null(kind)
+        or pt.is_boolean(kind)
+        or pt.is_floating(kind)
+        or pt.is_decimal(kind)
+        or pt.is_temporal(kind)
+    )
+
+
+def _groups(
+    batch: pa.RecordBatch, columns: _Columns, wanted: Wanted, first: int
+) -> Iterator[Group]:
+    """Yield the fields of each row; of a key that is null, an empty one."""
     images = {name: _plain(batch.column(name)) for name in columns.images}
     blobs = {
         name: pc.struct_field(array, "bytes") if pt.is_struct(array.type) else array
         for name, array in images.items()
     }
-    paths = next((_texts(pc.struct_field(a, "path")) for a in images.values() if _has_path(a)), [])
-    texts = {name: _texts(batch.column(name)) for name in columns.texts}
-    keys = _texts(batch.column(columns.key)) if columns.key else []
+    paths = [_texts(pc.struct_field(a, "path"), 0) for a in images.values() if _has_path(a.type)]
+    texts = {name: _texts(batch.column(name), wanted.caption_index) for name in columns.texts}
+    keys = _texts(batch.column(columns.key), 0) if columns.key else []
     for index in range(batch.num_rows):
-        path = paths[index] if paths else None
+        path = next((found[index] for found in paths if found[index]), None)
         if columns.key:
-            key = keys[index] or b""
+            key = (keys[index] or b"").decode("utf-8", "surrogateescape")
         else:
-            key = posixpath.splitext(path)[0] if path else b"%09d" % (first + index)
-        group = Group(key.decode("utf-8", "surrogateescape"))
+            key = _key_of(path) if path and columns.path else f"{first + index:09d}"
+        group = Group(key)
         found: list[tuple[str, Any]] = [(name, blobs[name][index].as_py()) for name in blobs]
         found += [(name, values[index]) for name, values in texts.items()]
-        group.fields = {name: value for name, value in found if value is not None}
-        group.names = {*group.fields, *(["the path of an image elsewhere"] if path else [])}
+        for name, value in found:
+            if value is not None and group.add(name, len(value), wanted):
+                group.fields[name] = value
+        if path:
+            group.names.add("the path of an image elsewhere")
         yield group
 
 
@@ -294,26 +373,50 @@ def _plain(array: pa.Array) -> pa.Array:
     return array.dictionary_decode() if pt.is_dictionary(array.type) else array
 
 
-def _has_path(array: pa.Array) -> bool:
-    if not pt.is_struct(array.type) or array.type.get_field_index("path") < 0:
+def _has_path(kind: pa.DataType) -> bool:
+    if isinstance(kind, pa.BaseExtensionType):
+        kind = kind.storage_type
+    if not pt.is_struct(kind) or kind.get_field_index("path") < 0:
         return False
-    return _is_text(array.type.field("path").type)
+    return _is_text(kind.field("path").type)
 
 
-def _texts(column: pa.Array) -> list[bytes | None]:
-    """Give text as the bytes that it is stored as, and integers as their digits."""
+def _texts(column: pa.Array, list_index: int) -> list[bytes | None]:
+    """Return the values of a column as text: strings and binary as the bytes that are stored.
+
+    Integers, floats, decimals and booleans are written as JSON writes them, dates and times in ISO
+    8601. Of a list the element `list_index` is taken; None if the list is shorter.
+    """
     array = _plain(column)
-    if pt.is_integer(array.type):
-        return [None if value is None else b"%d" % value for value in array.to_pylist()]
-    found: list[bytes | None] = array.cast(pa.large_string()).cast(pa.large_binary()).to_pylist()
-    return found
+    if _is_list(array.type):
+        elements = (None if scalar.values is None else scalar.values for scalar in array)
+        return [
+            None
+            if values is None or len(values) <= list_index
+            else _texts(values.slice(list_index, 1), 0)[0]
+            for values in elements
+        ]
+    if _is_text(array.type):
+        array = array.cast(pa.large_string()).cast(pa.large_binary())
+    found: list[Any] = array.to_pylist()
+    return [None if value is None else _as_text(value) for value in found]
+
+
+def _as_text(value: Any) -> bytes:
+    if isinstance(value, bytes):
+        return value
+    if isinstance(value, bool):
+        return b"true" if value else b"false"
+    if hasattr(value, "isoformat"):
+        return str(value.isoformat()).encode()
+    return str(value).encode()
 
 
 def _sample_of(
     group: Group, wanted: Wanted, seen: set[str], number: str
 ) -> Sample | RejectedSample:
     if group.key:
-        sample = sample_of(group, wanted, seen)
-        seen.add(group.key)
-        return sample
-    return RejectedSample(number, Reject("read", "no_key", f"its {wanted.key!r} is null or empty"))
+        return sample_of(group, wanted, seen)
+    num_images = int(any(name in wanted.image for name in group.names))
+    reject = Reject("read", "no_key", f"its {wanted.key!r} is null or empty")
+    return RejectedSample(number, reject, num_images)

@@ -249,6 +249,11 @@ def sample_of(group: Group, wanted: Wanted, seen: Container[str]) -> Sample | Re
     return Sample(group.key, group.fields[images[0]], fields, tuple(sorted(extra)))
 
 
+def is_safe_key(key: str) -> bool:
+    """Return whether a key can name a row."""
+    return _key_fault(key) is None
+
+
 def _key_fault(key: str) -> Reject | None:
     if not is_utf8(key):
         return Reject("read", "key_not_utf8", "the key is not UTF-8")

@@ -61,7 +61,9 @@ _COMMAND = re.compile(r"^pipe:|^-$|[|`<>\n]|\$[({]|&&")
 
 def source_contract(source: Images) -> SourceContract:
     """Return how a config's `source` section says that samples are read."""
-    return SourceContract(tuple(source.image), source.key, source.max_sample_bytes)
+    return SourceContract(
+        tuple(source.image), source.key, source.max_sample_bytes, source.caption_index
+    )
 
 
 def list_source(
@@ -277,7 +279,7 @@ def read_shard(
     """
     if is_parquet(shard.url) and not shard.files:
         wanted = Wanted(tuple(image), tuple(keep), key, max_sample_bytes, caption_index)
-        return read_parquet(shard, wanted, options, on_read)
+        return read_parquet(shard, wanted, options, on_read, reserve)
     wanted = Wanted(_lower(image), _lower(keep), None, max_sample_bytes)
     if shard.files:
         return read_slot(shard, wanted, options, on_read, reserve)
