@@ -28,7 +28,6 @@ def parse(data: bytes) -> Footer:
 
 
 def write(num_rows: int, **options: Any) -> bytes:
-    rows = range(num_rows)
     table = pa.table(
         {
             "image": pa.array(
