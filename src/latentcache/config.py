@@ -170,14 +170,32 @@ class Transform(_Section):
         return buckets
 
 
-class Vae(_Section):
-    """The autoencoder; it has no default, because latents of different ones do not mix."""
+class Autoencoder(_Section):
+    """An autoencoder; it has no default, because latents of different ones do not mix."""
 
     checkpoint: str = Field(
         description="A diffusers folder, a single-file or CompVis checkpoint, by path or URL; "
         "`demo` is the small one in this package, whose latents are not Stable Diffusion's."
     )
     storage: Storage = Storage()
+
+
+class Vae(Autoencoder):
+    """The autoencoder that encodes, and the numbers that a model needs to use its latents."""
+
+    scaling_factor: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Needed where the checkpoint does not say it: a lone CompVis file. 0.18215 for "
+        "Stable Diffusion 1 and 2 and sd-vae-ft-*, 0.13025 for SDXL, 1.5305 for SD3, 0.3611 for "
+        "FLUX.1.",
+    )
+    shift_factor: float | None = Field(
+        None,
+        allow_inf_nan=False,
+        description="Goes with `scaling_factor`: 0.0609 for SD3, 0.1159 for FLUX.1, else 0.",
+    )
 
 
 class Calibration(_Section):
@@ -336,7 +354,7 @@ class EvalConfig(_Section):
     name: str = Field(min_length=1)
     source: Images
     resolution_px: Side = Field(256, description="The shorter side's; then the centre is cropped.")
-    vae: Vae = Field(description="Encodes the images, once for all models.")
+    vae: Autoencoder = Field(description="Encodes the images, once for all models.")
     models: list[EvalModel] = Field(min_length=1)
     networks: Networks = Networks()
     max_images: int | None = Field(

@@ -23,6 +23,7 @@ from latentcache.images.source import SourceShard, list_source, source_contract
 from latentcache.images.transform import Bucket, ratio_buckets
 from latentcache.storage import ObjectInfo, Store, storage_options
 from latentcache.vae.model import FAMILY
+from latentcache.vae.scaling import settle_scaling
 from latentcache.vae.weights import encoder_fingerprint, load_vae
 
 
@@ -223,11 +224,15 @@ def wanted_contract(config: Config) -> Contract:
 
     Raises:
         CheckpointError: the checkpoint cannot be used.
-        ConfigError: a bucket's side is no multiple of the VAE's downsampling.
+        ConfigError: a bucket's side is no multiple of the VAE's downsampling; the scaling factor
+            is unknown, or the config's is not the checkpoint's.
     """
     options = storage_options(config.vae.storage)
     vae = load_vae(config.vae.checkpoint, decoder=False, options=options)
     arch = vae.architecture
+    scaling_factor, shift_factor = settle_scaling(
+        arch, config.vae.scaling_factor, config.vae.shift_factor, config.vae.checkpoint
+    )
     buckets = _buckets(config)
     for bucket in buckets:
         if bucket.width_px % arch.downsample_factor or bucket.height_px % arch.downsample_factor:
@@ -242,8 +247,8 @@ def wanted_contract(config: Config) -> Contract:
             architecture=arch.encoder_fields,
             latent_channels=arch.latent_channels,
             downsample_factor=arch.downsample_factor,
-            scaling_factor=float(arch.scaling_factor),
-            shift_factor=float(arch.shift_factor or 0.0),
+            scaling_factor=scaling_factor,
+            shift_factor=shift_factor,
             latents_mean=arch.latents_mean,
             latents_std=arch.latents_std,
         ),

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from latentcache.config import MAX_PIXELS, EvalModel, Networks, Vae
+from latentcache.config import MAX_PIXELS, Autoencoder, EvalModel, Networks
 from latentcache.dataset.contract import SourceContract
 from latentcache.dataset.qa import MAX_DB, MIN_DB
 from latentcache.errors import CheckpointError, ClusterError, ConfigError, Reject
@@ -53,7 +53,7 @@ class EvalJob:
     source: SourceContract
     source_storage: StorageOptions
     resolution_px: int
-    vae: Vae
+    vae: Autoencoder
     models: tuple[EvalModel, ...]
     networks: Networks
     batch_size: int

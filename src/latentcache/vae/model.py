@@ -12,6 +12,8 @@ appendix G; GroupNorm with eps 1e-6, SiLU, 3×3 convolutions, one attention head
 
 from __future__ import annotations
 
+import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +27,9 @@ from latentcache.errors import CheckpointError, ConfigError
 FAMILY = "AutoencoderKL"
 
 GROUP_NORM_EPS = 1e-6
+# Far above any published autoencoder; a config or a file must not ask for a model without bound.
+_MAX_BLOCKS, _MAX_LAYERS, _MAX_CHANNELS = 8, 32, 2**14
+
 LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0  # diffusers' DiagonalGaussianDistribution clamps to these
 
 
@@ -34,7 +39,8 @@ class Architecture:
 
     `force_upcast` is only the publisher's hint that float16 overflows. Latents are stored as the
     encoder gives them; `scaling_factor`, `shift_factor` (`(z - shift) * scale`) or the per-channel
-    `latents_mean` and `latents_std` are what a diffusion model expects to be applied to them.
+    `latents_mean` and `latents_std` are what a diffusion model expects to be applied to them. A
+    file without a config may not say its `scaling_factor`, which is None then.
     """
 
     block_out_channels: tuple[int, ...] = (64,)
@@ -44,7 +50,7 @@ class Architecture:
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
     mid_block_add_attention: bool = True
-    scaling_factor: float = 0.18215
+    scaling_factor: float | None = 0.18215
     shift_factor: float | None = None
     latents_mean: tuple[float, ...] | None = None
     latents_std: tuple[float, ...] | None = None
@@ -78,13 +84,13 @@ class Architecture:
         fields.require_family()
         architecture = cls(
             block_out_channels=fields.integers("block_out_channels", (64,)),
-            layers_per_block=fields.integer("layers_per_block", 1),
-            latent_channels=fields.integer("latent_channels", 4),
-            norm_num_groups=fields.integer("norm_num_groups", 32),
+            layers_per_block=fields.integer("layers_per_block", 1, _MAX_LAYERS),
+            latent_channels=fields.integer("latent_channels", 4, _MAX_CHANNELS),
+            norm_num_groups=fields.integer("norm_num_groups", 32, _MAX_CHANNELS),
             use_quant_conv=fields.boolean("use_quant_conv", True),
             use_post_quant_conv=fields.boolean("use_post_quant_conv", True),
             mid_block_add_attention=fields.boolean("mid_block_add_attention", True),
-            scaling_factor=fields.number("scaling_factor", 0.18215),
+            scaling_factor=fields.positive("scaling_factor", 0.18215),
             shift_factor=fields.optional_number("shift_factor"),
             latents_mean=fields.optional_numbers("latents_mean"),
             latents_std=fields.optional_numbers("latents_std"),
@@ -97,6 +103,8 @@ class Architecture:
             values = getattr(architecture, field)
             if values is not None and len(values) != architecture.latent_channels:
                 raise fields.error(field, "needs one value per latent channel")
+        if architecture.latents_std and min(architecture.latents_std) <= 0:
+            raise fields.error("latents_std", "needs values above 0")
         return architecture
 
 
@@ -108,8 +116,8 @@ class _Fields:
         self.name = name
 
     def error(self, field: str, problem: str) -> CheckpointError:
-        value = self.config.get(field)
-        return CheckpointError(f"{self.name}: {field} = {value!r} {problem}")
+        value = reprlib.repr(self.config.get(field))
+        return CheckpointError(f"{self.name}: {field} = {value} {problem}")
 
     def require_family(self) -> None:
         """Refuse what is not an AutoencoderKL built from the blocks in this file."""
@@ -130,10 +138,12 @@ class _Fields:
             if self.config.get(field, [block] * num_blocks) != [block] * num_blocks:
                 raise self.error(field, f"is not supported: only {num_blocks} of {block} is")
 
-    def integer(self, field: str, default: int) -> int:
+    def integer(self, field: str, default: int, largest: int) -> int:
         value = self.config.get(field, default)
         if type(value) is not int or value < 1:
             raise self.error(field, "is not a positive integer")
+        if value > largest:
+            raise self.error(field, f"is more than {largest}, the most that is supported")
         return value
 
     def integers(self, field: str, default: tuple[int, ...]) -> tuple[int, ...]:
@@ -144,6 +154,10 @@ class _Fields:
             or any(type(item) is not int or item < 1 for item in value)
         ):
             raise self.error(field, "is not a list of positive integers")
+        if len(value) > _MAX_BLOCKS or max(value) > _MAX_CHANNELS:
+            raise self.error(
+                field, f"is not supported: at most {_MAX_BLOCKS} of at most {_MAX_CHANNELS} are"
+            )
         return tuple(value)
 
     def boolean(self, field: str, default: bool) -> bool:
@@ -153,10 +167,13 @@ class _Fields:
         return value
 
     def number(self, field: str, default: float) -> float:
-        value = self.config.get(field, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self.error(field, "is not a number")
-        return float(value)
+        return self._finite(field, self.config.get(field, default), "is not a number")
+
+    def positive(self, field: str, default: float) -> float:
+        value = self.number(field, default)
+        if value <= 0:
+            raise self.error(field, "is not above 0")
+        return value
 
     def optional_number(self, field: str) -> float | None:
         return None if self.config.get(field) is None else self.number(field, 0.0)
@@ -165,11 +182,17 @@ class _Fields:
         value = self.config.get(field)
         if value is None:
             return None
-        if not isinstance(value, list) or any(
-            isinstance(item, bool) or not isinstance(item, int | float) for item in value
-        ):
+        if not isinstance(value, list):
             raise self.error(field, "is not a list of numbers")
-        return tuple(float(item) for item in value)
+        return tuple(self._finite(field, item, "is not a list of numbers") for item in value)
+
+    def _finite(self, field: str, value: object, problem: str) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self.error(field, problem)
+        # An integer that no float holds is as little use as infinity.
+        if not math.isfinite(value) if isinstance(value, float) else abs(value) > 2**64:
+            raise self.error(field, "is not finite")
+        return float(value)
 
 
 def _norm(num_groups: int, channels: int) -> nn.GroupNorm:

@@ -1,54 +1,54 @@
 """A checkpoint file on disk -> its named tensors, running nothing that the file says.
 
 Three containers: safetensors; PyTorch's zip (1.6 and later) and the older bare pickle; and a zip
-that holds one of those, as `kl-f8.zip` does. PyTorch's are pickles, which may name any function to
-be called. Ours may name the few that rebuild tensors; every other name becomes `_Inert`, which
-takes whatever it is given and does nothing. So a Lightning checkpoint with its optimizer and
-callbacks opens, and a malicious one is as harmless as it.
+that holds one of those, as `kl-f8.zip` does. PyTorch never sees a file: it would choose a reader by
+rules of its own, and one of its readers runs TorchScript. The zip is read by `archive.py`, the
+pickle by `tensorpickle.py`, and the tensors are views of the file's own bytes.
 """
 
 from __future__ import annotations
 
-import collections
-import pickle
-import shutil
+import mmap
 import struct
 import tempfile
-import zipfile
 import zlib
 from collections.abc import Mapping
-from io import BytesIO
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import BinaryIO
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from latentcache.errors import CheckpointError
+from latentcache.errors import CheckpointError, first_line
+from latentcache.log import one_line
+from latentcache.vae.archive import Malformed, Member, read_directory
+from latentcache.vae.tensorpickle import (
+    MAX_NAME_CHARS,
+    StoredStorage,
+    StoredTensor,
+    TensorPickle,
+)
 
 SUFFIXES = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".zip")
 
-_ALLOWED_GLOBALS = {
-    ("collections", "OrderedDict"): collections.OrderedDict,
-    ("torch._utils", "_rebuild_tensor"): torch._utils._rebuild_tensor,
-    ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
-    ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
-}
+# Of a bare pickle's first two values: `torch/serialization.py`.
+_MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 
-# What a damaged pickle or archive makes the unpickler, zipfile and torch's reader raise.
-_DAMAGE = (
-    pickle.UnpicklingError,
-    zipfile.BadZipFile,
-    struct.error,
-    zlib.error,
+# A tensor's entry in the header takes about 100 bytes; the largest networks have 5,000.
+_MAX_HEADER_BYTES = 8 * 2**20
+
+# Weights shrink by a tenth in a zip, weights that were widened from half precision to a third.
+_MAX_INFLATION = 20
+
+_CHUNK_BYTES = 2**20
+
+# What the safetensors library raises for a header that it takes and torch does not.
+_REFUSED = (
+    SafetensorError,
     ArithmeticError,
-    AssertionError,
     AttributeError,
-    EOFError,
-    ImportError,
     LookupError,
     MemoryError,
     RuntimeError,
@@ -66,20 +66,48 @@ def read_tensors(path: Path, name: str) -> dict[str, Tensor]:
 
     Raises:
         CheckpointError: not a checkpoint, damaged, or without tensors.
+        OSError: the file cannot be read.
     """
+    return _read(path, name, may_hold_another=True)
+
+
+def _read(path: Path, name: str, *, may_hold_another: bool) -> dict[str, Tensor]:
     with path.open("rb") as file:
         head = file.read(64)
-    _refuse_stand_ins(head, name)
-    if path.suffix == ".safetensors" or head[8:9] == b"{":
-        return _read_safetensors(path, name)
-    if head.startswith(b"PK"):
-        return _read_zip(path, name)
-    if head.startswith(b"\x80"):
-        # From memory: given a file, torch would first try to unpack it as a tar archive.
-        return _read_pickle(BytesIO(path.read_bytes()), name)
-    raise CheckpointError(
-        f"{name} is not a checkpoint: neither safetensors nor a PyTorch file; download it again"
-    )
+        _refuse_stand_ins(head, name)
+        try:
+            if path.suffix == ".safetensors" or head[8:9] == b"{":
+                tensors = _read_safetensors(path, head)
+            elif head.startswith(b"PK"):
+                data = _map(file)
+                members = read_directory(data)
+                if inner := _find_checkpoint(members):
+                    if not may_hold_another:
+                        raise Malformed("it is a zip file in a zip file")
+                    return _read_inner(data, inner, name)
+                tensors = _read_archive(data, members)
+            elif head.startswith(b"\x80"):
+                tensors = _read_bare_pickle(_map(file))
+            else:
+                raise CheckpointError(
+                    f"{name} is not a checkpoint: neither safetensors nor a PyTorch file; "
+                    "download it again"
+                )
+        except Malformed as error:
+            raise CheckpointError(
+                f"{name} is not a PyTorch checkpoint, cut off or damaged ({error}); "
+                "download it again, or save its weights as .safetensors"
+            ) from error
+        except _REFUSED as error:
+            if isinstance(error, CheckpointError):
+                raise
+            reason = one_line(first_line(error))[:300]
+            raise CheckpointError(
+                f"{name} is cut off or damaged ({reason}); download it again"
+            ) from error
+    if not tensors:
+        raise CheckpointError(f"{name} holds no named tensors: it is not a VAE checkpoint")
+    return tensors
 
 
 def _refuse_stand_ins(head: bytes, name: str) -> None:
@@ -94,92 +122,154 @@ def _refuse_stand_ins(head: bytes, name: str) -> None:
         )
 
 
-def _read_safetensors(path: Path, name: str) -> dict[str, Tensor]:
-    try:
-        return safetensors.torch.load_file(path)
-    except SafetensorError as error:
-        raise _damaged(name, error) from error
+def _map(file: BinaryIO) -> memoryview:
+    """Map a whole file; what is written to the memory, which nobody does, stays in memory."""
+    return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
 
 
-def _read_zip(path: Path, name: str) -> dict[str, Tensor]:
-    """A PyTorch zip, or a plain zip around one checkpoint."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = [info.filename for info in archive.infolist() if not info.is_dir()]
-            if any(member.endswith("/constants.pkl") for member in members):
-                raise CheckpointError(f"{name} is a TorchScript archive: only weights can be read")
-            if any(member.endswith("/data.pkl") for member in members):
-                return _read_pickle(path, name)
-            inside = [m for m in members if m.endswith(SUFFIXES) and not m.endswith(".zip")]
-            if len(inside) != 1:
-                raise CheckpointError(f"{name} holds {len(inside)} checkpoints; it must hold one")
-            with tempfile.TemporaryDirectory(prefix="latentcache-") as folder:
-                unpacked = Path(folder, "checkpoint" + Path(inside[0]).suffix)
-                with archive.open(inside[0]) as source, unpacked.open("wb") as target:
-                    shutil.copyfileobj(source, target, 2**20)
-                return read_tensors(unpacked, f"{name} ({inside[0]})")
-    except _DAMAGE as error:
-        raise _damaged(name, error) from error
-
-
-def _read_pickle(source: Path | BytesIO, name: str) -> dict[str, Tensor]:
-    try:
-        loaded = torch.load(
-            source,
-            map_location="cpu",
-            pickle_module=_tensor_pickle,
-            weights_only=False,  # torch's own restricted reader refuses Lightning checkpoints
-            mmap=isinstance(source, Path),
-        )
-    except _DAMAGE as error:
-        raise _damaged(name, error) from error
-    if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
-        loaded = loaded["state_dict"]
-    tensors = {
-        key: value
-        for key, value in (loaded.items() if isinstance(loaded, Mapping) else ())
-        if isinstance(key, str) and isinstance(value, Tensor)
-    }
-    if not tensors:
-        raise CheckpointError(f"{name} holds no named tensors: it is not a VAE checkpoint")
+def _read_safetensors(path: Path, head: bytes) -> dict[str, Tensor]:
+    """Let the library read the file; it checks that the tensors fill it without overlap."""
+    if len(head) >= 8 and (size := int.from_bytes(head[:8], "little")) > _MAX_HEADER_BYTES:
+        raise ValueError(f"its header takes {size} bytes, and {_MAX_HEADER_BYTES} are the most")
+    tensors = safetensors.torch.load_file(path)
+    for key in tensors:
+        _check_name(key)
     return tensors
 
 
-def _damaged(name: str, error: BaseException) -> CheckpointError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return CheckpointError(f"{name} is cut off or damaged ({reason}); download it again")
+def _find_checkpoint(members: Mapping[str, Member]) -> Member | None:
+    """Find the one checkpoint that a plain zip holds; None of a PyTorch zip, which is one."""
+    if any(name.endswith("/constants.pkl") for name in members):
+        raise Malformed("it is a TorchScript archive: only weights can be read")
+    if any(name.endswith("/data.pkl") for name in members):
+        return None
+    inside = [name for name in members if name.endswith(SUFFIXES) and not name.endswith(".zip")]
+    if len(inside) != 1:
+        raise Malformed(f"it holds {len(inside)} checkpoints; it must hold one")
+    return members[inside[0]]
 
 
-class _Inert:
-    """Stands for everything a pickle names that is not a tensor: accepts all, does nothing.
+def _read_inner(data: memoryview, member: Member, name: str) -> dict[str, Tensor]:
+    """Unpack a checkpoint into a temporary file, and read that."""
+    if member.size > _MAX_INFLATION * member.packed_size:
+        raise Malformed(
+            f"a member of {member.packed_size} bytes becomes {member.size}: no weights do that"
+        )
+    inner_name = one_line(member.name[:200])
+    with tempfile.TemporaryDirectory(prefix="latentcache-") as folder:
+        unpacked = Path(folder, "checkpoint" + Path(member.name).suffix)
+        with unpacked.open("wb") as target:
+            _unpack(data[member.start : member.start + member.packed_size], member, target)
+        return _read(unpacked, f"{name} ({inner_name})", may_hold_another=False)
 
-    Classes keyed by it, its instances, their state, items and calls are what a pickle can ask for.
+
+def _unpack(packed: memoryview, member: Member, target: BinaryIO) -> None:
+    """Write a member's bytes, no more than the directory says, and check them."""
+    inflater = None if member.is_stored else zlib.decompressobj(-zlib.MAX_WBITS)
+    num_bytes = crc32 = 0
+    for start in range(0, len(packed), _CHUNK_BYTES):
+        rest = bytes(packed[start : start + _CHUNK_BYTES])
+        while rest:
+            try:
+                chunk = inflater.decompress(rest, _CHUNK_BYTES) if inflater else rest
+            except zlib.error as error:
+                raise Malformed(first_line(error)) from error
+            rest = inflater.unconsumed_tail if inflater else b""
+            num_bytes += len(chunk)
+            if num_bytes > member.size:
+                break
+            crc32 = zlib.crc32(chunk, crc32)
+            target.write(chunk)
+    if num_bytes != member.size or crc32 != member.crc32:
+        raise Malformed("a member is not what the zip directory says of it")
+
+
+def _read_archive(data: memoryview, members: Mapping[str, Member]) -> dict[str, Tensor]:
+    """Read a PyTorch zip: a pickle, and a member for each storage that it names."""
+    pickles = [name for name in members if name.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        raise Malformed(f"it has {len(pickles)} members called data.pkl")
+    folder = pickles[0].removesuffix("data.pkl")
+    if f"{folder}byteorder" in members and _bytes_of(data, members[f"{folder}byteorder"]) != (
+        b"little"
+    ):
+        raise Malformed("it was saved on a machine of another byte order")
+    pickled = members[pickles[0]]
+    # PyTorch can be asked to leave checksums out; they are 0 then.
+    if pickled.crc32 not in (0, zlib.crc32(_bytes_of(data, pickled))):
+        raise Malformed("its data.pkl is not what its checksum says")
+    reader = TensorPickle(data[: pickled.start + pickled.packed_size], pickled.start)
+    tensors = _named_tensors(reader.load(), len(data))
+
+    def start_of(storage: StoredStorage) -> int:
+        member = members.get(f"{folder}data/{storage.key}")
+        if member is None or not member.is_stored or member.size != storage.num_bytes:
+            raise Malformed(f"the storage {one_line(storage.key[:100])!r} is not as it should be")
+        return member.start
+
+    return {key: _view(data, tensor, start_of(tensor.storage)) for key, tensor in tensors.items()}
+
+
+def _bytes_of(data: memoryview, member: Member) -> memoryview:
+    found = data[member.start : member.start + member.packed_size]
+    if not member.is_stored:
+        raise Malformed("a member is compressed, which PyTorch does not do")
+    return found
+
+
+def _read_bare_pickle(data: memoryview) -> dict[str, Tensor]:
+    """Read PyTorch's older format: five pickles, then each storage behind its length."""
+    reader = TensorPickle(data)
+    if reader.load() != _MAGIC or reader.load() != _PROTOCOL:
+        raise Malformed("it is a pickle, but not one that PyTorch saved")
+    reader.load()  # the system that wrote it: its storages are little-endian or do not fit
+    tensors = _named_tensors(reader.load(), len(data))
+    keys = reader.load()
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+        raise Malformed("its storages have no names")
+    starts: dict[str, int] = {}
+    position = reader.position
+    for key in keys:
+        storage = reader.storages.get(key)
+        if storage is None or key in starts or position + 8 > len(data):
+            raise Malformed("its storages are not those that its pickle names")
+        (num_elements,) = struct.unpack_from("<q", data, position)
+        starts[key] = position + 8
+        position += 8 + storage.num_bytes
+        if num_elements != storage.num_elements or position > len(data):
+            raise Malformed("a storage is cut off, or of another size than its pickle says")
+    if any(tensor.storage.key not in starts for tensor in tensors.values()):
+        raise Malformed("a storage is missing")
+    return {key: _view(data, tensor, starts[tensor.storage.key]) for key, tensor in tensors.items()}
+
+
+def _named_tensors(loaded: object, num_bytes: int) -> dict[str, StoredTensor]:
+    """Give the tensors of a state dict, or of a trainer's checkpoint around one.
+
+    Tensors may share a storage, but all of them together take no more than twice the file: what is
+    made of them is then bounded by its size.
     """
-
-    def __new__(cls, *args: object, **kwargs: object) -> _Inert:
-        return super().__new__(cls)
-
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        pass
-
-    def _accept(self, *args: object, **kwargs: object) -> None:
-        pass
-
-    __setstate__ = __setitem__ = __call__ = append = extend = add = _accept
-
-
-class _TensorUnpickler(pickle.Unpickler):
-    """Resolves only what rebuilds tensors; torch adds the storage types by itself."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        return _ALLOWED_GLOBALS.get((module, name), _Inert)
+    if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
+        loaded = loaded["state_dict"]
+    if not isinstance(loaded, dict):
+        return {}
+    tensors = {key: value for key, value in loaded.items() if isinstance(value, StoredTensor)}
+    for key in tensors:
+        _check_name(key)
+    if sum(tensor.num_bytes for tensor in tensors.values()) > 2 * num_bytes:
+        raise Malformed("its tensors together are larger than the file")
+    return tensors
 
 
-def _load(file: Any, **options: Any) -> Any:
-    return _TensorUnpickler(file, **options).load()
+def _check_name(key: str) -> None:
+    if len(key) > MAX_NAME_CHARS or not key.isprintable():
+        raise Malformed(f"a tensor has the name {one_line(key[:100])!r}")
 
 
-# What torch.load asks of its `pickle_module`.
-_tensor_pickle = ModuleType("latentcache_tensor_pickle")
-_tensor_pickle.Unpickler = _TensorUnpickler  # type: ignore[attr-defined]
-_tensor_pickle.load = _load  # type: ignore[attr-defined]
+def _view(data: memoryview, tensor: StoredTensor, start: int) -> Tensor:
+    """Make a tensor of the file's own bytes; nothing is read yet."""
+    storage = tensor.storage
+    if not storage.num_elements:
+        return torch.empty(tensor.size, dtype=storage.dtype)
+    flat = torch.frombuffer(data, dtype=storage.dtype, count=storage.num_elements, offset=start)
+    return flat.as_strided(tensor.size, tensor.stride, tensor.offset)

@@ -15,15 +15,17 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from latentcache.errors import CheckpointError, ConfigError, ObjectNotFound
+from latentcache.errors import CheckpointError, ConfigError, ObjectNotFound, first_line
 from latentcache.storage import StorageOptions, Store, split_url
 from latentcache.vae.model import FAMILY, Architecture, KLAutoencoder
+from latentcache.vae.scaling import recognised_factor
 from latentcache.vae.tensorfile import SUFFIXES, read_tensors
 
 DEMO = "demo"
@@ -36,11 +38,19 @@ _FIRST_STAGE = "first_stage_model."  # where a whole Stable Diffusion checkpoint
 _NOT_WEIGHTS = ("loss.", "model_ema.")  # what CompVis's trainer saves beside them
 _DECODER = ("decoder.", "post_quant_conv.")
 
-# CompVis does not write these down. 32 groups: `Normalize` in its code; 0.18215: the configs of
-# Stable Diffusion 1 and 2; 0.13025: SDXL's, whose whole checkpoints carry a `conditioner`.
+# CompVis does not write this down: `Normalize` in its code.
 _COMPVIS_NUM_GROUPS = 32
-_SD_SCALING_FACTOR = 0.18215
-_SDXL_SCALING_FACTOR = 0.13025
+
+_MAX_CONFIG_BYTES = 2**20
+
+_FLOAT_DTYPES = (
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+)
 
 _COMPVIS_RENAMES = (
     (r"\.(down|up)\.(\d+)\.block\.(\d+)\.", r".\1_blocks.\2.resnets.\3."),
@@ -76,7 +86,8 @@ def load_vae(
         url: a local path or any fsspec URL (`hf://org/repo`, `hf://org/repo@revision/vae`,
             `s3://…`) of a diffusers folder, a pipeline folder with `vae/`, or one checkpoint file
             (`.safetensors`, `.bin`, `.ckpt`, `.pt`, `.pth`, or a `.zip` of one); or `demo`. A
-            `config.json` beside a file decides its architecture; a CompVis file does without.
+            `config.json` beside a file decides its architecture; a CompVis file does without, but
+            then `architecture.scaling_factor` may be None: see `scaling.py`.
         device: where the modules go.
         dtype: what they compute in; weights of any float type are read.
         decoder: False leaves the decoder out, to save memory.
@@ -146,9 +157,11 @@ def _read(
         store = Store(url, options)
         folder, name = _find_weights(store)
     if store.exists(folder + _CONFIG):
-        data = store.read_bytes(folder + _CONFIG)
-        config = _parse_config(data, store.url_of(folder + _CONFIG))
-    with _local_file(store, name) as path:
+        config_url = store.url_of(folder + _CONFIG)
+        if store.info(folder + _CONFIG).size_bytes > _MAX_CONFIG_BYTES:
+            raise CheckpointError(f"{config_url} is too large for a config; download it again")
+        config = _parse_config(store.read_bytes(folder + _CONFIG), config_url)
+    with store.named(name), _local_file(store, name) as path:
         return config, store.url_of(name), read_tensors(path, store.url_of(name))
 
 
@@ -189,8 +202,9 @@ def _local_file(store: Store, name: str) -> Iterator[Path]:
 def _parse_config(data: bytes, name: str) -> dict[str, Any]:
     try:
         config = json.loads(data)
-    except ValueError as error:
-        raise CheckpointError(f"{name} is not JSON ({error}); download it again") from error
+    except (ValueError, RecursionError) as error:
+        reason = first_line(error)
+        raise CheckpointError(f"{name} is not JSON ({reason}); download it again") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{name} holds no JSON object; download it again")
     return config
@@ -200,7 +214,7 @@ def _recognise(
     config: Mapping[str, Any] | None, tensors: dict[str, Tensor], name: str
 ) -> tuple[Architecture, dict[str, Tensor]]:
     """Tell the layout by its names; give the architecture and the tensors by canonical name."""
-    is_sdxl = any(key.startswith("conditioner.") for key in tensors)
+    scaling_factor = recognised_factor(tensors)
     if any(key.startswith(_FIRST_STAGE) for key in tensors):
         tensors = {
             key.removeprefix(_FIRST_STAGE): tensor
@@ -219,8 +233,8 @@ def _recognise(
     named = _reverse_up_blocks(named)
     if config is not None and config.get("_class_name") == FAMILY:
         return Architecture.from_config(config, name=f"the config.json beside {name}"), named
-    scaling_factor = _SDXL_SCALING_FACTOR if is_sdxl else _SD_SCALING_FACTOR
-    return _infer_architecture(named, scaling_factor, name), named
+    architecture = _infer_architecture(named, name)
+    return replace(architecture, scaling_factor=scaling_factor), named
 
 
 def _rename(name: str, renames: Iterable[tuple[str, str]]) -> str:
@@ -240,9 +254,7 @@ def _reverse_up_blocks(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _infer_architecture(
-    tensors: Mapping[str, Tensor], scaling_factor: float, name: str
-) -> Architecture:
+def _infer_architecture(tensors: Mapping[str, Tensor], name: str) -> Architecture:
     """Read the sizes off the shapes of a CompVis checkpoint's tensors."""
 
     def out_channels(tensor: str) -> int:
@@ -258,25 +270,16 @@ def _infer_architecture(
         out_channels(f"encoder.down_blocks.{i}.resnets.0.conv1.weight")
         for i in range(max(1, count(r"encoder\.down_blocks\.(\d+)\.")))
     )
-    latent_channels = out_channels("encoder.conv_out.weight") // 2
-    if latent_channels != 4:
-        # SD3's and FLUX's have 16 channels and the same shapes, but not the same scale.
-        raise CheckpointError(
-            f"{name} has {latent_channels} latent channels, so its scaling factor is unknown: "
-            "put its diffusers config.json beside it"
-        )
-    if any(width % _COMPVIS_NUM_GROUPS for width in widths):
-        raise CheckpointError(f"{name} has widths {widths}: not multiples of its 32 norm groups")
-    return Architecture(
-        block_out_channels=widths,
-        layers_per_block=count(r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
-        latent_channels=latent_channels,
-        norm_num_groups=_COMPVIS_NUM_GROUPS,
-        use_quant_conv="quant_conv.weight" in tensors,
-        use_post_quant_conv="post_quant_conv.weight" in tensors,
-        mid_block_add_attention="encoder.mid_block.attentions.0.to_q.weight" in tensors,
-        scaling_factor=scaling_factor,
-    )
+    fields = {
+        "block_out_channels": widths,
+        "layers_per_block": count(r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
+        "latent_channels": out_channels("encoder.conv_out.weight") // 2,
+        "norm_num_groups": _COMPVIS_NUM_GROUPS,
+        "use_quant_conv": "quant_conv.weight" in tensors,
+        "use_post_quant_conv": "post_quant_conv.weight" in tensors,
+        "mid_block_add_attention": "encoder.mid_block.attentions.0.to_q.weight" in tensors,
+    }
+    return Architecture.from_config(fields, name=f"the tensors of {name}")
 
 
 def _fit(
@@ -292,7 +295,7 @@ def _fit(
         tensor = tensors[key]
         if _ATTENTION_MATRIX.search(key) and tensor.shape[2:] == (1, 1):
             tensor = tensor[:, :, 0, 0]
-        if tensor.shape != target.shape or not tensor.is_floating_point():
+        if tensor.shape != target.shape or tensor.dtype not in _FLOAT_DTYPES:
             kind = str(tensor.dtype).removeprefix("torch.")
             misshapen.append(f"{key} ({kind} {list(tensor.shape)}, not {list(target.shape)})")
             continue
