@@ -94,7 +94,11 @@ def inspect_command(
     ] = None,
     decoder: Annotated[
         str | None,
-        typer.Option(metavar="URL", help="With --image: a checkpoint other than the encoder's."),
+        typer.Option(
+            metavar="URL",
+            help="With --image: the checkpoint that decodes; by default the config's. A dataset's "
+            "URL needs it, unless the demo VAE encoded it.",
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="With --image: draws other rows.")] = 0,
     json_: Json = False,
@@ -109,7 +113,8 @@ def inspect_command(
     url, options = locate(target, set_)
     dataset = open_dataset(url, manifest, storage=options)
     if image:
-        drawn = _draw_rows(dataset, image, num_rows, decoder, _vae_storage(target, set_), seed)
+        checkpoint, vae_options = _named_vae(target, set_)
+        drawn = _draw_rows(dataset, image, num_rows, decoder or checkpoint, vae_options, seed)
         print_json(drawn) if json_ else print_line(f"{drawn['num_rows']} rows in {image}")
         return
     described = describe(dataset, 5 if num_rows is None else num_rows)
@@ -119,14 +124,15 @@ def inspect_command(
         print_line(render(described))
 
 
-def _vae_storage(target: str, overrides: list[str] | None) -> StorageOptions:
-    """How to reach the VAE, where a config says so."""
+def _named_vae(target: str, overrides: list[str] | None) -> tuple[str | None, StorageOptions]:
+    """Return the checkpoint that a config names, and how to reach it."""
     from latentcache.config import load_config
     from latentcache.storage import StorageOptions, storage_options
 
     if not is_config(target):
-        return StorageOptions()
-    return storage_options(load_config(target, overrides or ()).vae.storage)
+        return None, StorageOptions()
+    vae = load_config(target, overrides or ()).vae
+    return vae.checkpoint, storage_options(vae.storage)
 
 
 def _draw_rows(

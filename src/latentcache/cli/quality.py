@@ -45,12 +45,25 @@ def qa_command(
             "--units", min=0, help="Read this many source shards again, not the run's own crops."
         ),
     ] = 0,
+    source: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="URL",
+            help="With --units and a dataset's URL: shards, a glob or a folder that may be read, "
+            "because a dataset alone does not decide that; repeatable. A config names its own.",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Draws other rows.")] = 0,
     checkpoint: Annotated[
-        str | None, typer.Option(help="The dataset's VAE; by default where its run found it.")
+        str | None,
+        typer.Option(help="The dataset's VAE; by default the config's, `demo`, or the decoder."),
     ] = None,
     decoder: Annotated[
-        str | None, typer.Option(help="A checkpoint whose decoder is used; by default the VAE's.")
+        str | None,
+        typer.Option(
+            help="A checkpoint whose decoder is used; by default the VAE's. A dataset's URL needs "
+            "this or --checkpoint, unless the demo VAE encoded it."
+        ),
     ] = None,
     min_psnr_db: Annotated[
         float | None, typer.Option(help="Gate: the mean PSNR, at least.", show_default="15")
@@ -79,7 +92,7 @@ def qa_command(
     from latentcache.quality.report import Looked, build_report, require_writable, save_report
 
     url, options = locate(target, set_)
-    gates, networks, source_storage = _qa_settings(target, set_, checkpoint, decoder)
+    gates, networks, sources, source_storage = _qa_settings(target, set_, checkpoint, decoder)
     gates = Gates(
         gates.min_psnr_db if min_psnr_db is None else min_psnr_db,
         gates.min_drift_db if min_drift_db is None else min_drift_db,
@@ -88,7 +101,8 @@ def qa_command(
     if report:
         require_writable(report)
     dataset = open_dataset(url, manifest, storage=options)
-    selection = Selection(num_rows, num_units, seed, source_storage)
+    sources = (*sources, *(source or ()))
+    selection = Selection(num_rows, num_units, seed, sources, source_storage)
     with tempfile.TemporaryDirectory(prefix="latentcache-") as folder:
         with progress_bar() as bar:
             task = bar.add_task("decoding", total=num_rows)
@@ -123,10 +137,11 @@ def qa_command(
 
 def _qa_settings(
     target: str, overrides: list[str] | None, checkpoint: str | None, decoder: str | None
-) -> tuple[Gates, Networks, StorageOptions]:
-    """Read off a config what measures and what the gates are; the defaults where it has none."""
+) -> tuple[Gates, Networks, tuple[str, ...], StorageOptions]:
+    """Read off a config what measures, the gates, and the sources; defaults where it has none."""
     from latentcache.config import Qa, Storage
     from latentcache.dataset.qa import Gates
+    from latentcache.quality.named import source_urls
     from latentcache.quality.qa import Networks
     from latentcache.storage import storage_options
 
@@ -140,8 +155,10 @@ def _qa_settings(
         decoder_storage=storage_options(qa.storage),
         lpips=(qa.lpips.url, qa.lpips.sha256) if qa.lpips else None,
     )
+    gates = Gates(qa.min_psnr_db, qa.min_drift_db, qa.max_rejects)
+    sources = source_urls(config.source) if config else ()
     source_storage = storage_options(config.source.storage if config else Storage())
-    return Gates(qa.min_psnr_db, qa.min_drift_db, qa.max_rejects), networks, source_storage
+    return gates, networks, sources, source_storage
 
 
 @app.command("eval")

@@ -251,8 +251,19 @@ def require_contract(store: Store) -> Contract:
 
 
 def read_provenance(store: Store) -> dict[str, Any]:
-    """Read what stands beside the contract of a dataset: its name, checkpoint URL and versions."""
-    provenance: dict[str, Any] = json.loads(store.read_bytes(CONTRACT_PATH))["provenance"]
+    """Read what stands beside the contract of a dataset: its name, checkpoint URL and versions.
+
+    It is what the dataset's writer says: text to show, not a URL to open.
+
+    Raises:
+        DatasetError: it is damaged.
+    """
+    try:
+        provenance = json.loads(store.read_bytes(CONTRACT_PATH))["provenance"]
+    except (KeyError, RecursionError, TypeError, ValueError) as error:
+        raise DatasetError(f"{store.url_of(CONTRACT_PATH)} is not a contract") from error
+    if not isinstance(provenance, dict):
+        raise DatasetError(f"{store.url_of(CONTRACT_PATH)} is damaged: `provenance` is no object")
     return provenance
 
 

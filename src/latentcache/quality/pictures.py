@@ -13,6 +13,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from latentcache.dataset.qa import QaRow
+from latentcache.pictures import open_png
 
 # What a report shows of a larger picture; its QA file keeps the whole.
 MAX_SIDE_PX = 512
@@ -57,10 +58,12 @@ def draw_row(row: QaRow, mean: Sequence[float], std: Sequence[float]) -> RowPict
         std: of each channel over the whole dataset, the unit of the colours.
 
     Raises:
-        OSError: a picture of the row cannot be decoded.
-        ValueError: its parts do not fit each other.
+        ValueError: a picture of the row cannot be decoded, or its parts do not fit each other.
     """
-    original, reconstruction = _open(row.image), _open(row.reconstruction)
+    width_px, height_px = map(int, row.bucket.split("x"))
+    original, reconstruction = (
+        open_png(data, (width_px, height_px)) for data in (row.image, row.reconstruction)
+    )
     difference = np.asarray(original, np.float32) - np.asarray(reconstruction, np.float32)
     error = np.abs(difference).mean(axis=2) / MAX_ERROR_LEVELS
     latent = np.frombuffer(row.latent, "<f4").reshape(row.latent_shape)
@@ -81,10 +84,6 @@ def draw_row(row: QaRow, mean: Sequence[float], std: Sequence[float]) -> RowPict
 def data_uri(data: bytes, kind: str) -> str:
     """Give an image file (`kind`: png or jpeg) as a URI that holds it."""
     return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
-
-
-def _open(data: bytes) -> Image.Image:
-    return Image.open(BytesIO(data)).convert("RGB")
 
 
 def _colour(values: npt.NDArray[np.floating[Any]], colours: Sequence[str]) -> Image.Image:

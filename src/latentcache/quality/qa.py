@@ -17,7 +17,6 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from latentcache.dataset.contract import read_provenance
 from latentcache.dataset.parquet import read_table
 from latentcache.dataset.qa import (
     Gates,
@@ -29,7 +28,7 @@ from latentcache.dataset.qa import (
 )
 from latentcache.dataset.reader import Dataset
 from latentcache.dataset.receipts import UnitRecord, UnitSummary
-from latentcache.dataset.shards import read_latents
+from latentcache.dataset.shards import bucket_name, read_latents
 from latentcache.errors import (
     ConfigError,
     DatasetError,
@@ -42,10 +41,11 @@ from latentcache.images.source import Sample, read_images, shard_of
 from latentcache.images.transform import load_image, transform_spec
 from latentcache.networks import load_lpips
 from latentcache.pictures import write_png
+from latentcache.quality.named import NamedSources, find_checkpoint, shown
 from latentcache.storage import StorageOptions, Store
 from latentcache.vae.encoder import require_fp32
 from latentcache.vae.examine import Examiner
-from latentcache.vae.weights import load_vae
+from latentcache.vae.weights import encoder_fingerprint, load_vae
 
 Crops = dict[str, dict[str, bytes]]
 """The images of a unit's rows as PNG, by bucket and key."""
@@ -56,12 +56,14 @@ class Selection:
     """What to look at: `num_rows` rows in all, drawn by `seed` and spread over the buckets.
 
     With `num_units` they come from as many units, whose source shards are read again with
-    `source_storage`; else from the crops that the run kept.
+    `source_storage`; else from the crops that the run kept. Only shards that lie in `sources` are
+    read: URLs, globs and folders that the user names, as `source.shards` of a config takes them.
     """
 
     num_rows: int = 256
     num_units: int = 0
     seed: int = 0
+    sources: tuple[str, ...] = ()
     source_storage: StorageOptions = StorageOptions()
 
 
@@ -70,7 +72,7 @@ class Networks:
     """What measures.
 
     Args:
-        checkpoint: the dataset's VAE; None takes the one that its first run named.
+        checkpoint: the dataset's VAE; None takes `demo` where that encoded it, else the decoder.
         decoder: the checkpoint whose decoder is used; None takes the dataset's VAE.
         lpips: a network's (URL, SHA-256); None leaves LPIPS out.
         checkpoint_storage: how to reach the VAE.
@@ -120,14 +122,22 @@ def look_again(
 
     Raises:
         CheckpointError: a checkpoint cannot be used.
-        ConfigError: it is not the dataset's, or the decoder does not belong to it.
+        ConfigError: it is not the dataset's, or the decoder does not belong to it; only the dataset
+            names a checkpoint or the source shards, and the user does not.
         DatasetError: no crops were kept and no shard can be read again; or a file is damaged.
     """
+    sources = NamedSources(selection.sources)
+    if selection.num_units and not selection.sources and dataset.units:
+        raise ConfigError(
+            f"--units reads source shards again, and only {dataset.url} names them, such as "
+            f"{shown(dataset.units[0].unit.source)}: pass --source with their URL, a glob or the "
+            "folder that they lie in, or the config of the run"
+        )
     examiner, decoder = _load_examiner(dataset, networks)
     look = Look(decoder, Store(str(folder)))
     fresh: dict[str, UnitRecord] = {}
     num_rows = 0
-    for record, crops in _images(dataset, selection, look):
+    for record, crops in _images(dataset, selection, sources, look):
         local = folder / f"{record.name}.parquet"
         rows = _examine(dataset, examiner, record, crops)
         qa = write_qa(local, local.name, rows, lambda: {"decoder": decoder})
@@ -154,11 +164,14 @@ def _load_examiner(dataset: Dataset, networks: Networks) -> tuple[Examiner, str]
     """Load what measures; says what decodes."""
     require_fp32()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    checkpoint = networks.checkpoint or read_provenance(dataset.store).get("checkpoint")
-    if not checkpoint:
-        raise ConfigError(f"{dataset.url} does not say which VAE made it; name it by --checkpoint")
+    checkpoint = networks.checkpoint or find_checkpoint(dataset, networks.decoder)
     vae = decoder = load_vae(checkpoint, device=device, options=networks.checkpoint_storage)
-    if networks.decoder:
+    if encoder_fingerprint(vae) != dataset.contract.vae.encoder_fingerprint:
+        raise ConfigError(
+            f"{checkpoint} has another encoder than the one that made the latents of "
+            f"{dataset.url}: name that dataset's VAE by --checkpoint"
+        )
+    if networks.decoder and networks.decoder != checkpoint:
         decoder = load_vae(networks.decoder, device=device, options=networks.decoder_storage)
     lpips = None
     if networks.lpips:
@@ -167,13 +180,18 @@ def _load_examiner(dataset: Dataset, networks: Networks) -> tuple[Examiner, str]
 
 
 def _images(
-    dataset: Dataset, selection: Selection, look: Look
+    dataset: Dataset, selection: Selection, sources: NamedSources, look: Look
 ) -> Iterator[tuple[UnitRecord, Crops]]:
     """Give the units to look at and their images, as far as they are to be had."""
     num_fetched = 0
     drawn = sorted(dataset.units, key=lambda record: _draw(selection.seed, record.unit.id))
     for record in islice((r for r in drawn if r.num_rows), selection.num_units):
         try:
+            if record.unit.source not in sources:
+                raise SourceError(
+                    f"{shown(record.unit.source)} is not in {', '.join(selection.sources[:3])}; "
+                    "a source that only the dataset names is not read: pass --source"
+                )
             yield record, _fetch(dataset, record, selection, look)
         except (StorageError, SourceError) as error:
             look.notes.append(f"its source cannot be read again: {error}")
@@ -188,10 +206,16 @@ def _images(
 
 def _kept(dataset: Dataset, selection: Selection) -> Iterator[tuple[UnitRecord, Crops]]:
     """Give crops that the run kept: of each bucket as many, as far as there are."""
+    buckets = {bucket_name(size) for size in dataset.contract.transform.buckets}
     by_bucket: dict[str, list[tuple[str, str]]] = {}
     for row in (
         read_measures(dataset.store, dataset.units).select(["unit", "key", "bucket"]).to_pylist()
     ):
+        if row["bucket"] not in buckets:
+            raise DatasetError(
+                f"{dataset.url} has a QA row of {shown(row['bucket'])}, which is none of its "
+                "buckets; run `latentcache verify`"
+            )
         by_bucket.setdefault(row["bucket"], []).append((row["unit"], row["key"]))
     for rows in by_bucket.values():
         rows.sort(key=lambda row: _draw(selection.seed, *row))
@@ -272,7 +296,10 @@ def _examine(
             stored = read_latents(files, images)
         if lost := images.keys() - stored.keys():
             raise DatasetError(f"{dataset.store.url_of(paths[-1])} has no row {min(lost)!r}")
-        yield from examiner.examine(record.unit.id, bucket, images, stored, signal)
+        try:
+            yield from examiner.examine(record.unit.id, bucket, images, stored, signal)
+        except ValueError as error:
+            raise DatasetError(f"{dataset.url}: {record.unit.title}: {error}") from error
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from latentcache.dataset.qa import Gates, read_measures, read_qa_rows
 from latentcache.dataset.reader import Dataset
 from latentcache.dataset.receipts import UnitRecord
 from latentcache.errors import ConfigError, DatasetError
+from latentcache.pictures import rewrite_thumbnail
 from latentcache.quality import figures, html
 from latentcache.quality.pictures import RowPictures, draw_row
 from latentcache.storage import Store
@@ -147,7 +148,9 @@ def build_report(
         "fingerprint": dataset.contract.fingerprint,
         "provenance": provenance,
     }
-    return Report(tree, _draw_rows(dataset, looked, rows), thumbnails)
+    redrawn = {name: rewrite_thumbnail(data) for name, data in thumbnails.items()}
+    usable = {name: data for name, data in redrawn.items() if data}
+    return Report(tree, _draw_rows(dataset, looked, rows), usable)
 
 
 def report_path(dataset: Dataset) -> str:
@@ -239,7 +242,7 @@ def _draw_rows(
         try:
             found = read_qa_rows(looked.store, record, ids)
             return {ids[row.key]: draw_row(row, mean.tolist(), std.tolist()) for row in found}
-        except (OSError, ValueError) as error:  # Pillow's and numpy's, of what lies in the file
+        except ValueError as error:
             url = looked.store.url_of(record.qa.file.path)
             raise DatasetError(f"{url} is damaged: {error}") from error
 

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from latentcache.dataset.contract import read_provenance
 from latentcache.dataset.reader import Dataset
 from latentcache.dataset.shards import bucket_name
 from latentcache.errors import CheckpointError, ConfigError, DatasetError, StorageError
+from latentcache.quality.named import find_checkpoint
 from latentcache.storage import StorageOptions
 from latentcache.storage_errors import named_local
 from latentcache.vae.decoder import require_family
@@ -46,23 +46,21 @@ def load_decoder(
 
     Args:
         dataset: whose latents are to be decoded.
-        url: a checkpoint, as `load_vae` takes it; None takes the one that encoded them.
+        url: a checkpoint, as `load_vae` takes it; None takes `demo`, where that encoded them.
         options: how to reach it.
 
     Returns:
         The VAE, on the GPU if there is one, and notes for the user, one line each.
 
     Raises:
-        ConfigError: there is no usable checkpoint, or its latents are of another shape.
+        ConfigError: there is no usable checkpoint, its latents are of another shape, or only the
+            dataset names it; see `quality/named.py`.
     """
-    checkpoint = url or read_provenance(dataset.store).get("checkpoint")
-    if not checkpoint:
-        raise ConfigError(f"{dataset.url} does not say what encoded it: use --decoder")
+    checkpoint = url or find_checkpoint(dataset)
     try:
         vae = load_vae(checkpoint, options=options)
     except (CheckpointError, StorageError) as error:
-        mend = "" if url else "; give another with --decoder"
-        raise ConfigError(f"no decoder at {checkpoint}{mend}: {error}") from error
+        raise ConfigError(f"no decoder at {checkpoint}: {error}") from error
     wanted = dataset.contract.vae
     require_family(vae, checkpoint, wanted)
     notes = []

@@ -94,15 +94,16 @@ def _read_end(data: memoryview) -> tuple[int, int, int]:
     """Read the end records: number of entries, offset and size of the central directory."""
     end_at = bytes(data[-(_END.size + _SATURATED_16) :]).rfind(b"PK\x05\x06")
     end_at += max(0, len(data) - (_END.size + _SATURATED_16))
-    if end_at < 0 or data[end_at : end_at + 4] != b"PK\x05\x06" or len(data) - end_at < _END.size:
+    if end_at < 0 or len(data) - end_at < _END.size:
         raise Malformed("it is a zip file without an end record")
-    fields = _END.unpack_from(data, end_at)
-    _, disk, first_disk, here, total, size, offset, comment_size = fields
-    if end_at + _END.size + comment_size != len(data):
+    magic, disk, first_disk, here, total, size, offset, comment_size = _END.unpack_from(
+        data, end_at
+    )
+    if magic != b"PK\x05\x06" or end_at + _END.size + comment_size != len(data):
         raise Malformed("its zip end record does not end the file")
     stop = end_at
     locator_at = end_at - _LOCATOR_64.size
-    if locator_at >= _END_64.size and data[locator_at : locator_at + 4] == b"PK\x06\x07":
+    if locator_at >= _END_64.size and bytes(data[locator_at : locator_at + 4]) == b"PK\x06\x07":
         _, _, end_64_at, num_disks = _LOCATOR_64.unpack_from(data, locator_at)
         stop = locator_at - _END_64.size
         if end_64_at != stop or num_disks > 1:
@@ -134,7 +135,8 @@ def _read_end(data: memoryview) -> tuple[int, int, int]:
 def _read_entries(directory: memoryview) -> Iterator[_Entry]:
     at = 0
     while at < len(directory):
-        if len(directory) - at < _MEMBER.size or directory[at : at + 4] != b"PK\x01\x02":
+        magic = bytes(directory[at : at + 4])
+        if len(directory) - at < _MEMBER.size or magic != b"PK\x01\x02":
             raise Malformed("its zip directory is damaged")
         fields = _MEMBER.unpack_from(directory, at)
         _, _, _, flags, method, _, _, crc32, packed, size, name_size, extra_size, note_size = (
@@ -181,7 +183,7 @@ def _locate(members: memoryview, entry: _Entry) -> Member:
     """Check a local header against the directory's entry, and find the member's bytes."""
     shown = _shown(entry.raw_name)
     at = entry.header_at
-    if at + _LOCAL.size > len(members) or members[at : at + 4] != b"PK\x03\x04":
+    if at + _LOCAL.size > len(members) or bytes(members[at : at + 4]) != b"PK\x03\x04":
         raise Malformed(f"the member {shown} is not where the zip directory says")
     _, _, flags, method, _, _, crc32, packed, size, name_size, extra_size = _LOCAL.unpack_from(
         members, at

@@ -82,6 +82,7 @@ class Examiner:
 
         Raises:
             ConfigError: the decoder's own encoder is another one and does not agree.
+            ValueError: a crop is not a PNG of the bucket's size.
         """
         width_px, height_px = map(int, bucket.split("x"))
         batch = max(1, _BATCH_PIXELS // (width_px * height_px))
@@ -89,7 +90,7 @@ class Examiner:
         rows: list[QaRow] = []
         for first in range(0, len(keys), batch):
             some = keys[first : first + batch]
-            pixels = torch.stack([read_png(crops[key]) for key in some])
+            pixels = torch.stack([read_png(crops[key], (width_px, height_px)) for key in some])
             latents = torch.stack([stored[key] for key in some])
             measured, decoded = self._measure_in_turn(unit, some, pixels, latents, signal)
             means = to_values(latents, self._contract.latents)[

@@ -1,0 +1,110 @@
+"""What may be opened of what a dataset names.
+
+A dataset may come from anybody. The checkpoint in its `contract.json` and the sources in its
+receipts are text that its writer chose: opened without asking, they would read any file or URL with
+the credentials of the reader. So they are used only where the user names them as well.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+from latentcache.config import Images
+from latentcache.dataset.contract import read_provenance
+from latentcache.dataset.reader import Dataset
+from latentcache.errors import ConfigError
+from latentcache.images.folder import is_slot
+from latentcache.images.source import expand_urls
+from latentcache.log import one_line
+from latentcache.storage import Store, split_url
+from latentcache.vae.weights import DEMO
+
+_GLOB = re.compile(r"[*?\[]")
+_MAX_SHOWN_CHARS = 300
+
+
+def find_checkpoint(dataset: Dataset, decoder: str | None = None) -> str:
+    """Find the VAE of a dataset that the user did not name as such.
+
+    Args:
+        dataset: whose VAE is wanted; of the checkpoint that it names, only `demo` is used.
+        decoder: the checkpoint that the user named as decoder; it may hold the same encoder.
+
+    Raises:
+        ConfigError: the dataset names another checkpoint or none, and the user named none.
+    """
+    named = read_provenance(dataset.store).get("checkpoint")
+    if named == DEMO:
+        return DEMO
+    if decoder:
+        return decoder
+    if not isinstance(named, str) or not named:
+        raise ConfigError(
+            f"{dataset.url} does not say which VAE encoded it: name its checkpoint, "
+            "--decoder CHECKPOINT"
+        )
+    raise ConfigError(
+        f"{dataset.url} says that {shown(named)} encoded it, but a checkpoint that only a dataset "
+        f"names is not opened: if you trust it, pass --decoder '{shown(named)}', or its config"
+    )
+
+
+def shown(url: str) -> str:
+    """Write a URL that a dataset names in one line: without its credentials, and cut to a length.
+
+    What stands before `@` or behind `?` may be a password or a signature.
+    """
+    text = re.sub(r"(?<=://)[^/@]*@", "", url)
+    text = one_line(text.partition("?")[0] + ("?…" if "?" in text else ""))
+    return text if len(text) <= _MAX_SHOWN_CHARS else f"{text[:_MAX_SHOWN_CHARS]}…"
+
+
+def source_urls(source: Images) -> tuple[str, ...]:
+    """Return what a config's `source` section names: its shards, or its folder."""
+    if source.folder is not None:
+        return (source.folder,)
+    assert source.shards is not None
+    return (source.shards,) if isinstance(source.shards, str) else tuple(source.shards)
+
+
+class NamedSources:
+    """The sources that the user names: shards, globs, and folders with all that lies in them.
+
+    Args:
+        urls: as `source.shards` or `source.folder` of a config takes them.
+
+    Raises:
+        ConfigError: one is not a URL, as `expand_urls` says.
+    """
+
+    def __init__(self, urls: Sequence[str]) -> None:
+        self._urls: set[str] = set()
+        self._globs: set[tuple[str, str]] = set()
+        for url in expand_urls(urls) if urls else ():
+            folder, name = split_url(url)
+            if _GLOB.search(name):
+                self._globs.add((Store(folder).url, name))
+            else:
+                self._urls.add(Store(url).url)
+
+    def __contains__(self, source: str) -> bool:
+        """Whether a unit's source is one of them."""
+        if is_slot(source):
+            source = source.rpartition("#")[0]
+        if source in self._urls:
+            return True
+        scheme, _, path = source.partition("://")
+        # fsspec would take another URL out of such a name, or leave the folder.
+        parts = path.lstrip("/").split("/")
+        if "::" in source or "://" in path or "%" in path or {"", ".", ".."} & set(parts):
+            return False
+        folder, _, name = source.rpartition("/")
+        if any(folder == where and fnmatchcase(name, glob) for where, glob in self._globs):
+            return True
+        while len(folder) > len(scheme) + len("://"):
+            if folder in self._urls:
+                return True
+            folder = folder.rpartition("/")[0]
+        return False
