@@ -159,7 +159,10 @@ def test_qa_reads_shards_again_where_nothing_was_kept(tmp_path: Path, cli: Cli) 
     refused = cli("qa", tmp_path / "out")
     assert refused.code == 1
     assert "--units 2" in refused.stderr
-    seen = cli.ok("qa", tmp_path / "out", "--units", "1", "--rows", "4")
+    unnamed = cli("qa", tmp_path / "out", "--units", "1")
+    assert unnamed.code == 2
+    assert f"{tmp_path}/src/0.tar: pass --source" in unnamed.stderr
+    seen = cli.ok("qa", config, "--units", "1", "--rows", "4")
     assert seen["totals"]["num_qa_rows"] == 4
 
 
@@ -170,7 +173,7 @@ def test_qa_makes_do_with_the_crops_where_the_source_is_gone(
     config = write_config(tmp_path, qa={"min_psnr_db": 10})
     cli.ok("run", config)
     shutil.rmtree(tmp_path / "src")
-    result = cli("qa", tmp_path / "out", "--units", "1")
+    result = cli("qa", tmp_path / "out", "--units", "1", "--source", tmp_path / "src")
     assert result.code == 0, result.stderr
     assert "cannot be read again" in result.stderr
     assert "the crops that the run kept" in result.stderr
@@ -188,7 +191,7 @@ def test_a_replaced_row_is_seen_when_its_shard_is_read_again(tmp_path: Path, cli
         moved = pa.array([8] * len(table), pa.int32())
         table = table.set_column(column, table.schema.field(column), moved)
         pq.write_table(table, path)
-    result = cli("qa", tmp_path / "out", "--units", "1")
+    result = cli("qa", tmp_path / "out", "--units", "1", "--source", tmp_path / "src")
     assert result.code == 3
     assert "but its image gives" in result.stderr
 
@@ -232,7 +235,9 @@ def test_a_dataset_of_one_row(tmp_path: Path, cli: Cli) -> None:
     write_shards(tmp_path, num_shards=1, num_samples=1)
     summary = cli.ok("run", write_config(tmp_path, qa={"min_psnr_db": 5}))
     assert summary["num_qa_rows"] == 1
-    assert cli.ok("qa", tmp_path / "out", "--units", "3")["totals"]["num_qa_rows"] == 1
+    source = ("--source", f"{tmp_path}/src/*.tar")
+    again = cli.ok("qa", tmp_path / "out", "--units", "3", *source)
+    assert again["totals"]["num_qa_rows"] == 1
 
 
 def other(folder: Path) -> Path:

@@ -176,12 +176,14 @@ def make(tmp_path: Path, spread_vae: Path) -> Iterator[Callable[[Fault | None], 
         runner.encode_pool.close()
 
 
-def test_a_sound_dataset_passes(make: Callable[[Fault | None], Made], local_cli: Cli) -> None:
+def test_a_sound_dataset_passes(
+    make: Callable[[Fault | None], Made], local_cli: Cli, spread_vae: Path, tmp_path: Path
+) -> None:
     made = make(None)
     assert not made.breaches
     assert all(r.record.qa and r.record.qa.num_rows[f"{SIDE}x{SIDE}"] >= 4 for r in made.receipts)
-    for again in (), ("--units", "1"):
-        report = local_cli.ok("qa", made.url, *again)
+    for again in (), ("--units", "1", "--source", tmp_path / "src"):
+        report = local_cli.ok("qa", made.url, "--checkpoint", spread_vae, *again)
         assert report["verdict"]["status"] == "passed"
         assert report["measures"]["psnr_db"]["mean"] > 18
         assert report["measures"]["drift_db"]["min"] > 60
@@ -189,17 +191,20 @@ def test_a_sound_dataset_passes(make: Callable[[Fault | None], Made], local_cli:
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_is_seen(
-    name: str, make: Callable[[Fault | None], Made], local_cli: Cli
+    name: str, make: Callable[[Fault | None], Made], local_cli: Cli, spread_vae: Path
 ) -> None:
     made = make(FAULTS[name])
     assert made.breaches, "the run would have gone on"
-    result = local_cli("qa", made.url)
+    result = local_cli("qa", made.url, "--checkpoint", spread_vae)
     assert result.code == 3, result.stderr
     assert "below qa.min_drift_db" in result.stderr
 
 
 def test_nan_in_a_file_is_seen(
-    make: Callable[[Fault | None], Made], local_cli: Cli, monkeypatch: pytest.MonkeyPatch
+    make: Callable[[Fault | None], Made],
+    local_cli: Cli,
+    spread_vae: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     num_fired = 0
 
@@ -217,6 +222,6 @@ def test_nan_in_a_file_is_seen(
     made = make(None)
     assert num_fired
     assert made.breaches
-    result = local_cli("qa", made.url)
+    result = local_cli("qa", made.url, "--checkpoint", spread_vae)
     assert result.code == 3, result.stderr
     assert "-100.0 dB" in result.stderr

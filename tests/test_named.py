@@ -1,0 +1,219 @@
+"""Somebody else's dataset: what only it names is never opened, and the error says how to go on."""
+
+from __future__ import annotations
+
+import builtins
+import io
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from PIL import Image
+
+from checkpoints import write_diffusers_folder
+from latentcache import Dataset, load_vae, open_dataset
+from latentcache.dataset.contract import Contract
+from latentcache.dataset.qa import Gates, QaRow
+from latentcache.errors import ConfigError, DatasetError
+from latentcache.quality.named import NamedSources, shown
+from latentcache.quality.qa import Look, Networks, Selection, look_again
+from latentcache.quality.report import build_report
+from latentcache.quality.sheet import load_decoder
+from latentcache.vae.weights import encoder_fingerprint
+from makers import (
+    config_tree,
+    make_contract,
+    make_latents,
+    make_qa_rows,
+    png,
+    write_dataset,
+    write_tar,
+)
+from runs import Cli
+
+SQUARE = (64, 64)
+
+
+def contract_of(checkpoint: str) -> Contract:
+    vae = load_vae(checkpoint)
+    contract = make_contract(latent_channels=vae.architecture.latent_channels)
+    fingerprint = encoder_fingerprint(vae)
+    return replace(contract, vae=replace(contract.vae, encoder_fingerprint=fingerprint))
+
+
+def make(
+    folder: Path,
+    names: str | None,
+    source: str = "a.tar",
+    contract: Contract | None = None,
+    qa: list[QaRow] | None = None,
+) -> Dataset:
+    """A dataset whose contract names a checkpoint, and whose one unit names a source."""
+    contract = contract or make_contract()
+    latents = {SQUARE: make_latents(contract, SQUARE, 3)}
+    rows = make_qa_rows(contract, SQUARE, 3) if qa is None else qa
+    provenance = {"checkpoint": names} if names else {}
+    write_dataset(folder, contract, {source: latents}, qa={source: rows}, provenance=provenance)
+    return open_dataset(str(folder / "out"))
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The local files that are opened from here on."""
+    paths: list[str] = []
+    for module, name in ((builtins, "open"), (io, "open"), (os, "open")):
+        real = getattr(module, name)
+
+        def open_(path: Any, *args: Any, real: Any = real, **kwargs: Any) -> Any:
+            paths.append(str(path))
+            return real(path, *args, **kwargs)
+
+        monkeypatch.setattr(module, name, open_)
+    return paths
+
+
+def look(dataset: Dataset, folder: Path, decoder: Path | None = None, **selected: Any) -> Look:
+    folder.mkdir(exist_ok=True)
+    networks = Networks(decoder=decoder and str(decoder))
+    return look_again(dataset, networks, Selection(3, **selected), Gates(), folder)
+
+
+def test_a_checkpoint_that_only_the_dataset_names_is_not_opened(
+    tmp_path: Path, opened: list[str]
+) -> None:
+    vae = write_diffusers_folder(tmp_path / "vae")
+    dataset = make(tmp_path, str(vae), contract=contract_of(str(vae)))
+    opened.clear()
+    for attempt in (lambda: load_decoder(dataset), lambda: look(dataset, tmp_path / "qa")):
+        with pytest.raises(ConfigError, match=rf"{vae} encoded it.*--decoder '{vae}'"):
+            attempt()
+    assert not [path for path in opened if path.startswith(str(vae))]
+    assert load_decoder(dataset, str(vae))[1] == []
+    seen = look(dataset, tmp_path / "qa", vae)
+    assert seen.records[0].qa
+    assert [path for path in opened if path.startswith(str(vae))]  # so `opened` sees them
+
+
+def test_the_bundled_checkpoint_is_used_without_asking(tmp_path: Path) -> None:
+    dataset = make(tmp_path, "demo", contract=contract_of("demo"))
+    assert load_decoder(dataset)[1] == []
+    assert look(dataset, tmp_path / "qa").records[0].qa
+
+
+@pytest.mark.parametrize("names", [None, "", 7, ["demo"], "./demo", "demo\n"])
+def test_only_demo_itself_is_demo(tmp_path: Path, names: Any) -> None:
+    with pytest.raises(ConfigError, match="--decoder") as caught:
+        load_decoder(make(tmp_path, names))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_decoder_of_another_encoder_cannot_stand_for_the_datasets(tmp_path: Path) -> None:
+    vae = write_diffusers_folder(tmp_path / "vae")
+    dataset = make(tmp_path, "s3://somebody/vae", contract=contract_of("demo"))
+    with pytest.raises(ConfigError, match=r"another encoder.*--checkpoint"):
+        look(dataset, tmp_path / "qa", vae)
+
+
+def test_a_url_of_a_dataset_is_shown_without_credentials() -> None:
+    assert shown("https://me:secret@host/v.ckpt?X-Signature=abc") == "https://host/v.ckpt?…"
+    assert shown("s3://b/v\x1b[2J\n.ckpt") == "s3://b/v\\x1b[2J .ckpt"
+    assert len(shown("x" * 10_000)) < 400
+
+
+# Sources.
+
+
+def test_a_shard_that_only_the_dataset_names_is_not_read(tmp_path: Path, opened: list[str]) -> None:
+    secret = write_tar(tmp_path / "private" / "0.tar", [("k0000.png", png(64, 64))])
+    source = f"file://{secret}"
+    dataset = make(tmp_path, "demo", source, contract_of("demo"))
+    opened.clear()
+    with pytest.raises(ConfigError, match=rf"{secret}: pass --source"):
+        look(dataset, tmp_path / "qa", num_units=1)
+    seen = look(dataset, tmp_path / "qa", num_units=1, sources=(f"{tmp_path}/mine/*.tar",))
+    assert any("only the dataset names" in note for note in seen.notes)
+    assert not [path for path in opened if "private" in path]
+    look(dataset, tmp_path / "qa", num_units=1, sources=(f"{tmp_path}/private",))
+    assert [path for path in opened if "private" in path]  # so `opened` sees them
+
+
+NAMED = ("/data/photos", "s3://b/{0..2}.tar", "s3://b/set/*.tar", "hf://datasets/me/x")
+
+
+@pytest.mark.parametrize(
+    ("source", "is_named"),
+    [
+        ("file:///data/photos#3/64", True),
+        ("file:///data/photos/deep/0.tar", True),
+        ("s3://b/1.tar", True),
+        ("s3://b/set/7.tar", True),
+        ("hf://datasets/me/x/data/0.parquet", True),
+        ("file:///data/photos2/0.tar", False),
+        ("file:///data", False),
+        ("file:///data/photos/../secret.tar", False),
+        ("file:///data/photos/./0.tar", False),
+        ("file:///data/photos//etc/0.tar", False),
+        ("file:///data/photos/%2e%2e/0.tar", False),
+        ("file:///data/photos/x://etc/passwd.tar", False),
+        ("file:///data/photos/0.tar::http://evil/", False),
+        ("file:///data/photos/../../etc#0/64", False),
+        ("/data/photos/0.tar", False),
+        ("s3://b/3.tar", False),
+        ("s3://b/set/deep/7.tar", False),
+        ("s3://b/set/7.parquet", False),
+        ("http://b/set/7.tar", False),
+        ("", False),
+    ],
+)
+def test_sources_are_those_that_the_user_names(source: str, is_named: bool) -> None:
+    assert (source in NamedSources(NAMED)) == is_named
+
+
+# Pictures.
+
+
+def test_a_qa_picture_is_png_and_nothing_else(tmp_path: Path) -> None:
+    """Pillow reads EPS, too, with a program that it starts."""
+    contract = contract_of("demo")
+    rows = make_qa_rows(contract, SQUARE, 3)
+    eps = io.BytesIO()
+    Image.new("RGB", SQUARE).save(eps, "EPS")
+    assert Image.open(io.BytesIO(eps.getvalue())).format == "EPS"
+    large = io.BytesIO()
+    Image.new("RGB", (5000, 5000)).save(large, "PNG")
+    for number, data in enumerate((eps.getvalue(), large.getvalue(), b"", rows[0].image[:60])):
+        bad = [replace(rows[0], image=data), *rows[1:]]
+        dataset = make(tmp_path / str(number), "demo", contract=contract, qa=bad)
+        with pytest.raises(DatasetError, match="picture"):
+            build_report(dataset, [], Gates())
+        with pytest.raises(DatasetError, match="picture"):
+            look(dataset, tmp_path / f"qa{number}")
+
+
+def test_a_qa_row_is_of_a_bucket_of_the_dataset(tmp_path: Path) -> None:
+    contract = contract_of("demo")
+    rows = [replace(row, bucket="99999x99999") for row in make_qa_rows(contract, SQUARE, 3)]
+    dataset = make(tmp_path, "demo", contract=contract, qa=rows)
+    with pytest.raises(DatasetError, match="99999x99999"):
+        look(dataset, tmp_path / "qa")
+
+
+# The command line.
+
+
+def test_commands_say_how_to_name_the_checkpoint(tmp_path: Path) -> None:
+    vae = write_diffusers_folder(tmp_path / "vae")
+    contract = contract_of(str(vae))
+    make(tmp_path, str(vae), contract=contract)
+    cli, url, image = Cli(), tmp_path / "out", tmp_path / "sheet.png"
+    result = cli("qa", url)
+    assert result.code == 2
+    assert len(result.stderr.splitlines()) == 1
+    assert f"--decoder '{vae}'" in result.stderr
+    assert cli("qa", url, "--decoder", vae).code in (0, 3)
+    config = tmp_path / "c.yaml"
+    config.write_text(yaml.safe_dump(config_tree(tmp_path, vae={"checkpoint": str(vae)})))
+    assert cli.ok("inspect", config, "--image", image)["num_rows"] == 3
