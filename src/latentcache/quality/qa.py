@@ -138,7 +138,7 @@ def look_again(
     fresh: dict[str, UnitRecord] = {}
     num_rows = 0
     for record, crops in _images(dataset, selection, sources, look):
-        local = folder / f"{record.name}.parquet"
+        local = folder / f"{len(fresh)}.parquet"  # a dataset names no local file
         rows = _examine(dataset, examiner, record, crops)
         qa = write_qa(local, local.name, rows, lambda: {"decoder": decoder})
         fresh[record.unit.id] = replace(record, qa=qa)

@@ -102,17 +102,19 @@ def _new_dict(arguments: tuple[object, ...]) -> object:
 
 def _rebuild_tensor(arguments: tuple[object, ...]) -> object:
     """Describe what `torch._utils._rebuild_tensor_v2` would make; check that it fits."""
-    if len(arguments) < 4 or not isinstance(arguments[0], StoredStorage):
+    if len(arguments) < 4:
         return OPAQUE
     storage, offset, size, stride = arguments[:4]
+    if not isinstance(storage, StoredStorage):
+        return OPAQUE
     if not (
-        isinstance(size, tuple)
+        isinstance(offset, int)
+        and isinstance(size, tuple)
         and isinstance(stride, tuple)
         and len(size) == len(stride) <= MAX_DIMS
         and all(type(number) is int and number >= 0 for number in (offset, *size, *stride))
     ):
         raise Malformed("a tensor has no usable offset, size and stride")
-    assert isinstance(offset, int)
     num_elements = math.prod(size)
     last = offset + sum((side - 1) * step for side, step in zip(size, stride, strict=True))
     if num_elements and (last >= storage.num_elements or num_elements > storage.num_elements):
