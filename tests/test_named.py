@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import io
 import os
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,7 @@ def test_a_checkpoint_that_only_the_dataset_names_is_not_opened(
     dataset = make(tmp_path, str(vae), contract=contract_of(str(vae)))
     opened.clear()
     for attempt in (lambda: load_decoder(dataset), lambda: look(dataset, tmp_path / "qa")):
-        with pytest.raises(ConfigError, match=rf"{vae} encoded it.*--decoder '{vae}'"):
+        with pytest.raises(ConfigError, match=rf"{vae} encoded it.*--decoder {vae},"):
             attempt()
     assert not [path for path in opened if path.startswith(str(vae))]
     assert load_decoder(dataset, str(vae))[1] == []
@@ -115,6 +116,13 @@ def test_a_decoder_of_another_encoder_cannot_stand_for_the_datasets(tmp_path: Pa
     dataset = make(tmp_path, "s3://somebody/vae", contract=contract_of("demo"))
     with pytest.raises(ConfigError, match=r"another encoder.*--checkpoint"):
         look(dataset, tmp_path / "qa", vae)
+
+
+def test_a_checkpoints_name_can_be_copied_into_a_shell(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_decoder(make(tmp_path, "x'; touch harmed; '"))
+    option = str(caught.value).partition("--decoder ")[2].partition(", or give")[0]
+    assert shlex.split(option) == ["x'; touch harmed; '"]
 
 
 def test_a_url_of_a_dataset_is_shown_without_credentials() -> None:
@@ -212,8 +220,7 @@ def test_commands_say_how_to_name_the_checkpoint(tmp_path: Path) -> None:
     result = cli("qa", url)
     assert result.code == 2
     assert len(result.stderr.splitlines()) == 1
-    assert f"--decoder '{vae}'" in result.stderr
-    assert cli("qa", url, "--decoder", vae).code in (0, 3)
+    assert f"--decoder {vae}," in result.stderr
     config = tmp_path / "c.yaml"
     config.write_text(yaml.safe_dump(config_tree(tmp_path, vae={"checkpoint": str(vae)})))
     assert cli.ok("inspect", config, "--image", image)["num_rows"] == 3

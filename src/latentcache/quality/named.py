@@ -8,6 +8,7 @@ the credentials of the reader. So they are used only where the user names them a
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
@@ -45,9 +46,11 @@ def find_checkpoint(dataset: Dataset, decoder: str | None = None) -> str:
             f"{dataset.url} does not say which VAE encoded it: name its checkpoint, "
             "--decoder CHECKPOINT"
         )
+    # Quoted, because people copy it into a shell.
     raise ConfigError(
         f"{dataset.url} says that {shown(named)} encoded it, but a checkpoint that only a dataset "
-        f"names is not opened: if you trust it, pass --decoder '{shown(named)}', or its config"
+        f"names is not opened: if you trust it, pass --decoder {shlex.quote(shown(named))}, or "
+        "give the config of the run in place of the URL"
     )
 
 
