@@ -53,8 +53,8 @@ class SourceShard:
 # Endings by which a file or a field counts as an image, whether or not `source.image` names it.
 IMAGE_ENDINGS = frozenset(
     [
-        *("avif", "bmp", "gif", "heic", "heif", "jfif", "jp2", "jpe", "jpeg", "jpg", "jxl"),
-        *("png", "ppm", "tga", "tif", "tiff", "webp"),
+        *("avif", "bmp", "gif", "heic", "heif", "jfif", "j2k", "jp2", "jpe", "jpeg", "jpg"),
+        *("apng", "dib", "jxl", "pbm", "pgm", "png", "pnm", "ppm", "tga", "tif", "tiff", "webp"),
     ]
 )
 
