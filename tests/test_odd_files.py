@@ -396,7 +396,7 @@ def test_what_metadata_of_png_expands_to_is_never_held(name: str):
 
 def test_an_image_of_no_pixels_is_a_reject():
     gif = bytearray(encoded(picture(), "GIF"))
-    frame = gif.index(b",")
+    frame = gif.index(b",\0\0\0\0")
     gif[6:10] = gif[frame + 5 : frame + 9] = bytes(4)
     assert reject_of(bytes(gif)).reason == "corrupt_image"
     bmp = bytearray(encoded(picture(), "BMP"))

@@ -7,6 +7,7 @@ import random
 import struct
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -101,10 +102,13 @@ def _mutate_png(rng: random.Random, data: bytes, seeds: Sequence[bytes]) -> byte
         index, action = rng.randrange(len(chunks)), rng.randrange(6)
         kind, body = chunks[index]
         if action == 0:
-            body = zlib.decompress(body) if kind == b"IDAT" and rng.random() < 0.5 else body
-            body = mutate_bytes(rng, body or b"\0", seeds)
-            packed = zlib.compress(body) if kind == b"IDAT" and rng.random() < 0.5 else body
-            chunks[index] = (kind, packed)
+            if kind == b"IDAT" and rng.random() < 0.5:
+                with suppress(zlib.error):  # it may be mutated already
+                    rows = mutate_bytes(rng, zlib.decompress(body), seeds)
+                    body = zlib.compress(rows)
+            else:
+                body = mutate_bytes(rng, body or b"\0", seeds)
+            chunks[index] = (kind, body)
         elif action == 1 and len(chunks) > 1:
             del chunks[index]
         elif action == 2:
