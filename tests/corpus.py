@@ -85,7 +85,7 @@ def make_corpus() -> list[Shard]:
         ([("9000.txt", b"words without a picture")], "9000", "no_image"),
         ([("0000.jpg", picture)], "0000", "duplicate_key"),
         ([("../9000.jpg", picture)], "../9000", "unsafe_key"),
-        ([("9000.jpg", b"GIF89a" + bytes(20))], "9000", "unsupported_format"),
+        ([("9000.jpg", b"%PDF-1.7" + bytes(20))], "9000", "unsupported_format"),
     ]
     shards = [good("00.tar", seed=0), good("01.tar", seed=1)]
     for number, (bad, key, reason) in enumerate(faults, start=2):

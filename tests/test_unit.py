@@ -341,6 +341,10 @@ def test_bad_samples_are_rejects_with_reasons_and_the_others_are_kept(tmp_path: 
         ("cut.png", good[: len(good) // 2]),
         ("latin.png", good),
         ("latin.txt", b"caf\xe9"),
+        ("binary.png", good),
+        ("binary.txt", b"caf\xe9\x81"),
+        ("hash.png", good),
+        ("hash.cls", b"9223372036854775808"),
         ("class.png", good),
         ("class.cls", b"seven"),
         ("lonely.txt", b"no image"),
@@ -357,12 +361,14 @@ def test_bad_samples_are_rejects_with_reasons_and_the_others_are_kept(tmp_path: 
         rejects = bench.rejects(receipt)
     assert [(row["key"], row["caption"], row["cls"], row["json"]) for row in rows] == [
         ("ok1", "fine", None, None),
+        ("latin", "café", None, None),
         ("ok2", None, 7, '{"a": "ü"}'),
     ]
     assert {(reject.key, reject.stage, reject.reason) for reject in rejects} == {
         ("notimage", "decode", "not_an_image"),
         ("cut", "decode", "truncated_image"),
-        ("latin", "read", "bad_field"),
+        ("binary", "read", "bad_field"),
+        ("hash", "read", "bad_field"),
         ("class", "read", "bad_field"),
         ("lonely", "read", "no_image"),
         ("small", "transform", "too_small"),
@@ -370,9 +376,10 @@ def test_bad_samples_are_rejects_with_reasons_and_the_others_are_kept(tmp_path: 
     }
     assert all(reject.message and "\n" not in reject.message for reject in rejects)
     record = receipt.record
-    assert (record.num_samples, record.num_rows, record.num_rejects) == (9, 2, 7)
+    assert (record.num_samples, record.num_rows, record.num_rejects) == (11, 3, 8)
     assert record.rejects
-    assert record.rejects.num_rows == 7
+    assert record.rejects.num_rows == 8
+    assert receipt.notes["text_as_cp1252"] == 1
 
 
 @pytest.mark.parametrize("data", [b"", b"not a tar"])

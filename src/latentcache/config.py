@@ -69,7 +69,10 @@ class Images(_Section):
         None, description="A folder of image files, in place of shards: its URL."
     )
     image: list[str] = Field(
-        ["jpg", "jpeg", "png", "webp", "image"],
+        [
+            *("jpg", "jpeg", "png", "webp", "avif", "gif"),
+            *("bmp", "tif", "tiff", "jxl", "heic", "heif", "image"),
+        ],
         min_length=1,
         description="Fields that hold the image: file name endings, or columns of Parquet files.",
     )

@@ -16,7 +16,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -29,7 +29,6 @@ import numpy as np
 import torch
 
 from latentcache import __version__
-from latentcache.dataset.contract import Contract
 from latentcache.dataset.qa import QaRow, write_qa
 from latentcache.dataset.quantization import is_finite, to_stored, to_values
 from latentcache.dataset.receipts import DataFile, QaFile, Receipt, UnitRecord, read_receipts
@@ -56,6 +55,7 @@ from latentcache.errors import (
     StorageError,
 )
 from latentcache.images.decode import Reserve, decode_image
+from latentcache.images.fields import read_columns
 from latentcache.images.source import NotGrouped, RejectedSample, Sample, read_samples
 from latentcache.images.transform import Bucket, Transformed, load_image, transform_spec
 from latentcache.pictures import write_thumbnail
@@ -84,24 +84,6 @@ _BATCHED_BYTES = 256 * 2**20
 
 # And each unit so many bytes of crops between the two: one for each decode thread at least.
 _CROPPED_BYTES = 128 * 2**20
-
-
-def read_columns(fields: dict[str, bytes], contract: Contract) -> dict[str, str | int | None]:
-    """Read the kept columns of a sample; where it lacks the field, one is None.
-
-    Raises:
-        Reject: a field is not UTF-8, or `cls` is not an integer.
-    """
-    found: dict[str, str | int | None] = {}
-    for column in contract.columns:
-        name = contract.field_of(column)
-        data = fields.get(name)
-        try:
-            text = None if data is None else data.decode("utf-8")
-            found[column] = int(text) if text is not None and column == "cls" else text
-        except ValueError as error:  # UnicodeDecodeError is one
-            raise Reject("read", "bad_field", f"field {name!r}: {error}") from error
-    return found
 
 
 class UnitRunner:
@@ -246,6 +228,7 @@ class UnitRunner:
 
 
 _Decoded = tuple[Transformed, RowMeta]
+_Outcome = tuple[_Decoded, Counter[str]] | RejectRow  # a sample, with the notes on its text fields
 _Batch = tuple[Bucket, list[RowMeta], torch.Tensor, "Future[Callable[[], Encoded]]"]
 
 
@@ -268,7 +251,7 @@ class _Attempt:
         self.counts = SampleCounts()
         self.num_source_bytes = 0
         self.num_output_bytes = 0
-        self.notes = {"encoded_again_in_fp32": 0}
+        self.notes = Counter({"encoded_again_in_fp32": 0})
         if gather:
             self.notes["gathered_by_key"] = 1
         if self.contract.latents.quantization:
@@ -310,7 +293,7 @@ class _Attempt:
             raise
         return self._finish(list(writers.values()))
 
-    def _decode_all(self) -> Iterator[Future[_Decoded | RejectRow]]:
+    def _decode_all(self) -> Iterator[Future[_Outcome]]:
         """Fetch: read samples in order, and queue each to be decoded."""
         budget = SampleBudget(self.runner.fetched, self.contract.source.max_sample_bytes)
         samples = read_samples(
@@ -340,7 +323,7 @@ class _Attempt:
     def _count_bytes(self, num_bytes: int) -> None:
         self.num_source_bytes += num_bytes
 
-    def _decode_in_room(self, sample: Sample | RejectedSample) -> _Decoded | RejectRow:
+    def _decode_in_room(self, sample: Sample | RejectedSample) -> _Outcome:
         room, held = self.runner.decoding, 0
 
         def reserve(num_bytes: int) -> None:
@@ -356,18 +339,19 @@ class _Attempt:
         finally:
             room.give_back(held)
 
-    def _decode(self, sample: Sample | RejectedSample, reserve: Reserve) -> _Decoded | RejectRow:
+    def _decode(self, sample: Sample | RejectedSample, reserve: Reserve) -> _Outcome:
         if isinstance(sample, RejectedSample):
             return _reject_row(sample.key, sample.reject, has_image=sample.num_images > 0)
-        spec = self.runner.spec
+        spec, notes = self.runner.spec, Counter[str]()
         try:
-            columns = read_columns(sample.fields, self.contract)
+            columns = read_columns(sample.fields, self.contract, notes)
             done = load_image(sample.image, spec, reserve)
         except Reject as reject:
             thumbnail = None
             if reject.stage == "transform" and self._wants_thumbnail(reject):
-                image = decode_image(sample.image, max_pixels=spec.max_pixels, reserve=reserve)
-                thumbnail = write_thumbnail(torch.from_numpy(image).permute(2, 0, 1))
+                with suppress(Reject):  # in full, it may not be decoded
+                    image = decode_image(sample.image, max_pixels=spec.max_pixels, reserve=reserve)
+                    thumbnail = write_thumbnail(torch.from_numpy(image).permute(2, 0, 1))
             return _reject_row(sample.key, reject, thumbnail)
         row = RowMeta(
             key=sample.key,
@@ -377,9 +361,9 @@ class _Attempt:
             crop_left=done.crop_left,
             columns=columns,
         )
-        return done, row
+        return (done, row), notes
 
-    def _batch(self, decoding: Background[Future[_Decoded | RejectRow]]) -> Iterator[_Batch]:
+    def _batch(self, decoding: Background[Future[_Outcome]]) -> Iterator[_Batch]:
         """Group by bucket, in order, and queue each full batch to be encoded."""
         groups: dict[Bucket, list[_Decoded]] = {}
         for future in decoding:
@@ -387,11 +371,13 @@ class _Attempt:
             if isinstance(outcome, RejectRow):
                 self._reject(outcome)
                 continue
-            bucket = outcome[0].bucket
+            (image, row), notes = outcome
+            self.notes.update(notes)
+            bucket = image.bucket
             if self.sample:
-                self.sample.offer(bucket.name, outcome[1].key, outcome[0].pixels)
+                self.sample.offer(bucket.name, row.key, image.pixels)
             group = groups.setdefault(bucket, [])
-            group.append(outcome)
+            group.append((image, row))
             size = self.runner.encoder.batch_size(bucket.width_px, bucket.height_px)
             if len(group) >= -(-_MIN_TOGETHER // size) * size:
                 yield self._encode_in_room(bucket, groups.pop(bucket))
@@ -519,7 +505,8 @@ class _Attempt:
             qa=qa,
         )
         elapsed_s = time.perf_counter() - self.began
-        receipt = self.runner.receipt(record, self.statistics, self.times, elapsed_s, self.notes)
+        notes = dict(self.notes)
+        receipt = self.runner.receipt(record, self.statistics, self.times, elapsed_s, notes)
         return replace(receipt, extra_image_fields=self.counts.extra_image_fields)
 
     def _upload(self, local: Path, file: DataFile) -> None:

@@ -1,16 +1,14 @@
 """Image bytes to RGB pixels: what a person would see in a viewer, or a reason why not.
 
 Thread-safe. Pillow and simplejpeg release the GIL while they decode, so threads are enough to use
-all cores. JPEGs are decoded by simplejpeg (jpeg.py), and by Pillow what that leaves.
+all cores. JPEGs are decoded by simplejpeg (jpeg.py), and by Pillow what that leaves (formats.py).
 """
 
 from __future__ import annotations
 
+import errno
 import io
 import math
-import struct
-import warnings
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,42 +17,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageCms, ImageFile
-from PIL.JpegImagePlugin import JpegImageFile
-from PIL.PngImagePlugin import PngImageFile
-from PIL.WebPImagePlugin import WebPImageFile
 
-from latentcache.errors import Reject
-from latentcache.images.jpeg import decode_jpeg, read_plain_size
+from latentcache.errors import Reject, first_line
+from latentcache.images.formats import JPEG, Format, format_of
+from latentcache.images.jpeg import decode_jpeg, read_plain_size, require_few_scans
 
-# Pillow warns of oddities in metadata that do not touch the pixels. `catch_warnings` is not
-# thread-safe, so the filter is set once, for Pillow's modules alone.
-warnings.filterwarnings("ignore", module=r"PIL\.")
+# Modes that Pillow brings to 8 bits a channel; others have no white that could be known.
+_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"}
+_GRAY16_MODES = {"I;16", "I;16B", "I;16L", "I;16N"}
 
-# Formats that a sample may plausibly hold but that are not read, by their first bytes.
-_UNSUPPORTED = {
-    b"GIF8": "GIF",
-    b"BM": "BMP",
-    b"II*\0": "TIFF",
-    b"MM\0*": "TIFF",
-    b"\xff\x0a": "JPEG XL",
-    b"\0\0\0\x0cJXL ": "JPEG XL",
-    b"\0\0\0\x0cjP  ": "JPEG 2000",
-    b"%PDF": "PDF",
-}
-
-# What Pillow's parsers raise on damaged bytes, found by flipping and cutting them.
-_DAMAGED = (
-    ArithmeticError,
-    EOFError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    SyntaxError,
-    TypeError,
-    ValueError,
-    struct.error,
-    zlib.error,
-)
+# Larger colour profiles are converted from, but not kept for the next image.
+_MAX_CACHED_PROFILE_BYTES = 2**20
 
 # Bytes a pixel at the peak of decoding, as measured. simplejpeg writes the array and no more, save
 # for progressive files, of which libjpeg holds all coefficients until the last scan.
@@ -62,8 +35,7 @@ _DAMAGED = (
 # a mode or a colour profile is converted or transparency laid out, there are copies.
 _PEAK_BYTES = 3
 _COEFFICIENT_BYTES = 6
-_PILLOW_PEAK_BYTES = 10
-_CONVERTED_PEAK_BYTES = 18
+_CONVERTED_PEAK_BYTES = 22
 
 # EXIF orientations as steps through rows and columns; those from 5 on swap the two thereafter.
 _FLIPS = {2: (1, -1), 3: (-1, -1), 4: (-1, 1), 5: (1, 1), 6: (-1, 1), 7: (-1, -1), 8: (1, -1)}
@@ -89,13 +61,15 @@ class Scaled:
 def decode_image(
     data: bytes, *, max_pixels: int, reserve: Reserve | None = None
 ) -> NDArray[np.uint8]:
-    """Decode a JPEG, PNG or WebP to sRGB; the content decides, not the name.
+    """Decode an image to sRGB; the content decides on the format, not the name.
+
+    JPEG, PNG, WebP, AVIF, GIF, BMP and TIFF are read, and with the extra `images` JPEG XL and HEIC.
 
     The EXIF orientation is applied. An embedded ICC profile is converted to sRGB; a profile that
     cannot be used is ignored, and so is unreadable EXIF, as viewers do. CMYK without a profile is
     converted by complement. Transparency is laid over white. 16-bit gray is scaled by 1/257; of
     16-bit colour Pillow keeps the high byte, which is within one level of that. Of an animation
-    the first frame counts.
+    the first frame counts, of a file of several pages the first page.
 
     Args:
         data: the whole file.
@@ -108,7 +82,9 @@ def decode_image(
 
     Raises:
         Reject: stage `decode`; `empty`, `not_an_image`, `unsupported_format`, `too_many_pixels`,
-            `truncated_image` or `corrupt_image`.
+            `too_many_scans`, `truncated_image` or `corrupt_image`. The last two stand for whatever
+            a decoder raises, and their message has the exception's name.
+        MemoryError: memory is exhausted; so does an OSError of ENOMEM.
     """
     return decode_scaled(data, _in_full, max_pixels=max_pixels, reserve=reserve).pixels
 
@@ -131,62 +107,82 @@ def decode_scaled(
         max_pixels: of the image in full.
         reserve: as for `decode_image`.
     """
-    image_file = _format_of(data)
-    image = None
+    found_format = format_of(data)
     try:
-        size = read_plain_size(data) if image_file is JpegImageFile else None
-        if size is None:
-            # Not Image.open: its check for decompression bombs warns, and has a limit of its own.
-            image = image_file(io.BytesIO(data))
-            size = image.size
-        if math.prod(size) <= max_pixels:
-            if image is None or (image_file is JpegImageFile and image.mode in ("L", "RGB")):
-                found = _decode_jpeg(data, size, image, choose, reserve)
-                if found:
-                    return found
-            return _decode_by_pillow(image or image_file(io.BytesIO(data)), reserve)
+        return _decode(data, found_format, choose, max_pixels, reserve)
+    except (Reject, MemoryError):
+        raise
     except Image.DecompressionBombError as error:
-        raise Reject("decode", "too_many_pixels", str(error)) from error
-    except _DAMAGED as error:
-        if _is_cut(data, image_file):
-            message = f"{image_file.format} ends early, after {len(data)} bytes: {error}"
-            raise Reject("decode", "truncated_image", message) from error
-        message = f"{image_file.format} is damaged: {error}"
-        raise Reject("decode", "corrupt_image", message) from error
-    width, height = size
-    raise Reject(
-        "decode",
-        "too_many_pixels",
-        f"{width}x{height} is {width * height} pixels, max_pixels is {max_pixels}",
-    )
+        raise Reject("decode", "too_many_pixels", first_line(error)) from error
+    except Exception as error:
+        raise _reject_of(error, data, found_format) from error
+    except BaseException as error:
+        # A plugin in Rust raises this where it fails; it is no `Exception`.
+        if type(error).__name__ != "PanicException":
+            raise
+        raise _reject_of(error, data, found_format) from error
+
+
+def _reject_of(error: BaseException, data: bytes, found_format: Format) -> Reject:
+    """Make a reject of whatever a decoder raises for one image.
+
+    Raises:
+        OSError: it says that memory is exhausted, which is not the image's doing.
+    """
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        raise error
+    name, text = found_format.name, type(error).__name__
+    if str(error).strip():
+        text += f": {first_line(error)}"
+    if found_format.is_cut(data) or "truncated" in text:
+        message = f"{name} ends early, after {len(data)} bytes: {text}"
+        return Reject("decode", "truncated_image", message)
+    return Reject("decode", "corrupt_image", f"{name} is damaged: {text}")
+
+
+def _decode(
+    data: bytes,
+    found_format: Format,
+    choose: Callable[[int, int], int],
+    max_pixels: int,
+    reserve: Reserve | None,
+) -> Scaled:
+    image, is_jpeg = None, found_format is JPEG
+    size = read_plain_size(data) if is_jpeg else found_format.read_size(data)
+    if size is not None:
+        _require_few_pixels(size, max_pixels)
+    if size is None or not is_jpeg:
+        if reserve and size is not None:
+            reserve(math.prod(size) * found_format.open_bytes)
+        image = found_format.open(data)
+        size = image.size
+        _require_few_pixels(size, max_pixels)
+    if is_jpeg:
+        if image is not None:
+            require_few_scans(data, math.prod(size))
+        if image is None or image.mode in ("L", "RGB"):
+            found = _decode_jpeg(data, size, image, choose, reserve)
+            if found:
+                return found
+    if image is None:
+        image = found_format.open(data)
+    if min(image.size) < 1:
+        raise ValueError("it has no pixels")
+    return _decode_by_pillow(image, found_format, reserve)
+
+
+def _require_few_pixels(size: tuple[int, int], max_pixels: int) -> None:
+    if math.prod(size) > max_pixels:
+        width, height = size
+        raise Reject(
+            "decode",
+            "too_many_pixels",
+            f"{width}x{height} is {width * height} pixels, max_pixels is {max_pixels}",
+        )
 
 
 def _in_full(width: int, height: int) -> int:
     return 1
-
-
-def _format_of(data: bytes) -> type[ImageFile.ImageFile]:
-    if not data:
-        raise Reject("decode", "empty", "the image field holds no bytes")
-    if data.startswith(b"\xff\xd8"):
-        return JpegImageFile
-    if data.startswith(b"\x89PNG"):
-        return PngImageFile
-    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
-        return WebPImageFile
-    name = next((n for magic, n in _UNSUPPORTED.items() if data.startswith(magic)), None)
-    if data[4:8] == b"ftyp":
-        name = f"HEIF family ({data[8:12].decode('latin-1')})"
-    if name is not None:
-        raise Reject("decode", "unsupported_format", f"{name}; only JPEG, PNG and WebP are read")
-    raise Reject("decode", "not_an_image", f"begins with {data[:12]!r}: no known image format")
-
-
-def _is_cut(data: bytes, image_file: type[ImageFile.ImageFile]) -> bool:
-    """Whether the file's end is missing, judged by its own end mark (some padding may follow)."""
-    if image_file is WebPImageFile:
-        return len(data) < 12 or len(data) < 8 + int.from_bytes(data[4:8], "little")
-    return (b"\xff\xd9" if image_file is JpegImageFile else b"IEND") not in data[-64:]
 
 
 def _decode_jpeg(
@@ -222,10 +218,17 @@ def _decode_jpeg(
     return None if pixels is None else Scaled(_turn(pixels, orientation), *upright, denominator)
 
 
-def _decode_by_pillow(image: ImageFile.ImageFile, reserve: Reserve | None) -> Scaled:
+def _decode_by_pillow(
+    image: ImageFile.ImageFile, found_format: Format, reserve: Reserve | None
+) -> Scaled:
+    is_gray16 = image.mode in _GRAY16_MODES
+    if image.mode not in _MODES and not is_gray16:
+        message = f"{found_format.name} of mode {image.mode} is not read: its white is unknown"
+        raise Reject("decode", "unsupported_format", message)
     if reserve:
         is_plain = image.mode == "RGB" and "icc_profile" not in image.info
-        per_pixel = _PILLOW_PEAK_BYTES if is_plain else _CONVERTED_PEAK_BYTES
+        per_pixel = found_format.open_bytes + found_format.load_bytes
+        per_pixel = per_pixel if is_plain else max(per_pixel, _CONVERTED_PEAK_BYTES)
         reserve(image.width * image.height * per_pixel)
     image.load()
     orientation = _orientation(image)
@@ -254,7 +257,7 @@ def _turn(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
 def _orientation(image: Image.Image) -> int:
     try:
         orientation = int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except _DAMAGED:
+    except Exception:  # noqa: BLE001  (damaged EXIF costs the orientation, not the image)
         return 1
     return orientation if orientation in _FLIPS else 1
 
@@ -262,9 +265,12 @@ def _orientation(image: Image.Image) -> int:
 def _to_8_bit(image: Image.Image) -> Image.Image:
     if image.mode == "1":
         return image if image.has_transparency_data else image.convert("L")
-    if image.mode == "I;16":
+    if image.mode in _GRAY16_MODES:
         levels = np.asarray(image).astype(np.uint32)
-        return Image.fromarray(((levels + 128) // 257).astype(np.uint8))
+        gray = ((levels + 128) // 257).astype(np.uint8)
+        # Pillow inverts a TIFF whose 0 is white (tag 262) in all modes but this one.
+        tags = getattr(image, "tag_v2", {})
+        return Image.fromarray(255 - gray if tags.get(262) == 0 else gray)
     return image
 
 
@@ -279,7 +285,13 @@ def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
 
 def _to_srgb_from(image: Image.Image, info: dict[Any, Any]) -> ImageCms.ImageCmsTransform | None:
     profile = info.get("icc_profile")
-    return _srgb_transform(profile, image.mode) if profile else None
+    if not isinstance(profile, bytes) or not profile:
+        return None
+    # Padding is not part of it: a profile begins with its size.
+    profile = profile[: int.from_bytes(profile[:4], "big")] or profile
+    if len(profile) > _MAX_CACHED_PROFILE_BYTES:
+        return _srgb_transform.__wrapped__(profile, image.mode)
+    return _srgb_transform(profile, image.mode)
 
 
 @lru_cache(maxsize=32)
@@ -289,7 +301,7 @@ def _srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | N
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         target = ImageCms.createProfile("sRGB")
         to_srgb = ImageCms.buildTransform(source, target, mode, "RGB")
-    except (ImageCms.PyCMSError, *_DAMAGED):
+    except Exception:  # noqa: BLE001  (a damaged profile costs the colours, not the image)
         return None
     if mode == "RGB":
         # Most profiles in the wild are sRGB under some name: they move no colour of a 16³ grid by

@@ -1,0 +1,72 @@
+"""The text fields of a sample as column values: `text_rules` 1 of the contract (docs/format.md)."""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections import Counter
+
+from latentcache.dataset.contract import Contract
+from latentcache.errors import Reject
+
+# An int64 has 19 digits at most. `int()` would also take "1_000" and other scripts' digits, and
+# raises an error of its own from 4,300 digits on.
+_INTEGER = re.compile(r"([+-]?)0*([0-9]{1,19})")
+_INT64 = range(-(2**63), 2**63)
+
+_MAX_SHOWN = 40  # characters of a bad value that a message repeats
+
+
+def read_columns(
+    fields: dict[str, bytes], contract: Contract, notes: Counter[str] | None = None
+) -> dict[str, str | int | None]:
+    """Read the kept columns of a sample; a column whose field the sample lacks is None.
+
+    Args:
+        fields: the bytes of each field by name.
+        contract: names the columns, and the field of each.
+        notes: counts the fields that were decoded by a fallback, as `text_as_utf16` and
+            `text_as_cp1252`.
+
+    Raises:
+        Reject: stage `read`, `bad_field`: a field is not text, or `cls` is not an int64.
+    """
+    found: dict[str, str | int | None] = {}
+    for column in contract.columns:
+        name = contract.field_of(column)
+        data = fields.get(name)
+        if data is None:
+            found[column] = None
+            continue
+        try:
+            text, fallback = _decode(data)
+            found[column] = _to_int64(text) if column == "cls" else text
+        except ValueError as error:  # UnicodeDecodeError is one
+            raise Reject("read", "bad_field", f"field {name!r}: {error}") from error
+        if fallback and notes is not None:
+            notes[f"text_as_{fallback}"] += 1
+    return found
+
+
+def _decode(data: bytes) -> tuple[str, str | None]:
+    """Decode text, and name the fallback that it took."""
+    fallback = None
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        text, fallback = data.decode("utf-16"), "utf16"
+    else:
+        try:
+            text = data.removeprefix(codecs.BOM_UTF8).decode("utf-8")
+        except UnicodeDecodeError:
+            text, fallback = data.decode("cp1252"), "cp1252"
+    if "\0" in text:
+        raise ValueError("it holds a NUL character: binary data, or UTF-16 without a BOM")
+    return text.replace("\r\n", "\n"), fallback
+
+
+def _to_int64(text: str) -> int:
+    match = _INTEGER.fullmatch(text.strip())
+    number = int(match[1] + match[2]) if match else None
+    if number is None or number not in _INT64:
+        shown = repr(text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "…")
+        raise ValueError(f"{shown} is not an integer of 64 bits")
+    return number

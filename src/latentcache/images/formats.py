@@ -1,0 +1,275 @@
+"""The image formats that are read: how each is recognised, opened, and found to be cut.
+
+All are opened by Pillow's class for the format, never by `Image.open`: its check for decompression
+bombs warns, and has a limit of its own.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+from PIL import (
+    AvifImagePlugin,
+    BmpImagePlugin,
+    GifImagePlugin,
+    ImageFile,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
+
+from latentcache.errors import Reject
+from latentcache.images import jpeg, jxl, png, webp
+
+# Pillow warns of oddities in metadata that do not touch the pixels. `catch_warnings` is not
+# thread-safe, so the filter is set once, for Pillow's modules alone.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+warnings.filterwarnings("ignore", module=r"pillow_")
+
+# One thread each: the decode threads use all cores together.
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1
+
+_INSTALL = "pip install 'latentcache[images]'"
+
+_MAX_READS = 4_000_000
+
+# Tags of TIFF: the sides of a tile; the EXIF, GPS and interoperability directories.
+_TIFF_TILE = (322, 323)
+_TIFF_METADATA = (0x8769, 0x8825, 0xA005)
+_MAX_TILE_PIXELS = 2**22
+_MAX_TIFF_LAYERS = 6  # channels that Pillow reads at most
+
+# What JPEG keeps of metadata where all of it together cannot be read.
+_JPEG_METADATA = (b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0", b"ICC_PROFILE\0")
+
+_ISO_BRANDS = {b"avif": "AVIF", b"avis": "AVIF"}
+_ISO_BRANDS |= dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx"), "HEIC")
+
+# Formats that a sample may plausibly hold but that are not read, by their first bytes.
+_NOT_READ = {b"\0\0\0\x0cjP  ": "JPEG 2000", b"%PDF": "PDF", b"8BPS": "PSD", b"qoif": "QOI"}
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """One image format.
+
+    Attributes:
+        name: for messages.
+        open: reads the header by Pillow; the pixels may be read as well.
+        is_cut: whether the end of a file is missing.
+        read_size: reads width and height before `open` allocates memory for them; None where
+            `open` allocates none, or where the header does not say.
+        open_bytes: bytes a pixel that `open` takes.
+        load_bytes: bytes a pixel that loading takes at least, as measured.
+    """
+
+    name: str
+    open: Callable[[bytes], ImageFile.ImageFile]
+    is_cut: Callable[[bytes], bool]
+    read_size: Callable[[bytes], tuple[int, int] | None] = lambda data: None
+    open_bytes: int = 0
+    load_bytes: int = 10
+
+
+def format_of(data: bytes) -> Format:
+    """Recognise a format by the first bytes.
+
+    Raises:
+        Reject: stage `decode`; `empty`, `not_an_image` or `unsupported_format`.
+    """
+    if not data:
+        raise Reject("decode", "empty", "the image field holds no bytes")
+    for magic, found in _BY_MAGIC.items():
+        if data.startswith(magic):
+            return found
+    name = next((name for magic, name in _NOT_READ.items() if data.startswith(magic)), None)
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        return _WEBP
+    if data[4:8] == b"ftyp":
+        name = _iso_format(data)
+    if name == "AVIF":
+        return _AVIF
+    if name == "HEIC":
+        return _HEIC
+    if name is not None:
+        known = "JPEG, PNG, WebP, AVIF, GIF, BMP, TIFF, JPEG XL and HEIC"
+        raise Reject("decode", "unsupported_format", f"{name} is not read; {known} are")
+    raise Reject("decode", "not_an_image", f"begins with {data[:12]!r}: no known image format")
+
+
+def _iso_format(data: bytes) -> str:
+    """Name the format of an ISO base media file by its brands, the major one first."""
+    end = min(int.from_bytes(data[:4], "big"), 256)
+    brands = [data[8:12], *(data[i : i + 4] for i in range(16, end, 4))]
+    found = next((_ISO_BRANDS[brand] for brand in brands if brand in _ISO_BRANDS), None)
+    return found or f"HEIF family ({data[8:12].decode('latin-1')!r})"
+
+
+def _open_jpeg(data: bytes) -> ImageFile.ImageFile:
+    data = jpeg.strip_large_metadata(data)
+    try:
+        return JpegImagePlugin.JpegImageFile(io.BytesIO(data))
+    except Exception:
+        for keep in (_JPEG_METADATA, ()):
+            stripped = jpeg.strip_metadata(data, keep)
+            try:
+                return JpegImagePlugin.JpegImageFile(io.BytesIO(stripped))
+            except Exception:  # noqa: BLE001
+                pass
+        raise
+
+
+def _open_png(data: bytes) -> ImageFile.ImageFile:
+    stripped, profile = png.strip_chunks(data)
+    image = PngImagePlugin.PngImageFile(io.BytesIO(stripped))
+    if profile:
+        image.info["icc_profile"] = profile
+    return image
+
+
+def _open_webp(data: bytes) -> ImageFile.ImageFile:
+    return WebPImagePlugin.WebPImageFile(io.BytesIO(webp.strip_metadata(data)))
+
+
+def _open_avif(data: bytes) -> ImageFile.ImageFile:
+    try:
+        return AvifImagePlugin.AvifImageFile(io.BytesIO(data))
+    except Exception:  # noqa: BLE001  (EXIF that cannot be parsed; what else is damaged raises again)
+        # An item of unknown type is ignored, as libavif itself ignores them.
+        size = int.from_bytes(data[:4], "big")
+        meta = slice(size, size + int.from_bytes(data[size : size + 4], "big"))
+        hidden = data[: meta.start] + data[meta].replace(b"Exif", b"none") + data[meta.stop :]
+        return AvifImagePlugin.AvifImageFile(io.BytesIO(hidden))
+
+
+class _BoundedReads(io.BytesIO):
+    """A file for parsers in Python that read a few bytes at a time, in a loop that data decides."""
+
+    _num_left = _MAX_READS
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self._num_left -= 1
+        if self._num_left < 0:
+            raise ValueError("it has an absurd number of blocks")
+        return super().read(size)
+
+
+def _open_gif(data: bytes) -> ImageFile.ImageFile:
+    return GifImagePlugin.GifImageFile(_BoundedReads(data))
+
+
+def _open_bmp(data: bytes) -> ImageFile.ImageFile:
+    return BmpImagePlugin.BmpImageFile(_BoundedReads(data))
+
+
+def _open_tiff(data: bytes) -> ImageFile.ImageFile:
+    image = TiffImagePlugin.TiffImageFile(io.BytesIO(data))
+    num_pixels = image.width * image.height
+    # libtiff has a buffer for a whole tile, which may be larger than the image.
+    width, height = (int(image.tag_v2.get(tag, 0)) for tag in _TIFF_TILE)
+    if width * height > max(4 * num_pixels, _MAX_TILE_PIXELS):
+        raise ValueError(f"its tiles of {width}x{height} exceed the image by far")
+    # Without compression Pillow copies each strip that is listed, however many overlap. There are
+    # as many layers as channels where those are stored one by one.
+    tiles = [tile.extents for tile in image.tile if tile.extents]
+    if sum((x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in tiles) > _MAX_TIFF_LAYERS * num_pixels:
+        raise ValueError("its strips overlap")
+    # Loading would read them, and fail where they are damaged.
+    exif = image.getexif()
+    for tag in _TIFF_METADATA:
+        exif.pop(tag, None)
+    return image
+
+
+def _open_heic(data: bytes) -> ImageFile.ImageFile:
+    module = _plugin("pillow_heif", "HEIC")
+    module.options.DECODE_THREADS = 1
+    image: ImageFile.ImageFile = module.HeifImageFile(io.BytesIO(data))
+    return image
+
+
+def _open_jxl(data: bytes) -> ImageFile.ImageFile:
+    module = _plugin("pillow_jxl.JpegXLImagePlugin", "JPEG XL")
+    module.DECODE_THREADS = 0
+    image: ImageFile.ImageFile = module.JXLImageFile(io.BytesIO(data))
+    if not image.jpeg:  # type: ignore[attr-defined]
+        # libjxl has applied the orientation, which EXIF repeats.
+        image.info.pop("exif", None)
+    return image
+
+
+@cache
+def _plugin(module: str, name: str) -> Any:
+    try:
+        return import_module(module)
+    except ImportError as error:
+        message = f"{name} needs a plugin that is not installed: {_INSTALL}"
+        raise Reject("decode", "unsupported_format", message) from error
+
+
+def _ends_with(mark: bytes) -> Callable[[bytes], bool]:
+    """Judge by an end mark, behind which some padding may follow."""
+    return lambda data: mark not in data[-64:]
+
+
+def _is_short_gif(data: bytes) -> bool:
+    return not data[-64:].rstrip(b"\0").endswith(b";")
+
+
+def _is_short_riff(data: bytes) -> bool:
+    return len(data) < 12 or len(data) < 8 + int.from_bytes(data[4:8], "little")
+
+
+def _is_short_bmp(data: bytes) -> bool:
+    return len(data) < 54 or len(data) < int.from_bytes(data[2:6], "little")
+
+
+def _is_short_iso(data: bytes) -> bool:
+    """Whether a box at the top runs beyond the end."""
+    position = 0
+    for _ in range(1024):
+        size = int.from_bytes(data[position : position + 4], "big")
+        if size == 1:
+            size = int.from_bytes(data[position + 8 : position + 16], "big")
+        if size < 8:
+            return False
+        position += size
+        if position >= len(data):
+            return position > len(data)
+    return False
+
+
+def _is_short_jxl(data: bytes) -> bool:
+    return data.startswith(jxl.CONTAINER) and _is_short_iso(data)
+
+
+JPEG = Format("JPEG", _open_jpeg, _ends_with(b"\xff\xd9"))
+_PNG = Format("PNG", _open_png, _ends_with(b"IEND"))
+_WEBP = Format("WEBP", _open_webp, _is_short_riff, webp.read_webp_size, load_bytes=20)
+_AVIF = Format("AVIF", _open_avif, _is_short_iso, load_bytes=20)
+_HEIC = Format("HEIC", _open_heic, _is_short_iso, load_bytes=20)
+_JXL = Format("JPEG XL", _open_jxl, _is_short_jxl, jxl.read_jxl_size, open_bytes=16)
+_GIF = Format("GIF", _open_gif, _is_short_gif)
+_BMP = Format("BMP", _open_bmp, _is_short_bmp)
+_TIFF = Format("TIFF", _open_tiff, lambda data: len(data) < 8, load_bytes=11)
+
+_BY_MAGIC = {
+    b"\xff\xd8": JPEG,
+    b"\x89PNG": _PNG,
+    b"GIF87a": _GIF,
+    b"GIF89a": _GIF,
+    b"BM": _BMP,
+    b"II*\0": _TIFF,
+    b"MM\0*": _TIFF,
+    b"II+\0": _TIFF,
+    b"MM\0+": _TIFF,
+    jxl.CODESTREAM: _JXL,
+    jxl.CONTAINER: _JXL,
+}
