@@ -177,7 +177,8 @@ class Cluster:
         wait_s = self._patience.wait_for_gpus_s
         reminder, began = Reminder(self._patience.say), time.monotonic()
         # An autoscaler adds a node for what pends, and for nothing else.
-        ref = ray.remote(_nothing).options(num_gpus=1, num_cpus=1).remote()
+        task = ray.remote(_nothing).options(num_gpus=1, num_cpus=1)
+        ref = self._connection.ask(task.remote)
         while not any(shape.num_gpus for shape in self._shapes()):
             left_s = began + wait_s - time.monotonic()
             if left_s <= 0:
@@ -201,7 +202,7 @@ class Cluster:
 
     def _shapes(self) -> list[NodeShape]:
         """What nodes Ray has; which its autoscaler may add, none but Anyscale's tells."""
-        found = [node["Resources"] for node in self._connection.nodes() if node["Alive"]]
+        found = [node["Resources"] for node in self._connection.ask(ray.nodes) if node["Alive"]]
         return [NodeShape(int(has.get("CPU", 0)), int(has.get("GPU", 0))) for has in found]
 
     def ask(self, function: Callable[..., A], *arguments: Any) -> A:
@@ -213,7 +214,7 @@ class Cluster:
             LatentCacheError: what the function raised.
         """
         task = ray.remote(_with_device).options(max_retries=_RETRIES, **self._resources)
-        ref = task.remote(Versions.here(), function, *arguments)
+        ref = self._connection.ask(lambda: task.remote(Versions.here(), function, *arguments))
         while not ray.wait([ref], timeout=_KEEP_ALIVE_EVERY_S)[0]:
             self._connection.require_alive()
             self._patience.keep_alive()
@@ -248,7 +249,8 @@ class Cluster:
 
     def _start_caller(self) -> Any:
         options = {"max_restarts": 0, "max_task_retries": 0, **self._resources}
-        return ray.remote(_CallingActor).options(**options).remote(Versions.here())
+        actor_class = ray.remote(_CallingActor).options(**options)
+        return self._connection.ask(lambda: actor_class.remote(Versions.here()))
 
     def _result_of(self, call: _Call, actors: list[Any]) -> Any:
         """Wait for a call, and make it again if that may help."""
@@ -274,7 +276,8 @@ class Cluster:
             max_task_retries=0,
             concurrency_groups={"units": UNITS_PER_ACTOR, "control": 1},
         )(self.actor_class)
-        return actor_class.options(**self._resources).remote(Versions.here(), job)
+        with_room = actor_class.options(**self._resources)
+        return self._connection.ask(lambda: with_room.remote(Versions.here(), job))
 
     def call(self, actor: Any, method: str, *args: Any) -> Any:
         """Call a method of an actor."""
@@ -325,7 +328,7 @@ class Cluster:
         return is_alive
 
     def _is_alive(self, node: str | None) -> bool:
-        nodes = self._connection.nodes()
+        nodes = self._connection.ask(ray.nodes)
         return any(entry["NodeID"] == node and entry["Alive"] for entry in nodes)
 
     def kill(self, actor: Any) -> None:

@@ -16,9 +16,10 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray._private import ray_constants, services, worker
@@ -57,6 +58,8 @@ WORKER_ENVIRONMENT = {
     "THP_MEM_ALLOC_ENABLE": "1",
 }
 
+T = TypeVar("T")
+
 _Address = tuple[str, int]
 
 
@@ -66,6 +69,8 @@ def connect() -> Connection:
     Raises:
         ClusterError: Ray cannot be started, or does not answer there.
     """
+    if ray.is_initialized():
+        raise ClusterError("this process is connected to Ray already: call ray.shutdown() first")
     address = os.environ.get("RAY_ADDRESS") or "local"
     return PrivateCluster() if address == "local" else JoinedCluster(address)
 
@@ -85,26 +90,30 @@ class Connection:
         """Leave the cluster; a private one ends."""
         raise NotImplementedError
 
-    def nodes(self) -> list[dict[str, Any]]:
-        """List the nodes as `ray.nodes` does, which blocks once the cluster's head is dead."""
+    def ask(self, function: Callable[[], T]) -> T:
+        """Call what asks the head of the cluster for something.
+
+        On a thread, because such a call does not come back once the head is dead.
+
+        Raises:
+            ClusterError: Ray is lost.
+        """
         self.require_alive()
-        answers: list[list[dict[str, Any]] | RayError] = []
+        answer: Future[T] = Future()
 
-        def ask() -> None:
+        def run() -> None:
             try:
-                answers.append(ray.nodes())
-            except RayError as error:
-                answers.append(error)
+                answer.set_result(function())
+            except BaseException as error:  # noqa: BLE001 - for the thread that waits
+                answer.set_exception(error)
 
-        thread = threading.Thread(target=ask, name="ray-nodes", daemon=True)
-        thread.start()
-        while not answers:
-            thread.join(_LOOK_EVERY_S)
-            if not answers:
-                self.require_alive()
-        if isinstance(answers[0], RayError):
-            raise ClusterError(f"Ray does not list its nodes: {first_line(answers[0])}")
-        return answers[0]
+        threading.Thread(target=run, name="ray-ask", daemon=True).start()
+        while not wait([answer], timeout=_LOOK_EVERY_S).done:
+            self.require_alive()
+        try:
+            return answer.result()
+        except RayError as error:
+            raise ClusterError(f"Ray does not answer: {first_line(error)}") from error
 
     def wait(self, ref: Any) -> None:
         """Wait until a call has ended, or Ray is lost."""
