@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 import ray
 from ray._private import ray_constants, services, worker
-from ray._raylet import AuthenticationTokenLoader, Config
+from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 from ray.exceptions import RayError
 
 from latentcache.errors import ClusterError, first_line
