@@ -11,9 +11,9 @@ Writes bench/results/memory.json.
 from __future__ import annotations
 
 import argparse
-import importlib
 import io
 import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -150,9 +150,11 @@ def main() -> None:
         (folder / "shards").mkdir()
         image_bytes = write_shards(folder / "shards", options.images)
         # A process of its own, which begins with the environment that the engine gives to workers.
-        importlib.import_module("latentcache.engine.cluster")
         command = [sys.executable, __file__, "--threads", str(options.threads), "--measure", name]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        from latentcache.engine.connection import WORKER_ENVIRONMENT  # not where it is measured
+
+        env = WORKER_ENVIRONMENT | os.environ
+        done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
     measured = json.loads(done.stdout.splitlines()[-1])
     found = {"image_bytes": image_bytes, **{name: round(v, 1) for name, v in measured.items()}}
     title = f"{options.images} JPEGs of 12 megapixels, {options.threads} decode threads"

@@ -26,6 +26,7 @@ FLOORS = {
     "config": 0.5,
     "storage_errors": 0.5,
     "parquet_footer": 0.5,
+    "storage_local": 0.5,
     "storage": 1.0,
     "dataset": 1.5,
     "metrics": 2.0,
@@ -42,7 +43,7 @@ FLOORS = {
 
 # Libraries that one place alone may know, relative to the package.
 HOMES = {
-    "ray": {"engine/cluster.py", "engine/prometheus.py"},
+    "ray": {"engine/cluster.py", "engine/connection.py", "engine/prometheus.py"},
     "webdataset": {"images/source.py", "images/samples.py", "images/demo_data.py"},
     "pydantic": {"config.py"},
     "pydantic_core": {"config.py"},

@@ -257,3 +257,35 @@ def test_a_missing_package_is_told_with_the_extra_that_brings_it(
     storage_module._filesystem.cache_clear()
     with pytest.raises(ConfigError, match=rf"{protocol}://.*pip install 'latentcache\[{extra}\]'"):
         Store(f"{protocol}://bucket/photos")
+
+
+class _AzureError(Exception):
+    """What azure-core raises of a response: adlfs raises its own error from it."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"status {status}")
+        self.status_code = status
+
+
+@pytest.mark.parametrize(
+    ("protocol", "cause", "found"),
+    [
+        ("gs", None, "yes"),  # gcsfs raises it for a 412 alone, and drops the response
+        ("az", _AzureError(409), "yes"),
+        ("az", _AzureError(403), "unknown"),
+        ("az", None, "unknown"),  # as a client does that looks first and asks nobody to decide
+    ],
+)
+def test_what_other_clients_raise_of_a_second_put_is_understood(
+    protocol: str, cause: Exception | None, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **options: object) -> None:
+        assert options["mode"] == "create"
+        raise FileExistsError("it exists") from cause
+
+    kind = {"gs": Google, "az": Azure}[protocol]
+    monkeypatch.setitem(_registry, protocol, kind)
+    monkeypatch.setattr(kind, "pipe_file", refuse)
+    store = Store(f"{protocol}://bucket/out")
+    assert store.probe_conditional("contract.json", b"") == (found == "yes")
+    assert store.conditional == found

@@ -31,6 +31,7 @@ from servers import (
     cut_halfway,
     free_port,
     lose_reply,
+    refuse,
     slow_down,
 )
 
@@ -172,6 +173,32 @@ def test_a_store_without_conditional_writes_is_found_out(
     store.put("probe", b"same")
     assert store.probe_conditional("probe", b"same") == is_conditional
     assert store.read_bytes("probe") == b"same"
+
+
+@pytest.mark.parametrize(
+    ("fault", "found"),
+    [
+        (refuse(412, "PreconditionFailed", "as Ceph does, without its condition"), "yes"),
+        (refuse(409, "ConditionalRequestConflict"), "yes"),
+        (refuse(409, "OperationAborted"), "yes"),
+        (refuse(400, "InvalidArgument"), "unknown"),
+        (refuse(403, "AccessDenied"), "unknown"),
+        (refuse(500, "InternalError"), "unknown"),
+        (refuse(501, "NotImplemented"), "unknown"),
+        (slow_down, "unknown"),
+        (lambda exchange: exchange.cut(), "unknown"),
+    ],
+    ids=["412", "409", "409 other", "400", "403", "500", "501", "503", "cut"],
+)
+def test_only_a_failed_precondition_shows_conditional_writes(
+    fault: Callable[[Exchange], None], found: str, faulty: Store, proxy: FaultyProxy
+) -> None:
+    faulty.put("probe", b"same")
+    met = proxy.on("PUT", "/probe$", fault, times=100)
+    assert faulty.probe_conditional("probe", b"same") == (found == "yes")
+    assert faulty.conditional == found
+    assert met.num_fired > 0
+    assert faulty.read_bytes("probe") == b"same"
 
 
 def race(store: Store, path: str, names: list[bytes]) -> list[bytes]:

@@ -6,7 +6,7 @@
      ├── ContractMismatch           2   the output holds latents made another way
      ├── StorageError               1   a store cannot be reached, read or written
      │    ├── ObjectNotFound        1   nothing lies at that URL
-     │    ├── AccessDenied          1   credentials are missing, or do not open the store
+     │    ├── AccessDenied          1   credentials or file permissions do not allow it
      │    └── DiskFull              1   the disk or bucket has no room left: the whole run stops
      ├── SourceError                1   a source shard cannot be listed or read
      │    └── SourceChanged         1   a source shard was overwritten: its unit is planned anew
@@ -54,7 +54,7 @@ class ObjectNotFound(StorageError):
 
 
 class AccessDenied(StorageError):
-    """Credentials are missing, or do not allow what was asked of the store."""
+    """Credentials are missing, or they or a file's permissions do not allow what was asked."""
 
 
 class DiskFull(StorageError):

@@ -9,9 +9,7 @@ from __future__ import annotations
 import io
 import os
 import random
-import shutil
 import stat
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,12 +20,24 @@ from email.utils import parsedate_to_datetime
 from functools import lru_cache, partial
 from pathlib import Path
 from threading import Event
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TypeVar, cast
 
 import fsspec
 
 from latentcache.errors import ConfigError, ObjectNotFound, StorageError
-from latentcache.storage_errors import is_final, is_foreign, named_local, translate
+from latentcache.storage_errors import (
+    is_final,
+    is_foreign,
+    is_precondition_failure,
+    named_local,
+    translate,
+)
+from latentcache.storage_local import (
+    TEMP_PREFIX,
+    can_create_exclusively,
+    create_file,
+    replace_file,
+)
 
 if TYPE_CHECKING:  # to read a dataset takes no pydantic
     from latentcache.config import Storage
@@ -41,8 +51,6 @@ _NUM_PAUSES_AT_FIRST = 2
 _PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 30.0, 30.0)
 
 _READ_BLOCK_BYTES = 8 * 2**20
-
-_TEMP_PREFIX = ".tmp-"
 
 _THREADS = 16
 
@@ -58,11 +66,6 @@ _INFO_OPTIONS = {"hf": {"refresh": True, "expand_info": True}}
 
 # Extras of this package that bring a protocol's client.
 _EXTRAS = {"gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure"}
-
-# mkstemp makes files private; what we publish follows the umask, which can only be read by setting.
-_UMASK = os.umask(0o022)
-os.umask(_UMASK)
-_FILE_MODE = 0o666 & ~_UMASK
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,8 +141,8 @@ class Store:
             self._root = self.url
         _filesystem(self._protocol, options, os.getpid())  # tells at once what cannot be used
         self._has_answered = False
-        self.is_conditional = True
-        """Whether put-if-absent is the store's own doing; `probe_conditional` finds out."""
+        self.conditional: Literal["yes", "no", "unknown"] = "yes"
+        """Whether the store itself refuses a second put; `probe_conditional` finds out."""
 
     @property
     def _protocol(self) -> str:
@@ -311,7 +314,7 @@ class Store:
                 with suppress(FileNotFoundError):
                     if entry.is_dir(follow_symlinks=False):
                         folders.append(prefix + entry.name)
-                    elif entry.name.startswith(_TEMP_PREFIX):
+                    elif entry.name.startswith(TEMP_PREFIX):
                         continue
                     elif _is_dangling(entry):
                         infos.append(ObjectInfo(prefix + entry.name, 0, DANGLING, None))
@@ -371,14 +374,14 @@ class Store:
         """Upload a closed local file, whole, under a path that nobody else writes."""
         if self.is_local:
             with local.open("rb") as source:
-                self._retry(path, lambda: self._replace_local(path, source))
+                self._retry(path, lambda: replace_file(self._full(path), source))
         else:
             self._retry(path, lambda: self._fs.put_file(str(local), self._full(path)))
 
     def put(self, path: str, data: bytes) -> None:
         """Write a small object, replacing what is there (leases and pointers only)."""
         if self.is_local:
-            self._retry(path, lambda: self._replace_local(path, io.BytesIO(data)))
+            self._retry(path, lambda: replace_file(self._full(path), io.BytesIO(data)))
         else:
             self._retry(path, lambda: self._fs.pipe_file(self._full(path), data))
 
@@ -453,7 +456,7 @@ class Store:
         for folder, _, names in os.walk(self._root):
             for name in names:
                 path = os.path.join(folder, name)
-                if name.startswith(_TEMP_PREFIX):
+                if name.startswith(TEMP_PREFIX):
                     with suppress(FileNotFoundError):  # its writer was at work, and is done
                         yield _local_info(os.path.relpath(path, self._root), os.stat(path))
 
@@ -466,7 +469,7 @@ class Store:
         therefore differ between writers that may not both win.
         """
         if self.is_local:
-            return self._retry(path, lambda: self._link_local(path, data))
+            return self._retry(path, lambda: create_file(self._full(path), io.BytesIO(data)))
         # Looking first decides nothing, but a store without conditional writes would replace it.
         if (found := self._read_or_none(path)) is not None:
             return found == data
@@ -483,21 +486,33 @@ class Store:
             return found == data
         return True
 
+    @property
+    def is_conditional(self) -> bool:
+        """Whether put-if-absent is the store's own doing, as far as is known."""
+        return self.conditional == "yes"
+
     def probe_conditional(self, path: str, data: bytes) -> bool:
-        """Find out whether the store refuses a second put; remembers the answer.
+        """Find out whether the store refuses a second put, and remember the answer.
+
+        Only an answer that means "precondition failed" shows it. After any other error the answer
+        is `unknown`, which callers must take for a no.
 
         Args:
-            path: an object that holds `data` already: a store without conditional writes then
-                replaces it by itself, which harms nobody.
+            path: an object that holds `data` already: a store without conditional writes replaces
+                it by itself, which does no harm.
             data: its bytes.
         """
-        if not self.is_local:
-            try:
-                with self.named(path):
-                    self._fs.pipe_file(self._full(path), data, mode="create")
-                self.is_conditional = False
-            except StorageError:
-                self.is_conditional = True
+        if self.is_local:
+            is_exclusive = self._retry("", lambda: can_create_exclusively(self._root))
+            self.conditional = "yes" if is_exclusive else "no"
+            return self.is_conditional
+        try:
+            with self.named(path):
+                self._fs.pipe_file(self._full(path), data, mode="create")
+            self.conditional = "no"
+        except StorageError as error:
+            is_refused = is_precondition_failure(error, self._protocol)
+            self.conditional = "yes" if is_refused else "unknown"
         return self.is_conditional
 
     def _read_or_none(self, path: str) -> bytes | None:
@@ -505,38 +520,6 @@ class Store:
             return self.read_bytes(path)
         except ObjectNotFound:
             return None
-
-    def _write_temp(self, target: str, source: BinaryIO) -> str:
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        handle, temp = tempfile.mkstemp(dir=os.path.dirname(target), prefix=_TEMP_PREFIX)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                source.seek(0)
-                shutil.copyfileobj(source, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temp, _FILE_MODE)
-        except OSError:
-            os.unlink(temp)
-            raise
-        return temp
-
-    def _replace_local(self, path: str, source: BinaryIO) -> None:
-        target = self._full(path)
-        os.replace(self._write_temp(target, source), target)
-
-    def _link_local(self, path: str, data: bytes) -> bool:
-        # link(2) fails if the name is taken, on NFS too; open(mode="x") is visible half written.
-        target = self._full(path)
-        temp = self._write_temp(target, io.BytesIO(data))
-        try:
-            os.link(temp, target)
-        except FileExistsError:
-            with open(target, "rb") as file:
-                return file.read() == data
-        finally:
-            os.unlink(temp)
-        return True
 
 
 def _is_dangling(entry: os.DirEntry[str]) -> bool:

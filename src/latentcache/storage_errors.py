@@ -7,13 +7,25 @@ What trying again cannot mend is told apart here.
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from latentcache.errors import AccessDenied, DiskFull, ObjectNotFound, StorageError, first_line
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+
+# A store answers so to a conditional put of an object that exists, or that another request writes.
+_PRECONDITION_FAILED = (409, 412)
+
+# What a mounted or local disk answers that another try does not change.
+_FINAL_ON_DISK = {
+    errno.EEXIST, errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.EMLINK, errno.ENAMETOOLONG,
+    errno.ENODEV, errno.ENOTEMPTY, errno.ENOTSUP, errno.ENXIO, errno.EOPNOTSUPP, errno.EROFS,
+    errno.EXDEV,
+}  # fmt: skip
 
 # What S3 stores say when they are full: Ceph, MinIO, and those that pass on what their disk said.
 _SAYS_FULL = ("(QuotaExceeded)", "StorageFull)", "no space left on device", "disk quota exceeded")
@@ -56,11 +68,22 @@ def translate(error: BaseException, url: str, endpoint_url: str | None) -> Stora
         return error
     if (isinstance(error, OSError) and error.errno in _NO_ROOM) or _says_full(error):
         return DiskFull(f"no room left to write {url}: free some space and run again")
+    if url.startswith("file://") and isinstance(error, OSError):
+        if isinstance(error, PermissionError):
+            said = os.strerror(error.errno or errno.EACCES)
+            return AccessDenied(
+                f"{said}: {url.removeprefix('file://')}; check the permissions of this file and "
+                f"its folders for {_who()}"
+            )
+        if error.errno in _FINAL_ON_DISK and not isinstance(error, IsADirectoryError):
+            return _Final(f"cannot use {url}: {first_line(error)}")
     if isinstance(error, OSError) and error.errno == errno.ENOSYS:
         return _Final(f"{url}{_where(endpoint_url)} cannot do that: {first_line(error)}")
     if "NoSuchBucket" in str(error.__cause__):
         return _Final(f"cannot use {url}: there is no such bucket{_where(endpoint_url)}")
-    if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError):
+    if isinstance(error, IsADirectoryError):
+        return ObjectNotFound(f"{url} is a folder, not a file")
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
         return ObjectNotFound(f"{url}: no such file")
     if kind in ("NoCredentialsError", "PartialCredentialsError"):
         return AccessDenied(
@@ -77,6 +100,41 @@ def translate(error: BaseException, url: str, endpoint_url: str | None) -> Stora
     if kind in ("ParamValidationError", "HFValidationError", "RepositoryNotFoundError"):
         return _Final(f"{url}: {first_line(error)}")
     return StorageError(f"cannot reach or use {url}{_where(endpoint_url)}: {first_line(error)}")
+
+
+def _who() -> str:
+    return f"user {os.geteuid()}" if hasattr(os, "geteuid") else "this user"
+
+
+def is_precondition_failure(error: BaseException, protocol: str) -> bool:
+    """Whether an error means that a conditional request was refused because its object exists.
+
+    Clients raise it in several forms (s3fs: `FileExistsError`, or an `OSError` with errno 5, 16 or
+    22), so the HTTP status of the cause decides. gcsfs alone raises a bare `FileExistsError`, and
+    only for a 412.
+    """
+    chain: list[BaseException] = []
+    current: BaseException | None = error
+    while current is not None and current not in chain:
+        chain.append(current)
+        current = current.__cause__ or current.__context__
+    statuses = [status for found in chain if (status := _http_status(found)) is not None]
+    if statuses:
+        return all(status in _PRECONDITION_FAILED for status in statuses)
+    return protocol in ("gs", "gcs") and any(isinstance(e, FileExistsError) for e in chain)
+
+
+def _http_status(error: BaseException) -> int | None:
+    """Read the HTTP status off an exception of botocore, gcsfs, aiohttp or azure-core."""
+    response: Any = getattr(error, "response", None)
+    if isinstance(response, dict):
+        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        return int(status) if status is not None else None
+    for name in ("status_code", "status", "code"):
+        status = getattr(error, name, None)
+        if isinstance(status, int) or (isinstance(status, str) and status.isdecimal()):
+            return int(status)
+    return None
 
 
 def _says_full(error: BaseException) -> bool:

@@ -1,7 +1,7 @@
 """Ray: actors on GPUs or CPUs, and what their loss means.
 
-The only file that imports ray, but for its metrics in `prometheus.py`. Ray's own restarts and
-retries are off: the driver's loop, in `dispatcher.py`, does both.
+Besides this file only `connection.py` and, for metrics, `prometheus.py` import ray. Ray's own
+restarts and retries are off: the driver's loop, in `dispatcher.py`, does both.
 """
 
 from __future__ import annotations
@@ -15,18 +15,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-# A local cluster is for this process alone; tokens would only write files into the user's home.
-# Whether one that is there asks for a token, its users are told and Ray finds out.
-if (os.environ.get("RAY_ADDRESS") or "local") == "local":
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 # Warns of a change to come in how actors without GPUs see them; ours ask for none or a whole one.
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_DEDUP_LOGS", "0")
-# Else glibc gives each thread a heap, and each keeps some of what large images leave in it:
-# hundreds of MiB with 16 threads. Workers of a local cluster inherit this; see infra/README.md.
-os.environ.setdefault("MALLOC_ARENA_MAX", "2")
-# Torch shall ask for large pages: small ones cost an encoder on a CPU a fifth of its time.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 # Else Ray prints the errors of calls that nobody waits for any more, after the first one failed.
 os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
 
@@ -35,6 +26,7 @@ import torch
 from ray.exceptions import ActorDiedError, OutOfMemoryError, RayError, RayTaskError
 
 from latentcache.dataset.receipts import Receipt
+from latentcache.engine.connection import connect
 from latentcache.engine.dispatcher import ActorLost
 from latentcache.engine.job import UNITS_PER_ACTOR, Job, UnitFailure, UnitTask
 from latentcache.engine.prometheus import ActorMetrics
@@ -161,13 +153,7 @@ class Cluster:
         decode_threads: int | None,
         patience: Patience = NO_PATIENCE,
     ) -> None:
-        address = os.environ.get("RAY_ADDRESS") or "local"
-        arguments: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
-        try:
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR", **arguments)
-        except (ConnectionError, ValueError, RuntimeError, RayError) as error:
-            reason = first_line(error)
-            raise ClusterError(f"cannot join the Ray cluster at {address}: {reason}") from error
+        self._connection = connect()
         self._patience = patience
         self.num_actors = num_gpus or num_cpu_actors
         self.num_gpus_per_actor = 1 if num_gpus else 0
@@ -175,21 +161,25 @@ class Cluster:
             if num_gpus:
                 self._wait_for_a_gpu()
             self.num_cpus_per_actor = cpus_per_actor(
-                _shapes(), self.num_actors, with_gpu=num_gpus > 0, decode_threads=decode_threads
+                self._shapes(),
+                self.num_actors,
+                with_gpu=num_gpus > 0,
+                decode_threads=decode_threads,
             )
         except BaseException:
-            ray.shutdown()
+            self._connection.close()
             raise
 
     def _wait_for_a_gpu(self) -> None:
         """Actors that ask for a GPU where none is or will be would pend without a word."""
-        if any(shape.num_gpus for shape in _shapes()):
+        if any(shape.num_gpus for shape in self._shapes()):
             return
         wait_s = self._patience.wait_for_gpus_s
         reminder, began = Reminder(self._patience.say), time.monotonic()
         # An autoscaler adds a node for what pends, and for nothing else.
-        ref = ray.remote(_nothing).options(num_gpus=1, num_cpus=1).remote()
-        while not any(shape.num_gpus for shape in _shapes()):
+        task = ray.remote(_nothing).options(num_gpus=1, num_cpus=1)
+        ref = self._connection.ask(task.remote)
+        while not any(shape.num_gpus for shape in self._shapes()):
             left_s = began + wait_s - time.monotonic()
             if left_s <= 0:
                 raise ClusterError(
@@ -208,7 +198,12 @@ class Cluster:
         return self
 
     def __exit__(self, *_: object) -> None:
-        ray.shutdown()
+        self._connection.close()
+
+    def _shapes(self) -> list[NodeShape]:
+        """What nodes Ray has; which its autoscaler may add, none but Anyscale's tells."""
+        found = [node["Resources"] for node in self._connection.ask(ray.nodes) if node["Alive"]]
+        return [NodeShape(int(has.get("CPU", 0)), int(has.get("GPU", 0))) for has in found]
 
     def ask(self, function: Callable[..., A], *arguments: Any) -> A:
         """Call a function on one worker like a run's, with its device (`cuda`, `cpu`) as the last
@@ -219,8 +214,9 @@ class Cluster:
             LatentCacheError: what the function raised.
         """
         task = ray.remote(_with_device).options(max_retries=_RETRIES, **self._resources)
-        ref = task.remote(Versions.here(), function, *arguments)
+        ref = self._connection.ask(lambda: task.remote(Versions.here(), function, *arguments))
         while not ray.wait([ref], timeout=_KEEP_ALIVE_EVERY_S)[0]:
+            self._connection.require_alive()
             self._patience.keep_alive()
         answer: A = _get(ref, "a worker failed")
         return answer
@@ -253,11 +249,13 @@ class Cluster:
 
     def _start_caller(self) -> Any:
         options = {"max_restarts": 0, "max_task_retries": 0, **self._resources}
-        return ray.remote(_CallingActor).options(**options).remote(Versions.here())
+        actor_class = ray.remote(_CallingActor).options(**options)
+        return self._connection.ask(lambda: actor_class.remote(Versions.here()))
 
     def _result_of(self, call: _Call, actors: list[Any]) -> Any:
         """Wait for a call, and make it again if that may help."""
         for _ in range(_RETRIES):
+            self._connection.wait(call.ref)
             try:
                 return ray.get(call.ref)
             except RayTaskError as error:
@@ -268,6 +266,7 @@ class Cluster:
                     ray.kill(call.actor)
                     actors[call.number] = self._start_caller()
             call.make(actors)
+        self._connection.wait(call.ref)
         return _get(call.ref, "a call failed")
 
     def start_actor(self, job: Job) -> Any:
@@ -277,14 +276,20 @@ class Cluster:
             max_task_retries=0,
             concurrency_groups={"units": UNITS_PER_ACTOR, "control": 1},
         )(self.actor_class)
-        return actor_class.options(**self._resources).remote(Versions.here(), job)
+        with_room = actor_class.options(**self._resources)
+        return self._connection.ask(lambda: with_room.remote(Versions.here(), job))
 
     def call(self, actor: Any, method: str, *args: Any) -> Any:
         """Call a method of an actor."""
         return getattr(actor, method).remote(*args)
 
     def wait(self, calls: Sequence[Any], timeout_s: float) -> Sequence[Any]:
-        """Give the calls that have ended; wait for a first one at most that time."""
+        """Give the calls that have ended; wait for a first one at most that time.
+
+        Raises:
+            ClusterError: Ray itself is lost.
+        """
+        self._connection.require_alive()
         if not calls:
             time.sleep(timeout_s)
             return []
@@ -305,7 +310,26 @@ class Cluster:
                     f"a worker cannot load latentcache: {str(error).strip().splitlines()[-1]}; "
                     "install the driver's packages on every node"
                 )
-            raise ActorLost(first_line(error), has_crashed=_has_crashed(error, node)) from error
+            raise ActorLost(
+                first_line(error), has_crashed=self._has_crashed(error, node)
+            ) from error
+
+    def _has_crashed(self, error: RayError, node: str | None) -> bool:
+        """Tell a crash from a preemption, by whether the actor's node is still there."""
+        if isinstance(error, OutOfMemoryError):
+            return True
+        if not isinstance(error, ActorDiedError) or error.preempted:
+            return False
+        deadline = time.monotonic() + _NODE_MAY_LINGER_S
+        while is_alive := self._is_alive(node):
+            if time.monotonic() >= deadline:
+                break
+            time.sleep(0.1)
+        return is_alive
+
+    def _is_alive(self, node: str | None) -> bool:
+        nodes = self._connection.ask(ray.nodes)
+        return any(entry["NodeID"] == node and entry["Alive"] for entry in nodes)
 
     def kill(self, actor: Any) -> None:
         """End an actor, whatever it is at."""
@@ -343,29 +367,5 @@ def _get(ref: Any, failure: str) -> Any:
         raise ClusterError(f"{failure}: {first_line(cause or error)}") from error
 
 
-def _has_crashed(error: RayError, node: str | None) -> bool:
-    """Tell a crash from a preemption, by whether the actor's node is still there."""
-    if isinstance(error, OutOfMemoryError):
-        return True
-    if not isinstance(error, ActorDiedError) or error.preempted:
-        return False
-    deadline = time.monotonic() + _NODE_MAY_LINGER_S
-    while is_alive := _is_alive(node):
-        if time.monotonic() >= deadline:
-            break
-        time.sleep(0.1)
-    return is_alive
-
-
-def _shapes() -> list[NodeShape]:
-    """What nodes Ray has; which its autoscaler may add, none but Anyscale's tells."""
-    found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return [NodeShape(int(has.get("CPU", 0)), int(has.get("GPU", 0))) for has in found]
-
-
 def _nothing() -> None:
     """A task whose only purpose is to be waited for by an autoscaler."""
-
-
-def _is_alive(node: str | None) -> bool:
-    return any(entry["NodeID"] == node and entry["Alive"] for entry in ray.nodes())

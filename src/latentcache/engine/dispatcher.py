@@ -334,8 +334,8 @@ class Dispatcher:
         unit = assignment.unit
         if failure.denied and self._may_read(unit.unit):
             raise AccessDenied(
-                f"{failure.message}; the driver may, so give every node the same credentials, and "
-                "the right time"
+                f"{failure.message}; the driver may, so give every node the same credentials or "
+                "permissions, and the right time"
             )
         self._failures[unit.unit.id] += 1
         if failure.changed or self._failures[unit.unit.id] > self._retries.failures:

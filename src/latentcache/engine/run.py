@@ -243,10 +243,14 @@ class _Driver:
     def _join(self, lease: Lease, progress: RunProgress) -> None:
         """Go another way than runs that are at work already; alone where that would be unsafe."""
         if not self.output.is_conditional:
-            progress.say(
-                "no_conditional_writes",
-                f"{self.output.url} has no conditional writes: one run at a time, by lease",
+            is_known = self.output.conditional == "no"
+            found = (
+                "has no conditional writes"
+                if is_known
+                else ("did not answer whether it has conditional writes (unknown)")
             )
+            message = f"{self.output.url} {found}: one run at a time, by lease"
+            progress.say("no_conditional_writes", message)
             lease.require_alone()
         elif others := lease.others():
             # What one has committed the other does not begin, so they share what is left.

@@ -1,0 +1,342 @@
+"""The connection to Ray: a private cluster of this process, or the one at RAY_ADDRESS.
+
+A private cluster listens on loopback addresses only and asks for a random token, so that no other
+user and no other machine can run code in it. Nothing about an existing cluster is changed.
+
+Calls into Ray may block without end, and abort the process after a minute, once the processes that
+they ask are dead. So each connection watches those processes, and `require_alive` tells of a loss.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
+from contextlib import suppress
+from typing import Any, TypeVar
+
+import ray
+from ray._private import ray_constants, services, worker
+from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
+from ray.exceptions import RayError
+
+from latentcache.errors import ClusterError, first_line
+
+# Ray's Unix sockets lie at <folder>/session_<date>_<time>_<µs>_<pid>/sockets/plasma_store, which is
+# 64 bytes with a process id of seven digits. A socket's path has 107 bytes at most (unix(7)), and
+# a private folder takes 14 more than the one that is named here.
+_MAX_FOLDER_BYTES = 107 - 64 - 14
+_SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
+
+# What a node cannot do without; the other processes of Ray only report.
+_VITAL = ("gcs_server", "raylet")
+
+# A cluster counts as lost when it has not answered for so long. Ray itself aborts after 60 s.
+_LOST_AFTER_S = 15.0
+_PROBE_EVERY_S = 2.0
+_PROBE_TIMEOUT_S = 5.0
+
+# How long a thread that waits for Ray sleeps before it looks whether Ray is alive.
+_LOOK_EVERY_S = 0.5
+
+# How a client opens an HTTP/2 connection (RFC 9113, 3.4): what gRPC speaks.
+_HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
+_HTTP2_SETTINGS = 4
+
+# What workers of a private cluster find, unless it is set already; see infra/README.md.
+WORKER_ENVIRONMENT = {
+    # Else glibc gives each thread a heap, and each keeps some of what large images leave in it:
+    # hundreds of MiB with 16 threads.
+    "MALLOC_ARENA_MAX": "2",
+    # Torch shall ask for large pages: small ones cost an encoder on a CPU a fifth of its time.
+    "THP_MEM_ALLOC_ENABLE": "1",
+}
+
+T = TypeVar("T")
+
+_Address = tuple[str, int]
+
+
+def connect() -> Connection:
+    """Start a private cluster, or join the one at RAY_ADDRESS (`local` means a private one).
+
+    Raises:
+        ClusterError: Ray cannot be started, or does not answer there.
+    """
+    if ray.is_initialized():
+        raise ClusterError("this process is connected to Ray already: call ray.shutdown() first")
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    return PrivateCluster() if address == "local" else JoinedCluster(address)
+
+
+class Connection:
+    """A connection to Ray. Close it at the end."""
+
+    def require_alive(self) -> None:
+        """Raise if Ray's own processes are lost.
+
+        Raises:
+            ClusterError: what was lost, and why.
+        """
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Leave the cluster; a private one ends."""
+        raise NotImplementedError
+
+    def ask(self, function: Callable[[], T]) -> T:
+        """Call what asks the head of the cluster for something.
+
+        On a thread, because such a call does not come back once the head is dead.
+
+        Raises:
+            ClusterError: Ray is lost.
+        """
+        self.require_alive()
+        answer: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                answer.set_result(function())
+            except BaseException as error:  # noqa: BLE001 - for the thread that waits
+                answer.set_exception(error)
+
+        threading.Thread(target=run, name="ray-ask", daemon=True).start()
+        while not wait([answer], timeout=_LOOK_EVERY_S).done:
+            self.require_alive()
+        try:
+            return answer.result()
+        except RayError as error:
+            raise ClusterError(f"Ray does not answer: {first_line(error)}") from error
+
+    def wait(self, ref: Any) -> None:
+        """Wait until a call has ended, or Ray is lost."""
+        while not ray.wait([ref], timeout=_LOOK_EVERY_S)[0]:
+            self.require_alive()
+
+
+class PrivateCluster(Connection):
+    """A cluster of this process alone, on loopback addresses, behind a random token."""
+
+    def __init__(self) -> None:
+        self._folder = _make_folder()
+        self._environment = _Environment()
+        self._processes: list[tuple[str, Any]] = []
+        try:
+            # Ray else replaces a loopback address by one that other machines reach.
+            self._environment.set_for_private_cluster()
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="ERROR",
+                _node_ip_address="127.0.0.1",
+                _temp_dir=f"{self._folder}/r",  # Ray opens it to everybody, but not its parent
+            )
+            node = worker._global_node
+            if node.node_ip_address != "127.0.0.1":
+                raise ClusterError(f"Ray listens on {node.node_ip_address}, not on 127.0.0.1 alone")
+            self._processes = [
+                (kind, found.process) for kind in _VITAL for found in node.all_processes[kind]
+            ]
+        except BaseException as error:
+            self.close()
+            # Ray raises a bare Exception where a process of its own does not start.
+            if isinstance(error, ClusterError) or not isinstance(error, Exception):
+                raise
+            raise ClusterError(
+                f"cannot start Ray with its files in {os.path.dirname(self._folder)}: "
+                f"{first_line(error)}"
+            ) from error
+
+    def require_alive(self) -> None:
+        """Raise if the GCS or the raylet has ended."""
+        for kind, process in self._processes:
+            if (code := process.poll()) is not None:
+                how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
+                raise ClusterError(
+                    f"Ray's {kind} of this run {how}, perhaps because memory ran out: what is "
+                    "committed stays; run again"
+                )
+
+    def close(self) -> None:
+        """End the cluster, delete its files, and give the environment back as it was."""
+        try:
+            ray.shutdown()
+        finally:
+            self._environment.restore()
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+
+class _Environment:
+    """The variables that a private cluster's processes inherit, and what they were before."""
+
+    def __init__(self) -> None:
+        self._before: dict[str, str | None] = {}
+        self._is_cluster_enabled = ray_constants.ENABLE_RAY_CLUSTER
+
+    def set_for_private_cluster(self) -> None:
+        """Ask for a random token; prepare workers."""
+        variables = {
+            # The environment, because a command line can be read by every user of the machine.
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        }
+        variables |= {
+            name: value for name, value in WORKER_ENVIRONMENT.items() if name not in os.environ
+        }
+        self._before = {name: os.environ.get(name) for name in variables}
+        os.environ.update(variables)
+        # What Ray calls a cluster here is one that other machines reach. Its own switch is read
+        # when it is imported, which may have been long ago.
+        ray_constants.ENABLE_RAY_CLUSTER = False
+        _forget_authentication()
+
+    def restore(self) -> None:
+        """Give everything back."""
+        for name, value in self._before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        self._before = {}
+        ray_constants.ENABLE_RAY_CLUSTER = self._is_cluster_enabled
+        _forget_authentication()
+
+
+def _forget_authentication() -> None:
+    """Let Ray read its authentication from the environment again, which it does once."""
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
+
+
+def _make_folder() -> str:
+    """Make a private folder for Ray's files, with a path that is short enough for its sockets."""
+    tried = []
+    for folder in _folders():
+        if len(os.fsencode(folder)) > _MAX_FOLDER_BYTES:
+            continue
+        try:
+            return tempfile.mkdtemp(prefix="lc-", dir=folder)
+        except OSError as error:
+            tried.append(f"{folder} ({error.strerror})")
+    raise ClusterError(
+        "Ray needs a folder that can be written, with a path of at most "
+        f"{_MAX_FOLDER_BYTES} bytes: set RAY_TMPDIR to one"
+        + (f"; tried {', '.join(tried)}" if tried else "")
+    )
+
+
+def _folders() -> Iterator[str]:
+    """Give the folder that the environment names, and short ones for where its path is too long."""
+    for name in ("RAY_TMPDIR", "TMPDIR"):
+        folder = os.environ.get(name)
+        if folder is None or (name == "TMPDIR" and not folder):  # tempfile takes that for unset
+            continue
+        if not (os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)):
+            raise ClusterError(
+                f"{name} is {folder!r}, which is not a folder that can be written: make it one, or "
+                "unset it"
+            )
+    named = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR")
+    yield os.path.abspath(named or tempfile.gettempdir())
+    yield from _SHORT_FOLDERS
+    if runtime := os.environ.get("XDG_RUNTIME_DIR"):
+        yield runtime
+
+
+class JoinedCluster(Connection):
+    """An existing cluster, which is asked now and then whether it still answers."""
+
+    def __init__(self, address: str) -> None:
+        self._name = f"the Ray cluster at {address} (RAY_ADDRESS)"
+        self._lost: str | None = None
+        self._closed = threading.Event()
+        watched = self._require_answer(address)
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        except Exception as error:  # Ray raises bare ones too
+            raise ClusterError(f"cannot join {self._name}: {first_line(error)}") from error
+        if watched:
+            watched += self._raylet()
+            threading.Thread(
+                target=self._watch, args=(watched,), name="ray-watch", daemon=True
+            ).start()
+
+    def require_alive(self) -> None:
+        """Raise if the head, or this node's raylet, has not answered for too long."""
+        if self._lost:
+            raise ClusterError(
+                f"{self._name} is lost: {self._lost}; what is committed stays; run again"
+            )
+
+    def close(self) -> None:
+        """Leave the cluster."""
+        self._closed.set()
+        ray.shutdown()
+
+    def _require_answer(self, address: str) -> list[_Address]:
+        """Raise soon if nobody answers; Ray itself takes minutes. Gives what can be watched."""
+        if "://" in address:  # Ray's client, which has a time limit and a connection of its own
+            return []
+        try:
+            found = services.canonicalize_bootstrap_address(address)
+            if not found:
+                raise ConnectionError("no Ray cluster runs on this machine")
+            host, _, port = found.rpartition(":")
+            head = (host.strip("[]"), int(port))
+            _probe(head)
+        except (OSError, ValueError, OverflowError) as error:
+            raise ClusterError(
+                f"cannot join {self._name}: {_reason(error)}; correct RAY_ADDRESS, or unset it to "
+                "run without a cluster"
+            ) from error
+        return [head]
+
+    def _raylet(self) -> list[_Address]:
+        """Give the address of the raylet that this driver is connected to."""
+        with suppress(RayError):
+            here = ray.get_runtime_context().get_node_id()
+            for node in ray.nodes():
+                if node["NodeID"] == here:
+                    return [(node["NodeManagerAddress"], node["NodeManagerPort"])]
+        return []
+
+    def _watch(self, addresses: Sequence[_Address]) -> None:
+        answered_at = dict.fromkeys(addresses, time.monotonic())
+        while not self._closed.wait(_PROBE_EVERY_S):
+            for address in addresses:
+                try:
+                    _probe(address)
+                    answered_at[address] = time.monotonic()
+                except OSError as error:
+                    silent_s = time.monotonic() - answered_at[address]
+                    if silent_s >= _LOST_AFTER_S:
+                        host, port = address
+                        self._lost = f"{host}:{port} gives no answer ({_reason(error)})"
+                        return
+
+
+def _probe(address: _Address) -> None:
+    """Raise an `OSError` unless a gRPC server answers there, in a few seconds."""
+    with socket.create_connection(address, timeout=_PROBE_TIMEOUT_S) as connection:
+        if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
+            return
+        connection.sendall(_HTTP2_PREFACE)
+        header = b""
+        while len(header) < 9:
+            if not (received := connection.recv(9 - len(header))):
+                break
+            header += received
+    if len(header) < 9 or header[3] != _HTTP2_SETTINGS:
+        raise ConnectionError("what listens there is no Ray cluster")
+
+
+def _reason(error: Exception) -> str:
+    return "it does not answer" if isinstance(error, TimeoutError) else first_line(error)
