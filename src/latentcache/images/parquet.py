@@ -150,6 +150,7 @@ def _read_rows(
     reader = _Reader(file, parquet, footer)
     if columns.key is None:
         columns = replace(columns, path=_path_column(reader, schema, columns))
+    names = frozenset(schema.names)
     seen: set[str] = set()
     losses: list[str] = []
     for number, first in _row_groups(footer, shard):
@@ -162,7 +163,7 @@ def _read_rows(
                     on_read(sum(map(len, group.fields.values())))
                     sample = _sample_of(group, wanted, seen, f"{first + done - 1:09d}")
                     seen.add(group.key)
-                    yield sample
+                    yield replace(sample, names=names)
         except pa.ArrowMemoryError:
             raise
         except OversizedPage as error:

@@ -1,0 +1,137 @@
+"""Which fields the samples have, and whether each kept field occurs at all.
+
+A kept field that no sample has is a mistake in `source.keep`: every row would have null there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+from latentcache.dataset.columns import Columns
+from latentcache.dataset.receipts import MAX_FIELDS, Receipt, UnitSummary
+from latentcache.errors import ConfigError
+
+# A field that is in none of so many units and samples is taken to be absent. Of a field that one
+# sample in a thousand has, 10,000 samples without it occur once in 20,000 runs.
+MIN_UNITS = 8
+MIN_SAMPLES = 10_000
+
+
+T = TypeVar("T")
+
+
+def spread(units: Sequence[T]) -> list[T]:
+    """Put `MIN_UNITS` units from all over the source first, for fields that only some shards have.
+
+    Args:
+        units: in the order of the source.
+    """
+    first = [index * len(units) // MIN_UNITS for index in range(MIN_UNITS)]
+    if len(units) <= MIN_UNITS:
+        return list(units)
+    chosen = set(first)
+    return [units[i] for i in first] + [u for i, u in enumerate(units) if i not in chosen]
+
+
+class SeenFields:
+    """Collects the fields that a unit's samples have.
+
+    Args:
+        columns: the kept columns.
+    """
+
+    def __init__(self, columns: Columns) -> None:
+        self._kept = {column.field for column in columns}
+        self._names: set[str] = set()
+        self._last: frozenset[str] = frozenset()
+
+    def add(self, names: frozenset[str]) -> None:
+        """Take in the fields of one sample."""
+        if names == self._last:
+            return
+        self._last = names
+        new = names - self._names
+        room = MAX_FIELDS - len(self._names - self._kept)
+        self._names |= new & self._kept
+        self._names.update(sorted(new - self._kept)[:room])
+
+    @property
+    def absent(self) -> tuple[str, ...]:
+        """The kept fields that no sample has."""
+        return tuple(sorted(self._kept - self._names))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Fields that samples have: every kept one, and others, at most `MAX_FIELDS` together."""
+        kept = sorted(self._names & self._kept)
+        return tuple(sorted([*kept, *sorted(self._names - self._kept)][:MAX_FIELDS]))
+
+
+class FieldCheck:
+    """Holds receipts back until each kept field has occurred in a sample.
+
+    So a run that keeps a field which no sample has commits nothing.
+
+    Args:
+        columns: the kept columns.
+        done: the units that are committed.
+    """
+
+    def __init__(self, columns: Columns, done: Iterable[UnitSummary]) -> None:
+        self._missing = {column.field for column in columns}
+        for unit in done:
+            kept = {column.field for column in unit.columns}
+            self._missing -= kept.difference(unit.absent_fields)
+        self._held: list[tuple[bytes, str]] = []
+        self._names: set[str] = set()
+        self._num_samples = 0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a field still has to occur."""
+        return bool(self._missing)
+
+    def offer(self, data: bytes, attempt: str) -> list[tuple[bytes, str]]:
+        """Take in the bytes of a receipt; return those that may be put, each with its attempt.
+
+        Raises:
+            ConfigError: a field occurs in none of the samples of many units.
+        """
+        if not self._missing:
+            return [(data, attempt)]
+        receipt = Receipt.from_bytes(data)
+        self._missing.difference_update(receipt.fields)
+        self._names.update(receipt.fields)
+        self._num_samples += receipt.record.num_samples
+        self._held.append((data, attempt))
+        if not self._missing:
+            return self.release()
+        if len(self._held) >= MIN_UNITS and self._num_samples >= MIN_SAMPLES:
+            raise self._error(f"the first {len(self._held)} units")
+        return []
+
+    def release(self) -> list[tuple[bytes, str]]:
+        """Return what was held back."""
+        held, self._held = self._held, []
+        return held
+
+    def end(self) -> None:
+        """Judge at the end of a run that finished every unit.
+
+        Raises:
+            ConfigError: a field occurs in no sample; nothing was put.
+        """
+        if self._missing and self._num_samples:
+            raise self._error("the source")
+
+    def _error(self, where: str) -> ConfigError:
+        missing = ", ".join(sorted(self._missing))
+        names = sorted(self._names)
+        more = f" and {len(names) - MAX_FIELDS} more" if len(names) > MAX_FIELDS else ""
+        return ConfigError(
+            f"source.keep names {missing}, which no sample of {where} has ({self._num_samples} "
+            f"samples); they have {', '.join(names[:MAX_FIELDS]) or 'no fields'}{more}. This run "
+            "committed nothing: correct source.keep, or leave the field out and add it later: that "
+            "needs no new encoding"
+        )
