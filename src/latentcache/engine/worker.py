@@ -37,7 +37,7 @@ class ActorRunner:
     """
 
     def __init__(self, job: Job, device: str) -> None:
-        self._job, self._device = job, device
+        self.job, self._device = job, device
         self._rewriter = Rewriter(job)
         self._lock = Lock()
         self._encoding = None if job.loads_late else load_runner(job, device)
@@ -53,7 +53,7 @@ class ActorRunner:
         """Return the runner that encodes; load it if need be."""
         with self._lock:
             if self._encoding is None:
-                self._encoding = load_runner(self._job, self._device)
+                self._encoding = load_runner(self.job, self._device)
             return self._encoding
 
     def stats(self) -> dict[str, float]:
