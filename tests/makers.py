@@ -82,6 +82,7 @@ def config_tree(folder: Path, **sections: dict[str, Any]) -> dict[str, Any]:
         "vae": {"checkpoint": "demo"},
         "output": {"url": f"{folder}/out"},
         "compute": {"num_gpus": 0},
+        "rejects": {"max_rate": 1},  # a test of damaged samples has few others
     }
     for name, section in sections.items():
         tree[name] = tree.get(name, {}) | section

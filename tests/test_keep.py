@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 import latentcache
 from latentcache import Config, Dataset, LatentDataset, LatentLoader, RunSummary
+from latentcache.dataset.columns import columns_of
 from latentcache.dataset.publish import publish
 from latentcache.dataset.receipts import Receipt
 from latentcache.dataset.shards import tensor_bytes

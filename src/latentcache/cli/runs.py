@@ -85,8 +85,10 @@ def run_command(
         )
     if summary.status == "too_many_rejects":
         complain(
-            f"too many rejects: look at them with `latentcache inspect --manifest "
-            f"{summary.manifest}`, then correct the source or raise rejects.max_rate",
+            f"too many rejects: {summary.num_rejects} of "
+            f"{summary.num_rows + summary.num_rejects} samples; look at them with `latentcache "
+            f"inspect --manifest {summary.manifest}`, then correct the source or raise "
+            "rejects.max_rate",
             "too_many_rejects",
             "error",
         )
