@@ -210,7 +210,7 @@ def commit_unit(
         tuple(files),
         rejects_file,
         qa_file,
-        columns,
+        columns=columns,
         reject_reasons=count_reasons(rejects),
     )
     receipt = Receipt(record, contract.fingerprint, statistics)

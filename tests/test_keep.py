@@ -253,6 +253,35 @@ def test_a_sample_whose_new_field_is_bad_is_a_reject(
     assert verify(url).ok
 
 
+def test_scattered_samples_and_their_masks_are_rewritten(
+    tmp_path: Path, no_encoder: Callable[[], None]
+):
+    members = [
+        *((f"{i}.png", png(64, 64, i)) for i in range(3)),
+        *((f"{i}.mask.png", png(64, 64, 9)) for i in range(3)),
+        *((f"{i}.txt", f"text {i}".encode()) for i in range(3)),
+        *((f"{i}.json", b"{}") for i in range(2)),
+    ]
+    write_tar(tmp_path / "src" / "0.tar", members)
+    source = {"shards": f"{tmp_path}/src/*.tar"}
+    run(make_config(tmp_path, source, ["txt"]))
+    url = str(tmp_path / "out")
+    first = latentcache.open_dataset(url)
+    no_encoder()
+    assert run(make_config(tmp_path, source, ["json"])).status == "complete"
+    second = latentcache.open_dataset(url)
+    assert rows_of(second) == rows_of(first)
+    assert len(second) == 3
+    assert [columns["json"] for _, columns in sorted(columns_in(second).items())] == [
+        "{}",
+        "{}",
+        None,
+    ]
+    for one, other in zip(first.units, second.units, strict=True):
+        assert one.num_extra_images == other.num_extra_images == 3
+        assert one.num_images == other.num_images
+
+
 def test_a_sample_that_was_rejected_for_a_field_no_longer_kept_is_encoded(tmp_path: Path):
     write_tar(
         tmp_path / "src" / "0.tar",

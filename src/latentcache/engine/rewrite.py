@@ -1,16 +1,15 @@
 """Writing a unit's rows again with other kept columns, around the latents that are stored.
 
-No image is decoded and no encoder is loaded. The source's samples are read again, in the same order
-as at first, for it is the same version; so each stored row meets its sample. Whatever does not
-meet, such as a sample that was rejected for a field that is no longer kept, leaves the unit to be
-encoded, which is always right.
+No image is decoded and no encoder is loaded. The source is read again in the same version, and each
+sample takes the stored row of its key. Where a sample and a row do not meet, the unit is encoded,
+which is always right: a sample may have been rejected for a field that is no longer kept.
 """
 
 from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -19,7 +18,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from latentcache.dataset.contract import Contract
@@ -40,18 +38,18 @@ from latentcache.dataset.shards import (
     write_rejects,
 )
 from latentcache.dataset.statistics import Statistics
+from latentcache.engine.accounting import SampleCounts
 from latentcache.engine.boundary import at_boundary, committed_receipt
 from latentcache.engine.fields import SeenFields
 from latentcache.engine.job import UNITS_PER_ACTOR, Job, UnitFailure, UnitTask
 from latentcache.engine.stages import StageTimes
 from latentcache.engine.unit import read_columns, reject_row
 from latentcache.errors import DatasetError, ObjectNotFound, Reject
-from latentcache.images.source import RejectedSample, Sample, read_shard
+from latentcache.images.source import NotGrouped, RejectedSample, Sample, read_samples
 from latentcache.storage import Store
 
-_ROW_FIELDS = ("key", "original_width", "original_height", "crop_top", "crop_left")
+_SIZES = ("original_width", "original_height", "crop_top", "crop_left")
 
-_ROWS_AT_ONCE = 1024
 _LATENTS_AT_ONCE = 64
 _CHUNK_BYTES = 2**20
 
@@ -81,13 +79,20 @@ class Rewriter:
     def _run(self, task: UnitTask) -> Receipt | None:
         if committed := committed_receipt(self.output, task):
             return committed
+        try:
+            try:
+                return self._attempt(task, gather=False)
+            except NotGrouped:
+                return self._attempt(task, gather=True)
+        except _NeedsEncoding:
+            return None
+
+    def _attempt(self, task: UnitTask, *, gather: bool) -> Receipt:
         with TemporaryDirectory(prefix="latentcache-") as folder:
-            rewrite = _Rewrite(self, task, Path(folder))
+            rewrite = _Rewrite(self, task, Path(folder), gather=gather)
             self._active.append(rewrite)
             try:
                 return rewrite.run()
-            except _NeedsEncoding:
-                return None
             finally:
                 self._active.remove(rewrite)
                 for stage, times in rewrite.times.items():
@@ -121,7 +126,8 @@ def stage_times() -> dict[str, StageTimes]:
 class _Rewrite:
     """One attempt at rewriting one unit."""
 
-    def __init__(self, rewriter: Rewriter, task: UnitTask, folder: Path) -> None:
+    def __init__(self, rewriter: Rewriter, task: UnitTask, folder: Path, *, gather: bool) -> None:
+        self.gather = gather
         self.rewriter = rewriter
         self.contract = rewriter.job.contract
         self.columns = rewriter.job.columns
@@ -129,7 +135,8 @@ class _Rewrite:
         self.folder = folder
         self.stem = f"{task.generation}-{task.attempt}"
         self.times = stage_times()
-        self.num_samples = self.num_source_bytes = self.num_output_bytes = 0
+        self.samples = SampleCounts()
+        self.num_source_bytes = self.num_output_bytes = 0
         self.rejects: list[RejectRow] = []
         self.seen = SeenFields(self.columns)
         self.writers: dict[str, BucketWriter] = {}
@@ -164,7 +171,7 @@ class _Rewrite:
                 for writer in self.writers.values():
                     writer.abandon()
                 raise
-        if self.num_samples != before.record.num_samples:
+        if self.samples.num_samples != before.record.num_samples:
             raise _NeedsEncoding
         return self._finish(before, [rows.name for rows in stored], qa)
 
@@ -217,28 +224,26 @@ class _Rewrite:
 
     def _write_rows(self, stored: list[_StoredRows], rejects: dict[str | None, RejectRow]) -> None:
         """Read the samples, and write each stored row with its sample's columns."""
-        next_rows = {rows.head.key: rows for rows in stored if rows.head}
+        left = {key: (rows, index) for rows in stored for index, key in enumerate(rows.keys)}
         for sample in self._read_samples():
-            self.num_samples += 1
+            self.samples.add(sample)
             self.seen.add(sample.names)
-            rows = next_rows.pop(sample.key, None) if sample.key is not None else None
+            place = left.pop(sample.key, None) if sample.key is not None else None
             with self.times["write"].working():
-                self._pass(sample, rows, rejects)
-                if rows and rows.advance():
-                    assert rows.head
-                    next_rows[rows.head.key] = rows
-        if next_rows:  # rows without a sample
+                self._pass(sample, place, rejects)
+        if left:  # rows without a sample
             raise _NeedsEncoding
         with self.times["write"].working():
             for writer in self.writers.values():
                 writer.close()
 
     def _read_samples(self) -> Iterator[Sample | RejectedSample]:
-        samples = read_shard(
+        samples = read_samples(
             self.task.shard,
             self.contract.source,
             keep=tuple(column.field for column in self.columns),
             options=self.rewriter.job.source_storage,
+            gather=self.gather,
             on_read=self._count_bytes,
         )
         while True:
@@ -254,31 +259,33 @@ class _Rewrite:
     def _pass(
         self,
         sample: Sample | RejectedSample,
-        rows: _StoredRows | None,
+        place: tuple[_StoredRows, int] | None,
         rejects: dict[str | None, RejectRow],
     ) -> None:
         """Make one sample a row or a reject, as encoding it would."""
         if isinstance(sample, RejectedSample):
-            self.rejects.append(reject_row(sample.key, sample.reject))
+            self.rejects.append(
+                reject_row(sample.key, sample.reject, has_image=sample.num_images > 0)
+            )
             return
         try:
             columns = read_columns(sample.fields, self.columns)
         except Reject as reject:
             self.rejects.append(reject_row(sample.key, reject))
             return
-        if rows is None:
+        if place is None:
             if sample.key not in rejects:
                 raise _NeedsEncoding
             self.rejects.append(rejects[sample.key])
             return
-        assert rows.head
+        rows, index = place
         if rows.name not in self.writers:
             stem = self.folder / f"{self.stem}-{rows.name}"
             unit_id = self.task.unit.id
             writer = BucketWriter(stem, self.contract, self.columns, unit_id, rows.bucket)
             self.writers[rows.name] = writer
-        latent = rows.read_latent()
-        self.writers[rows.name].append(latent[None], [replace(rows.head, columns=columns)])
+        row = RowMeta(sample.key, **rows.sizes(index), columns=columns)
+        self.writers[rows.name].append(rows.read_latent(index)[None], [row])
 
     def _finish(
         self, before: Receipt, buckets: list[str], qa: tuple[Path, QaFile] | None
@@ -301,11 +308,8 @@ class _Rewrite:
                 path = f"rejects/{unit.id}/{local.name}"
                 rejects = describe_file(local, path, len(self.rejects), "")
         num_rows = sum(writer.num_rows for writer in writers)
-        if num_rows + len(self.rejects) != self.num_samples:
-            raise AssertionError(
-                f"{unit.title}: {self.num_samples} samples came in, but {num_rows} rows and "
-                f"{len(self.rejects)} rejects would go out"
-            )
+        num_with_image = sum(row.has_image for row in self.rejects)
+        self.samples.check(unit.title, num_rows, len(self.rejects), num_with_image)
         statistics = before.statistics
         if num_rows != before.record.num_rows:
             statistics = _statistics_of(writers, self.contract)
@@ -320,12 +324,14 @@ class _Rewrite:
             before.record,
             generation=self.task.generation,
             attempt=self.task.attempt,
-            num_samples=self.num_samples,
+            num_samples=self.samples.num_samples,
             num_rows=num_rows,
             num_rejects=len(self.rejects),
             files=tuple(file for _, file in files),
             rejects=rejects,
             qa=qa[1] if qa else None,
+            num_images=self.samples.num_images,
+            num_extra_images=self.samples.num_extra_images,
             columns=self.columns,
             absent_fields=self.seen.absent,
             reject_reasons=count_reasons(self.rejects),
@@ -336,6 +342,7 @@ class _Rewrite:
             statistics=statistics,
             stages={stage: times.to_json() for stage, times in self.times.items()},
             elapsed_s=round(time.perf_counter() - self.began, 3),
+            extra_image_fields=self.samples.extra_image_fields,
             fields=self.seen.names,
         )
 
@@ -345,9 +352,7 @@ class _Rewrite:
 
 
 class _StoredRows:
-    """The rows of one bucket's files on local disk, one after the other.
-
-    `head` is the current row without its columns, None after the last.
+    """The rows of one bucket's files on local disk; `keys` are in their order.
 
     Args:
         name: the bucket, `WIDTHxHEIGHT`.
@@ -368,43 +373,29 @@ class _StoredRows:
         self._size = row_bytes(contract, self.bucket)
         self._stride = self._size + (4 if contract.latents.format == "parquet" else 0)
         self._group_rows = row_group_rows(contract, self.bucket)
-        self._index = -1
         self._raw = paths[0].open("rb")
         try:
             self._offsets = latent_offsets(self._raw, contract, self.bucket, num_rows)
-            self._parquet = pq.ParquetFile(paths[-1])
+            table = read_table(paths[-1], ["key", *_SIZES])
         except (DatasetError, pa.ArrowException, OSError) as error:
             self._raw.close()
             raise _NeedsEncoding from error
-        self._rows = self._read_rows()
-        self.head: RowMeta | None = None
-        self.advance()
+        self.keys: list[str] = table["key"].to_pylist()
+        self._sizes = {name: table[name].to_numpy() for name in _SIZES}
 
     def __enter__(self) -> _StoredRows:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._rows.close()
-        self._parquet.close()
         self._raw.close()
 
-    def _read_rows(self) -> Generator[RowMeta, None, None]:
-        batches = self._parquet.iter_batches(
-            _ROWS_AT_ONCE, columns=list(_ROW_FIELDS), use_threads=False
-        )
-        for batch in batches:
-            for row in batch.to_pylist():
-                yield RowMeta(**row, columns={})
+    def sizes(self, index: int) -> dict[str, int]:
+        """Return the original size and the crop of a row, in pixels."""
+        return {name: int(values[index]) for name, values in self._sizes.items()}
 
-    def advance(self) -> bool:
-        """Go to the next row; return whether there is one."""
-        self._index += 1
-        self.head = next(self._rows, None)
-        return self.head is not None
-
-    def read_latent(self) -> torch.Tensor:
-        """Read the latent of the current row, [C, H, W] in the stored dtype."""
-        group, within = divmod(self._index, self._group_rows)
+    def read_latent(self, index: int) -> torch.Tensor:
+        """Read the latent of a row, [C, H, W] in the stored dtype."""
+        group, within = divmod(index, self._group_rows)
         self._raw.seek(self._offsets[group] + within * self._stride)
         data = self._raw.read(self._size)
         return tensor_from_bytes(data, self._dtype, self._shape)
