@@ -16,6 +16,7 @@ from latentcache.errors import (
     AccessDenied,
     ConfigError,
     DiskFull,
+    FieldMissing,
     LatentCacheError,
     SourceChanged,
     StorageError,
@@ -38,7 +39,11 @@ def at_boundary(task: UnitTask, run: Callable[[], R]) -> R | UnitFailure:
     except (DiskFull, ConfigError) as error:
         return UnitFailure(str(error), fatal=error)
     except LatentCacheError as error:
-        return UnitFailure(str(error), denied=isinstance(error, AccessDenied))
+        return UnitFailure(
+            str(error),
+            denied=isinstance(error, AccessDenied),
+            lacks_field=isinstance(error, FieldMissing),
+        )
     except torch.AcceleratorError:
         raise
     except Exception as error:  # noqa: BLE001  (the unit boundary)

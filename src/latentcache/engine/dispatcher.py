@@ -91,11 +91,15 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """A unit that was given up; `changed` says that its source is another version now."""
+    """A unit that was given up.
+
+    `changed`: its source is another version now. `lacks_field`: see `UnitFailure`.
+    """
 
     task: UnitTask
     message: str
     changed: bool = False
+    lacks_field: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -345,8 +349,11 @@ class Dispatcher:
                 "the right time"
             )
         self._failures[unit.unit.id] += 1
-        if failure.changed or self._failures[unit.unit.id] > self._retries.failures:
-            yield Failed(assignment.task, failure.message, failure.changed)
+        is_final = failure.changed or failure.lacks_field
+        if is_final or self._failures[unit.unit.id] > self._retries.failures:
+            yield Failed(
+                assignment.task, failure.message, failure.changed, failure.lacks_field
+            )
         else:
             (self._suspects if crashed else self._pending).append(unit)
 

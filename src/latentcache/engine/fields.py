@@ -86,6 +86,7 @@ class FieldCheck:
         self._held: list[tuple[bytes, str]] = []
         self._names: set[str] = set()
         self._num_samples = 0
+        self._lacking: list[str] = []
 
     @property
     def is_open(self) -> bool:
@@ -111,18 +112,42 @@ class FieldCheck:
             raise self._error(f"the first {len(self._held)} units")
         return []
 
+    def lacks(self, message: str) -> None:
+        """Take in that a unit failed because its file has no column for a field.
+
+        Args:
+            message: names the file, the field, and what the file has.
+
+        Raises:
+            ConfigError: so it was with many units, and with none otherwise.
+        """
+        self._lacking.append(message)
+        if len(self._lacking) >= MIN_UNITS:
+            self._refuse_if_all_lack(len(self._lacking))
+
+    def _refuse_if_all_lack(self, num_failed: int) -> None:
+        if self._missing and not self._held and num_failed == len(self._lacking):
+            raise ConfigError(f"{self._lacking[0]}. This run committed nothing: correct source.keep")
+
     def release(self) -> list[tuple[bytes, str]]:
         """Return what was held back."""
         held, self._held = self._held, []
         return held
 
-    def end(self) -> None:
-        """Judge at the end of a run that finished every unit.
+    def end(self, num_failed: int) -> None:
+        """Judge at the end of a run that tried every unit.
+
+        A field may occur in the units that failed, unless they failed for want of it.
+
+        Args:
+            num_failed: units that were given up.
 
         Raises:
             ConfigError: a field occurs in no sample; nothing was put.
         """
-        if self._missing and self._num_samples:
+        if num_failed:
+            self._refuse_if_all_lack(num_failed)
+        elif self._missing and self._num_samples:
             raise self._error("the source")
 
     def _error(self, where: str) -> ConfigError:

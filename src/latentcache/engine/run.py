@@ -217,8 +217,8 @@ class _Driver:
                     for committed in committer.ended():
                         self._take(committed, progress)
                         dispatcher.qa_wanted = self._qa_wanted()
-                if not (self.failed or self.stop.reason):
-                    self.fields.end()
+                if not self.stop.reason:
+                    self.fields.end(len(self.failed))
                 for receipt in self.fields.release():
                     committer.put(*receipt)
                 for committed in committer.drain():
@@ -385,6 +385,8 @@ class _Driver:
                 progress.say("unit_changed", message, source=unit.source)
                 return
         self.failed[unit.title] = message
+        if event.lacks_field:
+            self.fields.lacks(message)
         progress.say(
             "unit_given_up",
             f"given up: {message}",
