@@ -553,3 +553,16 @@ def test_the_most_frequent_reasons_come_first_each_with_an_example(tmp_path: Pat
     found = [(r.reason, r.num_rejects, r.key) for r in summary.reject_reasons]
     assert found[0] == ("read/no_image", 3, "b")
     assert [(num, key) for _, num, key in found[1:]] == [(1, "a")]
+
+
+@pytest.mark.parametrize("num_files", [1, 12])
+def test_a_column_that_no_parquet_file_has_is_an_error(tmp_path: Path, num_files: int):
+    for number in range(num_files):
+        (tmp_path / "src").mkdir(exist_ok=True)
+        _write_parquet(tmp_path / "src" / f"{number:02d}.parquet", make_samples(number, 1))
+    source = {"shards": f"{tmp_path}/src/*.parquet", "image": ["image"]}
+    with pytest.raises(
+        ConfigError, match=r"no column 'text'.*it has image, txt, json, cls.*nothing"
+    ):
+        run(make_config(tmp_path, source, ["text"]))
+    assert not list((tmp_path / "out").glob("commits/*"))

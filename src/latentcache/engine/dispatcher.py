@@ -351,9 +351,7 @@ class Dispatcher:
         self._failures[unit.unit.id] += 1
         is_final = failure.changed or failure.lacks_field
         if is_final or self._failures[unit.unit.id] > self._retries.failures:
-            yield Failed(
-                assignment.task, failure.message, failure.changed, failure.lacks_field
-            )
+            yield Failed(assignment.task, failure.message, failure.changed, failure.lacks_field)
         else:
             (self._suspects if crashed else self._pending).append(unit)
 

@@ -127,7 +127,9 @@ class FieldCheck:
 
     def _refuse_if_all_lack(self, num_failed: int) -> None:
         if self._missing and not self._held and num_failed == len(self._lacking):
-            raise ConfigError(f"{self._lacking[0]}. This run committed nothing: correct source.keep")
+            raise ConfigError(
+                f"{self._lacking[0]}. This run committed nothing: correct source.keep"
+            )
 
     def release(self) -> list[tuple[bytes, str]]:
         """Return what was held back."""

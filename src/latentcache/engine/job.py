@@ -113,8 +113,9 @@ class UnitFailure:
 
     `changed`: the source is no longer the listed version. `denied`: a store refused this node; if
     the driver may read the source, that is the node's fault and not the unit's. `fatal`: what ends
-    the whole run, because no other unit can fare better, such as a disk without room. `lacks_field`:
-    its file has no column for a field that the config names, which no other attempt changes.
+    the whole run, because no other unit can fare better, such as a disk without room.
+    `lacks_field`: its file has no column for a field that the config names, which no other attempt
+    changes.
     """
 
     message: str

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pyarrow.types as pt
 
-from latentcache.errors import Reject, SourceError, StorageError, first_line
+from latentcache.errors import FieldMissing, Reject, SourceError, StorageError, first_line
 from latentcache.images.parquet_file import OversizedPage, ParquetBytes
 from latentcache.images.samples import (
     Group,
@@ -299,7 +299,8 @@ def _type_of(schema: pa.Schema, name: str, url: str, setting: str) -> pa.DataTyp
     indices = schema.get_all_field_indices(name)
     if len(indices) != 1:
         has = f"two columns {name!r}" if indices else f"no column {name!r}"
-        raise SourceError(
+        error = SourceError if indices or setting != "keep" else FieldMissing
+        raise error(
             f"{url} has {has}, which source.{setting} names; it has {', '.join(schema.names)}"
         )
     kind = schema.field(indices[0]).type
