@@ -499,9 +499,10 @@ def test_a_large_source_is_judged_by_units_from_all_over_it(
 # Runs that yield nothing.
 
 
-def test_a_run_without_a_row_is_no_success(tmp_path: Path):
+@pytest.mark.parametrize("keep", [[], ["txt"]])
+def test_a_run_without_a_row_is_no_success(tmp_path: Path, keep: list[str]):
     write_tar(tmp_path / "src" / "0.tar", [(f"{i}.JPG.bak", b"x") for i in range(4)])
-    config = make_config(tmp_path, {"shards": f"{tmp_path}/src/*.tar"}, [])
+    config = make_config(tmp_path, {"shards": f"{tmp_path}/src/*.tar"}, keep)
     for _ in range(2):
         summary = run(config)
         assert (summary.status, summary.exit_code, summary.num_rejects) == ("no_rows", 3, 4)
@@ -519,7 +520,7 @@ def test_a_run_without_a_row_is_no_success(tmp_path: Path):
     status = read_status(url, StorageOptions())
     assert status.reject_reasons == summary.reject_reasons
     assert status.bottleneck is None
-    write_tar(tmp_path / "src" / "1.tar", [("a.png", png(64, 64))])
+    write_tar(tmp_path / "src" / "1.tar", [("a.png", png(64, 64)), ("a.txt", b"text")])
     assert run(config).status == "complete"
 
 

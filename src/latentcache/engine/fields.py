@@ -71,7 +71,8 @@ class SeenFields:
 class FieldCheck:
     """Holds receipts back until each kept field has occurred in a sample.
 
-    So a run that keeps a field which no sample has commits nothing.
+    So a run that keeps a field which no sample has commits nothing. One without a row is not
+    judged: whatever is wrong there, it is more than a field.
 
     Args:
         columns: the kept columns.
@@ -85,7 +86,7 @@ class FieldCheck:
             self._missing -= kept.difference(unit.absent_fields)
         self._held: list[tuple[bytes, str]] = []
         self._names: set[str] = set()
-        self._num_samples = 0
+        self._num_samples = self._num_rows = 0
         self._lacking: list[str] = []
 
     @property
@@ -105,12 +106,14 @@ class FieldCheck:
         self._missing.difference_update(receipt.fields)
         self._names.update(receipt.fields)
         self._num_samples += receipt.record.num_samples
+        self._num_rows += receipt.record.num_rows
         self._held.append((data, attempt))
-        if not self._missing:
-            return self.release()
-        if len(self._held) >= MIN_UNITS and self._num_samples >= MIN_SAMPLES:
+        is_enough = len(self._held) >= MIN_UNITS and self._num_samples >= MIN_SAMPLES
+        if is_enough and self._missing and self._num_rows:
             raise self._error(f"the first {len(self._held)} units")
-        return []
+        if is_enough:
+            self._missing.clear()
+        return [] if self._missing else self.release()
 
     def lacks(self, message: str) -> None:
         """Take in that a unit failed because its file has no column for a field.
@@ -149,7 +152,7 @@ class FieldCheck:
         """
         if num_failed:
             self._refuse_if_all_lack(num_failed)
-        elif self._missing and self._num_samples:
+        elif self._missing and self._num_rows:
             raise self._error("the source")
 
     def _error(self, where: str) -> ConfigError:
