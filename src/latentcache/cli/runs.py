@@ -78,8 +78,8 @@ def run_command(
         )
     if summary.status == "no_rows":
         complain(
-            "no rows: every sample was rejected, or the source has none; correct the source or "
-            "the config",
+            "no rows: every sample was rejected, or the source has none; look with `latentcache "
+            f"inspect --manifest {summary.manifest}`, then correct the source or the config",
             "no_rows",
             "error",
         )
