@@ -567,3 +567,18 @@ def test_a_column_that_no_parquet_file_has_is_an_error(tmp_path: Path, num_files
     ):
         run(make_config(tmp_path, source, ["text"]))
     assert not list((tmp_path / "out").glob("commits/*"))
+
+
+def test_names_of_fields_may_be_anything(tmp_path: Path):
+    strange = ["\udcff", "x" * 3000, *(f"f{number:03d}" for number in range(100))]
+    members = [("a.png", png(64, 64)), *((f"a.{name}", b"1") for name in [*strange, "zzz"])]
+    members += [("a.\udcff.png", png(64, 64)), ("b.\udcff", b"no image")]
+    write_tar(tmp_path / "src" / "0.tar", members)
+    config = make_config(tmp_path, {"shards": f"{tmp_path}/src/*.tar"}, ["zzz"])
+    summary = run(config)
+    assert (summary.status, summary.num_rows, summary.num_rejects) == ("complete", 1, 1)
+    (path,) = (tmp_path / "out" / "commits").iterdir()
+    fields = json.loads(path.read_bytes())["fields"]
+    assert "zzz" in fields
+    assert len(fields) == 64
+    assert max(map(len, fields)) <= 400

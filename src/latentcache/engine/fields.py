@@ -11,12 +11,15 @@ from typing import TypeVar
 from latentcache.dataset.columns import Columns
 from latentcache.dataset.receipts import MAX_FIELDS, Receipt, UnitSummary
 from latentcache.errors import ConfigError
+from latentcache.images.samples import escaped
 
 # A field that is in none of so many units and samples is taken to be absent. Of a field that one
 # sample in a thousand has, 10,000 samples without it occur once in 20,000 runs.
 MIN_UNITS = 8
 MIN_SAMPLES = 10_000
 
+
+_NAME_CHARS = 100
 
 T = TypeVar("T")
 
@@ -51,10 +54,11 @@ class SeenFields:
         if names == self._last:
             return
         self._last = names
-        new = names - self._names
+        self._names |= names & self._kept
+        # Names come from the source: they may be no UTF-8, and of any length.
+        others = {escaped(name[:_NAME_CHARS]) for name in names - self._kept}
         room = MAX_FIELDS - len(self._names - self._kept)
-        self._names |= new & self._kept
-        self._names.update(sorted(new - self._kept)[:room])
+        self._names.update(sorted(others - self._names)[:room])
 
     @property
     def absent(self) -> tuple[str, ...]:

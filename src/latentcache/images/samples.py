@@ -245,7 +245,7 @@ def sample_of(group: Group, wanted: Wanted, seen: Container[str]) -> Sample | Re
         fault = Reject("read", "duplicate_key", "an earlier sample of the shard has the same key")
     fault = fault or group.fault
     if fault is None and (not images or images[0] not in group.fields):
-        has = ", ".join(sorted(group.names)) or "nothing"
+        has = ", ".join(sorted(map(escaped, group.names))) or "nothing"
         fault = Reject("read", "no_image", f"has {has}, but none of {', '.join(wanted.image)}")
     if fault is not None:
         num_images = len(images[:1]) + len(extra)
@@ -255,7 +255,7 @@ def sample_of(group: Group, wanted: Wanted, seen: Container[str]) -> Sample | Re
         group.key,
         group.fields[images[0]],
         fields,
-        tuple(sorted(extra)),
+        tuple(sorted(map(escaped, extra))),
         frozenset(group.names),
     )
 
