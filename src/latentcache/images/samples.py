@@ -103,7 +103,7 @@ class Sample:
     image: bytes
     fields: dict[str, bytes]
     extra_images: tuple[str, ...] = ()
-    names: frozenset[str] = frozenset()
+    names: frozenset[str] = field(default=frozenset(), compare=False)
 
     @property
     def num_images(self) -> int:
@@ -128,7 +128,7 @@ class RejectedSample:
     key: str | None
     reject: Reject
     num_images: int = 0
-    names: frozenset[str] = frozenset()
+    names: frozenset[str] = field(default=frozenset(), compare=False)
 
 
 class NotGrouped(SourceError):
