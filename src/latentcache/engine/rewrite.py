@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -43,8 +44,9 @@ from latentcache.engine.boundary import at_boundary, committed_receipt
 from latentcache.engine.fields import SeenFields
 from latentcache.engine.job import UNITS_PER_ACTOR, Job, UnitFailure, UnitTask
 from latentcache.engine.stages import StageTimes
-from latentcache.engine.unit import read_columns, reject_row
+from latentcache.engine.unit import reject_row
 from latentcache.errors import DatasetError, ObjectNotFound, Reject
+from latentcache.images.fields import read_columns
 from latentcache.images.source import NotGrouped, RejectedSample, Sample, read_samples
 from latentcache.storage import Store
 
@@ -138,6 +140,7 @@ class _Rewrite:
         self.samples = SampleCounts()
         self.num_source_bytes = self.num_output_bytes = 0
         self.rejects: list[RejectRow] = []
+        self.notes: Counter[str] = Counter()
         self.seen = SeenFields(self.columns)
         self.writers: dict[str, BucketWriter] = {}
         self.began = time.perf_counter()
@@ -269,7 +272,7 @@ class _Rewrite:
             )
             return
         try:
-            columns = read_columns(sample.fields, self.columns)
+            columns = read_columns(sample.fields, self.columns, self.notes)
         except Reject as reject:
             self.rejects.append(reject_row(sample.key, reject))
             return
@@ -340,6 +343,7 @@ class _Rewrite:
             before,
             record=record,
             statistics=statistics,
+            notes=_notes_after(before, self.notes),
             stages={stage: times.to_json() for stage, times in self.times.items()},
             elapsed_s=round(time.perf_counter() - self.began, 3),
             extra_image_fields=self.samples.extra_image_fields,
@@ -399,6 +403,12 @@ class _StoredRows:
         self._raw.seek(self._offsets[group] + within * self._stride)
         data = self._raw.read(self._size)
         return tensor_from_bytes(data, self._dtype, self._shape)
+
+
+def _notes_after(before: Receipt, texts: Counter[str]) -> dict[str, int]:
+    """Return the notes on how the latents were encoded, and on how the texts were read now."""
+    kept = (before.notes or {}).items()
+    return {name: n for name, n in kept if not name.startswith("text_as_")} | dict(texts)
 
 
 def _statistics_of(writers: Iterable[BucketWriter], contract: Contract) -> Statistics:
