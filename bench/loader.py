@@ -79,8 +79,9 @@ def write_ours(folder: Path, name: str, rows: np.ndarray[Any, np.dtype[np.float1
     for format_ in FORMATS:
         url = folder / f"{name}-{format_}"
         shutil.rmtree(url, ignore_errors=True)
-        contract = make_contract([bucket], columns=(), format=format_)
-        write_dataset(str(url), contract, [{bucket: n} for n in counts], latents=latents)
+        contract = make_contract([bucket], format=format_)
+        units = [{bucket: n} for n in counts]
+        write_dataset(str(url), contract, units, latents=latents, keep=())
 
 
 def limit(rows: torch.Tensor, dtype: str) -> Callable[[], float]:

@@ -240,7 +240,7 @@ class Alone:
     def _write(self, unit: Unit) -> None:
         contract, values = self.plan.contract, self.latent.float().numpy()
         with tempfile.TemporaryDirectory(dir=self.folder) as folder:
-            writer = BucketWriter(Path(folder, "rows"), contract, unit.id, (RESOLUTION_PX,) * 2)
+            writer = BucketWriter(Path(folder, "rows"), contract, (), unit.id, (RESOLUTION_PX,) * 2)
             statistics = Statistics.empty(contract.stored_channels)
             for number in range(IMAGES_PER_SHARD):
                 writer.append(self.latent, [RowMeta(str(number), 500, 375, 0, 0, {})])

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from latentcache.dataset.columns import Columns, columns_of
 from latentcache.dataset.contract import (
     Contract,
     LatentContract,
@@ -31,7 +32,6 @@ Bucket = tuple[int, int]
 def make_contract(
     buckets: Sequence[Bucket],
     *,
-    columns: Sequence[str] = ("caption",),
     posterior: str = "mean",
     dtype: str = "float16",
     format: str = "parquet",
@@ -60,7 +60,6 @@ def make_contract(
         ),
         latents=LatentContract(posterior, dtype, format, "fp32", quantization),
         source=SourceContract(("jpg",)),
-        columns=tuple(columns),
     )
 
 
@@ -92,6 +91,7 @@ def write_dataset(
     units: Sequence[Mapping[Bucket, int]],
     *,
     latents: Latents | None = None,
+    keep: Sequence[str] = ("txt",),
     storage: StorageOptions | None = None,
 ) -> None:
     """Write a complete dataset.
@@ -101,25 +101,37 @@ def write_dataset(
         contract: what to write.
         units: for each unit, its rows by bucket.
         latents: gives them; random ones if left out.
+        keep: the fields that are kept as columns.
         storage: how to reach the store.
     """
     store = Store(url, storage or StorageOptions())
     establish_contract(store, contract, {})
-    draw = latents or random_latents(contract)
+    draw, columns = latents or random_latents(contract), columns_of(keep)
     receipts = [
-        _write_unit(store, contract, number, rows, draw) for number, rows in enumerate(units)
+        _write_unit(store, contract, columns, number, rows, draw)
+        for number, rows in enumerate(units)
     ]
     state = State(store)
     for receipt in receipts:
         state.add(receipt)
     listing = {r.record.unit.source: [r.record.unit] for r in receipts}
     write_next(
-        state, contract.fingerprint, contract.stored_channels, lambda: listing, on_missing="keep"
+        state,
+        contract.fingerprint,
+        contract.stored_channels,
+        lambda: listing,
+        on_missing="keep",
+        columns=columns,
     )
 
 
 def _write_unit(
-    store: Store, contract: Contract, number: int, rows: Mapping[Bucket, int], draw: Latents
+    store: Store,
+    contract: Contract,
+    columns: Columns,
+    number: int,
+    rows: Mapping[Bucket, int],
+    draw: Latents,
 ) -> Receipt:
     unit = Unit.of(f"made/{number:06d}.tar", 1, "1", contract.fingerprint)
     attempt = new_attempt()
@@ -128,8 +140,9 @@ def _write_unit(
     with tempfile.TemporaryDirectory() as folder:
         for bucket, num_rows in rows.items():
             name = bucket_name(bucket)
-            writer = BucketWriter(Path(folder, f"0-{attempt}-{name}"), contract, unit.id, bucket)
-            metas = [_row(number, first + index, contract) for index in range(num_rows)]
+            stem = Path(folder, f"0-{attempt}-{name}")
+            writer = BucketWriter(stem, contract, columns, unit.id, bucket)
+            metas = [_row(number, first + index, columns) for index in range(num_rows)]
             writer.append(draw(number, bucket, num_rows), metas)
             writer.close()
             first += num_rows
@@ -137,19 +150,19 @@ def _write_unit(
                 file = describe_file(path, f"data/{unit.id}/{path.name}", num_rows, name)
                 store.put_file(path, file.path)
                 files.append(file)
-    record = UnitRecord(unit, 0, attempt, first, first, 0, tuple(files), None)
+    record = UnitRecord(unit, 0, attempt, first, first, 0, tuple(files), None, columns=columns)
     receipt = Receipt(record, contract.fingerprint, Statistics.empty(contract.stored_channels))
     store.put_if_absent(receipt.path, receipt.to_bytes())
     return receipt
 
 
-def _row(number: int, index: int, contract: Contract) -> RowMeta:
-    columns: dict[str, str | int | None] = {
+def _row(number: int, index: int, columns: Columns) -> RowMeta:
+    kept: dict[str, str | int | None] = {
         name: (number * 100 + index) % 1000 if name == "cls" else f"{name} of {number}/{index}"
-        for name in contract.columns
+        for name in (column.name for column in columns)
     }
     key = f"{number:06d}{index:06d}"
-    return RowMeta(key, 300 + index, 400 + number, index % 7, index % 5, columns)
+    return RowMeta(key, 300 + index, 400 + number, index % 7, index % 5, kept)
 
 
 def write_manifest(url: str, contract: Contract, num_units: int, rows_per_unit: int) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from latentcache.dataset.columns import columns_of
 from latentcache.dataset.contract import (
     Contract,
     LatentContract,
@@ -25,6 +26,7 @@ from latentcache.dataset.manifest import Manifest
 from latentcache.dataset.qa import Measured, QaRow, write_qa
 from latentcache.dataset.quantization import to_stored, to_values
 from latentcache.dataset.receipts import Receipt, Unit, UnitRecord, new_attempt
+from latentcache.dataset.rejects import count_reasons
 from latentcache.dataset.shards import (
     BucketWriter,
     RejectRow,
@@ -80,6 +82,7 @@ def config_tree(folder: Path, **sections: dict[str, Any]) -> dict[str, Any]:
         "vae": {"checkpoint": "demo"},
         "output": {"url": f"{folder}/out"},
         "compute": {"num_gpus": 0},
+        "rejects": {"max_rate": 1},  # a test of damaged samples has few others
     }
     for name, section in sections.items():
         tree[name] = tree.get(name, {}) | section
@@ -92,7 +95,6 @@ def make_contract(
     posterior: str = "mean",
     dtype: str = "float16",
     format: str = "parquet",
-    columns: Sequence[str] = ("caption",),
     latent_channels: int = 4,
 ) -> Contract:
     vae = VaeContract(
@@ -108,7 +110,7 @@ def make_contract(
     num_channels = latent_channels * (2 if posterior == "moments" else 1)
     quantization = make_quantization(num_channels) if dtype == "int8" else None
     latents = LatentContract(posterior, dtype, format, "fp32", quantization)
-    return Contract(vae, transform, latents, SourceContract(("jpg", "png")), tuple(columns))
+    return Contract(vae, transform, latents, SourceContract(("jpg", "png")))
 
 
 def make_latents(contract: Contract, bucket: Size, num_rows: int, seed: int = 0) -> torch.Tensor:
@@ -164,16 +166,17 @@ def commit_unit(
     rejects: Sequence[RejectRow] = (),
     generation: int = 0,
     qa: Sequence[QaRow] = (),
+    keep: Sequence[str] = ("txt",),
 ) -> Receipt:
     """Write a unit's files as the engine does, upload them and put the receipt."""
     folder.mkdir(parents=True, exist_ok=True)
     unit = Unit.of(source, 1000, "v1", contract.fingerprint)
-    attempt = new_attempt()
+    attempt, columns = new_attempt(), columns_of(keep)
     files, first = [], 0
     for bucket, tensor in latents.items():
         stem = folder / f"{generation}-{attempt}-{bucket_name(bucket)}"
-        writer = BucketWriter(stem, contract, unit.id, bucket)
-        writer.append(tensor, make_rows(len(tensor), contract.columns, first))
+        writer = BucketWriter(stem, contract, columns, unit.id, bucket)
+        writer.append(tensor, make_rows(len(tensor), [column.name for column in columns], first))
         writer.close()
         writer.check()
         first += len(tensor)
@@ -207,6 +210,8 @@ def commit_unit(
         tuple(files),
         rejects_file,
         qa_file,
+        columns=columns,
+        reject_reasons=count_reasons(rejects),
     )
     receipt = Receipt(record, contract.fingerprint, statistics)
     assert store.put_if_absent(receipt.path, receipt.to_bytes())
@@ -220,6 +225,7 @@ def write_dataset(
     rejects: Mapping[str, Sequence[RejectRow]] | None = None,
     qa: Mapping[str, Sequence[QaRow]] | None = None,
     provenance: dict[str, Any] | None = None,
+    keep: Sequence[str] = ("txt",),
 ) -> Manifest:
     """Write a whole dataset below `<folder>/out`: one unit a source, and one manifest."""
     store = Store(str(folder / "out"))
@@ -233,6 +239,7 @@ def write_dataset(
             latents,
             (rejects or {}).get(source, ()),
             qa=(qa or {}).get(source, ()),
+            keep=keep,
         )
         for source, latents in sources.items()
     }
@@ -243,6 +250,7 @@ def write_dataset(
         contract.stored_channels,
         lambda: listing,
         on_missing="keep",
+        columns=columns_of(keep),
     )
     assert manifest
     return manifest

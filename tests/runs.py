@@ -141,6 +141,7 @@ class Configs:
             # One thread each, so that every run adds up in the same order.
             "compute": {"num_gpus": 0, "num_cpu_actors": 1, "decode_threads": 1} | compute,
             "qa": qa,
+            "rejects": {"max_rate": 1},  # much of the corpus is damaged
         }
         path = self.folder / f"{len(list(self.folder.iterdir()))}.yaml"
         path.write_text(yaml.safe_dump(tree))

@@ -64,7 +64,8 @@ def make_config(folder: Path, on_busy: str, num_shards: int = 2) -> Config:
         if not path.exists():
             members = [(f"{index}.png", png(70, 64, 10 * number + index)) for index in range(2)]
             write_tar(path, members)
-    return parse_config(config_tree(folder, compute={"on_busy": on_busy, "decode_threads": 1}))
+    compute = {"on_busy": on_busy, "decode_threads": 1}
+    return parse_config(config_tree(folder, source={"keep": []}, compute=compute))
 
 
 def write_lease(store: Store, age_s: float = 0.0) -> Path:

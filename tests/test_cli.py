@@ -428,10 +428,23 @@ def test_too_many_rejects_stop_the_run_with_what_there_is(cli: Cli, tmp_path: Pa
         members += [(f"good{index}.png", png(64, 64, index)) for index in range(5)]
         write_tar(tmp_path / "src" / f"{shard}.tar", members)
     config, url = tmp_path / "c.yaml", str(tmp_path / "out")
-    config.write_text(yaml.safe_dump(config_tree(tmp_path)))
+    config.write_text(
+        yaml.safe_dump(config_tree(tmp_path, source={"keep": []}, rejects={"max_rate": 0.02}))
+    )
+    one = ("--set", f"source.shards={tmp_path}/src/0.tar")
 
-    # Fewer than a thousand samples say nothing of the rate.
-    first = cli("run", config, "--set", f"source.shards={tmp_path}/src/0.tar", "--json")
+    # A run of fewer than a thousand samples goes on to its end, and is judged there.
+    small = cli("run", config, *one, "--json")
+    assert small.code == 3
+    assert (small.json["status"], small.json["num_rejects"]) == ("too_many_rejects", 500)
+    reason = small.json["reject_reasons"][0]
+    assert (reason["reason"], reason["num_rejects"], reason["key"]) == (
+        "decode/not_an_image",
+        500,
+        "0000",
+    )
+    assert "500 of 505 samples" in small.stderr
+    first = cli("run", config, *one, "--set", "rejects.max_rate=1", "--json")
     assert first.code == 0
     assert (first.json["status"], first.json["num_rejects"]) == ("complete", 500)
 

@@ -422,7 +422,9 @@ def test_an_empty_listing_changes_nothing_and_says_so(
     monkeypatch.setattr(run_module, "Cluster", ThreadCluster)
     for number in range(2):
         write_tar(tmp_path / "src" / f"{number}.tar", [("a.png", png(70, 64, number))])
-    config = latentcache.parse_config(config_tree(tmp_path, source={"on_missing": on_missing}))
+    config = latentcache.parse_config(
+        config_tree(tmp_path, source={"on_missing": on_missing, "keep": []})
+    )
     assert latentcache.run(config, quiet=True).num_committed == 2
     shutil.rmtree(tmp_path / "src")
     before = tree_digest(tmp_path)

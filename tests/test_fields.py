@@ -6,16 +6,15 @@ from collections import Counter
 
 import pytest
 
-from latentcache.dataset.contract import Contract
+from latentcache.dataset.columns import Columns, columns_of
 from latentcache.errors import Reject
 from latentcache.images.fields import read_columns
-from makers import make_contract
 
 
 @pytest.fixture
-def contract() -> Contract:
-    """A contract that keeps a caption, a class and a JSON field."""
-    return make_contract(columns=("caption", "cls", "json"))
+def columns() -> Columns:
+    """A caption, a class and a JSON field."""
+    return columns_of(["txt", "cls", "json"])
 
 
 @pytest.mark.parametrize(
@@ -34,10 +33,10 @@ def contract() -> Contract:
     ],
 )
 def test_text_is_decoded_and_fallbacks_are_counted(
-    contract: Contract, data: bytes, text: str, note: str | None
+    columns: Columns, data: bytes, text: str, note: str | None
 ):
     notes: Counter[str] = Counter()
-    assert read_columns({"txt": data}, contract, notes)["caption"] == text
+    assert read_columns({"txt": data}, columns, notes)["caption"] == text
     assert notes == ({note: 1} if note else {})
 
 
@@ -52,9 +51,9 @@ def test_text_is_decoded_and_fallbacks_are_counted(
         "utf-32".encode("utf-32"),
     ],
 )
-def test_what_is_no_text_is_a_reject(contract: Contract, data: bytes):
+def test_what_is_no_text_is_a_reject(columns: Columns, data: bytes):
     with pytest.raises(Reject, match="field 'json'") as caught:
-        read_columns({"json": data}, contract)
+        read_columns({"json": data}, columns)
     assert (caught.value.stage, caught.value.reason) == ("read", "bad_field")
     assert "\n" not in caught.value.message
 
@@ -71,8 +70,8 @@ def test_what_is_no_text_is_a_reject(contract: Contract, data: bytes):
         (b"0" * 5000 + b"1", 1),
     ],
 )
-def test_a_class_is_an_int64(contract: Contract, data: bytes, number: int):
-    assert read_columns({"cls": data}, contract)["cls"] == number
+def test_a_class_is_an_int64(columns: Columns, data: bytes, number: int):
+    assert read_columns({"cls": data}, columns)["cls"] == number
 
 
 @pytest.mark.parametrize(
@@ -83,12 +82,12 @@ def test_a_class_is_an_int64(contract: Contract, data: bytes, number: int):
         "٣".encode(),
     ],
 )
-def test_a_class_that_is_no_int64_is_a_reject(contract: Contract, data: bytes):
+def test_a_class_that_is_no_int64_is_a_reject(columns: Columns, data: bytes):
     with pytest.raises(Reject, match=r"field 'cls': .* is not an integer of 64 bits") as caught:
-        read_columns({"cls": data}, contract)
+        read_columns({"cls": data}, columns)
     assert (caught.value.stage, caught.value.reason) == ("read", "bad_field")
     assert len(caught.value.message) < 120
 
 
-def test_a_missing_field_is_none(contract: Contract):
-    assert read_columns({}, contract) == {"caption": None, "cls": None, "json": None}
+def test_a_missing_field_is_none(columns: Columns):
+    assert read_columns({}, columns) == {"caption": None, "cls": None, "json": None}

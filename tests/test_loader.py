@@ -35,10 +35,11 @@ def write(
     folder: Path,
     units: Sequence[Mapping[tuple[int, int], int]] = UNITS,
     contract: Contract | None = None,
+    keep: Sequence[str] = ("txt",),
     **options: Any,
 ) -> str:
     contract = contract or make_contract([SMALL, TALL], **options)
-    write_dataset(str(folder), contract, units)
+    write_dataset(str(folder), contract, units, keep=keep)
     return str(folder)
 
 
@@ -59,7 +60,7 @@ def test_rows_are_those_that_others_read(
     tmp_path: Path, format: str, dtype: str, shuffle: bool
 ) -> None:
     columns = ("caption", "cls", "license")
-    url = write(tmp_path, format=format, dtype=dtype, columns=columns)
+    url = write(tmp_path, format=format, dtype=dtype, keep=("txt", "cls", "license"))
     wanted = DTYPES.get(dtype, torch.float32)
     options = {"normalize": False, "dtype": wanted, "shuffle": shuffle}
     batches = read_epoch(url, columns=[*IDENTITY, *columns], **options)
@@ -214,9 +215,11 @@ def test_columns_are_as_they_were_kept(
         return rows
 
     monkeypatch.setattr(makers, "make_rows", make_rows)
-    contract = makers.make_contract(format=format, columns=("caption", "cls", "none"))
+    contract = makers.make_contract(format=format)
     latents = makers.make_latents(contract, SMALL, 21)
-    makers.write_dataset(tmp_path, contract, {"a.tar": {SMALL: latents}})
+    makers.write_dataset(
+        tmp_path, contract, {"a.tar": {SMALL: latents}}, keep=("txt", "cls", "none")
+    )
     url, rows = str(tmp_path / "out"), read_rows(tmp_path / "out")
     options = {"normalize": False, "dtype": torch.float16}
     for batch in read_epoch(url, columns=[*IDENTITY, "cls", "caption", "none"], **options):
@@ -228,7 +231,7 @@ def test_columns_are_as_they_were_kept(
 
 
 def test_columns_are_those_that_were_asked_for(tmp_path: Path) -> None:
-    url = write(tmp_path, columns=("caption", "cls"))
+    url = write(tmp_path, keep=("txt", "cls"))
     for columns, names in [
         (None, ["caption", "cls"]),
         ([], []),
@@ -386,7 +389,7 @@ def test_a_place_among_the_ranks_that_cannot_be_is_refused(
 
 
 def test_ranks_without_a_row_get_an_empty_batch(tmp_path: Path) -> None:
-    url = write(tmp_path, [{SMALL: 5}], columns=("caption", "cls"))
+    url = write(tmp_path, [{SMALL: 5}], keep=("txt", "cls"))
     steps = [
         list(LatentLoader(url, batch_size=4, tail="short", rank=rank, world_size=4))
         for rank in range(4)

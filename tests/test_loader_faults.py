@@ -20,6 +20,7 @@ import torch
 
 import makers
 from latentcache import Batch, LatentLoader, open_dataset
+from latentcache.dataset.columns import columns_of
 from latentcache.dataset.receipts import Unit
 from latentcache.dataset.state import State, write_next
 from latentcache.errors import ConfigError, DatasetError, LatentCacheError
@@ -199,7 +200,14 @@ def test_manifests_that_cannot_be_read_are_named(tmp_path: Path) -> None:
 
     store = Store(url)
     listing = {s: [Unit.of(s, 1000, "v1", contract.fingerprint)] for s in ("a.tar", "b.tar")}
-    write_next(State(store), contract.fingerprint, 4, lambda: listing, on_missing="keep")
+    write_next(
+        State(store),
+        contract.fingerprint,
+        4,
+        lambda: listing,
+        on_missing="keep",
+        columns=columns_of(["txt"]),
+    )
     with pytest.raises(DatasetError, match=r"no complete manifest yet.* ask for manifest 1"):
         LatentLoader(url, batch_size=4)
     assert len(LatentLoader(url, batch_size=4, manifest=1)) == 1

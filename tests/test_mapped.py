@@ -26,14 +26,14 @@ UNITS = [{SMALL: 9, TALL: 5}, {SMALL: 3}, {TALL: 4}]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("mapped") / "dataset"
-    write_dataset(str(folder), make_contract([SMALL, TALL], columns=["caption", "cls"]), UNITS)
+    write_dataset(str(folder), make_contract([SMALL, TALL]), UNITS, keep=["txt", "cls"])
     return folder
 
 
 @pytest.mark.parametrize("format", ["parquet", "safetensors"])
 def test_rows_are_those_of_open_dataset(tmp_path: Path, format: str) -> None:
-    contract = make_contract([SMALL, TALL], columns=["caption", "cls"], format=format)
-    write_dataset(str(tmp_path), contract, UNITS)
+    contract = make_contract([SMALL, TALL], format=format)
+    write_dataset(str(tmp_path), contract, UNITS, keep=["txt", "cls"])
     dataset = LatentDataset(str(tmp_path), columns=["unit", "key", "caption", "cls"])
     expected = open_dataset(str(tmp_path))
     assert len(dataset) == len(expected) == 21

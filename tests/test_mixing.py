@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,15 @@ from synthetic import make_contract, write_dataset
 SMALL, TALL, WIDE = (64, 64), (64, 96), (96, 64)
 
 
-def write(folder: Path, contract: Contract, *units: dict[tuple[int, int], int]) -> str:
+def write(
+    folder: Path,
+    contract: Contract,
+    *units: dict[tuple[int, int], int],
+    keep: Sequence[str] = ("txt",),
+) -> str:
     """A dataset whose units are no other's: their ids have the contract in them."""
     transform = replace(contract.transform, min_side_px=sum(folder.name.encode()))
-    write_dataset(str(folder), replace(contract, transform=transform), units)
+    write_dataset(str(folder), replace(contract, transform=transform), units, keep=keep)
     return str(folder)
 
 
@@ -90,8 +96,9 @@ def test_formats_and_transforms_may_differ(tmp_path: Path) -> None:
 
 
 def test_columns_are_those_that_all_have(tmp_path: Path) -> None:
-    one = write(tmp_path / "one", make_contract([SMALL], columns=("caption", "cls")), {SMALL: 4})
-    other = write(tmp_path / "other", make_contract([SMALL], columns=("url", "cls")), {SMALL: 4})
+    contract = make_contract([SMALL])
+    one = write(tmp_path / "one", contract, {SMALL: 4}, keep=("txt", "cls"))
+    other = write(tmp_path / "other", contract, {SMALL: 4}, keep=("url", "cls"))
     batch = next(iter(LatentLoader({one: 1, other: 1}, batch_size=4)))
     assert list(batch.columns) == ["cls"]
     with pytest.raises(ConfigError, match=f"{other} has no column 'caption'"):

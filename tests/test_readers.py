@@ -18,6 +18,7 @@ import safetensors.torch
 import torch
 
 from latentcache import open_dataset
+from latentcache.dataset.columns import columns_of
 from latentcache.dataset.reader import Dataset, RejectedRow
 from latentcache.dataset.receipts import Unit
 from latentcache.dataset.shards import TORCH_DTYPES, RejectRow, tensor_bytes
@@ -159,7 +160,14 @@ def add_unit(folder: Path, *, complete: bool) -> None:
         listing["d.tar"] = [receipt.record.unit]
     else:
         listing["e.tar"] = [Unit.of("e.tar", 1, "v1", contract.fingerprint)]
-    write_next(State(store), contract.fingerprint, 4, lambda: listing, on_missing="keep")
+    write_next(
+        State(store),
+        contract.fingerprint,
+        4,
+        lambda: listing,
+        on_missing="keep",
+        columns=columns_of(["txt"]),
+    )
 
 
 def test_the_newest_complete_manifest_is_taken_or_the_one_asked_for(

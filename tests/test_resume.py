@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 import makers
 from latentcache import LatentLoader, open_dataset
+from latentcache.dataset.columns import columns_of
 from latentcache.dataset.contract import read_contract
 from latentcache.dataset.receipts import Unit
 from latentcache.dataset.state import State, write_next
@@ -224,6 +225,7 @@ def add_unit(url: str, folder: Path) -> None:
         contract.stored_channels,
         lambda: {unit.source: [unit]},
         on_missing="keep",
+        columns=columns_of(["txt"]),
     )
 
 

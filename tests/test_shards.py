@@ -16,6 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from latentcache.dataset.columns import columns_of
 from latentcache.dataset.contract import Contract
 from latentcache.dataset.shards import (
     REJECT_SCHEMA,
@@ -33,15 +34,17 @@ from latentcache.errors import DatasetError
 from makers import flip_byte, make_contract, make_latents, make_rows
 
 DTYPES = list(TORCH_DTYPES)
-COLUMNS = ("caption", "json", "cls")
+KEEP = ("txt", "json", "cls")
+COLUMNS = columns_of(KEEP)
+NAMES = [column.name for column in COLUMNS]
 
 
 def write(
     folder: Path, contract: Contract, latents: torch.Tensor, bucket: tuple[int, int]
 ) -> list[Path]:
     """Write the rows in batches of 1, 2, 3, … as an encoder with tails would bring them."""
-    writer = BucketWriter(folder / "0-a", contract, "unit", bucket)
-    rows = make_rows(len(latents), contract.columns)
+    writer = BucketWriter(folder / "0-a", contract, COLUMNS, "unit", bucket)
+    rows = make_rows(len(latents), NAMES)
     first, size = 0, 1
     while first < len(rows):
         writer.append(latents[first : first + size], rows[first : first + size])
@@ -60,7 +63,7 @@ def assert_same_bits(one: torch.Tensor, other: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_parquet_says_what_it_holds(tmp_path: Path, dtype: str):
-    contract = make_contract(dtype=dtype, columns=COLUMNS, buckets=((64, 96),))
+    contract = make_contract(dtype=dtype, buckets=((64, 96),))
     latents = make_latents(contract, (64, 96), 7)
     (path,) = write(tmp_path, contract, latents, (64, 96))
     assert path.name == "0-a.parquet"
@@ -75,8 +78,8 @@ def test_parquet_says_what_it_holds(tmp_path: Path, dtype: str):
         ("crop_top", pa.int32(), False),
         ("crop_left", pa.int32(), False),
         ("caption", pa.string(), True),
-        ("json", pa.string(), True),
         ("cls", pa.int64(), True),
+        ("json", pa.string(), True),
     ]
     metadata = table.schema.metadata
     assert metadata[b"latentcache.contract"].decode() == contract.fingerprint
@@ -136,9 +139,9 @@ def test_row_groups_are_bounded(
 ):
     bucket = (side_px, side_px)
     contract = make_contract(buckets=[bucket], dtype=dtype, posterior=posterior, format=format)
-    writer = BucketWriter(tmp_path / "0-a", contract, "unit", bucket)
+    writer = BucketWriter(tmp_path / "0-a", contract, COLUMNS, "unit", bucket)
     latent = make_latents(contract, bucket, 1)
-    for row in make_rows(num_rows, contract.columns):
+    for row in make_rows(num_rows, NAMES):
         writer.append(latent, [row])
     writer.close()
     writer.check()
@@ -222,11 +225,11 @@ def test_a_safetensors_header_of_another_kind_is_an_error(tmp_path: Path, header
 
 def test_check_finds_a_file_that_the_disk_changed(tmp_path: Path):
     contract = make_contract()
-    writer = BucketWriter(tmp_path / "0-a", contract, "unit", (64, 64))
-    writer.append(make_latents(contract, (64, 64), 5), make_rows(5, contract.columns))
+    writer = BucketWriter(tmp_path / "0-a", contract, COLUMNS, "unit", (64, 64))
+    writer.append(make_latents(contract, (64, 64), 5), make_rows(5, NAMES))
     writer.close()
-    other = BucketWriter(tmp_path / "0-b", contract, "unit", (64, 64))
-    other.append(make_latents(contract, (64, 64), 4), make_rows(4, contract.columns))
+    other = BucketWriter(tmp_path / "0-b", contract, COLUMNS, "unit", (64, 64))
+    other.append(make_latents(contract, (64, 64), 4), make_rows(4, NAMES))
     other.close()
     os.replace(tmp_path / "0-b.parquet", tmp_path / "0-a.parquet")
     with pytest.raises(DatasetError, match="does not read back"):
@@ -239,9 +242,9 @@ def test_a_full_disk_is_an_os_error_and_abandoning_adds_none(tmp_path: Path, fil
     contract = make_contract(format="parquet" if file == "0-a.parquet" else "safetensors")
 
     def write() -> None:
-        writer = BucketWriter(tmp_path / "0-a", contract, "unit", (64, 64))
+        writer = BucketWriter(tmp_path / "0-a", contract, COLUMNS, "unit", (64, 64))
         try:
-            writer.append(make_latents(contract, (64, 64), 3), make_rows(3, contract.columns))
+            writer.append(make_latents(contract, (64, 64), 3), make_rows(3, NAMES))
             writer.close()
         except OSError:
             writer.abandon()

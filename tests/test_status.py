@@ -73,7 +73,7 @@ def test_the_bottleneck_is_that_of_the_latest_units(output: Output):
     for day, busy in enumerate(({"decode": 90.0, "encode": 1.0}, {"decode": 1.0, "encode": 9.0})):
         for number in range(70):
             unit = output.unit(f"{day}-{number}.tar")
-            record = UnitRecord(unit, 0, new_attempt(), 0, 0, 0, (), None)
+            record = UnitRecord(unit, 0, new_attempt(), 1, 1, 0, (), None)
             stages = {
                 stage: {"busy_s": busy[stage], "wait_s": 0.0, "num_threads": threads[stage]}
                 for stage in threads

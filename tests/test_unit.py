@@ -28,6 +28,7 @@ from torch import Tensor
 
 from checkpoints import TINY_KL_F8, make_reference
 from latentcache import KLAutoencoder, load_vae, make_plan, parse_config
+from latentcache.dataset.columns import columns_of
 from latentcache.dataset.contract import Contract
 from latentcache.dataset.receipts import DataFile, Receipt, Unit, new_attempt
 from latentcache.dataset.shards import RejectRow, iterate_latents
@@ -124,6 +125,7 @@ def bench(
     plan = make_plan(config)
     job = Job(
         contract=plan.contract,
+        columns=columns_of(config.source.keep),
         checkpoint=config.vae.checkpoint,
         checkpoint_storage=StorageOptions(),
         source_storage=StorageOptions(),

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from latentcache import open_dataset, verify
+from latentcache.dataset.columns import columns_of
 from latentcache.dataset.contract import Contract, establish_contract
 from latentcache.dataset.receipts import list_receipt_names, read_receipts
 from latentcache.dataset.shards import RejectRow, describe_file
@@ -117,7 +118,14 @@ def committed(folder: Path, contract: Contract, latents: torch.Tensor) -> Store:
 def publish(store: Store, contract: Contract) -> str:
     (receipt,) = read_receipts(store, list_receipt_names(store))
     listing = {receipt.record.unit.source: [receipt.record.unit]}
-    write_next(State(store), contract.fingerprint, 4, lambda: listing, on_missing="keep")
+    write_next(
+        State(store),
+        contract.fingerprint,
+        4,
+        lambda: listing,
+        on_missing="keep",
+        columns=columns_of(["txt"]),
+    )
     return store.url
 
 

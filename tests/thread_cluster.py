@@ -9,8 +9,7 @@ from typing import Any
 
 from latentcache.dataset.receipts import Receipt
 from latentcache.engine.job import UNITS_PER_ACTOR, Job, UnitFailure, UnitTask
-from latentcache.engine.unit import UnitRunner
-from latentcache.engine.worker import load_runner
+from latentcache.engine.worker import ActorRunner
 
 
 class ThreadActor:
@@ -18,11 +17,11 @@ class ThreadActor:
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        self._runner: UnitRunner | None = None
+        self._runner: ActorRunner | None = None
         self.threads = ThreadPoolExecutor(UNITS_PER_ACTOR + 1)
 
     def setup(self) -> str:
-        self._runner = load_runner(self._job, "cpu")
+        self._runner = ActorRunner(self._job, "cpu")
         return "this node"
 
     def run_unit(self, task: UnitTask) -> bytes | UnitFailure:

@@ -25,7 +25,7 @@ class FreeActor(_EncoderActor):
         """Set up as ever, then take the arithmetic out."""
         ready = super().setup()
         assert self._runner
-        self._runner.encoder.start = _start_free  # type: ignore[method-assign]
+        self._runner.load().encoder.start = _start_free  # type: ignore[method-assign]
         return ready
 
 

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from latentcache.dataset.reader import Dataset, RejectedRow, Row, open_dataset
     from latentcache.engine.gc import Garbage, collect_garbage
     from latentcache.engine.plan import Plan, make_plan
-    from latentcache.engine.run import RunSummary, run
+    from latentcache.engine.run import run
+    from latentcache.engine.summary import RunSummary
     from latentcache.errors import LatentCacheError
     from latentcache.loader.batch import Batch
     from latentcache.loader.join import Join
@@ -44,7 +45,7 @@ _HOMES = {
     "Published": "dataset.publish",
     "RejectedRow": "dataset.reader",
     "Row": "dataset.reader",
-    "RunSummary": "engine.run",
+    "RunSummary": "engine.summary",
     "StorageOptions": "storage",
     "Verification": "quality.verify",
     "collect_garbage": "engine.gc",

@@ -240,7 +240,10 @@ class Rejects(_Section):
     """How many samples may be left out."""
 
     max_rate: float = Field(
-        0.02, ge=0, le=1, description="Of the run's samples; judged from 1,000 samples on."
+        0.02,
+        ge=0,
+        le=1,
+        description="Of the dataset's samples; judged at the end, and from 1,000 on while it runs.",
     )
 
 

@@ -65,6 +65,10 @@ class SourceError(LatentCacheError):
     """A source shard cannot be listed or read."""
 
 
+class FieldMissing(SourceError):
+    """A file of a source has no column for a field that `source.keep` names."""
+
+
 class SourceChanged(SourceError):
     """A source shard is no longer the version that was listed; what was read of it is void."""
 

@@ -28,8 +28,9 @@ from latentcache.cli.base import (
 
 if TYPE_CHECKING:
     from latentcache.config import Config
+    from latentcache.dataset.rejects import RejectReason
     from latentcache.engine.plan import Plan
-    from latentcache.engine.run import RunSummary
+    from latentcache.engine.summary import RunSummary
     from latentcache.engine.watch import Watched
 
 
@@ -68,10 +69,26 @@ def run_command(
     is_over = summary.status not in ("interrupted", "skipped")
     if parsed.qa and summary.num_qa_rows and summary.manifest and is_over:
         report = _report_run(parsed, summary)
+    if summary.num_other_columns:
+        complain(
+            f"{summary.num_other_columns} units were committed by another run with other kept "
+            "columns: agree on source.keep, then run again",
+            "other_columns",
+            "error",
+        )
+    if summary.status == "no_rows":
+        complain(
+            "no rows: every sample was rejected, or the source has none; look with `latentcache "
+            f"inspect --manifest {summary.manifest}`, then correct the source or the config",
+            "no_rows",
+            "error",
+        )
     if summary.status == "too_many_rejects":
         complain(
-            "too many rejects: look at them with `latentcache inspect`, then mend the source or "
-            "raise rejects.max_rate",
+            f"too many rejects: {summary.num_rejects} of "
+            f"{summary.num_rows + summary.num_rejects} samples; look at them with `latentcache "
+            f"inspect --manifest {summary.manifest}`, then correct the source or raise "
+            "rejects.max_rate",
             "too_many_rejects",
             "error",
         )
@@ -89,6 +106,7 @@ def run_command(
                 f"{summary.num_extra_images} of {summary.num_images} images are further images of "
                 "a sample (such as masks) and were not encoded"
             )
+        _print_reasons(summary.reject_reasons)
         if summary.bottleneck:
             print_line(summary.bottleneck)
         if summary.mean_psnr_db is not None:
@@ -122,6 +140,11 @@ def _report_run(config: Config, summary: RunSummary) -> str:
         if not is_there:
             write_report(report, dataset)
     return str(dataset.store.local_path(path) or dataset.store.url_of(path))
+
+
+def _print_reasons(reasons: list[RejectReason]) -> None:
+    for reason in reasons:
+        print_line(f"rejected: {reason.to_text()}")
 
 
 def _argv() -> list[str]:
@@ -170,7 +193,7 @@ def plan_command(
         raise ConfigError("prices are for --calibrate: without it nothing is known to price")
     plan = make_plan(parsed, retry_rejects=retry_rejects)
     forecast = None
-    if calibrate and plan.pending and not plan.diff:
+    if calibrate and plan.to_encode and not plan.diff:
         from latentcache.engine.calibrate import Prices, make_forecast
 
         with progress_bar() as bar:
@@ -181,14 +204,17 @@ def plan_command(
             {
                 "num_units": len(plan.units),
                 "num_pending": len(plan.pending),
+                "num_rewrites": len(plan.to_rewrite),
                 "num_bytes_pending": plan.num_bytes_pending,
                 "num_images": plan.num_images,
+                "num_bytes_rewritten": plan.num_bytes_rewritten,
                 "sources": asdict(plan.sources),
                 "pending": [
                     {
                         "unit": p.unit.id,
                         "source": p.unit.source,
                         "range": p.unit.range,
+                        "kind": p.kind,
                         "reason": p.reason,
                     }
                     for p in plan.pending
@@ -227,13 +253,32 @@ def _print_plan(plan: Plan, most: int = 20) -> None:
     buckets = ", ".join(f"{width}x{height}" for width, height in plan.contract.transform.buckets)
     channels, *_ = plan.contract.latent_shape((8, 8))
     terms = plan.contract.latents
+    num_bytes = sum(planned.unit.num_bytes for planned in plan.to_encode)
     images = "" if plan.num_images is None else f"; {plan.num_images} image files in all"
+    _print_rewrites(plan)
     print_line(
-        f"{len(plan.pending)} of {len(plan.units)} units to encode "
-        f"({size_text(plan.num_bytes_pending)} to read{images}) into {plan.output.url}\n"
+        f"{len(plan.to_encode)} of {len(plan.units)} units to encode "
+        f"({size_text(num_bytes)} to read{images}) into {plan.output.url}\n"
         f"latents: {terms.posterior}, {channels} channels, {terms.dtype}, {terms.format}; "
         f"buckets: {buckets}"
     )
+
+
+def _print_rewrites(plan: Plan) -> None:
+    """Say what other kept columns cost, by the columns that the units have now."""
+    from collections import Counter
+
+    reasons = Counter(planned.reason for planned in plan.to_rewrite)
+    for reason, number in reasons.items():
+        print_line(
+            f"{number} units: {reason}: rows are rewritten around the stored latents, no encoding"
+        )
+    if reasons:
+        num_bytes = sum(planned.unit.num_bytes for planned in plan.to_rewrite)
+        print_line(
+            f"rewriting reads {size_text(num_bytes)} of source and "
+            f"{size_text(plan.num_bytes_rewritten)} of latents, which it writes again"
+        )
 
 
 @app.command("status")
@@ -268,6 +313,7 @@ def status_command(
         f"{status.num_committed} of {status.num_units} known units committed, "
         f"{status.num_rows} rows, {status.num_rejects} rejects"
     )
+    _print_reasons(status.reject_reasons)
     newest = f"manifests: {', '.join(map(str, status.manifests[-10:])) or 'none yet'}"
     print_line(newest + ("" if status.complete else "; the newest is not complete"))
     if status.published is not None:

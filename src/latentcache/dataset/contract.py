@@ -114,15 +114,13 @@ class LatentContract:
 class Contract:
     """All that must agree between the runs that fill one dataset.
 
-    `caption_field` is where the column `caption` comes from.
+    Which fields are kept as columns is not among it: see `dataset/columns.py`.
     """
 
     vae: VaeContract
     transform: TransformContract
     latents: LatentContract
     source: SourceContract
-    columns: tuple[str, ...]
-    caption_field: str = "txt"
     format_version: int = field(default=FORMAT_VERSION)
 
     @property
@@ -135,10 +133,6 @@ class Contract:
         width_px, height_px = bucket
         factor = self.vae.downsample_factor
         return self.stored_channels, height_px // factor, width_px // factor
-
-    def field_of(self, column: str) -> str:
-        """Name the field of a sample that a kept column is read from."""
-        return self.caption_field if column == "caption" else column
 
     @property
     def is_settled(self) -> bool:
@@ -192,8 +186,6 @@ class Contract:
                 transform=TransformContract(**transform),
                 latents=LatentContract(**latents),
                 source=SourceContract(**_with_tuples(tree["source"])),
-                columns=tuple(tree["columns"]),
-                caption_field=tree["caption_field"],
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise DatasetError(f"contract.json is damaged: {error}") from error

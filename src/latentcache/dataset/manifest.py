@@ -17,6 +17,7 @@ from typing import Literal, TypeAlias
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from latentcache.dataset.columns import Column, Columns
 from latentcache.dataset.contract import FORMAT_VERSION
 from latentcache.dataset.segments import (
     SEGMENT_SCHEMA,
@@ -40,14 +41,16 @@ ManifestName: TypeAlias = int | Literal["published"]
 class Manifest:
     """A numbered snapshot; `removed` names units of its segments (`<unit>-<generation>`) that no
     longer count, and `void` receipts, which are in no segment; `stale` the sources whose listed
-    version is not encoded yet and whose older rows stand in for it. `complete` says that every
-    listed source is encoded at its listed version.
+    version is not encoded yet and whose older rows stand in for it. `columns` are the kept columns
+    that its rows are to have. `complete` says that every listed source is encoded at its listed
+    version, that its rows have these columns, and that there is at least one row.
     """
 
     number: int
     complete: bool
     created_at: str
     contract: str
+    columns: Columns
     segments: tuple[Segment, ...]
     removed: tuple[str, ...]
     stale: tuple[str, ...]
@@ -98,6 +101,7 @@ class Manifest:
             if tree["format_version"] != FORMAT_VERSION:
                 raise DatasetError(f"{url} has format version {tree['format_version']}")
             tree["segments"] = tuple(Segment(**segment) for segment in tree["segments"])
+            tree["columns"] = tuple(Column(**column) for column in tree["columns"])
             tree["removed"], tree["stale"] = tuple(tree["removed"]), tuple(tree["stale"])
             tree["statistics"] = Statistics.from_json(tree["statistics"])
             return cls(**tree)

@@ -48,7 +48,7 @@ def publish(
         storage: how to reach the store.
 
     Raises:
-        CheckFailed: the manifest is not complete.
+        CheckFailed: the manifest is not complete, or has no rows.
         ConfigError: it is older than the published one.
         DatasetError: there is no dataset, no such manifest, or no complete one.
     """
@@ -59,6 +59,8 @@ def publish(
         raise CheckFailed(
             f"manifest {manifest.number} of {store.url} is not complete: finish the run first"
         )
+    if not manifest.num_rows:
+        raise CheckFailed(f"manifest {manifest.number} of {store.url} has no rows to publish")
     now = read_published(store)
     if now and now.manifest == manifest.number:
         return now

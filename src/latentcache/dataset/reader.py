@@ -88,6 +88,9 @@ class _Shard:
 class Dataset(Sequence[Row]):
     """A latent dataset as one manifest names it; see `open_dataset`.
 
+    `columns` names the kept columns; a row of a unit that was not rewritten with them yet, as in a
+    manifest that is not complete, has None in those that it lacks.
+
     Rows are in the order of their source shards, within one by bucket. Reading one row reads its
     row group; neighbours are then at hand.
     """
@@ -97,6 +100,7 @@ class Dataset(Sequence[Row]):
         self.url = store.url
         self.contract = contract
         self.manifest = manifest
+        self.columns = [column.name for column in manifest.columns]
         units = read_records(store, manifest)
         self.units: Sequence[UnitRecord] = units
         # [S], by shard: its unit's index, and the number of rows up to its end.
@@ -156,7 +160,7 @@ class Dataset(Sequence[Row]):
             unit=shard.unit,
             latent=latent,
             **{name: columns.pop(name) for name in fixed},
-            columns=columns,
+            columns={name: columns.get(name) for name in self.columns},
         )
 
     def _open_file(self, number: int) -> tuple[pq.ParquetFile, SafetensorsRows | None]:

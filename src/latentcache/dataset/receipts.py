@@ -11,9 +11,10 @@ import json
 import secrets
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+from latentcache.dataset.columns import Column, Columns
 from latentcache.dataset.contract import canonical_json
 from latentcache.dataset.statistics import Statistics
 from latentcache.errors import DatasetError, ObjectNotFound
@@ -21,6 +22,9 @@ from latentcache.storage import ObjectInfo, Store
 
 COMMITS = "commits"
 FAILURES = "failures"
+
+MAX_FIELDS = 64
+"""How many names of fields a receipt holds at most."""
 
 _READ_THREADS = 16
 
@@ -100,6 +104,8 @@ class UnitRecord:
 
     `num_images` counts the image files or members of the shard: rows, rejects with an image, and
     `num_extra_images`, which are further images of a sample, such as masks.
+    `columns` are the kept columns of its rows, `absent_fields` those of their fields that no sample
+    of the unit has, and `reject_reasons` counts the rejects by `stage/reason`.
     """
 
     unit: Unit
@@ -113,6 +119,9 @@ class UnitRecord:
     qa: QaFile | None = None
     num_images: int = 0
     num_extra_images: int = 0
+    columns: Columns = ()
+    absent_fields: tuple[str, ...] = ()
+    reject_reasons: dict[str, int] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -144,6 +153,9 @@ class UnitSummary:
     num_rows: int
     num_rejects: int
     qa: QaSummary | None = None
+    columns: Columns = ()
+    absent_fields: tuple[str, ...] = ()
+    reject_reasons: dict[str, int] = field(default_factory=dict)
     is_void: bool = False
     segment: int | None = None
     num_images: int = 0
@@ -163,6 +175,9 @@ class UnitSummary:
             num_rows=record.num_rows,
             num_rejects=record.num_rejects,
             qa=QaSummary(qa.num_rows, qa.mean_psnr_db, qa.min_drift_db) if qa else None,
+            columns=record.columns,
+            absent_fields=record.absent_fields,
+            reject_reasons=record.reject_reasons,
             is_void=is_void,
             segment=segment,
             num_images=record.num_images,
@@ -183,6 +198,7 @@ class Receipt:
     took, `versions` what encoded it; `notes` counts what is worth knowing: latents that were not
     finite and were encoded again in fp32, and with int8 the values that lay outside its range.
     `extra_image_fields` names fields that hold further images of samples.
+    `fields` names fields that samples of the unit have, at most `MAX_FIELDS` of them.
     """
 
     record: UnitRecord
@@ -194,6 +210,7 @@ class Receipt:
     versions: dict[str, str] | None = None
     notes: dict[str, int] | None = None
     extra_image_fields: list[str] | None = None
+    fields: tuple[str, ...] = ()
 
     @property
     def path(self) -> str:
@@ -217,6 +234,7 @@ class Receipt:
             tree = json.loads(data)
             tree["record"] = record_from_json(tree["record"])
             tree["statistics"] = Statistics.from_json(tree["statistics"])
+            tree["fields"] = tuple(tree["fields"])
             return cls(**tree)
         except (ValueError, KeyError, TypeError) as error:
             raise DatasetError(f"not a receipt: {error}") from error
@@ -247,6 +265,8 @@ def record_from_json(tree: dict[str, Any]) -> UnitRecord:
             "files": tuple(DataFile(**file) for file in tree["files"]),
             "rejects": DataFile(**tree["rejects"]) if tree["rejects"] else None,
             "qa": QaFile(**{**qa, "file": DataFile(**qa["file"])}) if qa else None,
+            "columns": tuple(Column(**column) for column in tree["columns"]),
+            "absent_fields": tuple(tree["absent_fields"]),
         }
     )
 

@@ -10,9 +10,10 @@ import hashlib
 import json
 import secrets
 from collections import Counter, deque
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from io import BytesIO
 from itertools import islice
 from typing import Any
@@ -23,6 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from latentcache.dataset.columns import Column, Columns
 from latentcache.dataset.parquet import read_table
 from latentcache.dataset.receipts import (
     DataFile,
@@ -42,6 +44,8 @@ Ints = npt.NDArray[np.int64]
 SEGMENTS = "segments"
 
 _READ_THREADS = 8
+
+_MOST_SHARED = 1024
 
 # Records made at a time, of very many.
 _RECORDS_AT_ONCE = 1000
@@ -79,6 +83,9 @@ SEGMENT_SCHEMA = pa.schema(
         ("files", pa.list_(_FILE_TYPE)),
         ("rejects", _FILE_TYPE),
         ("qa", pa.string()),
+        ("columns", pa.string()),
+        ("absent_fields", pa.string()),
+        ("reject_reasons", pa.string()),
         ("statistics", pa.string()),
     ]
 )
@@ -91,6 +98,9 @@ SUMMARY_COLUMNS = (
     "qa",
     "num_images",
     "num_extra_images",
+    "columns",
+    "absent_fields",
+    "reject_reasons",
 )
 
 
@@ -157,6 +167,9 @@ def put_segment(store: Store, receipts: Iterable[Receipt]) -> Segment:
         {
             **asdict(r.record),
             "qa": json.dumps(r.record.qa and asdict(r.record.qa)),
+            "columns": json.dumps([[c.name, c.field] for c in r.record.columns]),
+            "absent_fields": json.dumps(r.record.absent_fields),
+            "reject_reasons": json.dumps(r.record.reject_reasons, sort_keys=True),
             "statistics": json.dumps(r.statistics.to_json()),
         }
         for r in sorted(receipts, key=lambda r: r.record.unit.source)
@@ -216,7 +229,8 @@ def summaries_of(table: pa.Table, number: int) -> Iterator[UnitSummary]:
     columns = [pc.struct_field(unit, "id"), pc.struct_field(unit, "source")]
     columns += [table[name] for name in SUMMARY_COLUMNS[1:]]
     rows = zip(*(column.to_pylist() for column in columns), strict=True)
-    for unit_id, source, generation, samples, num_rows, rejects, qa, images, extra in rows:
+    for *counts, qa, images, extra, kept, absent, reasons in rows:
+        unit_id, source, generation, samples, num_rows, rejects = counts
         yield UnitSummary(
             unit_id,
             source,
@@ -224,11 +238,33 @@ def summaries_of(table: pa.Table, number: int) -> Iterator[UnitSummary]:
             samples,
             num_rows,
             rejects,
-            _qa_summary(qa),
+            qa=_qa_summary(qa),
+            columns=_columns(kept),
+            absent_fields=_names(absent),
+            reject_reasons=_counts(reasons),
             segment=number,
             num_images=images,
             num_extra_images=extra,
         )
+
+
+# Very many units have the same of these, and share the objects.
+
+
+@lru_cache(_MOST_SHARED)
+def _columns(text: str) -> Columns:
+    return tuple(Column(name, field) for name, field in json.loads(text))
+
+
+@lru_cache(_MOST_SHARED)
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(json.loads(text))
+
+
+@lru_cache(_MOST_SHARED)
+def _counts(text: str) -> dict[str, int]:
+    found: dict[str, int] = json.loads(text)
+    return found
 
 
 def _qa_summary(text: str) -> QaSummary | None:
@@ -268,17 +304,19 @@ def records_of(table: pa.Table) -> list[UnitRecord]:
     names = ("generation", "attempt", *counts_of)
     values = [columns[name].to_pylist() for name in names]
     plain = (dict(zip(names, row, strict=True)) for row in zip(*values, strict=True))
-    qa = map(_qa_file, columns["qa"].to_pylist())
+    texts = {"qa": _qa_file, **_SHARED}
+    parsed = [map(read, columns[name].to_pylist()) for name, read in texts.items()]
+    more = (dict(zip(texts, row, strict=True)) for row in zip(*parsed, strict=True))
     return [
         UnitRecord(
             unit=unit,
             files=tuple(islice(files, num_files)),
             rejects=DataFile(*reject) if reject[0] is not None else None,
-            qa=qa_file,
             **row,
+            **other,
         )
-        for unit, num_files, reject, qa_file, row in zip(
-            units, counts, rejects, qa, plain, strict=True
+        for unit, num_files, reject, row, other in zip(
+            units, counts, rejects, plain, more, strict=True
         )
     ]
 
@@ -290,6 +328,13 @@ def _fields(structs: pa.StructArray) -> list[list[Any]]:
 def _qa_file(text: str) -> QaFile | None:
     tree = json.loads(text)
     return QaFile(**{**tree, "file": DataFile(**tree["file"])}) if tree else None
+
+
+_SHARED: dict[str, Callable[[str], Any]] = {
+    "columns": _columns,
+    "absent_fields": _names,
+    "reject_reasons": _counts,
+}
 
 
 class UnitRecords(Sequence[UnitRecord]):

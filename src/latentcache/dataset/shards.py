@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from latentcache.dataset.columns import Columns
 from latentcache.dataset.contract import Contract
 from latentcache.dataset.receipts import DataFile
 from latentcache.errors import DatasetError
@@ -87,7 +88,7 @@ def column_type(name: str) -> pa.DataType:
     return pa.int64() if name == "cls" else pa.string()
 
 
-def row_schema(contract: Contract, unit_id: str) -> pa.Schema:
+def row_schema(contract: Contract, columns: Columns, unit_id: str) -> pa.Schema:
     """Schema of a data file; `latent` stands second, and is absent beside safetensors."""
     fields = [
         pa.field("key", pa.string(), nullable=False),
@@ -98,7 +99,7 @@ def row_schema(contract: Contract, unit_id: str) -> pa.Schema:
             pa.field(name, pa.int32(), nullable=False)
             for name in ("original_width", "original_height", "crop_top", "crop_left")
         ),
-        *(pa.field(name, column_type(name)) for name in contract.columns),
+        *(pa.field(column.name, column_type(column.name)) for column in columns),
     ]
     if contract.latents.format == "safetensors":
         del fields[1]
@@ -121,19 +122,26 @@ class BucketWriter:
 
     Args:
         stem: the path without its ending; the folder exists.
-        contract: names dtype, format and columns.
+        contract: names dtype and format.
+        columns: the kept columns.
         unit_id: recorded in the file.
         bucket: (width, height) in pixels.
     """
 
     def __init__(
-        self, stem: Path, contract: Contract, unit_id: str, bucket: tuple[int, int]
+        self,
+        stem: Path,
+        contract: Contract,
+        columns: Columns,
+        unit_id: str,
+        bucket: tuple[int, int],
     ) -> None:
         self.bucket = bucket
         self.num_rows = 0
         self._contract = contract
+        self._columns = columns
         self._shape = contract.latent_shape(bucket)
-        self._schema = row_schema(contract, unit_id)
+        self._schema = row_schema(contract, columns, unit_id)
         self._pending: list[tuple[bytes, RowMeta]] = []
         self._latent_bytes = row_bytes(contract, bucket)
         self._group_rows = row_group_rows(contract, bucket)
@@ -182,8 +190,8 @@ class BucketWriter:
         }
         for name in ("original_width", "original_height", "crop_top", "crop_left"):
             columns[name] = [getattr(row, name) for row in rows]
-        for name in self._contract.columns:
-            columns[name] = [row.columns.get(name) for row in rows]
+        for column in self._columns:
+            columns[column.name] = [row.columns.get(column.name) for row in rows]
         if self._tensor_file:
             self._tensor_file.writelines(columns.pop("latent"))
         self._parquet.write_table(pa.table(columns, self._schema), row_group_size=num)

@@ -12,7 +12,11 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import reduce
 
-from latentcache.dataset.manifest import Manifest, newest_manifest, put_manifest
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from latentcache.dataset.columns import Columns
+from latentcache.dataset.manifest import Manifest, newest_manifest, put_manifest, read_files
 from latentcache.dataset.receipts import (
     Receipt,
     Unit,
@@ -107,17 +111,29 @@ class State:
         unit = self._latest.get(unit_id)
         return None if unit is None or unit.is_void else unit
 
+    def num_stored_bytes(self, unit_ids: AbstractSet[str]) -> int:
+        """Sum up the sizes in bytes of the row files that some units have now; reads segments."""
+        outside = [r.record for unit, r in self.outside.items() if unit in unit_ids]
+        num_bytes = sum(file.size_bytes for record in outside for file in record.files)
+        left = unit_ids - self.outside.keys()
+        if self.manifest and left:
+            files = read_files(self.store, self.manifest)
+            is_of = pc.is_in(files["unit"], value_set=pa.array(left, pa.string()))
+            num_bytes += pc.sum(files.filter(is_of)["size_bytes"]).as_py() or 0
+        return num_bytes
+
     @property
     def sources(self) -> set[str]:
         """Every source that has been encoded in some version."""
         return {unit.source for unit in self._latest.values() if not unit.is_void}
 
-    def weigh(self, listing: Listing, on_missing: str) -> _Weighed:
+    def weigh(self, listing: Listing, on_missing: str, columns: Columns) -> _Weighed:
         """Decide which units the next manifest names.
 
         A source whose units at its listed version are all committed contributes exactly those. One
         that changed and is unfinished keeps the units that the manifest has of it and is named in
-        `stale`. A source that is no longer listed keeps its units, or loses them with
+        `stale`. A unit whose rows have other columns than `columns` counts, but leaves its source
+        unfinished. A source that is no longer listed keeps its units, or loses them with
         `on_missing="drop"`.
 
         After a first time with a listing, only sources of new receipts can have moved, and only
@@ -127,11 +143,12 @@ class State:
             SourceError: `drop`, but more than a tenth of the sources are gone.
         """
         last = self._weighed
-        if last and last.listing is listing and last.on_missing == on_missing:
+        terms = (on_missing, columns)
+        if last and last.listing is listing and (last.on_missing, last.columns) == terms:
             weighed = replace(last, changes={})
             sources: Iterable[str] = self._touched & listing.keys()
         else:
-            weighed = _Weighed(listing, on_missing)
+            weighed = _Weighed(listing, on_missing, columns)
             sources = listing
             missing = self.live.keys() - listing.keys()
             if on_missing == "drop" and missing:
@@ -145,7 +162,10 @@ class State:
                 if source in self.live:
                     weighed.stale.add(source)
                 continue
-            weighed.unfinished.discard(source)
+            if all(unit.columns == columns for unit in committed):
+                weighed.unfinished.discard(source)
+            else:
+                weighed.unfinished.add(source)
             weighed.stale.discard(source)
             if committed != self.live.get(source, ()):
                 weighed.changes[source] = committed
@@ -175,6 +195,7 @@ class State:
             complete=complete,
             created_at=datetime.now(UTC).isoformat(),
             contract=contract,
+            columns=weighed.columns,
             segments=segments,
             removed=tuple(sorted(removed)) if moved or not newest else newest.removed,
             stale=tuple(sorted(weighed.stale)),
@@ -243,12 +264,13 @@ class _Weighed:
     """What a listing comes to, beside the newest manifest.
 
     `changes` holds, by source, the units of the next manifest where they are others; `unfinished`
-    are the sources that are not all encoded at their listed version, and `stale` those of them that
-    older units stand in for.
+    are the sources that are not all encoded at their listed version with `columns`, and `stale`
+    those of them that older units stand in for.
     """
 
     listing: Listing
     on_missing: str
+    columns: Columns
     changes: dict[str, tuple[UnitSummary, ...]] = field(default_factory=dict)
     unfinished: set[str] = field(default_factory=set)
     stale: set[str] = field(default_factory=set)
@@ -275,6 +297,7 @@ def write_next(
     listing: Callable[[], Listing],
     *,
     on_missing: str,
+    columns: Columns = (),
     may_complete: bool = True,
 ) -> tuple[State, Manifest | None]:
     """Write the next manifest if it would differ from the newest one.
@@ -287,18 +310,20 @@ def write_next(
         num_channels: channels of a stored latent.
         listing: gives the source's listing; called again after a lost race.
         on_missing: see `State.weigh`.
+        columns: the kept columns that the rows are to have.
         may_complete: False holds `complete` back, after a check failed.
 
     Returns:
         The state, and the newest manifest (None where there is nothing to name yet).
     """
     while True:
-        weighed = state.weigh(listing(), on_missing)
+        weighed = state.weigh(listing(), on_missing, columns)
         complete = may_complete and not weighed.unfinished
         newest = state.manifest
-        is_same = newest and (newest.stale, newest.complete) == (
+        is_same = newest and (newest.stale, newest.complete, newest.columns) == (
             tuple(sorted(weighed.stale)),
             complete,
+            columns,
         )
         if not weighed.changes and (is_same or (newest is None and not complete)):
             state.settle(weighed)

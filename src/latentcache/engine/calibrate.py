@@ -137,18 +137,19 @@ def make_forecast(config: Config, plan: Plan, num_images: int, prices: Prices) -
         ClusterError: the cluster cannot be reached, or lacks what the config asks for.
         SourceError: the shards that were tried cannot be read, or hold nothing.
     """
-    assert plan.pending
+    assert plan.to_encode
     compute = config.compute
     threads = None if compute.decode_threads == "auto" else compute.decode_threads
-    pending = {planned.unit.source for planned in plan.pending}
+    pending = {planned.unit.source for planned in plan.to_encode}
     shards = [shard for shard in plan.shards if shard.url in pending]
     patience = Patience(compute.wait_for_gpus_s)
     with Cluster(compute.num_gpus, compute.num_cpu_actors, threads, patience) as cluster:
         job = make_job(config, plan.contract, cluster.num_cpus_per_actor)
         trial: Trial = cluster.ask(try_out, job, shards, num_images)
-        num_actors = min(cluster.num_actors, len(plan.pending))
+        num_actors = min(cluster.num_actors, len(plan.to_encode))
         num_gpus, num_cpus = cluster.num_gpus_per_actor, cluster.num_cpus_per_actor
-    num_pending = round(plan.num_bytes_pending * trial.num_samples / trial.source_bytes)
+    num_bytes = sum(planned.unit.num_bytes for planned in plan.to_encode)
+    num_pending = round(num_bytes * trial.num_samples / trial.source_bytes)
     actor_hours = num_pending / trial.images_per_s / 3600
     gpu_hours, cpu_hours = actor_hours * num_gpus, actor_hours * num_cpus
     output_bytes = round(num_pending * trial.output_bytes / trial.num_samples)

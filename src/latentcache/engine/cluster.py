@@ -31,10 +31,9 @@ from latentcache.engine.dispatcher import ActorLost
 from latentcache.engine.job import UNITS_PER_ACTOR, Job, UnitFailure, UnitTask
 from latentcache.engine.prometheus import ActorMetrics
 from latentcache.engine.sizing import NodeShape, cpus_per_actor
-from latentcache.engine.unit import UnitRunner
 from latentcache.engine.versions import Versions
 from latentcache.engine.waiting import NO_PATIENCE, Patience, Reminder
-from latentcache.engine.worker import load_runner
+from latentcache.engine.worker import ActorRunner
 from latentcache.errors import ClusterError, LatentCacheError, StorageError, first_line
 
 A = TypeVar("A")
@@ -60,7 +59,7 @@ class _EncoderActor:
     def __init__(self, versions: Versions, job: Job) -> None:
         self._versions = versions
         self._job = job
-        self._runner: UnitRunner | None = None
+        self._runner: ActorRunner | None = None
         self._metrics = ActorMetrics(job.name)
 
     def setup(self) -> str | LatentCacheError:
@@ -70,7 +69,7 @@ class _EncoderActor:
         except ClusterError as error:
             return error
         try:
-            self._runner = load_runner(self._job, _device())
+            self._runner = ActorRunner(self._job, _device())
         except LatentCacheError as error:
             return _with_host(error)
         except RuntimeError as error:  # what torch raises of a GPU that is broken or taken
@@ -103,7 +102,7 @@ class _EncoderActor:
         if self._runner is None:
             return {}
         stats = self._runner.stats()
-        self._metrics.update(stats, dict(self._runner.rejects))
+        self._metrics.update(stats, self._runner.rejects)
         return stats
 
 

@@ -91,11 +91,15 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """A unit that was given up; `changed` says that its source is another version now."""
+    """A unit that was given up.
+
+    `changed`: its source is another version now. `lacks_field`: see `UnitFailure`.
+    """
 
     task: UnitTask
     message: str
     changed: bool = False
+    lacks_field: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,7 +278,14 @@ class Dispatcher:
 
     def _give(self, worker: _Worker, unit: PlannedUnit, *, alone: bool) -> None:
         attempt = new_attempt()
-        task = UnitTask(unit.unit, unit.generation, attempt, self.qa_wanted, files=unit.files)
+        task = UnitTask(
+            unit.unit,
+            unit.generation,
+            attempt,
+            self.qa_wanted,
+            files=unit.files,
+            rewrites=unit.kind == "rewrite",
+        )
         call = self._actors.call(worker.actor, "run_unit", task)
         self._calls[call] = worker
         worker.in_hand[call] = _Assignment(unit, task, alone)
@@ -338,8 +349,9 @@ class Dispatcher:
                 "permissions, and the right time"
             )
         self._failures[unit.unit.id] += 1
-        if failure.changed or self._failures[unit.unit.id] > self._retries.failures:
-            yield Failed(assignment.task, failure.message, failure.changed)
+        is_final = failure.changed or failure.lacks_field
+        if is_final or self._failures[unit.unit.id] > self._retries.failures:
+            yield Failed(assignment.task, failure.message, failure.changed, failure.lacks_field)
         else:
             (self._suspects if crashed else self._pending).append(unit)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from latentcache.config import Config
+from latentcache.dataset.columns import Columns, columns_of
 from latentcache.dataset.contract import Contract
 from latentcache.dataset.receipts import Unit
 from latentcache.engine.sample import SampleSpec
@@ -30,7 +31,11 @@ class QaJob:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What every unit of a run has in common; `name` is the config's."""
+    """What every unit of a run has in common; `name` is the config's.
+
+    `columns` are the kept columns. With `loads_late` an actor loads the encoder once a unit needs
+    it: a run may have nothing to encode.
+    """
 
     contract: Contract
     checkpoint: str
@@ -42,6 +47,8 @@ class Job:
     decode_threads: int
     qa: QaJob | None = None
     name: str = ""
+    columns: Columns = ()
+    loads_late: bool = False
 
 
 def make_job(config: Config, contract: Contract, decode_threads: int) -> Job:
@@ -50,6 +57,7 @@ def make_job(config: Config, contract: Contract, decode_threads: int) -> Job:
     output_storage = storage_options(config.output.storage)
     return Job(
         contract=contract,
+        columns=columns_of(config.source.keep),
         checkpoint=absolute_url(config.vae.checkpoint),
         checkpoint_storage=storage_options(config.vae.storage),
         source_storage=storage_options(config.source.storage),
@@ -80,7 +88,8 @@ class UnitTask:
     """One attempt at one unit; `qa_wanted` counts the QA rows wanted of each bucket, at least.
 
     With `max_samples` no more are read: a trial, whose receipt nobody may put. `files` are those of
-    a folder's slot.
+    a folder's slot. `rewrites`: the generation before this one has the latents, and its rows are
+    written again with other columns.
     """
 
     unit: Unit
@@ -89,6 +98,7 @@ class UnitTask:
     qa_wanted: dict[str, int] = field(default_factory=dict)
     max_samples: int | None = None
     files: tuple[ObjectInfo, ...] = ()
+    rewrites: bool = False
 
     @property
     def shard(self) -> SourceShard:
@@ -104,9 +114,12 @@ class UnitFailure:
     `changed`: the source is no longer the listed version. `denied`: a store refused this node; if
     the driver may read the source, that is the node's fault and not the unit's. `fatal`: what ends
     the whole run, because no other unit can fare better, such as a disk without room.
+    `lacks_field`: its file has no column for a field that the config names, which no other attempt
+    changes.
     """
 
     message: str
     changed: bool = False
     denied: bool = False
     fatal: LatentCacheError | None = None
+    lacks_field: bool = False

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 from latentcache.config import Calibration, Config, RatioBuckets
+from latentcache.dataset.columns import Columns, columns_of, describe_columns
 from latentcache.dataset.contract import (
     Contract,
     LatentContract,
@@ -29,12 +31,17 @@ from latentcache.vae.weights import encoder_fingerprint, load_vae
 
 @dataclass(frozen=True, slots=True)
 class PlannedUnit:
-    """A unit to encode, the generation that its receipt will have, why, and a slot's files."""
+    """A unit to encode, the generation that its receipt will have, why, and a slot's files.
+
+    `kind`: a `rewrite` writes the unit's rows again, with other columns, around the latents that
+    are stored.
+    """
 
     unit: Unit
     generation: int
     reason: str
     files: tuple[ObjectInfo, ...] = ()
+    kind: Literal["encode", "rewrite"] = "encode"
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +110,25 @@ class Plan:
         return sum(wanted.is_image(file_key_and_field(file.path)[1]) for file in files)
 
     @property
+    def to_encode(self) -> list[PlannedUnit]:
+        """The pending units whose images are encoded."""
+        return [planned for planned in self.pending if planned.kind == "encode"]
+
+    @property
+    def to_rewrite(self) -> list[PlannedUnit]:
+        """The pending units whose rows are written again around the stored latents."""
+        return [planned for planned in self.pending if planned.kind == "rewrite"]
+
+    @property
     def num_bytes_pending(self) -> int:
         """Bytes of source shards to read."""
         return sum(planned.unit.num_bytes for planned in self.pending)
+
+    @property
+    def num_bytes_rewritten(self) -> int:
+        """Bytes of stored rows, latents included, to read for `to_rewrite`; asks the store."""
+        units = {planned.unit.id for planned in self.to_rewrite}
+        return self.state.num_stored_bytes(units) if units else 0
 
 
 def make_plan(config: Config, *, retry_rejects: bool = False) -> Plan:
@@ -143,7 +166,8 @@ def make_plan(config: Config, *, retry_rejects: bool = False) -> Plan:
         require_few(missing, len(state.live))  # before anything is encoded, not at the end
     why = "another contract" if diff else "changed"
     failures = _read_failures(output, units, state)
-    pending = list(_pending(shards, units, state, failures, retry_rejects, why))
+    columns = columns_of(config.source.keep)
+    pending = list(_pending(shards, units, state, columns, failures, retry_rejects, why))
     return Plan(output, contract, there, diff, shards, units, pending, state, on_missing)
 
 
@@ -196,6 +220,7 @@ def _pending(
     shards: Iterable[SourceShard],
     units: Iterable[Unit],
     state: State,
+    columns: Columns,
     failures: dict[str, str],
     retry_rejects: bool,
     known: str,
@@ -204,9 +229,11 @@ def _pending(
     for shard, unit in zip(shards, units, strict=True):
         done = state.current(unit.id)
         generation = state.generation(unit.id) + 1
+        if done and not (retry_rejects and done.num_rejects):
+            if rewrite := rewrite_of(shard, unit, state, columns):
+                yield rewrite
+            continue
         if done:
-            if not (retry_rejects and done.num_rejects):
-                continue
             reason = f"retry of {done.num_rejects} rejects"
         elif generation:
             reason = "marked to be encoded again"
@@ -217,6 +244,18 @@ def _pending(
         else:
             reason = "new"
         yield PlannedUnit(unit, generation, reason, shard.files)
+
+
+def rewrite_of(
+    shard: SourceShard, unit: Unit, state: State, columns: Columns
+) -> PlannedUnit | None:
+    """Plan to write a committed unit's rows again, if they have other columns; else None."""
+    done = state.current(unit.id)
+    if done is None or done.columns == columns:
+        return None
+    before, after = describe_columns(done.columns), describe_columns(columns)
+    reason = f"kept columns changed: {before} -> {after}"
+    return PlannedUnit(unit, done.generation + 1, reason, shard.files, "rewrite")
 
 
 def wanted_contract(config: Config) -> Contract:
@@ -269,8 +308,6 @@ def wanted_contract(config: Config) -> Contract:
             quantization=_quantization(config),
         ),
         source=source_contract(config.source),
-        columns=tuple("caption" if name == "txt" else name for name in config.source.keep),
-        caption_field="caption" if "caption" in config.source.keep else "txt",
     )
 
 

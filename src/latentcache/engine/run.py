@@ -10,13 +10,14 @@ import random
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
 
 from latentcache import __version__
 from latentcache.config import Config
 from latentcache.dataset.bottleneck import Loads
+from latentcache.dataset.columns import columns_of
 from latentcache.dataset.contract import (
     CONTRACT_PATH,
     Contract,
@@ -27,17 +28,27 @@ from latentcache.dataset.contract import (
 from latentcache.dataset.manifest import Manifest
 from latentcache.dataset.qa import Gates, QaTotals
 from latentcache.dataset.receipts import Receipt, Unit, UnitSummary, put_failure
+from latentcache.dataset.rejects import most_frequent
 from latentcache.dataset.shards import bucket_name
 from latentcache.dataset.state import Listing, State, write_next
 from latentcache.engine.cluster import Cluster
 from latentcache.engine.commit import Committed, Committer
 from latentcache.engine.dispatcher import Dispatcher, Failed, Finished, Retries
+from latentcache.engine.fields import FieldCheck, spread
 from latentcache.engine.job import make_job
 from latentcache.engine.lease import Lease, active_runs, stand_aside
-from latentcache.engine.plan import Plan, PlannedUnit, by_source, make_plan, units_of
+from latentcache.engine.plan import (
+    Plan,
+    PlannedUnit,
+    by_source,
+    make_plan,
+    rewrite_of,
+    units_of,
+)
 from latentcache.engine.progress import RunProgress
 from latentcache.engine.prometheus import RunMetrics
 from latentcache.engine.stop import StopSignal, stop_on_signals
+from latentcache.engine.summary import RunSummary
 from latentcache.engine.waiting import Patience
 from latentcache.engine.worker import settle_contract
 from latentcache.errors import AccessDenied, ContractMismatch, SourceError, StorageError
@@ -50,7 +61,7 @@ from latentcache.vae.weights import absolute_url
 MANIFEST_EVERY_UNITS = 1000
 MANIFEST_EVERY_S = 600.0
 
-# The reject rate of fewer samples than this says nothing.
+# While a run goes on, the reject rate of fewer samples than this says nothing.
 MIN_SAMPLES_TO_JUDGE = 1000
 
 # Kubernetes kills 30 s after SIGTERM: units in hand get this long, manifests the rest.
@@ -58,36 +69,6 @@ GRACE_S = 20.0
 _STOPPING = (
     f"stopping: units in hand get {GRACE_S:.0f} s to finish; interrupt again to stop at once"
 )
-
-
-@dataclass(slots=True)
-class RunSummary:
-    """How a run ended; `num_rows` and `num_rejects` are of the whole dataset after it.
-
-    `status`: `complete`, `incomplete` (units failed), `interrupted`, `skipped` (another run is at
-    work, and `compute.on_busy` is `skip`), `too_many_rejects`, or `failed_qa`, for which `breaches`
-    says why. `num_committed` units were committed by this run, `num_skipped` were there already.
-    `num_qa_rows` rows were looked at, at a mean PSNR of `mean_psnr_db`. `bottleneck` is the stage
-    that held this run up, and what would help.
-    """
-
-    status: str
-    num_units: int
-    num_committed: int
-    num_skipped: int
-    num_rows: int
-    num_rejects: int
-    manifest: int | None
-    elapsed_s: float
-    exit_code: int
-    output: str
-    num_qa_rows: int = 0
-    mean_psnr_db: float | None = None
-    bottleneck: str | None = None
-    num_images: int = 0
-    num_extra_images: int = 0
-    breaches: list[str] = field(default_factory=list)
-    failed: list[dict[str, str]] = field(default_factory=list)
 
 
 def run(
@@ -130,7 +111,8 @@ def run(
     with RunProgress(len(plan.pending), quiet=quiet, log_json=log_json) as progress:
         progress.log(
             "run_started",
-            f"{len(plan.pending)} of {len(plan.units)} units to encode into {plan.output.url}",
+            f"{len(plan.to_encode)} of {len(plan.units)} units to encode, {len(plan.to_rewrite)} "
+            f"to rewrite, into {plan.output.url}",
             dataset=config.name,
             output=plan.output.url,
             num_units=len(plan.units),
@@ -168,6 +150,7 @@ class _Driver:
         self.config = config
         self.output: Store = plan.output
         self.contract: Contract = plan.contract
+        self.columns = columns_of(config.source.keep)
         self.shards = plan.shards
         self.pending: list[PlannedUnit] = plan.pending
         self.left = {planned.unit.id for planned in plan.pending}
@@ -175,13 +158,14 @@ class _Driver:
         self.state: State = plan.state
         self.stop = stop
         self.num_skipped = len(plan.units) - len(plan.pending)
-        self.num_committed = 0
+        self.num_committed = self.num_rows = 0  # by this run
         self.failed: dict[str, str] = {}
         self.replans: Counter[str] = Counter()
         done = [unit for planned in plan.units if (unit := self.state.current(planned.id))]
         self.num_samples = sum(unit.num_samples for unit in done)
         self.num_rejects = sum(unit.num_rejects for unit in done)
         self.qa_totals = QaTotals(gates_of(config), done)
+        self.fields = FieldCheck(self.columns, done)
         self.loads = Loads()
         self._has_said: set[str] = set()
         self._manifest_at = (0, time.monotonic())
@@ -204,9 +188,13 @@ class _Driver:
             self._join(lease, progress)
             with stop_on_signals(self.stop, GRACE_S, partial(_say_stopping, progress)):
                 self._check(progress)
+                if self.fields.is_open:
+                    self.pending = spread(self.pending)
+                job = make_job(self.config, self.contract, cluster.num_cpus_per_actor)
+                loads_late = all(planned.kind == "rewrite" for planned in self.pending)
                 dispatcher = Dispatcher(
                     cluster,
-                    make_job(self.config, self.contract, cluster.num_cpus_per_actor),
+                    replace(job, loads_late=loads_late),
                     self.pending,
                     Retries(compute.unit_retries, compute.preemption_retries),
                     self.stop,
@@ -218,7 +206,8 @@ class _Driver:
                     lease.num_committed = self.num_committed
                     lease.renew()
                     if isinstance(event, Finished):
-                        committer.put(event.receipt, event.task.attempt)
+                        for receipt in self.fields.offer(event.receipt, event.task.attempt):
+                            committer.put(*receipt)
                     elif isinstance(event, Failed):
                         self._give_up(event, dispatcher, progress)
                     else:
@@ -228,6 +217,10 @@ class _Driver:
                     for committed in committer.ended():
                         self._take(committed, progress)
                         dispatcher.qa_wanted = self._qa_wanted()
+                if not self.stop.reason:
+                    self.fields.end(len(self.failed))
+                for receipt in self.fields.release():
+                    committer.put(*receipt)
                 for committed in committer.drain():
                     self._take(committed, progress)
                 self._tell(metrics)
@@ -328,12 +321,14 @@ class _Driver:
         receipt = committed.receipt
         if committed.is_ours:
             self.num_committed += 1
+            self.num_rows += receipt.record.num_rows
             self.loads.add_receipt(receipt.stages)
         else:
             self.num_skipped += 1
         record, before = receipt.record, self.state.current(receipt.record.unit.id)
         self.state.add(receipt)
-        if receipt.state == "rows":  # the other may have been a repair, which leaves it to be done
+        # The other may have been a repair, or a run with other kept columns: then it is to be done.
+        if receipt.state == "rows" and record.columns == self.columns:
             self.left.discard(record.unit.id)
         self.num_samples += record.num_samples - (before.num_samples if before else 0)
         self.num_rejects += record.num_rejects - (before.num_rejects if before else 0)
@@ -394,6 +389,8 @@ class _Driver:
                 progress.say("unit_changed", message, source=unit.source)
                 return
         self.failed[unit.title] = message
+        if event.lacks_field:
+            self.fields.lacks(message)
         progress.say(
             "unit_given_up",
             f"given up: {message}",
@@ -412,17 +409,20 @@ class _Driver:
         self.listing = {**self.listing, failed.source: units}
         self.left -= before
         for shard, unit in zip(shards, units, strict=True):
-            if self.state.current(unit.id):
+            planned = rewrite_of(shard, unit, self.state, self.columns)
+            if planned is None and self.state.current(unit.id):
                 continue
             self.left.add(unit.id)
             if unit.id not in under_way:
                 generation = self.state.generation(unit.id) + 1
-                dispatcher.add(PlannedUnit(unit, generation, "changed", shard.files))
+                new = PlannedUnit(unit, generation, "changed", shard.files)
+                dispatcher.add(planned or new)
 
     @property
     def _has_too_many_rejects(self) -> bool:
         limit = self.config.rejects.max_rate * self.num_samples
-        return self.num_samples >= MIN_SAMPLES_TO_JUDGE and self.num_rejects > limit
+        may_judge = self.num_samples >= MIN_SAMPLES_TO_JUDGE or not self.left
+        return may_judge and self.num_rejects > limit
 
     def _check(self, progress: RunProgress) -> None:
         """Stop pulling where going on would only make more of what is wrong."""
@@ -453,7 +453,10 @@ class _Driver:
             self.contract.stored_channels,
             lambda: next(listings),
             on_missing=self.config.source.on_missing,
-            may_complete=not self._has_too_many_rejects and not self.qa_totals.breaches(),
+            columns=self.columns,
+            may_complete=not (
+                self._has_too_many_rejects or self._has_no_rows or self.qa_totals.breaches()
+            ),
         )
         if manifest and manifest is not before:
             progress.log(
@@ -474,20 +477,41 @@ class _Driver:
             shards = list_source(source, source.num_units, self.listing.keys())
             yield by_source(units_of(shards, self.contract))
 
+    def _counted(self) -> Iterator[UnitSummary]:
+        """Give the units that the dataset has: those of the listing, and what stands in for them
+        or is no longer listed.
+        """
+        for source, units in self.listing.items():
+            found = [unit for u in units if (unit := self.state.current(u.id))]
+            yield from found or self.state.live.get(source, ())
+        if self.config.source.on_missing == "keep":
+            for source in self.state.live.keys() - self.listing.keys():
+                yield from self.state.live[source]
+
+    @property
+    def _has_no_rows(self) -> bool:
+        """Whether all is done and there is not one row."""
+        return not self.left and not any(unit.num_rows for unit in self._counted())
+
     def summary(self, manifest: Manifest | None, elapsed_s: float) -> RunSummary:
         """Say how it ended."""
         units = [unit for units in self.listing.values() for unit in units]
+        found = [unit for u in units if (unit := self.state.current(u.id))]
+        num_other_columns = sum(unit.columns != self.columns for unit in found)
         breaches = self.qa_totals.breaches(at_work=bool(self.left))
         if self.stop.reason == "skipped":
             status, exit_code = "skipped", 0
+        elif self._has_no_rows:
+            status, exit_code = "no_rows", 3
         elif self._has_too_many_rejects:
             status, exit_code = "too_many_rejects", 3
         elif breaches:
             status, exit_code = "failed_qa", 3
-        elif not self.left:
+        elif not self.left and not num_other_columns:
             status, exit_code = "complete", 0
         else:
             status, exit_code = self.stop.reason or "incomplete", 1
+        slowest = self.loads.bottleneck
         return RunSummary(
             status=status,
             num_units=len(units),
@@ -501,9 +525,11 @@ class _Driver:
             elapsed_s=round(elapsed_s, 3),
             exit_code=exit_code,
             output=self.output.url,
+            num_other_columns=num_other_columns,
+            reject_reasons=most_frequent(self.output, self._counted()),
             num_qa_rows=self.qa_totals.num_rows.total(),
             mean_psnr_db=self.qa_totals.mean_psnr_db,
-            bottleneck=str(found) if (found := self.loads.bottleneck) else None,
+            bottleneck=str(slowest) if slowest and self.num_rows else None,
             breaches=breaches,
             failed=[{"source": s, "message": m} for s, m in sorted(self.failed.items())],
         )

@@ -20,6 +20,7 @@ from latentcache.dataset.receipts import (
     read_failures,
     read_receipts,
 )
+from latentcache.dataset.rejects import RejectReason, most_frequent
 from latentcache.dataset.state import State
 from latentcache.engine.lease import RunInfo, active_runs
 from latentcache.errors import ObjectNotFound
@@ -35,14 +36,16 @@ class Status:
 
     `num_units` are the units that have left a trace, or as many as a run at work will leave, if
     those are more; `failed` maps the ids of units that were given up, and not committed or replaced
-    since, to why. `bottleneck` is the stage that held the latest units up, and what
-    would help. `published` is the number of the published manifest.
+    since, to why. `reject_reasons` are the most frequent ones. `bottleneck` is the stage that held
+    the latest units up, and what would help; None without rows. `published` is the number of the
+    published manifest.
     """
 
     num_units: int
     num_committed: int
     num_rows: int
     num_rejects: int
+    reject_reasons: list[RejectReason]
     manifests: list[int]
     complete: bool
     failed: dict[str, str]
@@ -156,16 +159,18 @@ class StatusReader:
         for stages in self._stages:
             loads.add_receipt(stages)
         known = len(self._units.keys() | failed.keys())
+        num_rows = sum(unit.num_rows for unit in committed)
         return Status(
             num_units=max([known, *(run.num_total for run in runs)]),
             num_committed=len(committed),
-            num_rows=sum(unit.num_rows for unit in committed),
+            num_rows=num_rows,
             num_rejects=sum(unit.num_rejects for unit in committed),
+            reject_reasons=most_frequent(self._store, committed),
             manifests=manifests,
             complete=bool(self._manifest and self._manifest.complete),
             failed=failed,
             active_runs=runs,
-            bottleneck=str(loads.bottleneck) if loads.bottleneck else None,
+            bottleneck=str(loads.bottleneck) if loads.bottleneck and num_rows else None,
             published=published.manifest if published else None,
         )
 

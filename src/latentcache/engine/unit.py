@@ -8,11 +8,8 @@ put, so that a process that was given up for dead cannot commit.
 
 from __future__ import annotations
 
-import errno
 import itertools
-import sys
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -31,7 +28,8 @@ import torch
 from latentcache import __version__
 from latentcache.dataset.qa import QaRow, write_qa
 from latentcache.dataset.quantization import is_finite, to_stored, to_values
-from latentcache.dataset.receipts import DataFile, QaFile, Receipt, UnitRecord, read_receipts
+from latentcache.dataset.receipts import DataFile, QaFile, Receipt, UnitRecord
+from latentcache.dataset.rejects import count_reasons
 from latentcache.dataset.shards import (
     BucketWriter,
     RejectRow,
@@ -42,18 +40,12 @@ from latentcache.dataset.shards import (
 )
 from latentcache.dataset.statistics import Statistics
 from latentcache.engine.accounting import SampleBudget, SampleCounts
+from latentcache.engine.boundary import at_boundary, committed_receipt
+from latentcache.engine.fields import SeenFields
 from latentcache.engine.job import UNITS_PER_ACTOR, Job, UnitFailure, UnitTask
 from latentcache.engine.sample import QaSample
 from latentcache.engine.stages import Background, OldestFirstPool, Room, StageTimes
-from latentcache.errors import (
-    AccessDenied,
-    ConfigError,
-    DiskFull,
-    LatentCacheError,
-    Reject,
-    SourceChanged,
-    StorageError,
-)
+from latentcache.errors import Reject
 from latentcache.images.decode import Reserve, decode_image
 from latentcache.images.fields import read_columns
 from latentcache.images.source import NotGrouped, RejectedSample, Sample, read_samples
@@ -120,30 +112,17 @@ class UnitRunner:
     def run(self, task: UnitTask) -> Receipt | UnitFailure:
         """Encode one unit and upload its files; one that another run has committed by now is done.
 
-        This is the boundary at which anything that goes wrong becomes the failure of one unit; but
-        for the loss of the GPU, which no unit can be blamed for.
+        Whatever goes wrong becomes the failure of the unit; see `at_boundary`.
         """
+        return at_boundary(task, partial(self._run, task))
+
+    def _run(self, task: UnitTask) -> Receipt:
+        if committed := committed_receipt(self.output, task):
+            return committed
         try:
-            if committed := self._committed(task):
-                return committed
-            try:
-                return self._attempt(task, gather=False)
-            except NotGrouped:
-                return self._attempt(task, gather=True)
-        except SourceChanged as error:
-            return UnitFailure(str(error), changed=True)
-        except (DiskFull, ConfigError) as error:
-            return UnitFailure(str(error), fatal=error)
-        except LatentCacheError as error:
-            return UnitFailure(str(error), denied=isinstance(error, AccessDenied))
-        except torch.AcceleratorError:
-            raise
-        except Exception as error:  # noqa: BLE001  (the unit boundary)
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                full = DiskFull("no room left on the local disk (TMPDIR)")
-                return UnitFailure(str(full), fatal=full)
-            traceback.print_exc(file=sys.stderr)
-            return UnitFailure(f"{task.unit.title}: {type(error).__name__}: {error}")
+            return self._attempt(task, gather=False)
+        except NotGrouped:
+            return self._attempt(task, gather=True)
 
     def _attempt(self, task: UnitTask, *, gather: bool) -> Receipt:
         with TemporaryDirectory(prefix="latentcache-") as folder:
@@ -157,16 +136,6 @@ class UnitRunner:
                 self.num_output_bytes += attempt.num_output_bytes
                 for stage, times in attempt.times.items():
                     self.finished[stage].add(times.busy_s, times.wait_s)
-
-    def _committed(self, task: UnitTask) -> Receipt | None:
-        """Give the receipt that lies there for a unit; a look that fails costs work, not rows."""
-        if task.max_samples is not None:
-            return None
-        try:
-            (receipt,) = read_receipts(self.output, [f"{task.unit.id}-{task.generation}"])
-        except StorageError:
-            return None
-        return receipt
 
     def stage_times(self) -> dict[str, StageTimes]:
         """Give new clocks for all stages, in the order in which a sample passes them.
@@ -212,6 +181,7 @@ class UnitRunner:
         stages: dict[str, StageTimes],
         elapsed_s: float,
         notes: dict[str, int],
+        fields: tuple[str, ...],
     ) -> Receipt:
         """Write up a finished attempt."""
         if self.examiner and self.examiner.agreement_db is not None:
@@ -224,6 +194,7 @@ class UnitRunner:
             elapsed_s=round(elapsed_s, 3),
             versions=self._versions,
             notes=notes,
+            fields=fields,
         )
 
 
@@ -241,6 +212,8 @@ class _Attempt:
         self.runner = runner
         self.gather = gather
         self.contract = runner.job.contract
+        self.columns = runner.job.columns
+        self.seen = SeenFields(self.columns)
         self.task = task
         self.rank = rank
         self.folder = folder
@@ -299,7 +272,7 @@ class _Attempt:
         samples = read_samples(
             self.task.shard,
             self.contract.source,
-            keep=tuple(map(self.contract.field_of, self.contract.columns)),
+            keep=tuple(column.field for column in self.columns),
             options=self.runner.job.source_storage,
             gather=self.gather,
             on_read=self._count_bytes,
@@ -308,6 +281,7 @@ class _Attempt:
         try:
             for sample in islice(samples, self.task.max_samples):
                 self.counts.add(sample)
+                self.seen.add(sample.names)
                 num_bytes = sample.num_bytes if isinstance(sample, Sample) else 0
                 budget.finish(num_bytes)
                 # The thread of this stage counts as busy throughout.
@@ -341,10 +315,10 @@ class _Attempt:
 
     def _decode(self, sample: Sample | RejectedSample, reserve: Reserve) -> _Outcome:
         if isinstance(sample, RejectedSample):
-            return _reject_row(sample.key, sample.reject, has_image=sample.num_images > 0)
+            return reject_row(sample.key, sample.reject, has_image=sample.num_images > 0)
         spec, notes = self.runner.spec, Counter[str]()
         try:
-            columns = read_columns(sample.fields, self.contract, notes)
+            columns = read_columns(sample.fields, self.columns, notes)
             done = load_image(sample.image, spec, reserve)
         except Reject as reject:
             thumbnail = None
@@ -352,7 +326,7 @@ class _Attempt:
                 with suppress(Reject):  # in full, it may not be decoded
                     image = decode_image(sample.image, max_pixels=spec.max_pixels, reserve=reserve)
                     thumbnail = write_thumbnail(torch.from_numpy(image).permute(2, 0, 1))
-            return _reject_row(sample.key, reject, thumbnail)
+            return reject_row(sample.key, reject, thumbnail)
         row = RowMeta(
             key=sample.key,
             original_width=done.original_width,
@@ -422,14 +396,16 @@ class _Attempt:
             thumbnail = None
             if self._wants_thumbnail(reject):
                 thumbnail = write_thumbnail(images[index])
-            self._reject(_reject_row(rows[index].key, reject, thumbnail))
+            self._reject(reject_row(rows[index].key, reject, thumbnail))
         kept = stored[finite]
         if not len(kept):
             return
         size = (bucket.width_px, bucket.height_px)
         if bucket not in writers:
             stem = self.folder / f"{self.stem}-{bucket_name(size)}"
-            writers[bucket] = BucketWriter(stem, self.contract, self.task.unit.id, size)
+            writers[bucket] = BucketWriter(
+                stem, self.contract, self.columns, self.task.unit.id, size
+            )
         kept_rows = [row for row, good in zip(rows, finite.tolist(), strict=True) if good]
         writers[bucket].append(kept, kept_rows)
         if self.contract.latents.quantization:
@@ -503,10 +479,15 @@ class _Attempt:
             files=tuple(file for _, file in files),
             rejects=rejects,
             qa=qa,
+            columns=self.columns,
+            absent_fields=self.seen.absent,
+            reject_reasons=count_reasons(self.rejects),
         )
         elapsed_s = time.perf_counter() - self.began
         notes = dict(self.notes)
-        receipt = self.runner.receipt(record, self.statistics, self.times, elapsed_s, notes)
+        receipt = self.runner.receipt(
+            record, self.statistics, self.times, elapsed_s, notes, self.seen.names
+        )
         return replace(receipt, extra_image_fields=self.counts.extra_image_fields)
 
     def _upload(self, local: Path, file: DataFile) -> None:
@@ -522,7 +503,8 @@ def _give_back(room: Room, num_bytes: int, _: Future[Any]) -> None:
     room.give_back(num_bytes)
 
 
-def _reject_row(
+def reject_row(
     key: str | None, reject: Reject, thumbnail: bytes | None = None, *, has_image: bool = True
 ) -> RejectRow:
+    """Return the row that a rejected sample leaves."""
     return RejectRow(key, reject.stage, reject.reason, reject.message, thumbnail, has_image)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from threading import Lock
 
 import torch
 
 from latentcache.dataset.contract import Contract
-from latentcache.engine.job import Job
+from latentcache.dataset.receipts import Receipt
+from latentcache.engine.boundary import at_boundary
+from latentcache.engine.job import Job, UnitFailure, UnitTask
+from latentcache.engine.rewrite import Rewriter
 from latentcache.engine.settle import settle
 from latentcache.engine.unit import UnitRunner
 from latentcache.errors import ClusterError
@@ -17,6 +21,56 @@ from latentcache.vae.encoder import LatentEncoder, require_fp32
 from latentcache.vae.examine import Examiner
 from latentcache.vae.model import KLAutoencoder
 from latentcache.vae.weights import encoder_fingerprint, load_vae
+
+
+class ActorRunner:
+    """Runs the units of one actor: rewrites without an encoder, all others with one.
+
+    Args:
+        job: what the units have in common; with `loads_late` the encoder waits for a unit that
+            needs it.
+        device: `cuda` or `cpu`.
+
+    Raises:
+        ClusterError: as `load_runner`.
+        CheckpointError: likewise.
+    """
+
+    def __init__(self, job: Job, device: str) -> None:
+        self.job, self._device = job, device
+        self._rewriter = Rewriter(job)
+        self._lock = Lock()
+        self._encoding = None if job.loads_late else load_runner(job, device)
+
+    def run(self, task: UnitTask) -> Receipt | UnitFailure:
+        """Run one unit; may be called from two threads at once."""
+        if task.rewrites and (rewritten := self._rewriter.run(task)):
+            return rewritten
+        loaded = at_boundary(task, self.load)
+        return loaded if isinstance(loaded, UnitFailure) else loaded.run(task)
+
+    def load(self) -> UnitRunner:
+        """Return the runner that encodes; load it if need be."""
+        with self._lock:
+            if self._encoding is None:
+                self._encoding = load_runner(self.job, self._device)
+            return self._encoding
+
+    def stats(self) -> dict[str, float]:
+        """Return cumulative figures; see `UnitRunner.stats`."""
+        rewritten, encoding = self._rewriter.stats(), self._encoding
+        if encoding is None:
+            return rewritten
+        encoded = encoding.stats()
+        return {
+            name: value if name.endswith("_num_threads") else value + rewritten[name]
+            for name, value in encoded.items()
+        }
+
+    @property
+    def rejects(self) -> dict[tuple[str, str], int]:
+        """Rejects so far, by stage and reason."""
+        return dict(self._encoding.rejects) if self._encoding else {}
 
 
 def load_runner(job: Job, device: str) -> UnitRunner:

@@ -6,7 +6,7 @@ import codecs
 import re
 from collections import Counter
 
-from latentcache.dataset.contract import Contract
+from latentcache.dataset.columns import Columns
 from latentcache.errors import Reject
 
 # An int64 has 19 digits at most. `int()` would also take "1_000" and other scripts' digits, and
@@ -18,13 +18,13 @@ _MAX_SHOWN = 40  # characters of a bad value that a message repeats
 
 
 def read_columns(
-    fields: dict[str, bytes], contract: Contract, notes: Counter[str] | None = None
+    fields: dict[str, bytes], columns: Columns, notes: Counter[str] | None = None
 ) -> dict[str, str | int | None]:
     """Read the kept columns of a sample; a column whose field the sample lacks is None.
 
     Args:
         fields: the bytes of each field by name.
-        contract: names the columns, and the field of each.
+        columns: the kept columns.
         notes: counts the fields that were decoded by a fallback, as `text_as_utf16` and
             `text_as_cp1252`.
 
@@ -32,17 +32,16 @@ def read_columns(
         Reject: stage `read`, `bad_field`: a field is not text, or `cls` is not an int64.
     """
     found: dict[str, str | int | None] = {}
-    for column in contract.columns:
-        name = contract.field_of(column)
-        data = fields.get(name)
+    for column in columns:
+        data = fields.get(column.field)
         if data is None:
-            found[column] = None
+            found[column.name] = None
             continue
         try:
             text, fallback = _decode(data)
-            found[column] = _to_int64(text) if column == "cls" else text
+            found[column.name] = _to_int64(text) if column.name == "cls" else text
         except ValueError as error:  # UnicodeDecodeError is one
-            raise Reject("read", "bad_field", f"field {name!r}: {error}") from error
+            raise Reject("read", "bad_field", f"field {column.field!r}: {error}") from error
         if fallback and notes is not None:
             notes[f"text_as_{fallback}"] += 1
     return found

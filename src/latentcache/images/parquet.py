@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pyarrow.types as pt
 
-from latentcache.errors import Reject, SourceError, StorageError, first_line
+from latentcache.errors import FieldMissing, Reject, SourceError, StorageError, first_line
 from latentcache.images.parquet_file import OversizedPage, ParquetBytes
 from latentcache.images.samples import (
     Group,
@@ -150,6 +150,7 @@ def _read_rows(
     reader = _Reader(file, parquet, footer)
     if columns.key is None:
         columns = replace(columns, path=_path_column(reader, schema, columns))
+    names = frozenset(schema.names)
     seen: set[str] = set()
     losses: list[str] = []
     for number, first in _row_groups(footer, shard):
@@ -162,7 +163,7 @@ def _read_rows(
                     on_read(sum(map(len, group.fields.values())))
                     sample = _sample_of(group, wanted, seen, f"{first + done - 1:09d}")
                     seen.add(group.key)
-                    yield sample
+                    yield replace(sample, names=names)
         except pa.ArrowMemoryError:
             raise
         except OversizedPage as error:
@@ -298,7 +299,8 @@ def _type_of(schema: pa.Schema, name: str, url: str, setting: str) -> pa.DataTyp
     indices = schema.get_all_field_indices(name)
     if len(indices) != 1:
         has = f"two columns {name!r}" if indices else f"no column {name!r}"
-        raise SourceError(
+        error = SourceError if indices or setting != "keep" else FieldMissing
+        raise error(
             f"{url} has {has}, which source.{setting} names; it has {', '.join(schema.names)}"
         )
     kind = schema.field(indices[0]).type

@@ -96,12 +96,14 @@ class Sample:
         image: the encoded image.
         fields: kept fields by name; a field that the sample lacks is absent.
         extra_images: names of its further image fields, such as masks, which are not read.
+        names: all fields that it has; those of a Parquet file's row are the file's columns.
     """
 
     key: str
     image: bytes
     fields: dict[str, bytes]
     extra_images: tuple[str, ...] = ()
+    names: frozenset[str] = field(default=frozenset(), compare=False)
 
     @property
     def num_images(self) -> int:
@@ -119,12 +121,14 @@ class RejectedSample:
     """A sample left out (stage `read`), or, without a key, what is wrong with the whole shard.
 
     `num_images` counts the image files or members that the reject stands for. The first is the
-    reject's own, and the others count as extra images.
+    reject's own, and the others count as extra images. `names` are all fields that the sample has,
+    as in `Sample`.
     """
 
     key: str | None
     reject: Reject
     num_images: int = 0
+    names: frozenset[str] = field(default=frozenset(), compare=False)
 
 
 class NotGrouped(SourceError):
@@ -241,12 +245,19 @@ def sample_of(group: Group, wanted: Wanted, seen: Container[str]) -> Sample | Re
         fault = Reject("read", "duplicate_key", "an earlier sample of the shard has the same key")
     fault = fault or group.fault
     if fault is None and (not images or images[0] not in group.fields):
-        has = ", ".join(sorted(group.names)) or "nothing"
+        has = ", ".join(sorted(map(escaped, group.names))) or "nothing"
         fault = Reject("read", "no_image", f"has {has}, but none of {', '.join(wanted.image)}")
     if fault is not None:
-        return RejectedSample(escaped(group.key), fault, len(images[:1]) + len(extra))
+        num_images = len(images[:1]) + len(extra)
+        return RejectedSample(escaped(group.key), fault, num_images, frozenset(group.names))
     fields = {name: group.fields[name] for name in wanted.keep if name in group.fields}
-    return Sample(group.key, group.fields[images[0]], fields, tuple(sorted(extra)))
+    return Sample(
+        group.key,
+        group.fields[images[0]],
+        fields,
+        tuple(sorted(map(escaped, extra))),
+        frozenset(group.names),
+    )
 
 
 def is_safe_key(key: str) -> bool:

@@ -34,6 +34,11 @@ class Source:
     manifest: Manifest
 
     @property
+    def columns(self) -> list[str]:
+        """Name the kept columns of its rows."""
+        return [column.name for column in self.manifest.columns]
+
+    @property
     def url(self) -> str:
         """Where it lies."""
         return self.store.url

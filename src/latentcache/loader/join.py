@@ -75,11 +75,11 @@ class Joined:
         if columns is None:
             columns = [
                 name
-                for name in files.contract.columns
-                if all(name in source.contract.columns for source in files.sources)
+                for name in files.sources[0].columns
+                if all(name in source.columns for source in files.sources)
             ]
         for source in files.sources:
-            known = ["unit", "key", *source.contract.columns]
+            known = ["unit", "key", *source.columns]
             if unknown := [name for name in columns if name not in known]:
                 raise ConfigError(f"{source.url} has no column {unknown[0]!r}; it has {known}")
         self.num_rows: Ints = files.num_rows

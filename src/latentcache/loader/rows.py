@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 import torch
 
 from latentcache.dataset.receipts import DataFile
-from latentcache.dataset.shards import latent_offsets, row_bytes, row_group_rows
+from latentcache.dataset.shards import column_type, latent_offsets, row_bytes, row_group_rows
 from latentcache.errors import DatasetError, ObjectNotFound
 from latentcache.loader.cache import FileCache, default_cache_dir, parse_bytes
 from latentcache.loader.files import Files
@@ -275,10 +275,15 @@ class RowReader:
         with _reading(self._files.store_of(file), self._files.rows_file(file)):
             parquet = pq.ParquetFile(_reader(opened.rows), metadata=opened.metadata)
             number = group - int(self._first_group[file])
-            names = [*SIZES, *self._names]
+            # A unit that was not rewritten yet may lack a column that the dataset has.
+            there = set(opened.metadata.schema.to_arrow_schema().names)
+            names = [*SIZES, *(name for name in self._names if name in there)]
             table = parquet.read_row_group(number, columns=names, use_threads=False)
             sizes = np.stack([table[name].to_numpy() for name in SIZES], axis=1, dtype=np.int64)
-            columns = {name: _to_list(table[name]) for name in self._names}
+            columns = {
+                name: _to_list(table[name]) if name in there else _no_values(name, table.num_rows)
+                for name in self._names
+            }
         # A Python string takes about 50 bytes besides its text.
         num_bytes = sizes.nbytes + table.nbytes + 50 * len(self._names) * table.num_rows
         self._groups[group] = _Group(torch.from_numpy(sizes), columns, num_bytes)
@@ -362,6 +367,11 @@ def _to_list(column: pa.ChunkedArray) -> list[Any]:
     if pa.types.is_integer(column.type):
         return column.fill_null(-1).to_numpy().tolist()  # type: ignore[no-any-return]
     return column.to_numpy().tolist()  # type: ignore[no-any-return]
+
+
+def _no_values(name: str, num_rows: int) -> list[Any]:
+    """Return a column that a file lacks, as `_to_list` does."""
+    return _to_list(pa.chunked_array([pa.nulls(num_rows, column_type(name))]))
 
 
 def open_cache(files: Files, folder: str | Path | None, max_bytes: int | str) -> FileCache | None:

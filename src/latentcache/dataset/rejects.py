@@ -1,0 +1,84 @@
+"""Why samples were left out: the most frequent reasons, each with an example."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from latentcache.dataset.parquet import read_table
+from latentcache.dataset.receipts import UnitRecord, UnitSummary, read_receipts
+from latentcache.dataset.shards import RejectRow
+from latentcache.errors import LatentCacheError
+from latentcache.storage import Store
+
+MAX_REASONS = 5
+
+_MESSAGE_CHARS = 300
+
+
+@dataclass(frozen=True, slots=True)
+class RejectReason:
+    """A reason for which samples were left out, and one of them.
+
+    `reason` is `stage/reason`, `num_rejects` counts the samples. `source`, `key` and `message` are
+    of the example; None where its file could not be read, and `key` also where no sample could be
+    named.
+    """
+
+    reason: str
+    num_rejects: int
+    source: str | None = None
+    key: str | None = None
+    message: str | None = None
+
+    def to_text(self) -> str:
+        """Say it in one line."""
+        text = f"{self.num_rejects} x {self.reason}"
+        if self.source is None:
+            return text
+        key = "" if self.key is None else f", key {self.key}"
+        return f"{text}, such as {self.source}{key}: {self.message}"
+
+
+def count_reasons(rejects: Iterable[RejectRow]) -> dict[str, int]:
+    """Count rejects by `stage/reason`."""
+    return dict(sorted(Counter(f"{row.stage}/{row.reason}" for row in rejects).items()))
+
+
+def most_frequent(store: Store, units: Iterable[UnitSummary]) -> list[RejectReason]:
+    """Return the most frequent reasons of some units, at most `MAX_REASONS`, the first one first.
+
+    For each it reads a receipt and a file of rejects. One that cannot be read gives no example.
+    """
+    counts: Counter[str] = Counter()
+    of: dict[str, UnitSummary] = {}
+    for unit in units:
+        for reason, number in unit.reject_reasons.items():
+            counts[reason] += number
+            of.setdefault(reason, unit)
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return [_with_example(store, r, n, of[r]) for r, n in ordered[:MAX_REASONS]]
+
+
+def _with_example(store: Store, reason: str, number: int, unit: UnitSummary) -> RejectReason:
+    try:
+        (receipt,) = read_receipts(store, [unit.name])
+        key, message = _find(store, receipt.record, reason)
+    except (LatentCacheError, pa.ArrowException, OSError, KeyError, ValueError):
+        return RejectReason(reason, number)
+    return RejectReason(reason, number, unit.source, key, message[:_MESSAGE_CHARS])
+
+
+def _find(store: Store, record: UnitRecord, reason: str) -> tuple[str | None, str]:
+    """Find the first reject of a reason in a unit: its key and its message."""
+    if record.rejects is None:
+        raise ValueError(f"unit {record.name} has no rejects")
+    with store.named(record.rejects.path), store.open(record.rejects.path) as file:
+        table = read_table(file, ["key", "stage", "reason", "message"])
+    for row in table.to_pylist():
+        if f"{row['stage']}/{row['reason']}" == reason:
+            return row["key"], row["message"]
+    raise KeyError(reason)

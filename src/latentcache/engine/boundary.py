@@ -1,0 +1,65 @@
+"""The unit boundary: whatever goes wrong with a unit becomes the failure of that unit alone."""
+
+from __future__ import annotations
+
+import errno
+import sys
+import traceback
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from latentcache.dataset.receipts import Receipt, read_receipts
+from latentcache.engine.job import UnitFailure, UnitTask
+from latentcache.errors import (
+    AccessDenied,
+    ConfigError,
+    DiskFull,
+    FieldMissing,
+    LatentCacheError,
+    SourceChanged,
+    StorageError,
+)
+from latentcache.storage import Store
+
+R = TypeVar("R")
+
+
+def at_boundary(task: UnitTask, run: Callable[[], R]) -> R | UnitFailure:
+    """Return what `run` returns, or why it failed.
+
+    Raises:
+        torch.AcceleratorError: the GPU is lost, for which no unit can be blamed.
+    """
+    try:
+        return run()
+    except SourceChanged as error:
+        return UnitFailure(str(error), changed=True)
+    except (DiskFull, ConfigError) as error:
+        return UnitFailure(str(error), fatal=error)
+    except LatentCacheError as error:
+        return UnitFailure(
+            str(error),
+            denied=isinstance(error, AccessDenied),
+            lacks_field=isinstance(error, FieldMissing),
+        )
+    except torch.AcceleratorError:
+        raise
+    except Exception as error:  # noqa: BLE001  (the unit boundary)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            full = DiskFull("no room left on the local disk (TMPDIR)")
+            return UnitFailure(str(full), fatal=full)
+        traceback.print_exc(file=sys.stderr)
+        return UnitFailure(f"{task.unit.title}: {type(error).__name__}: {error}")
+
+
+def committed_receipt(output: Store, task: UnitTask) -> Receipt | None:
+    """Return the receipt that lies there for a task; a look that fails costs work, not rows."""
+    if task.max_samples is not None:
+        return None
+    try:
+        (receipt,) = read_receipts(output, [f"{task.unit.id}-{task.generation}"])
+    except StorageError:
+        return None
+    return receipt

@@ -1,0 +1,422 @@
+"""Writing a unit's rows again with other kept columns, around the latents that are stored.
+
+No image is decoded and no encoder is loaded. The source is read again in the same version, and each
+sample takes the stored row of its key. Where a sample and a row do not meet, the unit is encoded,
+which is always right: a sample may have been rejected for a field that is no longer kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pyarrow as pa
+import torch
+
+from latentcache.dataset.contract import Contract
+from latentcache.dataset.parquet import read_table
+from latentcache.dataset.quantization import to_values
+from latentcache.dataset.receipts import DataFile, QaFile, Receipt, read_receipts
+from latentcache.dataset.rejects import count_reasons
+from latentcache.dataset.shards import (
+    BucketWriter,
+    RejectRow,
+    RowMeta,
+    describe_file,
+    iterate_latents,
+    latent_offsets,
+    row_bytes,
+    row_group_rows,
+    tensor_from_bytes,
+    write_rejects,
+)
+from latentcache.dataset.statistics import Statistics
+from latentcache.engine.accounting import SampleCounts
+from latentcache.engine.boundary import at_boundary, committed_receipt
+from latentcache.engine.fields import SeenFields
+from latentcache.engine.job import UNITS_PER_ACTOR, Job, UnitFailure, UnitTask
+from latentcache.engine.stages import StageTimes
+from latentcache.engine.unit import reject_row
+from latentcache.errors import DatasetError, ObjectNotFound, Reject
+from latentcache.images.fields import read_columns
+from latentcache.images.source import NotGrouped, RejectedSample, Sample, read_samples
+from latentcache.storage import Store
+
+_SIZES = ("original_width", "original_height", "crop_top", "crop_left")
+
+_LATENTS_AT_ONCE = 64
+_CHUNK_BYTES = 2**20
+
+
+class _NeedsEncoding(Exception):
+    """The unit cannot be written from what is stored."""
+
+
+class Rewriter:
+    """Rewrites units in this process; `run` may be called from two threads at once.
+
+    Args:
+        job: what the units have in common.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.output = Store(job.output_url, job.output_storage)
+        self._ended = [0, 0, 0, 0]
+        self._times = stage_times()
+        self._active: list[_Rewrite] = []
+
+    def run(self, task: UnitTask) -> Receipt | UnitFailure | None:
+        """Rewrite one unit and upload its files; return None where it has to be encoded."""
+        return at_boundary(task, partial(self._run, task))
+
+    def _run(self, task: UnitTask) -> Receipt | None:
+        if committed := committed_receipt(self.output, task):
+            return committed
+        try:
+            try:
+                return self._attempt(task, gather=False)
+            except NotGrouped:
+                return self._attempt(task, gather=True)
+        except _NeedsEncoding:
+            return None
+
+    def _attempt(self, task: UnitTask, *, gather: bool) -> Receipt:
+        with TemporaryDirectory(prefix="latentcache-") as folder:
+            rewrite = _Rewrite(self, task, Path(folder), gather=gather)
+            self._active.append(rewrite)
+            try:
+                return rewrite.run()
+            finally:
+                self._active.remove(rewrite)
+                for stage, times in rewrite.times.items():
+                    self._times[stage].add(times.busy_s, times.wait_s)
+                self._ended = [a + b for a, b in zip(self._ended, rewrite.counts, strict=True)]
+
+    def stats(self) -> dict[str, float]:
+        """Return cumulative figures under the names of `UnitRunner.stats`."""
+        stages, active = stage_times(), list(self._active)
+        for found in [self._times, *(rewrite.times for rewrite in active)]:
+            for stage, times in found.items():
+                stages[stage].add(times.busy_s, times.wait_s)
+        counts = [self._ended, *(rewrite.counts for rewrite in active)]
+        names = ("num_rows", "num_rejects", "num_source_bytes", "num_output_bytes")
+        return {
+            **dict(zip(names, map(sum, zip(*counts, strict=True)), strict=True)),
+            **{
+                f"{stage}_{name}": value
+                for stage, times in stages.items()
+                for name, value in times.to_json().items()
+            },
+        }
+
+
+def stage_times() -> dict[str, StageTimes]:
+    """Return new clocks for all stages, of which a rewrite uses `fetch`, `write` and `upload`."""
+    stages = ("fetch", "decode", "encode", "write", "qa", "upload")
+    return {stage: StageTimes(UNITS_PER_ACTOR) for stage in stages}
+
+
+class _Rewrite:
+    """One attempt at rewriting one unit."""
+
+    def __init__(self, rewriter: Rewriter, task: UnitTask, folder: Path, *, gather: bool) -> None:
+        self.gather = gather
+        self.rewriter = rewriter
+        self.contract = rewriter.job.contract
+        self.columns = rewriter.job.columns
+        self.task = task
+        self.folder = folder
+        self.stem = f"{task.generation}-{task.attempt}"
+        self.times = stage_times()
+        self.samples = SampleCounts()
+        self.num_source_bytes = self.num_output_bytes = 0
+        self.rejects: list[RejectRow] = []
+        self.notes: Counter[str] = Counter()
+        self.seen = SeenFields(self.columns)
+        self.writers: dict[str, BucketWriter] = {}
+        self.began = time.perf_counter()
+
+    @property
+    def counts(self) -> list[int]:
+        """Rows, rejects, and bytes read from the source and written to the output."""
+        num_rows = sum(writer.num_rows for writer in list(self.writers.values()))
+        return [num_rows, len(self.rejects), self.num_source_bytes, self.num_output_bytes]
+
+    def run(self) -> Receipt:
+        """Rewrite the unit.
+
+        Raises:
+            _NeedsEncoding: what is stored does not suffice.
+        """
+        name = f"{self.task.unit.id}-{self.task.generation - 1}"
+        (before,) = read_receipts(self.rewriter.output, [name])
+        if before.state != "rows":
+            raise _NeedsEncoding
+        with ExitStack() as stack:
+            with self.times["fetch"].working():
+                stored = [
+                    stack.enter_context(rows) for rows in self._fetch_rows(before.record.files)
+                ]
+                rejects = self._fetch_rejects(before.record.rejects)
+                qa = self._fetch_qa(before.record.qa)
+            try:
+                self._write_rows(stored, rejects)
+            except BaseException:
+                for writer in self.writers.values():
+                    writer.abandon()
+                raise
+        if self.samples.num_samples != before.record.num_samples:
+            raise _NeedsEncoding
+        return self._finish(before, [rows.name for rows in stored], qa)
+
+    def _fetch_rows(self, files: Iterable[DataFile]) -> Iterator[_StoredRows]:
+        """Copy the files of the unit's rows to local disk and open them, a bucket at a time."""
+        groups: dict[str, list[DataFile]] = {}
+        for file in files:
+            groups.setdefault(file.bucket, []).append(file)
+        for bucket, group in groups.items():
+            paths = [self._fetch(file) for file in group]
+            yield _StoredRows(bucket, paths, self.contract, group[-1].num_rows)
+
+    def _fetch(self, file: DataFile) -> Path:
+        """Copy a stored file to local disk, and check it.
+
+        Raises:
+            _NeedsEncoding: it is gone or damaged.
+        """
+        store, digest = self.rewriter.output, hashlib.sha256()
+        target = self.folder / f"stored-{file.path.replace('/', '-')}"
+        try:
+            with (
+                store.named(file.path),
+                store.open(file.path) as source,
+                target.open("wb") as copy,
+            ):
+                while chunk := source.read(_CHUNK_BYTES):
+                    digest.update(chunk)
+                    copy.write(chunk)
+        except ObjectNotFound as error:
+            raise _NeedsEncoding from error
+        if digest.hexdigest() != file.sha256:
+            raise _NeedsEncoding
+        return target
+
+    def _fetch_rejects(self, file: DataFile | None) -> dict[str | None, RejectRow]:
+        """Read the rejects that need no new look: those of samples that were read well."""
+        if file is None:
+            return {}
+        table = read_table(self._fetch(file))
+        rows = (RejectRow(**row) for row in table.to_pylist())
+        return {row.key: row for row in rows if row.stage != "read"}
+
+    def _fetch_qa(self, qa: QaFile | None) -> tuple[Path, QaFile] | None:
+        """Copy the unit's QA rows: the latents that they are of stay."""
+        if qa is None:
+            return None
+        path = f"qa/{self.task.unit.id}/{self.stem}.parquet"
+        return self._fetch(qa.file), replace(qa, file=replace(qa.file, path=path))
+
+    def _write_rows(self, stored: list[_StoredRows], rejects: dict[str | None, RejectRow]) -> None:
+        """Read the samples, and write each stored row with its sample's columns."""
+        left = {key: (rows, index) for rows in stored for index, key in enumerate(rows.keys)}
+        for sample in self._read_samples():
+            self.samples.add(sample)
+            self.seen.add(sample.names)
+            place = left.pop(sample.key, None) if sample.key is not None else None
+            with self.times["write"].working():
+                self._pass(sample, place, rejects)
+        if left:  # rows without a sample
+            raise _NeedsEncoding
+        with self.times["write"].working():
+            for writer in self.writers.values():
+                writer.close()
+
+    def _read_samples(self) -> Iterator[Sample | RejectedSample]:
+        samples = read_samples(
+            self.task.shard,
+            self.contract.source,
+            keep=tuple(column.field for column in self.columns),
+            options=self.rewriter.job.source_storage,
+            gather=self.gather,
+            on_read=self._count_bytes,
+        )
+        while True:
+            with self.times["fetch"].working():
+                sample = next(samples, None)
+            if sample is None:
+                return
+            yield sample
+
+    def _count_bytes(self, num_bytes: int) -> None:
+        self.num_source_bytes += num_bytes
+
+    def _pass(
+        self,
+        sample: Sample | RejectedSample,
+        place: tuple[_StoredRows, int] | None,
+        rejects: dict[str | None, RejectRow],
+    ) -> None:
+        """Make one sample a row or a reject, as encoding it would."""
+        if isinstance(sample, RejectedSample):
+            self.rejects.append(
+                reject_row(sample.key, sample.reject, has_image=sample.num_images > 0)
+            )
+            return
+        try:
+            columns = read_columns(sample.fields, self.columns, self.notes)
+        except Reject as reject:
+            self.rejects.append(reject_row(sample.key, reject))
+            return
+        if place is None:
+            if sample.key not in rejects:
+                raise _NeedsEncoding
+            self.rejects.append(rejects[sample.key])
+            return
+        rows, index = place
+        if rows.name not in self.writers:
+            stem = self.folder / f"{self.stem}-{rows.name}"
+            unit_id = self.task.unit.id
+            writer = BucketWriter(stem, self.contract, self.columns, unit_id, rows.bucket)
+            self.writers[rows.name] = writer
+        row = RowMeta(sample.key, **rows.sizes(index), columns=columns)
+        self.writers[rows.name].append(rows.read_latent(index)[None], [row])
+
+    def _finish(
+        self, before: Receipt, buckets: list[str], qa: tuple[Path, QaFile] | None
+    ) -> Receipt:
+        """Check the closed files, upload them, and write the receipt."""
+        unit = self.task.unit
+        writers = [self.writers[name] for name in buckets if name in self.writers]
+        files: list[tuple[Path, DataFile]] = []
+        rejects: DataFile | None = None
+        with self.times["write"].working():
+            for writer in writers:
+                writer.check()
+                name = f"{writer.bucket[0]}x{writer.bucket[1]}"
+                for local in writer.paths:
+                    path = f"data/{unit.id}/{local.name}"
+                    files.append((local, describe_file(local, path, writer.num_rows, name)))
+            if self.rejects:
+                local = self.folder / f"{self.stem}.parquet"
+                write_rejects(local, self.rejects)
+                path = f"rejects/{unit.id}/{local.name}"
+                rejects = describe_file(local, path, len(self.rejects), "")
+        num_rows = sum(writer.num_rows for writer in writers)
+        num_with_image = sum(row.has_image for row in self.rejects)
+        self.samples.check(unit.title, num_rows, len(self.rejects), num_with_image)
+        statistics = before.statistics
+        if num_rows != before.record.num_rows:
+            statistics = _statistics_of(writers, self.contract)
+        with self.times["upload"].working():
+            for local, file in files:
+                self._upload(local, file)
+            if rejects:
+                self._upload(self.folder / f"{self.stem}.parquet", rejects)
+            if qa:
+                self._upload(qa[0], qa[1].file)
+        record = replace(
+            before.record,
+            generation=self.task.generation,
+            attempt=self.task.attempt,
+            num_samples=self.samples.num_samples,
+            num_rows=num_rows,
+            num_rejects=len(self.rejects),
+            files=tuple(file for _, file in files),
+            rejects=rejects,
+            qa=qa[1] if qa else None,
+            num_images=self.samples.num_images,
+            num_extra_images=self.samples.num_extra_images,
+            columns=self.columns,
+            absent_fields=self.seen.absent,
+            reject_reasons=count_reasons(self.rejects),
+        )
+        return replace(
+            before,
+            record=record,
+            statistics=statistics,
+            notes=_notes_after(before, self.notes),
+            stages={stage: times.to_json() for stage, times in self.times.items()},
+            elapsed_s=round(time.perf_counter() - self.began, 3),
+            extra_image_fields=self.samples.extra_image_fields,
+            fields=self.seen.names,
+        )
+
+    def _upload(self, local: Path, file: DataFile) -> None:
+        self.rewriter.output.put_file(local, file.path)
+        self.num_output_bytes += file.size_bytes
+
+
+class _StoredRows:
+    """The rows of one bucket's files on local disk; `keys` are in their order.
+
+    Args:
+        name: the bucket, `WIDTHxHEIGHT`.
+        paths: the Parquet file, or safetensors and its rows.
+        contract: what the files were written under.
+        num_rows: in the files.
+
+    Raises:
+        _NeedsEncoding: the files are not laid out as the contract says.
+    """
+
+    def __init__(self, name: str, paths: list[Path], contract: Contract, num_rows: int) -> None:
+        self.name = name
+        width, _, height = name.partition("x")
+        self.bucket = (int(width), int(height))
+        self._dtype = contract.latents.dtype
+        self._shape = contract.latent_shape(self.bucket)
+        self._size = row_bytes(contract, self.bucket)
+        self._stride = self._size + (4 if contract.latents.format == "parquet" else 0)
+        self._group_rows = row_group_rows(contract, self.bucket)
+        self._raw = paths[0].open("rb")
+        try:
+            self._offsets = latent_offsets(self._raw, contract, self.bucket, num_rows)
+            table = read_table(paths[-1], ["key", *_SIZES])
+        except (DatasetError, pa.ArrowException, OSError) as error:
+            self._raw.close()
+            raise _NeedsEncoding from error
+        self.keys: list[str] = table["key"].to_pylist()
+        self._sizes = {name: table[name].to_numpy() for name in _SIZES}
+
+    def __enter__(self) -> _StoredRows:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._raw.close()
+
+    def sizes(self, index: int) -> dict[str, int]:
+        """Return the original size and the crop of a row, in pixels."""
+        return {name: int(values[index]) for name, values in self._sizes.items()}
+
+    def read_latent(self, index: int) -> torch.Tensor:
+        """Read the latent of a row, [C, H, W] in the stored dtype."""
+        group, within = divmod(index, self._group_rows)
+        self._raw.seek(self._offsets[group] + within * self._stride)
+        data = self._raw.read(self._size)
+        return tensor_from_bytes(data, self._dtype, self._shape)
+
+
+def _notes_after(before: Receipt, texts: Counter[str]) -> dict[str, int]:
+    """Return the notes on how the latents were encoded, and on how the texts were read now."""
+    kept = (before.notes or {}).items()
+    return {name: n for name, n in kept if not name.startswith("text_as_")} | dict(texts)
+
+
+def _statistics_of(writers: Iterable[BucketWriter], contract: Contract) -> Statistics:
+    """Compute the statistics of the values in closed files."""
+    found = Statistics.empty(contract.stored_channels)
+    for writer in writers:
+        left = iterate_latents(writer.paths)
+        while rows := list(islice(left, _LATENTS_AT_ONCE)):
+            latents = torch.stack([latent for _, latent in rows])
+            found = found.merge(Statistics.of(to_values(latents, contract.latents).numpy()))
+    return found
