@@ -274,7 +274,9 @@ class Dispatcher:
 
     def _give(self, worker: _Worker, unit: PlannedUnit, *, alone: bool) -> None:
         attempt = new_attempt()
-        task = UnitTask(unit.unit, unit.generation, attempt, self.qa_wanted, files=unit.files)
+        task = UnitTask(
+            unit.unit, unit.generation, attempt, self.qa_wanted, files=unit.files, url=unit.url
+        )
         call = self._actors.call(worker.actor, "run_unit", task)
         self._calls[call] = worker
         worker.in_hand[call] = _Assignment(unit, task, alone)

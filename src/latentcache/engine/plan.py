@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from latentcache.config import Calibration, Config, RatioBuckets
+from latentcache.config import Calibration, Config, RatioBuckets, require_kind
 from latentcache.dataset.contract import (
     Contract,
     LatentContract,
@@ -17,6 +17,7 @@ from latentcache.dataset.contract import (
 )
 from latentcache.dataset.receipts import Unit, failed_unit, list_failures, read_failures
 from latentcache.dataset.state import Listing, State, require_few
+from latentcache.engine.twice import Twice, find_twice
 from latentcache.errors import ConfigError, SourceError
 from latentcache.images.samples import Wanted, file_key_and_field
 from latentcache.images.source import SourceShard, list_source, source_contract
@@ -29,12 +30,16 @@ from latentcache.vae.weights import encoder_fingerprint, load_vae
 
 @dataclass(frozen=True, slots=True)
 class PlannedUnit:
-    """A unit to encode, the generation that its receipt will have, why, and a slot's files."""
+    """A unit to encode, the generation that its receipt will have, why, and a slot's files.
+
+    `url` is where the source lies if it moved.
+    """
 
     unit: Unit
     generation: int
     reason: str
     files: tuple[ObjectInfo, ...] = ()
+    url: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +63,7 @@ class Plan:
 
     `contract` is the one wanted, which before a first run may not be settled: its units then have
     provisional names. `there` is the one that lies at the output, and `diff` names the fields in
-    which they disagree.
+    which they disagree. `twice` tells of new sources that look like known ones.
     """
 
     output: Store
@@ -70,6 +75,7 @@ class Plan:
     pending: list[PlannedUnit]
     state: State
     on_missing: str
+    twice: Twice | None = None
 
     @property
     def sources(self) -> Sources:
@@ -123,6 +129,7 @@ def make_plan(config: Config, *, retry_rejects: bool = False) -> Plan:
         StorageError: a store cannot be reached.
         DatasetError: what lies at the output is damaged.
     """
+    require_kind(config, Config)
     output = Store(config.output.url, storage_options(config.output.storage))
     _require_apart(config, output)
     contract = wanted_contract(config)
@@ -144,7 +151,8 @@ def make_plan(config: Config, *, retry_rejects: bool = False) -> Plan:
     why = "another contract" if diff else "changed"
     failures = _read_failures(output, units, state)
     pending = list(_pending(shards, units, state, failures, retry_rejects, why))
-    return Plan(output, contract, there, diff, shards, units, pending, state, on_missing)
+    twice = find_twice(config.source, shards, state, contract)
+    return Plan(output, contract, there, diff, shards, units, pending, state, on_missing, twice)
 
 
 def _require_apart(config: Config, output: Store) -> None:
@@ -181,7 +189,7 @@ def _what_stays(error: SourceError, state: State) -> SourceError:
 def units_of(shards: Iterable[SourceShard], contract: Contract) -> list[Unit]:
     """Name the units of some shards under a contract."""
     mark = contract.fingerprint
-    return [Unit.of(s.url, s.size_bytes, s.version, mark, s.range) for s in shards]
+    return [Unit.of(s.source, s.size_bytes, s.version, mark, s.range) for s in shards]
 
 
 def by_source(units: Iterable[Unit]) -> dict[str, list[Unit]]:
@@ -216,7 +224,7 @@ def _pending(
             reason = known
         else:
             reason = "new"
-        yield PlannedUnit(unit, generation, reason, shard.files)
+        yield PlannedUnit(unit, generation, reason, shard.files, shard.url)
 
 
 def wanted_contract(config: Config) -> Contract:

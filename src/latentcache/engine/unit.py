@@ -54,6 +54,7 @@ from latentcache.errors import (
     Reject,
     SourceChanged,
     StorageError,
+    one_line,
 )
 from latentcache.images.decode import Reserve, decode_image
 from latentcache.images.source import NotGrouped, RejectedSample, Sample, read_samples
@@ -160,8 +161,9 @@ class UnitRunner:
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 full = DiskFull("no room left on the local disk (TMPDIR)")
                 return UnitFailure(str(full), fatal=full)
-            traceback.print_exc(file=sys.stderr)
-            return UnitFailure(f"{task.unit.title}: {type(error).__name__}: {error}")
+            lines = map(one_line, traceback.format_exc().splitlines())
+            print("\n".join(lines), file=sys.stderr)
+            return UnitFailure(one_line(f"{task.unit.title}: {type(error).__name__}: {error}"))
 
     def _attempt(self, task: UnitTask, *, gather: bool) -> Receipt:
         with TemporaryDirectory(prefix="latentcache-") as folder:
