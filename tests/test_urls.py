@@ -19,7 +19,7 @@ from latentcache.images.source import list_shards
 from latentcache.networks import load_lpips
 from latentcache.storage import Store
 from latentcache.urls import SCHEMES
-from makers import config_tree, write_tar
+from makers import config_tree, make_contract, make_latents, write_dataset, write_tar
 
 SECRET = "S3CRETS3CRET"
 
@@ -109,6 +109,28 @@ def test_the_command_line_repeats_no_credential_of_an_override(tmp_path: Path):
         assert done.returncode == 2
         assert SECRET not in done.stdout + done.stderr
         assert len(done.stderr.splitlines()) == 1
+
+
+def test_names_in_a_dataset_do_not_steer_a_terminal(tmp_path: Path):
+    contract = make_contract()
+    latents = {(64, 64): make_latents(contract, (64, 64), 2)}
+    hostile = "x\x1b]0;owned\x07\nlatentcache: error: [bold]\x9b31m\u202e\u2028[/nope].tar"
+    write_dataset(tmp_path, contract, {hostile: latents}, provenance={"name": hostile})
+    store = Store(str(tmp_path / "out"))
+    for record in open_dataset(store.url).units:
+        (Path(tmp_path / "out") / record.files[0].path).unlink()
+    lease = {"run": hostile, "host": hostile, "pid": 1, "num_units": 1, "num_total": 1}
+    store.put("runs/x.json", json.dumps(lease | {"num_committed": 0, "renewed_at": "x"}).encode())
+    env = {**os.environ, "LANG": "C", "PYTHONIOENCODING": "ascii"}
+    for command, *options in (["status"], ["status", "--json"], ["verify", "--json"]):
+        arguments = [sys.executable, "-m", "latentcache.cli", command, store.url, *options]
+        done = subprocess.run(arguments, capture_output=True, env=env, check=False)
+        text = (done.stdout + done.stderr).decode()
+        assert "Traceback" not in text
+        assert all(line.isprintable() for line in text.split("\n")), text
+        assert not any(line.startswith("latentcache: error: [b") for line in text.split("\n"))
+        told = json.dumps(json.loads(done.stdout)) if options else text
+        assert "owned" in told, "the name is told, and so the test has tried something"
 
 
 REFUSED = {
