@@ -26,6 +26,7 @@ FLOORS = {
     "urls": 0.25,
     "yaml_files": 0.25,
     "config_errors": 0.25,
+    "config_types": 0.4,
     "config": 0.5,
     "storage_errors": 0.5,
     "parquet_footer": 0.5,
@@ -47,8 +48,8 @@ FLOORS = {
 HOMES = {
     "ray": {"engine/cluster.py", "engine/prometheus.py"},
     "webdataset": {"images/braces.py", "images/samples.py", "images/demo_data.py"},
-    "pydantic": {"config.py", "config_errors.py"},
-    "pydantic_core": {"config.py", "config_errors.py"},
+    "pydantic": {"config.py", "config_errors.py", "config_types.py"},
+    "pydantic_core": {"config.py", "config_errors.py", "config_types.py"},
     "yaml": {"yaml_files.py"},
     "typer": {f"cli/{name}.py" for name in ("base", "runs", "datasets", "quality", "tools")},
     "jinja2": {"quality/html.py"},

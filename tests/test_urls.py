@@ -99,6 +99,13 @@ def test_a_credential_in_a_wrong_value_is_not_repeated(tmp_path: Path):
         assert SECRET not in "".join(traceback.format_exception(caught.value))
 
 
+def test_a_credential_in_a_text_that_is_written_is_refused(tmp_path: Path):
+    tree = config_tree(tmp_path) | {"name": f"from https://user:{SECRET}@host/x"}
+    with pytest.raises(ConfigError, match="name: holds a credential") as caught:
+        parse_config(tree)
+    assert SECRET not in str(caught.value)
+
+
 def test_the_command_line_repeats_no_credential_of_an_override(tmp_path: Path):
     path = tmp_path / "c.yaml"
     path.write_text(json.dumps(config_tree(tmp_path)))

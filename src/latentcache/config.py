@@ -7,12 +7,11 @@ starts. Credentials never stand in a config: they come from the environment or a
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -24,8 +23,9 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from latentcache.config_errors import explain
+from latentcache.config_types import EndpointUrl, OutputUrl, PublicText, Url
 from latentcache.errors import ConfigError
-from latentcache.urls import check_endpoint, check_url, expand, shown
+from latentcache.urls import shown
 from latentcache.yaml_files import parse_yaml, read_yaml
 
 # Names that every row has already; a kept field may not take one.
@@ -58,44 +58,6 @@ class _Section(BaseModel):
         if isinstance(value, int) and value.bit_length() > 63:
             raise PydanticCustomError("explained", "is too large")
         return value
-
-
-def _setting(check: Callable[[str], str]) -> AfterValidator:
-    """Make a check that raises `ConfigError` one of a setting, whose path the message then has."""
-
-    def validate(value: str) -> str:
-        try:
-            return check(value)
-        except ConfigError as error:
-            # The message as a value, because braces in a template are placeholders.
-            raise PydanticCustomError("explained", "{why}", {"why": str(error)}) from None
-
-    return AfterValidator(validate)
-
-
-def _checked_url(url: str) -> str:
-    url = expand(url)
-    check_url(url)
-    return url
-
-
-def _writable_url(url: str) -> str:
-    url = expand(url)
-    if check_url(url) in ("http", "https"):
-        raise ConfigError(f"{shown(url)}: nothing is written by http(s); name a folder or a bucket")
-    return url
-
-
-def _endpoint(url: str) -> str:
-    url = expand(url)
-    check_endpoint(url)
-    return url
-
-
-# URLs: `$NAME`, `${NAME}` and a leading `~` are expanded here, and nowhere else.
-Url = Annotated[str, _setting(_checked_url)]
-OutputUrl = Annotated[str, _setting(_writable_url)]
-EndpointUrl = Annotated[str, _setting(_endpoint)]
 
 
 class Storage(_Section):
@@ -368,7 +330,7 @@ class Qa(_Section):
 class Config(_Section):
     """A whole config file."""
 
-    name: str = Field(min_length=1)
+    name: PublicText = Field(min_length=1)
     source: Source
     transform: Transform
     vae: Vae
@@ -402,11 +364,11 @@ class Networks(_Section):
 class EvalModel(_Section):
     """A decoder to evaluate: one row of the table."""
 
-    name: str = Field(min_length=1)
+    name: PublicText = Field(min_length=1)
     checkpoint: Url = Field(description="As in `vae.checkpoint`; its decoder is used.")
     train_steps: int | None = Field(None, ge=0, description="For the table only.")
-    link: str = Field("", description="For the table only.")
-    comments: str = Field("", description="For the table only.")
+    link: PublicText = Field("", description="For the table only.")
+    comments: PublicText = Field("", description="For the table only.")
     storage: Storage = Storage()
 
 
@@ -423,7 +385,7 @@ class EvalCompute(_Section):
 class EvalConfig(_Section):
     """A whole config file of `latentcache eval`."""
 
-    name: str = Field(min_length=1)
+    name: PublicText = Field(min_length=1)
     source: Images
     resolution_px: Side = Field(256, description="The shorter side's; then the centre is cropped.")
     vae: Autoencoder = Field(description="Encodes the images, once for all models.")
