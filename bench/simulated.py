@@ -17,6 +17,7 @@ from typing import Any
 import fsspec
 import numpy as np
 
+from latentcache import urls
 from latentcache.config import Config, parse_config
 from latentcache.dataset.contract import Contract
 from latentcache.dataset.receipts import DataFile, QaFile, Receipt, Unit, UnitRecord
@@ -49,6 +50,7 @@ class ListedFileSystem(fsspec.AbstractFileSystem):  # type: ignore[misc]
 
 
 fsspec.register_implementation("listed", ListedFileSystem, clobber=True)
+urls.SCHEMES = urls.SCHEMES | {"listed"}
 
 
 def make_config(output: str, num_units: int, num_actors: int, *, qa: bool = True) -> Config:

@@ -22,7 +22,7 @@ os.environ["TRITON_INTERPRET"] = str(int(not torch.cuda.is_available()))
 import runs
 from checkpoints import write_diffusers_folder
 from corpus import Shard, make_corpus, objects
-from latentcache import Dataset
+from latentcache import Dataset, urls
 from runs import Cli, Configs, Made, make, open_at
 from servers import (
     ACCESS_KEY,
@@ -55,6 +55,12 @@ def pytest_configure(config: pytest.Config) -> None:
         "RAY_AUTH_MODE": "disabled",
         "RAY_USAGE_STATS_ENABLED": "0",
     }
+
+
+@pytest.fixture
+def memory_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `memory://` URLs be opened, for a store that needs no server; users' are refused."""
+    monkeypatch.setattr(urls, "SCHEMES", urls.SCHEMES | {"memory"})
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ import copy
 import json
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -274,6 +275,85 @@ def test_a_bad_file_is_told_in_one_line(tmp_path: Path, text: str, told: str):
     assert told in str(caught.value)
     assert str(tmp_path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "name: 2001-13-45",
+        "name: 0x_",
+        "? [a]\n: b",
+        "? {a: b}\n: b",
+        "name: !!timestamp x",
+        "name: !!bool x",
+        "name: !!int x",
+        "name: !!binary é",
+        "name: " + "9" * 5000,
+        "[" * 5000 + "]" * 5000,
+        "a: &a [*a]",
+        "x: {<<: 3}",
+        "name: a\0b",
+        "a0: &a0 [x,x,x,x,x,x,x,x,x,x]\n"
+        + "".join(f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 9)),
+        "a0: &a0 {k: v}\n"
+        + "".join(f"a{i}: &a{i} {{<<: [{','.join([f'*a{i - 1}'] * 10)}]}}\n" for i in range(1, 9)),
+    ],
+)
+def test_yaml_that_is_hostile_or_means_nothing_is_one_line(tmp_path: Path, text: str):
+    for read in (load_config, load_eval_config):
+        with pytest.raises(ConfigError, match="is not valid YAML: ") as caught:
+            read(write(tmp_path, text))
+        assert str(caught.value).isprintable()
+    with pytest.raises(ConfigError, match="is not valid YAML: "):
+        load_config(write(tmp_path, yaml.safe_dump(TREE)), [f"name={text}"])
+
+
+def test_a_config_of_a_megabyte_is_not_read(tmp_path: Path):
+    with (tmp_path / "config.yaml").open("wb") as file:
+        file.truncate(10**9)  # all holes: read whole, it would not fit the test's memory
+    tracemalloc.start()
+    with pytest.raises(ConfigError, match="larger than"):
+        load_config(tmp_path / "config.yaml")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 16 * 2**20
+
+
+def test_anchors_are_read(tmp_path: Path):
+    text = yaml.safe_dump(TREE) + "latents: {dtype: &d float16}\nqa: {seed: 3}\n"
+    config = load_config(write(tmp_path, text + "compute: &c {num_gpus: 0}\n"))
+    assert (config.latents.dtype, config.compute.num_gpus) == ("float16", 0)
+
+
+FLOATS = [
+    "transform.max_upscale",
+    "rejects.max_rate",
+    "compute.wait_for_gpus_s",
+    "qa.fraction",
+    "qa.min_psnr_db",
+    "qa.min_drift_db",
+]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "1e999"])
+@pytest.mark.parametrize("path", FLOATS)
+def test_a_number_that_is_not_finite_is_refused(path: str, value: object):
+    (line,) = complaints(with_setting(path, value))
+    assert line.startswith(f"config: {path}: ")
+
+
+def test_a_number_that_no_field_can_hold_is_refused():
+    for path in ("compute.num_gpus", "qa.seed", "transform.max_pixels"):
+        (line,) = complaints(with_setting(path, 10**5000))
+        assert line == f"config: {path}: is too large"
+
+
+def test_endings_are_written_with_or_without_a_dot():
+    config = parse_config(with_setting("source.image", [".jpg", "PNG"]))
+    assert config.source.image == ["jpg", "PNG"]
+    for wrong in ("*.jpg", "", ".", "images/jpg"):
+        (line,) = complaints(with_setting("source.image", [wrong]))
+        assert line.startswith("config: source.image: ")
 
 
 def test_a_file_that_cannot_be_read_is_told(tmp_path: Path):

@@ -313,7 +313,7 @@ def test_only_fields_that_are_wanted_are_fetched(tmp_path: Path, monkeypatch: py
     assert (fetched, counts) == (["a.jpg"], [100])
 
 
-def test_a_folder_on_another_kind_of_store():
+def test_a_folder_on_another_kind_of_store(memory_store: None):
     memory = fsspec.filesystem("memory")
     for name in ("a.jpg", "deep/er/b.jpg", "deep/er/b.txt", ".hidden/c.jpg"):
         memory.pipe_file(f"/photos/{name}", name.encode())

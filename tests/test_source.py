@@ -469,7 +469,9 @@ def test_many_urls_of_a_folder_equal_asking_for_each(tmp_path: Path):
         ("{}/none-*.tar", SourceError, r"none-\*\.tar matches nothing"),
         ("{}/missing/*.tar", SourceError, "matches nothing"),
         ("{}/x.tar", SourceError, r"x\.tar does not exist: "),
-        ("{}/sub.tar", SourceError, "does not exist"),
+        ("{}/sub.tar", ConfigError, r"sub\.tar is a folder: .*source\.folder"),
+        ("{}/*", ConfigError, r"\* matches .*other\.txt, which is neither a tar"),
+        ("{}/other.txt", ConfigError, r"other\.txt, which is neither a tar"),
         ("{}/s*/x.tar", ConfigError, "glob before its last"),
         ("s3://bucket", ConfigError, "names no file"),
     ],
@@ -487,7 +489,7 @@ def test_one_file_under_two_names_is_named_twice(folder: Path, monkeypatch: pyte
         list_shards(["b-0.tar", "./b-0.tar"], OPTIONS)
 
 
-def test_a_shard_on_another_kind_of_store():
+def test_a_shard_on_another_kind_of_store(memory_store: None):
     memory = fsspec.filesystem("memory")
     memory.pipe_file("/shards/x.tar", tar_bytes(GOOD))
     (shard,) = list_shards("memory://shards/*.tar", OPTIONS)

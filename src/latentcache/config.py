@@ -7,12 +7,10 @@ starts. Credentials never stand in a config: they come from the environment or a
 from __future__ import annotations
 
 import copy
-import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -22,9 +20,13 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_core import ErrorDetails
+from pydantic_core import PydanticCustomError
 
+from latentcache.config_errors import explain
+from latentcache.config_types import EndpointUrl, OutputUrl, PublicText, Url
 from latentcache.errors import ConfigError
+from latentcache.urls import shown
+from latentcache.yaml_files import parse_yaml, read_yaml
 
 # Names that every row has already; a kept field may not take one.
 ROW_COLUMNS = (
@@ -45,13 +47,25 @@ Side = Annotated[int, Field(ge=8, le=16384, multiple_of=8)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # The input stays out of Pydantic's own text, which tracebacks show: it may be a credential.
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _integers_are_of_64_bits(cls, value: Any) -> Any:
+        if isinstance(value, int) and value.bit_length() > 63:
+            raise PydanticCustomError("explained", "is too large")
+        return value
 
 
 class Storage(_Section):
     """How to reach an object store."""
 
-    endpoint_url: str | None = Field(None, description="An S3-compatible server other than AWS.")
+    endpoint_url: EndpointUrl | None = Field(
+        None, description="An S3-compatible server other than AWS, with http:// or https://."
+    )
     profile: str | None = Field(None, description="A profile of the AWS config files.")
     anon: bool = Field(False, description="Read a public bucket without credentials.")
     requester_pays: bool = Field(False, description="Accept the charges of a requester-pays one.")
@@ -60,12 +74,12 @@ class Storage(_Section):
 class Images(_Section):
     """Which images are read."""
 
-    shards: str | list[str] | None = Field(
+    shards: Url | list[Url] | None = Field(
         None,
         description="WebDataset tars or Parquet files: a URL, with brace ranges or a glob, or a "
         "list of such URLs.",
     )
-    folder: str | None = Field(
+    folder: Url | None = Field(
         None, description="A folder of image files, in place of shards: its URL."
     )
     image: list[str] = Field(
@@ -74,7 +88,8 @@ class Images(_Section):
             *("bmp", "tif", "tiff", "jxl", "heic", "heif", "image"),
         ],
         min_length=1,
-        description="Fields that hold the image: file name endings, or columns of Parquet files.",
+        description="Fields that hold the image: file name endings, in any case, or columns of "
+        "Parquet files.",
     )
     key: str | None = Field(
         None, description="Column of Parquet files with the key; the image's path if left out."
@@ -89,6 +104,20 @@ class Images(_Section):
         description="Reject a sample whose fields together hold more bytes, before reading them.",
     )
     storage: Storage = Storage()
+
+    @field_validator("image")
+    @classmethod
+    def _endings_are_plain(cls, image: list[str]) -> list[str]:
+        plain = [name.removeprefix(".") for name in image]
+        for name in plain:
+            if not name or "*" in name or "/" in name:
+                raise ValueError(
+                    f"{name!r} is no ending of a file name: write it without '*' and '/', such as "
+                    "'jpg'"
+                )
+        if len(set(plain)) < len(plain):
+            raise ValueError("names a field twice")
+        return plain
 
     @model_validator(mode="after")
     def _has_one_source(self) -> Self:
@@ -110,6 +139,11 @@ class Source(Images):
         ge=1,
         le=65536,
         description="Units that a folder is cut into; 64 if left out. It stays as it was at first.",
+    )
+    moved_from: Url | None = Field(
+        None,
+        description="The folder in which the source lay before it moved: what the output has of it "
+        "stays, under the old URLs, and only what is new is encoded.",
     )
     on_missing: Literal["keep", "drop"] = Field(
         "keep", description="Whether rows stay when their shard is no longer listed."
@@ -176,7 +210,7 @@ class Transform(_Section):
 class Autoencoder(_Section):
     """An autoencoder; it has no default, because latents of different ones do not mix."""
 
-    checkpoint: str = Field(
+    checkpoint: Url = Field(
         description="A diffusers folder, a single-file or CompVis checkpoint, by path or URL; "
         "`demo` is the small one in this package, whose latents are not Stable Diffusion's."
     )
@@ -232,7 +266,7 @@ class Latents(_Section):
 class Output(_Section):
     """Where the dataset is written."""
 
-    url: str
+    url: OutputUrl
     storage: Storage = Storage()
 
 
@@ -275,7 +309,7 @@ class Compute(_Section):
 class Network(_Section):
     """A published network that a measure needs; the file counts only with this hash."""
 
-    url: str = Field(description="A path or URL.")
+    url: Url = Field(description="A path or URL.")
     sha256: str = Field(pattern="^[0-9a-f]{64}$", description="Of the file, lower-case hex.")
 
 
@@ -285,7 +319,7 @@ class Qa(_Section):
     fraction: float = Field(0.001, ge=0, le=1, description="Of all rows.")
     min_rows_per_bucket: int = Field(8, ge=0, description="More where that is fewer.")
     seed: int = Field(0, ge=0, description="Draws other rows.")
-    decoder: str | None = Field(
+    decoder: Url | None = Field(
         None, description="A checkpoint whose decoder is used; `vae.checkpoint` if left out."
     )
     lpips: Network | None = Field(
@@ -302,7 +336,7 @@ class Qa(_Section):
 class Config(_Section):
     """A whole config file."""
 
-    name: str = Field(min_length=1)
+    name: PublicText = Field(min_length=1)
     source: Source
     transform: Transform
     vae: Vae
@@ -336,11 +370,11 @@ class Networks(_Section):
 class EvalModel(_Section):
     """A decoder to evaluate: one row of the table."""
 
-    name: str = Field(min_length=1)
-    checkpoint: str = Field(description="As in `vae.checkpoint`; its decoder is used.")
+    name: PublicText = Field(min_length=1)
+    checkpoint: Url = Field(description="As in `vae.checkpoint`; its decoder is used.")
     train_steps: int | None = Field(None, ge=0, description="For the table only.")
-    link: str = Field("", description="For the table only.")
-    comments: str = Field("", description="For the table only.")
+    link: PublicText = Field("", description="For the table only.")
+    comments: PublicText = Field("", description="For the table only.")
     storage: Storage = Storage()
 
 
@@ -357,7 +391,7 @@ class EvalCompute(_Section):
 class EvalConfig(_Section):
     """A whole config file of `latentcache eval`."""
 
-    name: str = Field(min_length=1)
+    name: PublicText = Field(min_length=1)
     source: Images
     resolution_px: Side = Field(256, description="The shorter side's; then the centre is cropped.")
     vae: Autoencoder = Field(description="Encodes the images, once for all models.")
@@ -378,21 +412,10 @@ class EvalConfig(_Section):
         return models
 
 
+# Names in the path of an override: no section lies as deep.
+_MAX_SECTIONS = 8
+
 _FileT = TypeVar("_FileT", Config, EvalConfig)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, which by itself lets the second of two like-named settings win."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
-                raise yaml.MarkedYAMLError(
-                    problem=f"{key.value!r} stands here twice", problem_mark=key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -419,15 +442,20 @@ def parse_config(tree: Any, origin: str = "config") -> Config:
     return _parse(Config, tree, origin)
 
 
+def require_kind(config: object, kind: type[BaseModel]) -> None:
+    """Refuse what is no config of that kind, such as a path.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if not isinstance(config, kind):
+        load = "load_config" if kind is Config else "load_eval_config"
+        got = f"the path {str(config)!r}" if isinstance(config, str | Path) else type(config)
+        raise ConfigError(f"a {kind.__name__} goes here, not {got}: make one with {load}(path)")
+
+
 def _read(path: str | Path, overrides: Sequence[str]) -> Any:
-    try:
-        tree = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise ConfigError(f"cannot read the config {path}: {reason}") from error
-    except yaml.YAMLError as error:
-        where = " ".join(str(error).split())
-        raise ConfigError(f"{path} is not valid YAML: {where}") from error
+    tree = read_yaml(path)
     for override in overrides:
         _apply(tree, override)
     return tree
@@ -437,19 +465,16 @@ def _parse(kind: type[_FileT], tree: Any, origin: str) -> _FileT:
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        lines = _explain(error, kind)
-        raise ConfigError("\n".join(f"{origin}: {line}" for line in lines)) from error
+        lines = explain(error, kind)
+        raise ConfigError(*(f"{origin}: {line}" for line in lines)) from None
 
 
 def _apply(tree: Any, override: str) -> None:
     path, equals, text = override.partition("=")
     names = path.split(".")
-    if not equals or not all(names):
-        raise ConfigError(f"--set {override}: write it as a.b=value")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override}: the value is not valid YAML") from error
+    if not equals or not all(names) or len(names) > _MAX_SECTIONS:
+        raise ConfigError(f"--set {shown(override)}: write it as a.b=value")
+    value = parse_yaml(text, f"--set {path}: the value")
     for name in names[:-1]:
         if not isinstance(tree, dict):
             break
@@ -457,57 +482,5 @@ def _apply(tree: Any, override: str) -> None:
         tree[name] = {} if tree.get(name) is None else copy.copy(tree[name])
         tree = tree[name]
     if not isinstance(tree, dict):
-        raise ConfigError(f"--set {override}: {path} does not lead through sections of the config")
+        raise ConfigError(f"--set {shown(path)} does not lead through sections of the config")
     tree[names[-1]] = value
-
-
-def _explain(error: ValidationError, kind: type[BaseModel]) -> Iterable[str]:
-    """One line per setting that is wrong, its dotted path first."""
-    reasons: dict[str, list[str]] = {}
-    for mistake in error.errors():
-        names = [str(part) for part in mistake["loc"]]
-        # Pydantic names the tried member of a union in the path; a config has no such level.
-        dotted = ".".join(n for n in names if not _is_union_member(n)) or "(whole file)"
-        reasons.setdefault(dotted, []).append(_reason(mistake, names, kind))
-    for dotted, found in reasons.items():
-        # A union complains once per member; what a deeper path says is the one that was meant.
-        if not any(other.startswith(f"{dotted}.") for other in reasons):
-            yield f"{dotted}: {' or '.join(found)}"
-
-
-def _reason(mistake: ErrorDetails, names: Sequence[str], kind: type[BaseModel]) -> str:
-    if mistake["type"] == "missing":
-        return "required, but missing"
-    if mistake["type"] == "extra_forbidden":
-        known = _field_names(names[:-1], kind)
-        nearest = difflib.get_close_matches(names[-1], known, n=1, cutoff=0.5)
-        if nearest:
-            return f"no such setting; did you mean {nearest[0]!r}?"
-        return f"no such setting; known here: {', '.join(known)}"
-    if mistake["type"] in ("model_type", "dict_type"):
-        return f"should be a section with settings of its own (got {mistake['input']!r:.60})"
-    message = mistake["msg"].removeprefix("Value error, ")
-    if isinstance(mistake["input"], dict):  # how settings go together
-        return message
-    return f"{message[:1].lower()}{message[1:]} (got {mistake['input']!r:.60})"
-
-
-def _is_union_member(name: str) -> bool:
-    return any(m in name for m in "[(") or name in ("int", "str", "constrained-int", "RatioBuckets")
-
-
-def _field_names(path: Sequence[str], kind: type[BaseModel]) -> list[str]:
-    """What may stand in the section at that path of a config file of that kind."""
-    sections = [kind]
-    for name in path:
-        if not name.isdigit() and not _is_union_member(name):
-            found = [section.model_fields.get(name) for section in sections]
-            sections = [part for field in found if field for part in _sections(field.annotation)]
-    return [name for section in sections for name in section.model_fields]
-
-
-def _sections(annotation: Any) -> list[type[BaseModel]]:
-    """The sections that a field may hold, alone, in a list or as one of several kinds."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [section for part in get_args(annotation) for section in _sections(part)]

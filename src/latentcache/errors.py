@@ -22,11 +22,59 @@ turns into a row of the rejects file.
 
 from __future__ import annotations
 
+import re
+
+# What stands for a secret in a message.
+REDACTED = "***"
+
+# `scheme://user:password@`; a port after a host is none, nor is `container@account` of Azure.
+_USERINFO = re.compile(r"([a-z][a-z0-9+.-]*:/{1,2})(?!/)(?![^\s/@:]*:\d*/)[^\s/@]*:[^\s@]*@", re.I)
+_HTTP_USER = re.compile(r"(https?:/{1,2})(?!/)[^\s/@]+@", re.I)
+
+# Parameters of signed URLs, and headers and tokens as clients repeat them in their messages.
+CREDENTIAL_WORDS = "sig|token|secret|pass|pwd|cred|key|auth|policy|jwt|session|sas"
+_PARAMETER = re.compile(
+    rf"((?:[?&;#]|, ?)[\w.%~-]{{0,60}}(?:{CREDENTIAL_WORDS})[\w.%~-]{{0,60}}=)[^&;\s\"'<>]+", re.I
+)
+_BEARER = re.compile(r"\b((?:bearer|basic) )[\w.~+/=-]{8,}", re.I)
+_HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
+
+
+def one_line(text: str) -> str:
+    """Return `text` fit for one line of a terminal or a log: redacted, visible characters only.
+
+    White space becomes spaces. What a terminal would act on (escapes, C1 controls, marks that turn
+    the direction of writing) and what is not UTF-8 is written as a Python escape.
+    """
+    return "".join(
+        c if c.isprintable() else " " if c.isspace() else ascii(c)[1:-1] for c in redact(text)
+    )
+
+
+def redact(text: str) -> str:
+    """Return `text` with every credential that a URL or a client's message holds as `***`."""
+    text = _HTTP_USER.sub(rf"\1{REDACTED}@", _USERINFO.sub(rf"\1{REDACTED}@", text))
+    text = _PARAMETER.sub(rf"\1{REDACTED}", text)
+    return _HUB_TOKEN.sub(REDACTED, _BEARER.sub(rf"\1{REDACTED}", text))
+
 
 class LatentCacheError(Exception):
-    """The root: catch this to catch every error that latentcache raises on purpose."""
+    """The root: catch this to catch every error that latentcache raises on purpose.
+
+    Messages go to terminals, logs and failure records. So each line of one is what `one_line` makes
+    of it: whatever a file is called, it neither steers a terminal nor looks like a further message.
+
+    Args:
+        lines: of the message, one as a rule.
+    """
 
     exit_code = 1
+
+    def __init__(self, *lines: str) -> None:
+        super().__init__(*map(one_line, lines))
+
+    def __str__(self) -> str:
+        return "\n".join(self.args)
 
 
 class ConfigError(LatentCacheError):
@@ -110,6 +158,6 @@ class Reject(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """Give what an exception says, in one line; of one that says nothing, its kind."""
-    text = str(error).strip()
+    """Give what an exception says, in one line, redacted; of one that says nothing, its kind."""
+    text = redact(str(error).strip())
     return text.splitlines()[0] if text else type(error).__name__

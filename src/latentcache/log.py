@@ -10,25 +10,34 @@ import sys
 from datetime import UTC, datetime
 from typing import Any, Literal
 
+from latentcache.errors import redact
+
 Level = Literal["info", "warning", "error"]
 
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def write_json(event: str, message: str, level: Level = "info", **fields: Any) -> None:
-    """Write one object, in ASCII: what `event` (a name that stays), `message` and `fields` say."""
+    """Write one object, in ASCII: what `event` (a name that stays), `message` and `fields` say.
+
+    Credentials in any of them are redacted.
+    """
     time = datetime.now(UTC).isoformat(timespec="milliseconds")
     tree = {"time": time, "level": level, "event": event, "message": message, **fields}
     # In one call, so that lines of several threads do not mix.
-    sys.stderr.write(json.dumps(tree) + "\n")
+    sys.stderr.write(json.dumps(redacted(tree)) + "\n")
     sys.stderr.flush()
 
 
-def one_line(text: str) -> str:
-    """Make a text fit for one line of a terminal or a log, whatever a file was called."""
-    return "".join(
-        c if c.isprintable() else " " if c.isspace() else f"\\x{ord(c):02x}" for c in text
-    )
+def redacted(tree: Any) -> Any:
+    """Return a tree of dicts and lists with the credentials in its texts redacted."""
+    if isinstance(tree, str):
+        return redact(tree)
+    if isinstance(tree, dict):
+        return {redacted(name): redacted(value) for name, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [redacted(value) for value in tree]
+    return tree
 
 
 def write_libraries_as_json() -> None:

@@ -38,6 +38,7 @@ from latentcache.storage_local import (
     create_file,
     replace_file,
 )
+from latentcache.urls import check_endpoint, check_url
 
 if TYPE_CHECKING:  # to read a dataset takes no pydantic
     from latentcache.config import Storage
@@ -111,7 +112,12 @@ class Upload:
 
 
 def split_url(url: str) -> tuple[str, str]:
-    """Split a URL into its folder and its name: `s3://b/d/x.tar` into `s3://b/d` and `x.tar`."""
+    """Split a URL into its folder and its name: `s3://b/d/x.tar` into `s3://b/d` and `x.tar`.
+
+    Raises:
+        ConfigError: as `urls.check_url`.
+    """
+    check_url(url)
     folder, _, name = url.rstrip("/").rpartition("/")
     return (folder or ("/" if url.startswith("/") else ".")), name
 
@@ -123,18 +129,23 @@ class Store:
     at a path, `DiskFull` where there is no room, and `StorageError` for all else, after retries.
 
     Args:
-        url: a local path or any fsspec URL (`s3://bucket/folder`, `hf://org/repo`, …).
+        url: a local path or a URL (`s3://bucket/folder`, `hf://org/repo`, …).
         options: how to reach it; ignored by local folders.
 
     Raises:
-        ConfigError: no such protocol, or the package that speaks it is not installed.
+        ConfigError: as `urls.check_url` and `urls.check_endpoint`; or the package that reaches such
+            a store is not installed.
     """
 
-    def __init__(self, url: str, options: StorageOptions = StorageOptions()) -> None:
-        self.options = options
-        self.is_local = "://" not in url or url.startswith(("file://", "local://"))
+    def __init__(
+        self, url: str | os.PathLike[str], options: StorageOptions = StorageOptions()
+    ) -> None:
+        self.options, url = options, os.fspath(url)
+        self.is_local = check_url(url) == "file"
+        if options.endpoint_url is not None:
+            check_endpoint(options.endpoint_url)
         if self.is_local:
-            self._root = os.path.abspath(os.path.expanduser(url.split("://")[-1]))
+            self._root = os.path.abspath(os.path.expanduser(url.removeprefix("file://")))
             self.url = f"file://{self._root}"
         else:
             self.url = url.rstrip("/")

@@ -58,7 +58,14 @@ def named_local(path: Path) -> Iterator[None]:
 def is_foreign(error: Exception) -> bool:
     """Whether an exception is a store's doing, and not a mistake of ours."""
     modules = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
-    return isinstance(error, OSError) or not modules.isdisjoint(_TRANSPORTS)
+    return (
+        isinstance(error, OSError) or _is_bad_endpoint(error) or not modules.isdisjoint(_TRANSPORTS)
+    )
+
+
+def _is_bad_endpoint(error: BaseException) -> bool:
+    # botocore raises a plain ValueError for an endpoint that AWS_ENDPOINT_URL or a profile names.
+    return isinstance(error, ValueError) and str(error).startswith("Invalid endpoint")
 
 
 def translate(error: BaseException, url: str, endpoint_url: str | None) -> StorageError:
@@ -77,7 +84,7 @@ def translate(error: BaseException, url: str, endpoint_url: str | None) -> Stora
             )
         if error.errno in _FINAL_ON_DISK and not isinstance(error, IsADirectoryError):
             return _Final(f"cannot use {url}: {first_line(error)}")
-    if isinstance(error, OSError) and error.errno == errno.ENOSYS:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSYS, errno.ENAMETOOLONG):
         return _Final(f"{url}{_where(endpoint_url)} cannot do that: {first_line(error)}")
     if "NoSuchBucket" in str(error.__cause__):
         return _Final(f"cannot use {url}: there is no such bucket{_where(endpoint_url)}")
@@ -85,6 +92,11 @@ def translate(error: BaseException, url: str, endpoint_url: str | None) -> Stora
         return ObjectNotFound(f"{url} is a folder, not a file")
     if isinstance(error, FileNotFoundError | NotADirectoryError):
         return ObjectNotFound(f"{url}: no such file")
+    if _is_bad_endpoint(error):
+        return _Final(
+            f"cannot use {url}: {first_line(error)}; correct AWS_ENDPOINT_URL or `endpoint_url` of "
+            "the AWS profile, which begin with http:// or https://"
+        )
     if kind in ("NoCredentialsError", "PartialCredentialsError"):
         return AccessDenied(
             f"no credentials for {url}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, name a "

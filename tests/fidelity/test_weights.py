@@ -155,7 +155,9 @@ def test_real_size_in_both_layouts(tmp_path: Path) -> None:
     assert replace(original.architecture, scaling_factor=0.18215) == vae.architecture
 
 
-def test_loads_from_an_object_store(tmp_path: Path, expected: KLAutoencoder) -> None:
+def test_loads_from_an_object_store(
+    tmp_path: Path, expected: KLAutoencoder, memory_store: None
+) -> None:
     memory = fsspec.filesystem("memory")
     for file in write_diffusers_folder(tmp_path).iterdir():
         memory.pipe_file(f"/models/vae/{file.name}", file.read_bytes())

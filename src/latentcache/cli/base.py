@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec
 
@@ -85,14 +86,26 @@ _log_json = False
 
 
 def print_line(text: str) -> None:
-    """Print a result."""
+    """Print a result in one line, whatever characters the names in it have."""
+    from latentcache.errors import one_line
+
     assert _stdout
-    _stdout.print(text)
+    _stdout.print(one_line(text))
+
+
+def print_text(text: str) -> None:
+    """Print a result of several lines, in which names are made `one_line` already."""
+    for line in text.split("\n"):
+        print_line(line)
 
 
 def print_json(tree: dict[str, Any]) -> None:
-    """Print a result as one line of JSON."""
-    print_line(json.dumps(tree, ensure_ascii=False))
+    """Print a result as one line of JSON; what a terminal would not show is escaped."""
+    from latentcache.log import redacted
+
+    assert _stdout
+    text = json.dumps(redacted(tree), ensure_ascii=False)
+    _stdout.print("".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text))
 
 
 def stdout_console() -> Console:
@@ -112,16 +125,18 @@ def progress_bar() -> Progress:
     return Progress(console=console, transient=True, disable=not console.is_terminal)
 
 
-def complain(message: str, event: str = "note", level: Level = "warning", **fields: Any) -> None:
-    """Say what is amiss on stderr; with --log-json, `event` names it and `fields` go with it."""
-    from latentcache.log import one_line, write_json
+def complain(
+    message: str, *more: str, event: str = "note", level: Level = "warning", **fields: Any
+) -> None:
+    """Say what is amiss on stderr, a line each; with --log-json, with its `event` and `fields`."""
+    from latentcache.errors import one_line
+    from latentcache.log import write_json
 
     if _log_json:
-        write_json(event, message, level, **fields)
+        write_json(event, "\n".join([message, *more]), level, **fields)
         return
-    lines = [one_line(line) for line in message.split("\n")]
-    text = "\n".join(["error: " + lines[0] if event == "error" else lines[0], *lines[1:]])
-    print(f"latentcache: {text}", file=sys.stderr, flush=True)
+    lines = ["error: " + message if event == "error" else message, *more]
+    print("latentcache: " + "\n".join(map(one_line, lines)), file=sys.stderr, flush=True)
 
 
 def command(function: Callable[P, int | None]) -> Callable[P, None]:
@@ -136,23 +151,32 @@ def command(function: Callable[P, int | None]) -> Callable[P, None]:
         _log_json = bool(kwargs.get("log_json"))
         as_json = bool(kwargs.get("json_"))
         try:
+            _require_finite(kwargs)
             code = function(*args, **kwargs) or 0
         except LatentCacheError as error:
-            _fail(str(error), error.exit_code, as_json)
+            _fail(error.args, error.exit_code, as_json)
         except OSError as error:  # of a local file that no store stands before
             where = f"{error.filename}: " if error.filename else ""
-            _fail(f"{where}{error.strerror or error}", 1, as_json)
+            _fail([f"{where}{error.strerror or error}"], 1, as_json)
         except (KeyboardInterrupt, SystemExit):  # the latter is what Ray makes of SIGTERM
-            _fail("interrupted", 1, as_json)
+            _fail(["interrupted"], 1, as_json)
         raise typer.Exit(code)
 
     return run
 
 
-def _fail(message: str, code: int, as_json: bool) -> NoReturn:
-    complain(message, "error", "error", exit_code=code)
+def _require_finite(options: dict[str, Any]) -> None:
+    from latentcache.errors import ConfigError
+
+    for name, value in options.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"--{name.replace('_', '-')} is {value}: give a finite number")
+
+
+def _fail(lines: Sequence[str], code: int, as_json: bool) -> NoReturn:
+    complain(*lines, event="error", level="error", exit_code=code)
     if as_json:
-        print_json({"status": "error", "error": message, "exit_code": code})
+        print_json({"status": "error", "error": "\n".join(lines), "exit_code": code})
     raise typer.Exit(code)
 
 

@@ -20,6 +20,7 @@ from latentcache.cli.base import (
     manifest_name,
     print_json,
     print_line,
+    print_text,
     progress_bar,
     size_text,
 )
@@ -121,7 +122,7 @@ def inspect_command(
     if json_:
         print_json(described)
     else:
-        print_line(render(described))
+        print_text(render(described))
 
 
 def _named_vae(target: str, overrides: list[str] | None) -> tuple[str | None, StorageOptions]:

@@ -21,11 +21,13 @@ from latentcache.cli.base import (
     locate,
     print_json,
     print_line,
+    print_text,
     progress_bar,
 )
 
 if TYPE_CHECKING:
     from latentcache.dataset.qa import Gates
+    from latentcache.images.moved import Moved
     from latentcache.quality.qa import Networks
     from latentcache.storage import StorageOptions
 
@@ -92,7 +94,9 @@ def qa_command(
     from latentcache.quality.report import Looked, build_report, require_writable, save_report
 
     url, options = locate(target, set_)
-    gates, networks, sources, source_storage = _qa_settings(target, set_, checkpoint, decoder)
+    gates, networks, sources, moved, source_storage = _qa_settings(
+        target, set_, checkpoint, decoder
+    )
     gates = Gates(
         gates.min_psnr_db if min_psnr_db is None else min_psnr_db,
         gates.min_drift_db if min_drift_db is None else min_drift_db,
@@ -102,7 +106,7 @@ def qa_command(
         require_writable(report)
     dataset = open_dataset(url, manifest, storage=options)
     sources = (*sources, *(source or ()))
-    selection = Selection(num_rows, num_units, seed, sources, source_storage)
+    selection = Selection(num_rows, num_units, seed, sources, source_storage, moved)
     with tempfile.TemporaryDirectory(prefix="latentcache-") as folder:
         with progress_bar() as bar:
             task = bar.add_task("decoding", total=num_rows)
@@ -131,16 +135,17 @@ def qa_command(
     if json_:
         print_json(found.to_json())
     else:
-        print_line(found.to_text())
+        print_text(found.to_text())
     return 3 if look.breaches else 0
 
 
 def _qa_settings(
     target: str, overrides: list[str] | None, checkpoint: str | None, decoder: str | None
-) -> tuple[Gates, Networks, tuple[str, ...], StorageOptions]:
+) -> tuple[Gates, Networks, tuple[str, ...], Moved, StorageOptions]:
     """Read off a config what measures, the gates, and the sources; defaults where it has none."""
     from latentcache.config import Qa, Storage
     from latentcache.dataset.qa import Gates
+    from latentcache.images.moved import NOT_MOVED, moved_of
     from latentcache.quality.named import source_urls
     from latentcache.quality.qa import Networks
     from latentcache.storage import storage_options
@@ -158,7 +163,8 @@ def _qa_settings(
     gates = Gates(qa.min_psnr_db, qa.min_drift_db, qa.max_rejects)
     sources = source_urls(config.source) if config else ()
     source_storage = storage_options(config.source.storage if config else Storage())
-    return gates, networks, sources, source_storage
+    moved = moved_of(config.source) if config else NOT_MOVED
+    return gates, networks, sources, moved, source_storage
 
 
 @app.command("eval")
@@ -189,4 +195,5 @@ def eval_command(config: ConfigPath, set_: Overrides = None, json_: Json = False
     if json_:
         print_json(asdict(found))
     else:
-        print_line(f"{render_card(found)}\n\nwritten to {found.output}")
+        print_text(f"{render_card(found)}\n")
+        print_line(f"written to {found.output}")

@@ -21,6 +21,7 @@ from latentcache.cli.base import (
     locate,
     print_json,
     print_line,
+    print_text,
     progress_bar,
     size_text,
     stdout_console,
@@ -59,12 +60,12 @@ def run_command(
 
     summary = run(parsed, retry_rejects=retry_rejects, log_json=log_json)
     for failure in [] if log_json else summary.failed:  # whose log has had each at its time
-        complain(f"given up: {failure['message']}", "unit_given_up")
+        complain(f"given up: {failure['message']}", event="unit_given_up")
     if summary.exit_code == 1:
         again = shlex.join(_argv())
-        complain(f"{summary.status}; the same command goes on: {again}", "incomplete")
+        complain(f"{summary.status}; the same command goes on: {again}", event="incomplete")
     for breach in summary.breaches:
-        complain(f"QA: {breach}", "gate_breached", "error")
+        complain(f"QA: {breach}", event="gate_breached", level="error")
     report = None
     is_over = summary.status not in ("interrupted", "skipped")
     if parsed.qa and summary.num_qa_rows and summary.manifest and is_over:
@@ -73,15 +74,15 @@ def run_command(
         complain(
             f"{summary.num_other_columns} units were committed by another run with other kept "
             "columns: agree on source.keep, then run again",
-            "other_columns",
-            "error",
+            event="other_columns",
+            level="error",
         )
     if summary.status == "no_rows":
         complain(
             "no rows: every sample was rejected, or the source has none; look with `latentcache "
             f"inspect --manifest {summary.manifest}`, then correct the source or the config",
-            "no_rows",
-            "error",
+            event="no_rows",
+            level="error",
         )
     if summary.status == "too_many_rejects":
         complain(
@@ -89,8 +90,8 @@ def run_command(
             f"{summary.num_rows + summary.num_rejects} samples; look at them with `latentcache "
             f"inspect --manifest {summary.manifest}`, then correct the source or raise "
             "rejects.max_rate",
-            "too_many_rejects",
-            "error",
+            event="too_many_rejects",
+            level="error",
         )
     if json_:
         print_json(asdict(summary) | {"report": report})
@@ -136,7 +137,7 @@ def _report_run(config: Config, summary: RunSummary) -> str:
             dataset, summary.breaches, gates_of(config), decoder=config.qa.decoder
         )
         for line in report.worst_rows if summary.breaches else ():
-            complain(f"QA: {line}", "worst_row")
+            complain(f"QA: {line}", event="worst_row")
         if not is_there:
             write_report(report, dataset)
     return str(dataset.store.local_path(path) or dataset.store.url_of(path))
@@ -219,6 +220,7 @@ def plan_command(
                     }
                     for p in plan.pending
                 ],
+                "sources_twice": asdict(plan.twice) if plan.twice else None,
                 "contract_diff": plan.diff,
                 "forecast": asdict(forecast) if forecast else None,
             }
@@ -226,9 +228,11 @@ def plan_command(
     else:
         _print_plan(plan)
         if forecast:
-            print_line(forecast.to_text())
+            print_text(forecast.to_text())
         elif calibrate and not plan.diff:
             print_line("nothing to calibrate on")
+    if plan.twice:
+        complain(plan.twice.to_text())
     if plan.diff:
         complain("the output holds latents made another way; `run` will refuse:")
         for line in plan.diff:
@@ -258,7 +262,9 @@ def _print_plan(plan: Plan, most: int = 20) -> None:
     _print_rewrites(plan)
     print_line(
         f"{len(plan.to_encode)} of {len(plan.units)} units to encode "
-        f"({size_text(num_bytes)} to read{images}) into {plan.output.url}\n"
+        f"({size_text(num_bytes)} to read{images}) into {plan.output.url}"
+    )
+    print_line(
         f"latents: {terms.posterior}, {channels} channels, {terms.dtype}, {terms.format}; "
         f"buckets: {buckets}"
     )

@@ -19,6 +19,7 @@ from latentcache.cli.base import (
     locate,
     print_json,
     print_line,
+    print_text,
     progress_bar,
 )
 
@@ -75,9 +76,13 @@ def bench_loader_command(
         return
     print_line(
         f"{speed.rows_per_s:,.0f} samples/s, {speed.megabytes_per_s:,.0f} MB/s of {dtype}, over "
-        f"{speed.num_steps} steps in {speed.elapsed_s:.1f} s\n"
+        f"{speed.num_steps} steps in {speed.elapsed_s:.1f} s"
+    )
+    print_line(
         f"a step of {batch_size}: {speed.step_p50_ms:.2f} ms (median), {speed.step_p99_ms:.2f} ms "
-        f"(99%)\n"
+        f"(99%)"
+    )
+    print_line(
         f"first batch after {speed.first_batch_s:.2f} s, manifest read in {speed.open_s:.2f} s; "
         f"resumed in {speed.resume_s:.2f} s"
     )
@@ -92,7 +97,7 @@ def schema_command(
     from latentcache.config import Config, EvalConfig
 
     kind = EvalConfig if eval_ else Config
-    print_line(json.dumps(kind.model_json_schema(), indent=2))
+    print_text(json.dumps(kind.model_json_schema(), indent=2))
 
 
 @app.command("demo-data")

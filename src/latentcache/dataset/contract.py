@@ -299,9 +299,9 @@ def establish_contract(store: Store, wanted: Contract, provenance: dict[str, Any
 def require_same(store: Store, there: Contract, wanted: Contract) -> None:
     """Refuse an output whose contract differs; see `establish_contract`."""
     if there.fingerprint != wanted.fingerprint:
-        lines = "\n  ".join(contract_diff(there, wanted))
+        lines = (f"  {line}" for line in contract_diff(there, wanted))
         mend = f"{store.url} holds latents made another way; give this config another `output.url`"
         if not store.list("commits"):
             contract = store.url_of(CONTRACT_PATH)
             mend = f"nothing is committed there yet: delete {contract} to begin anew"
-        raise ContractMismatch(f"{mend}, or make these agree:\n  {lines}")
+        raise ContractMismatch(f"{mend}, or make these agree:", *lines)

@@ -20,6 +20,7 @@ from latentcache.errors import (
     LatentCacheError,
     SourceChanged,
     StorageError,
+    one_line,
 )
 from latentcache.storage import Store
 
@@ -50,8 +51,9 @@ def at_boundary(task: UnitTask, run: Callable[[], R]) -> R | UnitFailure:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             full = DiskFull("no room left on the local disk (TMPDIR)")
             return UnitFailure(str(full), fatal=full)
-        traceback.print_exc(file=sys.stderr)
-        return UnitFailure(f"{task.unit.title}: {type(error).__name__}: {error}")
+        lines = map(one_line, traceback.format_exc().splitlines())
+        print("\n".join(lines), file=sys.stderr)
+        return UnitFailure(one_line(f"{task.unit.title}: {type(error).__name__}: {error}"))
 
 
 def committed_receipt(output: Store, task: UnitTask) -> Receipt | None:

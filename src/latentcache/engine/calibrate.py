@@ -141,7 +141,7 @@ def make_forecast(config: Config, plan: Plan, num_images: int, prices: Prices) -
     compute = config.compute
     threads = None if compute.decode_threads == "auto" else compute.decode_threads
     pending = {planned.unit.source for planned in plan.to_encode}
-    shards = [shard for shard in plan.shards if shard.url in pending]
+    shards = [shard for shard in plan.shards if shard.source in pending]
     patience = Patience(compute.wait_for_gpus_s)
     with Cluster(compute.num_gpus, compute.num_cpu_actors, threads, patience) as cluster:
         job = make_job(config, plan.contract, cluster.num_cpus_per_actor)
@@ -217,7 +217,7 @@ def try_out(job: Job, shards: Sequence[SourceShard], num_images: int, device: st
 def _run(runner: UnitRunner, shards: Sequence[SourceShard], max_samples: int) -> Iterator[Receipt]:
     """Encode the beginnings of some shards, as many at once as an actor does."""
     tasks = [
-        UnitTask(unit, 0, new_attempt(), max_samples=max_samples, files=shard.files)
+        UnitTask(unit, 0, new_attempt(), max_samples=max_samples, files=shard.files, url=shard.url)
         for shard, unit in zip(shards, units_of(shards, runner.job.contract), strict=True)
     ]
     with ThreadPoolExecutor(UNITS_PER_ACTOR) as pool:

@@ -108,7 +108,8 @@ class _EncoderActor:
 
 def _with_host(error: LatentCacheError) -> LatentCacheError:
     """Say on which node it is that something is wrong."""
-    return type(error)(f"on node {socket.gethostname()}: {error}")
+    head, *lines = error.args
+    return type(error)(f"on node {socket.gethostname()}: {head}", *lines)
 
 
 def _with_device(versions: Versions, function: Callable[..., A], *arguments: Any) -> A:

@@ -284,6 +284,7 @@ class Dispatcher:
             attempt,
             self.qa_wanted,
             files=unit.files,
+            url=unit.url,
             rewrites=unit.kind == "rewrite",
         )
         call = self._actors.call(worker.actor, "run_unit", task)

@@ -88,8 +88,8 @@ class UnitTask:
     """One attempt at one unit; `qa_wanted` counts the QA rows wanted of each bucket, at least.
 
     With `max_samples` no more are read: a trial, whose receipt nobody may put. `files` are those of
-    a folder's slot. `rewrites`: the generation before this one has the latents, and its rows are
-    written again with other columns.
+    a folder's slot, and `url` is where the source lies if it moved. `rewrites`: the generation
+    before this one has the latents, and its rows are written again with other columns.
     """
 
     unit: Unit
@@ -99,12 +99,15 @@ class UnitTask:
     max_samples: int | None = None
     files: tuple[ObjectInfo, ...] = ()
     rewrites: bool = False
+    url: str | None = None
 
     @property
     def shard(self) -> SourceShard:
         """What the unit reads."""
-        unit = self.unit
-        return SourceShard(unit.source, unit.size_bytes, unit.version, unit.range, self.files)
+        unit, url = self.unit, self.url or self.unit.source
+        return SourceShard(
+            url, unit.size_bytes, unit.version, unit.range, self.files, identity=unit.source
+        )
 
 
 @dataclass(frozen=True, slots=True)

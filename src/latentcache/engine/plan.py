@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from latentcache.config import Calibration, Config, RatioBuckets
+from latentcache.config import Calibration, Config, RatioBuckets, require_kind
 from latentcache.dataset.columns import Columns, columns_of, describe_columns
 from latentcache.dataset.contract import (
     Contract,
@@ -19,6 +19,7 @@ from latentcache.dataset.contract import (
 )
 from latentcache.dataset.receipts import Unit, failed_unit, list_failures, read_failures
 from latentcache.dataset.state import Listing, State, require_few
+from latentcache.engine.twice import Twice, find_twice
 from latentcache.errors import ConfigError, SourceError
 from latentcache.images.samples import Wanted, file_key_and_field
 from latentcache.images.source import SourceShard, list_source, source_contract
@@ -33,14 +34,15 @@ from latentcache.vae.weights import encoder_fingerprint, load_vae
 class PlannedUnit:
     """A unit to encode, the generation that its receipt will have, why, and a slot's files.
 
-    `kind`: a `rewrite` writes the unit's rows again, with other columns, around the latents that
-    are stored.
+    `url` is where the source lies if it moved. A unit of kind `rewrite` has its rows written again,
+    with other columns, around the latents that are stored.
     """
 
     unit: Unit
     generation: int
     reason: str
     files: tuple[ObjectInfo, ...] = ()
+    url: str | None = None
     kind: Literal["encode", "rewrite"] = "encode"
 
 
@@ -65,7 +67,7 @@ class Plan:
 
     `contract` is the one wanted, which before a first run may not be settled: its units then have
     provisional names. `there` is the one that lies at the output, and `diff` names the fields in
-    which they disagree.
+    which they disagree. `twice` tells of new sources that look like known ones.
     """
 
     output: Store
@@ -77,6 +79,7 @@ class Plan:
     pending: list[PlannedUnit]
     state: State
     on_missing: str
+    twice: Twice | None = None
 
     @property
     def sources(self) -> Sources:
@@ -146,6 +149,7 @@ def make_plan(config: Config, *, retry_rejects: bool = False) -> Plan:
         StorageError: a store cannot be reached.
         DatasetError: what lies at the output is damaged.
     """
+    require_kind(config, Config)
     output = Store(config.output.url, storage_options(config.output.storage))
     _require_apart(config, output)
     contract = wanted_contract(config)
@@ -168,7 +172,8 @@ def make_plan(config: Config, *, retry_rejects: bool = False) -> Plan:
     failures = _read_failures(output, units, state)
     columns = columns_of(config.source.keep)
     pending = list(_pending(shards, units, state, columns, failures, retry_rejects, why))
-    return Plan(output, contract, there, diff, shards, units, pending, state, on_missing)
+    twice = find_twice(config.source, shards, state, contract)
+    return Plan(output, contract, there, diff, shards, units, pending, state, on_missing, twice)
 
 
 def _require_apart(config: Config, output: Store) -> None:
@@ -205,7 +210,7 @@ def _what_stays(error: SourceError, state: State) -> SourceError:
 def units_of(shards: Iterable[SourceShard], contract: Contract) -> list[Unit]:
     """Name the units of some shards under a contract."""
     mark = contract.fingerprint
-    return [Unit.of(s.url, s.size_bytes, s.version, mark, s.range) for s in shards]
+    return [Unit.of(s.source, s.size_bytes, s.version, mark, s.range) for s in shards]
 
 
 def by_source(units: Iterable[Unit]) -> dict[str, list[Unit]]:
@@ -243,7 +248,7 @@ def _pending(
             reason = known
         else:
             reason = "new"
-        yield PlannedUnit(unit, generation, reason, shard.files)
+        yield PlannedUnit(unit, generation, reason, shard.files, shard.url)
 
 
 def rewrite_of(
@@ -255,7 +260,7 @@ def rewrite_of(
         return None
     before, after = describe_columns(done.columns), describe_columns(columns)
     reason = f"kept columns changed: {before} -> {after}"
-    return PlannedUnit(unit, done.generation + 1, reason, shard.files, "rewrite")
+    return PlannedUnit(unit, done.generation + 1, reason, shard.files, shard.url, kind="rewrite")
 
 
 def wanted_contract(config: Config) -> Contract:

@@ -10,7 +10,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column
 
 from latentcache.dataset.bottleneck import STAGES, Loads
-from latentcache.log import Level, one_line, write_json
+from latentcache.errors import one_line
+from latentcache.log import Level, write_json
 
 _PLAIN_EVERY_S = 10.0
 
@@ -48,7 +49,8 @@ class RunProgress:
                 MofNCompleteColumn(table_column=whole),
                 TextColumn("units"),
                 TimeRemainingColumn(table_column=whole),
-                TextColumn("{task.fields[note]}", table_column=Column()),  # in a narrow one, wraps
+                # In a narrow terminal it wraps.
+                TextColumn("{task.fields[note]}", table_column=Column(), markup=False),
                 console=self._console,
             )
 

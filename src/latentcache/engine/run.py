@@ -15,7 +15,7 @@ from functools import partial
 from importlib.metadata import version
 
 from latentcache import __version__
-from latentcache.config import Config
+from latentcache.config import Config, require_kind
 from latentcache.dataset.bottleneck import Loads
 from latentcache.dataset.columns import columns_of
 from latentcache.dataset.contract import (
@@ -52,6 +52,7 @@ from latentcache.engine.summary import RunSummary
 from latentcache.engine.waiting import Patience
 from latentcache.engine.worker import settle_contract
 from latentcache.errors import AccessDenied, ContractMismatch, SourceError, StorageError
+from latentcache.images.moved import moved_of
 from latentcache.images.source import SourceShard, list_again, list_source
 from latentcache.log import Level
 from latentcache.storage import Store, split_url, storage_options
@@ -92,6 +93,7 @@ def run(
         ContractMismatch: the output holds latents made another way.
         LatentCacheError: nothing could be started, or no unit can succeed any more.
     """
+    require_kind(config, Config)
     began, stop = time.monotonic(), StopSignal()
     on_busy = config.compute.on_busy
     while True:
@@ -118,6 +120,9 @@ def run(
             num_units=len(plan.units),
             num_pending=len(plan.pending),
         )
+        if plan.twice:
+            message, fields = plan.twice.to_text(), asdict(plan.twice)
+            progress.say("sources_twice", message, "warning", **fields)
         if plan.pending:
             driver.encode(progress)
         manifest = driver.write_manifest(progress)
@@ -152,6 +157,7 @@ class _Driver:
         self.contract: Contract = plan.contract
         self.columns = columns_of(config.source.keep)
         self.shards = plan.shards
+        self.moved = moved_of(config.source)
         self.pending: list[PlannedUnit] = plan.pending
         self.left = {planned.unit.id for planned in plan.pending}
         self.listing: Listing = plan.listing
@@ -298,14 +304,14 @@ class _Driver:
         units = units_of(self.shards, contract)
         self.listing = by_source(units)
         self.pending = [
-            PlannedUnit(unit, 0, "new", shard.files)
+            PlannedUnit(unit, 0, "new", shard.files, shard.url)
             for shard, unit in zip(self.shards, units, strict=True)
         ]
         self.left = {unit.id for unit in units}
 
     def _may_read(self, unit: Unit) -> bool:
         """Whether this process may read what a store refused to an actor."""
-        folder, name = split_url(unit.source)
+        folder, name = split_url(self.moved.location(unit.source))
         store = Store(folder, storage_options(self.config.source.storage))
         try:
             with store.open(name) as file, store.named(name):
@@ -380,7 +386,8 @@ class _Driver:
         self.replans[unit.source] += 1
         if event.changed and self.replans[unit.source] <= self.config.compute.unit_retries:
             try:
-                shards = list_again(unit.source, storage_options(self.config.source.storage))
+                options = storage_options(self.config.source.storage)
+                shards = list_again(unit.source, options, self.moved)
             except (SourceError, StorageError) as error:
                 message = str(error)
             else:
@@ -415,7 +422,7 @@ class _Driver:
             self.left.add(unit.id)
             if unit.id not in under_way:
                 generation = self.state.generation(unit.id) + 1
-                new = PlannedUnit(unit, generation, "changed", shard.files)
+                new = PlannedUnit(unit, generation, "changed", shard.files, shard.url)
                 dispatcher.add(planned or new)
 
     @property

@@ -107,6 +107,6 @@ def _images(job: Job, shard: SourceShard) -> Iterator[tuple[str, Transformed]]:
                     transformed = load_image(sample.image, spec)
                 except Reject:
                     continue
-                yield f"{shard.url}/{sample.key}", transformed
+                yield f"{shard.source}/{sample.key}", transformed
     except LatentCacheError:
         return

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from latentcache.engine.status import Status, StatusReader
-from latentcache.log import one_line
+from latentcache.errors import one_line
 from latentcache.storage import StorageOptions
 
 # Rates are over what was watched, but over no more than this.

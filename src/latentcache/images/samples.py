@@ -32,7 +32,8 @@ class SourceShard:
 
     The version is an ETag or the like. `range` is `k/n` for the k-th of n parts of a Parquet file,
     counted from 0. Of a folder's slot (`images/folder.py`) `files` are what lies in it, below the
-    folder and in the order of their keys; size and version are those of all of them.
+    folder and in the order of their keys; size and version are those of all of them. `identity` is
+    the URL that the dataset knows the source by, where that is another (`images/moved.py`).
     """
 
     url: str
@@ -40,6 +41,12 @@ class SourceShard:
     version: str
     range: str | None = None
     files: tuple[ObjectInfo, ...] = ()
+    identity: str | None = None
+
+    @property
+    def source(self) -> str:
+        """The URL that units and records name."""
+        return self.identity or self.url
 
     def require_unchanged(self, store: Store, name: str) -> None:
         """See that the file behind the shard is still the one that was listed.

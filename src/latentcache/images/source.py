@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
-
-from webdataset.shardlists import expand_urls as expand_braces
 
 from latentcache.config import Images
 from latentcache.dataset.contract import MAX_SAMPLE_BYTES, SourceContract
 from latentcache.dataset.receipts import Unit
 from latentcache.errors import ConfigError, ObjectNotFound, SourceChanged, SourceError
+from latentcache.images.braces import expand_urls, named_urls, require_distinct
 from latentcache.images.folder import is_slot, list_folder, list_slot, read_slot, slots_of
+from latentcache.images.moved import NOT_MOVED, Moved, moved_of
 from latentcache.images.parquet import is_parquet, read_parquet, split_file
 from latentcache.images.samples import (
     NotGrouped,
@@ -33,6 +34,7 @@ from latentcache.images.samples import (
 )
 from latentcache.images.tar import read_tar
 from latentcache.storage import ObjectInfo, StorageOptions, Store, split_url, storage_options
+from latentcache.urls import shown
 
 __all__ = [
     "NotGrouped",
@@ -53,10 +55,9 @@ __all__ = [
 # From so many shards in one folder on, one listing of it is cheaper than asking for each.
 _LIST_FROM = 16
 
-_MAX_BRACE_RANGE = 10_000_000
-
 _GLOB = re.compile(r"[*?\[]")
-_COMMAND = re.compile(r"^pipe:|^-$|[|`<>\n]|\$[({]|&&")
+
+_TAR_ENDINGS = (".tar", ".tar.gz", ".tgz")
 
 
 def source_contract(source: Images) -> SourceContract:
@@ -81,18 +82,20 @@ def list_source(
         SourceError: a shard is missing, or a glob or a folder holds nothing.
         StorageError: a store cannot be reached or refuses access.
     """
-    options = storage_options(source.storage)
+    options, moved = storage_options(source.storage), moved_of(source)
     if source.folder is not None:
         url = Store(source.folder, options).url
-        slots = list_folder(url, slots_of(url, num_units, known), options)
+        num_slots = slots_of(moved.identity(url), num_units, known)
+        slots = list_folder(url, num_slots, options)
         files = (file for slot in slots for file in slot.files)
-        if not any(file_key_and_field(file.path)[1] in _lower(source.image) for file in files):
+        endings = _lower(source.image)
+        if not any(file_key_and_field(file.path)[1] in endings for file in files):
             # Captions that were left without their images would take the place of all rows.
             raise SourceError(
                 f"{url} holds no image files, which source.image says end in "
                 f"{', '.join(source.image)}: check source.folder"
             )
-        return slots
+        return _identified(slots, moved)
     assert source.shards is not None
     shards = list_shards(source.shards, options)
     if source.key and not any(is_parquet(shard.url) for shard in shards):
@@ -100,124 +103,141 @@ def list_source(
             f"source.key names the column {source.key!r} of Parquet files, and source.shards has "
             "none; a tar's samples have the names of its files as keys"
         )
-    return shards
+    return _identified(shards, moved)
 
 
-def list_again(source: str, options: StorageOptions) -> list[SourceShard]:
+def _identified(shards: list[SourceShard], moved: Moved) -> list[SourceShard]:
+    """Let shards that moved keep the URLs that the dataset knows."""
+    if moved.before is None:
+        return shards
+    found = [replace(shard, identity=moved.identity(shard.url)) for shard in shards]
+    names = {(shard.source, shard.range) for shard in found}
+    if len(names) < len(found):
+        raise ConfigError(
+            f"source.moved_from is {moved.before}, and source.shards names files in it as well as "
+            f"in {moved.now}: name each file once"
+        )
+    return sorted(found, key=lambda shard: shard.source)
+
+
+def list_again(source: str, options: StorageOptions, moved: Moved = NOT_MOVED) -> list[SourceShard]:
     """List the shards of one source (the URL of a file, or a folder's slot) as they are now.
 
     Raises:
         SourceError: it is gone.
         StorageError: the store cannot be reached.
     """
-    if is_slot(source):
-        return [list_slot(source, options)]
-    folder, name = split_url(source)
+    url = moved.location(source)
+    if is_slot(url):
+        return _identified([list_slot(url, options)], moved)
+    folder, name = split_url(url)
     store = Store(folder, options)
     info = _ask(store, name)
     if info is None:
-        raise SourceError(f"{source} does not exist any more: check source.shards")
-    return _shards_of(_shard(store, info))
+        raise SourceError(f"{url} does not exist any more: check source.shards")
+    return _identified(_shards_of(_shard(store, info)), moved)
 
 
-def shard_of(unit: Unit, options: StorageOptions) -> SourceShard:
+def shard_of(unit: Unit, options: StorageOptions, moved: Moved = NOT_MOVED) -> SourceShard:
     """Make of a unit the shard that it was made from; a folder's slot is listed again for it.
 
     Raises:
         SourceChanged: the slot has other files by now.
         SourceError: it has none.
     """
-    if not is_slot(unit.source):
-        return SourceShard(unit.source, unit.size_bytes, unit.version, unit.range)
-    shard = list_slot(unit.source, options)
+    url = moved.location(unit.source)
+    if not is_slot(url):
+        return SourceShard(url, unit.size_bytes, unit.version, unit.range, identity=unit.source)
+    shard = list_slot(url, options)
     if (shard.size_bytes, shard.version) != (unit.size_bytes, unit.version):
-        raise SourceChanged(f"{unit.source} has other files than when it was encoded")
+        raise SourceChanged(f"{url} has other files than when it was encoded")
     return shard
-
-
-def expand_urls(shards: str | Sequence[str]) -> list[str]:
-    """Expand brace ranges and lists (`{000000..000099}`, `{a,b}`); globs stay as they are.
-
-    Raises:
-        ConfigError: a shell command or standard input, which WebDataset would run or read; a
-            chained URL (`::`); unbalanced braces; a URL named twice; no URL at all.
-    """
-    urls: list[str] = []
-    for pattern in [shards] if isinstance(shards, str) else shards:
-        if _COMMAND.search(pattern):
-            raise ConfigError(f"source.shards: {pattern!r} is a command; name files or URLs")
-        if "::" in pattern:
-            raise ConfigError(f"source.shards: {pattern!r} chains URLs with '::'; name each alone")
-        for first, last in re.findall(r"\{(-?\d+)\.\.(-?\d+)", pattern):
-            if abs(int(last) - int(first)) >= _MAX_BRACE_RANGE:
-                raise ConfigError(f"source.shards: {pattern!r} has a range of too many shards")
-        try:
-            urls += expand_braces(pattern)
-        except ValueError as error:
-            raise ConfigError(f"source.shards: {pattern!r}: {error}") from error
-    if not all(urls) or not urls:
-        raise ConfigError("source.shards: names no shard; give at least one URL")
-    _refuse_twice(urls)
-    return urls
 
 
 def list_shards(shards: str | Sequence[str], options: StorageOptions) -> list[SourceShard]:
     """Find tars and Parquet files, sorted by URL, each once; a large Parquet file in its parts.
 
     A glob (`*`, `?`, `[...]`) may stand in the last part of a URL and costs one listing of its
-    folder, as do many URLs in one folder; a few URLs are asked for one by one.
+    folder, as do many URLs in one folder; a few URLs are asked for one by one. A file whose name is
+    what is written comes before what the glob or the braces in it would match.
 
     Raises:
-        ConfigError: as `expand_urls`; or a glob in a folder's name.
+        ConfigError: as `expand_urls`; a glob in a folder's name; a file that is neither a tar nor
+            a Parquet file by its ending.
         SourceError: a shard is missing, or a glob matches nothing.
         StorageError: a store cannot be reached or refuses access.
     """
     by_folder: dict[str, list[str]] = {}
-    for url in expand_urls(shards):
+    for url in named_urls(shards, options):
         folder, name = split_url(url)
-        if _GLOB.search(folder):
-            raise ConfigError(f"source.shards: {url!r} has a glob before its last '/'; use braces")
         if folder.endswith(":/") or name.endswith(":"):
-            raise ConfigError(f"source.shards: {url!r} names no file; add one, or '/*.tar'")
+            raise ConfigError(f"source.shards: {shown(url)!r} names no file; add one, or '/*.tar'")
         by_folder.setdefault(folder, []).append(name)
 
     named: list[SourceShard] = []
     matched: list[SourceShard] = []
-    missing: list[str] = []
     for folder, names in by_folder.items():
-        store = Store(folder, options)
-        is_listed = len(names) >= _LIST_FROM or any(map(_GLOB.search, names))
-        listing = {info.path: info for info in store.list()} if is_listed else {}
-        for name in names:
-            if _GLOB.search(name):
-                hits = [info for path, info in listing.items() if fnmatchcase(path, name)]
-                if not hits:
-                    raise SourceError(f"{store.url_of(name)} matches nothing: check its folder")
-                matched += [_shard(store, info) for info in hits]
-            elif (info := listing.get(name) if is_listed else _ask(store, name)) is not None:
-                named.append(_shard(store, info))
-            else:
-                missing.append(store.url_of(name))
-    if missing:
-        more = f" (nor do {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise SourceError(f"{missing[0]} does not exist{more}: check source.shards")
-    _refuse_twice([shard.url for shard in named])
+        found, globbed = _find(Store(folder, options), names)
+        named += found
+        matched += globbed
+    require_distinct([shard.url for shard in named])
     by_url = {shard.url: shard for shard in (*named, *matched)}
     return [shard for url in sorted(by_url) for shard in _shards_of(by_url[url])]
 
 
-def _refuse_twice(urls: Sequence[str]) -> None:
-    seen: set[str] = set()
-    for url in urls:
-        if url in seen:
-            raise ConfigError(f"source.shards: {url} is named twice")
-        seen.add(url)
+def _find(store: Store, names: Sequence[str]) -> tuple[list[SourceShard], list[SourceShard]]:
+    """Find the files of those names in one folder, and what globs among the names match."""
+    named: list[SourceShard] = []
+    matched: list[SourceShard] = []
+    missing: list[str] = []
+    is_listed = len(names) >= _LIST_FROM or any(map(_GLOB.search, names))
+    listing = {info.path: info for info in store.list()} if is_listed else {}
+    for name in names:
+        info = listing.get(name) if is_listed else _ask(store, name)
+        if info is not None:
+            named.append(_shard(store, info))
+        elif not _GLOB.search(name):
+            missing.append(store.url_of(name))
+        elif hits := [info for path, info in listing.items() if fnmatchcase(path, name)]:
+            matched += [_shard(store, info, name) for info in hits]
+        else:
+            _refuse_glob(store.url)
+            raise SourceError(f"{store.url_of(name)} matches nothing: check its folder")
+    if missing:
+        _refuse_glob(store.url)
+        more = f" (nor do {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise SourceError(f"{missing[0]} does not exist{more}: check source.shards")
+    return named, matched
 
 
-def _shard(store: Store, info: ObjectInfo) -> SourceShard:
+def _refuse_glob(folder: str) -> None:
+    """Explain a folder in which nothing was found by the glob in its name."""
+    if _GLOB.search(folder):
+        raise ConfigError(
+            f"source.shards: {folder!r} has a glob before its last '/', and no folder of that name "
+            "has the files; use braces"
+        )
+
+
+def _shard(store: Store, info: ObjectInfo, glob: str | None = None) -> SourceShard:
+    """Make a shard of a file that was found, by the glob if there is one.
+
+    Raises:
+        ConfigError: its ending says that it is neither a tar nor a Parquet file.
+        SourceError: no unit could be named by it.
+    """
     url = store.url_of(info.path)
-    if not is_utf8(url):  # no unit could be named by it
+    if not is_utf8(url):
         raise SourceError(f"{escaped(url)} has a name that is not UTF-8: rename it")
+    if escaped(url) != url:
+        raise SourceError(f"{escaped(url)} has a control character in its name: rename it")
+    if not (is_parquet(url) or url.lower().endswith(_TAR_ENDINGS)):
+        by_glob = f"{store.url_of(glob)} matches " if glob else ""
+        raise ConfigError(
+            f"source.shards: {by_glob}{url}, which is neither a tar ({', '.join(_TAR_ENDINGS)}) "
+            "nor a .parquet file by its ending; name only such files, and a folder of images in "
+            "source.folder"
+        )
     return SourceShard(url, info.size_bytes, info.version)
 
 
@@ -228,7 +248,12 @@ def _shards_of(file: SourceShard) -> list[SourceShard]:
 def _ask(store: Store, name: str) -> ObjectInfo | None:
     try:
         return store.info(name)
-    except ObjectNotFound:
+    except ObjectNotFound as error:
+        if "is a folder" in str(error):
+            raise ConfigError(
+                f"source.shards: {store.url_of(name)} is a folder: name its shards by adding "
+                "'/*.tar' or '/*.parquet', or name a folder of images in source.folder"
+            ) from error
         return None
 
 

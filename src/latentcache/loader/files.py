@@ -176,9 +176,8 @@ def open_sources(
     for source in sources[1:]:
         lines = contract_diff(first.contract, source.contract)
         if differ := [line for line in lines if line.startswith(_MUST_AGREE)]:
-            fields = "\n  ".join(differ)
             raise ContractMismatch(
-                f"{source.url} cannot be mixed with {first.url}; their latents differ in:\n  "
-                f"{fields}"
+                f"{source.url} cannot be mixed with {first.url}; their latents differ in:",
+                *(f"  {line}" for line in differ),
             )
     return sources

@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
+from latentcache.errors import one_line
+
 _COLUMNS = (
     *("Model", "train steps", "rFID", "PSNR", "SSIM", "PSIM", "LPIPS"),
     *("Link", "Comments"),
@@ -73,10 +75,10 @@ def render_card(found: Evaluation) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
     rows.insert(1, tuple("-" * width for width in widths))
     side = found.resolution_px
-    lines = [f"### {found.name} ({side}x{side}, {found.num_images} images)", ""]
+    lines = [f"### {one_line(found.name)} ({side}x{side}, {found.num_images} images)", ""]
     lines += [f"| {' | '.join(map(str.ljust, row, widths))} |" for row in rows]
     if found.notes:
-        lines += ["", *(f"- {note}" for note in found.notes)]
+        lines += ["", *(f"- {one_line(note)}" for note in found.notes)]
     return "\n".join(lines)
 
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Protocol, TypeVar
 
-from latentcache.config import EvalConfig, EvalModel, Network
+from latentcache.config import EvalConfig, EvalModel, Network, require_kind
 from latentcache.errors import SourceError
 from latentcache.images.source import list_source, source_contract
 from latentcache.metrics import FeatureStatistics, frechet_distance
@@ -65,6 +65,7 @@ def plan_evaluation(config: EvalConfig) -> EvalPlan:
         SourceError: a named shard is missing, or a glob matches nothing.
         StorageError: a store cannot be reached or written.
     """
+    require_kind(config, EvalConfig)
     shards = list_source(config.source)
     pictures = _shares(config.picture_rows, len(shards))
     limits: Sequence[int | None] = [None] * len(shards)

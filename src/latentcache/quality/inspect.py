@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from latentcache.dataset.reader import Dataset
+from latentcache.errors import one_line
 
 
 def describe(dataset: Dataset, num_rows: int) -> dict[str, Any]:
@@ -70,7 +71,7 @@ def render(described: dict[str, Any]) -> str:
     console = Console(file=text, width=100, highlight=False)
     contract = described["contract"]
     terms = contract["latents"]
-    console.print(f"{described['url']}, manifest {described['manifest']}", markup=False)
+    console.print(_plain(f"{described['url']}, manifest {described['manifest']}"))
     if not described["complete"]:
         console.print("not complete: units are missing")
     facts = {
@@ -102,14 +103,16 @@ def render(described: dict[str, Any]) -> str:
     names = tuple(name for name in described["rows"][0] if name != "unit") if rows else ()
     _print_table(console, "rows", names, rows)
     for source in described["stale"]:
-        console.print(f"stale: {source}", markup=False)
+        console.print(one_line(f"stale: {source}"), markup=False)
     return text.getvalue().rstrip()
 
 
 def _print_table(console: Console, title: str, names: tuple[str, ...], rows: Any) -> None:
     rows = list(rows)
     if rows:
-        table = Table(*names, title=title, title_justify="left", box=None, pad_edge=False)
+        table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+        for name in names:
+            table.add_column(_plain(name))
         for row in rows:
             table.add_row(*(_plain(value) for value in row))
         console.print()
@@ -118,4 +121,4 @@ def _print_table(console: Console, title: str, names: tuple[str, ...], rows: Any
 
 def _plain(value: object) -> Text:
     """Show a value as it is: a caption is neither Rich's markup nor a command to the terminal."""
-    return Text("".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in str(value)))
+    return Text(one_line(str(value)))

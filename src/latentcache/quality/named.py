@@ -15,10 +15,9 @@ from fnmatch import fnmatchcase
 from latentcache.config import Images
 from latentcache.dataset.contract import read_provenance
 from latentcache.dataset.reader import Dataset
-from latentcache.errors import ConfigError
+from latentcache.errors import ConfigError, one_line
 from latentcache.images.folder import is_slot
 from latentcache.images.source import expand_urls
-from latentcache.log import one_line
 from latentcache.storage import Store, split_url
 from latentcache.vae.weights import DEMO
 

@@ -37,6 +37,7 @@ from latentcache.errors import (
     SourceError,
     StorageError,
 )
+from latentcache.images.moved import NOT_MOVED, Moved
 from latentcache.images.source import Sample, read_images, shard_of
 from latentcache.images.transform import load_image, transform_spec
 from latentcache.networks import load_lpips
@@ -56,8 +57,9 @@ class Selection:
     """What to look at: `num_rows` rows in all, drawn by `seed` and spread over the buckets.
 
     With `num_units` they come from as many units, whose source shards are read again with
-    `source_storage`; else from the crops that the run kept. Only shards that lie in `sources` are
-    read: URLs, globs and folders that the user names, as `source.shards` of a config takes them.
+    `source_storage`, at the places to which they `moved`; else from the crops that the run kept.
+    Only shards that lie in `sources` are read: URLs, globs and folders that the user names, as
+    `source.shards` of a config takes them.
     """
 
     num_rows: int = 256
@@ -65,6 +67,7 @@ class Selection:
     seed: int = 0
     sources: tuple[str, ...] = ()
     source_storage: StorageOptions = StorageOptions()
+    moved: Moved = NOT_MOVED
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +190,7 @@ def _images(
     drawn = sorted(dataset.units, key=lambda record: _draw(selection.seed, record.unit.id))
     for record in islice((r for r in drawn if r.num_rows), selection.num_units):
         try:
-            if record.unit.source not in sources:
+            if selection.moved.location(record.unit.source) not in sources:
                 raise SourceError(
                     f"{shown(record.unit.source)} is not in {', '.join(selection.sources[:3])}; "
                     "a source that only the dataset names is not read: pass --source"
@@ -239,7 +242,7 @@ def _fetch(dataset: Dataset, record: UnitRecord, selection: Selection, look: Loo
     spec = transform_spec(dataset.contract)
     crops: Crops = {}
     unit, options = record.unit, selection.source_storage
-    shard = shard_of(unit, options)
+    shard = shard_of(unit, options, selection.moved)
     for sample in read_images(shard, dataset.contract.source, options):
         if not isinstance(sample, Sample) or sample.key not in missing:
             continue

@@ -21,7 +21,7 @@ from latentcache.dataset.contract import read_provenance
 from latentcache.dataset.qa import Gates, read_measures, read_qa_rows
 from latentcache.dataset.reader import Dataset
 from latentcache.dataset.receipts import UnitRecord
-from latentcache.errors import ConfigError, DatasetError
+from latentcache.errors import ConfigError, DatasetError, one_line
 from latentcache.pictures import rewrite_thumbnail
 from latentcache.quality import figures, html
 from latentcache.quality.pictures import RowPictures, draw_row
@@ -81,8 +81,10 @@ class Report:
     def worst_rows(self) -> list[str]:
         """Name the worst rows, a line each."""
         return [
-            f"worst: PSNR {row['psnr_db']:.2f} dB, drift {row['drift_db']:.1f} dB: {row['key']} "
-            f"({row['bucket']}) of {row['source']}"
+            one_line(
+                f"worst: PSNR {row['psnr_db']:.2f} dB, drift {row['drift_db']:.1f} dB: "
+                f"{row['key']} ({row['bucket']}) of {row['source']}"
+            )
             for row in self.tree["rows"]
             if {"worst", "drift"} & set(row["shown_as"])
         ]

@@ -12,7 +12,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from latentcache.log import one_line
+from latentcache.errors import one_line
 
 # PyTorch writes a member for each storage; the largest checkpoints have a few thousand.
 MAX_MEMBERS = 50_000

@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from latentcache.errors import one_line
 from latentcache.vae import plain
 from latentcache.vae.model import (
     LOGVAR_MAX,
@@ -79,7 +80,7 @@ def _working_kernels(device: torch.device) -> ModuleType | str:
         kernels = importlib.import_module("latentcache.vae.kernels")
         kernels.to_input(torch.zeros((1, 3, 8, 8), dtype=torch.uint8, device=device), torch.float16)
     except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = one_line(str(error).strip().partition("\n")[0])
         print(
             f"encoding without fused kernels, which is slower: triton cannot be used ({reason})",
             file=sys.stderr,

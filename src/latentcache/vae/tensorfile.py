@@ -21,8 +21,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from latentcache.errors import CheckpointError, first_line
-from latentcache.log import one_line
+from latentcache.errors import CheckpointError, first_line, one_line
 from latentcache.vae.archive import Malformed, Member, read_directory
 from latentcache.vae.tensorpickle import (
     MAX_NAME_CHARS,

@@ -110,6 +110,10 @@ def load_vae(
     return vae.to(device=device, dtype=dtype).eval().requires_grad_(False)
 
 
+# `organisation/model`, as the Hugging Face Hub names models.
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]*[A-Za-z0-9]", re.ASCII)
+
+
 def absolute_url(url: str) -> str:
     """Give a checkpoint's URL as a process with another working directory can use it."""
     return url if url == DEMO else Store(url).url
@@ -155,7 +159,7 @@ def _read(
         store, folder = Store(root, options), ""
     else:
         store = Store(url, options)
-        folder, name = _find_weights(store)
+        folder, name = _find_weights(store, url)
     if store.exists(folder + _CONFIG):
         config_url = store.url_of(folder + _CONFIG)
         if store.info(folder + _CONFIG).size_bytes > _MAX_CONFIG_BYTES:
@@ -165,12 +169,14 @@ def _read(
         return config, store.url_of(name), read_tensors(path, store.url_of(name))
 
 
-def _find_weights(store: Store) -> tuple[str, str]:
+def _find_weights(store: Store, url: str) -> tuple[str, str]:
     """Find a diffusers VAE in a folder, or in the `vae/` of a pipeline: (folder, weights)."""
     for folder in ("vae/", ""):
         if store.exists(folder + _CONFIG):
             break
     else:
+        if _HUB_NAME.fullmatch(url) and not Path(url).exists():
+            raise CheckpointError(f"there is no folder {url}; did you mean hf://{url}?")
         raise CheckpointError(
             f"{store.url_of(_CONFIG)} does not exist, nor vae/{_CONFIG}: "
             f"give a diffusers folder, or a checkpoint file ({', '.join(SUFFIXES)})"

@@ -1,0 +1,85 @@
+"""What is wrong with a config, in the words of its settings and not of Pydantic."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from latentcache.errors import redact
+
+
+def explain(error: ValidationError, kind: type[BaseModel]) -> Iterable[str]:
+    """One line per setting that is wrong, its dotted path first."""
+    reasons: dict[str, list[str]] = {}
+    explained: dict[str, list[str]] = {}
+    for mistake in error.errors():
+        names = [str(part) for part in mistake["loc"]]
+        # Pydantic names the tried member of a union in the path; a config has no such level.
+        dotted = ".".join(n for n in names if not _is_union_member(n)) or "(whole file)"
+        into = explained if mistake["type"] == "explained" else reasons
+        into.setdefault(dotted, []).append(_reason(mistake, names, kind))
+    # Where a member of a union was the one that was meant, the others' complaints do not matter.
+    reasons |= {dotted: list(dict.fromkeys(found)) for dotted, found in explained.items()}
+    for dotted, found in reasons.items():
+        # A union complains once per member; what a deeper path says is the one that was meant.
+        if not any(other.startswith(f"{dotted}.") for other in reasons):
+            yield f"{dotted}: {' or '.join(found)}"
+
+
+def _reason(mistake: ErrorDetails, names: Sequence[str], kind: type[BaseModel]) -> str:
+    if mistake["type"] == "missing":
+        return "required, but missing"
+    if mistake["type"] == "extra_forbidden":
+        known = _field_names(names[:-1], kind)
+        nearest = difflib.get_close_matches(names[-1], known, n=1, cutoff=0.5)
+        if nearest:
+            return f"no such setting; did you mean {nearest[0]!r}?"
+        return f"no such setting; known here: {', '.join(known)}"
+    if mistake["type"] in ("model_type", "dict_type"):
+        return f"should be a section with settings of its own{_got(mistake['input'], names)}"
+    if mistake["type"] == "explained":
+        return mistake["msg"]
+    message = mistake["msg"].removeprefix("Value error, ")
+    if isinstance(mistake["input"], dict):  # how settings go together
+        return message
+    return f"{message[:1].lower()}{message[1:]}{_got(mistake['input'], names)}"
+
+
+def _got(value: Any, names: Sequence[str]) -> str:
+    """Repeat a wrong value, if it is short and no credential."""
+    if "storage" in names:  # where people put keys that belong elsewhere
+        return ""
+    if isinstance(value, str):
+        return f" (got {redact(value)!r:.60})"
+    if isinstance(value, bool | float | None) or _is_short(value):
+        return f" (got {value!r:.60})"
+    return f" (got a {'mapping' if isinstance(value, dict) else type(value).__name__})"
+
+
+def _is_short(value: Any) -> bool:
+    return isinstance(value, int) and value.bit_length() < 64
+
+
+def _is_union_member(name: str) -> bool:
+    return any(m in name for m in "[(") or name in ("int", "str", "constrained-int", "RatioBuckets")
+
+
+def _field_names(path: Sequence[str], kind: type[BaseModel]) -> list[str]:
+    """What may stand in the section at that path of a config file of that kind."""
+    sections = [kind]
+    for name in path:
+        if not name.isdigit() and not _is_union_member(name):
+            found = [section.model_fields.get(name) for section in sections]
+            sections = [part for field in found if field for part in _sections(field.annotation)]
+    return [name for section in sections for name in section.model_fields]
+
+
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that a field may hold, alone, in a list or as one of several kinds."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [section for part in get_args(annotation) for section in _sections(part)]

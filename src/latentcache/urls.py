@@ -1,0 +1,218 @@
+"""URLs: which ones are accepted, and what a config may write in one.
+
+`check_url` is the only gate: every `Store` passes through it, and a config calls it earlier, so
+that the error names the setting. A URL is recorded in datasets and printed in logs. So one that
+holds a credential is refused, and no message here repeats the credential.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from urllib.parse import urlsplit
+
+from latentcache.errors import CREDENTIAL_WORDS, REDACTED, ConfigError, one_line, redact
+
+SCHEMES = frozenset(
+    {"file", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf", "http", "https"}
+)
+"""Schemes that are accepted. All others are refused, because fsspec has many more: some run
+commands, read archives inside archives, or answer with data that the URL itself holds."""
+
+_LISTED = "file, s3, gs, az, abfs, hf, http and https"
+
+_SCHEME = re.compile(r"([^/:]+)://")
+_ALMOST_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+._-]+):")
+# Words that are a scheme even where no '//' follows; another word before a colon is a file's name.
+_SCHEME_WORDS = SCHEMES | {"data", "ftp", "github", "local", "memory", "pipe", "sftp", "zip"}
+_CHAIN = re.compile(r"^[a-z][a-z0-9+.-]*::|::[a-z][a-z0-9+.-]*://", re.I)
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_SIGNED = re.compile(rf"\?(?:[^/]*[&;])?(versionid|[^=/&;]*(?:{CREDENTIAL_WORDS})[^=/&;]*)=", re.I)
+_VARIABLE = re.compile(r"\$(?:\$|\{(\w*)(\}?)|([A-Za-z_]\w*))", re.ASCII)
+_SECRET_NAME = re.compile("secret|token|passw|credential|_key", re.I)
+# What botocore takes for the host of an endpoint.
+_LABEL = r"(?!-)[A-Za-z0-9-]{1,63}(?<!-)"
+_HOST = re.compile(rf"({_LABEL}\.)*{_LABEL}\.?|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*")
+
+_USE_PROFILE = (
+    "credentials come from the environment or from a profile that `storage.profile` names, and "
+    "`storage.anon: true` reads public data"
+)
+
+
+def check_url(url: str) -> str:
+    """Refuse a URL or local path that this package does not open, or must not record.
+
+    Returns:
+        The scheme; `file` for a local path.
+
+    Raises:
+        ConfigError: it is empty; has a control character or is not UTF-8; has a scheme that is not
+            in `SCHEMES`, in upper case, or without `//`; is a chain (`::`); names no bucket or
+            host; or holds a credential or a query.
+    """
+    if not url.strip():
+        raise ConfigError("the URL is empty: give a path or a URL")
+    if _CONTROL.search(url):
+        raise ConfigError(f"{shown(url)} has a control character: rename it, or correct the URL")
+    try:
+        url.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{shown(url)} is not UTF-8: rename it") from None
+    scheme = _scheme_of(url)
+    if _CHAIN.search(url):
+        raise ConfigError(f"{shown(url)} is a chain of URLs ('::'): name the file itself")
+    if scheme is None:
+        _check_path(url)
+    elif scheme == "file":
+        _check_path(url.removeprefix("file://"), is_url=True)
+    else:
+        _check_remote(url, scheme)
+    return scheme or "file"
+
+
+def _scheme_of(url: str) -> str | None:
+    """Return the scheme, which is allowed; None for a local path."""
+    match = _SCHEME.match(url)
+    if match is None:
+        if url.startswith("://"):
+            raise ConfigError(f"{shown(url)} has no scheme before '://'")
+        almost = _ALMOST_SCHEME.match(url)
+        word = almost[1].lower() if almost else ""
+        if almost and (word in _SCHEME_WORDS or url[almost.end() :].startswith("/")):
+            _require_allowed(word, url)
+            raise ConfigError(
+                f"{shown(url)} has one slash or none after '{almost[1]}:': a URL begins with "
+                f"'{word}://', and a local path of that name with './'"
+            )
+        return None
+    _require_allowed(match[1].lower(), url)
+    if match[1] != match[1].lower():
+        raise ConfigError(f"{shown(url)}: write the scheme in lower case, {match[1].lower()}://")
+    return match[1]
+
+
+def _require_allowed(scheme: str, url: str) -> None:
+    if scheme not in SCHEMES:
+        raise ConfigError(f"{shown(url)}: {scheme}:// URLs are not supported; use {_LISTED}")
+
+
+def _check_path(path: str, *, is_url: bool = False) -> None:
+    if is_url and not path.startswith(("/", "~")):
+        raise ConfigError(f"file://{shown(path)}: a file URL has an absolute path, file:///…")
+    if path.startswith("~") and os.path.expanduser(path) == path:
+        user = path.partition("/")[0]
+        raise ConfigError(
+            f"{shown(path)}: there is no user {shown(user[1:])!r}; begin the path with './' where "
+            "a folder has that name"
+        )
+
+
+def _check_remote(url: str, scheme: str) -> None:
+    place, slash, path = url[len(scheme) + 3 :].partition("/")
+    is_http = scheme in ("http", "https")
+    user, at, host = place.rpartition("@")
+    # `container@account` is how Azure writes a host, `repository@revision` how the Hub does.
+    may_have_at = scheme in ("abfs", "abfss", "az", "hf")
+    if at and (":" in user or not may_have_at):
+        raise ConfigError(f"{shown(url)} holds a user name or password: {_USE_PROFILE}")
+    if not (host if is_http else place).strip() or place in (".", ".."):
+        kind = "host" if is_http else "repository" if scheme == "hf" else "bucket"
+        raise ConfigError(f"{shown(url)} names no {kind}: write {scheme}://{kind.upper()}/…")
+    if any(c.isspace() for c in place):
+        raise ConfigError(f"{shown(url)} has a space before its first '/'")
+    if is_http:
+        _check_port(url)
+        if "?" in url or "#" in url:
+            raise ConfigError(
+                f"{shown(url)} has a query or a fragment, as signed URLs do: a URL is recorded in "
+                "the dataset and must not hold a credential; use the store's own URL (s3://, gs://,"
+                f" az://, hf://): {_USE_PROFILE}"
+            )
+    if signed := _SIGNED.search(slash + path):
+        name = signed[1].lower()
+        if name == "versionid":
+            raise ConfigError(
+                f"{shown(url)} asks for a version (versionId): only current objects are read; copy "
+                "that version to a key of its own"
+            )
+        raise ConfigError(f"{shown(url)} is signed (it has {redact(name)}=…): {_USE_PROFILE}")
+
+
+def _check_port(url: str) -> None:
+    try:
+        _ = urlsplit(url).port
+    except ValueError:
+        raise ConfigError(f"{shown(url)} has no valid host and port") from None
+
+
+def check_endpoint(url: str) -> None:
+    """Refuse an `endpoint_url` that S3's client would not take.
+
+    Raises:
+        ConfigError: it has no `http://` or `https://`, no valid host, a path with a query, or a
+            credential.
+    """
+    if not re.match(r"https?://", url):
+        example = "https://minio.example.com" if ":" not in url else "http://localhost:9000"
+        raise ConfigError(
+            f"{shown(url)!r} is no endpoint: begin it with http:// or https://, such as {example}; "
+            "leave it out for AWS itself"
+        )
+    check_url(url)
+    host = urlsplit(url).hostname or ""
+    if not _HOST.fullmatch(host):
+        raise ConfigError(
+            f"{shown(url)}: {host!r} is no host name, which has letters, digits, '-' and '.' only; "
+            "give the server another name, or its address"
+        )
+
+
+def expand(url: str, environment: Mapping[str, str] = os.environ) -> str:
+    """Replace `$NAME` and `${NAME}` by environment variables, and a leading `~` by the home folder.
+
+    `$$` stands for a dollar sign. A `$` that no name follows stays as it is.
+
+    Raises:
+        ConfigError: a variable is not set, or its name says that it is a secret.
+    """
+
+    def value_of(match: re.Match[str]) -> str:
+        if match[0] == "$$":
+            return "$"
+        name = match[1] or match[3] or ""
+        if match[1] is not None and (not name or not match[2]):
+            raise ConfigError(
+                f"{shown(url)}: write a variable as ${{NAME}}, and '$' itself as '$$'"
+            )
+        if _SECRET_NAME.search(name):
+            raise ConfigError(f"{shown(url)}: ${name} is a secret by its name: {_USE_PROFILE}")
+        if name not in environment:
+            raise ConfigError(
+                f"{shown(url)}: the environment variable {name} is not set: set it, or write '$$' "
+                "for a dollar sign"
+            )
+        return environment[name]
+
+    expanded = _VARIABLE.sub(value_of, url)
+    return os.path.expanduser(expanded) if expanded.startswith("~") else expanded
+
+
+def shown(url: str) -> str:
+    """Return a URL as a message may repeat it: without credentials, on one line, 200 characters.
+
+    Where an `@` or a query says that there may be one, more is left out than `errors.redact` does,
+    because what is refused may break the syntax by which a credential is found.
+    """
+    text = redact(url)
+    scheme, mark, rest = text.partition("://")
+    kind = scheme.lower() if mark else ""
+    if "@" in rest and kind not in ("hf", "file"):
+        text = f"{scheme}://{REDACTED}"
+    elif "@" in text and ":" in text and not mark:
+        text = REDACTED
+    elif kind in ("http", "https") and (end := re.search("[?#]", text)):
+        text = f"{text[: end.end()]}{REDACTED}"
+    text = one_line(text)
+    return text if len(text) <= 200 else f"{text[:200]}…"
