@@ -308,7 +308,7 @@ def test_a_run_on_a_disk_without_hard_links_completes_under_a_lease(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(run_module, "Cluster", ThreadCluster)
-    write_tar(tmp_path / "src" / "0.tar", [("a.png", png(70, 64, 0))])
+    write_tar(tmp_path / "src" / "0.tar", [("a.png", png(70, 64, 0)), ("a.txt", b"x")])
     config = latentcache.parse_config(config_tree(tmp_path))
     refusal = refuse_links(monkeypatch)
     refuse_exclusive_renames(monkeypatch)
