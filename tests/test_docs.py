@@ -1,0 +1,23 @@
+"""The documents name what exists."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+GUARANTEES = (TESTS.parent / "docs" / "guarantees.md").read_text()
+
+
+def test_every_guarantee_names_tests_that_exist():
+    rows = [line for line in GUARANTEES.splitlines() if line.startswith("| ")]
+    promises = [row for row in rows if not row.startswith(("| Promise", "| ---"))]
+    assert len(promises) > 20
+    for promise in promises:
+        named = re.findall(r"`([\w/]+\.py)::(\w+)`", promise)
+        assert named, promise
+        for file, name in named:
+            tree = ast.parse((TESTS / file).read_text())
+            tests = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+            assert name in tests, f"{file} has no test {name}"
