@@ -31,6 +31,8 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _SIGNED = re.compile(rf"\?(?:[^/]*[&;])?(versionid|[^=/&;]*(?:{CREDENTIAL_WORDS})[^=/&;]*)=", re.I)
 _VARIABLE = re.compile(r"\$(?:\$|\{(\w*)(\}?)|([A-Za-z_]\w*))", re.ASCII)
 _SECRET_NAME = re.compile("secret|token|passw|credential|_key", re.I)
+# A host or an address of IPv6 in brackets, and perhaps a port.
+_PLACE = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\[\]:]+)(:\d*)?", re.ASCII)
 # What botocore takes for the host of an endpoint.
 _LABEL = r"(?!-)[A-Za-z0-9-]{1,63}(?<!-)"
 _HOST = re.compile(rf"({_LABEL}\.)*{_LABEL}\.?|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*")
@@ -123,7 +125,7 @@ def _check_remote(url: str, scheme: str) -> None:
     if any(c.isspace() for c in place):
         raise ConfigError(f"{shown(url)} has a space before its first '/'")
     if is_http:
-        _check_port(url)
+        _check_port(url, place)
         if "?" in url or "#" in url:
             raise ConfigError(
                 f"{shown(url)} has a query or a fragment, as signed URLs do: a URL is recorded in "
@@ -140,11 +142,13 @@ def _check_remote(url: str, scheme: str) -> None:
         raise ConfigError(f"{shown(url)} is signed (it has {redact(name)}=…): {_USE_PROFILE}")
 
 
-def _check_port(url: str) -> None:
+def _check_port(url: str, place: str) -> None:
     try:
-        _ = urlsplit(url).port
+        is_valid = _PLACE.fullmatch(place) and (urlsplit(url).port or 1) > 0
     except ValueError:
-        raise ConfigError(f"{shown(url)} has no valid host and port") from None
+        is_valid = False
+    if not is_valid:
+        raise ConfigError(f"{shown(url)} has no valid host and port")
 
 
 def check_endpoint(url: str) -> None:

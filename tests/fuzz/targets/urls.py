@@ -46,7 +46,8 @@ def _mutate(rng: random.Random, data: bytes, seeds: Sequence[bytes]) -> bytes:
 def _check(data: bytes, folder: Path) -> str:
     url = data.decode("utf-8", "surrogateescape")
     try:
-        scheme = check_url(expand(url, {"HOME": "/home", "X": "x"}))
+        url = expand(url, {"HOME": "/home", "X": "x"})
+        scheme = check_url(url)
     except ConfigError as error:
         message = str(error)
         if SECRET in message and url.count(SECRET) == 1 and any(p in url for p in _PLANTED[2:-2]):
@@ -55,7 +56,7 @@ def _check(data: bytes, folder: Path) -> str:
             raise AssertionError(f"holds what a terminal acts on: {message!r}") from error
         return "refused"
     if scheme in ("http", "https") and SECRET in url:
-        assert SECRET not in url.partition("://")[2].partition("/")[0], f"accepts {url}"
+        assert "@" not in url.partition("://")[2].partition("/")[0], f"accepts {url}"
         assert "?" not in url, f"accepts {url}"
     if scheme == "file":
         Store(url)
