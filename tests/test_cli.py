@@ -244,7 +244,7 @@ def test_plan_says_what_is_left_and_why(demo: Demo, tmp_path: Path):
     again = demo("plan", "--retry-rejects", "--json").json
     assert again["num_pending"] == 3
     assert {p["reason"] for p in again["pending"]} == {"retry of 1 rejects"}
-    assert all(p.keys() == {"unit", "source", "range", "reason"} for p in again["pending"])
+    assert all(p.keys() == {"unit", "source", "range", "reason", "kind"} for p in again["pending"])
 
     text = demo("plan", "--set", f"output.url={tmp_path}/new").stdout
     assert [line.split()[-1] for line in text.splitlines()[:4]] == ["new"] * 4
