@@ -466,6 +466,20 @@ def test_a_field_that_no_sample_has_is_an_error_and_nothing_is_committed(tmp_pat
     assert latentcache.open_dataset(str(tmp_path / "out")).columns == ["caption"]
 
 
+def test_samples_that_have_nothing_but_images_are_kept_with_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    members = [("a.png", png(64, 64)), ("b.png", png(64, 64, 1)), ("b.mask.png", png(64, 64))]
+    source = {"shards": str(write_tar(tmp_path / "src" / "0.tar", members))}
+    summary = latentcache.run(make_config(tmp_path, source, ["txt"]))
+    assert (summary.status, summary.num_rows) == ("complete", 2)
+    rows = list(latentcache.open_dataset(str(tmp_path / "out")))
+    assert [row.caption for row in rows] == [None, None]
+    assert "source.keep names txt, but the samples of the source have nothing but images" in (
+        capsys.readouterr().err
+    )
+
+
 def test_a_field_of_one_sample_alone_is_kept(tmp_path: Path):
     source = write_source(tmp_path, "tar", 3, 4)
     members = [("z.png", png(64, 64)), ("z.license", b"CC0")]

@@ -5,7 +5,7 @@ A kept field that no sample has is a mistake in `source.keep`: every row would h
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 from latentcache.dataset.columns import Columns
@@ -17,7 +17,6 @@ from latentcache.images.samples import escaped
 # sample in a thousand has, 10,000 samples without it occur once in 20,000 runs.
 MIN_UNITS = 8
 MIN_SAMPLES = 10_000
-
 
 _NAME_CHARS = 100
 
@@ -75,15 +74,21 @@ class SeenFields:
 class FieldCheck:
     """Holds receipts back until each kept field has occurred in a sample.
 
-    So a run that keeps a field which no sample has commits nothing. One without a row is not
-    judged: whatever is wrong there, it is more than a field.
+    So a run that keeps a field which no sample has commits nothing. A run without a row is not
+    judged: whatever is wrong there, it is more than a field. Where samples have nothing but images,
+    no other field can be meant: `warning` says that the column stays empty.
 
     Args:
         columns: the kept columns.
         done: the units that are committed.
+        is_image: whether a field holds an image.
     """
 
-    def __init__(self, columns: Columns, done: Iterable[UnitSummary]) -> None:
+    def __init__(
+        self, columns: Columns, done: Iterable[UnitSummary], is_image: Callable[[str], bool]
+    ) -> None:
+        self._is_image = is_image
+        self.warning: str | None = None
         self._missing = {column.field for column in columns}
         for unit in done:
             kept = {column.field for column in unit.columns}
@@ -114,7 +119,7 @@ class FieldCheck:
         self._held.append((data, attempt))
         is_enough = len(self._held) >= MIN_UNITS and self._num_samples >= MIN_SAMPLES
         if is_enough and self._missing and self._num_rows:
-            raise self._error(f"the first {len(self._held)} units")
+            self._judge(f"the first {len(self._held)} units")
         if is_enough:
             self._missing.clear()
         return [] if self._missing else self.release()
@@ -157,13 +162,18 @@ class FieldCheck:
         if num_failed:
             self._refuse_if_all_lack(num_failed)
         elif self._missing and self._num_rows:
-            raise self._error("the source")
+            self._judge("the source")
 
-    def _error(self, where: str) -> ConfigError:
-        missing = ", ".join(sorted(self._missing))
-        names = sorted(self._names)
+    def _judge(self, where: str) -> None:
+        missing, names = ", ".join(sorted(self._missing)), sorted(self._names)
+        if all(map(self._is_image, names)):
+            self.warning = (
+                f"source.keep names {missing}, but the samples of {where} have nothing but images "
+                f"({', '.join(names)}): the column is null in every row"
+            )
+            return
         more = f" and {len(names) - MAX_FIELDS} more" if len(names) > MAX_FIELDS else ""
-        return ConfigError(
+        raise ConfigError(
             f"source.keep names {missing}, which no sample of {where} has ({self._num_samples} "
             f"samples); they have {', '.join(names[:MAX_FIELDS]) or 'no fields'}{more}. This run "
             "committed nothing: correct source.keep, or leave the field out and add it later: that "

@@ -53,6 +53,7 @@ from latentcache.engine.waiting import Patience
 from latentcache.engine.worker import settle_contract
 from latentcache.errors import AccessDenied, ContractMismatch, SourceError, StorageError
 from latentcache.images.moved import moved_of
+from latentcache.images.samples import Wanted
 from latentcache.images.source import SourceShard, list_again, list_source
 from latentcache.log import Level
 from latentcache.storage import Store, split_url, storage_options
@@ -171,7 +172,8 @@ class _Driver:
         self.num_samples = sum(unit.num_samples for unit in done)
         self.num_rejects = sum(unit.num_rejects for unit in done)
         self.qa_totals = QaTotals(gates_of(config), done)
-        self.fields = FieldCheck(self.columns, done)
+        wanted = Wanted(self.contract.source.image_fields, ())
+        self.fields = FieldCheck(self.columns, done, wanted.is_image)
         self.loads = Loads()
         self._has_said: set[str] = set()
         self._manifest_at = (0, time.monotonic())
@@ -225,6 +227,8 @@ class _Driver:
                         dispatcher.qa_wanted = self._qa_wanted()
                 if not self.stop.reason:
                     self.fields.end(len(self.failed))
+                if self.fields.warning:
+                    progress.say("no_such_field", self.fields.warning, "warning")
                 for receipt in self.fields.release():
                     committer.put(*receipt)
                 for committed in committer.drain():
