@@ -127,7 +127,10 @@ class Store:
         ConfigError: no such protocol, or the package that speaks it is not installed.
     """
 
-    def __init__(self, url: str, options: StorageOptions = StorageOptions()) -> None:
+    def __init__(
+        self, url: str | os.PathLike[str], options: StorageOptions = StorageOptions()
+    ) -> None:
+        url = os.fspath(url)
         self.options = options
         self.is_local = "://" not in url or url.startswith(("file://", "local://"))
         if self.is_local:

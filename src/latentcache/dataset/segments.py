@@ -24,6 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from latentcache.dataset.parquet import read_table
+from latentcache.dataset.parse import Count, Sha256, build, load_json
 from latentcache.dataset.receipts import (
     DataFile,
     QaFile,
@@ -33,6 +34,7 @@ from latentcache.dataset.receipts import (
     UnitRecord,
     UnitSummary,
 )
+from latentcache.dataset.segment_checks import check_segment
 from latentcache.dataset.statistics import Statistics, merge_all
 from latentcache.errors import DatasetError, ObjectNotFound
 from latentcache.storage import Store
@@ -99,8 +101,13 @@ class Segment:
     """One segment file of a manifest."""
 
     path: str
-    sha256: str
-    num_units: int
+    sha256: Sha256
+    num_units: Count
+
+
+def segment_path(sha256: str) -> str:
+    """Return where the segment of a hash lies."""
+    return f"{SEGMENTS}/{sha256}.parquet"
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +173,7 @@ def put_segment(store: Store, receipts: Iterable[Receipt]) -> Segment:
     buffer = BytesIO()
     pq.write_table(pa.Table.from_pylist(rows, schema), buffer, compression="ZSTD")
     digest = hashlib.sha256(buffer.getvalue()).hexdigest()
-    path = f"{SEGMENTS}/{digest}.parquet"
+    path = segment_path(digest)
     store.put(path, buffer.getvalue())
     return Segment(path, digest, len(rows))
 
@@ -198,7 +205,14 @@ def read_segments(
             ) from error
         if hashlib.sha256(data).hexdigest() != segment.sha256:
             raise DatasetError(f"{store.url_of(segment.path)} is damaged: its SHA-256 differs")
-        return read_table(pa.BufferReader(data), columns)
+        try:
+            table = read_table(pa.BufferReader(data), columns)
+            check_segment(table, SEGMENT_SCHEMA, columns)
+            if len(table) != segment.num_units:
+                raise ValueError(f"it has {len(table)} units, not {segment.num_units}")
+        except (DatasetError, pa.ArrowException, OSError, ValueError, KeyError) as error:
+            raise DatasetError(f"{store.url_of(segment.path)} is damaged: {error}") from error
+        return table
 
     left = iter(segments)
     with ThreadPoolExecutor(_READ_THREADS) as pool:
@@ -232,10 +246,8 @@ def summaries_of(table: pa.Table, number: int) -> Iterator[UnitSummary]:
 
 
 def _qa_summary(text: str) -> QaSummary | None:
-    tree = json.loads(text)
-    if tree is None:
-        return None
-    return QaSummary(tree["num_rows"], tree["mean_psnr_db"], tree["min_drift_db"])
+    qa = _qa_file(text)
+    return QaSummary(qa.num_rows, qa.mean_psnr_db, qa.min_drift_db) if qa else None
 
 
 def names_of(table: pa.Table) -> pa.Array:
@@ -253,7 +265,7 @@ def without(table: pa.Table, removed: Collection[str]) -> pa.Table:
 
 def totals_of(table: pa.Table, num_channels: int) -> Totals:
     """Add up the units of a segment that was read whole."""
-    parts = (Statistics.from_json(json.loads(text)) for text in table["statistics"].to_pylist())
+    parts = (_statistics(text) for text in table["statistics"].to_pylist())
     return Totals.of(zip(records_of(table), parts, strict=True), num_channels)
 
 
@@ -288,8 +300,19 @@ def _fields(structs: pa.StructArray) -> list[list[Any]]:
 
 
 def _qa_file(text: str) -> QaFile | None:
-    tree = json.loads(text)
-    return QaFile(**{**tree, "file": DataFile(**tree["file"])}) if tree else None
+    if text == "null":
+        return None
+    try:
+        return build(QaFile, load_json(text))
+    except ValueError as error:
+        raise DatasetError(f"a segment is damaged: the QA of a unit: {error}") from error
+
+
+def _statistics(text: str) -> Statistics:
+    try:
+        return Statistics.from_json(load_json(text))
+    except ValueError as error:
+        raise DatasetError(f"a segment is damaged: {error}") from error
 
 
 class UnitRecords(Sequence[UnitRecord]):
