@@ -11,9 +11,9 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from latentcache.dataset.parse import Count, Range, Sha256, build, check, load_json
+from latentcache.dataset.parse import Count, Pattern, Range, Sha256, build, check, load_json
 from latentcache.errors import ContractMismatch, DatasetError, ObjectNotFound
 from latentcache.storage import Store
 
@@ -108,10 +108,10 @@ class LatentContract:
     `precision` may be `auto` before a first run; `quantization` goes with dtype int8 alone.
     """
 
-    posterior: Literal["mean", "moments", "sample"]
-    dtype: Literal["float16", "bfloat16", "float32", "int8"]
-    format: Literal["parquet", "safetensors"]
-    precision: Literal["auto", "fp32", "fp16", "bf16"]
+    posterior: Annotated[str, Pattern("mean|moments|sample")]
+    dtype: Annotated[str, Pattern("float16|bfloat16|float32|int8")]
+    format: Annotated[str, Pattern("parquet|safetensors")]
+    precision: Annotated[str, Pattern("auto|fp32|fp16|bf16")]
     quantization: QuantizationContract | None = None
 
 

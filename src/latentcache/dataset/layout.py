@@ -10,9 +10,8 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from typing import BinaryIO
+from typing import BinaryIO, TypeAlias
 
-import pyarrow as pa
 import torch
 
 from latentcache.dataset.contract import Contract
@@ -41,7 +40,7 @@ TORCH_DTYPES = {
 SAFETENSORS_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "int8": "I8"}
 
 
-File = BinaryIO | pa.NativeFile
+File: TypeAlias = BinaryIO  # or pyarrow's, which has no types
 
 
 def row_group_rows(contract: Contract, bucket: tuple[int, int]) -> int:

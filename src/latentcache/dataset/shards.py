@@ -285,7 +285,7 @@ def iterate_latents(files: Sequence[Path]) -> Iterator[tuple[str, torch.Tensor]]
             latents = SafetensorsRows(raw)
             for index, key in enumerate(keys):
                 yield key, latents[index]
-    except (pa.ArrowException, OSError, *_UNREADABLE) as error:
+    except (DatasetError, pa.ArrowException, OSError, *_UNREADABLE) as error:
         raise DatasetError(f"{files[-1]}: {error}") from error
 
 
@@ -315,6 +315,6 @@ def read_latents(files: Sequence[BinaryIO], keys: Collection[str]) -> dict[str, 
                     for index, row in zip(wanted, group.to_pylist(), strict=True):
                         found[there[index]] = tensor_from_bytes(*(row[name] for name in columns))
                 first += len(there)
-    except (pa.ArrowException, OSError, *_UNREADABLE) as error:
+    except (DatasetError, pa.ArrowException, OSError, *_UNREADABLE) as error:
         raise DatasetError(f"cannot read latents: {error}") from error
     return found

@@ -323,9 +323,7 @@ def _place_of_environment() -> tuple[int, int]:
             f"the environment has RANK {rank} and WORLD_SIZE {world_size}, which do not go "
             "together: correct them, or give rank and world_size"
         )
-    _log.info(
-        "rank %d of %d, as the environment variables RANK and WORLD_SIZE say", rank, world_size
-    )
+    _log.info("rank %d of %d, from RANK and WORLD_SIZE", rank, world_size)
     return rank, world_size
 
 

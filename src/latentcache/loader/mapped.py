@@ -25,9 +25,9 @@ class LatentDataset(torch.utils.data.Dataset[dict[str, Any]]):
 
     A row is a dict: `latents` [C, h, w]; `original_size`, `crop_top_left` and `target_size`, [2]
     int64, height or top first; and the columns. Text that a sample lacks is "" and a class number
-    -1, because PyTorch's default collate function refuses None. PyTorch's `DataLoader` fetches whole batches
-    (`__getitems__`) and may fork or spawn workers. To be stacked, the latents of a batch must be of
-    one bucket: `bucket_of` tells.
+    -1, because PyTorch's default collate function refuses None. PyTorch's `DataLoader` fetches
+    whole batches (`__getitems__`) and may fork or spawn workers. To be stacked, the latents of a
+    batch must be of one bucket: `bucket_of` tells.
 
     Where moments are stored, a draw takes its numbers from torch's own generator, which a
     `DataLoader` seeds in each worker.
