@@ -75,7 +75,9 @@ def receipt_of(version: Version, generation: int) -> Receipt:
     stem = f"data/{unit.id}/{generation}-{attempt}-8x8"
     files = [DataFile(f"{stem}.safetensors", 9, "0" * 64, num_rows, "8x8")]
     files += [DataFile(f"{stem}.rows.parquet", 9, "1" * 64, num_rows, "8x8")]
-    rejects = DataFile(f"rejects/{unit.id}/{attempt}.parquet", 9, "2" * 64, generation, "")
+    rejects = DataFile(
+        f"rejects/{unit.id}/{generation}-{attempt}.parquet", 9, "2" * 64, generation, ""
+    )
     record = UnitRecord(
         unit=unit,
         generation=generation,
@@ -694,6 +696,30 @@ def leaves(tree: dict[str, object], prefix: str = "") -> Iterator[tuple[str, obj
             yield prefix + name, value
 
 
+def another(path: str, value: object) -> object:
+    """Another value that a contract may have at a path."""
+    named: dict[str, object] = {
+        "latents.posterior": "moments",
+        "latents.dtype": "float32",
+        "latents.format": "safetensors",
+        "latents.precision": "bf16",
+        "vae.encoder_fingerprint": "f" * 64,
+        "vae.latents_mean": [0.5] * 4,
+        "vae.latents_std": [0.5] * 4,
+        "vae.pixel_range": [0, 1],
+        "transform.buckets": [[8, 8]],
+        "transform.min_side_px": 8,
+        "transform.max_upscale": 2.0,
+    }
+    if path in named:
+        return named[path]
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return 2 * value + 8
+    return ["other"] if isinstance(value, list) else "other"
+
+
 def test_every_field_moves_the_fingerprint_and_is_named_in_the_diff():
     contract = make_contract()
     for path, value in leaves(contract.to_json()):
@@ -703,7 +729,7 @@ def test_every_field_moves_the_fingerprint_and_is_named_in_the_diff():
         section, names = tree, path.split(".")
         for name in names[:-1]:
             section = section[name]
-        section[names[-1]] = [[8, 8]] if isinstance(value, list) else "other"
+        section[names[-1]] = another(path, value)
         other = Contract.from_json(tree)
         assert other.fingerprint != contract.fingerprint, path
         (line,) = contract_diff(contract, other)

@@ -19,9 +19,10 @@ import torch
 
 from latentcache import open_dataset
 from latentcache.dataset.columns import columns_of
+from latentcache.dataset.layout import TORCH_DTYPES
 from latentcache.dataset.reader import Dataset, RejectedRow
 from latentcache.dataset.receipts import Unit
-from latentcache.dataset.shards import TORCH_DTYPES, RejectRow, tensor_bytes
+from latentcache.dataset.shards import RejectRow, tensor_bytes
 from latentcache.dataset.state import State, write_next
 from latentcache.errors import DatasetError, ObjectNotFound, StorageError
 from latentcache.storage import Store

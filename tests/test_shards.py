@@ -18,16 +18,14 @@ from hypothesis import strategies as st
 
 from latentcache.dataset.columns import columns_of
 from latentcache.dataset.contract import Contract
+from latentcache.dataset.layout import TORCH_DTYPES, SafetensorsRows, tensor_from_bytes
 from latentcache.dataset.shards import (
     REJECT_SCHEMA,
-    TORCH_DTYPES,
     BucketWriter,
     RejectRow,
-    SafetensorsRows,
     describe_file,
     iterate_latents,
     tensor_bytes,
-    tensor_from_bytes,
     write_rejects,
 )
 from latentcache.errors import DatasetError

@@ -46,7 +46,7 @@ def bench_loader_command(
     """Measure how fast a training loop would get batches here, if it did nothing else."""
     from dataclasses import asdict
 
-    from latentcache.dataset.shards import TORCH_DTYPES
+    from latentcache.dataset.layout import TORCH_DTYPES
     from latentcache.errors import ConfigError
     from latentcache.loader.loader import LatentLoader
     from latentcache.loader.measure import measure_loader

@@ -34,3 +34,10 @@ def columns_of(keep: Iterable[str]) -> Columns:
 def describe_columns(columns: Columns) -> str:
     """Return the columns as `source.keep` names them: `[txt, json]`; `[]` for none."""
     return f"[{', '.join(column.field for column in columns)}]"
+
+
+def require_columns(columns: Columns) -> None:
+    """Raise `ValueError` unless columns are sorted by name, each once."""
+    names = [column.name for column in columns]
+    if names != sorted(set(names)):
+        raise ValueError("columns are not sorted by name, or name one twice")

@@ -11,13 +11,18 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any
 
+from latentcache.dataset.parse import Count, Pattern, Range, Sha256, build, check, load_json
 from latentcache.errors import ContractMismatch, DatasetError, ObjectNotFound
 from latentcache.storage import Store
 
 FORMAT_VERSION = 2
 CONTRACT_PATH = "contract.json"
+
+_Pixels = Annotated[int, Range(1, 2**16)]
+_Scale = Annotated[float, Range(1e-38, 3e38)]  # a normal number of float32
+_ZeroPoint = Annotated[int, Range(-(2**22), 2**22)]
 
 MAX_SAMPLE_BYTES = 256 * 2**20
 """The default of `source.max_sample_bytes`."""
@@ -57,10 +62,10 @@ class VaeContract:
     """The autoencoder as far as it decides the latents; its decoder does not."""
 
     family: str
-    encoder_fingerprint: str
+    encoder_fingerprint: Sha256
     architecture: dict[str, Any]
-    latent_channels: int
-    downsample_factor: int
+    latent_channels: Annotated[int, Range(1, 4096)]
+    downsample_factor: Annotated[int, Range(1, 4096)]
     scaling_factor: float
     shift_factor: float
     latents_mean: tuple[float, ...] | None = None
@@ -74,10 +79,10 @@ class TransformContract:
 
     crop: str
     resample: str
-    buckets: tuple[tuple[int, int], ...]
-    min_side_px: int | None
+    buckets: tuple[tuple[_Pixels, _Pixels], ...]
+    min_side_px: Count | None
     max_upscale: float | None
-    max_pixels: int
+    max_pixels: Count
     dct_scaling: bool = False
 
 
@@ -90,10 +95,10 @@ class QuantizationContract:
     looked.
     """
 
-    num_images: int
+    num_images: Count
     seed: int
-    scale: tuple[float, ...] | None = None
-    zero_point: tuple[int, ...] | None = None
+    scale: tuple[_Scale, ...] | None = None
+    zero_point: tuple[_ZeroPoint, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -103,10 +108,10 @@ class LatentContract:
     `precision` may be `auto` before a first run; `quantization` goes with dtype int8 alone.
     """
 
-    posterior: str
-    dtype: str
-    format: str
-    precision: str
+    posterior: Annotated[str, Pattern("mean|moments|sample")]
+    dtype: Annotated[str, Pattern("float16|bfloat16|float32|int8")]
+    format: Annotated[str, Pattern("parquet|safetensors")]
+    precision: Annotated[str, Pattern("auto|fp32|fp16|bf16")]
     quantization: QuantizationContract | None = None
 
 
@@ -163,31 +168,18 @@ class Contract:
         return tree
 
     @classmethod
-    def from_json(cls, tree: dict[str, Any]) -> Contract:
+    def from_json(cls, tree: Any) -> Contract:
         """Read what `to_json` gave.
 
         Raises:
             DatasetError: it is of another format version, or not a contract.
         """
-        version = tree.get("format_version")
-        if version != FORMAT_VERSION:
-            raise DatasetError(
-                f"contract.json has format version {version}; this latentcache reads "
-                f"{FORMAT_VERSION}: install the release that wrote it"
-            )
         try:
-            transform = dict(tree["transform"])
-            transform["buckets"] = tuple((int(w), int(h)) for w, h in transform["buckets"])
-            latents = dict(tree["latents"])
-            if quantization := latents.get("quantization"):
-                latents["quantization"] = QuantizationContract(**_with_tuples(quantization))
-            return cls(
-                vae=VaeContract(**_with_tuples(tree["vae"])),
-                transform=TransformContract(**transform),
-                latents=LatentContract(**latents),
-                source=SourceContract(**_with_tuples(tree["source"])),
-            )
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            require_format(tree, "contract.json")
+            contract = build(cls, tree)
+            require_sound(contract)
+            return contract
+        except ValueError as error:
             raise DatasetError(f"contract.json is damaged: {error}") from error
 
     @cached_property
@@ -196,8 +188,39 @@ class Contract:
         return hashlib.sha256(canonical_json(self.to_json())).hexdigest()
 
 
-def _with_tuples(tree: dict[str, Any]) -> dict[str, Any]:
-    return {name: tuple(v) if isinstance(v, list) else v for name, v in tree.items()}
+def require_format(tree: Any, where: str) -> None:
+    """Refuse parsed JSON that is not an object of this release's format version.
+
+    Raises:
+        DatasetError: it is of another version, or says nothing of it; the message begins with
+            `where`.
+    """
+    version = tree.get("format_version") if isinstance(tree, dict) else None
+    if version != FORMAT_VERSION or isinstance(version, bool | float):
+        raise DatasetError(
+            f"{where} has format version {version!r:.20}; this latentcache reads "
+            f"{FORMAT_VERSION}: install the release that wrote it"
+        )
+
+
+def require_sound(contract: Contract) -> None:
+    """Raise `ValueError` if a contract's numbers cannot go together."""
+    vae, latents = contract.vae, contract.latents
+    quantization = latents.quantization
+    for name in ("latents_mean", "latents_std"):
+        if (values := getattr(vae, name)) is not None and len(values) != vae.latent_channels:
+            raise ValueError(f"vae.{name} has {len(values)} values, not {vae.latent_channels}")
+    if not vae.scaling_factor or not all(vae.latents_std or (1.0,)):
+        raise ValueError("vae.scaling_factor or latents_std is 0")
+    for bucket in contract.transform.buckets:
+        if any(side % vae.downsample_factor for side in bucket):
+            raise ValueError(f"bucket {bucket} is no multiple of {vae.downsample_factor} pixels")
+    if (quantization is None) != (latents.dtype != "int8"):
+        raise ValueError("latents.quantization goes with int8, and int8 with it")
+    if quantization:
+        pair = quantization.scale, quantization.zero_point
+        if any(part is not None and len(part) != contract.stored_channels for part in pair):
+            raise ValueError("latents.quantization is not of the stored channels")
 
 
 def contract_diff(there: Contract, wanted: Contract) -> list[str]:
@@ -251,20 +274,21 @@ def read_provenance(store: Store) -> dict[str, Any]:
         DatasetError: it is damaged.
     """
     try:
-        provenance = json.loads(store.read_bytes(CONTRACT_PATH))["provenance"]
-    except (KeyError, RecursionError, TypeError, ValueError) as error:
-        raise DatasetError(f"{store.url_of(CONTRACT_PATH)} is not a contract") from error
-    if not isinstance(provenance, dict):
-        raise DatasetError(f"{store.url_of(CONTRACT_PATH)} is damaged: `provenance` is no object")
-    return provenance
+        tree = load_json(store.read_bytes(CONTRACT_PATH))
+        provenance = tree.get("provenance") if isinstance(tree, dict) else None
+        return check(dict[str, Any], provenance, "provenance")  # type: ignore[no-any-return]
+    except ValueError as error:
+        raise DatasetError(f"{store.url_of(CONTRACT_PATH)} is damaged: {error}") from error
 
 
 def _parse(store: Store, data: bytes) -> Contract:
     try:
-        tree = json.loads(data)
-        contract = Contract.from_json(tree["contract"])
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise DatasetError(f"{store.url_of(CONTRACT_PATH)} is not a contract") from error
+        tree = load_json(data)
+        if not isinstance(tree, dict):
+            raise ValueError("it is not an object")
+        contract = Contract.from_json(tree.get("contract"))
+    except ValueError as error:
+        raise DatasetError(f"{store.url_of(CONTRACT_PATH)} is not a contract: {error}") from error
     if tree.get("fingerprint") != contract.fingerprint:
         raise DatasetError(
             f"{store.url_of(CONTRACT_PATH)} was edited: its fingerprint is not that of its fields"

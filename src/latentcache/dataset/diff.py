@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -87,7 +88,7 @@ class ManifestDiff:
 
 
 def diff_manifests(
-    url: str,
+    url: str | os.PathLike[str],
     before: ManifestName | None = None,
     after: ManifestName | None = None,
     *,

@@ -10,21 +10,32 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from latentcache.dataset.columns import Column, Columns
-from latentcache.dataset.contract import FORMAT_VERSION
+from latentcache.dataset.columns import Columns, require_columns
+from latentcache.dataset.contract import FORMAT_VERSION, require_format
+from latentcache.dataset.parse import (
+    MAX_COUNT,
+    BucketName,
+    Count,
+    Range,
+    Sha256,
+    UnitName,
+    build,
+    load_json,
+)
 from latentcache.dataset.segments import (
     SEGMENT_SCHEMA,
     Segment,
     Totals,
     UnitRecords,
     read_segments,
+    segment_path,
     without,
 )
 from latentcache.dataset.statistics import Statistics
@@ -32,6 +43,7 @@ from latentcache.errors import DatasetError, ObjectNotFound
 from latentcache.storage import Store
 
 MANIFESTS = "manifests"
+MAX_MANIFEST = 99_999_999
 
 ManifestName: TypeAlias = int | Literal["published"]
 """Which manifest: its number, or the one that `published.json` names."""
@@ -46,22 +58,22 @@ class Manifest:
     version, that its rows have these columns, and that there is at least one row.
     """
 
-    number: int
+    number: Annotated[int, Range(0, MAX_MANIFEST)]
     complete: bool
     created_at: str
-    contract: str
+    contract: Sha256
     columns: Columns
     segments: tuple[Segment, ...]
-    removed: tuple[str, ...]
+    removed: tuple[UnitName, ...]
     stale: tuple[str, ...]
-    num_units: int
-    num_samples: int
-    num_rows: int
-    num_rejects: int
-    buckets: dict[str, int]
+    num_units: Count
+    num_samples: Count
+    num_rows: Count
+    num_rejects: Count
+    buckets: dict[BucketName, Count]
     statistics: Statistics
-    num_images: int = 0
-    num_extra_images: int = 0
+    num_images: Count = 0
+    num_extra_images: Count = 0
     format_version: int = FORMAT_VERSION
 
     @property
@@ -97,15 +109,14 @@ class Manifest:
             DatasetError: it is damaged or of another format version.
         """
         try:
-            tree = json.loads(data)
-            if tree["format_version"] != FORMAT_VERSION:
-                raise DatasetError(f"{url} has format version {tree['format_version']}")
-            tree["segments"] = tuple(Segment(**segment) for segment in tree["segments"])
-            tree["columns"] = tuple(Column(**column) for column in tree["columns"])
-            tree["removed"], tree["stale"] = tuple(tree["removed"]), tuple(tree["stale"])
-            tree["statistics"] = Statistics.from_json(tree["statistics"])
-            return cls(**tree)
-        except (ValueError, KeyError, TypeError) as error:
+            tree = load_json(data)
+            require_format(tree, url)
+            manifest = build(cls, tree)
+            require_columns(manifest.columns)
+            if wrong := [s.path for s in manifest.segments if s.path != segment_path(s.sha256)]:
+                raise ValueError(f"segments has the path {wrong[0]}")
+            return manifest
+        except ValueError as error:
             raise DatasetError(f"{url} is not a manifest: {error}") from error
 
 
@@ -133,7 +144,10 @@ def read_manifest(store: Store, number: int) -> Manifest:
     """
     path = f"{MANIFESTS}/{number:08d}.json"
     try:
-        return Manifest.from_bytes(store.read_bytes(path), store.url_of(path))
+        manifest = Manifest.from_bytes(store.read_bytes(path), store.url_of(path))
+        if manifest.number != number:
+            raise DatasetError(f"{store.url_of(path)} says that it is manifest {manifest.number}")
+        return manifest
     except ObjectNotFound as error:
         known = list_manifests(store)
         have = f"it has {known[0]} to {known[-1]}" if known else "it has none"
@@ -153,8 +167,7 @@ def read_records(store: Store, manifest: Manifest) -> UnitRecords:
         DatasetError: a segment is missing or damaged.
     """
     columns = [name for name in SEGMENT_SCHEMA.names if name != "statistics"]
-    empty = SEGMENT_SCHEMA.empty_table().select(columns)
-    return UnitRecords(pa.concat_tables([*_live_rows(store, manifest, columns), empty]))
+    return UnitRecords(_live_units(store, manifest, columns))
 
 
 def read_files(store: Store, manifest: Manifest) -> pa.Table:
@@ -167,8 +180,7 @@ def read_files(store: Store, manifest: Manifest) -> pa.Table:
         DatasetError: a segment is missing or damaged.
     """
     columns = ["unit", "generation", "files"]
-    empty = SEGMENT_SCHEMA.empty_table().select(columns)
-    live = pa.concat_tables([*_live_rows(store, manifest, columns), empty])
+    live = _live_units(store, manifest, columns)
     unit = live["unit"].combine_chunks()
     keys = {name: pc.struct_field(unit, name) for name in ("source", "id")}
     units = pa.table({**keys, "files": live["files"]})
@@ -179,6 +191,14 @@ def read_files(store: Store, manifest: Manifest) -> pa.Table:
     return files.add_column(0, "unit", ids)
 
 
-def _live_rows(store: Store, manifest: Manifest, columns: Sequence[str]) -> Iterator[pa.Table]:
+def _live_units(store: Store, manifest: Manifest, columns: Sequence[str]) -> pa.Table:
+    """Read the segments' rows that count, and refuse a unit that would count twice."""
     tables = read_segments(store, manifest.segments, f"manifest {manifest.number}", columns)
-    return (without(table, manifest.removed) for table in tables)
+    empty = SEGMENT_SCHEMA.empty_table().select(columns)
+    live = pa.concat_tables([*(without(table, manifest.removed) for table in tables), empty])
+    ids = pc.struct_field(live["unit"].combine_chunks(), "id")
+    num_rows = pc.struct_field(pc.list_flatten(live["files"].combine_chunks()), "num_rows")
+    num_rows = pc.sum(num_rows.cast(pa.float64()), min_count=0).as_py()
+    if pc.count_distinct(ids).as_py() < len(ids) or num_rows > MAX_COUNT:
+        raise DatasetError(f"{store.url_of(manifest.path)} names a unit twice, or too many rows")
+    return live

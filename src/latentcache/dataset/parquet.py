@@ -1,13 +1,56 @@
-"""Reading small Parquet files whole, or a few rows of larger ones."""
+"""Reading a dataset's Parquet files, whose footers are checked before pyarrow sees them.
+
+pyarrow aborts the process for some damaged footers; see `parquet_footer.py`.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+
+from latentcache.errors import DatasetError
+from latentcache.parquet_footer import DamagedFooter, Footer, footer_size, read_footer
+
+
+def checked_footer(file: BinaryIO | pa.NativeFile) -> Footer:
+    """Read the footer of an open Parquet file; leaves the file at its start.
+
+    Raises:
+        DatasetError: it is damaged.
+    """
+    try:
+        file_size = file.seek(0, os.SEEK_END)
+        if file_size < 12:
+            raise DamagedFooter("the file is too short")
+        file.seek(file_size - 8)
+        tail = file.read(8)
+        num_bytes = footer_size(tail, file_size)
+        file.seek(file_size - 8 - num_bytes)
+        return read_footer(file.read(num_bytes), file_size)
+    except DamagedFooter as error:
+        raise DatasetError(f"damaged Parquet footer: {error}") from error
+    finally:
+        file.seek(0)
+
+
+def open_parquet(source: Any) -> pq.ParquetFile:
+    """Open a Parquet file: a path, an open file or an Arrow buffer.
+
+    Raises:
+        DatasetError: its footer is damaged.
+    """
+    if isinstance(source, Path):
+        with source.open("rb") as file:
+            checked_footer(file)
+    elif isinstance(source, pa.NativeFile) or hasattr(source, "seek"):
+        checked_footer(source)
+    return pq.ParquetFile(source)
 
 
 def read_table(source: Any, columns: Sequence[str] | None = None) -> pa.Table:
@@ -15,25 +58,28 @@ def read_table(source: Any, columns: Sequence[str] | None = None) -> pa.Table:
 
     Arrow's function of this name scans on threads that outlive it: a process that ends soon after
     aborts now and then, or hangs (apache/arrow#34314, #50482).
+
+    Raises:
+        DatasetError: the file is damaged.
     """
-    with pq.ParquetFile(source) as file:
+    with open_parquet(source) as file:
         return file.read(columns=columns, use_threads=False)
 
 
 def read_rows(source: Any, column: str, values: Collection[str]) -> pa.Table:
     """Read the rows in which a text column has one of some values, and no other row groups."""
-    with pq.ParquetFile(source) as file:
-        index = file.metadata.schema.names.index(column)
+    wanted = pa.array(values, pa.string())
+    with open_parquet(source) as file:
         groups = [
             number
             for number in range(file.num_row_groups)
-            if _may_hold(file.metadata.row_group(number).column(index).statistics, values)
+            if pc.any(
+                pc.is_in(_read_group(file, number, [column])[column], value_set=wanted), min_count=0
+            ).as_py()
         ]
         table = file.read_row_groups(groups, use_threads=False)
-    return table.filter(pc.is_in(table[column], value_set=pa.array(values, pa.string())))
+    return table.filter(pc.is_in(table[column], value_set=wanted))
 
 
-def _may_hold(statistics: Any, values: Collection[str]) -> bool:
-    if statistics is None or not statistics.has_min_max:
-        return True
-    return any(statistics.min <= value <= statistics.max for value in values)
+def _read_group(file: pq.ParquetFile, number: int, columns: Sequence[str]) -> pa.Table:
+    return file.read_row_group(number, columns=columns, use_threads=False)

@@ -6,11 +6,20 @@ It is replaced whole, so that a reader sees the old one or the new one.
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from typing import Annotated
 
-from latentcache.dataset.contract import FORMAT_VERSION, require_contract
-from latentcache.dataset.manifest import Manifest, ManifestName, list_manifests, read_manifest
+from latentcache.dataset.contract import FORMAT_VERSION, require_contract, require_format
+from latentcache.dataset.manifest import (
+    MAX_MANIFEST,
+    Manifest,
+    ManifestName,
+    list_manifests,
+    read_manifest,
+)
+from latentcache.dataset.parse import Range, Sha256, build, load_json
 from latentcache.errors import CheckFailed, ConfigError, DatasetError, ObjectNotFound
 from latentcache.storage import StorageOptions, Store
 
@@ -24,14 +33,14 @@ class Published:
     `contract` is the fingerprint of the dataset's contract.
     """
 
-    manifest: int
+    manifest: Annotated[int, Range(0, MAX_MANIFEST)]
     published_at: str
-    contract: str
+    contract: Sha256
     format_version: int = FORMAT_VERSION
 
 
 def publish(
-    url: str,
+    url: str | os.PathLike[str],
     number: int | None = None,
     *,
     force: bool = False,
@@ -95,11 +104,10 @@ def read_published(store: Store) -> Published | None:
     except ObjectNotFound:
         return None
     try:
-        tree = json.loads(data)
-        if tree["format_version"] != FORMAT_VERSION:
-            raise ValueError(f"format version {tree['format_version']}")
-        return Published(int(tree["manifest"]), tree["published_at"], tree["contract"])
-    except (ValueError, KeyError, TypeError) as error:
+        tree = load_json(data)
+        require_format(tree, store.url_of(PUBLISHED_PATH))
+        return build(Published, tree)
+    except ValueError as error:
         raise DatasetError(f"{store.url_of(PUBLISHED_PATH)} is damaged: {error}") from error
 
 

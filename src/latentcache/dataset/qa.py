@@ -150,6 +150,7 @@ def read_measures(store: Store, records: Iterable[UnitRecord]) -> pa.Table:
     def read(record: UnitRecord) -> pa.Table:
         with _open(store, record) as file:
             table = read_table(file, columns)
+            _check_schema(table, columns)
         return table.add_column(0, "unit", pa.array([record.unit.id] * len(table), pa.string()))
 
     empty = pa.schema([pa.field("unit", pa.string()), *(_SCHEMA.field(name) for name in columns)])
@@ -168,6 +169,7 @@ def read_qa_rows(
     """
     with _open(store, record) as file:
         table = read_table(file) if keys is None else read_rows(file, "key", list(keys))
+        _check_schema(table, _SCHEMA.names)
     rows = table.to_pylist()
     return [
         QaRow(
@@ -179,6 +181,13 @@ def read_qa_rows(
     ]
 
 
+def _check_schema(table: pa.Table, columns: Sequence[str]) -> None:
+    expected = pa.schema([_SCHEMA.field(name) for name in columns])
+    if not table.schema.equals(expected):
+        raise DatasetError("it has another schema")
+    table.validate(full=True)
+
+
 @contextmanager
 def _open(store: Store, record: UnitRecord) -> Iterator[BinaryIO]:
     assert record.qa
@@ -186,7 +195,7 @@ def _open(store: Store, record: UnitRecord) -> Iterator[BinaryIO]:
     try:
         with store.named(path), store.open(path) as file:
             yield file
-    except (pa.ArrowException, ObjectNotFound) as error:
+    except (pa.ArrowException, ValueError, ObjectNotFound, DatasetError) as error:
         raise DatasetError(f"{store.url_of(path)} is gone or damaged: {error}") from error
 
 

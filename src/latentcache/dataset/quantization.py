@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from latentcache.dataset.contract import LatentContract, QuantizationContract
-from latentcache.dataset.shards import TORCH_DTYPES
+from latentcache.dataset.layout import TORCH_DTYPES
 from latentcache.dataset.statistics import Float64
 
 _MAX_Q = 127

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import operator
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
-from typing import Any
+from typing import Any, SupportsIndex, overload
 
 import numpy as np
 import pyarrow as pa
@@ -16,12 +18,13 @@ import pyarrow.parquet as pq
 import torch
 
 from latentcache.dataset.contract import Contract, require_contract
+from latentcache.dataset.layout import SafetensorsRows, tensor_from_bytes
 from latentcache.dataset.manifest import Manifest, ManifestName, read_records
-from latentcache.dataset.parquet import read_table
+from latentcache.dataset.parquet import open_parquet, read_table
 from latentcache.dataset.publish import find_manifest
 from latentcache.dataset.quantization import to_values
 from latentcache.dataset.receipts import DataFile, UnitRecord
-from latentcache.dataset.shards import SafetensorsRows, tensor_from_bytes
+from latentcache.dataset.shards import REJECT_SCHEMA, check_schema, parse_bucket
 from latentcache.dataset.statistics import Statistics
 from latentcache.errors import DatasetError
 from latentcache.storage import StorageOptions, Store
@@ -106,11 +109,18 @@ class Dataset(Sequence[Row]):
         # [S], by shard: its unit's index, and the number of rows up to its end.
         self._unit_of, num_rows = units.shards()
         self._ends = np.cumsum(num_rows)
-        self._shard: Callable[[int], _Shard] = lru_cache(_CACHED_FILES)(self._find_shard)
-        self._file: Callable[[int], Any] = lru_cache(_CACHED_FILES)(self._open_file)
-        self._group: Callable[[int, int], pa.Table] = lru_cache(_CACHED_ROW_GROUPS)(
-            self._read_group
-        )
+        self._caches: _Caches | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Open files go nowhere: a spawned process opens them for itself.
+        return {**self.__dict__, "_caches": None}
+
+    @property
+    def _cached(self) -> _Caches:
+        """This process's caches: one that was forked shares no open file with its parent."""
+        if self._caches is None or self._caches.pid != os.getpid():
+            self._caches = _Caches(self)
+        return self._caches
 
     @property
     def stats(self) -> Statistics:
@@ -123,12 +133,19 @@ class Dataset(Sequence[Row]):
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
-    def __getitem__(self, index: int) -> Row:  # type: ignore[override]  # no slices
-        position = index + len(self) if index < 0 else index
-        if not 0 <= position < len(self):
-            raise IndexError(f"row {index} of {len(self)}")
+    @overload
+    def __getitem__(self, index: SupportsIndex) -> Row: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+
+    def __getitem__(self, index: SupportsIndex | slice) -> Row | list[Row]:
+        """Read one row, or a list of those of a slice, which are all in memory then."""
+        if isinstance(index, slice):
+            return [self[position] for position in range(*index.indices(len(self)))]
+        position = row_position(index, len(self))
         number = int(np.searchsorted(self._ends, position, side="right"))
-        shard = self._shard(number)
+        shard = self._cached.shard(number)
         offset = position - (int(self._ends[number]) - shard.rows.num_rows)
         return self._row(number, shard, offset)
 
@@ -138,7 +155,7 @@ class Dataset(Sequence[Row]):
         return list(_pair(self.units[unit]))[number - first]
 
     def _row(self, number: int, shard: _Shard, offset: int) -> Row:
-        file, tensors = self._file(number)
+        file, tensors = self._cached.file(number)
         within = offset
         for group in range(file.num_row_groups):
             num_rows = file.metadata.row_group(group).num_rows
@@ -146,11 +163,14 @@ class Dataset(Sequence[Row]):
                 break
             within -= num_rows
         with self._reading(shard.rows):
-            columns = self._group(number, group).slice(within, 1).to_pylist()[0]
-        dtype, shape = columns.pop("latent_dtype"), columns.pop("latent_shape")
-        if tensors is None or shard.tensors is None:
-            latent = tensor_from_bytes(columns.pop("latent"), dtype, shape)
-        else:
+            columns = self._cached.group(number, group).slice(within, 1).to_pylist()[0]
+            dtype, shape = columns.pop("latent_dtype"), columns.pop("latent_shape")
+            bucket = parse_bucket(shard.rows.bucket)
+            if (dtype, shape) != self._latent_kind(bucket):
+                raise DatasetError(f"row {columns['key']!r} has a latent of another kind")
+            if tensors is None or shard.tensors is None:
+                latent = tensor_from_bytes(columns.pop("latent"), dtype, shape)
+        if tensors is not None and shard.tensors is not None:
             with self._reading(shard.tensors):
                 latent = tensors[offset]
         if self.contract.latents.quantization:
@@ -163,16 +183,29 @@ class Dataset(Sequence[Row]):
             columns={name: columns.get(name) for name in self.columns},
         )
 
+    def _latent_kind(self, bucket: tuple[int, int]) -> tuple[str, list[int]]:
+        return self.contract.latents.dtype, list(self.contract.latent_shape(bucket))
+
     def _open_file(self, number: int) -> tuple[pq.ParquetFile, SafetensorsRows | None]:
-        shard = self._shard(number)
+        shard = self._cached.shard(number)
+        is_safetensors = self.contract.latents.format == "safetensors"
         with self._reading(shard.rows):
-            file = pq.ParquetFile(self.store.open(shard.rows.path))
+            file = open_parquet(self.store.open(shard.rows.path))
             if file.metadata.num_rows != shard.rows.num_rows:
                 raise DatasetError(f"{file.metadata.num_rows} rows, not {shard.rows.num_rows}")
+            check_schema(file.schema_arrow, self.contract)
+            if is_safetensors != (shard.tensors is not None):
+                raise DatasetError("its latents are not where the contract says")
         if shard.tensors is None:
             return file, None
         with self._reading(shard.tensors):
-            return file, SafetensorsRows(self.store.open(shard.tensors.path))
+            tensors = SafetensorsRows(self.store.open(shard.tensors.path))
+            bucket = parse_bucket(shard.rows.bucket)
+            if (tensors.dtype, tensors.shape) != self._latent_kind(bucket):
+                raise DatasetError(f"its latents are {tensors.dtype} {tensors.shape}")
+            if tensors.num_rows != shard.rows.num_rows:
+                raise DatasetError(f"{tensors.num_rows} latents, not {shard.rows.num_rows}")
+            return file, tensors
 
     @contextmanager
     def _reading(self, file: DataFile) -> Iterator[None]:
@@ -180,13 +213,17 @@ class Dataset(Sequence[Row]):
         try:
             with self.store.named(file.path):
                 yield
-        except (pa.ArrowException, DatasetError) as error:
+        except (pa.ArrowException, ValueError, RuntimeError, DatasetError) as error:
             url = self.store.url_of(file.path)
             raise DatasetError(f"{url} is damaged: {error}; run `latentcache verify`") from error
 
     def _read_group(self, number: int, group: int) -> pa.Table:
-        file, _ = self._file(number)
-        return file.read_row_group(group)
+        file, _ = self._cached.file(number)
+        table = file.read_row_group(group)
+        table.validate(full=True)
+        if len(table) != file.metadata.row_group(group).num_rows:
+            raise DatasetError(f"row group {group} has {len(table)} rows")
+        return table
 
     def rejects(self) -> Iterator[RejectedRow]:
         """Give every sample that was left out."""
@@ -201,10 +238,43 @@ class Dataset(Sequence[Row]):
         assert record.rejects
         with self._reading(record.rejects), self.store.open(record.rejects.path) as file:
             table = read_table(file)
+            if not table.schema.equals(REJECT_SCHEMA):
+                raise DatasetError("it has another schema")
+            table.validate(full=True)
         return [
             RejectedRow(unit=record.unit.id, source=record.unit.source, **row)
             for row in table.to_pylist()
         ]
+
+
+class _Caches:
+    """What a dataset keeps open and in memory, in one process."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.pid = os.getpid()
+        self.shard: Callable[[int], _Shard] = lru_cache(_CACHED_FILES)(dataset._find_shard)
+        self.file: Callable[[int], Any] = lru_cache(_CACHED_FILES)(dataset._open_file)
+        self.group: Callable[[int, int], pa.Table] = lru_cache(_CACHED_ROW_GROUPS)(
+            dataset._read_group
+        )
+
+
+def row_position(index: SupportsIndex, num_rows: int) -> int:
+    """Return the position of a row, of which a negative index counts from the end.
+
+    Raises:
+        IndexError: there is no such row.
+        TypeError: the index is not a whole number.
+    """
+    try:
+        number = operator.index(index)
+    except TypeError:
+        raise TypeError(
+            f"rows are numbered from 0: give a whole number or a slice, not {index!r:.60}"
+        ) from None
+    if not -num_rows <= number < num_rows:
+        raise IndexError(f"row {number} of {num_rows}")
+    return number % num_rows
 
 
 def _pair(record: UnitRecord) -> Iterator[_Shard]:
@@ -215,7 +285,10 @@ def _pair(record: UnitRecord) -> Iterator[_Shard]:
 
 
 def open_dataset(
-    url: str, manifest: ManifestName | None = None, *, storage: StorageOptions | None = None
+    url: str | os.PathLike[str],
+    manifest: ManifestName | None = None,
+    *,
+    storage: StorageOptions | None = None,
 ) -> Dataset:
     """Open a latent dataset.
 
@@ -232,9 +305,17 @@ def open_dataset(
 
 
 def open_manifest(
-    url: str, manifest: ManifestName | None = None, *, storage: StorageOptions | None = None
+    url: str | os.PathLike[str],
+    manifest: ManifestName | None = None,
+    *,
+    storage: StorageOptions | None = None,
 ) -> tuple[Store, Contract, Manifest]:
     """Find a dataset's contract and a manifest of it; see `open_dataset`."""
     store = Store(url, storage or StorageOptions())
     contract = require_contract(store)
-    return store, contract, find_manifest(store, manifest)
+    found = find_manifest(store, manifest)
+    if found.contract != contract.fingerprint:
+        raise DatasetError(f"{store.url_of(found.path)} is of another contract.json")
+    if len(found.statistics.mean) != contract.stored_channels:
+        raise DatasetError(f"{store.url_of(found.path)} has statistics of other channels")
+    return store, contract, found

@@ -7,15 +7,30 @@ generation: `rows`, or `void` where it is to be encoded again. Receipts are neve
 from __future__ import annotations
 
 import hashlib
-import json
+import logging
+import re
 import secrets
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Annotated, Literal
 
-from latentcache.dataset.columns import Column, Columns
+from latentcache.dataset.columns import Columns, require_columns
 from latentcache.dataset.contract import canonical_json
+from latentcache.dataset.parse import (
+    BUCKET,
+    UNIT_NAME,
+    BucketName,
+    Count,
+    FilePath,
+    Generation,
+    NumBytes,
+    Pattern,
+    Sha256,
+    UnitId,
+    build,
+    load_json,
+)
 from latentcache.dataset.statistics import Statistics
 from latentcache.errors import DatasetError, ObjectNotFound
 from latentcache.storage import ObjectInfo, Store
@@ -28,6 +43,12 @@ MAX_FIELDS = 64
 
 _READ_THREADS = 16
 
+_RECEIPT = re.compile(rf"{COMMITS}/({UNIT_NAME})\.json")
+_PartName = Annotated[str, Pattern(r"[0-9]{1,9}/[1-9][0-9]{0,8}")]
+
+_log = logging.getLogger(__name__)
+_warned_of: set[str] = set()  # hints that cannot be read, each told of once
+
 
 @dataclass(frozen=True, slots=True)
 class Unit:
@@ -37,11 +58,11 @@ class Unit:
     others: the k-th of n, counted from 0.
     """
 
-    id: str
+    id: UnitId
     source: str
-    size_bytes: int
+    size_bytes: Count
     version: str
-    range: str | None = None
+    range: _PartName | None = None
 
     @classmethod
     def of(
@@ -78,11 +99,11 @@ def new_attempt() -> str:
 class DataFile:
     """One immutable file of a unit; `bucket` is `WIDTHxHEIGHT`, empty for rejects."""
 
-    path: str
-    size_bytes: int
-    sha256: str
-    num_rows: int
-    bucket: str
+    path: FilePath
+    size_bytes: NumBytes
+    sha256: Sha256
+    num_rows: Count
+    bucket: Annotated[str, Pattern(f"(?:{BUCKET})?")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +114,7 @@ class QaFile:
     """
 
     file: DataFile
-    num_rows: dict[str, int]
+    num_rows: dict[BucketName, Count]
     mean_psnr_db: float
     min_drift_db: float
 
@@ -109,19 +130,19 @@ class UnitRecord:
     """
 
     unit: Unit
-    generation: int
-    attempt: str
-    num_samples: int
-    num_rows: int
-    num_rejects: int
+    generation: Generation
+    attempt: UnitId
+    num_samples: Count
+    num_rows: Count
+    num_rejects: Count
     files: tuple[DataFile, ...]
     rejects: DataFile | None
     qa: QaFile | None = None
-    num_images: int = 0
-    num_extra_images: int = 0
+    num_images: Count = 0
+    num_extra_images: Count = 0
     columns: Columns = ()
     absent_fields: tuple[str, ...] = ()
-    reject_reasons: dict[str, int] = field(default_factory=dict)
+    reject_reasons: dict[str, Count] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -133,7 +154,7 @@ class UnitRecord:
 class QaSummary:
     """What gates ask of a unit's QA: see `QaFile`."""
 
-    num_rows: dict[str, int]
+    num_rows: dict[BucketName, Count]
     mean_psnr_db: float
     min_drift_db: float
 
@@ -202,7 +223,7 @@ class Receipt:
     """
 
     record: UnitRecord
-    contract_fingerprint: str
+    contract_fingerprint: Sha256
     statistics: Statistics
     state: Literal["rows", "void"] = "rows"
     stages: dict[str, dict[str, float]] | None = None
@@ -231,12 +252,11 @@ class Receipt:
             DatasetError: it is not a receipt.
         """
         try:
-            tree = json.loads(data)
-            tree["record"] = record_from_json(tree["record"])
-            tree["statistics"] = Statistics.from_json(tree["statistics"])
-            tree["fields"] = tuple(tree["fields"])
-            return cls(**tree)
-        except (ValueError, KeyError, TypeError) as error:
+            receipt = build(cls, load_json(data))
+            _require_own_files(receipt.record)
+            require_columns(receipt.record.columns)
+            return receipt
+        except ValueError as error:
             raise DatasetError(f"not a receipt: {error}") from error
 
     def voided(self) -> Receipt:
@@ -255,20 +275,19 @@ def void_receipt(
     return Receipt(record, contract_fingerprint, empty, state="void")
 
 
-def record_from_json(tree: dict[str, Any]) -> UnitRecord:
-    """Read a `UnitRecord` as JSON or a segment hold it."""
-    qa = tree["qa"]
-    return UnitRecord(
-        **{
-            **tree,
-            "unit": Unit(**tree["unit"]),
-            "files": tuple(DataFile(**file) for file in tree["files"]),
-            "rejects": DataFile(**tree["rejects"]) if tree["rejects"] else None,
-            "qa": QaFile(**{**qa, "file": DataFile(**qa["file"])}) if qa else None,
-            "columns": tuple(Column(**column) for column in tree["columns"]),
-            "absent_fields": tuple(tree["absent_fields"]),
-        }
-    )
+def _require_own_files(record: UnitRecord) -> None:
+    """Raise `ValueError` if a record names files of another unit or kind, or one twice."""
+    files = {"data": list(record.files)}
+    files |= {"rejects": [record.rejects] if record.rejects else []}
+    files |= {"qa": [record.qa.file] if record.qa else []}
+    for folder, members in files.items():
+        for file in members:
+            if not file.path.startswith(f"{folder}/{record.unit.id}/"):
+                raise ValueError(f"{file.path} is no file of {folder}/{record.unit.id}")
+            if bool(file.bucket) != (folder == "data"):
+                raise ValueError(f"{file.path} has bucket {file.bucket!r}")
+    if len({file.path for file in record.files}) < len(record.files):
+        raise ValueError("it names a file twice")
 
 
 def read_receipts(store: Store, names: Iterable[str]) -> list[Receipt]:
@@ -281,7 +300,10 @@ def read_receipts(store: Store, names: Iterable[str]) -> list[Receipt]:
     def read(name: str) -> Receipt:
         path = f"{COMMITS}/{name}.json"
         try:
-            return Receipt.from_bytes(store.read_bytes(path))
+            receipt = Receipt.from_bytes(store.read_bytes(path))
+            if receipt.record.name != name:
+                raise DatasetError(f"it is the receipt of {receipt.record.name}")
+            return receipt
         except DatasetError as error:
             raise DatasetError(f"{store.url_of(path)}: {error}") from error
 
@@ -291,10 +313,8 @@ def read_receipts(store: Store, names: Iterable[str]) -> list[Receipt]:
 
 def list_receipt_names(store: Store) -> list[str]:
     """List the names of all receipts. A listing is a hint: one it misses costs work, not rows."""
-    paths = (info.path for info in store.list(COMMITS))
-    return [
-        p.removeprefix(f"{COMMITS}/").removesuffix(".json") for p in paths if p.endswith(".json")
-    ]
+    matches = (_RECEIPT.fullmatch(info.path) for info in store.list(COMMITS))
+    return [match[1] for match in matches if match]
 
 
 def put_failure(store: Store, unit: Unit, attempt: str, message: str) -> None:
@@ -313,22 +333,42 @@ def failed_unit(path: str) -> str:
     return path.rpartition("/")[2].partition("-")[0]
 
 
+@dataclass(frozen=True, slots=True)
+class _Hint:
+    """What a hint holds."""
+
+    unit: Unit
+    message: str
+
+
 def read_failures(store: Store, paths: Iterable[str]) -> dict[str, str]:
-    """Read failure hints: unit id to its last one's message."""
-    return {tree["unit"]["id"]: tree["message"] for tree in _read_hints(store, paths)}
+    """Read failure hints: unit id to its last one's message. See `read_failed_units`."""
+    return {hint.unit.id: hint.message for hint in _read_hints(store, paths)}
 
 
 def read_failed_units(store: Store, paths: Iterable[str]) -> list[Unit]:
-    """Read which units some failure hints are of."""
-    return [Unit(**tree["unit"]) for tree in _read_hints(store, paths)]
+    """Read which units some failure hints are of.
+
+    A hint that cannot be parsed is left out, with one warning that names it: it is of another
+    release, or damaged, and no more than a hint.
+    """
+    return [hint.unit for hint in _read_hints(store, paths)]
 
 
-def _read_hints(store: Store, paths: Iterable[str]) -> Iterator[dict[str, Any]]:
-    def read(path: str) -> bytes | None:
+def _read_hints(store: Store, paths: Iterable[str]) -> Iterator[_Hint]:
+    def read(path: str) -> _Hint | None:
         try:
-            return store.read_bytes(path)
+            hint = build(_Hint, load_json(store.read_bytes(path)), ignore_unknown=True)
+            if hint.unit.id != failed_unit(path):
+                raise ValueError(f"it is of unit {hint.unit.id}")
+            return hint
         except ObjectNotFound:  # `gc` deletes old ones, beside whoever plans or asks for the status
+            return None
+        except ValueError as error:
+            if (url := store.url_of(path)) not in _warned_of:
+                _warned_of.add(url)
+                _log.warning("%s is left out: %s; delete it if it stays", url, error)
             return None
 
     with ThreadPoolExecutor(_READ_THREADS) as pool:
-        yield from (json.loads(hint) for hint in pool.map(read, paths) if hint is not None)
+        yield from (hint for hint in pool.map(read, paths) if hint is not None)

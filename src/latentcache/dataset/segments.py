@@ -12,6 +12,7 @@ import secrets
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from io import BytesIO
@@ -24,8 +25,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from latentcache.dataset.columns import Column, Columns
+from latentcache.dataset.columns import Column, Columns, require_columns
 from latentcache.dataset.parquet import read_table
+from latentcache.dataset.parse import Count, Sha256, build, check, load_json
 from latentcache.dataset.receipts import (
     DataFile,
     QaFile,
@@ -35,6 +37,7 @@ from latentcache.dataset.receipts import (
     UnitRecord,
     UnitSummary,
 )
+from latentcache.dataset.segment_checks import check_segment
 from latentcache.dataset.statistics import Statistics, merge_all
 from latentcache.errors import DatasetError, ObjectNotFound
 from latentcache.storage import Store
@@ -109,8 +112,13 @@ class Segment:
     """One segment file of a manifest."""
 
     path: str
-    sha256: str
-    num_units: int
+    sha256: Sha256
+    num_units: Count
+
+
+def segment_path(sha256: str) -> str:
+    """Return where the segment of a hash lies."""
+    return f"{SEGMENTS}/{sha256}.parquet"
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +187,7 @@ def put_segment(store: Store, receipts: Iterable[Receipt]) -> Segment:
     buffer = BytesIO()
     pq.write_table(pa.Table.from_pylist(rows, schema), buffer, compression="ZSTD")
     digest = hashlib.sha256(buffer.getvalue()).hexdigest()
-    path = f"{SEGMENTS}/{digest}.parquet"
+    path = segment_path(digest)
     store.put(path, buffer.getvalue())
     return Segment(path, digest, len(rows))
 
@@ -211,7 +219,17 @@ def read_segments(
             ) from error
         if hashlib.sha256(data).hexdigest() != segment.sha256:
             raise DatasetError(f"{store.url_of(segment.path)} is damaged: its SHA-256 differs")
-        return read_table(pa.BufferReader(data), columns)
+        try:
+            table = read_table(pa.BufferReader(data), columns)
+            check_segment(table, SEGMENT_SCHEMA, columns)
+            for name in _SHARED.keys() & set(table.column_names):
+                for text in pc.unique(table[name]).to_pylist():
+                    _SHARED[name](text)
+            if len(table) != segment.num_units:
+                raise ValueError(f"it has {len(table)} units, not {segment.num_units}")
+        except (DatasetError, pa.ArrowException, OSError, ValueError, KeyError) as error:
+            raise DatasetError(f"{store.url_of(segment.path)} is damaged: {error}") from error
+        return table
 
     left = iter(segments)
     with ThreadPoolExecutor(_READ_THREADS) as pool:
@@ -253,25 +271,38 @@ def summaries_of(table: pa.Table, number: int) -> Iterator[UnitSummary]:
 
 @lru_cache(_MOST_SHARED)
 def _columns(text: str) -> Columns:
-    return tuple(Column(name, field) for name, field in json.loads(text))
+    with _parsing("columns"):
+        pairs = check(tuple[tuple[str, str], ...], load_json(text), "columns")
+        columns = tuple(Column(name, field) for name, field in pairs)
+        require_columns(columns)
+        return columns
 
 
 @lru_cache(_MOST_SHARED)
 def _names(text: str) -> tuple[str, ...]:
-    return tuple(json.loads(text))
+    with _parsing("absent_fields"):
+        names: tuple[str, ...] = check(tuple[str, ...], load_json(text), "absent_fields")
+        return names
 
 
 @lru_cache(_MOST_SHARED)
 def _counts(text: str) -> dict[str, int]:
-    found: dict[str, int] = json.loads(text)
-    return found
+    with _parsing("reject_reasons"):
+        found: dict[str, int] = check(dict[str, Count], load_json(text), "reject_reasons")
+        return found
+
+
+@contextmanager
+def _parsing(name: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise DatasetError(f"{name} of a unit in a segment is damaged: {error}") from error
 
 
 def _qa_summary(text: str) -> QaSummary | None:
-    tree = json.loads(text)
-    if tree is None:
-        return None
-    return QaSummary(tree["num_rows"], tree["mean_psnr_db"], tree["min_drift_db"])
+    qa = _qa_file(text)
+    return QaSummary(qa.num_rows, qa.mean_psnr_db, qa.min_drift_db) if qa else None
 
 
 def names_of(table: pa.Table) -> pa.Array:
@@ -289,7 +320,7 @@ def without(table: pa.Table, removed: Collection[str]) -> pa.Table:
 
 def totals_of(table: pa.Table, num_channels: int) -> Totals:
     """Add up the units of a segment that was read whole."""
-    parts = (Statistics.from_json(json.loads(text)) for text in table["statistics"].to_pylist())
+    parts = (_statistics(text) for text in table["statistics"].to_pylist())
     return Totals.of(zip(records_of(table), parts, strict=True), num_channels)
 
 
@@ -326,8 +357,15 @@ def _fields(structs: pa.StructArray) -> list[list[Any]]:
 
 
 def _qa_file(text: str) -> QaFile | None:
-    tree = json.loads(text)
-    return QaFile(**{**tree, "file": DataFile(**tree["file"])}) if tree else None
+    if text == "null":
+        return None
+    with _parsing("qa"):
+        return build(QaFile, load_json(text))
+
+
+def _statistics(text: str) -> Statistics:
+    with _parsing("statistics"):
+        return Statistics.from_json(load_json(text))
 
 
 _SHARED: dict[str, Callable[[str], Any]] = {

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-import os
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,23 +20,25 @@ import torch
 
 from latentcache.dataset.columns import Columns
 from latentcache.dataset.contract import Contract
+from latentcache.dataset.layout import (
+    ROW_GROUP_BYTES,
+    ROW_GROUP_ROWS,
+    SAFETENSORS_DTYPES,
+    SafetensorsRows,
+    latent_offsets,
+    row_bytes,
+    row_group_rows,
+    tensor_from_bytes,
+)
+from latentcache.dataset.parquet import open_parquet
 from latentcache.dataset.receipts import DataFile
 from latentcache.errors import DatasetError
-
-# Row groups of 8 to 32 MiB stream well and are read whole; 1,024 rows bound a shuffle window.
-_ROW_GROUP_BYTES = 16 * 2**20
-_ROW_GROUP_ROWS = 1024
 
 # Room for the safetensors header, which is written last: its row count is not known before.
 _SAFETENSORS_HEADER_BYTES = 248
 
-TORCH_DTYPES = {
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float32": torch.float32,
-    "int8": torch.int8,
-}
-SAFETENSORS_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "int8": "I8"}
+# What pyarrow and torch raise for values that are not as the schema says.
+_UNREADABLE = (ValueError, RuntimeError, KeyError, TypeError)
 
 REJECT_SCHEMA = pa.schema(
     [
@@ -83,6 +84,12 @@ def bucket_name(bucket: tuple[int, int]) -> str:
     return f"{bucket[0]}x{bucket[1]}"
 
 
+def parse_bucket(name: str) -> tuple[int, int]:
+    """Return the (width, height) of a checked bucket name."""
+    width, _, height = name.partition("x")
+    return int(width), int(height)
+
+
 def column_type(name: str) -> pa.DataType:
     """Arrow type of a kept column: `cls` is a class number, all others are text."""
     return pa.int64() if name == "cls" else pa.string()
@@ -90,6 +97,12 @@ def column_type(name: str) -> pa.DataType:
 
 def row_schema(contract: Contract, columns: Columns, unit_id: str) -> pa.Schema:
     """Schema of a data file; `latent` stands second, and is absent beside safetensors."""
+    kept = (pa.field(column.name, column_type(column.name)) for column in columns)
+    metadata = {"latentcache.unit": unit_id, "latentcache.contract": contract.fingerprint}
+    return pa.schema([*_fixed_fields(contract), *kept], metadata=metadata)
+
+
+def _fixed_fields(contract: Contract) -> list[pa.Field]:
     fields = [
         pa.field("key", pa.string(), nullable=False),
         pa.field("latent", pa.binary(), nullable=False),
@@ -99,22 +112,27 @@ def row_schema(contract: Contract, columns: Columns, unit_id: str) -> pa.Schema:
             pa.field(name, pa.int32(), nullable=False)
             for name in ("original_width", "original_height", "crop_top", "crop_left")
         ),
-        *(pa.field(column.name, column_type(column.name)) for column in columns),
     ]
     if contract.latents.format == "safetensors":
         del fields[1]
-    metadata = {"latentcache.unit": unit_id, "latentcache.contract": contract.fingerprint}
-    return pa.schema(fields, metadata=metadata)
+    return fields
 
 
-def row_group_rows(contract: Contract, bucket: tuple[int, int]) -> int:
-    """Rows of a whole row group; the last one of a file may have fewer."""
-    return max(1, min(_ROW_GROUP_ROWS, _ROW_GROUP_BYTES // row_bytes(contract, bucket)))
+def check_schema(schema: pa.Schema, contract: Contract) -> None:
+    """Check the columns of a data file.
 
-
-def row_bytes(contract: Contract, bucket: tuple[int, int]) -> int:
-    """Bytes of one stored latent."""
-    return math.prod(contract.latent_shape(bucket)) * TORCH_DTYPES[contract.latents.dtype].itemsize
+    Raises:
+        DatasetError: one that every data file has is missing, one has another type, or two have one
+            name.
+    """
+    fixed = _fixed_fields(contract)
+    if [*schema][: len(fixed)] != fixed:
+        raise DatasetError(f"its columns do not begin with {', '.join(f.name for f in fixed)}")
+    if len(set(schema.names)) < len(schema.names):
+        raise DatasetError("it has two columns of one name")
+    for field in [*schema][len(fixed) :]:
+        if field.type != column_type(field.name):
+            raise DatasetError(f"column {field.name!r} is {field.type}")
 
 
 class BucketWriter:
@@ -160,8 +178,8 @@ class BucketWriter:
             use_dictionary=["latent_shape.list.element", "latent_dtype"],
             write_statistics=plain,
             # One page a row group, so that latents lie at one stride: docs/format.md promises it.
-            data_page_size=2 * _ROW_GROUP_BYTES,
-            write_batch_size=_ROW_GROUP_ROWS,
+            data_page_size=2 * ROW_GROUP_BYTES,
+            write_batch_size=ROW_GROUP_ROWS,
         )
         self._tensor_file: BinaryIO | None = None
         if contract.latents.format == "safetensors":
@@ -234,49 +252,9 @@ class BucketWriter:
                 self._schema
             ):
                 raise DatasetError(f"{self.paths[-1]} does not read back as written")
-        with self.paths[0].open("rb") as raw:
-            latent_offsets(raw, self._contract, self.bucket, self.num_rows)
-
-
-def latent_offsets(
-    file: BinaryIO, contract: Contract, bucket: tuple[int, int], num_rows: int
-) -> list[int]:
-    """Find where latents lie in a data file, so that they can be read without a Parquet reader.
-
-    Returns:
-        For each row group (of `row_group_rows` rows, the last one fewer), the byte at which its
-        first latent begins. The next ones follow at a stride of `row_bytes`, in Parquet 4 more,
-        for the length that stands before each.
-
-    Raises:
-        DatasetError: the file is damaged, has another number of rows, or another layout.
-    """
-    size, group_rows = row_bytes(contract, bucket), row_group_rows(contract, bucket)
-    if contract.latents.format == "safetensors":
-        tensor = SafetensorsRows(file)
-        found = (tensor.num_rows, *tensor.shape, tensor.dtype)
-        if found != (num_rows, *contract.latent_shape(bucket), contract.latents.dtype):
-            raise DatasetError(f"latents are {tensor.num_rows} {tensor.dtype} of {tensor.shape}")
-        return [tensor.start + first * size for first in range(0, num_rows, group_rows)]
-    offsets = []
-    metadata = pq.read_metadata(file)
-    latent = metadata.schema.names.index("latent")
-    left = num_rows
-    for number in range(metadata.num_row_groups):
-        group = metadata.row_group(number)
-        chunk = group.column(latent)
-        rows = min(group_rows, left)
-        # One plain page: lengths and latents fill the chunk from its end back to the page's header.
-        first = chunk.data_page_offset + chunk.total_compressed_size - rows * (4 + size)
-        file.seek(first)
-        length = int.from_bytes(file.read(4), "little")
-        if group.num_rows != rows or chunk.compression != "UNCOMPRESSED" or length != size:
-            raise DatasetError(f"row group {number} has another layout than docs/format.md says")
-        offsets.append(first + 4)
-        left -= rows
-    if left:
-        raise DatasetError(f"{metadata.num_rows} rows, not {num_rows}")
-    return offsets
+        with ExitStack() as stack:
+            files = [stack.enter_context(path.open("rb")) for path in self.paths]
+            latent_offsets(files, self._contract, self.bucket, self.num_rows)
 
 
 def write_rejects(path: Path, rejects: Sequence[RejectRow]) -> None:
@@ -297,49 +275,6 @@ def tensor_bytes(tensor: torch.Tensor) -> bytes:
     return tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
-def tensor_from_bytes(data: bytes, dtype: str, shape: Sequence[int]) -> torch.Tensor:
-    """Make a tensor of one row's bytes."""
-    # bytearray: torch warns about memory that it must not write to.
-    return torch.frombuffer(bytearray(data), dtype=TORCH_DTYPES[dtype]).reshape(list(shape))
-
-
-class SafetensorsRows:
-    """Rows of the stacked tensor of a safetensors file, read one range at a time.
-
-    Raises:
-        DatasetError: the header is damaged or names no tensor `latents`.
-    """
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        file.seek(0)
-        try:
-            length = int.from_bytes(file.read(8), "little")
-            if length > 2**20:
-                raise ValueError("header too long")
-            entry = json.loads(file.read(length))["latents"]
-            names = {code: name for name, code in SAFETENSORS_DTYPES.items()}
-            self.dtype = names[entry["dtype"]]
-            self.num_rows, *self.shape = entry["shape"]
-            start, end = entry["data_offsets"]
-            row_bytes = math.prod(self.shape) * TORCH_DTYPES[self.dtype].itemsize
-            if (start, end) != (0, self.num_rows * row_bytes):
-                raise ValueError(f"{self.num_rows} rows of {self.shape} from {start} to {end}")
-            if file.seek(0, os.SEEK_END) != 8 + length + end:
-                raise ValueError("the file ends elsewhere")
-        except (ValueError, KeyError, TypeError) as error:
-            raise DatasetError(f"damaged safetensors header: {error}") from error
-        self.start = 8 + length
-        self._row_bytes = row_bytes
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        self._file.seek(self.start + index * self._row_bytes)
-        data = self._file.read(self._row_bytes)
-        if len(data) < self._row_bytes:
-            raise DatasetError("damaged safetensors file: it ends early")
-        return tensor_from_bytes(data, self.dtype, self.shape)
-
-
 def iterate_latents(files: Sequence[Path]) -> Iterator[tuple[str, torch.Tensor]]:
     """Read (key, latent) of all rows of one bucket's local files, in order.
 
@@ -347,7 +282,7 @@ def iterate_latents(files: Sequence[Path]) -> Iterator[tuple[str, torch.Tensor]]
         DatasetError: the files are damaged.
     """
     try:
-        with pq.ParquetFile(files[-1]) as file:
+        with open_parquet(files[-1]) as file:
             if len(files) == 1:
                 for batch in file.iter_batches(
                     columns=["key", "latent", "latent_dtype", "latent_shape"]
@@ -361,7 +296,7 @@ def iterate_latents(files: Sequence[Path]) -> Iterator[tuple[str, torch.Tensor]]
             latents = SafetensorsRows(raw)
             for index, key in enumerate(keys):
                 yield key, latents[index]
-    except (pa.ArrowException, OSError, ValueError, RuntimeError) as error:
+    except (DatasetError, pa.ArrowException, OSError, *_UNREADABLE) as error:
         raise DatasetError(f"{files[-1]}: {error}") from error
 
 
@@ -377,7 +312,7 @@ def read_latents(files: Sequence[BinaryIO], keys: Collection[str]) -> dict[str, 
     """
     found: dict[str, torch.Tensor] = {}
     try:
-        with pq.ParquetFile(files[-1]) as rows:
+        with open_parquet(files[-1]) as rows:
             tensors = SafetensorsRows(files[0]) if len(files) > 1 else None
             first = 0
             for number in range(rows.num_row_groups):
@@ -391,6 +326,6 @@ def read_latents(files: Sequence[BinaryIO], keys: Collection[str]) -> dict[str, 
                     for index, row in zip(wanted, group.to_pylist(), strict=True):
                         found[there[index]] = tensor_from_bytes(*(row[name] for name in columns))
                 first += len(there)
-    except (pa.ArrowException, OSError, ValueError, RuntimeError) as error:
+    except (DatasetError, pa.ArrowException, OSError, *_UNREADABLE) as error:
         raise DatasetError(f"cannot read latents: {error}") from error
     return found

@@ -33,7 +33,7 @@ from latentcache.dataset.segments import (
     totals_of,
     without,
 )
-from latentcache.errors import SourceError
+from latentcache.errors import DatasetError, SourceError
 from latentcache.storage import Store
 
 # `on_missing: drop` refuses to believe a listing in which more of the sources than this are gone.
@@ -80,6 +80,10 @@ class State:
         )
         for number, table in enumerate(tables):
             for unit in summaries_of(table, number):
+                if unit.name in named:
+                    raise DatasetError(
+                        f"{self.store.url_of(manifest.path)} names unit {unit.name} twice"
+                    )
                 named.add(unit.name)
                 if unit.name not in self._removed:
                     self.live[unit.source] = _in_order((*self.live.get(unit.source, ()), unit))

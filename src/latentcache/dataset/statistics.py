@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from latentcache.dataset.parse import Count, check
+from latentcache.errors import DatasetError
+
 # Fixed edges, so that histograms of different units add up. Unscaled KL-f8 latents have a standard
 # deviation of 1 to 6 and log-variances lie in [-30, 20]; what falls outside is counted at the ends.
 HISTOGRAM_EDGES = np.linspace(-32.0, 32.0, 129)
@@ -70,7 +73,16 @@ class Statistics:
         )
 
     def merge(self, other: Statistics) -> Statistics:
-        """Statistics of both sets of values (Chan, Golub and LeVeque 1979, pairwise update)."""
+        """Statistics of both sets of values (Chan, Golub and LeVeque 1979, pairwise update).
+
+        Raises:
+            DatasetError: they are of other numbers of channels.
+        """
+        if self.mean.shape != other.mean.shape:
+            raise DatasetError(
+                f"statistics are of {len(self.mean)} channels here and {len(other.mean)} there: "
+                "run `latentcache verify`"
+            )
         count = self.count + other.count
         if count == 0:
             return self
@@ -103,18 +115,40 @@ class Statistics:
 
     @classmethod
     def from_json(cls, tree: dict[str, Any]) -> Statistics:
-        """Read what `to_json` gave."""
-        num_channels = len(tree["mean"])
-        if tree["count"] == 0:
+        """Read what `to_json` gave.
+
+        Raises:
+            ValueError: it is something else.
+        """
+        names = {"count", "mean", "m2", "min", "max", "histogram"}
+        if not isinstance(tree, dict) or tree.keys() != names:
+            raise ValueError(f"statistics are not an object of {', '.join(sorted(names))}")
+        count = check(Count, tree["count"], "statistics.count")
+        mean = _array(tree, "mean", "if", (-1,))
+        num_channels = len(mean)
+        if count == 0:
             return cls.empty(num_channels)
-        return cls(
-            count=tree["count"],
-            mean=np.array(tree["mean"], np.float64),
-            m2=np.array(tree["m2"], np.float64),
-            minimum=np.array(tree["min"], np.float64),
-            maximum=np.array(tree["max"], np.float64),
-            histogram=np.array(tree["histogram"], np.int64),
+        found = cls(
+            count=count,
+            mean=mean.astype(np.float64),
+            m2=_array(tree, "m2", "if", (num_channels,)).astype(np.float64),
+            minimum=_array(tree, "min", "if", (num_channels,)).astype(np.float64),
+            maximum=_array(tree, "max", "if", (num_channels,)).astype(np.float64),
+            histogram=_array(tree, "histogram", "i", (num_channels, _NUM_BINS)),
         )
+        if found.m2.min() < 0 or found.histogram.min() < 0:
+            raise ValueError("statistics have a negative square or count")
+        return found
+
+
+def _array(tree: dict[str, Any], name: str, kinds: str, shape: tuple[int, ...]) -> Any:
+    """Return a list of finite numbers as an array; `shape` begins with -1 for any size."""
+    value = tree[name]
+    array = np.array(value) if isinstance(value, list) else np.empty(0)
+    is_fit = len(array.shape) == len(shape) and shape in (array.shape, (-1,)) and array.size
+    if not is_fit or array.dtype.kind not in kinds or not np.isfinite(array).all():
+        raise ValueError(f"statistics.{name} is not a list of numbers, one for each channel")
+    return array
 
 
 def merge_all(parts: Iterable[Statistics], num_channels: int) -> Statistics:

@@ -5,6 +5,7 @@ It may be killed anywhere and run again. Receipts are never deleted.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -72,7 +73,7 @@ class Garbage:
 
 
 def collect_garbage(
-    url: str,
+    url: str | os.PathLike[str],
     *,
     delete: bool = False,
     keep_last: int | None = None,

@@ -14,8 +14,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Annotated, Literal
 
+from latentcache.dataset.parse import Count, Pattern, Range, build, load_json
 from latentcache.engine.stop import StopSignal, stop_on_signals
 from latentcache.engine.waiting import Reminder
 from latentcache.errors import IncompleteRun, ObjectNotFound
@@ -38,6 +39,7 @@ class RunInfo:
     """A run that holds a lease; `age_s` is since its last renewal, by the store's clock.
 
     It has `num_units` to encode, and leaves an output of `num_total`, those there before included.
+    Of a lease that cannot be parsed, `host` is empty and all numbers are 0.
     """
 
     run: str
@@ -50,6 +52,8 @@ class RunInfo:
 
     def __str__(self) -> str:
         """Say who it is."""
+        if not self.host:
+            return f"whose lease cannot be read, renewed {self.age_s:.0f} s ago"
         return f"pid {self.pid} on {self.host}, which renewed its lease {self.age_s:.0f} s ago"
 
 
@@ -146,22 +150,51 @@ def stand_aside(
                 time.sleep(_HEED_EVERY_S)
 
 
+@dataclass(frozen=True, slots=True)
+class _LeaseFile:
+    """What readers take from a lease; releases may write more fields."""
+
+    host: Annotated[str, Pattern(r"[\x21-\x7e]{1,255}")]
+    pid: Annotated[int, Range(1, 2**31 - 1)]
+    num_units: Count
+    num_total: Count
+    num_committed: Count
+
+
 def active_runs(store: Store) -> list[RunInfo]:
-    """List the runs at work on an output, oldest first, but for dead processes of this host."""
+    """List the runs at work on an output, oldest first, but for dead processes of this host.
+
+    A lease that cannot be parsed is one of a run at work, until it is ten minutes old.
+    """
     leases = store.list(RUNS)
     now = store.now() if leases else 0.0
     found = []
     for info in leases:
         try:
-            tree: dict[str, Any] = json.loads(store.read_bytes(info.path))
+            data = store.read_bytes(info.path)
         except ObjectNotFound:
             continue  # it ended between the listing and now
-        age_s = now - (info.modified_at or 0.0)
-        tree.pop("renewed_at")
-        run = RunInfo(**tree, age_s=age_s)
-        if age_s < STALE_AFTER_S and not _died_here(run):
+        name = info.path.removeprefix(f"{RUNS}/").removesuffix(".json")
+        run = _parse(name, data, now - (info.modified_at or 0.0))
+        if run.age_s < STALE_AFTER_S and not _died_here(run):
             found.append(run)
     return sorted(found, key=lambda run: run.run)
+
+
+def _parse(name: str, data: bytes, age_s: float) -> RunInfo:
+    try:
+        lease = build(_LeaseFile, load_json(data), ignore_unknown=True)
+    except ValueError:
+        return RunInfo(name, "", 0, 0, 0, 0, age_s)
+    return RunInfo(
+        run=name,
+        host=lease.host,
+        pid=lease.pid,
+        num_units=lease.num_units,
+        num_total=lease.num_total,
+        num_committed=lease.num_committed,
+        age_s=age_s,
+    )
 
 
 def _died_here(run: RunInfo) -> bool:

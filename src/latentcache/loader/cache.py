@@ -25,6 +25,7 @@ from functools import partial
 from pathlib import Path
 from threading import Event
 
+from latentcache.dataset.parse import SHA256
 from latentcache.dataset.receipts import DataFile
 from latentcache.errors import ConfigError, DatasetError, DiskFull, ObjectNotFound, StorageError
 from latentcache.storage import Store
@@ -98,6 +99,8 @@ class FileCache:
             StorageError: the store cannot be read, or the folder cannot be used.
             DiskFull: there is no room.
         """
+        if not re.fullmatch(SHA256, file.sha256):  # it becomes the name of a local file
+            raise DatasetError(f"{store.url_of(file.path)} has the hash {file.sha256!a:.80}")
         path = self.folder / file.sha256
         with self._hold(partial(_fetch, store, file, given_up), file, path):
             yield path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,10 +13,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from latentcache.dataset.contract import Contract, contract_diff
+from latentcache.dataset.layout import row_bytes, row_group_rows
 from latentcache.dataset.manifest import Manifest, ManifestName, read_files
 from latentcache.dataset.reader import open_manifest
 from latentcache.dataset.receipts import DataFile
-from latentcache.dataset.shards import row_group_rows
+from latentcache.dataset.shards import bucket_name, parse_bucket
 from latentcache.errors import ConfigError, ContractMismatch, DatasetError
 from latentcache.loader.order import Bucket, Ints, Stream
 from latentcache.storage import StorageOptions, Store
@@ -63,18 +65,47 @@ class Files:
         ]
         self._rows = pa.concat_tables(rows).combine_chunks()
         self._latents = pa.concat_tables(latents).combine_chunks()
-        if not self._rows["bucket"].equals(self._latents["bucket"]):
-            raise DatasetError(f"{sources[0].url}: its rows and its latents are not of one number")
+        for name in ("unit", "bucket", "num_rows"):
+            if not self._rows[name].equals(self._latents[name]):
+                raise DatasetError(
+                    f"{sources[0].url}: a unit's rows and latents differ in {name}: run "
+                    "`latentcache verify`"
+                )
         self.num_rows: Ints = self._rows["num_rows"].to_numpy().astype(np.int64)
         self.size_bytes: Ints = self._latents["size_bytes"].to_numpy()
         self.source_of: Ints = np.repeat(np.arange(len(sources)), [len(r) for r in rows])
         self.first_row: Ints = np.cumsum(self.num_rows) - self.num_rows
         names = self._rows["bucket"].combine_chunks().dictionary_encode()
-        self.buckets = [_parse_bucket(name) for name in names.dictionary.to_pylist()]
+        self.buckets = [parse_bucket(name) for name in names.dictionary.to_pylist()]
         self.bucket_of: Ints = names.indices.to_numpy(zero_copy_only=False).astype(np.int64)
+        self._check()
 
     def __len__(self) -> int:
         return len(self.num_rows)
+
+    def _check(self) -> None:
+        """Refuse buckets that no contract has, and files too small for their rows.
+
+        What is allocated by the number of rows is thereby bounded by the size of the files.
+        """
+        for number, source in enumerate(self.sources):
+            mine = self.source_of == number
+            known = set(source.contract.transform.buckets)
+            for index, bucket in enumerate(self.buckets):
+                chosen = mine & (self.bucket_of == index)
+                if not chosen.any():
+                    continue
+                if bucket not in known:
+                    raise DatasetError(
+                        f"{source.url} has rows of bucket {bucket_name(bucket)}, which its "
+                        "contract.json does not have"
+                    )
+                least = self.size_bytes[chosen] // row_bytes(source.contract, bucket)
+                if (self.num_rows[chosen] > least).any():
+                    raise DatasetError(
+                        f"{source.url} has files that are too small for the rows that manifest "
+                        f"{source.manifest.number} names: run `latentcache verify`"
+                    )
 
     @property
     def contract(self) -> Contract:
@@ -141,11 +172,6 @@ def _data_file(table: pa.Table, number: int) -> DataFile:
     return DataFile(**fields)
 
 
-def _parse_bucket(name: str) -> Bucket:
-    width, _, height = name.partition("x")
-    return int(width), int(height)
-
-
 def open_sources(
     urls: Sequence[str],
     manifests: Mapping[str, ManifestName] | ManifestName | None,
@@ -168,7 +194,7 @@ def open_sources(
         if isinstance(manifests, int) and len(urls) > 1:
             raise ConfigError("manifest must be {url: number} where several datasets are mixed")
         manifests = dict.fromkeys(urls, manifests)
-    manifests = manifests or {}
+    manifests = {os.fspath(url): name for url, name in (manifests or {}).items()}
     if unknown := manifests.keys() - set(urls):
         raise ConfigError(f"manifest names {min(unknown)}, which is not among the datasets")
     sources = [Source(*open_manifest(url, manifests.get(url), storage=storage)) for url in urls]

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from latentcache.dataset.contract import Contract
+from latentcache.dataset.layout import TORCH_DTYPES
 from latentcache.dataset.quantization import zero_and_scale
-from latentcache.dataset.shards import TORCH_DTYPES
 from latentcache.errors import ConfigError
 from latentcache.loader.order import Ints
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import warnings
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -12,9 +14,10 @@ from typing import Any
 
 import torch
 
+from latentcache.dataset.layout import row_group_rows
 from latentcache.dataset.manifest import ManifestName
-from latentcache.dataset.shards import bucket_name, row_group_rows
-from latentcache.errors import ConfigError, DatasetError, LatentCacheError
+from latentcache.dataset.shards import bucket_name
+from latentcache.errors import ConfigError, DatasetError, LatentCacheError, first_line
 from latentcache.loader.batch import Batch, BatchReader, Plan, hand_over
 from latentcache.loader.cache import parse_bytes
 from latentcache.loader.files import Files, open_sources
@@ -30,10 +33,18 @@ from latentcache.loader.order import (
     Tail,
 )
 from latentcache.loader.prefetch import prefetch
-from latentcache.loader.rows import MAX_AHEAD, RowReader, num_ranks_here, open_cache
+from latentcache.loader.rows import (
+    MAX_AHEAD,
+    RowReader,
+    environment_number,
+    num_ranks_here,
+    open_cache,
+)
 from latentcache.storage import StorageOptions
 
 _STATE_VERSION = 1
+
+_log = logging.getLogger(__name__)
 
 # Batches that are planned together, because NumPy's cost is mostly by call.
 _MAX_GROUP = 32
@@ -52,7 +63,8 @@ class LatentLoader:
             epoch's rows, of which there are as many as the datasets have together.
         batch_size: rows of a global batch. A rank gets its slice of it.
         seed: of the order, and of draws from the posterior.
-        rank, world_size: of this process; from `torch.distributed` where that is initialised.
+        rank, world_size: of this process. Left out, they are those of `torch.distributed` where
+            that is initialised, else the environment variables RANK and WORLD_SIZE, else 0 and 1.
         manifest: its number or "published", or {url: number}; the newest complete one if left
             out.
         shuffle: False reads in the order of the source shards, bucket after bucket.
@@ -81,7 +93,7 @@ class LatentLoader:
 
     def __init__(
         self,
-        url: str | Mapping[str, float],
+        url: str | os.PathLike[str] | Mapping[str, float],
         *,
         batch_size: int,
         seed: int = 0,
@@ -104,7 +116,11 @@ class LatentLoader:
     ) -> None:
         options = OrderOptions(batch_size, seed, shuffle, window_rows, block_rows, tail)
         self.rank, self.world_size = _place(rank, world_size, batch_size)
-        weights = {url: 1.0} if isinstance(url, str) else dict(url)
+        weights = (
+            {os.fspath(name): weight for name, weight in url.items()}
+            if isinstance(url, Mapping)
+            else {os.fspath(url): 1.0}
+        )
         if not weights:
             raise ConfigError("no dataset is given: url is empty")
         self._files = Files(open_sources(list(weights), manifest, storage))
@@ -116,7 +132,7 @@ class LatentLoader:
         )
         _check_order(self._order, self.num_rows, list(weights))
         self._finish = LatentFinish(self._files.contracts, dtype, normalize)
-        self._device = torch.device(device)
+        self._device = _device(device)
         self._cache = open_cache(self._files, cache_dir, cache_bytes)
         if self._cache:
             _check_cache(self._files, options, self._cache.max_bytes, self.world_size)
@@ -124,7 +140,11 @@ class LatentLoader:
         self._identity = self._describe(list(weights.values()))
         self._epoch, self._step = 0, 0
         self._is_begun = False
-        self._idle: list[BatchReader] = []
+        self._idle: list[tuple[int, BatchReader]] = []  # with the process that each belongs to
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A spawned process maps files for itself.
+        return {**self.__dict__, "_idle": []}
 
     def _describe(self, weights: Sequence[float]) -> dict[str, Any]:
         """All that the order depends on: a state of another order is refused by it."""
@@ -200,7 +220,9 @@ class LatentLoader:
 
     def _iterate(self, epoch: int, step: int) -> Iterator[Batch]:
         # Files stay mapped from epoch to epoch, unless two iterators are at work.
-        reader = self._idle.pop() if self._idle else self._make_reader()
+        pid = os.getpid()
+        self._idle = [idle for idle in self._idle if idle[0] == pid]
+        reader = self._idle.pop()[1] if self._idle else self._make_reader()
         plans = self._plan(epoch, step, reader)
         try:
             batches = prefetch(plans, reader.read, self._num_ahead, reader.rows.give_up)
@@ -211,8 +233,9 @@ class LatentLoader:
                 self._is_begun = self._step > 0
                 yield batch
         finally:
-            reader.rows.forget_prepared()
-            self._idle.append(reader)
+            if os.getpid() == pid:
+                reader.rows.forget_prepared()
+                self._idle.append((pid, reader))
 
     @property
     def _num_ahead(self) -> int:
@@ -274,6 +297,8 @@ def _place(rank: int | None, world_size: int | None, batch_size: int) -> tuple[i
         rank, world_size = 0, 1
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        else:
+            rank, world_size = _place_of_environment()
     if not 0 <= rank < world_size:
         raise ConfigError(f"rank {rank} is not one of {world_size}")
     if batch_size % world_size:
@@ -282,6 +307,37 @@ def _place(rank: int | None, world_size: int | None, batch_size: int) -> tuple[i
             "share it evenly"
         )
     return rank, world_size
+
+
+def _place_of_environment() -> tuple[int, int]:
+    """Return the rank and world size that torchrun and its like set; (0, 1) where there are none.
+
+    Raises:
+        ConfigError: one is set without the other, or they are no rank and world size.
+    """
+    rank, world_size = environment_number("RANK"), environment_number("WORLD_SIZE")
+    if rank is None and world_size is None:
+        return 0, 1
+    if rank is None or world_size is None or rank >= world_size:
+        raise ConfigError(
+            f"the environment has RANK {rank} and WORLD_SIZE {world_size}, which do not go "
+            "together: correct them, or give rank and world_size"
+        )
+    _log.info("rank %d of %d, from RANK and WORLD_SIZE", rank, world_size)
+    return rank, world_size
+
+
+def _device(device: torch.device | str) -> torch.device:
+    """Return a device that batches can be moved to."""
+    try:
+        found = torch.device(device)
+        is_cuda = found.type == "cuda"
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(f"device is {device!r}: {first_line(error)}") from error
+    if is_cuda and (found.index or 0) >= torch.cuda.device_count():
+        num = torch.cuda.device_count()
+        raise ConfigError(f"device is {str(device)!r}, and torch sees {num} GPUs: use 'cpu'")
+    return found
 
 
 def _check_rows(files: Files, num_rows: Ints, urls: Sequence[str]) -> None:

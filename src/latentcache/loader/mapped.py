@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex, overload
 
 import numpy as np
 import torch
 
 from latentcache.dataset.manifest import ManifestName
+from latentcache.dataset.reader import row_position
 from latentcache.loader.files import Files, open_sources
 from latentcache.loader.join import Join, Joined
 from latentcache.loader.latents import LatentFinish
@@ -23,9 +24,10 @@ class LatentDataset(torch.utils.data.Dataset[dict[str, Any]]):
     """Rows of a latent dataset by index, in the order of `open_dataset`.
 
     A row is a dict: `latents` [C, h, w]; `original_size`, `crop_top_left` and `target_size`, [2]
-    int64, height or top first; and the columns. PyTorch's `DataLoader` fetches whole batches
-    (`__getitems__`) and may fork or spawn workers. To be stacked, the latents of a batch must be of
-    one bucket: `bucket_of` tells.
+    int64, height or top first; and the columns. Text that a sample lacks is "" and a class number
+    -1, because PyTorch's default collate function refuses None. PyTorch's `DataLoader` fetches
+    whole batches (`__getitems__`) and may fork or spawn workers. To be stacked, the latents of a
+    batch must be of one bucket: `bucket_of` tells.
 
     Where moments are stored, a draw takes its numbers from torch's own generator, which a
     `DataLoader` seeds in each worker.
@@ -43,7 +45,7 @@ class LatentDataset(torch.utils.data.Dataset[dict[str, Any]]):
 
     def __init__(
         self,
-        url: str,
+        url: str | os.PathLike[str],
         *,
         manifest: ManifestName | None = None,
         dtype: torch.dtype = torch.float32,
@@ -54,7 +56,7 @@ class LatentDataset(torch.utils.data.Dataset[dict[str, Any]]):
         cache_bytes: int | str = "100gb",
         storage: StorageOptions | None = None,
     ) -> None:
-        self._files = Files(open_sources([url], manifest, storage))
+        self._files = Files(open_sources([os.fspath(url)], manifest, storage))
         self.contract = self._files.contract
         self._joined = Joined(self._files, join, columns)
         self._finish = LatentFinish(self._files.contracts, dtype, normalize)
@@ -79,16 +81,22 @@ class LatentDataset(torch.utils.data.Dataset[dict[str, Any]]):
         """Index of each row's bucket in `buckets`, [len] int64: a sampler groups rows by it."""
         return torch.from_numpy(np.repeat(self._files.bucket_of, self._joined.num_rows))
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    @overload
+    def __getitem__(self, index: SupportsIndex) -> dict[str, Any]: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[dict[str, Any]]: ...
+
+    def __getitem__(self, index: SupportsIndex | slice) -> dict[str, Any] | list[dict[str, Any]]:
+        """Read one row, or a list of those of a slice."""
+        if isinstance(index, slice):
+            return self.__getitems__(range(*index.indices(len(self))))
         return self.__getitems__([index])[0]
 
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+    def __getitems__(self, indices: Sequence[SupportsIndex]) -> list[dict[str, Any]]:
         """Read many rows at once; PyTorch's `DataLoader` calls this."""
-        positions = np.asarray(indices, np.int64)
-        outside = (positions < -len(self)) | (positions >= len(self))
-        if outside.any():
-            raise IndexError(f"row {positions[outside][0]} of {len(self)}")
-        positions = np.where(positions < 0, positions + len(self), positions)
+        num_rows = len(self)
+        positions = np.array([row_position(index, num_rows) for index in indices], np.int64)
         files = np.searchsorted(self._ends, positions, "right")
         rows, partners = self._joined.find(
             files, positions - (self._ends - self._joined.num_rows)[files]
@@ -101,7 +109,9 @@ class LatentDataset(torch.utils.data.Dataset[dict[str, Any]]):
             for number, place in enumerate(places.tolist()):
                 found[place] = {name: values[number] for name, values in read.items()}
                 found[place] |= {name: values[place] for name, values in joined.items()}
-        return found
+        return [
+            {name: "" if value is None else value for name, value in row.items()} for row in found
+        ]
 
     def _read(self, bucket: Bucket, files: Ints, rows: Ints) -> dict[str, Any]:
         """Read rows of one bucket: tensors and lists of as many values."""

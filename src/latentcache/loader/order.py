@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from math import inf, isqrt
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -259,6 +259,13 @@ class _Shuffled:
         self._first_row = np.concatenate([[0], np.cumsum(stream.num_rows)])
         self._file_of_block = np.repeat(np.arange(len(ends)), np.diff(self._first_block))
         # Two passes: a range of rows may reach from one into the next.
+        self._blocks = lru_cache(2)(self._permute_blocks)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_blocks"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
         self._blocks = lru_cache(2)(self._permute_blocks)
 
     def find(self, numbers: Ints) -> tuple[Ints, ...]:

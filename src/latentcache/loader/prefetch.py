@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import weakref
@@ -15,10 +16,14 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from latentcache.errors import ConfigError
+
 P = TypeVar("P")
 T = TypeVar("T")
 
 _NUM_THREADS = 2
+
+_FIRST_PID = os.getpid()
 
 
 def prefetch(
@@ -32,7 +37,12 @@ def prefetch(
     Two threads take turns: while one makes the next plan, the other does the work of the last, most
     of which is copying, without the interpreter lock. What they raise is raised here, in its turn.
     `plans` is closed when this iterator is; `give_up` is called before, to let work that waits end.
+
+    Raises:
+        ConfigError: a process that was forked while this iterator was at work goes on with it. The
+            threads are the parent's.
     """
+    pid = os.getpid()
     pool = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="latentcache-prefetch")
     turn = threading.Condition()
     tickets, next_ticket = count(), 0
@@ -50,18 +60,29 @@ def prefetch(
 
     ahead: deque[Future[T | None]] = deque()
     # Also at the interpreter's end, which would otherwise find this iterator without its modules.
-    stop = weakref.finalize(ahead, pool.shutdown, cancel_futures=True)
+    stop = weakref.finalize(ahead, _shut_down, pool, pid)
     try:
         # In here: after a Ctrl-C while a thread starts, the pool does not know of it.
         ahead.extend(pool.submit(run, next(tickets)) for _ in range(depth))
         while (item := ahead.popleft().result()) is not None:
             ahead.append(pool.submit(run, next(tickets)))
             yield item
+            if os.getpid() != pid:
+                raise ConfigError(
+                    "this iterator of a LatentLoader belongs to the process that was forked: in "
+                    "the new process, iterate over the loader anew"
+                )
     finally:
-        give_up()
-        stop()
-        with turn:
-            plans.close()
+        if os.getpid() == pid:  # the locks of another process may never be free here
+            give_up()
+            stop()
+            with turn:
+                plans.close()
+
+
+def _shut_down(pool: ThreadPoolExecutor, pid: int) -> None:
+    if os.getpid() == pid:
+        pool.shutdown(cancel_futures=True)
 
 
 class Memory:
@@ -75,7 +96,8 @@ class Memory:
     def __init__(self) -> None:
         self._buffers: list[np.ndarray[tuple[int], np.dtype[np.uint8]]] = []
         self._lock = threading.Lock()
-        self._is_pinned = torch.cuda.is_available()
+        # CUDA cannot be used in a process that was forked.
+        self._is_pinned = torch.cuda.is_available() and os.getpid() == _FIRST_PID
 
     def take(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """Give a tensor that shares memory with no other that is alive; its values are any."""

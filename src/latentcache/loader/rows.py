@@ -22,9 +22,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from latentcache.dataset.layout import latent_offsets, row_bytes, row_group_rows
 from latentcache.dataset.receipts import DataFile
-from latentcache.dataset.shards import column_type, latent_offsets, row_bytes, row_group_rows
-from latentcache.errors import DatasetError, ObjectNotFound
+from latentcache.dataset.shards import check_schema, column_type
+from latentcache.errors import ConfigError, DatasetError, ObjectNotFound
 from latentcache.loader.cache import FileCache, default_cache_dir, parse_bytes
 from latentcache.loader.files import Files
 from latentcache.loader.order import Bucket, Ints
@@ -116,6 +117,8 @@ class _Gather:
 
 class RowReader:
     """Reads rows of numbered files; for one thread, in the process that made it.
+
+    A forked process needs another one: threads and locks of its parent do not work in it.
 
     Args:
         files: what there is.
@@ -259,14 +262,16 @@ class RowReader:
         store = self._files.store_of(file)
         described = self._files.latents_file(file)
         rows = latents = self._map(store, described)
+        mapped = [latents]
         if contract.latents.format == "safetensors":
             rows = self._map(store, self._files.rows_file(file))
+            mapped.append(rows)
         with _reading(store, described):
-            offsets = latent_offsets(_reader(latents), contract, bucket, described.num_rows)
+            readers = [_reader(region) for region in mapped]
+            offsets = latent_offsets(readers, contract, bucket, described.num_rows)
         with _reading(store, self._files.rows_file(file)):
             metadata = pq.read_metadata(_reader(rows))
-            if (metadata.num_rows, metadata.num_row_groups) != (described.num_rows, len(offsets)):
-                raise DatasetError("its rows are not those of its latents")
+            check_schema(metadata.schema.to_arrow_schema(), contract)
         return _Open(latents, rows, metadata, offsets)
 
     def _load_group(self, group: int) -> None:
@@ -279,6 +284,9 @@ class RowReader:
             there = set(opened.metadata.schema.to_arrow_schema().names)
             names = [*SIZES, *(name for name in self._names if name in there)]
             table = parquet.read_row_group(number, columns=names, use_threads=False)
+            table.validate(full=True)
+            if table.num_rows != self._rows_of_group(file, number):
+                raise DatasetError(f"row group {number} has {table.num_rows} rows")
             sizes = np.stack([table[name].to_numpy() for name in SIZES], axis=1, dtype=np.int64)
             columns = {
                 name: _to_list(table[name]) if name in there else _no_values(name, table.num_rows)
@@ -289,6 +297,10 @@ class RowReader:
         self._groups[group] = _Group(torch.from_numpy(sizes), columns, num_bytes)
         self._groups_bytes += num_bytes
         self._sizes_address[group] = self._sizes.add(self._groups[group].sizes)
+
+    def _rows_of_group(self, file: int, number: int) -> int:
+        group_rows = int(self._group_rows[file])
+        return min(group_rows, int(self._files.num_rows[file]) - number * group_rows)
 
     def _forget_groups(self) -> None:
         """Let go of the columns used longest ago, when they take too much memory."""
@@ -323,7 +335,21 @@ def _share_of_cache(files: Files, cache: FileCache | None) -> int:
 
 def num_ranks_here() -> int:
     """Count the ranks on this node, which share its cache, as torchrun and its like tell it."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, environment_number("LOCAL_WORLD_SIZE") or 1)
+
+
+def environment_number(name: str) -> int | None:
+    """Read a whole number from an environment variable; None where it is not set.
+
+    Raises:
+        ConfigError: it is not a whole number of at least 0.
+    """
+    text = os.environ.get(name, "").strip()
+    if not text:
+        return None
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise ConfigError(f"the environment variable {name} is {text!r:.60}, not a whole number")
+    return int(text)
 
 
 @contextmanager
@@ -331,7 +357,7 @@ def _reading(store: Store, file: DataFile) -> Iterator[None]:
     """Name the file in whatever is wrong with it."""
     try:
         yield
-    except (pa.ArrowException, OSError, ValueError, KeyError, DatasetError) as error:
+    except (pa.ArrowException, OSError, ValueError, KeyError, RuntimeError, DatasetError) as error:
         url = store.url_of(file.path)
         raise DatasetError(f"{url} is damaged: {error}; run `latentcache verify`") from error
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
@@ -13,12 +15,13 @@ from pathlib import Path
 import pyarrow as pa
 
 from latentcache.dataset.contract import Contract
+from latentcache.dataset.layout import TORCH_DTYPES, latent_offsets
 from latentcache.dataset.manifest import ManifestName
 from latentcache.dataset.parquet import read_table
 from latentcache.dataset.quantization import is_finite
 from latentcache.dataset.reader import open_dataset
 from latentcache.dataset.receipts import DataFile, UnitRecord, read_receipts
-from latentcache.dataset.shards import REJECT_SCHEMA, TORCH_DTYPES, iterate_latents
+from latentcache.dataset.shards import REJECT_SCHEMA, iterate_latents
 from latentcache.errors import DatasetError, ObjectNotFound
 from latentcache.storage import StorageOptions, Store
 
@@ -53,7 +56,7 @@ class Verification:
 
 
 def verify(
-    url: str,
+    url: str | os.PathLike[str],
     manifest: ManifestName | None = None,
     *,
     storage: StorageOptions | None = None,
@@ -174,7 +177,7 @@ def _check_object(store: Store, file: DataFile, target: Path | None) -> str | No
 def _check_rejects(local: Path, num_rejects: int) -> str | None:
     try:
         table = read_table(local)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError, DatasetError) as error:
         return f"cannot be read: {error}"
     if not table.schema.equals(REJECT_SCHEMA):
         return "has another schema"
@@ -193,6 +196,9 @@ def _check_rows(
     )
     num_rows = 0
     try:
+        with ExitStack() as stack:
+            opened = [stack.enter_context(path.open("rb")) for path in local]
+            latent_offsets(opened, contract, (width_px, height_px), file.num_rows)
         for key, latent in iterate_latents(local):
             num_rows += 1
             if key in keys:

@@ -1,0 +1,178 @@
+"""Where latents lie in data files, found and checked without reading them.
+
+A loader copies latents from memory-mapped files by address. So all that an address follows from is
+checked here, before one is made: the footer, the row groups of all files of a bucket, and the
+header of the page that holds the latents of a row group.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from typing import BinaryIO, TypeAlias
+
+import torch
+
+from latentcache.dataset.contract import Contract
+from latentcache.dataset.parquet import checked_footer
+from latentcache.dataset.parse import Count, check, load_json
+from latentcache.errors import DatasetError
+from latentcache.parquet_footer import ColumnChunk, DamagedFooter, Footer, read_page_header
+
+# Row groups of 8 to 32 MiB stream well and are read whole; 1,024 rows bound a shuffle window.
+ROW_GROUP_BYTES = 16 * 2**20
+ROW_GROUP_ROWS = 1024
+
+# The longest header that a page without statistics has is far below this.
+_PAGE_HEADER_BYTES = 256
+
+# A codec, a physical type and encodings of parquet.thrift: PLAIN, and RLE for levels.
+_UNCOMPRESSED, _BYTE_ARRAY = 0, 6
+_PLAIN_ENCODINGS = {0, 3}
+
+TORCH_DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "int8": torch.int8,
+}
+SAFETENSORS_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "int8": "I8"}
+
+
+File: TypeAlias = BinaryIO  # or pyarrow's, which has no types
+
+
+def row_group_rows(contract: Contract, bucket: tuple[int, int]) -> int:
+    """Rows of a whole row group; the last one of a file may have fewer."""
+    return max(1, min(ROW_GROUP_ROWS, ROW_GROUP_BYTES // row_bytes(contract, bucket)))
+
+
+def row_bytes(contract: Contract, bucket: tuple[int, int]) -> int:
+    """Bytes of one stored latent."""
+    return math.prod(contract.latent_shape(bucket)) * TORCH_DTYPES[contract.latents.dtype].itemsize
+
+
+def latent_offsets(
+    files: Sequence[File], contract: Contract, bucket: tuple[int, int], num_rows: int
+) -> list[int]:
+    """Find where latents lie in a bucket's files, so that they can be read without a reader.
+
+    Args:
+        files: the open Parquet file, or safetensors and its rows.
+        contract: what they were written under.
+        bucket: (width, height) in pixels.
+        num_rows: that they are said to hold.
+
+    Returns:
+        For each row group (of `row_group_rows` rows, the last one fewer), the byte of the first
+        file at which its first latent begins. The next ones follow at a stride of `row_bytes`, in
+        Parquet 4 more, for the length that stands before each. All of them lie within the file.
+
+    Raises:
+        DatasetError: a file is damaged, has another number of rows, or another layout.
+    """
+    size, group_rows = row_bytes(contract, bucket), row_group_rows(contract, bucket)
+    footer = checked_footer(files[-1])
+    expected = [min(group_rows, num_rows - first) for first in range(0, num_rows, group_rows)]
+    if [group.num_rows for group in footer.row_groups] != expected:
+        raise DatasetError(
+            f"it has {footer.num_rows} rows in {len(footer.row_groups)} row groups; expected are "
+            f"{num_rows} rows in groups of {group_rows}"
+        )
+    if contract.latents.format == "safetensors":
+        tensor = SafetensorsRows(files[0])
+        found = (tensor.num_rows, *tensor.shape, tensor.dtype)
+        if found != (num_rows, *contract.latent_shape(bucket), contract.latents.dtype):
+            raise DatasetError(f"latents are {tensor.num_rows} {tensor.dtype} of {tensor.shape}")
+        return [tensor.start + first * size for first in range(0, num_rows, group_rows)]
+    offsets, end = [], 0
+    for number, rows in enumerate(expected):
+        chunk = _latent_chunk(footer, number)
+        if chunk.start < end:
+            raise DatasetError(f"row group {number} lies within the one before")
+        offsets.append(_first_latent(files[0], chunk, rows, size, number))
+        end = chunk.end
+    return offsets
+
+
+def _latent_chunk(footer: Footer, number: int) -> ColumnChunk:
+    chunks = [c for c in footer.row_groups[number].columns if c.path == ("latent",)]
+    if len(chunks) != 1:
+        raise DatasetError(f"row group {number} has {len(chunks)} columns `latent`, not one")
+    return chunks[0]
+
+
+def _first_latent(file: File, chunk: ColumnChunk, rows: int, size: int, number: int) -> int:
+    """Check that a chunk is one plain page of latents; return the byte at which the first begins.
+
+    The page's header has to say so, and to end exactly where the lengths and latents begin.
+    """
+    file.seek(chunk.data_page_offset)
+    data = file.read(_PAGE_HEADER_BYTES)
+    try:
+        header = read_page_header(data)
+    except DamagedFooter as error:
+        raise DatasetError(f"row group {number}: damaged page header: {error}") from error
+    num_bytes = rows * (4 + size)
+    is_plain = (
+        header is not None
+        and not header.is_dictionary
+        and header.uncompressed_size == header.compressed_size == num_bytes
+        and header.header_size + num_bytes == chunk.total_compressed_size
+        and chunk.num_values == rows
+        and chunk.codec == _UNCOMPRESSED
+        and chunk.physical_type == _BYTE_ARRAY
+        and chunk.dictionary_page_offset is None
+        and set(chunk.encodings) <= _PLAIN_ENCODINGS
+    )
+    if header is None or not is_plain:
+        raise DatasetError(f"row group {number} has another layout than docs/format.md says")
+    first = chunk.data_page_offset + header.header_size
+    file.seek(first)
+    if int.from_bytes(file.read(4), "little") != size:
+        raise DatasetError(f"row group {number} has another layout than docs/format.md says")
+    return first + 4
+
+
+def tensor_from_bytes(data: bytes, dtype: str, shape: Sequence[int]) -> torch.Tensor:
+    """Make a tensor of one row's bytes."""
+    # bytearray: torch warns about memory that it must not write to.
+    return torch.frombuffer(bytearray(data), dtype=TORCH_DTYPES[dtype]).reshape(list(shape))
+
+
+class SafetensorsRows:
+    """Rows of the stacked tensor of a safetensors file, read one range at a time.
+
+    Raises:
+        DatasetError: the header is damaged or names no tensor `latents`.
+    """
+
+    def __init__(self, file: File) -> None:
+        self._file = file
+        file.seek(0)
+        try:
+            length = int.from_bytes(file.read(8), "little")
+            if length > 2**20:
+                raise ValueError("header too long")
+            entry = load_json(file.read(length))["latents"]
+            names = {code: name for name, code in SAFETENSORS_DTYPES.items()}
+            self.dtype = names[entry["dtype"]]
+            self.num_rows, *self.shape = check(tuple[Count, ...], entry["shape"], "shape")
+            start, end = check(tuple[Count, Count], entry["data_offsets"], "data_offsets")
+            row_bytes = math.prod(self.shape) * TORCH_DTYPES[self.dtype].itemsize
+            if (start, end) != (0, self.num_rows * row_bytes):
+                raise ValueError(f"{self.num_rows} rows of {self.shape} from {start} to {end}")
+            if file.seek(0, os.SEEK_END) != 8 + length + end:
+                raise ValueError("the file ends elsewhere")
+        except (ValueError, KeyError, TypeError) as error:
+            raise DatasetError(f"damaged safetensors header: {error}") from error
+        self.start = 8 + length
+        self._row_bytes = row_bytes
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        self._file.seek(self.start + index * self._row_bytes)
+        data = self._file.read(self._row_bytes)
+        if len(data) < self._row_bytes:
+            raise DatasetError("damaged safetensors file: it ends early")
+        return tensor_from_bytes(data, self.dtype, self.shape)
