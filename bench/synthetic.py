@@ -36,6 +36,7 @@ def make_contract(
     dtype: str = "float16",
     format: str = "parquet",
     shift_factor: float = 0.0,
+    key_column: str | None = None,
 ) -> Contract:
     """Make a contract as a run with a kl-f8 autoencoder would."""
     num_channels = 8 if posterior == "moments" else 4
@@ -59,7 +60,7 @@ def make_contract(
             max_pixels=2**28,
         ),
         latents=LatentContract(posterior, dtype, format, "fp32", quantization),
-        source=SourceContract(("jpg",)),
+        source=SourceContract(("jpg",), key_column),
     )
 
 

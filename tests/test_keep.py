@@ -390,7 +390,7 @@ def test_an_unfinished_rewrite_reads_null_where_rows_lack_a_column(tmp_path: Pat
     }
     assert (by_key["k000"], by_key["k004"]) == ((0, '{"n": 0}'), (-1, None))
     mapped = LatentDataset(url, columns=["key", "json"], **options)
-    assert {row["key"]: row["json"] for row in mapped}["k004"] is None
+    assert {row["key"]: row["json"] for row in mapped}["k004"] == ""
     assert run(after).status == "complete"
     assert columns_in(latentcache.open_dataset(url))["k004"] == {"cls": 4, "json": '{"n": 4}'}
 
@@ -498,7 +498,7 @@ def test_a_large_source_is_judged_by_units_from_all_over_it(
     monkeypatch.setattr(fields_module, "MIN_UNITS", 3)
     monkeypatch.setattr(fields_module, "MIN_SAMPLES", 3)
     for number in range(12):
-        members = [("a.png", png(64, 64, number))]
+        members = [("a.png", png(64, 64, number)), ("a.json", b"{}")]
         write_tar(tmp_path / "src" / f"{number:02d}.tar", members)
     source = {"shards": f"{tmp_path}/src/*.tar"}
     with pytest.raises(ConfigError, match="no sample of the first 3 units has"):

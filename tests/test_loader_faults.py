@@ -180,7 +180,7 @@ def test_no_wrong_number_in_a_safetensors_header_is_believed(tmp_path: Path) -> 
 def test_what_is_no_dataset_is_named(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=f"{tmp_path} is not a latent dataset"):
         LatentLoader(str(tmp_path), batch_size=4)
-    with pytest.raises(ConfigError, match="cannot use nonsense:// URLs"):
+    with pytest.raises(ConfigError, match="nonsense:// URLs are not supported"):
         LatentLoader("nonsense://there", batch_size=4)
     with pytest.raises(ConfigError, match="no dataset is given"):
         LatentLoader({}, batch_size=4)

@@ -610,7 +610,11 @@ def test_a_source_of_several_units_counts_when_all_are_committed(output: Output)
     parts = [Unit.of("a.parquet", 10, "v1", CONTRACT, f"{index}/2") for index in range(2)]
     for index, unit in enumerate(parts):
         receipt = receipt_of(("a.parquet", "v1"), 0)
-        receipt = replace(receipt, record=replace(receipt.record, unit=unit))
+        files = tuple(
+            replace(file, path=file.path.replace(receipt.record.unit.id, unit.id))
+            for file in receipt.record.files
+        )
+        receipt = replace(receipt, record=replace(receipt.record, unit=unit, files=files))
         assert output.store.put_if_absent(receipt.path, receipt.to_bytes())
         _, manifest = write_next(
             State(output.store), CONTRACT, 1, lambda: {"a.parquet": parts}, on_missing="keep"
@@ -707,6 +711,7 @@ def another(path: str, value: object) -> object:
         "vae.latents_mean": [0.5] * 4,
         "vae.latents_std": [0.5] * 4,
         "vae.pixel_range": [0, 1],
+        "vae.downsample_factor": 16,
         "transform.buckets": [[8, 8]],
         "transform.min_side_px": 8,
         "transform.max_upscale": 2.0,

@@ -47,7 +47,7 @@ MIXES: dict[str, Sequence[Mapping[tuple[int, int], int]]] = {
 CONTRACTS: dict[str, dict[str, Any]] = {
     "one bucket": {"format": "parquet"},
     "skewed": {"format": "safetensors"},
-    "many files": {"format": "parquet", "columns": ("caption", "cls")},
+    "many files": {"format": "parquet", "key_column": "id"},
 }
 
 

@@ -144,7 +144,15 @@ def rewrite(store: Store, change: Callable[[pa.Table], pa.Table]) -> None:
     (receipt,) = read_receipts(store, list_receipt_names(store))
     (file,) = receipt.record.files
     path = Path(store.url.removeprefix("file://")) / file.path
-    pq.write_table(change(pq.read_table(path)), path)
+    table = change(pq.read_table(path))
+    compression = {name: "NONE" if name == "latent" else "ZSTD" for name in table.schema.names}
+    pq.write_table(  # laid out as docs/format.md says
+        table,
+        path,
+        compression=compression | {"latent_shape.list.element": "ZSTD"},
+        use_dictionary=["latent_dtype"],
+        write_statistics=[name for name in table.schema.names if name != "latent"],
+    )
     entry = describe_file(path, file.path, file.num_rows, file.bucket)
     changed = replace(receipt, record=replace(receipt.record, files=(entry,)))
     shutil.rmtree(path.parents[2] / "commits")

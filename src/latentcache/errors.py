@@ -9,6 +9,7 @@
      │    ├── AccessDenied          1   credentials or file permissions do not allow it
      │    └── DiskFull              1   the disk or bucket has no room left: the whole run stops
      ├── SourceError                1   a source shard cannot be listed or read
+     │    ├── FieldMissing          1   a file has no column for a field that is to be kept
      │    └── SourceChanged         1   a source shard was overwritten: its unit is planned anew
      ├── DatasetError               1   what lies on disk is not a readable latent dataset
      ├── ClusterError               1   Ray cannot give what the config asks for

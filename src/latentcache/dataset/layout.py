@@ -74,6 +74,8 @@ def latent_offsets(
     """
     size, group_rows = row_bytes(contract, bucket), row_group_rows(contract, bucket)
     footer = checked_footer(files[-1])
+    if footer.num_rows != num_rows:
+        raise DatasetError(f"it holds {footer.num_rows} rows, the receipt says {num_rows}")
     expected = [min(group_rows, num_rows - first) for first in range(0, num_rows, group_rows)]
     if [group.num_rows for group in footer.row_groups] != expected:
         raise DatasetError(

@@ -22,6 +22,12 @@ import pyarrow as pa
 import torch
 
 from latentcache.dataset.contract import Contract
+from latentcache.dataset.layout import (
+    latent_offsets,
+    row_bytes,
+    row_group_rows,
+    tensor_from_bytes,
+)
 from latentcache.dataset.parquet import read_table
 from latentcache.dataset.quantization import to_values
 from latentcache.dataset.receipts import DataFile, QaFile, Receipt, read_receipts
@@ -32,10 +38,6 @@ from latentcache.dataset.shards import (
     RowMeta,
     describe_file,
     iterate_latents,
-    latent_offsets,
-    row_bytes,
-    row_group_rows,
-    tensor_from_bytes,
     write_rejects,
 )
 from latentcache.dataset.statistics import Statistics
@@ -379,7 +381,9 @@ class _StoredRows:
         self._group_rows = row_group_rows(contract, self.bucket)
         self._raw = paths[0].open("rb")
         try:
-            self._offsets = latent_offsets(self._raw, contract, self.bucket, num_rows)
+            with paths[-1].open("rb") as rows:
+                files = [self._raw] if len(paths) == 1 else [self._raw, rows]
+                self._offsets = latent_offsets(files, contract, self.bucket, num_rows)
             table = read_table(paths[-1], ["key", *_SIZES])
         except (DatasetError, pa.ArrowException, OSError) as error:
             self._raw.close()
