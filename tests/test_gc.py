@@ -73,7 +73,11 @@ class World:
         paths = [f"data/{stem}-8x8.parquet", f"rejects/{stem}.parquet", f"qa/{stem}.parquet"]
         for path in paths:
             self.store.put(path, b"some")
-        data, rejects, qa = (DataFile(path, 4, "0" * 64, 1, "8x8") for path in paths)
+        buckets = ("8x8", "", "")
+        data, rejects, qa = (
+            DataFile(path, 4, "0" * 64, 1, bucket)
+            for path, bucket in zip(paths, buckets, strict=True)
+        )
         seen = QaFile(qa, {"8x8": 1}, 30.0, 60.0)
         return UnitRecord(unit, generation, attempt, 2, 1, 1, (data,), rejects, seen)
 

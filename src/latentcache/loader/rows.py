@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 import torch
 
 from latentcache.dataset.layout import latent_offsets, row_bytes, row_group_rows
+from latentcache.dataset.parquet import checked_footer
 from latentcache.dataset.receipts import DataFile
 from latentcache.dataset.shards import check_schema, column_type
 from latentcache.errors import ConfigError, DatasetError, ObjectNotFound
@@ -266,6 +267,8 @@ class RowReader:
         if contract.latents.format == "safetensors":
             rows = self._map(store, self._files.rows_file(file))
             mapped.append(rows)
+            with _reading(store, self._files.rows_file(file)):
+                checked_footer(_reader(rows))  # first, so that the right file is named
         with _reading(store, described):
             readers = [_reader(region) for region in mapped]
             offsets = latent_offsets(readers, contract, bucket, described.num_rows)
