@@ -196,6 +196,8 @@ def require_format(tree: Any, where: str) -> None:
             `where`.
     """
     version = tree.get("format_version") if isinstance(tree, dict) else None
+    if version is None:
+        raise DatasetError(f"{where} is damaged: it names no format version")
     if version != FORMAT_VERSION or isinstance(version, bool | float):
         raise DatasetError(
             f"{where} has format version {version!r:.20}; this latentcache reads "
