@@ -229,11 +229,13 @@ class Store:
         return self._retry(path, lambda: cast(bytes, self._fs.cat_file(self._full(path))))
 
     def open(self, path: str, *, readahead: bool = True) -> BinaryIO:
-        """Open an object for reading. Errors of later reads are foreign: read inside `named`.
+        """Open an object for reading; opening and every read raise `StorageError`, no `OSError`.
 
-        Without `readahead`, each read asks a remote store for just those bytes.
+        So an `OSError` of what decodes the bytes, such as Arrow, is damage and not the store's
+        doing. Without `readahead`, each read asks a remote store for just those bytes.
         """
-        return self._retry(path, lambda: cast(BinaryIO, self._open(path, readahead)))
+        file = self._retry(path, lambda: self._open(path, readahead))
+        return cast(BinaryIO, _StoreFile(self, path, file))
 
     def _open(self, path: str, readahead: bool = True) -> Any:
         options = {} if readahead else {"cache_type": "none"}
@@ -531,6 +533,34 @@ class Store:
             return self.read_bytes(path)
         except ObjectNotFound:
             return None
+
+
+class _StoreFile(io.RawIOBase):
+    """An open object whose reads raise `StorageError`."""
+
+    def __init__(self, store: Store, path: str, file: Any) -> None:
+        self._store, self._path, self._file = store, path, file
+
+    def read(self, size: int = -1) -> bytes:
+        with self._store.named(self._path):
+            return cast(bytes, self._file.read(size))
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        with self._store.named(self._path):
+            return int(self._file.seek(offset, whence))
+
+    def tell(self) -> int:
+        return int(self._file.tell())
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def _is_dangling(entry: os.DirEntry[str]) -> bool:

@@ -60,7 +60,9 @@ def _edit(rng: random.Random, tree: Any, others: Any) -> Any:
         if kind < 0.8 and isinstance(tree, int | float):
             return tree + rng.choice([1, -1, 0.5, 2**40])
         if kind < 0.8 and isinstance(tree, str):
-            return mutate_bytes(rng, tree.encode(), [b"x"]).decode("utf-8", "surrogateescape")
+            return mutate_bytes(rng, tree.encode("utf-8", "replace"), [b"x"]).decode(
+                "utf-8", "replace"
+            )
         return copy.deepcopy(others)
     if isinstance(tree, list):
         index, kind = rng.randrange(len(tree)), rng.random()

@@ -6,7 +6,8 @@ pyarrow aborts the process for some damaged footers; see `parquet_footer.py`.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,6 +17,7 @@ import pyarrow.parquet as pq
 
 from latentcache.errors import DatasetError
 from latentcache.parquet_footer import DamagedFooter, Footer, footer_size, read_footer
+from latentcache.storage import Store
 
 
 def checked_footer(file: BinaryIO | pa.NativeFile) -> Footer:
@@ -37,6 +39,19 @@ def checked_footer(file: BinaryIO | pa.NativeFile) -> Footer:
         raise DatasetError(f"damaged Parquet footer: {error}") from error
     finally:
         file.seek(0)
+
+
+@contextmanager
+def naming_damage(store: Store, path: str) -> Iterator[None]:
+    """Name the object in an error of what decodes it: `DatasetError`.
+
+    What the store itself raises passes: to read from it raises no `OSError`.
+    """
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError, KeyError, RuntimeError, DatasetError) as error:
+        url = store.url_of(path)
+        raise DatasetError(f"{url} is damaged: {error}; run `latentcache verify`") from error
 
 
 def open_parquet(source: Any) -> pq.ParquetFile:

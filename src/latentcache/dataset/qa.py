@@ -193,9 +193,9 @@ def _open(store: Store, record: UnitRecord) -> Iterator[BinaryIO]:
     assert record.qa
     path = record.qa.file.path
     try:
-        with store.named(path), store.open(path) as file:
+        with store.open(path) as file:
             yield file
-    except (pa.ArrowException, ValueError, ObjectNotFound, DatasetError) as error:
+    except (pa.ArrowException, OSError, ValueError, ObjectNotFound, DatasetError) as error:
         raise DatasetError(f"{store.url_of(path)} is gone or damaged: {error}") from error
 
 

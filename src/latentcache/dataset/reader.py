@@ -6,7 +6,6 @@ import operator
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -20,7 +19,7 @@ import torch
 from latentcache.dataset.contract import Contract, require_contract
 from latentcache.dataset.layout import SafetensorsRows, tensor_from_bytes
 from latentcache.dataset.manifest import Manifest, ManifestName, read_records
-from latentcache.dataset.parquet import open_parquet, read_table
+from latentcache.dataset.parquet import naming_damage, open_parquet, read_table
 from latentcache.dataset.publish import find_manifest
 from latentcache.dataset.quantization import to_values
 from latentcache.dataset.receipts import DataFile, UnitRecord
@@ -162,7 +161,7 @@ class Dataset(Sequence[Row]):
             if within < num_rows:
                 break
             within -= num_rows
-        with self._reading(shard.rows):
+        with naming_damage(self.store, shard.rows.path):
             columns = self._cached.group(number, group).slice(within, 1).to_pylist()[0]
             dtype, shape = columns.pop("latent_dtype"), columns.pop("latent_shape")
             bucket = parse_bucket(shard.rows.bucket)
@@ -171,7 +170,7 @@ class Dataset(Sequence[Row]):
             if tensors is None or shard.tensors is None:
                 latent = tensor_from_bytes(columns.pop("latent"), dtype, shape)
         if tensors is not None and shard.tensors is not None:
-            with self._reading(shard.tensors):
+            with naming_damage(self.store, shard.tensors.path):
                 latent = tensors[offset]
         if self.contract.latents.quantization:
             latent = to_values(latent, self.contract.latents)
@@ -189,7 +188,7 @@ class Dataset(Sequence[Row]):
     def _open_file(self, number: int) -> tuple[pq.ParquetFile, SafetensorsRows | None]:
         shard = self._cached.shard(number)
         is_safetensors = self.contract.latents.format == "safetensors"
-        with self._reading(shard.rows):
+        with naming_damage(self.store, shard.rows.path):
             file = open_parquet(self.store.open(shard.rows.path))
             if file.metadata.num_rows != shard.rows.num_rows:
                 raise DatasetError(f"{file.metadata.num_rows} rows, not {shard.rows.num_rows}")
@@ -198,7 +197,7 @@ class Dataset(Sequence[Row]):
                 raise DatasetError("its latents are not where the contract says")
         if shard.tensors is None:
             return file, None
-        with self._reading(shard.tensors):
+        with naming_damage(self.store, shard.tensors.path):
             tensors = SafetensorsRows(self.store.open(shard.tensors.path))
             bucket = parse_bucket(shard.rows.bucket)
             if (tensors.dtype, tensors.shape) != self._latent_kind(bucket):
@@ -206,16 +205,6 @@ class Dataset(Sequence[Row]):
             if tensors.num_rows != shard.rows.num_rows:
                 raise DatasetError(f"{tensors.num_rows} latents, not {shard.rows.num_rows}")
             return file, tensors
-
-    @contextmanager
-    def _reading(self, file: DataFile) -> Iterator[None]:
-        """Name the file in whatever is wrong with it."""
-        try:
-            with self.store.named(file.path):
-                yield
-        except (pa.ArrowException, ValueError, RuntimeError, DatasetError) as error:
-            url = self.store.url_of(file.path)
-            raise DatasetError(f"{url} is damaged: {error}; run `latentcache verify`") from error
 
     def _read_group(self, number: int, group: int) -> pa.Table:
         file, _ = self._cached.file(number)
@@ -236,7 +225,8 @@ class Dataset(Sequence[Row]):
 
     def _read_rejects(self, record: UnitRecord) -> list[RejectedRow]:
         assert record.rejects
-        with self._reading(record.rejects), self.store.open(record.rejects.path) as file:
+        path = record.rejects.path
+        with naming_damage(self.store, path), self.store.open(path) as file:
             table = read_table(file)
             if not table.schema.equals(REJECT_SCHEMA):
                 raise DatasetError("it has another schema")

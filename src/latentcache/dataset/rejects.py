@@ -76,7 +76,7 @@ def _find(store: Store, record: UnitRecord, reason: str) -> tuple[str | None, st
     """Find the first reject of a reason in a unit: its key and its message."""
     if record.rejects is None:
         raise ValueError(f"unit {record.name} has no rejects")
-    with store.named(record.rejects.path), store.open(record.rejects.path) as file:
+    with store.open(record.rejects.path) as file:
         table = read_table(file, ["key", "stage", "reason", "message"])
     for row in table.to_pylist():
         if f"{row['stage']}/{row['reason']}" == reason:

@@ -51,6 +51,7 @@ from latentcache.errors import DatasetError, ObjectNotFound, Reject
 from latentcache.images.fields import read_columns
 from latentcache.images.source import NotGrouped, RejectedSample, Sample, read_samples
 from latentcache.storage import Store
+from latentcache.storage_errors import named_local
 
 _SIZES = ("original_width", "original_height", "crop_top", "crop_left")
 
@@ -198,11 +199,7 @@ class _Rewrite:
         store, digest = self.rewriter.output, hashlib.sha256()
         target = self.folder / f"stored-{file.path.replace('/', '-')}"
         try:
-            with (
-                store.named(file.path),
-                store.open(file.path) as source,
-                target.open("wb") as copy,
-            ):
+            with store.open(file.path) as source, named_local(target), target.open("wb") as copy:
                 while chunk := source.read(_CHUNK_BYTES):
                     digest.update(chunk)
                     copy.write(chunk)

@@ -318,7 +318,7 @@ class _Driver:
         folder, name = split_url(self.moved.location(unit.source))
         store = Store(folder, storage_options(self.config.source.storage))
         try:
-            with store.open(name) as file, store.named(name):
+            with store.open(name) as file:
                 file.read(1)
         except AccessDenied:
             return False

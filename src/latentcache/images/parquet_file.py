@@ -67,9 +67,8 @@ class ParquetBytes:
 
     def _read_at(self, position: int, size: int) -> bytes:
         try:
-            with self._store.named(self._name):
-                self._file.seek(position)
-                data = self._file.read(size)
+            self._file.seek(position)
+            data = self._file.read(size)
             if len(data) < size:
                 raise StorageError(
                     f"{self._store.url_of(self._name)}: the connection gave {len(data)} of {size} "

@@ -92,7 +92,7 @@ def _open_pass(store: Store, shard: SourceShard, name: str, on_read: OnRead) -> 
         StorageError: the connection was cut.
     """
     with store.open(name) as file:
-        counted = _CountedFile(store, name, file, on_read)
+        counted = _CountedFile(file, on_read)
         yield TarStream(counted, is_gzip=counted.peek(2) == b"\x1f\x8b")
         if counted.at_end and counted.num_bytes < shard.size_bytes:
             raise StorageError(
@@ -104,29 +104,26 @@ def _open_pass(store: Store, shard: SourceShard, name: str, on_read: OnRead) -> 
 class _CountedFile:
     """A shard's bytes as they come from the store, counted."""
 
-    def __init__(self, store: Store, name: str, file: BinaryIO, on_read: OnRead) -> None:
-        self._store, self._name, self._file = store, name, file
-        self._on_read = on_read
+    def __init__(self, file: BinaryIO, on_read: OnRead) -> None:
+        self._file, self._on_read = file, on_read
         self.num_bytes = 0
         self.at_end = False
 
     def read(self, size: int) -> bytes:
-        with self._store.named(self._name):
-            data = self._file.read(size)
+        data = self._file.read(size)
         self.num_bytes += len(data)
         self._on_read(len(data))
         self.at_end = not data
         return data
 
     def peek(self, size: int) -> bytes:
-        with self._store.named(self._name):
-            data = self._file.read(size)
-            self._file.seek(0)
+        data = self._file.read(size)
+        self._file.seek(0)
         return data
 
 
 def _refuse_compression(store: Store, name: str) -> None:
-    with store.open(name) as file, store.named(name):
+    with store.open(name) as file:
         head = file.read(8)
     for magic, compression in _OTHER_COMPRESSION.items():
         if head.startswith(magic):

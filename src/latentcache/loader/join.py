@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from latentcache.dataset.parquet import read_table
+from latentcache.dataset.parquet import naming_damage, read_table
 from latentcache.errors import ConfigError, DatasetError
 from latentcache.loader.files import Files
 from latentcache.loader.order import Ints
@@ -210,12 +210,8 @@ def _find_partners(files: Files, table: pa.Table, join: Join) -> Ints:
 
 def _read_keys(files: Files, file: int) -> pa.Array:
     store, described = files.store_of(file), files.rows_file(file)
-    with store.named(described.path), store.open(described.path) as data:
-        try:
-            return read_table(data, ["key"])["key"].combine_chunks()
-        except pa.ArrowException as error:
-            url = store.url_of(described.path)
-            raise DatasetError(f"{url} is damaged: {error}; run `latentcache verify`") from error
+    with naming_damage(store, described.path), store.open(described.path) as data:
+        return read_table(data, ["key"])["key"].combine_chunks()
 
 
 def _values(column: pa.ChunkedArray, name: str) -> pa.Array | torch.Tensor:

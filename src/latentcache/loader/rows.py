@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
@@ -23,7 +22,7 @@ import pyarrow.parquet as pq
 import torch
 
 from latentcache.dataset.layout import latent_offsets, row_bytes, row_group_rows
-from latentcache.dataset.parquet import checked_footer
+from latentcache.dataset.parquet import checked_footer, naming_damage
 from latentcache.dataset.receipts import DataFile
 from latentcache.dataset.shards import check_schema, column_type
 from latentcache.errors import ConfigError, DatasetError, ObjectNotFound
@@ -267,12 +266,12 @@ class RowReader:
         if contract.latents.format == "safetensors":
             rows = self._map(store, self._files.rows_file(file))
             mapped.append(rows)
-            with _reading(store, self._files.rows_file(file)):
+            with naming_damage(store, self._files.rows_file(file).path):
                 checked_footer(_reader(rows))  # first, so that the right file is named
-        with _reading(store, described):
+        with naming_damage(store, described.path):
             readers = [_reader(region) for region in mapped]
             offsets = latent_offsets(readers, contract, bucket, described.num_rows)
-        with _reading(store, self._files.rows_file(file)):
+        with naming_damage(store, self._files.rows_file(file).path):
             metadata = pq.read_metadata(_reader(rows))
             check_schema(metadata.schema.to_arrow_schema(), contract)
         return _Open(latents, rows, metadata, offsets)
@@ -280,7 +279,7 @@ class RowReader:
     def _load_group(self, group: int) -> None:
         file = int(np.searchsorted(self._first_group, group, "right")) - 1
         opened = self._open[file]
-        with _reading(self._files.store_of(file), self._files.rows_file(file)):
+        with naming_damage(self._files.store_of(file), self._files.rows_file(file).path):
             parquet = pq.ParquetFile(_reader(opened.rows), metadata=opened.metadata)
             number = group - int(self._first_group[file])
             # A unit that was not rewritten yet may lack a column that the dataset has.
@@ -353,16 +352,6 @@ def environment_number(name: str) -> int | None:
     if not (text.isascii() and text.isdigit() and len(text) < 10):
         raise ConfigError(f"the environment variable {name} is {text!r:.60}, not a whole number")
     return int(text)
-
-
-@contextmanager
-def _reading(store: Store, file: DataFile) -> Iterator[None]:
-    """Name the file in whatever is wrong with it."""
-    try:
-        yield
-    except (pa.ArrowException, OSError, ValueError, KeyError, RuntimeError, DatasetError) as error:
-        url = store.url_of(file.path)
-        raise DatasetError(f"{url} is damaged: {error}; run `latentcache verify`") from error
 
 
 def _check_local(store: Store, file: DataFile) -> None:

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from itertools import islice, zip_longest
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import torch
 
-from latentcache.dataset.parquet import read_table
+from latentcache.dataset.parquet import naming_damage, read_table
 from latentcache.dataset.qa import (
     Gates,
     QaRow,
@@ -32,7 +31,6 @@ from latentcache.dataset.shards import bucket_name, read_latents
 from latentcache.errors import (
     ConfigError,
     DatasetError,
-    ObjectNotFound,
     Reject,
     SourceError,
     StorageError,
@@ -277,7 +275,7 @@ def _read_rows(store: Store, record: UnitRecord) -> dict[str, _Placed]:
     found: dict[str, _Placed] = {}
     for file in record.files:
         if file.path.endswith(".parquet"):
-            with _naming(store, file.path), store.open(file.path) as opened:
+            with naming_damage(store, file.path), store.open(file.path) as opened:
                 table = read_table(opened, names)
             for row in table.to_pylist():
                 key, *placed = (row[name] for name in names)
@@ -294,7 +292,7 @@ def _examine(
     for bucket, images in crops.items():
         paths = [file.path for file in record.files if file.bucket == bucket]
         with ExitStack() as stack:
-            stack.enter_context(_naming(dataset.store, paths[-1]))
+            stack.enter_context(naming_damage(dataset.store, paths[-1]))
             files = [stack.enter_context(dataset.store.open(path)) for path in paths]
             stored = read_latents(files, images)
         if lost := images.keys() - stored.keys():
@@ -303,17 +301,6 @@ def _examine(
             yield from examiner.examine(record.unit.id, bucket, images, stored, signal)
         except ValueError as error:
             raise DatasetError(f"{dataset.url}: {record.unit.title}: {error}") from error
-
-
-@contextmanager
-def _naming(store: Store, path: str) -> Iterator[None]:
-    """Name the file in whatever is wrong with it."""
-    try:
-        with store.named(path):
-            yield
-    except (pa.ArrowException, DatasetError, ObjectNotFound) as error:
-        url = store.url_of(path)
-        raise DatasetError(f"{url} is damaged: {error}; run `latentcache verify`") from error
 
 
 def _draw(seed: int, *names: str) -> bytes:

@@ -17,13 +17,14 @@ import pyarrow as pa
 from latentcache.dataset.contract import Contract
 from latentcache.dataset.layout import TORCH_DTYPES, latent_offsets
 from latentcache.dataset.manifest import ManifestName
-from latentcache.dataset.parquet import read_table
+from latentcache.dataset.parquet import open_parquet, read_table
 from latentcache.dataset.quantization import is_finite
 from latentcache.dataset.reader import open_dataset
 from latentcache.dataset.receipts import DataFile, UnitRecord, read_receipts
-from latentcache.dataset.shards import REJECT_SCHEMA, iterate_latents
+from latentcache.dataset.shards import REJECT_SCHEMA, check_schema, iterate_latents
 from latentcache.errors import DatasetError, ObjectNotFound
 from latentcache.storage import StorageOptions, Store
+from latentcache.storage_errors import named_local
 
 _THREADS = 8
 
@@ -165,7 +166,7 @@ def _check_object(store: Store, file: DataFile, target: Path | None) -> str | No
         if target is None:
             return None
         digest = hashlib.sha256()
-        with store.named(file.path), store.open(file.path) as source, target.open("wb") as copy:
+        with store.open(file.path) as source, named_local(target), target.open("wb") as copy:
             while chunk := source.read(2**20):
                 digest.update(chunk)
                 copy.write(chunk)
@@ -186,6 +187,22 @@ def _check_rejects(local: Path, num_rejects: int) -> str | None:
     return None
 
 
+def _check_columns(path: Path, contract: Contract) -> None:
+    """Decode all columns of a file of rows but the latents.
+
+    Raises:
+        DatasetError: a column is not there, or damaged.
+    """
+    try:
+        with open_parquet(path) as file:
+            check_schema(file.schema_arrow, contract)
+            names = [name for name in file.schema_arrow.names if name != "latent"]
+            for number in range(file.num_row_groups):
+                file.read_row_group(number, names, use_threads=False).validate(full=True)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise DatasetError(str(error)) from error
+
+
 def _check_rows(
     local: list[Path], file: DataFile, contract: Contract, keys: set[str]
 ) -> Iterator[str]:
@@ -199,6 +216,7 @@ def _check_rows(
         with ExitStack() as stack:
             opened = [stack.enter_context(path.open("rb")) for path in local]
             latent_offsets(opened, contract, (width_px, height_px), file.num_rows)
+        _check_columns(local[-1], contract)
         for key, latent in iterate_latents(local):
             num_rows += 1
             if key in keys:

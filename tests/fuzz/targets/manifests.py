@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tiny import mutate_json, only, write_tiny
+
 from fuzz import Target
 from latentcache import LatentLoader, open_dataset
 from latentcache.errors import DatasetError
-from tiny import mutate_json, only, write_tiny
 
 
 def _seeds(folder: Path) -> list[bytes]:
@@ -20,11 +21,12 @@ def _check(data: bytes, folder: Path) -> str:
     try:
         dataset = open_dataset(output)
         assert len(dataset) == sum(unit.num_rows for unit in dataset.units)
-        assert dataset.stats.num_rows >= 0
+        assert len(dataset.stats.std) == dataset.contract.stored_channels
         if len(dataset):
             LatentLoader(output, batch_size=1)
     except DatasetError as error:
-        assert str(output) in str(error)
+        if str(output) not in str(error):
+            raise
         return "DatasetError"
     return "dataset"
 

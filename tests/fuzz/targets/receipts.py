@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from tiny import mutate_json, write_tiny
+
 from fuzz import Target
 from latentcache.dataset.receipts import Receipt, UnitSummary, read_receipts
 from latentcache.errors import DatasetError
 from latentcache.storage import Store
-from tiny import mutate_json, write_tiny
 
 
 def _seeds(folder: Path) -> list[bytes]:
@@ -35,11 +36,12 @@ def _check(data: bytes, folder: Path) -> str:
     try:
         (receipt,) = read_receipts(store, [name])
     except DatasetError as error:
-        assert f"commits/{name}.json" in str(error)
+        if f"commits/{name}.json" not in str(error):
+            raise
         return "DatasetError"
     finally:
         store.delete(f"commits/{name}.json")
-    assert Receipt.from_bytes(receipt.to_bytes()) == receipt
+    assert Receipt.from_bytes(receipt.to_bytes()).to_bytes() == receipt.to_bytes()
     assert UnitSummary.of(receipt.record).name == name
     if receipt.record.generation < 10**9 - 1:
         Receipt.from_bytes(receipt.voided().to_bytes())
