@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 import subprocess
 import sys
 
@@ -129,6 +130,18 @@ def test_sixteen_bits_of_tiff_are_scaled(options: dict[str, object], byteorder: 
         pixels = decode(tiff(gray, photometric=name))[..., 0]
         np.testing.assert_array_equal(pixels, 255 - expected if name == "miniswhite" else expected)
     np.testing.assert_allclose(decode(tiff(levels, photometric="rgb")), levels / 257, atol=1)
+
+
+def test_twelve_bits_of_tiff_are_scaled():
+    levels = np.linspace(0, 4095, 2048).astype(np.uint16).reshape(32, 64)
+    even, odd = levels[:, ::2], levels[:, 1::2]
+    packed = np.stack([even >> 4, (even & 15) << 4 | odd >> 8, odd & 255], -1).astype(np.uint8)
+    tags = {256: 64, 257: 32, 258: 12, 259: 1, 262: 1, 273: 122, 277: 1, 278: 32, 279: packed.size}
+    entries = b"".join(
+        struct.pack("<HHII", tag, 3 if tag != 273 else 4, 1, value) for tag, value in tags.items()
+    )
+    data = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + packed.tobytes()
+    np.testing.assert_array_equal(decode(data)[..., 0], np.rint(levels / 4095 * 255))
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.int32, np.uint32])

@@ -266,10 +266,12 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
     if image.mode == "1":
         return image if image.has_transparency_data else image.convert("L")
     if image.mode in _GRAY16_MODES:
-        levels = np.asarray(image).astype(np.uint32)
-        gray = ((levels + 128) // 257).astype(np.uint8)
-        # Pillow inverts a TIFF whose 0 is white (tag 262) in all modes but this one.
         tags = getattr(image, "tag_v2", {})
+        # A TIFF of 12 bits (tag 258) has this mode, too.
+        white = 4095 if tags.get(258) == (12,) else 65535
+        levels = np.asarray(image).astype(np.uint32)
+        gray = ((levels * 255 + white // 2) // white).astype(np.uint8)
+        # Pillow inverts a TIFF whose 0 is white (tag 262) in all modes but this one.
         return Image.fromarray(255 - gray if tags.get(262) == 0 else gray)
     return image
 
