@@ -103,6 +103,12 @@ def test_a_manifest_that_lies_is_a_named_error(tmp_path: Path, name: str, value:
         open_dataset(tmp_path)
 
 
+def test_totals_that_are_not_those_of_the_units_are_a_problem(tmp_path: Path) -> None:
+    edit_manifest(write(tmp_path), lambda tree: tree.update(num_rows=11))
+    (problem,) = verify(str(tmp_path), quick=True).problems
+    assert (problem.path, "totals" in problem.message) == ("manifests/00000001.json", True)
+
+
 @pytest.mark.parametrize("data", [b"[" * 100_000, b'{"a": NaN}', b"\xff", b"3", b'"\\ud800"'])
 def test_json_of_another_kind_is_a_named_error(tmp_path: Path, data: bytes) -> None:
     write(tmp_path)
