@@ -50,7 +50,7 @@ def write(num_rows: int, **options: Any) -> bytes:
 @settings(max_examples=40, deadline=None)
 @given(
     num_rows=st.integers(0, 60),
-    row_group_size=st.integers(1, 70),
+    row_group_size=st.none() | st.integers(1, 70),
     compression=st.sampled_from(["NONE", "SNAPPY", "ZSTD", "GZIP", "BROTLI", "LZ4"]),
     version=st.sampled_from(["1.0", "2.4", "2.6"]),
     data_page_version=st.sampled_from(["1.0", "2.0"]),

@@ -485,14 +485,11 @@ class Faulty:
         self._file, self._start, self._fault = io.BytesIO(data), start, fault
         self.num_faults = 0
 
-    def __enter__(self) -> Faulty:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         return
 
-    def seek(self, position: int) -> int:
-        return self._file.seek(position)
+    def seek(self, position: int, whence: int) -> int:
+        return self._file.seek(position, whence)
 
     def read(self, size: int) -> bytes:
         position = self._file.tell()
@@ -512,7 +509,7 @@ def test_a_failing_connection_is_a_storage_error_and_never_damage(
     path = write(tmp_path / "x.parquet", rows_of(40, num_bytes=3000), compression="NONE")
     data = path.read_bytes()
     faulty = Faulty(data, int(where * len(data)), fault)
-    monkeypatch.setattr(Store, "open", lambda self, path, **_: faulty)
+    monkeypatch.setattr(Store, "_open", lambda self, path, readahead: faulty)
     with pytest.raises(StorageError, match=r"x\.parquet.*(gone|gave)"):
         read_file(path)
     assert faulty.num_faults == 1

@@ -139,8 +139,8 @@ def test_names_in_a_dataset_do_not_steer_a_terminal(tmp_path: Path):
         if options:
             json.loads(done.stdout)
         # A host name of this form is refused with its lease; the file's name stands for the run.
-        told = "x" if command == "status" else "owned"
-        assert told in text, "the name is told, and so the test has tried something"
+        expected = {"status": "x", "verify": "owned" if options else "is gone"}[command]
+        assert expected in text, "the test has tried something"
 
 
 REFUSED = {

@@ -50,8 +50,9 @@ class ColumnChunk:
 
     @property
     def start(self) -> int:
-        """The first byte of its first page."""
-        return min(self.data_page_offset, self.dictionary_page_offset or self.data_page_offset)
+        """The first byte of its first page; Arrow gives a chunk without values no data page."""
+        pages = (self.data_page_offset, self.dictionary_page_offset)
+        return min((offset for offset in pages if offset), default=0)
 
     @property
     def end(self) -> int:
@@ -167,6 +168,8 @@ def _column(chunk: Mapping[int, Any], end: int) -> ColumnChunk:
         dictionary_page_offset=_count(tree, 11) or None if 11 in tree else None,
     )
     has_pages = column.total_compressed_size > 0
+    if column.num_values and column.data_page_offset < len(MAGIC):
+        raise DamagedFooter("a column has values, but no data page")
     if has_pages and (column.start < len(MAGIC) or column.end > end):
         raise DamagedFooter("a column lies outside the file")
     return column

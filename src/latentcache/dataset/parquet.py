@@ -57,6 +57,10 @@ def naming_damage(store: Store, path: str) -> Iterator[None]:
 def open_parquet(source: Any) -> pq.ParquetFile:
     """Open a Parquet file: a path, an open file or an Arrow buffer.
 
+    Read from it with `use_threads=False`. It reads nothing ahead either (`pre_buffer`). Threads of
+    Arrow's that hold a Python file or buffer may outlive the process's interpreter, and then abort
+    it at its end, now and then (apache/arrow#34314, #50482).
+
     Raises:
         DatasetError: its footer is damaged.
     """
@@ -65,14 +69,13 @@ def open_parquet(source: Any) -> pq.ParquetFile:
             checked_footer(file)
     elif isinstance(source, pa.NativeFile) or hasattr(source, "seek"):
         checked_footer(source)
-    return pq.ParquetFile(source)
+    return pq.ParquetFile(source, pre_buffer=False)
 
 
 def read_table(source: Any, columns: Sequence[str] | None = None) -> pa.Table:
     """Read a Parquet file: a path, a file object or an Arrow buffer; all columns, or some.
 
-    Arrow's function of this name scans on threads that outlive it: a process that ends soon after
-    aborts now and then, or hangs (apache/arrow#34314, #50482).
+    Arrow's function of this name scans on threads; see `open_parquet`.
 
     Raises:
         DatasetError: the file is damaged.

@@ -208,7 +208,7 @@ class Dataset(Sequence[Row]):
 
     def _read_group(self, number: int, group: int) -> pa.Table:
         file, _ = self._cached.file(number)
-        table = file.read_row_group(group)
+        table = file.read_row_group(group, use_threads=False)
         table.validate(full=True)
         if len(table) != file.metadata.row_group(group).num_rows:
             raise DatasetError(f"row group {group} has {len(table)} rows")

@@ -247,7 +247,7 @@ class BucketWriter:
         Raises:
             DatasetError: a file is not what was written: the disk lost or changed bytes.
         """
-        with pq.ParquetFile(self.paths[-1]) as file:
+        with open_parquet(self.paths[-1]) as file:
             if file.metadata.num_rows != self.num_rows or not file.schema_arrow.equals(
                 self._schema
             ):
@@ -284,14 +284,13 @@ def iterate_latents(files: Sequence[Path]) -> Iterator[tuple[str, torch.Tensor]]
     try:
         with open_parquet(files[-1]) as file:
             if len(files) == 1:
-                for batch in file.iter_batches(
-                    columns=["key", "latent", "latent_dtype", "latent_shape"]
-                ):
+                columns = ["key", "latent", "latent_dtype", "latent_shape"]
+                for batch in file.iter_batches(columns=columns, use_threads=False):
                     for row in batch.to_pylist():
                         data, dtype, shape = row["latent"], row["latent_dtype"], row["latent_shape"]
                         yield row["key"], tensor_from_bytes(data, dtype, shape)
                 return
-            keys = file.read(columns=["key"])["key"].to_pylist()
+            keys = file.read(columns=["key"], use_threads=False)["key"].to_pylist()
         with files[0].open("rb") as raw:
             latents = SafetensorsRows(raw)
             for index, key in enumerate(keys):
@@ -316,13 +315,14 @@ def read_latents(files: Sequence[BinaryIO], keys: Collection[str]) -> dict[str, 
             tensors = SafetensorsRows(files[0]) if len(files) > 1 else None
             first = 0
             for number in range(rows.num_row_groups):
-                there = rows.read_row_group(number, columns=["key"])["key"].to_pylist()
+                there = rows.read_row_group(number, ["key"], use_threads=False)["key"].to_pylist()
                 wanted = [index for index, key in enumerate(there) if key in keys]
                 if tensors:
                     found |= {there[index]: tensors[first + index] for index in wanted}
                 elif wanted:
                     columns = ["latent", "latent_dtype", "latent_shape"]
-                    group = rows.read_row_group(number, columns=columns).take(wanted)
+                    group = rows.read_row_group(number, columns, use_threads=False)
+                    group = group.take(wanted)
                     for index, row in zip(wanted, group.to_pylist(), strict=True):
                         found[there[index]] = tensor_from_bytes(*(row[name] for name in columns))
                 first += len(there)

@@ -137,7 +137,9 @@ def _read_rows(
     """Yield the samples; return what is wrong with the file as a whole."""
     try:
         footer = file.read_footer()
-        parquet = pq.ParquetFile(file, buffer_size=_BUFFER_BYTES, page_checksum_verification=True)
+        parquet = pq.ParquetFile(
+            file, pre_buffer=False, buffer_size=_BUFFER_BYTES, page_checksum_verification=True
+        )
         schema = parquet.schema_arrow
     except pa.ArrowMemoryError:
         raise

@@ -15,10 +15,9 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 
-from latentcache.dataset.parquet import naming_damage, read_table
+from latentcache.dataset.parquet import naming_damage, open_parquet, read_table
 from latentcache.errors import ConfigError, DatasetError
 from latentcache.loader.files import Files
 from latentcache.loader.order import Ints
@@ -155,14 +154,14 @@ def _read_table(join: Join) -> pa.Table:
 def _read_file(store: Store, path: str, columns: Sequence[str] | None) -> pa.Table:
     url = store.url_of(path)
     try:
-        file = pq.ParquetFile(pa.BufferReader(store.read_bytes(path)))
+        file = open_parquet(pa.BufferReader(store.read_bytes(path)))
         known = file.schema_arrow.names
         wanted = [name for name in (known if columns is None else columns) if name not in _IDENTITY]
         for name in (*_IDENTITY, *wanted):
             if name not in known:
                 raise ConfigError(f"join: {url} has no column {name!r}; it has {known}")
-        table = file.read([*_IDENTITY, *wanted])
-    except (pa.ArrowException, OSError) as error:
+        table = file.read([*_IDENTITY, *wanted], use_threads=False)
+    except (pa.ArrowException, OSError, DatasetError) as error:
         raise ConfigError(f"join: {url} is not Parquet: {error}") from error
     identity = {name: _as_text(table[name], f"column {name!r} of {url}") for name in _IDENTITY}
     return pa.table(identity | {name: table[name] for name in wanted})

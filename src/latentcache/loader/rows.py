@@ -280,7 +280,9 @@ class RowReader:
         file = int(np.searchsorted(self._first_group, group, "right")) - 1
         opened = self._open[file]
         with naming_damage(self._files.store_of(file), self._files.rows_file(file).path):
-            parquet = pq.ParquetFile(_reader(opened.rows), metadata=opened.metadata)
+            parquet = pq.ParquetFile(
+                _reader(opened.rows), metadata=opened.metadata, pre_buffer=False
+            )
             number = group - int(self._first_group[file])
             # A unit that was not rewritten yet may lack a column that the dataset has.
             there = set(opened.metadata.schema.to_arrow_schema().names)

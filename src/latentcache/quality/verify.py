@@ -95,11 +95,11 @@ def verify(
             found.problems += problems
             if progress:
                 progress(done, len(dataset.units))
-    manifest = dataset.manifest
+    totals = dataset.manifest.totals
     there = (found.num_units, found.num_rows, found.num_rejects)
-    if there != (manifest.num_units, manifest.num_rows, manifest.num_rejects):
+    if there != (totals.num_units, totals.num_rows, totals.num_rejects):
         message = "its totals of units, rows and rejects are not those of its units"
-        found.problems.append(Problem("", "", manifest.path, message))
+        found.problems.append(Problem("", "", dataset.manifest.path, message))
     found.ok = not found.problems
     if repair:
         bad = {problem.unit for problem in found.problems}
