@@ -28,8 +28,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from harness import print_table, take_turns, write_results
+from latentcache.demo.draw import draw_image
 from latentcache.images.decode import decode_image
-from latentcache.images.draw import draw_image
 from latentcache.images.transform import Bucket, TransformSpec, load_image
 
 Pixels = NDArray[np.uint8]

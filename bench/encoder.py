@@ -27,7 +27,7 @@ from torch import Tensor
 
 import latentcache
 from harness import print_table, take_turns, write_results
-from latentcache.images.draw import draw_image
+from latentcache.demo.draw import draw_image
 from latentcache.metrics import drift_db
 from latentcache.vae import plain
 from latentcache.vae.encoder import PRECISION_DTYPES, require_fp32

@@ -12,7 +12,7 @@ import sys
 import torch
 
 from latentcache import LatentLoader
-from latentcache.loader.measure import measure_loader
+from latentcache.loader.benchmark import measure_loader
 
 
 def main() -> None:

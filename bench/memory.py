@@ -30,9 +30,9 @@ from PIL import Image
 from harness import print_table, write_results
 from latentcache import load_vae, make_plan, parse_config
 from latentcache.dataset.receipts import Receipt, new_attempt
+from latentcache.demo.draw import draw_image
 from latentcache.engine.job import UNITS_PER_ACTOR, Job, UnitTask
 from latentcache.engine.unit import UnitRunner
-from latentcache.images.draw import draw_image
 from latentcache.storage import StorageOptions
 from latentcache.vae.encoder import LatentEncoder
 

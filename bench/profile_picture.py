@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from xml.sax.saxutils import escape
 
-from latentcache.dataset.bottleneck import STAGES, Loads, StageLoad
+from latentcache.bottleneck import STAGES, Loads, StageLoad
 from latentcache.dataset.receipts import Receipt, list_receipt_names, read_receipts
 from latentcache.storage import Store
 

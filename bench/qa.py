@@ -19,13 +19,13 @@ import torch
 from harness import write_results
 from latentcache import load_vae, make_plan, parse_config
 from latentcache.dataset.receipts import Receipt, new_attempt
+from latentcache.demo.demo_data import write_demo_data
 from latentcache.engine.job import Job, QaJob, UnitTask
-from latentcache.engine.sample import SampleSpec
 from latentcache.engine.unit import UnitRunner
-from latentcache.images.demo_data import write_demo_data
+from latentcache.qa.evaluator import Examiner
+from latentcache.qa.row_sample import SampleSpec
 from latentcache.storage import StorageOptions
 from latentcache.vae.encoder import LatentEncoder
-from latentcache.vae.examine import Examiner
 
 NUM_SHARDS = 4
 FRACTION = 0.001

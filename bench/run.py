@@ -51,9 +51,9 @@ from latentcache.dataset.receipts import (
 )
 from latentcache.dataset.shards import BucketWriter, RowMeta, describe_file
 from latentcache.dataset.statistics import Statistics
+from latentcache.demo.draw import draw_image
 from latentcache.engine.job import UNITS_PER_ACTOR, Job, UnitTask
 from latentcache.engine.unit import UnitRunner
-from latentcache.images.draw import draw_image
 from latentcache.images.source import Sample, SourceShard, read_shard
 from latentcache.images.transform import load_image
 from latentcache.storage import StorageOptions, Store

@@ -1,6 +1,6 @@
 """Train the demo VAE that ships in the package, on pictures this project draws itself.
 
-    python scripts/train_demo_vae.py src/latentcache/vae/demo
+    python scripts/train_demo_vae.py src/latentcache/demo/weights
 
 Writes `config.json` and `diffusion_pytorch_model.safetensors` in the diffusers layout. Two CPU
 cores take about half an hour. One seed gives one model on one machine and thread count; elsewhere
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from latentcache.images.draw import draw_image
+from latentcache.demo.draw import draw_image
 from latentcache.vae.model import Architecture, KLAutoencoder, to_uint8
 
 ARCHITECTURE = Architecture(

@@ -23,7 +23,6 @@ from latentcache.dataset.contract import (
     establish_contract,
 )
 from latentcache.dataset.manifest import Manifest
-from latentcache.dataset.qa import Measured, QaRow, write_qa
 from latentcache.dataset.quantization import to_stored, to_values
 from latentcache.dataset.receipts import Receipt, Unit, UnitRecord, new_attempt
 from latentcache.dataset.rejects import count_reasons
@@ -38,6 +37,7 @@ from latentcache.dataset.shards import (
 from latentcache.dataset.state import State, write_next
 from latentcache.dataset.statistics import Statistics, merge_all
 from latentcache.metrics import psnr_db
+from latentcache.qa.qa_files import Measured, QaRow, write_qa
 from latentcache.storage import Store
 from synthetic import make_quantization
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latentcache.dataset.bottleneck import STAGES, Loads
+from latentcache.bottleneck import STAGES, Loads
 from latentcache.engine.progress import bottleneck
 
 THREADS = {"fetch": 2, "decode": 4, "encode": 1, "write": 2, "qa": 1, "upload": 2}

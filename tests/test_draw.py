@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from latentcache.images.draw import draw_image
+from latentcache.demo.draw import draw_image
 
 
 @settings(max_examples=40, deadline=None)

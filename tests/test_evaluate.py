@@ -26,8 +26,8 @@ from corpus import Shard
 from latentcache import load_vae, to_uint8
 from latentcache.config import EvalConfig, load_eval_config
 from latentcache.errors import CheckpointError, ConfigError, SourceError, StorageError
-from latentcache.quality.card import Evaluation, Picture, draw_side_by_side
-from latentcache.quality.evaluate import evaluate, plan_evaluation
+from latentcache.evaluation.card import Evaluation, Picture, draw_side_by_side
+from latentcache.evaluation.evaluate import evaluate, plan_evaluation
 from makers import draw, encode_image, png, write_tar
 from measures import (
     Pixels,

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from latentcache import KLAutoencoder, load_vae
 from latentcache.dataset.contract import Contract
+from latentcache.demo.draw import draw_image
 from latentcache.errors import ConfigError
-from latentcache.images.draw import draw_image
-from latentcache.pictures import write_png
-from latentcache.vae.examine import Examiner
+from latentcache.image_files import write_png
+from latentcache.qa.evaluator import Examiner
 from latentcache.vae.weights import encoder_fingerprint
 from makers import make_contract
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from latentcache import parse_config
 from latentcache.errors import ConfigError, SourceChanged, SourceError, StorageError
-from latentcache.images import folder as folder_module
+from latentcache.images import folder_source as folder_module
 from latentcache.images.source import (
     RejectedSample,
     Sample,

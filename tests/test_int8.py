@@ -27,9 +27,9 @@ from latentcache import (
     verify,
 )
 from latentcache.dataset.contract import establish_contract, read_contract
+from latentcache.dataset.inspect import describe, render
+from latentcache.demo.demo_data import write_demo_data
 from latentcache.errors import ContractMismatch
-from latentcache.images.demo_data import write_demo_data
-from latentcache.quality.inspect import describe, render
 from latentcache.storage import Store
 from makers import config_tree, tree_digest, write_tar
 from reference import read_rows, same_bits

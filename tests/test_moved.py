@@ -14,7 +14,7 @@ from latentcache.engine import run as run_module
 from latentcache.engine.plan import make_plan
 from latentcache.images.moved import moved_of
 from latentcache.images.source import shard_of
-from latentcache.quality import qa as qa_module
+from latentcache.qa import reevaluate as qa_module
 from latentcache.storage import storage_options
 from makers import config_tree, png, write_tar
 from servers import S3Server

@@ -17,12 +17,13 @@ from PIL import Image
 from checkpoints import write_diffusers_folder
 from latentcache import Dataset, load_vae, open_dataset
 from latentcache.dataset.contract import Contract
-from latentcache.dataset.qa import Gates, QaRow
 from latentcache.errors import ConfigError, DatasetError
-from latentcache.quality.named import NamedSources, shown
-from latentcache.quality.qa import Look, Networks, Selection, look_again
-from latentcache.quality.report import build_report
-from latentcache.quality.sheet import load_decoder
+from latentcache.qa.access import NamedSources, shown
+from latentcache.qa.gates import Gates
+from latentcache.qa.qa_files import QaRow
+from latentcache.qa.reevaluate import Look, Networks, Selection, look_again
+from latentcache.qa.report import build_report
+from latentcache.qa.sheet import load_decoder
 from latentcache.vae.weights import encoder_fingerprint
 from makers import (
     config_tree,

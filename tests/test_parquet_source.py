@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from latentcache.errors import SourceChanged, SourceError, StorageError
-from latentcache.images import parquet as parquet_module
+from latentcache.images import parquet_source as parquet_module
 from latentcache.images.source import (
     RejectedSample,
     Sample,
@@ -251,7 +251,7 @@ def test_all_parts_of_a_file_agree_on_how_keys_are_made(
     pq.write_table(
         pa.table({"image": pa.array(image, HUGGING_FACE)}), path, row_group_size=4, compression=None
     )
-    monkeypatch.setattr("latentcache.images.parquet.PART_BYTES", path.stat().st_size // 4)
+    monkeypatch.setattr("latentcache.images.parquet_source.PART_BYTES", path.stat().st_size // 4)
     shards = list_shards(str(path), OPTIONS)
     assert len(shards) == 4  # the repeated path is in the first part and in the last
     keys = [sample.key for shard in shards for sample in read(shard)]

@@ -26,9 +26,9 @@ from safetensors.torch import load_file
 import latentcache
 from checkpoints import write_diffusers_folder, write_folder
 from latentcache import load_vae
-from latentcache.engine.sample import QaSample, SampleSpec
+from latentcache.demo.draw import draw_image
 from latentcache.errors import DatasetError
-from latentcache.images.draw import draw_image
+from latentcache.qa.row_sample import QaSample, SampleSpec
 from makers import config_tree, encode_image, write_tar
 from runs import Cli
 
@@ -59,7 +59,7 @@ def write_config(folder: Path, **sections: Any) -> Path:
 
 
 def demo_state() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    demo = importlib.resources.files("latentcache.vae") / "demo"
+    demo = importlib.resources.files("latentcache.demo") / "weights"
     with importlib.resources.as_file(demo / "diffusion_pytorch_model.safetensors") as path:
         return json.loads((demo / "config.json").read_text()), load_file(path)
 

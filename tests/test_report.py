@@ -25,13 +25,14 @@ import browser
 from browser import Browser
 from latentcache import Dataset, open_dataset
 from latentcache.dataset.contract import Contract
-from latentcache.dataset.qa import Gates, QaRow
 from latentcache.dataset.receipts import Receipt
 from latentcache.dataset.shards import RejectRow, bucket_name
 from latentcache.errors import ConfigError, DatasetError, LatentCacheError, StorageError
-from latentcache.quality import figures, report
-from latentcache.quality.pictures import RowPictures, draw_row
-from latentcache.quality.report import build_report, report_path, save_report, write_report
+from latentcache.qa import figures, report
+from latentcache.qa.gates import Gates
+from latentcache.qa.qa_files import QaRow
+from latentcache.qa.report import build_report, report_path, save_report, write_report
+from latentcache.qa.row_pictures import RowPictures, draw_row
 from makers import (
     draw,
     encode_image,

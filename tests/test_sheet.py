@@ -15,7 +15,7 @@ from checkpoints import write_diffusers_folder
 from latentcache import Dataset, KLAutoencoder, load_vae, open_dataset, to_uint8
 from latentcache.dataset.contract import Contract
 from latentcache.errors import ConfigError, DatasetError, StorageError
-from latentcache.quality.sheet import Tile, draw_sheet, load_decoder, save_sheet
+from latentcache.qa.sheet import Tile, draw_sheet, load_decoder, save_sheet
 from latentcache.vae.weights import encoder_fingerprint
 from makers import make_contract, make_latents, write_dataset
 from runs import Cli

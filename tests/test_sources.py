@@ -21,8 +21,8 @@ from latentcache import Dataset, open_dataset
 from latentcache.config import EvalConfig
 from latentcache.engine import run as run_module
 from latentcache.errors import ConfigError
-from latentcache.images import parquet as parquet_module
-from latentcache.quality.evaluate import evaluate, plan_evaluation
+from latentcache.evaluation.evaluate import evaluate, plan_evaluation
+from latentcache.images import parquet_source as parquet_module
 from latentcache.storage import StorageOptions
 from makers import config_tree, tree_digest, write_tar
 from runs import Cli, Result, Running, receipts_at
@@ -282,7 +282,7 @@ def test_a_folder_that_holds_the_output_is_refused(tmp_path: Path, output: str):
 # The command line with Parquet files cut into parts of a few row groups each.
 CUT = """
 import sys
-import latentcache.images.parquet as parquet
+import latentcache.images.parquet_source as parquet
 from latentcache.cli import main
 
 parquet.PART_BYTES = int(sys.argv.pop(1))

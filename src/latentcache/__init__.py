@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from latentcache.dataset.diff import ManifestDiff, diff_manifests
     from latentcache.dataset.publish import Published, publish
     from latentcache.dataset.reader import Dataset, RejectedRow, Row, open_dataset
+    from latentcache.dataset.verify import Verification, verify
     from latentcache.engine.gc import Garbage, collect_garbage
     from latentcache.engine.plan import Plan, make_plan
     from latentcache.engine.run import run
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from latentcache.loader.join import Join
     from latentcache.loader.loader import LatentLoader
     from latentcache.loader.mapped import LatentDataset
-    from latentcache.quality.verify import Verification, verify
     from latentcache.storage import StorageOptions
     from latentcache.vae.model import KLAutoencoder, to_uint8
     from latentcache.vae.weights import load_vae
@@ -47,7 +47,7 @@ _HOMES = {
     "Row": "dataset.reader",
     "RunSummary": "engine.summary",
     "StorageOptions": "storage",
-    "Verification": "quality.verify",
+    "Verification": "dataset.verify",
     "collect_garbage": "engine.gc",
     "diff_manifests": "dataset.diff",
     "load_config": "config",
@@ -58,7 +58,7 @@ _HOMES = {
     "publish": "dataset.publish",
     "run": "engine.run",
     "to_uint8": "vae.model",
-    "verify": "quality.verify",
+    "verify": "dataset.verify",
 }
 
 __all__ = [

@@ -11,6 +11,9 @@ from torch import Tensor
 
 Float64 = npt.NDArray[np.float64]
 
+# Decibels outside are stored as these, so that a mean stays finite; NaN counts as the lower one.
+MIN_DB, MAX_DB = -100.0, 150.0
+
 # Wang et al. 2004, section III: the window, and the constants for a data range of 1.
 _SSIM_WINDOW_PX = 11
 _SSIM_SIGMA_PX = 1.5

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from checkpoints import KL_F8, write_diffusers_folder
 from latentcache import KLAutoencoder, load_vae
-from latentcache.images.draw import draw_image
+from latentcache.demo.draw import draw_image
 from latentcache.metrics import drift_db
 from latentcache.vae.encoder import LatentEncoder
 

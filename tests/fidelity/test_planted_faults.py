@@ -18,17 +18,17 @@ from torch import Tensor
 from checkpoints import write_folder
 from latentcache import KLAutoencoder, load_vae, make_plan, parse_config
 from latentcache.dataset.contract import establish_contract
-from latentcache.dataset.qa import Gates, QaTotals
 from latentcache.dataset.receipts import Receipt, UnitSummary, new_attempt
 from latentcache.dataset.state import State, write_next
+from latentcache.demo.draw import draw_image
 from latentcache.engine import unit as unit_module
 from latentcache.engine.job import Job, QaJob, UnitTask
-from latentcache.engine.sample import SampleSpec
 from latentcache.engine.unit import UnitRunner
-from latentcache.images.draw import draw_image
+from latentcache.qa.evaluator import Examiner
+from latentcache.qa.gates import Gates, QaTotals
+from latentcache.qa.row_sample import SampleSpec
 from latentcache.storage import StorageOptions
 from latentcache.vae.encoder import Encoded, LatentEncoder
-from latentcache.vae.examine import Examiner
 from makers import config_tree, encode_image, write_tar
 from runs import Cli
 
@@ -99,7 +99,7 @@ class FaultyEncoder(LatentEncoder):
 @pytest.fixture(scope="module")
 def spread_vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo VAE with its log-variance raised to about zero, where a draw is not its mean."""
-    demo = importlib.resources.files("latentcache.vae") / "demo"
+    demo = importlib.resources.files("latentcache.demo") / "weights"
     config = json.loads((demo / "config.json").read_text())
     with importlib.resources.as_file(demo / "diffusion_pytorch_model.safetensors") as path:
         state = load_file(path)

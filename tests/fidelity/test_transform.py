@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
+from latentcache.demo.draw import draw_image
 from latentcache.errors import ConfigError, Reject
-from latentcache.images.draw import draw_image
 from latentcache.images.transform import (
     MAX_CROP_FACTOR,
     Bucket,

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from checkpoints import KL_F8, TINY_KL_F8, write_diffusers_folder
+from latentcache.demo.draw import draw_image
 from latentcache.errors import CheckpointError, ConfigError
-from latentcache.images.draw import draw_image
 from latentcache.vae.model import Architecture, KLAutoencoder, to_uint8
 from latentcache.vae.weights import load_vae
 
@@ -159,7 +159,7 @@ def test_demo_reconstructs_what_it_never_saw() -> None:
 
 
 def test_demo_is_a_diffusers_folder() -> None:
-    folder = str(importlib.resources.files("latentcache.vae") / "demo")
+    folder = str(importlib.resources.files("latentcache.demo") / "weights")
     reference, info = diffusers.AutoencoderKL.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values())
     vae = load_vae("demo")

@@ -49,7 +49,7 @@ def verify_command(
     """Hold a manifest against its objects: existence, size, SHA-256, rows, finite latents."""
     from dataclasses import asdict
 
-    from latentcache.quality.verify import verify
+    from latentcache.dataset.verify import verify
 
     url, options = locate(target, set_)
     with progress_bar() as bar:
@@ -105,9 +105,9 @@ def inspect_command(
     json_: Json = False,
 ) -> None:
     """Show what a dataset is: contract, totals, buckets, statistics, a few rows and rejects."""
+    from latentcache.dataset.inspect import describe, render
     from latentcache.dataset.reader import open_dataset
     from latentcache.errors import ConfigError
-    from latentcache.quality.inspect import describe, render
 
     if decoder and not image:
         raise ConfigError("--decoder goes with --image")
@@ -144,9 +144,9 @@ def _draw_rows(
     storage: StorageOptions,
     seed: int,
 ) -> dict[str, Any]:
-    """Write a contact sheet; see `quality/sheet.py`."""
+    """Write a contact sheet; see `qa/sheet.py`."""
     from latentcache.errors import ConfigError
-    from latentcache.quality.sheet import DEFAULT_NUM_ROWS, load_decoder, save_sheet
+    from latentcache.qa.sheet import DEFAULT_NUM_ROWS, load_decoder, save_sheet
 
     if num_rows == 0:
         raise ConfigError("--rows 0 leaves nothing to draw with --image")

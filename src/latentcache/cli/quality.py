@@ -26,9 +26,9 @@ from latentcache.cli.base import (
 )
 
 if TYPE_CHECKING:
-    from latentcache.dataset.qa import Gates
     from latentcache.images.moved import Moved
-    from latentcache.quality.qa import Networks
+    from latentcache.qa.gates import Gates
+    from latentcache.qa.reevaluate import Networks
     from latentcache.storage import StorageOptions
 
 
@@ -88,10 +88,10 @@ def qa_command(
     """
     import tempfile
 
-    from latentcache.dataset.qa import Gates
     from latentcache.dataset.reader import open_dataset
-    from latentcache.quality.qa import Selection, look_again
-    from latentcache.quality.report import Looked, build_report, require_writable, save_report
+    from latentcache.qa.gates import Gates
+    from latentcache.qa.reevaluate import Selection, look_again
+    from latentcache.qa.report import Looked, build_report, require_writable, save_report
 
     url, options = locate(target, set_)
     gates, networks, sources, moved, source_storage = _qa_settings(
@@ -144,10 +144,10 @@ def _qa_settings(
 ) -> tuple[Gates, Networks, tuple[str, ...], Moved, StorageOptions]:
     """Read off a config what measures, the gates, and the sources; defaults where it has none."""
     from latentcache.config import Qa, Storage
-    from latentcache.dataset.qa import Gates
     from latentcache.images.moved import NOT_MOVED, moved_of
-    from latentcache.quality.named import source_urls
-    from latentcache.quality.qa import Networks
+    from latentcache.qa.access import source_urls
+    from latentcache.qa.gates import Gates
+    from latentcache.qa.reevaluate import Networks
     from latentcache.storage import storage_options
 
     config = load(Path(target), overrides) if is_config(target) else None
@@ -175,8 +175,8 @@ def eval_command(config: ConfigPath, set_: Overrides = None, json_: Json = False
     from dataclasses import asdict
 
     from latentcache.config import load_eval_config
-    from latentcache.quality.card import render_card
-    from latentcache.quality.evaluate import Map, evaluate, plan_evaluation
+    from latentcache.evaluation.card import render_card
+    from latentcache.evaluation.evaluate import Map, evaluate, plan_evaluation
 
     parsed = load_eval_config(config, set_ or ())
     plan, compute = plan_evaluation(parsed), parsed.compute

@@ -124,7 +124,7 @@ def _report_run(config: Config, summary: RunSummary) -> str:
     """
     from latentcache.dataset.reader import open_dataset
     from latentcache.engine.run import gates_of
-    from latentcache.quality.report import build_report, report_path, write_report
+    from latentcache.qa.report import build_report, report_path, write_report
     from latentcache.storage import storage_options
 
     assert config.qa

@@ -48,8 +48,8 @@ def bench_loader_command(
 
     from latentcache.dataset.layout import TORCH_DTYPES
     from latentcache.errors import ConfigError
+    from latentcache.loader.benchmark import measure_loader
     from latentcache.loader.loader import LatentLoader
-    from latentcache.loader.measure import measure_loader
 
     known = {name: kind for name, kind in TORCH_DTYPES.items() if kind.is_floating_point}
     if dtype not in known:
@@ -113,7 +113,7 @@ def demo_data_command(
     """Draw WebDataset shards of varied pictures with captions, some broken on purpose."""
     from dataclasses import asdict
 
-    from latentcache.images.demo_data import write_demo_data
+    from latentcache.demo.demo_data import write_demo_data
 
     made = write_demo_data(
         folder, num_shards=shards, samples_per_shard=samples, seed=seed, broken=broken

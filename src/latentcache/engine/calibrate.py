@@ -16,8 +16,8 @@ from tempfile import TemporaryDirectory
 
 import torch
 
+from latentcache.bottleneck import Loads
 from latentcache.config import Config
-from latentcache.dataset.bottleneck import Loads
 from latentcache.dataset.receipts import Receipt, new_attempt
 from latentcache.engine.cluster import Cluster
 from latentcache.engine.job import UNITS_PER_ACTOR, Job, UnitTask, make_job

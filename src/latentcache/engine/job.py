@@ -8,9 +8,9 @@ from latentcache.config import Config
 from latentcache.dataset.columns import Columns, columns_of
 from latentcache.dataset.contract import Contract
 from latentcache.dataset.receipts import Unit
-from latentcache.engine.sample import SampleSpec
 from latentcache.errors import LatentCacheError
 from latentcache.images.source import SourceShard
+from latentcache.qa.row_sample import SampleSpec
 from latentcache.storage import ObjectInfo, StorageOptions, Store, storage_options
 from latentcache.vae.weights import absolute_url
 

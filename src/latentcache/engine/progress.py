@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
-from latentcache.dataset.bottleneck import STAGES, Loads
+from latentcache.bottleneck import STAGES, Loads
 from latentcache.errors import one_line
 from latentcache.log import Level, write_json
 

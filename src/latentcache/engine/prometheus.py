@@ -12,7 +12,7 @@ import socket
 from collections.abc import Mapping
 from typing import Any
 
-from latentcache.dataset.bottleneck import STAGES
+from latentcache.bottleneck import STAGES
 
 _ACTOR_COUNTERS = {
     "num_rows": ("latentcache_images_encoded_total", "Images that became latents."),

@@ -15,8 +15,8 @@ from functools import partial
 from importlib.metadata import version
 
 from latentcache import __version__
+from latentcache.bottleneck import Loads
 from latentcache.config import Config, require_kind
-from latentcache.dataset.bottleneck import Loads
 from latentcache.dataset.columns import columns_of
 from latentcache.dataset.contract import (
     CONTRACT_PATH,
@@ -26,7 +26,6 @@ from latentcache.dataset.contract import (
     require_same,
 )
 from latentcache.dataset.manifest import Manifest
-from latentcache.dataset.qa import Gates, QaTotals
 from latentcache.dataset.receipts import Receipt, Unit, UnitSummary, put_failure
 from latentcache.dataset.rejects import most_frequent
 from latentcache.dataset.shards import bucket_name
@@ -56,6 +55,7 @@ from latentcache.images.moved import moved_of
 from latentcache.images.samples import Wanted
 from latentcache.images.source import SourceShard, list_again, list_source
 from latentcache.log import Level
+from latentcache.qa.gates import Gates, QaTotals
 from latentcache.storage import Store, split_url, storage_options
 from latentcache.vae.weights import absolute_url
 

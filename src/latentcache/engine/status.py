@@ -7,7 +7,7 @@ from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
 
-from latentcache.dataset.bottleneck import Loads
+from latentcache.bottleneck import Loads
 from latentcache.dataset.contract import require_contract
 from latentcache.dataset.manifest import Manifest, list_manifests, read_manifest
 from latentcache.dataset.publish import read_published

@@ -26,7 +26,6 @@ import numpy as np
 import torch
 
 from latentcache import __version__
-from latentcache.dataset.qa import QaRow, write_qa
 from latentcache.dataset.quantization import is_finite, to_stored, to_values
 from latentcache.dataset.receipts import DataFile, QaFile, Receipt, UnitRecord
 from latentcache.dataset.rejects import count_reasons
@@ -43,17 +42,18 @@ from latentcache.engine.accounting import SampleBudget, SampleCounts
 from latentcache.engine.boundary import at_boundary, committed_receipt
 from latentcache.engine.fields import SeenFields
 from latentcache.engine.job import UNITS_PER_ACTOR, Job, UnitFailure, UnitTask
-from latentcache.engine.sample import QaSample
 from latentcache.engine.stages import Background, OldestFirstPool, Room, StageTimes
 from latentcache.errors import Reject
+from latentcache.image_files import write_thumbnail
 from latentcache.images.decode import Reserve, decode_image
 from latentcache.images.fields import read_columns
 from latentcache.images.source import NotGrouped, RejectedSample, Sample, read_samples
 from latentcache.images.transform import Bucket, Transformed, load_image, transform_spec
-from latentcache.pictures import write_thumbnail
+from latentcache.qa.evaluator import Examiner
+from latentcache.qa.qa_files import QaRow, write_qa
+from latentcache.qa.row_sample import QaSample
 from latentcache.storage import Store
 from latentcache.vae.encoder import Encoded, LatentEncoder, draw_latents
-from latentcache.vae.examine import Examiner
 
 # Rejects of one reason in one unit that get a thumbnail, where they could be decoded.
 _MAX_THUMBNAILS = 8

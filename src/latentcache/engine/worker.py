@@ -17,8 +17,8 @@ from latentcache.engine.unit import UnitRunner
 from latentcache.errors import ClusterError
 from latentcache.images.source import SourceShard
 from latentcache.networks import load_lpips
+from latentcache.qa.evaluator import Examiner
 from latentcache.vae.encoder import LatentEncoder, require_fp32
-from latentcache.vae.examine import Examiner
 from latentcache.vae.model import KLAutoencoder
 from latentcache.vae.weights import encoder_fingerprint, load_vae
 

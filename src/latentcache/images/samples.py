@@ -31,9 +31,9 @@ class SourceShard:
     """What one unit reads, as it was listed: canonical absolute URL, size and version.
 
     The version is an ETag or the like. `range` is `k/n` for the k-th of n parts of a Parquet file,
-    counted from 0. Of a folder's slot (`images/folder.py`) `files` are what lies in it, below the
-    folder and in the order of their keys; size and version are those of all of them. `identity` is
-    the URL that the dataset knows the source by, where that is another (`images/moved.py`).
+    counted from 0. `files` are those of a folder's slot (`images/folder_source.py`), below the
+    folder and in the order of their keys; size and version are those of all. `identity` is the URL
+    that the dataset knows the source by, where that is another (`images/moved.py`).
     """
 
     url: str

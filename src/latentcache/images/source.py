@@ -19,9 +19,9 @@ from latentcache.dataset.contract import MAX_SAMPLE_BYTES, SourceContract
 from latentcache.dataset.receipts import Unit
 from latentcache.errors import ConfigError, ObjectNotFound, SourceChanged, SourceError
 from latentcache.images.braces import expand_urls, named_urls, require_distinct
-from latentcache.images.folder import is_slot, list_folder, list_slot, read_slot, slots_of
+from latentcache.images.folder_source import is_slot, list_folder, list_slot, read_slot, slots_of
 from latentcache.images.moved import NOT_MOVED, Moved, moved_of
-from latentcache.images.parquet import is_parquet, read_parquet, split_file
+from latentcache.images.parquet_source import is_parquet, read_parquet, split_file
 from latentcache.images.samples import (
     NotGrouped,
     RejectedSample,
@@ -32,7 +32,7 @@ from latentcache.images.samples import (
     file_key_and_field,
     is_utf8,
 )
-from latentcache.images.tar import read_tar
+from latentcache.images.tar_source import read_tar
 from latentcache.storage import ObjectInfo, StorageOptions, Store, split_url, storage_options
 from latentcache.urls import shown
 

@@ -150,7 +150,7 @@ def _read(
     """Find and read what a URL names: the config if there is one, the weights' URL, the tensors."""
     config: dict[str, Any] | None = None
     if url == DEMO:
-        demo = importlib.resources.files("latentcache.vae") / "demo"
+        demo = importlib.resources.files("latentcache.demo") / "weights"
         config = _parse_config((demo / _CONFIG).read_bytes(), f"demo/{_CONFIG}")
         with importlib.resources.as_file(demo / _WEIGHTS[0]) as path:
             return config, DEMO, read_tensors(path, DEMO)

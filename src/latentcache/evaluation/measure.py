@@ -19,11 +19,11 @@ from torch import Tensor
 
 from latentcache.config import MAX_PIXELS, Autoencoder, EvalModel, Networks
 from latentcache.dataset.contract import SourceContract
-from latentcache.dataset.qa import MAX_DB, MIN_DB
 from latentcache.errors import CheckpointError, ClusterError, ConfigError, Reject
+from latentcache.evaluation.card import Picture
 from latentcache.images.source import RejectedSample, SourceShard, read_images
 from latentcache.images.transform import Bucket, TransformSpec, load_image
-from latentcache.metrics import FeatureStatistics, psnr_db, ssim
+from latentcache.metrics import MAX_DB, MIN_DB, FeatureStatistics, psnr_db, ssim
 from latentcache.networks import (
     NUM_INCEPTION_FEATURES,
     Distance,
@@ -32,9 +32,8 @@ from latentcache.networks import (
     load_lpips,
     load_vgg16,
 )
-from latentcache.quality.card import Picture
 from latentcache.storage import StorageOptions, storage_options
-from latentcache.vae.decoder import require_agreement, require_family
+from latentcache.vae.compatibility import require_agreement, require_family
 from latentcache.vae.encoder import require_fp32
 from latentcache.vae.model import KLAutoencoder, to_uint8
 from latentcache.vae.weights import encoder_fingerprint, load_vae

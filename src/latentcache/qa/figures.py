@@ -13,12 +13,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from latentcache.dataset.bottleneck import STAGES, Loads
+from latentcache.bottleneck import STAGES, Loads
 from latentcache.dataset.contract import Contract
-from latentcache.dataset.qa import MEASURES
 from latentcache.dataset.reader import Dataset, RejectedRow
 from latentcache.dataset.receipts import read_receipts
 from latentcache.dataset.statistics import HISTOGRAM_EDGES, Statistics
+from latentcache.qa.qa_files import MEASURES
 
 # `scaling_factor` is there to bring latents to unit variance. Off by more than this, something is
 # wrong, or the images are unlike those that it was measured on.

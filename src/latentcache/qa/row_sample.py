@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-from latentcache.dataset.qa import QaRow
 from latentcache.dataset.shards import BucketWriter, bucket_name, read_latents
-from latentcache.pictures import write_png
-from latentcache.vae.examine import Examiner
+from latentcache.image_files import write_png
+from latentcache.qa.evaluator import Examiner
+from latentcache.qa.qa_files import QaRow
 
 Submit = Callable[[Callable[[], list[QaRow]]], list[QaRow]]
 

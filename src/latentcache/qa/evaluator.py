@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from latentcache.dataset.contract import Contract
-from latentcache.dataset.qa import MAX_DB, MIN_DB, Measured, QaRow
 from latentcache.dataset.quantization import is_finite, to_values
 from latentcache.dataset.shards import tensor_bytes
 from latentcache.errors import ConfigError
-from latentcache.metrics import psnr_db, ssim
+from latentcache.image_files import read_png, write_png
+from latentcache.metrics import MAX_DB, MIN_DB, psnr_db, ssim
 from latentcache.networks import Distance
-from latentcache.pictures import read_png, write_png
-from latentcache.vae.decoder import require_agreement, require_family
+from latentcache.qa.qa_files import Measured, QaRow
+from latentcache.vae.compatibility import require_agreement, require_family
 from latentcache.vae.encoder import draw_latents
 from latentcache.vae.model import KLAutoencoder, to_uint8
 from latentcache.vae.weights import encoder_fingerprint

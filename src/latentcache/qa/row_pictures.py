@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from latentcache.dataset.qa import QaRow
-from latentcache.pictures import open_png
+from latentcache.image_files import open_png
+from latentcache.qa.qa_files import QaRow
 
 # What a report shows of a larger picture; its QA file keeps the whole.
 MAX_SIDE_PX = 512

@@ -13,10 +13,10 @@ from PIL import Image, ImageDraw, ImageFont
 from latentcache.dataset.reader import Dataset
 from latentcache.dataset.shards import bucket_name
 from latentcache.errors import CheckpointError, ConfigError, DatasetError, StorageError
-from latentcache.quality.named import find_checkpoint
+from latentcache.qa.access import find_checkpoint
 from latentcache.storage import StorageOptions
 from latentcache.storage_errors import named_local
-from latentcache.vae.decoder import require_family
+from latentcache.vae.compatibility import require_family
 from latentcache.vae.model import KLAutoencoder, to_uint8
 from latentcache.vae.weights import encoder_fingerprint, load_vae
 
@@ -54,7 +54,7 @@ def load_decoder(
 
     Raises:
         ConfigError: there is no usable checkpoint, its latents are of another shape, or only the
-            dataset names it; see `quality/named.py`.
+            dataset names it; see `qa/access.py`.
     """
     checkpoint = url or find_checkpoint(dataset)
     try:

@@ -21,17 +21,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from latentcache.dataset.parquet import read_rows, read_table
-from latentcache.dataset.receipts import QaFile, UnitRecord, UnitSummary
+from latentcache.dataset.receipts import QaFile, UnitRecord
 from latentcache.dataset.shards import describe_file
 from latentcache.errors import DatasetError, ObjectNotFound
+from latentcache.metrics import MAX_DB
 from latentcache.storage import Store
-
-# Decibels outside are stored as these, so that a mean stays finite; a value that is not a number
-# counts as the lower one.
-MIN_DB, MAX_DB = -100.0, 150.0
-
-# Of fewer QA rows than this, a mean PSNR says too little to stop a run that is still at work.
-_MIN_ROWS_TO_JUDGE = 32
 
 _READ_THREADS = 16
 _GROUP_ROWS = 16
@@ -56,7 +50,7 @@ MEASURES = ("psnr_db", "ssim", "lpips", "drift_db", "psnr_cost_db")
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """How good one row is; decibels lie in [`MIN_DB`, `MAX_DB`].
+    """How good one row is; decibels lie in [`metrics.MIN_DB`, `metrics.MAX_DB`].
 
     `psnr_db`, `ssim` and `lpips` (None without its network) compare the decoded latent with the
     crop, `drift_db` the stored latent with an fp32 encode of the crop. `psnr_cost_db` is what
@@ -197,76 +191,3 @@ def _open(store: Store, record: UnitRecord) -> Iterator[BinaryIO]:
             yield file
     except (pa.ArrowException, OSError, ValueError, ObjectNotFound, DatasetError) as error:
         raise DatasetError(f"{store.url_of(path)} is gone or damaged: {error}") from error
-
-
-@dataclass(frozen=True, slots=True)
-class Gates:
-    """What a dataset must be to pass; None lets anything pass.
-
-    `min_psnr_db` is of the mean over all QA rows, `min_drift_db` of each of them, and `max_rejects`
-    of the number of samples left out.
-    """
-
-    min_psnr_db: float | None = None
-    min_drift_db: float | None = None
-    max_rejects: int | None = None
-
-
-class QaTotals:
-    """What the QA of many units comes to, held against gates."""
-
-    def __init__(self, gates: Gates, units: Iterable[UnitSummary] = ()) -> None:
-        self.gates = gates
-        self.num_rows: Counter[str] = Counter()
-        self.num_rejects = 0
-        self._sum_psnr_db = 0.0
-        self._drifted: dict[str, tuple[float, str]] = {}  # unit id -> (decibels, source)
-        for unit in units:
-            self.add(unit)
-
-    def add(self, unit: UnitSummary, before: UnitSummary | None = None) -> None:
-        """Take in one more unit, in place of what it was before."""
-        self._count(unit, 1)
-        if before:
-            self._count(before, -1)
-        self._drifted.pop(unit.unit_id, None)
-        limit = self.gates.min_drift_db
-        if unit.qa and limit is not None and unit.qa.min_drift_db < limit:
-            self._drifted[unit.unit_id] = (unit.qa.min_drift_db, unit.source)
-
-    def _count(self, unit: UnitSummary, sign: int) -> None:
-        self.num_rejects += sign * unit.num_rejects
-        if unit.qa:
-            self.num_rows.update({b: sign * num for b, num in unit.qa.num_rows.items()})
-            self._sum_psnr_db += sign * unit.qa.mean_psnr_db * sum(unit.qa.num_rows.values())
-
-    @property
-    def mean_psnr_db(self) -> float | None:
-        """Mean over all QA rows; None where there are none."""
-        num_rows = self.num_rows.total()
-        return self._sum_psnr_db / num_rows if num_rows else None
-
-    def breaches(self, *, at_work: bool = False) -> list[str]:
-        """Say which gates are not passed, one line each; `at_work` while more rows may come."""
-        found = []
-        gates, mean, num_rows = self.gates, self.mean_psnr_db, self.num_rows.total()
-        is_judged = num_rows >= (_MIN_ROWS_TO_JUDGE if at_work else 1)
-        min_psnr_db = -math.inf if gates.min_psnr_db is None else gates.min_psnr_db
-        if is_judged and mean is not None and mean < min_psnr_db:
-            found.append(
-                f"the mean PSNR of {num_rows} QA rows is {mean:.2f} dB, below qa.min_psnr_db "
-                f"{min_psnr_db:g}"
-            )
-        if self._drifted:
-            worst_db, source = min(self._drifted.values())
-            found.append(
-                f"{len(self._drifted)} units have latents that are not what their images encode "
-                f"to: {worst_db:.1f} dB in {source}, below qa.min_drift_db "
-                f"{gates.min_drift_db:g}"
-            )
-        if gates.max_rejects is not None and self.num_rejects > gates.max_rejects:
-            found.append(
-                f"{self.num_rejects} samples were rejected, more than qa.max_rejects "
-                f"{gates.max_rejects}"
-            )
-        return found

@@ -13,7 +13,7 @@ import webdataset
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
-from latentcache.images.draw import draw_image
+from latentcache.demo.draw import draw_image
 
 Fields = dict[str, bytes]
 

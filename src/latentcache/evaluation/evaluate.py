@@ -15,22 +15,22 @@ from typing import Protocol, TypeVar
 
 from latentcache.config import EvalConfig, EvalModel, Network, require_kind
 from latentcache.errors import SourceError
-from latentcache.images.source import list_source, source_contract
-from latentcache.metrics import FeatureStatistics, frechet_distance
-from latentcache.quality.card import (
+from latentcache.evaluation.card import (
     Evaluation,
     ModelResult,
     Spread,
     draw_side_by_side,
     render_card,
 )
-from latentcache.quality.measure import (
+from latentcache.evaluation.measure import (
     EvalJob,
     EvalSums,
     ModelSums,
     Piece,
     evaluate_piece,
 )
+from latentcache.images.source import list_source, source_contract
+from latentcache.metrics import FeatureStatistics, frechet_distance
 from latentcache.storage import Store, storage_options
 from latentcache.vae.weights import absolute_url
 

@@ -18,13 +18,14 @@ import numpy as np
 import pyarrow as pa
 
 from latentcache.dataset.contract import read_provenance
-from latentcache.dataset.qa import Gates, read_measures, read_qa_rows
 from latentcache.dataset.reader import Dataset
 from latentcache.dataset.receipts import UnitRecord
 from latentcache.errors import ConfigError, DatasetError, one_line
-from latentcache.pictures import rewrite_thumbnail
-from latentcache.quality import figures, html
-from latentcache.quality.pictures import RowPictures, draw_row
+from latentcache.image_files import rewrite_thumbnail
+from latentcache.qa import figures, html
+from latentcache.qa.gates import Gates
+from latentcache.qa.qa_files import read_measures, read_qa_rows
+from latentcache.qa.row_pictures import RowPictures, draw_row
 from latentcache.storage import Store
 from latentcache.storage_errors import named_local
 

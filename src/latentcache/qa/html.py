@@ -15,7 +15,7 @@ from typing import Any
 
 import jinja2
 
-from latentcache.quality.pictures import (
+from latentcache.qa.row_pictures import (
     ERROR_COLOURS,
     LATENT_COLOURS,
     MAX_ERROR_LEVELS,
@@ -48,7 +48,7 @@ def render(
 
 @functools.cache
 def _template() -> jinja2.Template:
-    folder = importlib.resources.files("latentcache.quality") / "templates"
+    folder = importlib.resources.files("latentcache.qa") / "templates"
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

@@ -17,14 +17,6 @@ import numpy as np
 import torch
 
 from latentcache.dataset.parquet import naming_damage, read_table
-from latentcache.dataset.qa import (
-    Gates,
-    QaRow,
-    QaTotals,
-    read_measures,
-    read_qa_rows,
-    write_qa,
-)
 from latentcache.dataset.reader import Dataset
 from latentcache.dataset.receipts import UnitRecord, UnitSummary
 from latentcache.dataset.shards import bucket_name, read_latents
@@ -35,15 +27,17 @@ from latentcache.errors import (
     SourceError,
     StorageError,
 )
+from latentcache.image_files import write_png
 from latentcache.images.moved import NOT_MOVED, Moved
 from latentcache.images.source import Sample, read_images, shard_of
 from latentcache.images.transform import load_image, transform_spec
 from latentcache.networks import load_lpips
-from latentcache.pictures import write_png
-from latentcache.quality.named import NamedSources, find_checkpoint, shown
+from latentcache.qa.access import NamedSources, find_checkpoint, shown
+from latentcache.qa.evaluator import Examiner
+from latentcache.qa.gates import Gates, QaTotals
+from latentcache.qa.qa_files import QaRow, read_measures, read_qa_rows, write_qa
 from latentcache.storage import StorageOptions, Store
 from latentcache.vae.encoder import require_fp32
-from latentcache.vae.examine import Examiner
 from latentcache.vae.weights import encoder_fingerprint, load_vae
 
 Crops = dict[str, dict[str, bytes]]

@@ -16,7 +16,7 @@ from latentcache.config import Images
 from latentcache.dataset.contract import read_provenance
 from latentcache.dataset.reader import Dataset
 from latentcache.errors import ConfigError, one_line
-from latentcache.images.folder import is_slot
+from latentcache.images.folder_source import is_slot
 from latentcache.images.source import expand_urls
 from latentcache.storage import Store, split_url
 from latentcache.vae.weights import DEMO

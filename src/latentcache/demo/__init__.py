@@ -1,0 +1,1 @@
+"""Drawn images and the weights of a small autoencoder, to try everything on."""

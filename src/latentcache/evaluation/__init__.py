@@ -1,0 +1,1 @@
+"""Decoders compared over the same latents: the table of a model card."""

@@ -1,0 +1,1 @@
+"""Quality assurance: a sample of rows, decoded and compared with their images."""

@@ -1,0 +1,86 @@
+"""The QA of many units added up, and held against the gates of a config."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from latentcache.dataset.receipts import UnitSummary
+
+# Of fewer QA rows than this, a mean PSNR says too little to stop a run that is still at work.
+_MIN_ROWS_TO_JUDGE = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Gates:
+    """What a dataset must be to pass; None lets anything pass.
+
+    `min_psnr_db` is of the mean over all QA rows, `min_drift_db` of each of them, and `max_rejects`
+    of the number of samples left out.
+    """
+
+    min_psnr_db: float | None = None
+    min_drift_db: float | None = None
+    max_rejects: int | None = None
+
+
+class QaTotals:
+    """What the QA of many units comes to, held against gates."""
+
+    def __init__(self, gates: Gates, units: Iterable[UnitSummary] = ()) -> None:
+        self.gates = gates
+        self.num_rows: Counter[str] = Counter()
+        self.num_rejects = 0
+        self._sum_psnr_db = 0.0
+        self._drifted: dict[str, tuple[float, str]] = {}  # unit id -> (decibels, source)
+        for unit in units:
+            self.add(unit)
+
+    def add(self, unit: UnitSummary, before: UnitSummary | None = None) -> None:
+        """Take in one more unit, in place of what it was before."""
+        self._count(unit, 1)
+        if before:
+            self._count(before, -1)
+        self._drifted.pop(unit.unit_id, None)
+        limit = self.gates.min_drift_db
+        if unit.qa and limit is not None and unit.qa.min_drift_db < limit:
+            self._drifted[unit.unit_id] = (unit.qa.min_drift_db, unit.source)
+
+    def _count(self, unit: UnitSummary, sign: int) -> None:
+        self.num_rejects += sign * unit.num_rejects
+        if unit.qa:
+            self.num_rows.update({b: sign * num for b, num in unit.qa.num_rows.items()})
+            self._sum_psnr_db += sign * unit.qa.mean_psnr_db * sum(unit.qa.num_rows.values())
+
+    @property
+    def mean_psnr_db(self) -> float | None:
+        """Mean over all QA rows; None where there are none."""
+        num_rows = self.num_rows.total()
+        return self._sum_psnr_db / num_rows if num_rows else None
+
+    def breaches(self, *, at_work: bool = False) -> list[str]:
+        """Say which gates are not passed, one line each; `at_work` while more rows may come."""
+        found = []
+        gates, mean, num_rows = self.gates, self.mean_psnr_db, self.num_rows.total()
+        is_judged = num_rows >= (_MIN_ROWS_TO_JUDGE if at_work else 1)
+        min_psnr_db = -math.inf if gates.min_psnr_db is None else gates.min_psnr_db
+        if is_judged and mean is not None and mean < min_psnr_db:
+            found.append(
+                f"the mean PSNR of {num_rows} QA rows is {mean:.2f} dB, below qa.min_psnr_db "
+                f"{min_psnr_db:g}"
+            )
+        if self._drifted:
+            worst_db, source = min(self._drifted.values())
+            found.append(
+                f"{len(self._drifted)} units have latents that are not what their images encode "
+                f"to: {worst_db:.1f} dB in {source}, below qa.min_drift_db "
+                f"{gates.min_drift_db:g}"
+            )
+        if gates.max_rejects is not None and self.num_rejects > gates.max_rejects:
+            found.append(
+                f"{self.num_rejects} samples were rejected, more than qa.max_rejects "
+                f"{gates.max_rejects}"
+            )
+        return found

@@ -1,1 +1,0 @@
-"""Whether a dataset is what it says it is."""
