@@ -33,7 +33,7 @@ from latentcache.dataset.receipts import Receipt, new_attempt
 from latentcache.demo.draw import draw_image
 from latentcache.engine.job import UNITS_PER_ACTOR, Job, UnitTask
 from latentcache.engine.unit import UnitRunner
-from latentcache.storage import StorageOptions
+from latentcache.storage_options import StorageOptions
 from latentcache.vae.encoder import LatentEncoder
 
 WIDTH_PX, HEIGHT_PX = 4000, 3000

@@ -22,9 +22,9 @@ from latentcache.dataset.receipts import Receipt, new_attempt
 from latentcache.demo.demo_data import write_demo_data
 from latentcache.engine.job import Job, QaJob, UnitTask
 from latentcache.engine.unit import UnitRunner
-from latentcache.qa.evaluator import Examiner
+from latentcache.qa.evaluator import QaEvaluator, QaModels
 from latentcache.qa.row_sample import SampleSpec
-from latentcache.storage import StorageOptions
+from latentcache.storage_options import StorageOptions
 from latentcache.vae.encoder import LatentEncoder
 
 NUM_SHARDS = 4
@@ -47,12 +47,12 @@ def run(folder: Path, *, with_qa: bool) -> dict[str, float]:
     )
     plan = make_plan(config)
     options = StorageOptions()
-    qa = QaJob(SampleSpec(FRACTION, 0), "demo", options, None, options) if with_qa else None
+    qa = QaJob(SampleSpec(FRACTION, 0), QaModels("demo")) if with_qa else None
     url = plan.output.url
     job = Job(plan.contract, "demo", options, options, url, options, None, 1, qa)
     vae = load_vae("demo", decoder=False)
-    examiner = Examiner(plan.contract, vae, load_vae("demo")) if with_qa else None
-    runner = UnitRunner(job, LatentEncoder(vae, "fp32"), examiner)
+    evaluator = QaEvaluator(plan.contract, vae, load_vae("demo")) if with_qa else None
+    runner = UnitRunner(job, LatentEncoder(vae, "fp32"), evaluator)
     seen = {"qa_s": 0.0, "num_rows": 0.0, "num_qa_rows": 0.0}
     wanted = {"256x256": MIN_ROWS_PER_BUCKET} if with_qa else {}
     for unit in plan.units:

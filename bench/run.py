@@ -56,7 +56,8 @@ from latentcache.engine.job import UNITS_PER_ACTOR, Job, UnitTask
 from latentcache.engine.unit import UnitRunner
 from latentcache.images.source import Sample, SourceShard, read_shard
 from latentcache.images.transform import load_image
-from latentcache.storage import StorageOptions, Store
+from latentcache.storage import Store
+from latentcache.storage_options import StorageOptions
 from latentcache.vae.encoder import Encoded, LatentEncoder
 
 PHOTOS = Path(__file__).resolve().parents[2] / "shared" / "data" / "photos"

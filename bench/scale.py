@@ -34,7 +34,7 @@ from latentcache.engine import run as run_module
 from latentcache.engine.plan import Plan
 from latentcache.engine.run import MANIFEST_EVERY_UNITS
 from latentcache.engine.status import read_status
-from latentcache.storage import StorageOptions
+from latentcache.storage_options import StorageOptions
 from simulated import Clock, SimulatedCluster, make_config, make_receipt
 
 DATA = Path(__file__).parent / ".data"

@@ -24,7 +24,8 @@ from latentcache.dataset.receipts import DataFile, Receipt, Unit, UnitRecord, ne
 from latentcache.dataset.shards import BucketWriter, RowMeta, bucket_name, describe_file
 from latentcache.dataset.state import State, write_next
 from latentcache.dataset.statistics import Statistics
-from latentcache.storage import StorageOptions, Store
+from latentcache.storage import Store
+from latentcache.storage_options import StorageOptions
 
 Bucket = tuple[int, int]
 

@@ -193,7 +193,7 @@ def commit_unit(
     qa_file = None
     if qa:
         local = folder / f"{generation}-{attempt}.parquet"
-        qa_file = write_qa(local, f"qa/{unit.id}/{local.name}", qa, lambda: {"decoder": "demo"})
+        qa_file = write_qa(local, f"qa/{unit.id}/{local.name}", qa, "demo")
         assert qa_file
         store.put_file(local, qa_file.file.path)
     # Some tests store what is not finite, which a receipt cannot tell.

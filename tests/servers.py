@@ -26,7 +26,7 @@ from urllib.parse import unquote, urlsplit
 
 import boto3
 
-from latentcache.storage import StorageOptions
+from latentcache.storage_options import StorageOptions
 
 SCRIPTS = Path(sysconfig.get_path("scripts"))
 

@@ -24,7 +24,8 @@ from latentcache.engine import run as run_module
 from latentcache.engine.lease import STALE_AFTER_S, Lease, active_runs
 from latentcache.engine.progress import RunProgress
 from latentcache.engine.status import read_status
-from latentcache.storage import StorageOptions, Store
+from latentcache.storage import Store
+from latentcache.storage_options import StorageOptions
 from makers import config_tree, png, tree_digest, write_tar
 from runs import Configs, assert_nothing_lost_or_doubled, receipts_at
 from servers import DEADLINE_S, Exchange, FaultyProxy, S3Server

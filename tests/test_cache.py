@@ -38,7 +38,8 @@ from latentcache import storage
 from latentcache.dataset.receipts import DataFile
 from latentcache.errors import ConfigError, DatasetError, DiskFull, ObjectNotFound, StorageError
 from latentcache.loader.cache import FileCache, default_cache_dir, parse_bytes
-from latentcache.storage import StorageOptions, Store
+from latentcache.storage import Store
+from latentcache.storage_options import StorageOptions
 from makers import flip_byte
 from servers import (
     DEADLINE_S,

@@ -15,7 +15,7 @@ from latentcache.errors import Reject
 from latentcache.images.decode import decode_image
 from latentcache.images.source import RejectedSample, list_shards, read_shard
 from latentcache.images.transform import Bucket, TransformSpec, transform
-from latentcache.storage import StorageOptions
+from latentcache.storage_options import StorageOptions
 
 OPTIONS = StorageOptions()
 SPEC = TransformSpec((Bucket(64, 64),), min_side_px=32, max_upscale=None, max_pixels=10**6)

@@ -22,7 +22,8 @@ from latentcache.dataset.receipts import UnitRecord
 from latentcache.dataset.state import State, write_next
 from latentcache.engine.status import read_status
 from latentcache.errors import CheckFailed, ConfigError, DatasetError
-from latentcache.storage import ObjectInfo, StorageOptions, Store
+from latentcache.storage import ObjectInfo, Store
+from latentcache.storage_options import StorageOptions
 from makers import tree_digest
 from test_gc import CONTRACT, SOURCES, World
 

@@ -40,7 +40,8 @@ from latentcache.errors import (
     LatentCacheError,
     StorageError,
 )
-from latentcache.storage import StorageOptions, Store
+from latentcache.storage import Store
+from latentcache.storage_options import StorageOptions
 from makers import make_contract
 from simulated import Clock, SimulatedCluster, make_config
 

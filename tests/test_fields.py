@@ -8,7 +8,7 @@ import pytest
 
 from latentcache.dataset.columns import Columns, columns_of
 from latentcache.errors import Reject
-from latentcache.images.fields import read_columns
+from latentcache.images.text_fields import read_columns
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from latentcache.engine.job import UNITS_PER_ACTOR, Job, UnitFailure, UnitTask
 from latentcache.engine.plan import PlannedUnit
 from latentcache.engine.stop import StopSignal
 from latentcache.errors import ClusterError
-from latentcache.storage import StorageOptions
+from latentcache.storage_options import StorageOptions
 from makers import make_contract
 from simulated import make_receipt
 

@@ -26,6 +26,7 @@ FLOORS = {
     "urls": 0.25,
     "yaml_files": 0.25,
     "config_errors": 0.25,
+    "storage_options": 0.25,
     "config_types": 0.4,
     "config": 0.5,
     "storage_errors": 0.5,

@@ -23,7 +23,8 @@ from latentcache.images.source import (
     list_source,
     read_shard,
 )
-from latentcache.storage import ObjectInfo, StorageOptions, Store
+from latentcache.storage import ObjectInfo, Store
+from latentcache.storage_options import StorageOptions
 from makers import config_tree
 
 OPTIONS = StorageOptions()

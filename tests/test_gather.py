@@ -20,7 +20,7 @@ from latentcache.images.source import (
     list_shards,
     read_shard,
 )
-from latentcache.storage import StorageOptions
+from latentcache.storage_options import StorageOptions
 
 IMAGE, KEEP = ("jpg", "png"), ("txt", "json")
 

@@ -87,7 +87,7 @@ def made(cli: Cli, tmp_path_factory: pytest.TempPathFactory) -> Made:
         made.config(name).write_text(yaml.safe_dump(tree))
         plan = make_plan(load_config(made.config(name)))
         assert len(plan.pending) == 4
-        assert plan.contract.is_settled == (name not in INT8)
+        assert plan.contract.is_resolved == (name not in INT8)
         assert not made.out(name).exists(), "planning writes nothing"
         result = cli("run", made.config(name), "--json")
         assert result.code == 0, result.stderr
@@ -240,7 +240,7 @@ import latentcache
 
 config = latentcache.load_config(sys.argv[1])
 plan = latentcache.make_plan(config)
-assert plan.there is None and not plan.contract.is_settled
+assert plan.there is None and not plan.contract.is_resolved
 output = pathlib.Path(sys.argv[2])
 output.mkdir()
 shutil.copy(sys.argv[3], output / "contract.json")

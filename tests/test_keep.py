@@ -22,7 +22,7 @@ from latentcache.dataset.publish import publish
 from latentcache.dataset.receipts import Receipt
 from latentcache.dataset.shards import tensor_bytes
 from latentcache.dataset.verify import verify
-from latentcache.engine import fields as fields_module
+from latentcache.engine import kept_fields as fields_module
 from latentcache.engine import run as run_module
 from latentcache.engine import worker as worker_module
 from latentcache.engine.gc import collect_garbage
@@ -30,7 +30,8 @@ from latentcache.engine.job import UnitFailure, UnitTask
 from latentcache.engine.status import read_status
 from latentcache.engine.worker import ActorRunner
 from latentcache.errors import CheckFailed, ConfigError
-from latentcache.storage import StorageOptions, Store
+from latentcache.storage import Store
+from latentcache.storage_options import StorageOptions
 from makers import config_tree, flip_byte, png, write_tar
 from thread_cluster import ThreadCluster
 

@@ -15,7 +15,6 @@ from latentcache.engine.plan import make_plan
 from latentcache.images.moved import moved_of
 from latentcache.images.source import shard_of
 from latentcache.qa import reevaluate as qa_module
-from latentcache.storage import storage_options
 from makers import config_tree, png, write_tar
 from servers import S3Server
 from thread_cluster import ThreadCluster
@@ -78,7 +77,7 @@ def test_a_renamed_folder_is_told_and_known_again(
     assert second.num_committed == 1
     assert all(record.unit.source.startswith(f"file://{old}") for record in dataset.units)
     for record in dataset.units:
-        shard = shard_of(record.unit, storage_options(moved.source.storage), moved_of(moved.source))
+        shard = shard_of(record.unit, moved.source.storage, moved_of(moved.source))
         assert shard.url.startswith(f"file://{new}")
 
     shutil.rmtree(tmp_path / "out")
@@ -144,7 +143,7 @@ def test_qa_reads_a_moved_source_where_it_lies_now(tmp_path: Path):
     dataset = open_dataset(str(tmp_path / "out"))
     selection = qa_module.Selection(8, 1, moved=moved_of(config.source))
     (record,) = dataset.units
-    look = qa_module.Look("demo", dataset.store)
-    crops = qa_module._fetch(dataset, record, selection, look)
+    result = qa_module.QaResult("demo", dataset.store)
+    crops = qa_module._fetch(dataset, record, selection, result)
     assert [key for found in crops.values() for key in found] == ["a"]
-    assert not look.breaches
+    assert not result.breaches

@@ -19,9 +19,10 @@ from latentcache import Dataset, load_vae, open_dataset
 from latentcache.dataset.contract import Contract
 from latentcache.errors import ConfigError, DatasetError
 from latentcache.qa.access import NamedSources, shown
+from latentcache.qa.evaluator import QaModels
 from latentcache.qa.gates import Gates
 from latentcache.qa.qa_files import QaRow
-from latentcache.qa.reevaluate import Look, Networks, Selection, look_again
+from latentcache.qa.reevaluate import QaResult, Selection, reevaluate
 from latentcache.qa.report import build_report
 from latentcache.qa.sheet import load_decoder
 from latentcache.vae.weights import encoder_fingerprint
@@ -77,10 +78,10 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return paths
 
 
-def look(dataset: Dataset, folder: Path, decoder: Path | None = None, **selected: Any) -> Look:
+def look(dataset: Dataset, folder: Path, decoder: Path | None = None, **selected: Any) -> QaResult:
     folder.mkdir(exist_ok=True)
-    networks = Networks(decoder=decoder and str(decoder))
-    return look_again(dataset, networks, Selection(3, **selected), Gates(), folder)
+    models = QaModels(decoder=decoder and str(decoder))
+    return reevaluate(dataset, models, Selection(3, **selected), Gates(), folder)
 
 
 def test_a_checkpoint_that_only_the_dataset_names_is_not_opened(

@@ -12,7 +12,7 @@ import torch
 
 from latentcache.errors import ConfigError, StorageError
 from latentcache.networks import load_inception, load_lpips, load_vgg16
-from latentcache.storage import StorageOptions
+from latentcache.storage_options import StorageOptions
 from makers import draw
 from measures import Pixels, as_tensor, psim_by_modules
 from servers import S3Server

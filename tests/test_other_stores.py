@@ -24,7 +24,8 @@ from latentcache import parse_config
 from latentcache import storage as storage_module
 from latentcache.errors import AccessDenied, ConfigError, SourceChanged
 from latentcache.images.source import Sample, SourceShard, list_source, read_shard
-from latentcache.storage import StorageOptions, Store
+from latentcache.storage import Store
+from latentcache.storage_options import StorageOptions
 from makers import config_tree
 from test_source import pair, tar_bytes
 

@@ -28,7 +28,8 @@ from latentcache.images.source import (
     list_shards,
     read_shard,
 )
-from latentcache.storage import StorageOptions, Store
+from latentcache.storage import Store
+from latentcache.storage_options import StorageOptions
 
 OPTIONS = StorageOptions()
 IMAGE = ("jpg", "image")
@@ -350,7 +351,7 @@ def peak_mib(path: Path, keep: Sequence[str]) -> tuple[list[str], int]:
     program = f"""
 import json, resource
 from latentcache.images.source import Sample, list_shards, read_shard
-from latentcache.storage import StorageOptions
+from latentcache.storage_options import StorageOptions
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 (shard,) = list_shards({str(path)!r}, StorageOptions())

@@ -192,7 +192,7 @@ OPEN = {"scale": None, "zero_point": None}
 
 def test_a_contract_keeps_its_numbers_to_the_bit(tmp_path: Path):
     contract = int8_contract()
-    assert contract.is_settled
+    assert contract.is_resolved
     establish_contract(Store(str(tmp_path)), contract, {})
     back = read_contract(Store(str(tmp_path)))
     assert back == contract
@@ -201,17 +201,17 @@ def test_a_contract_keeps_its_numbers_to_the_bit(tmp_path: Path):
 
 def test_what_is_open_is_taken_from_another_contract():
     there, open_ = int8_contract(), int8_contract(**OPEN)
-    assert not open_.is_settled
-    assert open_.settled_as(there) == there
-    assert there.settled_as(int8_contract(scale=(1.0,) * 4)) == there, "nothing was open"
+    assert not open_.is_resolved
+    assert open_.resolved_as(there) == there
+    assert there.resolved_as(int8_contract(scale=(1.0,) * 4)) == there, "nothing was open"
     auto = replace(open_, latents=replace(open_.latents, precision="auto"))
-    assert auto.settled_as(there) == there
-    assert not open_.settled_as(make_contract()).is_settled
+    assert auto.resolved_as(there) == there
+    assert not open_.resolved_as(make_contract()).is_resolved
 
 
 def test_specs_are_compared_and_not_what_came_of_them():
     wanted = int8_contract(**OPEN, seed=1, num_images=64)
-    assert contract_diff(int8_contract(), wanted.settled_as(int8_contract())) == [
+    assert contract_diff(int8_contract(), wanted.resolved_as(int8_contract())) == [
         "latents.quantization.num_images: 512 there, 64 wanted",
         "latents.quantization.seed: 0 there, 1 wanted",
     ]

@@ -26,7 +26,8 @@ from latentcache.images.source import (
     list_shards,
     read_shard,
 )
-from latentcache.storage import StorageOptions, Store
+from latentcache.storage import Store
+from latentcache.storage_options import StorageOptions
 
 OPTIONS = StorageOptions()
 IMAGE = ("jpg", "png")

@@ -23,7 +23,7 @@ from latentcache.engine import run as run_module
 from latentcache.errors import ConfigError
 from latentcache.evaluation.evaluate import evaluate, plan_evaluation
 from latentcache.images import parquet_source as parquet_module
-from latentcache.storage import StorageOptions
+from latentcache.storage_options import StorageOptions
 from makers import config_tree, tree_digest, write_tar
 from runs import Cli, Result, Running, receipts_at
 from servers import FaultyProxy, S3Server, cut_halfway, overwrite

@@ -21,7 +21,8 @@ from latentcache.dataset.statistics import Statistics
 from latentcache.engine.lease import Lease
 from latentcache.engine.status import Status, read_status
 from latentcache.engine.watch import Watched, watch
-from latentcache.storage import StorageOptions, Store
+from latentcache.storage import Store
+from latentcache.storage_options import StorageOptions
 from makers import make_contract
 
 NOWHERE = StorageOptions()

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 
 from latentcache import storage
 from latentcache.errors import ConfigError, DiskFull, ObjectNotFound, StorageError
-from latentcache.storage import StorageOptions, Store, split_url
+from latentcache.storage import Store, split_url
+from latentcache.storage_options import StorageOptions
 from servers import (
     DEADLINE_S,
     Exchange,
@@ -139,7 +140,8 @@ def test_a_download_that_has_no_room_names_the_local_disk(store: Store, tmp_path
 
 _READ_AFTER_FORK = """
 import os, sys
-from latentcache.storage import StorageOptions, Store
+from latentcache.storage import Store
+from latentcache.storage_options import StorageOptions
 store = Store(sys.argv[1], StorageOptions(endpoint_url=sys.argv[2]))
 assert store.read_bytes("a") == b"1"
 child = os.fork()

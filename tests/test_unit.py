@@ -38,7 +38,7 @@ from latentcache.engine.stages import OldestFirstPool, Room
 from latentcache.engine.unit import UnitRunner
 from latentcache.errors import DiskFull
 from latentcache.metrics import drift_db
-from latentcache.storage import StorageOptions
+from latentcache.storage_options import StorageOptions
 from latentcache.vae.encoder import LatentEncoder
 from makers import config_tree, draw, encode_image, png, write_tar
 

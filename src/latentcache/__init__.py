@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from latentcache.loader.join import Join
     from latentcache.loader.loader import LatentLoader
     from latentcache.loader.mapped import LatentDataset
-    from latentcache.storage import StorageOptions
+    from latentcache.storage_options import StorageOptions
     from latentcache.vae.model import KLAutoencoder, to_uint8
     from latentcache.vae.weights import load_vae
 
@@ -46,7 +46,7 @@ _HOMES = {
     "RejectedRow": "dataset.reader",
     "Row": "dataset.reader",
     "RunSummary": "engine.summary",
-    "StorageOptions": "storage",
+    "StorageOptions": "storage_options",
     "Verification": "dataset.verify",
     "collect_garbage": "engine.gc",
     "diff_manifests": "dataset.diff",

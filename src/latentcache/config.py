@@ -23,8 +23,9 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from latentcache.config_errors import explain
-from latentcache.config_types import EndpointUrl, OutputUrl, PublicText, Url
+from latentcache.config_types import OutputUrl, PublicText, Storage, Url
 from latentcache.errors import ConfigError
+from latentcache.storage_options import StorageOptions
 from latentcache.urls import shown
 from latentcache.yaml_files import parse_yaml, read_yaml
 
@@ -60,17 +61,6 @@ class _Section(BaseModel):
         return value
 
 
-class Storage(_Section):
-    """How to reach an object store."""
-
-    endpoint_url: EndpointUrl | None = Field(
-        None, description="An S3-compatible server other than AWS, with http:// or https://."
-    )
-    profile: str | None = Field(None, description="A profile of the AWS config files.")
-    anon: bool = Field(False, description="Read a public bucket without credentials.")
-    requester_pays: bool = Field(False, description="Accept the charges of a requester-pays one.")
-
-
 class Images(_Section):
     """Which images are read."""
 
@@ -103,7 +93,7 @@ class Images(_Section):
         le=2**31 - 1,
         description="Reject a sample whose fields together hold more bytes, before reading them.",
     )
-    storage: Storage = Storage()
+    storage: Storage = StorageOptions()
 
     @field_validator("image")
     @classmethod
@@ -214,7 +204,7 @@ class Autoencoder(_Section):
         description="A diffusers folder, a single-file or CompVis checkpoint, by path or URL; "
         "`demo` is the small one in this package, whose latents are not Stable Diffusion's."
     )
-    storage: Storage = Storage()
+    storage: Storage = StorageOptions()
 
 
 class Vae(Autoencoder):
@@ -267,7 +257,7 @@ class Output(_Section):
     """Where the dataset is written."""
 
     url: OutputUrl
-    storage: Storage = Storage()
+    storage: Storage = StorageOptions()
 
 
 class Rejects(_Section):
@@ -325,7 +315,7 @@ class Qa(_Section):
     lpips: Network | None = Field(
         None, description="StyleGAN2-ADA's `vgg16.pt`; without it LPIPS is not measured."
     )
-    storage: Storage = Field(Storage(), description="Of the decoder and the network.")
+    storage: Storage = Field(StorageOptions(), description="Of the decoder and the network.")
     min_psnr_db: float | None = Field(15.0, description="Gate: the mean over QA rows, at least.")
     min_drift_db: float | None = Field(
         30.0, description="Gate: every stored latent against an fp32 encode, at least."
@@ -364,7 +354,7 @@ class Networks(_Section):
     vgg16: Network | None = Field(
         None, description="A plain VGG16 state dict with torchvision's names, for PSIM."
     )
-    storage: Storage = Storage()
+    storage: Storage = StorageOptions()
 
 
 class EvalModel(_Section):
@@ -375,7 +365,7 @@ class EvalModel(_Section):
     train_steps: int | None = Field(None, ge=0, description="For the table only.")
     link: PublicText = Field("", description="For the table only.")
     comments: PublicText = Field("", description="For the table only.")
-    storage: Storage = Storage()
+    storage: Storage = StorageOptions()
 
 
 class EvalCompute(_Section):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any, get_args
@@ -33,13 +34,13 @@ def explain(error: ValidationError, kind: type[BaseModel]) -> Iterable[str]:
 def _reason(mistake: ErrorDetails, names: Sequence[str], kind: type[BaseModel]) -> str:
     if mistake["type"] == "missing":
         return "required, but missing"
-    if mistake["type"] == "extra_forbidden":
+    if mistake["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         known = _field_names(names[:-1], kind)
         nearest = difflib.get_close_matches(names[-1], known, n=1, cutoff=0.5)
         if nearest:
             return f"no such setting; did you mean {nearest[0]!r}?"
         return f"no such setting; known here: {', '.join(known)}"
-    if mistake["type"] in ("model_type", "dict_type"):
+    if mistake["type"] in ("model_type", "dict_type", "dataclass_type"):
         return f"should be a section with settings of its own{_got(mistake['input'], names)}"
     if mistake["type"] == "explained":
         return mistake["msg"]
@@ -70,16 +71,25 @@ def _is_union_member(name: str) -> bool:
 
 def _field_names(path: Sequence[str], kind: type[BaseModel]) -> list[str]:
     """What may stand in the section at that path of a config file of that kind."""
-    sections = [kind]
+    sections = [_settings(kind)]
     for name in path:
         if not name.isdigit() and not _is_union_member(name):
-            found = [section.model_fields.get(name) for section in sections]
-            sections = [part for field in found if field for part in _sections(field.annotation)]
-    return [name for section in sections for name in section.model_fields]
+            found = [section[name] for section in sections if name in section]
+            sections = [part for annotation in found for part in _sections(annotation)]
+    return [name for section in sections for name in section]
 
 
-def _sections(annotation: Any) -> list[type[BaseModel]]:
+def _settings(kind: Any) -> dict[str, Any]:
+    """Return the annotations of a section's settings, by name."""
+    if issubclass(kind, BaseModel):
+        return {name: field.annotation for name, field in kind.model_fields.items()}
+    return {field.name: field.type for field in dataclasses.fields(kind)}
+
+
+def _sections(annotation: Any) -> list[dict[str, Any]]:
     """The sections that a field may hold, alone, in a list or as one of several kinds."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
+    if isinstance(annotation, type) and (
+        issubclass(annotation, BaseModel) or dataclasses.is_dataclass(annotation)
+    ):
+        return [_settings(annotation)]
     return [section for part in get_args(annotation) for section in _sections(part)]

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated
+from dataclasses import replace
+from typing import Annotated, Any
 
-from pydantic import AfterValidator
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from latentcache.errors import ConfigError, redact
+from latentcache.storage_options import StorageOptions
 from latentcache.urls import check_endpoint, check_url, expand, shown
+
+
+def _explained(error: ConfigError) -> PydanticCustomError:
+    # The message as a value, because braces in a template are placeholders.
+    return PydanticCustomError("explained", "{why}", {"why": str(error)})
 
 
 def _setting(check: Callable[[str], str]) -> AfterValidator:
@@ -19,8 +26,7 @@ def _setting(check: Callable[[str], str]) -> AfterValidator:
         try:
             return check(value)
         except ConfigError as error:
-            # The message as a value, because braces in a template are placeholders.
-            raise PydanticCustomError("explained", "{why}", {"why": str(error)}) from None
+            raise _explained(error) from None
 
     return AfterValidator(validate)
 
@@ -44,14 +50,23 @@ def _public_text(text: str) -> str:
     return text
 
 
-def _endpoint(url: str) -> str:
-    url = expand(url)
-    check_endpoint(url)
-    return url
+def _storage(value: Any, handler: ValidatorFunctionWrapHandler) -> StorageOptions:
+    options: StorageOptions = handler(value)
+    if options.endpoint_url is None:
+        return options
+    try:
+        url = expand(options.endpoint_url)
+        check_endpoint(url)
+    except ConfigError as error:
+        mistake = InitErrorDetails(
+            type=_explained(error), loc=("endpoint_url",), input=options.endpoint_url
+        )
+        raise ValidationError.from_exception_data("storage", [mistake]) from None
+    return replace(options, endpoint_url=url)
 
 
 # URLs: `$NAME`, `${NAME}` and a leading `~` are expanded here, and nowhere else.
 Url = Annotated[str, _setting(_checked_url)]
 OutputUrl = Annotated[str, _setting(_writable_url)]
 PublicText = Annotated[str, _setting(_public_text)]
-EndpointUrl = Annotated[str, _setting(_endpoint)]
+Storage = Annotated[StorageOptions, WrapValidator(_storage)]

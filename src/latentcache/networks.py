@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from latentcache.errors import ConfigError, ObjectNotFound, first_line
-from latentcache.storage import StorageOptions, Store, split_url
+from latentcache.storage import Store, split_url
+from latentcache.storage_options import StorageOptions
 
 Features = Callable[[Tensor], Tensor]
 """uint8 [B, 3, H, W], on any device -> float32 [B, D], on the network's."""

@@ -20,7 +20,7 @@ from email.utils import parsedate_to_datetime
 from functools import lru_cache, partial
 from pathlib import Path
 from threading import Event
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TypeVar, cast
+from typing import Any, BinaryIO, Literal, TypeVar, cast
 
 import fsspec
 
@@ -38,10 +38,8 @@ from latentcache.storage_local import (
     create_file,
     replace_file,
 )
+from latentcache.storage_options import StorageOptions
 from latentcache.urls import check_endpoint, check_url
-
-if TYPE_CHECKING:  # to read a dataset takes no pydantic
-    from latentcache.config import Storage
 
 T = TypeVar("T")
 
@@ -67,21 +65,6 @@ _INFO_OPTIONS = {"hf": {"refresh": True, "expand_info": True}}
 
 # Extras of this package that bring a protocol's client.
 _EXTRAS = {"gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure"}
-
-
-@dataclass(frozen=True, slots=True)
-class StorageOptions:
-    """How to reach a store. Credentials come from the environment or from the named profile."""
-
-    endpoint_url: str | None = None
-    profile: str | None = None
-    anon: bool = False
-    requester_pays: bool = False
-
-
-def storage_options(storage: Storage) -> StorageOptions:
-    """Turn a config's `storage` section into options of a `Store`."""
-    return StorageOptions(**storage.model_dump())
 
 
 DANGLING = "dangling"

@@ -24,10 +24,10 @@ from latentcache.demo.draw import draw_image
 from latentcache.engine import unit as unit_module
 from latentcache.engine.job import Job, QaJob, UnitTask
 from latentcache.engine.unit import UnitRunner
-from latentcache.qa.evaluator import Examiner
+from latentcache.qa.evaluator import QaEvaluator, QaModels
 from latentcache.qa.gates import Gates, QaTotals
 from latentcache.qa.row_sample import SampleSpec
-from latentcache.storage import StorageOptions
+from latentcache.storage_options import StorageOptions
 from latentcache.vae.encoder import Encoded, LatentEncoder
 from makers import config_tree, encode_image, write_tar
 from runs import Cli
@@ -154,9 +154,9 @@ def make(tmp_path: Path, spread_vae: Path) -> Iterator[Callable[[Fault | None], 
             output_storage=options,
             batch_size=8,
             decode_threads=1,
-            qa=QaJob(SampleSpec(0.1, 0), str(spread_vae), options, None, options),
+            qa=QaJob(SampleSpec(0.1, 0), QaModels(str(spread_vae))),
         )
-        runner = UnitRunner(job, encoder, Examiner(contract, vae, vae))
+        runner = UnitRunner(job, encoder, QaEvaluator(contract, vae, vae))
         runners.append(runner)
         receipts = []
         for unit in plan.units:

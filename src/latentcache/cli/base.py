@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from latentcache.config import Config
     from latentcache.log import Level
-    from latentcache.storage import StorageOptions
+    from latentcache.storage_options import StorageOptions
 
 P = ParamSpec("P")
 
@@ -200,14 +200,14 @@ def locate(target: str, overrides: list[str] | None) -> tuple[str, StorageOption
     """Find the dataset that a URL or a config means."""
     from latentcache.config import load_config
     from latentcache.errors import ConfigError
-    from latentcache.storage import StorageOptions, storage_options
+    from latentcache.storage_options import StorageOptions
 
     if not is_config(target):
         if overrides:
             raise ConfigError("--set goes with a config, not with a dataset's URL")
         return target, StorageOptions()
     output = load_config(target, overrides or ()).output
-    return output.url, storage_options(output.storage)
+    return output.url, output.storage
 
 
 def load(path: Path, overrides: list[str] | None) -> Config:

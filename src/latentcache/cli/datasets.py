@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from latentcache.dataset.diff import ManifestDiff
     from latentcache.dataset.reader import Dataset
     from latentcache.engine.gc import Garbage
-    from latentcache.storage import StorageOptions
+    from latentcache.storage_options import StorageOptions
 
 
 @app.command("verify")
@@ -128,12 +128,12 @@ def inspect_command(
 def _named_vae(target: str, overrides: list[str] | None) -> tuple[str | None, StorageOptions]:
     """Return the checkpoint that a config names, and how to reach it."""
     from latentcache.config import load_config
-    from latentcache.storage import StorageOptions, storage_options
+    from latentcache.storage_options import StorageOptions
 
     if not is_config(target):
         return None, StorageOptions()
     vae = load_config(target, overrides or ()).vae
-    return vae.checkpoint, storage_options(vae.storage)
+    return vae.checkpoint, vae.storage
 
 
 def _draw_rows(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -24,12 +24,6 @@ from latentcache.cli.base import (
     print_text,
     progress_bar,
 )
-
-if TYPE_CHECKING:
-    from latentcache.images.moved import Moved
-    from latentcache.qa.gates import Gates
-    from latentcache.qa.reevaluate import Networks
-    from latentcache.storage import StorageOptions
 
 
 @app.command("qa")
@@ -88,83 +82,73 @@ def qa_command(
     """
     import tempfile
 
+    from latentcache.config import Qa
     from latentcache.dataset.reader import open_dataset
+    from latentcache.images.moved import NOT_MOVED, moved_of
+    from latentcache.qa.access import source_urls
+    from latentcache.qa.evaluator import QaModels
     from latentcache.qa.gates import Gates
-    from latentcache.qa.reevaluate import Selection, look_again
-    from latentcache.qa.report import Looked, build_report, require_writable, save_report
+    from latentcache.qa.reevaluate import Selection, reevaluate
+    from latentcache.qa.report import QaFiles, build_report, require_writable, save_report
+    from latentcache.storage_options import StorageOptions
 
     url, options = locate(target, set_)
-    gates, networks, sources, moved, source_storage = _qa_settings(
-        target, set_, checkpoint, decoder
-    )
+    config = load(Path(target), set_) if is_config(target) else None
+    qa = config.qa if config and config.qa else Qa()
     gates = Gates(
-        gates.min_psnr_db if min_psnr_db is None else min_psnr_db,
-        gates.min_drift_db if min_drift_db is None else min_drift_db,
-        gates.max_rejects if max_rejects is None else max_rejects,
+        qa.min_psnr_db if min_psnr_db is None else min_psnr_db,
+        qa.min_drift_db if min_drift_db is None else min_drift_db,
+        qa.max_rejects if max_rejects is None else max_rejects,
+    )
+    models = QaModels(
+        decoder=decoder or qa.decoder,
+        lpips=(qa.lpips.url, qa.lpips.sha256) if qa.lpips else None,
+        decoder_storage=qa.storage,
+        lpips_storage=qa.storage,
+    )
+    selection = Selection(
+        num_rows=num_rows,
+        num_units=num_units,
+        seed=seed,
+        sources=(*(source_urls(config.source) if config else ()), *(source or ())),
+        source_storage=config.source.storage if config else StorageOptions(),
+        moved=moved_of(config.source) if config else NOT_MOVED,
     )
     if report:
         require_writable(report)
     dataset = open_dataset(url, manifest, storage=options)
-    sources = (*sources, *(source or ()))
-    selection = Selection(num_rows, num_units, seed, sources, source_storage, moved)
     with tempfile.TemporaryDirectory(prefix="latentcache-") as folder:
         with progress_bar() as bar:
             task = bar.add_task("decoding", total=num_rows)
-            look = look_again(
+            result = reevaluate(
                 dataset,
-                networks,
+                models,
                 selection,
                 gates,
                 Path(folder),
-                lambda done, total: bar.update(task, completed=done, total=total),
+                checkpoint=checkpoint or (config.vae.checkpoint if config else None),
+                checkpoint_storage=config.vae.storage if config else StorageOptions(),
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
             )
         found = build_report(
             dataset,
-            look.breaches,
+            result.breaches,
             gates,
-            notes=look.notes,
-            decoder=look.decoder,
-            looked=Looked(look.store, look.records),
+            notes=result.notes,
+            decoder=result.decoder,
+            files=QaFiles(result.store, result.records),
         )
         if report:
             save_report(found, report)
-    for note in look.notes:
+    for note in result.notes:
         complain(note)
-    for breach in look.breaches:
+    for breach in result.breaches:
         complain(f"QA: {breach}")
     if json_:
         print_json(found.to_json())
     else:
         print_text(found.to_text())
-    return 3 if look.breaches else 0
-
-
-def _qa_settings(
-    target: str, overrides: list[str] | None, checkpoint: str | None, decoder: str | None
-) -> tuple[Gates, Networks, tuple[str, ...], Moved, StorageOptions]:
-    """Read off a config what measures, the gates, and the sources; defaults where it has none."""
-    from latentcache.config import Qa, Storage
-    from latentcache.images.moved import NOT_MOVED, moved_of
-    from latentcache.qa.access import source_urls
-    from latentcache.qa.gates import Gates
-    from latentcache.qa.reevaluate import Networks
-    from latentcache.storage import storage_options
-
-    config = load(Path(target), overrides) if is_config(target) else None
-    qa = config.qa if config and config.qa else Qa()
-
-    networks = Networks(
-        checkpoint=checkpoint or (config.vae.checkpoint if config else None),
-        checkpoint_storage=storage_options(config.vae.storage if config else Storage()),
-        decoder=decoder or qa.decoder,
-        decoder_storage=storage_options(qa.storage),
-        lpips=(qa.lpips.url, qa.lpips.sha256) if qa.lpips else None,
-    )
-    gates = Gates(qa.min_psnr_db, qa.min_drift_db, qa.max_rejects)
-    sources = source_urls(config.source) if config else ()
-    source_storage = storage_options(config.source.storage if config else Storage())
-    moved = moved_of(config.source) if config else NOT_MOVED
-    return gates, networks, sources, moved, source_storage
+    return 3 if result.breaches else 0
 
 
 @app.command("eval")

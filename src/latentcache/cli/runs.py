@@ -125,10 +125,9 @@ def _report_run(config: Config, summary: RunSummary) -> str:
     from latentcache.dataset.reader import open_dataset
     from latentcache.engine.run import gates_of
     from latentcache.qa.report import build_report, report_path, write_report
-    from latentcache.storage import storage_options
 
     assert config.qa
-    options = storage_options(config.output.storage)
+    options = config.output.storage
     dataset = open_dataset(config.output.url, summary.manifest, storage=options)
     path = report_path(dataset)
     is_there = dataset.store.exists(path)
@@ -195,7 +194,7 @@ def plan_command(
     plan = make_plan(parsed, retry_rejects=retry_rejects)
     forecast = None
     if calibrate and plan.to_encode and not plan.diff:
-        from latentcache.engine.calibrate import Prices, make_forecast
+        from latentcache.engine.forecast import Prices, make_forecast
 
         with progress_bar() as bar:
             bar.add_task(f"encoding {calibrate} images", total=None)

@@ -140,13 +140,13 @@ class Contract:
         return self.stored_channels, height_px // factor, width_px // factor
 
     @property
-    def is_settled(self) -> bool:
+    def is_resolved(self) -> bool:
         """Whether nothing in it waits for a look at real images."""
         quantization = self.latents.quantization
         is_measured = quantization is None or quantization.scale is not None
         return self.latents.precision != "auto" and is_measured
 
-    def settled_as(self, other: Contract) -> Contract:
+    def resolved_as(self, other: Contract) -> Contract:
         """Take over what another contract found on real images and this one leaves open."""
         mine, theirs = self.latents, other.latents
         if mine.precision == "auto":
@@ -303,13 +303,13 @@ def establish_contract(store: Store, wanted: Contract, provenance: dict[str, Any
 
     Args:
         store: the output.
-        wanted: this run's contract, settled.
+        wanted: this run's contract, resolved.
         provenance: what is worth knowing but need not agree: checkpoint URL, versions.
 
     Raises:
         ContractMismatch: another contract lies there; the message names each field.
     """
-    assert wanted.is_settled
+    assert wanted.is_resolved
     tree = {
         "contract": wanted.to_json(),
         "fingerprint": wanted.fingerprint,

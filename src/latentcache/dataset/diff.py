@@ -14,7 +14,8 @@ from latentcache.dataset.manifest import Manifest, ManifestName, list_manifests,
 from latentcache.dataset.publish import find_manifest
 from latentcache.dataset.segments import names_of, read_segments, without
 from latentcache.errors import DatasetError
-from latentcache.storage import StorageOptions, Store
+from latentcache.storage import Store
+from latentcache.storage_options import StorageOptions
 
 _COLUMNS = ("unit", "generation", "num_rows", "num_rejects")
 

@@ -21,7 +21,8 @@ from latentcache.dataset.manifest import (
 )
 from latentcache.dataset.parse import Range, Sha256, build, load_json
 from latentcache.errors import CheckFailed, ConfigError, DatasetError, ObjectNotFound
-from latentcache.storage import StorageOptions, Store
+from latentcache.storage import Store
+from latentcache.storage_options import StorageOptions
 
 PUBLISHED_PATH = "published.json"
 

@@ -26,7 +26,8 @@ from latentcache.dataset.receipts import DataFile, UnitRecord
 from latentcache.dataset.shards import REJECT_SCHEMA, check_schema, parse_bucket
 from latentcache.dataset.statistics import Statistics
 from latentcache.errors import DatasetError
-from latentcache.storage import StorageOptions, Store
+from latentcache.storage import Store
+from latentcache.storage_options import StorageOptions
 
 # Row groups are at most 32 MiB: a sequential read keeps the one it is in, a random one a few.
 _CACHED_ROW_GROUPS = 4

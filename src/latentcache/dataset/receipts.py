@@ -110,7 +110,7 @@ class DataFile:
 class QaFile:
     """A unit's QA rows, and what they come to: enough to hold a run against its gates.
 
-    `num_rows` counts them by bucket; see `dataset.qa.Measured` for the two figures.
+    `num_rows` counts them by bucket; see `qa.qa_files.Measured` for the two figures.
     """
 
     file: DataFile

@@ -19,7 +19,8 @@ from latentcache.dataset.publish import read_published
 from latentcache.dataset.receipts import Receipt, Unit, read_receipts, void_receipt
 from latentcache.engine.lease import RUNS, Lease, active_runs
 from latentcache.errors import ConfigError, IncompleteRun
-from latentcache.storage import ObjectInfo, StorageOptions, Store, Upload
+from latentcache.storage import ObjectInfo, Store, Upload
+from latentcache.storage_options import StorageOptions
 
 DEFAULT_AGE_DAYS = 7.0
 

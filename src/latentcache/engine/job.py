@@ -10,8 +10,10 @@ from latentcache.dataset.contract import Contract
 from latentcache.dataset.receipts import Unit
 from latentcache.errors import LatentCacheError
 from latentcache.images.source import SourceShard
+from latentcache.qa.evaluator import QaModels
 from latentcache.qa.row_sample import SampleSpec
-from latentcache.storage import ObjectInfo, StorageOptions, Store, storage_options
+from latentcache.storage import ObjectInfo, Store
+from latentcache.storage_options import StorageOptions
 from latentcache.vae.weights import absolute_url
 
 # One unit is finished while the next is fetched and decoded.
@@ -20,13 +22,10 @@ UNITS_PER_ACTOR = 2
 
 @dataclass(frozen=True, slots=True)
 class QaJob:
-    """Which rows are looked at, and with what; `lpips` is a network's (URL, SHA-256)."""
+    """Which rows of a unit are measured, and with what."""
 
     sample: SampleSpec
-    decoder: str
-    decoder_storage: StorageOptions
-    lpips: tuple[str, str] | None
-    lpips_storage: StorageOptions
+    models: QaModels
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +53,13 @@ class Job:
 def make_job(config: Config, contract: Contract, decode_threads: int) -> Job:
     """Tell of a config what an actor needs to know."""
     batch_size = config.compute.batch_size
-    output_storage = storage_options(config.output.storage)
+    output_storage = config.output.storage
     return Job(
         contract=contract,
         columns=columns_of(config.source.keep),
         checkpoint=absolute_url(config.vae.checkpoint),
-        checkpoint_storage=storage_options(config.vae.storage),
-        source_storage=storage_options(config.source.storage),
+        checkpoint_storage=config.vae.storage,
+        source_storage=config.source.storage,
         output_url=Store(config.output.url, output_storage).url,
         output_storage=output_storage,
         batch_size=None if batch_size == "auto" else batch_size,
@@ -74,13 +73,14 @@ def _qa_job(config: Config) -> QaJob | None:
     qa = config.qa
     if qa is None:
         return None
-    return QaJob(
-        sample=SampleSpec(qa.fraction, qa.seed),
+    models = QaModels(
+        # An actor loads the encoder alone, so a decoder is always named.
         decoder=absolute_url(qa.decoder or config.vae.checkpoint),
-        decoder_storage=storage_options(qa.storage if qa.decoder else config.vae.storage),
         lpips=(absolute_url(qa.lpips.url), qa.lpips.sha256) if qa.lpips else None,
-        lpips_storage=storage_options(qa.storage),
+        decoder_storage=qa.storage if qa.decoder else config.vae.storage,
+        lpips_storage=qa.storage,
     )
+    return QaJob(SampleSpec(qa.fraction, qa.seed), models)
 
 
 @dataclass(frozen=True, slots=True)

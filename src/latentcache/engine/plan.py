@@ -24,9 +24,9 @@ from latentcache.errors import ConfigError, SourceError
 from latentcache.images.samples import Wanted, file_key_and_field
 from latentcache.images.source import SourceShard, list_source, source_contract
 from latentcache.images.transform import Bucket, ratio_buckets
-from latentcache.storage import ObjectInfo, Store, storage_options
+from latentcache.storage import ObjectInfo, Store
 from latentcache.vae.model import FAMILY
-from latentcache.vae.scaling import settle_scaling
+from latentcache.vae.scaling import resolve_scaling
 from latentcache.vae.weights import encoder_fingerprint, load_vae
 
 
@@ -65,7 +65,7 @@ class Sources:
 class Plan:
     """What is there, and what is left to do.
 
-    `contract` is the one wanted, which before a first run may not be settled: its units then have
+    `contract` is the one wanted, which before a first run may not be resolved: its units then have
     provisional names. `there` is the one that lies at the output, and `diff` names the fields in
     which they disagree. `twice` tells of new sources that look like known ones.
     """
@@ -150,12 +150,12 @@ def make_plan(config: Config, *, retry_rejects: bool = False) -> Plan:
         DatasetError: what lies at the output is damaged.
     """
     require_kind(config, Config)
-    output = Store(config.output.url, storage_options(config.output.storage))
+    output = Store(config.output.url, config.output.storage)
     _require_apart(config, output)
     contract = wanted_contract(config)
     there = read_contract(output)
     if there:
-        contract = contract.settled_as(there)
+        contract = contract.resolved_as(there)
     state = State(output)
     try:
         known = state.sources | state.live.keys()  # which may all be marked to be encoded again
@@ -180,7 +180,7 @@ def _require_apart(config: Config, output: Store) -> None:
     """Refuse a folder that holds the output: each run would find the files of the one before."""
     if config.source.folder is None:
         return
-    folder = Store(config.source.folder, storage_options(config.source.storage)).url
+    folder = Store(config.source.folder, config.source.storage).url
     if f"{output.url}/".startswith(f"{folder}/"):
         raise ConfigError(
             f"output.url, {output.url}, lies in source.folder, whose files are read: choose one "
@@ -271,10 +271,10 @@ def wanted_contract(config: Config) -> Contract:
         ConfigError: a bucket's side is no multiple of the VAE's downsampling; the scaling factor
             is unknown, or the config's is not the checkpoint's.
     """
-    options = storage_options(config.vae.storage)
+    options = config.vae.storage
     vae = load_vae(config.vae.checkpoint, decoder=False, options=options)
     arch = vae.architecture
-    scaling_factor, shift_factor = settle_scaling(
+    scaling_factor, shift_factor = resolve_scaling(
         arch, config.vae.scaling_factor, config.vae.shift_factor, config.vae.checkpoint
     )
     buckets = _buckets(config)

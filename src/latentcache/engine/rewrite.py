@@ -43,13 +43,13 @@ from latentcache.dataset.shards import (
 from latentcache.dataset.statistics import Statistics
 from latentcache.engine.accounting import SampleCounts
 from latentcache.engine.boundary import at_boundary, committed_receipt
-from latentcache.engine.fields import SeenFields
 from latentcache.engine.job import UNITS_PER_ACTOR, Job, UnitFailure, UnitTask
+from latentcache.engine.kept_fields import SeenFields
 from latentcache.engine.stages import StageTimes
 from latentcache.engine.unit import reject_row
 from latentcache.errors import DatasetError, ObjectNotFound, Reject
-from latentcache.images.fields import read_columns
 from latentcache.images.source import NotGrouped, RejectedSample, Sample, read_samples
+from latentcache.images.text_fields import read_columns
 from latentcache.storage import Store
 from latentcache.storage_errors import named_local
 

@@ -33,8 +33,8 @@ from latentcache.dataset.state import Listing, State, write_next
 from latentcache.engine.cluster import Cluster
 from latentcache.engine.commit import Committed, Committer
 from latentcache.engine.dispatcher import Dispatcher, Failed, Finished, Retries
-from latentcache.engine.fields import FieldCheck, spread
 from latentcache.engine.job import make_job
+from latentcache.engine.kept_fields import FieldCheck, spread
 from latentcache.engine.lease import Lease, active_runs, stand_aside
 from latentcache.engine.plan import (
     Plan,
@@ -49,14 +49,14 @@ from latentcache.engine.prometheus import RunMetrics
 from latentcache.engine.stop import StopSignal, stop_on_signals
 from latentcache.engine.summary import RunSummary
 from latentcache.engine.waiting import Patience
-from latentcache.engine.worker import settle_contract
+from latentcache.engine.worker import calibrate_contract
 from latentcache.errors import AccessDenied, ContractMismatch, SourceError, StorageError
 from latentcache.images.moved import moved_of
 from latentcache.images.samples import Wanted
 from latentcache.images.source import SourceShard, list_again, list_source
 from latentcache.log import Level
 from latentcache.qa.gates import Gates, QaTotals
-from latentcache.storage import Store, split_url, storage_options
+from latentcache.storage import Store, split_url
 from latentcache.vae.weights import absolute_url
 
 # A manifest now and then during a run, so that a resume reads few receipts one by one.
@@ -275,13 +275,13 @@ class _Driver:
 
     def _establish_contract(self, cluster: Cluster, progress: RunProgress) -> None:
         wanted = self.contract
-        if not wanted.is_settled:
+        if not wanted.is_resolved:
             if quantization := wanted.latents.quantization:
                 num_images = quantization.num_images
                 message = f"calibrating int8 on {num_images} images"
                 progress.say("calibrating", message, num_images=num_images)
             job = make_job(self.config, self.contract, cluster.num_cpus_per_actor)
-            self._adopt(cluster.ask(settle_contract, job, self.shards))
+            self._adopt(cluster.ask(calibrate_contract, job, self.shards))
         provenance = {
             "name": self.config.name,
             "checkpoint": absolute_url(self.config.vae.checkpoint),
@@ -296,14 +296,14 @@ class _Driver:
             if there is None:
                 raise
             # Another driver was first; what the config leaves open is as that one found it.
-            adopted = wanted.settled_as(there)
+            adopted = wanted.resolved_as(there)
             require_same(self.output, there, adopted)
             self._adopt(adopted)
             data = establish_contract(self.output, self.contract, provenance)
         self.output.probe_conditional(CONTRACT_PATH, data)
 
     def _adopt(self, contract: Contract) -> None:
-        """Take a contract that is settled; the units get their names from it."""
+        """Take a contract that is resolved; the units get their names from it."""
         self.contract = contract
         units = units_of(self.shards, contract)
         self.listing = by_source(units)
@@ -316,7 +316,7 @@ class _Driver:
     def _may_read(self, unit: Unit) -> bool:
         """Whether this process may read what a store refused to an actor."""
         folder, name = split_url(self.moved.location(unit.source))
-        store = Store(folder, storage_options(self.config.source.storage))
+        store = Store(folder, self.config.source.storage)
         try:
             with store.open(name) as file:
                 file.read(1)
@@ -390,7 +390,7 @@ class _Driver:
         self.replans[unit.source] += 1
         if event.changed and self.replans[unit.source] <= self.config.compute.unit_retries:
             try:
-                options = storage_options(self.config.source.storage)
+                options = self.config.source.storage
                 shards = list_again(unit.source, options, self.moved)
             except (SourceError, StorageError) as error:
                 message = str(error)

@@ -24,7 +24,8 @@ from latentcache.dataset.rejects import RejectReason, most_frequent
 from latentcache.dataset.state import State
 from latentcache.engine.lease import RunInfo, active_runs
 from latentcache.errors import ObjectNotFound
-from latentcache.storage import StorageOptions, Store
+from latentcache.storage import Store
+from latentcache.storage_options import StorageOptions
 
 # Receipts that tell the bottleneck: the latest.
 _NUM_RECEIPTS = 64

@@ -11,7 +11,6 @@ from latentcache.dataset.receipts import Unit
 from latentcache.dataset.state import State
 from latentcache.images.moved import last_part, moved_of, old_folder, root_of, same_names
 from latentcache.images.source import SourceShard
-from latentcache.storage import storage_options
 
 # Known sources of one name that a new one is compared to, as `0.tar` in each of many folders.
 _MAX_TRIED = 1000
@@ -71,6 +70,6 @@ def find_twice(
                 break
     if not pairs:
         return None
-    root = moved_of(source).now or root_of(source, storage_options(source.storage))
+    root = moved_of(source).now or root_of(source, source.storage)
     (example, there), *_ = pairs
     return Twice(len(pairs), len(new), example, there, old_folder(pairs, root))

@@ -40,16 +40,16 @@ from latentcache.dataset.shards import (
 from latentcache.dataset.statistics import Statistics
 from latentcache.engine.accounting import SampleBudget, SampleCounts
 from latentcache.engine.boundary import at_boundary, committed_receipt
-from latentcache.engine.fields import SeenFields
 from latentcache.engine.job import UNITS_PER_ACTOR, Job, UnitFailure, UnitTask
+from latentcache.engine.kept_fields import SeenFields
 from latentcache.engine.stages import Background, OldestFirstPool, Room, StageTimes
 from latentcache.errors import Reject
 from latentcache.image_files import write_thumbnail
 from latentcache.images.decode import Reserve, decode_image
-from latentcache.images.fields import read_columns
 from latentcache.images.source import NotGrouped, RejectedSample, Sample, read_samples
+from latentcache.images.text_fields import read_columns
 from latentcache.images.transform import Bucket, Transformed, load_image, transform_spec
-from latentcache.qa.evaluator import Examiner
+from latentcache.qa.evaluator import QaEvaluator
 from latentcache.qa.qa_files import QaRow, write_qa
 from latentcache.qa.row_sample import QaSample
 from latentcache.storage import Store
@@ -81,10 +81,12 @@ _CROPPED_BYTES = 128 * 2**20
 class UnitRunner:
     """Runs units in this process; `run` may be called from two threads at once."""
 
-    def __init__(self, job: Job, encoder: LatentEncoder, examiner: Examiner | None = None) -> None:
+    def __init__(
+        self, job: Job, encoder: LatentEncoder, evaluator: QaEvaluator | None = None
+    ) -> None:
         self.job = job
         self.encoder = encoder
-        self.examiner = examiner
+        self.evaluator = evaluator
         self.output = Store(job.output_url, job.output_storage)
         self.spec = transform_spec(job.contract)
         self.decode_pool = OldestFirstPool("decode", job.decode_threads)
@@ -184,8 +186,8 @@ class UnitRunner:
         fields: tuple[str, ...],
     ) -> Receipt:
         """Write up a finished attempt."""
-        if self.examiner and self.examiner.agreement_db is not None:
-            notes = {**notes, "decoder_agreement_db": int(self.examiner.agreement_db)}
+        if self.evaluator and self.evaluator.agreement_db is not None:
+            notes = {**notes, "decoder_agreement_db": int(self.evaluator.agreement_db)}
         return Receipt(
             record=record,
             contract_fingerprint=self.job.contract.fingerprint,
@@ -231,7 +233,7 @@ class _Attempt:
             self.notes["clamped_values"] = 0
         self.num_thumbnails: Counter[str] = Counter()
         self.sample: QaSample | None = None
-        if runner.job.qa and runner.examiner:
+        if runner.job.qa and runner.evaluator:
             self.sample = QaSample(runner.job.qa.sample, task.qa_wanted, task.unit.id, folder)
         self.statistics = Statistics.empty(self.contract.stored_channels)
 
@@ -425,10 +427,10 @@ class _Attempt:
         self.rejects.append(row)
         self.runner.rejects[row.stage, row.reason] += 1
 
-    def _examine(self, writers: list[BucketWriter]) -> QaFile | None:
+    def _evaluate(self, writers: list[BucketWriter]) -> QaFile | None:
         """Look at the chosen rows, as they lie in the closed files."""
-        qa, examiner = self.runner.job.qa, self.runner.examiner
-        if not (qa and examiner and self.sample):
+        qa, evaluator = self.runner.job.qa, self.runner.evaluator
+        if not (qa and evaluator and self.sample):
             return None
 
         def submit(job: Callable[[], list[QaRow]]) -> list[QaRow]:
@@ -436,9 +438,10 @@ class _Attempt:
 
         num_channels = self.contract.vae.latent_channels
         signal = float(np.square(self.statistics.std[:num_channels]).mean())
-        rows = self.sample.examine(writers, examiner, signal, submit)
+        rows = self.sample.evaluate(writers, evaluator, signal, submit)
         path = f"qa/{self.task.unit.id}/{self.stem}.parquet"
-        return write_qa(self.folder / "qa.parquet", path, rows, lambda: {"decoder": qa.decoder})
+        decoder = qa.models.decoder or self.runner.job.checkpoint
+        return write_qa(self.folder / "qa.parquet", path, rows, decoder)
 
     def _finish(self, writers: list[BucketWriter]) -> Receipt:
         """Check the closed files, upload them, and write the receipt."""
@@ -456,7 +459,7 @@ class _Attempt:
                 write_rejects(local, self.rejects)
                 path = f"rejects/{self.task.unit.id}/{local.name}"
                 rejects = describe_file(local, path, len(self.rejects), "")
-        qa = self._examine(writers)
+        qa = self._evaluate(writers)
         with self.times["upload"].working():
             for local, file in files:
                 self._upload(local, file)

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from latentcache.engine.status import Status, StatusReader
 from latentcache.errors import one_line
-from latentcache.storage import StorageOptions
+from latentcache.storage_options import StorageOptions
 
 # Rates are over what was watched, but over no more than this.
 _WINDOW_S = 600.0

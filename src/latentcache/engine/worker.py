@@ -10,14 +10,13 @@ import torch
 from latentcache.dataset.contract import Contract
 from latentcache.dataset.receipts import Receipt
 from latentcache.engine.boundary import at_boundary
+from latentcache.engine.calibration import calibrate
 from latentcache.engine.job import Job, UnitFailure, UnitTask
 from latentcache.engine.rewrite import Rewriter
-from latentcache.engine.settle import settle
 from latentcache.engine.unit import UnitRunner
 from latentcache.errors import ClusterError
 from latentcache.images.source import SourceShard
-from latentcache.networks import load_lpips
-from latentcache.qa.evaluator import Examiner
+from latentcache.qa.evaluator import load_evaluator
 from latentcache.vae.encoder import LatentEncoder, require_fp32
 from latentcache.vae.model import KLAutoencoder
 from latentcache.vae.weights import encoder_fingerprint, load_vae
@@ -81,9 +80,9 @@ def load_runner(job: Job, device: str) -> UnitRunner:
         CheckpointError: a checkpoint cannot be used.
     """
     vae = _load_vae(job, device)
-    examiner = _load_examiner(job, vae)
+    evaluator = load_evaluator(job.contract, vae, job.qa.models) if job.qa else None
     encoder = LatentEncoder(vae, job.contract.latents.precision, job.batch_size)
-    runner = UnitRunner(job, encoder, examiner)
+    runner = UnitRunner(job, encoder, evaluator)
     # The runner's threads fill the cores; where few can encode at once, torch's help them.
     num_encoding = runner.encode_pool.num_threads
     num_threads = torch.get_num_threads() // num_encoding if device == "cpu" else 1
@@ -91,9 +90,9 @@ def load_runner(job: Job, device: str) -> UnitRunner:
     return runner
 
 
-def settle_contract(job: Job, shards: Sequence[SourceShard], device: str) -> Contract:
-    """Find out what the job's contract leaves open; see `engine/settle.py`."""
-    return settle(_load_vae(job, device), job, shards)
+def calibrate_contract(job: Job, shards: Sequence[SourceShard], device: str) -> Contract:
+    """Find out what the job's contract leaves open; see `engine/calibration.py`."""
+    return calibrate(_load_vae(job, device), job, shards)
 
 
 def _load_vae(job: Job, device: str) -> KLAutoencoder:
@@ -110,14 +109,3 @@ def _load_vae(job: Job, device: str) -> KLAutoencoder:
             "checkpoint where every node reads the same"
         )
     return vae
-
-
-def _load_examiner(job: Job, vae: KLAutoencoder) -> Examiner | None:
-    if not job.qa:
-        return None
-    decoder = load_vae(job.qa.decoder, device=vae.device, options=job.qa.decoder_storage)
-    lpips = None
-    if job.qa.lpips:
-        url, sha256 = job.qa.lpips
-        lpips = load_lpips(url, sha256, job.qa.lpips_storage, vae.device)
-    return Examiner(job.contract, vae, decoder, lpips)

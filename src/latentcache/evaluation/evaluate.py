@@ -31,7 +31,7 @@ from latentcache.evaluation.measure import (
 )
 from latentcache.images.source import list_source, source_contract
 from latentcache.metrics import FeatureStatistics, frechet_distance
-from latentcache.storage import Store, storage_options
+from latentcache.storage import Store
 from latentcache.vae.weights import absolute_url
 
 A = TypeVar("A")
@@ -72,13 +72,13 @@ def plan_evaluation(config: EvalConfig) -> EvalPlan:
     if config.max_images is not None:
         limits = _shares(config.max_images, len(shards))
     pieces = map(Piece, shards, limits, pictures)
-    output = Store(config.output.url, storage_options(config.output.storage))
+    output = Store(config.output.url, config.output.storage)
     # Hours of work must not end at a folder that nobody may write.
     output.put("evaluation.probe", b"")
     output.delete("evaluation.probe")
     job = EvalJob(
         source=source_contract(config.source),
-        source_storage=storage_options(config.source.storage),
+        source_storage=config.source.storage,
         resolution_px=config.resolution_px,
         vae=config.vae.model_copy(update={"checkpoint": absolute_url(config.vae.checkpoint)}),
         models=tuple(

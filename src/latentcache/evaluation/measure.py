@@ -32,7 +32,7 @@ from latentcache.networks import (
     load_lpips,
     load_vgg16,
 )
-from latentcache.storage import StorageOptions, storage_options
+from latentcache.storage_options import StorageOptions
 from latentcache.vae.compatibility import require_agreement, require_family
 from latentcache.vae.encoder import require_fp32
 from latentcache.vae.model import KLAutoencoder, to_uint8
@@ -159,7 +159,7 @@ def _load(job: EvalJob) -> _Bench:
             f"a worker has a GPU, but its torch {torch.__version__} cannot use it: install a CUDA "
             "build there, or set compute.num_gpus to 0"
         )
-    networks, options, device = job.networks, storage_options(job.networks.storage), job.device
+    networks, options, device = job.networks, job.networks.storage, job.device
     features, distances = None, []
     require_fp32()
     # The networks first: a wrong hash is told in seconds.
@@ -169,14 +169,14 @@ def _load(job: EvalJob) -> _Bench:
         distances.append(load_vgg16(vgg16.url, vgg16.sha256, options, device))
     if lpips := networks.lpips:
         distances.append(load_lpips(lpips.url, lpips.sha256, options, device))
-    options = storage_options(job.vae.storage)
+    options = job.vae.storage
     encoder = load_vae(job.vae.checkpoint, device=device, decoder=False, options=options)
     models = tuple(_load_model(job, model, encoder) for model in job.models)
     return _Bench(encoder, models, features, tuple(distances))
 
 
 def _load_model(job: EvalJob, model: EvalModel, encoder: KLAutoencoder) -> _Model:
-    options = storage_options(model.storage)
+    options = model.storage
     vae = load_vae(model.checkpoint, device=job.device, options=options)
     require_family(vae, f"{model.name} ({model.checkpoint})", encoder.architecture)
     return _Model(model.name, vae, encoder_fingerprint(vae) != encoder_fingerprint(encoder))

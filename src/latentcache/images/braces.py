@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from webdataset.shardlists import expand_urls as expand_braces
 
 from latentcache.errors import ConfigError, StorageError
-from latentcache.storage import StorageOptions, Store, split_url
+from latentcache.storage import Store, split_url
 from latentcache.storage_errors import is_final
+from latentcache.storage_options import StorageOptions
 from latentcache.urls import check_url, shown
 
 # Two billion images are 200,000 shards.

@@ -30,7 +30,8 @@ from latentcache.images.samples import (
     require_version,
     sample_of,
 )
-from latentcache.storage import DANGLING, ObjectInfo, StorageOptions, Store
+from latentcache.storage import DANGLING, ObjectInfo, Store
+from latentcache.storage_options import StorageOptions
 
 # Slots of a folder, where neither the config nor the output says otherwise.
 NUM_SLOTS = 64

@@ -15,7 +15,8 @@ from itertools import takewhile
 
 from latentcache.config import Images, Source
 from latentcache.images.braces import named_urls
-from latentcache.storage import StorageOptions, Store, storage_options
+from latentcache.storage import Store
+from latentcache.storage_options import StorageOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,7 @@ def moved_of(source: Images) -> Moved:
     before = source.moved_from if isinstance(source, Source) else None
     if before is None:
         return NOT_MOVED
-    options = storage_options(source.storage)
+    options = source.storage
     return Moved(Store(before, options).url, root_of(source, options))
 
 

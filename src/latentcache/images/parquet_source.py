@@ -35,7 +35,8 @@ from latentcache.images.samples import (
     sample_of,
 )
 from latentcache.parquet_footer import DamagedFooter, Footer, RowGroup
-from latentcache.storage import StorageOptions, Store, split_url
+from latentcache.storage import Store, split_url
+from latentcache.storage_options import StorageOptions
 
 # A part of a file, about. Units are named by it: docs/format.md says so.
 PART_BYTES = 256 * 2**20

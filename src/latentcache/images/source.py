@@ -33,7 +33,8 @@ from latentcache.images.samples import (
     is_utf8,
 )
 from latentcache.images.tar_source import read_tar
-from latentcache.storage import ObjectInfo, StorageOptions, Store, split_url, storage_options
+from latentcache.storage import ObjectInfo, Store, split_url
+from latentcache.storage_options import StorageOptions
 from latentcache.urls import shown
 
 __all__ = [
@@ -82,7 +83,7 @@ def list_source(
         SourceError: a shard is missing, or a glob or a folder holds nothing.
         StorageError: a store cannot be reached or refuses access.
     """
-    options, moved = storage_options(source.storage), moved_of(source)
+    options, moved = source.storage, moved_of(source)
     if source.folder is not None:
         url = Store(source.folder, options).url
         num_slots = slots_of(moved.identity(url), num_units, known)

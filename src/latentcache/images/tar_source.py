@@ -23,7 +23,8 @@ from latentcache.images.samples import (
     sample_of,
 )
 from latentcache.images.tarstream import TarEnds, TarStream
-from latentcache.storage import StorageOptions, Store, split_url
+from latentcache.storage import Store, split_url
+from latentcache.storage_options import StorageOptions
 
 _OTHER_COMPRESSION = {
     b"\x28\xb5\x2f\xfd": "zstd",

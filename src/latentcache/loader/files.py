@@ -20,7 +20,8 @@ from latentcache.dataset.receipts import DataFile
 from latentcache.dataset.shards import bucket_name, parse_bucket
 from latentcache.errors import ConfigError, ContractMismatch, DatasetError
 from latentcache.loader.order import Bucket, Ints, Stream
-from latentcache.storage import StorageOptions, Store
+from latentcache.storage import Store
+from latentcache.storage_options import StorageOptions
 
 # What must agree between datasets that are mixed: these decide what a tensor of latents means. How
 # int8 was calibrated may differ, for each row is brought back by its own dataset's numbers.

@@ -40,7 +40,7 @@ from latentcache.loader.rows import (
     num_ranks_here,
     open_cache,
 )
-from latentcache.storage import StorageOptions
+from latentcache.storage_options import StorageOptions
 
 _STATE_VERSION = 1
 

@@ -17,7 +17,7 @@ from latentcache.loader.join import Join, Joined
 from latentcache.loader.latents import LatentFinish
 from latentcache.loader.order import Bucket, Ints
 from latentcache.loader.rows import RowReader, open_cache
-from latentcache.storage import StorageOptions
+from latentcache.storage_options import StorageOptions
 
 
 class LatentDataset(torch.utils.data.Dataset[dict[str, Any]]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,18 +15,57 @@ from latentcache.dataset.shards import tensor_bytes
 from latentcache.errors import ConfigError
 from latentcache.image_files import read_png, write_png
 from latentcache.metrics import MAX_DB, MIN_DB, psnr_db, ssim
-from latentcache.networks import Distance
+from latentcache.networks import Distance, load_lpips
 from latentcache.qa.qa_files import Measured, QaRow
+from latentcache.storage_options import StorageOptions
 from latentcache.vae.compatibility import require_agreement, require_family
 from latentcache.vae.encoder import draw_latents
 from latentcache.vae.model import KLAutoencoder, to_uint8
-from latentcache.vae.weights import encoder_fingerprint
+from latentcache.vae.weights import encoder_fingerprint, load_vae
 
 # Decoding takes several times the memory of encoding: few images at once.
 _BATCH_PIXELS = 4 * 256 * 256
 
 
-class Examiner:
+@dataclass(frozen=True, slots=True)
+class QaModels:
+    """What measures, besides the dataset's own VAE.
+
+    Args:
+        decoder: a checkpoint whose decoder is used; None takes the dataset's VAE.
+        lpips: a network's (URL, SHA-256); None leaves LPIPS out.
+        decoder_storage: how to reach the decoder.
+        lpips_storage: how to reach the network.
+    """
+
+    decoder: str | None = None
+    lpips: tuple[str, str] | None = None
+    decoder_storage: StorageOptions = StorageOptions()
+    lpips_storage: StorageOptions = StorageOptions()
+
+
+def load_evaluator(contract: Contract, encoder: KLAutoencoder, models: QaModels) -> QaEvaluator:
+    """Load what measures rows of a dataset, onto the device of its VAE.
+
+    Args:
+        contract: of the dataset.
+        encoder: its VAE; it needs a decoder only where `models` names none.
+        models: what else is loaded.
+
+    Raises:
+        CheckpointError: the decoder's checkpoint cannot be used.
+        ConfigError: as `QaEvaluator`; or the LPIPS network is not the named file.
+        StorageError: a file cannot be read.
+    """
+    decoder, lpips = encoder, None
+    if models.decoder:
+        decoder = load_vae(models.decoder, device=encoder.device, options=models.decoder_storage)
+    if models.lpips:
+        lpips = load_lpips(*models.lpips, models.lpips_storage, encoder.device)
+    return QaEvaluator(contract, encoder, decoder, lpips)
+
+
+class QaEvaluator:
     """Measures rows of one dataset. All modules are in fp32, on one device.
 
     Args:
@@ -60,7 +100,7 @@ class Examiner:
         """How well the decoder's own encoder agrees with the dataset's, where it is another one."""
 
     @torch.inference_mode()
-    def examine(
+    def evaluate(
         self,
         unit: str,
         bucket: str,

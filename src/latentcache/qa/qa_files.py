@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -81,16 +81,14 @@ class QaRow:
     latent_shape: tuple[int, int, int]
 
 
-def write_qa(
-    local: Path, path: str, rows: Iterable[QaRow], decoder: Callable[[], dict[str, str]]
-) -> QaFile | None:
+def write_qa(local: Path, path: str, rows: Iterable[QaRow], decoder: str) -> QaFile | None:
     """Write QA rows as they come.
 
     Args:
         local: the file to write.
         path: where it will lie in the dataset.
         rows: any number; a few are held at once.
-        decoder: says, after the last row, what decoded them.
+        decoder: the checkpoint that decoded them.
 
     Returns:
         What a receipt says of the file; None, and no file, where there is no row.
@@ -111,7 +109,7 @@ def write_qa(
             min_drift_db = min(min_drift_db, *(row.measured.drift_db for row in group))
         if writer is None:
             return None
-        writer.add_key_value_metadata({f"latentcache.{k}": v for k, v in decoder().items()})
+        writer.add_key_value_metadata({"latentcache.decoder": decoder})
     return QaFile(
         file=describe_file(local, path, len(psnrs_db), ""),
         num_rows=dict(sorted(num_rows.items())),

@@ -31,12 +31,12 @@ from latentcache.image_files import write_png
 from latentcache.images.moved import NOT_MOVED, Moved
 from latentcache.images.source import Sample, read_images, shard_of
 from latentcache.images.transform import load_image, transform_spec
-from latentcache.networks import load_lpips
 from latentcache.qa.access import NamedSources, find_checkpoint, shown
-from latentcache.qa.evaluator import Examiner
+from latentcache.qa.evaluator import QaEvaluator, QaModels, load_evaluator
 from latentcache.qa.gates import Gates, QaTotals
 from latentcache.qa.qa_files import QaRow, read_measures, read_qa_rows, write_qa
-from latentcache.storage import StorageOptions, Store
+from latentcache.storage import Store
+from latentcache.storage_options import StorageOptions
 from latentcache.vae.encoder import require_fp32
 from latentcache.vae.weights import encoder_fingerprint, load_vae
 
@@ -62,27 +62,8 @@ class Selection:
     moved: Moved = NOT_MOVED
 
 
-@dataclass(frozen=True, slots=True)
-class Networks:
-    """What measures.
-
-    Args:
-        checkpoint: the dataset's VAE; None takes `demo` where that encoded it, else the decoder.
-        decoder: the checkpoint whose decoder is used; None takes the dataset's VAE.
-        lpips: a network's (URL, SHA-256); None leaves LPIPS out.
-        checkpoint_storage: how to reach the VAE.
-        decoder_storage: how to reach the decoder and the network.
-    """
-
-    checkpoint: str | None = None
-    decoder: str | None = None
-    lpips: tuple[str, str] | None = None
-    checkpoint_storage: StorageOptions = StorageOptions()
-    decoder_storage: StorageOptions = StorageOptions()
-
-
 @dataclass(slots=True)
-class Look:
+class QaResult:
     """What was seen.
 
     `decoder` is what decoded. `records` are the dataset's units; those that were looked at have
@@ -97,22 +78,27 @@ class Look:
     notes: list[str] = field(default_factory=list)
 
 
-def look_again(
+def reevaluate(
     dataset: Dataset,
-    networks: Networks,
+    models: QaModels,
     selection: Selection,
     gates: Gates,
     folder: Path,
+    *,
+    checkpoint: str | None = None,
+    checkpoint_storage: StorageOptions = StorageOptions(),
     progress: Callable[[int, int], None] | None = None,
-) -> Look:
+) -> QaResult:
     """Measure rows of a dataset anew, and hold them against gates.
 
     Args:
         dataset: what to look at.
-        networks: what measures, on a GPU if there is one.
+        models: what measures besides the dataset's VAE, on a GPU if there is one.
         selection: which rows.
         gates: what they must pass.
         folder: an empty local folder for the fresh QA files.
+        checkpoint: the dataset's VAE; None takes `demo` where that encoded it, else the decoder.
+        checkpoint_storage: how to reach the VAE.
         progress: told (rows done, rows in all).
 
     Raises:
@@ -128,54 +114,53 @@ def look_again(
             f"{shown(dataset.units[0].unit.source)}: pass --source with their URL, a glob or the "
             "folder that they lie in, or the config of the run"
         )
-    examiner, decoder = _load_examiner(dataset, networks)
-    look = Look(decoder, Store(str(folder)))
+    evaluator, decoder = _load_evaluator(dataset, models, checkpoint, checkpoint_storage)
+    result = QaResult(decoder, Store(str(folder)))
     fresh: dict[str, UnitRecord] = {}
     num_rows = 0
-    for record, crops in _images(dataset, selection, sources, look):
+    for record, crops in _images(dataset, selection, sources, result):
         local = folder / f"{len(fresh)}.parquet"  # a dataset names no local file
-        rows = _examine(dataset, examiner, record, crops)
-        qa = write_qa(local, local.name, rows, lambda: {"decoder": decoder})
+        rows = _evaluate(dataset, evaluator, record, crops)
+        qa = write_qa(local, local.name, rows, decoder)
         fresh[record.unit.id] = replace(record, qa=qa)
         num_rows += qa.file.num_rows if qa else 0
         if progress:
             progress(num_rows, selection.num_rows)
-    if not num_rows and not look.breaches:
-        why = "; ".join(look.notes) or "the run kept no crops, because its config has no `qa:`"
+    if not num_rows and not result.breaches:
+        why = "; ".join(result.notes) or "the run kept no crops, because its config has no `qa:`"
         raise DatasetError(
             f"{dataset.url}: nothing to look at: {why}; `--units 2` reads shards again"
         )
-    look.records = [fresh.get(r.unit.id) or replace(r, qa=None) for r in dataset.units]
-    look.breaches += QaTotals(gates, map(UnitSummary.of, look.records)).breaches()
-    if examiner.agreement_db is not None:
-        look.notes.append(
+    result.records = [fresh.get(r.unit.id) or replace(r, qa=None) for r in dataset.units]
+    result.breaches += QaTotals(gates, map(UnitSummary.of, result.records)).breaches()
+    if evaluator.agreement_db is not None:
+        result.notes.append(
             "the decoder belongs to another encoder than the dataset's; on these images the two "
-            f"agree to {examiner.agreement_db:.1f} dB"
+            f"agree to {evaluator.agreement_db:.1f} dB"
         )
-    return look
+    return result
 
 
-def _load_examiner(dataset: Dataset, networks: Networks) -> tuple[Examiner, str]:
-    """Load what measures; says what decodes."""
+def _load_evaluator(
+    dataset: Dataset, models: QaModels, checkpoint: str | None, options: StorageOptions
+) -> tuple[QaEvaluator, str]:
+    """Load what measures, and return it with the checkpoint whose decoder is used."""
     require_fp32()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    checkpoint = networks.checkpoint or find_checkpoint(dataset, networks.decoder)
-    vae = decoder = load_vae(checkpoint, device=device, options=networks.checkpoint_storage)
+    checkpoint = checkpoint or find_checkpoint(dataset, models.decoder)
+    vae = load_vae(checkpoint, device=device, options=options)
     if encoder_fingerprint(vae) != dataset.contract.vae.encoder_fingerprint:
         raise ConfigError(
             f"{checkpoint} has another encoder than the one that made the latents of "
             f"{dataset.url}: name that dataset's VAE by --checkpoint"
         )
-    if networks.decoder and networks.decoder != checkpoint:
-        decoder = load_vae(networks.decoder, device=device, options=networks.decoder_storage)
-    lpips = None
-    if networks.lpips:
-        lpips = load_lpips(*networks.lpips, networks.decoder_storage, device)
-    return Examiner(dataset.contract, vae, decoder, lpips), networks.decoder or checkpoint
+    if models.decoder == checkpoint:
+        models = replace(models, decoder=None)
+    return load_evaluator(dataset.contract, vae, models), models.decoder or checkpoint
 
 
 def _images(
-    dataset: Dataset, selection: Selection, sources: NamedSources, look: Look
+    dataset: Dataset, selection: Selection, sources: NamedSources, result: QaResult
 ) -> Iterator[tuple[UnitRecord, Crops]]:
     """Give the units to look at and their images, as far as they are to be had."""
     num_fetched = 0
@@ -187,15 +172,15 @@ def _images(
                     f"{shown(record.unit.source)} is not in {', '.join(selection.sources[:3])}; "
                     "a source that only the dataset names is not read: pass --source"
                 )
-            yield record, _fetch(dataset, record, selection, look)
+            yield record, _fetch(dataset, record, selection, result)
         except (StorageError, SourceError) as error:
-            look.notes.append(f"its source cannot be read again: {error}")
+            result.notes.append(f"its source cannot be read again: {error}")
         else:
             num_fetched += 1
     if num_fetched:
         return
     if selection.num_units:
-        look.notes.append("the images are the crops that the run kept")
+        result.notes.append("the images are the crops that the run kept")
     yield from _kept(dataset, selection)
 
 
@@ -226,7 +211,7 @@ def _kept(dataset: Dataset, selection: Selection) -> Iterator[tuple[UnitRecord, 
             yield record, crops
 
 
-def _fetch(dataset: Dataset, record: UnitRecord, selection: Selection, look: Look) -> Crops:
+def _fetch(dataset: Dataset, record: UnitRecord, selection: Selection, result: QaResult) -> Crops:
     """Read a unit's shard again, and bring rows of it to their buckets once more."""
     rows = _read_rows(dataset.store, record)
     drawn = sorted(rows, key=lambda key: _draw(selection.seed, record.unit.id, key))
@@ -242,7 +227,7 @@ def _fetch(dataset: Dataset, record: UnitRecord, selection: Selection, look: Loo
         try:
             done = load_image(sample.image, spec)
         except Reject as reject:
-            look.breaches.append(
+            result.breaches.append(
                 f"row {sample.key!r} of {unit.title} is there, but its image is rejected now: "
                 f"{reject.message}"
             )
@@ -250,13 +235,13 @@ def _fetch(dataset: Dataset, record: UnitRecord, selection: Selection, look: Loo
         size = (done.original_width, done.original_height)
         placed = (done.bucket.name, *size, done.crop_top, done.crop_left)
         if placed != rows[sample.key]:
-            look.breaches.append(
+            result.breaches.append(
                 f"row {sample.key!r} of {unit.title} has bucket, size and crop "
                 f"{rows[sample.key]}, but its image gives {placed}"
             )
             continue
         crops.setdefault(done.bucket.name, {})[sample.key] = write_png(done.pixels)
-    look.breaches += [f"row {key!r} is not in {unit.title}" for key in sorted(missing)]
+    result.breaches += [f"row {key!r} is not in {unit.title}" for key in sorted(missing)]
     return crops
 
 
@@ -277,8 +262,8 @@ def _read_rows(store: Store, record: UnitRecord) -> dict[str, _Placed]:
     return found
 
 
-def _examine(
-    dataset: Dataset, examiner: Examiner, record: UnitRecord, crops: Crops
+def _evaluate(
+    dataset: Dataset, evaluator: QaEvaluator, record: UnitRecord, crops: Crops
 ) -> Iterator[QaRow]:
     """Measure rows of a unit as they lie in its data files."""
     num_channels = dataset.contract.vae.latent_channels
@@ -292,7 +277,7 @@ def _examine(
         if lost := images.keys() - stored.keys():
             raise DatasetError(f"{dataset.store.url_of(paths[-1])} has no row {min(lost)!r}")
         try:
-            yield from examiner.examine(record.unit.id, bucket, images, stored, signal)
+            yield from evaluator.evaluate(record.unit.id, bucket, images, stored, signal)
         except ValueError as error:
             raise DatasetError(f"{dataset.url}: {record.unit.title}: {error}") from error
 

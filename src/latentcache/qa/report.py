@@ -41,7 +41,7 @@ _LABELS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Looked:
+class QaFiles:
     """A dataset's units with the QA files to report on, and the store that these lie in."""
 
     store: Store
@@ -68,7 +68,7 @@ class Report:
         verdict, totals = self.tree["verdict"], self.tree["totals"]
         lines = [
             f"{verdict['status'].replace('_', ' ')}: {totals['num_qa_rows']} of "
-            f"{totals['num_rows']} rows of manifest {self.tree['manifest']} looked at"
+            f"{totals['num_rows']} rows of manifest {self.tree['manifest']} looked at at"
         ]
         for name, found in self.tree["measures"].items():
             label, unit = _LABELS[name]
@@ -102,7 +102,7 @@ def build_report(
     *,
     notes: Sequence[str] = (),
     decoder: str | None = None,
-    looked: Looked | None = None,
+    files: QaFiles | None = None,
     num_shown: int = 12,
     seed: int = 0,
 ) -> Report:
@@ -114,7 +114,7 @@ def build_report(
         gates: what the figures were held against.
         notes: what else a reader should know, one line each.
         decoder: what decoded the QA rows; None takes the checkpoint that encoded them.
-        looked: QA rows to report on in place of those that the run kept.
+        files: QA rows to report on in place of those that the run kept.
         num_shown: QA rows of the random draw; half as many of the worst are shown before it, and of
             those that drift too far at most as many again.
         seed: draws other rows.
@@ -125,8 +125,8 @@ def build_report(
     """
     manifest = dataset.manifest
     provenance = read_provenance(dataset.store)
-    looked = looked or Looked(dataset.store, dataset.units)
-    measures = read_measures(looked.store, looked.records)
+    files = files or QaFiles(dataset.store, dataset.units)
+    measures = read_measures(files.store, files.records)
     rows = _rows(dataset, measures, _choose(measures, gates, num_shown, seed))
     rejects, thumbnails = figures.rejects(dataset)
     status = "failed" if breaches else "passed" if measures.num_rows else "not_sampled"
@@ -153,7 +153,7 @@ def build_report(
     }
     redrawn = {name: rewrite_thumbnail(data) for name, data in thumbnails.items()}
     usable = {name: data for name, data in redrawn.items() if data}
-    return Report(tree, _draw_rows(dataset, looked, rows), usable)
+    return Report(tree, _draw_rows(dataset, files, rows), usable)
 
 
 def report_path(dataset: Dataset) -> str:
@@ -229,10 +229,10 @@ def _rows(
 
 
 def _draw_rows(
-    dataset: Dataset, looked: Looked, rows: Sequence[dict[str, Any]]
+    dataset: Dataset, files: QaFiles, rows: Sequence[dict[str, Any]]
 ) -> dict[str, RowPictures]:
     """Read and draw the rows that are shown, unit by unit."""
-    records = {record.unit.id: record for record in looked.records}
+    records = {record.unit.id: record for record in files.records}
     wanted: dict[str, dict[str, str]] = {}
     for row in rows:
         wanted.setdefault(row["unit"], {})[row["key"]] = row["id"]
@@ -243,10 +243,10 @@ def _draw_rows(
         record, ids = records[unit], wanted[unit]
         assert record.qa
         try:
-            found = read_qa_rows(looked.store, record, ids)
+            found = read_qa_rows(files.store, record, ids)
             return {ids[row.key]: draw_row(row, mean.tolist(), std.tolist()) for row in found}
         except ValueError as error:
-            url = looked.store.url_of(record.qa.file.path)
+            url = files.store.url_of(record.qa.file.path)
             raise DatasetError(f"{url} is damaged: {error}") from error
 
     with ThreadPoolExecutor(_READ_THREADS) as pool:

@@ -16,7 +16,7 @@ import torch
 
 from latentcache.dataset.shards import BucketWriter, bucket_name, read_latents
 from latentcache.image_files import write_png
-from latentcache.qa.evaluator import Examiner
+from latentcache.qa.evaluator import QaEvaluator
 from latentcache.qa.qa_files import QaRow
 
 Submit = Callable[[Callable[[], list[QaRow]]], list[QaRow]]
@@ -85,16 +85,16 @@ class QaSample:
             dropped.crop.unlink()
         row.crop.write_bytes(write_png(pixels))
 
-    def examine(
-        self, writers: Iterable[BucketWriter], examiner: Examiner, signal: float, submit: Submit
+    def evaluate(
+        self, writers: Iterable[BucketWriter], evaluator: QaEvaluator, signal: float, submit: Submit
     ) -> Iterator[QaRow]:
         """Look at the rows that were kept, as they lie in the closed files, in their order.
 
         Args:
             writers: one for each bucket.
-            examiner: measures them.
-            signal: see `Examiner.examine`.
-            submit: runs a job on the thread that the examiner belongs to.
+            evaluator: measures them.
+            signal: see `QaEvaluator.evaluate`.
+            submit: runs a job on the thread that the evaluator belongs to.
         """
         for writer in writers:
             bucket = bucket_name(writer.bucket)
@@ -106,5 +106,5 @@ class QaSample:
             keys = [key for key in crops if key in stored]  # the others became rejects
             for first in range(0, len(keys), _ROWS_AT_ONCE):
                 some = {key: crops[key].read_bytes() for key in keys[first : first + _ROWS_AT_ONCE]}
-                job = partial(examiner.examine, self._unit_id, bucket, some, stored, signal)
+                job = partial(evaluator.evaluate, self._unit_id, bucket, some, stored, signal)
                 yield from submit(job)

@@ -14,8 +14,8 @@ from latentcache.dataset.reader import Dataset
 from latentcache.dataset.shards import bucket_name
 from latentcache.errors import CheckpointError, ConfigError, DatasetError, StorageError
 from latentcache.qa.access import find_checkpoint
-from latentcache.storage import StorageOptions
 from latentcache.storage_errors import named_local
+from latentcache.storage_options import StorageOptions
 from latentcache.vae.compatibility import require_family
 from latentcache.vae.model import KLAutoencoder, to_uint8
 from latentcache.vae.weights import encoder_fingerprint, load_vae

@@ -46,7 +46,7 @@ def recognised_factor(tensors: Mapping[str, Tensor]) -> float | None:
     return _SD if any(key.startswith("model.diffusion_model.") for key in tensors) else None
 
 
-def settle_scaling(
+def resolve_scaling(
     architecture: Architecture,
     scaling_factor: float | None,
     shift_factor: float | None,

@@ -7,7 +7,7 @@ from pathlib import Path
 from fuzz import Target
 from latentcache.dataset.columns import columns_of
 from latentcache.errors import Reject
-from latentcache.images.fields import read_columns
+from latentcache.images.text_fields import read_columns
 
 COLUMNS = columns_of(["txt", "cls"])
 

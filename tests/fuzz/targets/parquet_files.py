@@ -12,7 +12,7 @@ from tiny import mutate_parquet
 from fuzz import Target
 from latentcache.errors import SourceError
 from latentcache.images.source import Sample, SourceShard, read_shard
-from latentcache.storage import StorageOptions
+from latentcache.storage_options import StorageOptions
 
 NUM_ROWS = 12
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from fuzz import Target, mutate_bytes
 from latentcache.errors import SourceError
 from latentcache.images.source import NotGrouped, Sample, SourceShard, read_shard
-from latentcache.storage import StorageOptions
+from latentcache.storage_options import StorageOptions
 
 _BLOCK = tarfile.BLOCKSIZE
 _TYPES = b"0\0123456789SLKxgX"

@@ -24,10 +24,10 @@ from latentcache.engine.job import UNITS_PER_ACTOR, Job, UnitTask, make_job
 from latentcache.engine.plan import Plan, units_of
 from latentcache.engine.unit import UnitRunner
 from latentcache.engine.waiting import Patience
-from latentcache.engine.worker import load_runner, settle_contract
+from latentcache.engine.worker import calibrate_contract, load_runner
 from latentcache.errors import SourceError
 from latentcache.images.source import SourceShard
-from latentcache.storage import StorageOptions
+from latentcache.storage_options import StorageOptions
 
 # Images are taken from the beginnings of so many shards.
 _NUM_SHARDS = 4
@@ -184,8 +184,8 @@ def try_out(job: Job, shards: Sequence[SourceShard], num_images: int, device: st
     Raises:
         LatentCacheError: a unit failed.
     """
-    if not job.contract.is_settled:
-        job = replace(job, contract=settle_contract(job, shards, device))
+    if not job.contract.is_resolved:
+        job = replace(job, contract=calibrate_contract(job, shards, device))
     chosen = random.Random(0).sample(shards, min(len(shards), _NUM_SHARDS))
     each = math.ceil(num_images / len(chosen))
     with TemporaryDirectory(prefix="latentcache-") as folder:

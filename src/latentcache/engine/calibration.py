@@ -34,7 +34,7 @@ _CALIBRATION_BATCH = 32
 _VALUES_OF_IMAGE = 1024
 
 
-def settle(vae: KLAutoencoder, job: Job, shards: Sequence[SourceShard]) -> Contract:
+def calibrate(vae: KLAutoencoder, job: Job, shards: Sequence[SourceShard]) -> Contract:
     """Fill in what the job's contract leaves open.
 
     Args:

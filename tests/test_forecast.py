@@ -52,7 +52,7 @@ def test_a_forecast_is_what_the_run_then_takes(tmp_path: Path, cli: Cli) -> None
     assert (done.code, done.json["forecast"]) == (0, None)
 
 
-def test_what_a_contract_leaves_open_is_settled_for_the_trial_alone(
+def test_what_a_contract_leaves_open_is_resolved_for_the_trial_alone(
     tmp_path: Path, cli: Cli
 ) -> None:
     latents = {"dtype": "int8", "calibration": {"num_images": 8}}

@@ -18,16 +18,16 @@ from latentcache.dataset.contract import Contract, QuantizationContract
 from latentcache.dataset.quantization import fit, to_stored, to_values
 from latentcache.dataset.receipts import Receipt, new_attempt
 from latentcache.dataset.shards import iterate_latents
-from latentcache.engine import settle as settle_module
+from latentcache.engine import calibration as calibration_module
 from latentcache.engine import unit as unit_module
+from latentcache.engine.calibration import calibrate
 from latentcache.engine.job import Job, UnitTask
 from latentcache.engine.plan import units_of
-from latentcache.engine.settle import settle
 from latentcache.engine.unit import UnitRunner
 from latentcache.errors import SourceError
 from latentcache.images.source import SourceShard, list_shards
 from latentcache.metrics import drift_db
-from latentcache.storage import StorageOptions
+from latentcache.storage_options import StorageOptions
 from latentcache.vae.encoder import LatentEncoder
 from makers import config_tree, draw, png, write_tar
 
@@ -46,13 +46,13 @@ def write_shards(folder: Path, num_shards: int, num_images: int) -> None:
 
 
 def plan_job(folder: Path, checkpoint: Path, **latents: Any) -> tuple[Job, list[SourceShard]]:
-    """What the driver of a first run over `<folder>/src/*.tar` asks a worker to settle."""
+    """What the driver of a first run over `<folder>/src/*.tar` asks a worker to calibrate."""
     tree = config_tree(
         folder, vae={"checkpoint": str(checkpoint)}, latents={"dtype": "int8"} | latents
     )
     config = parse_config(tree)
     plan = make_plan(config)
-    assert not plan.contract.is_settled
+    assert not plan.contract.is_resolved
     job = Job(
         contract=plan.contract,
         checkpoint=config.vae.checkpoint,
@@ -67,7 +67,7 @@ def plan_job(folder: Path, checkpoint: Path, **latents: Any) -> tuple[Job, list[
 
 
 def numbers(contract: Contract) -> QuantizationContract:
-    assert contract.is_settled
+    assert contract.is_resolved
     assert contract.latents.quantization
     return contract.latents.quantization
 
@@ -76,8 +76,8 @@ def test_the_range_is_that_of_the_channels_over_all_images(
     tmp_path: Path, checkpoint: Path, vae: KLAutoencoder
 ):
     write_shards(tmp_path, 3, 5)
-    settled = settle(vae, *plan_job(tmp_path, checkpoint, calibration={"num_images": 99}))
-    found = numbers(settled)
+    calibrated = calibrate(vae, *plan_job(tmp_path, checkpoint, calibration={"num_images": 99}))
+    found = numbers(calibrated)
     assert (found.num_images, found.seed) == (99, 0)
     pictures = [
         np.asarray(draw(64, 64, 100 * shard + index)) for shard in range(3) for index in range(5)
@@ -87,8 +87,8 @@ def test_the_range_is_that_of_the_channels_over_all_images(
     expected = fit(found, latents.transpose(0, 1).flatten(1))
     np.testing.assert_allclose(found.scale, expected.scale, rtol=1e-4)
     np.testing.assert_allclose(found.zero_point, expected.zero_point, atol=1)
-    stored, _ = to_stored(latents, settled.latents)
-    assert drift_db(to_values(stored, settled.latents), latents) > 40
+    stored, _ = to_stored(latents, calibrated.latents)
+    assert drift_db(to_values(stored, calibrated.latents), latents) > 40
 
 
 @pytest.mark.parametrize("posterior", ["moments", "sample"])
@@ -96,8 +96,8 @@ def test_it_measures_what_will_be_stored(
     tmp_path: Path, checkpoint: Path, vae: KLAutoencoder, posterior: str
 ):
     write_shards(tmp_path, 1, 4)
-    mean = numbers(settle(vae, *plan_job(tmp_path, checkpoint)))
-    found = numbers(settle(vae, *plan_job(tmp_path, checkpoint, posterior=posterior)))
+    mean = numbers(calibrate(vae, *plan_job(tmp_path, checkpoint)))
+    found = numbers(calibrate(vae, *plan_job(tmp_path, checkpoint, posterior=posterior)))
     assert mean.scale
     assert found.scale
     if posterior == "moments":
@@ -113,10 +113,10 @@ def test_the_same_listing_gives_the_same_numbers_and_another_seed_others(
     write_shards(tmp_path, 20, 2)
     few = {"num_images": 4}
     first, second = (
-        settle(vae, *plan_job(tmp_path, checkpoint, calibration=few)) for _ in range(2)
+        calibrate(vae, *plan_job(tmp_path, checkpoint, calibration=few)) for _ in range(2)
     )
     assert first == second
-    other = settle(vae, *plan_job(tmp_path, checkpoint, calibration=few | {"seed": 1}))
+    other = calibrate(vae, *plan_job(tmp_path, checkpoint, calibration=few | {"seed": 1}))
     assert numbers(other).scale != numbers(first).scale
 
 
@@ -124,7 +124,7 @@ def test_what_cannot_be_read_or_encoded_is_passed_over(
     tmp_path: Path, checkpoint: Path, vae: KLAutoencoder
 ):
     write_shards(tmp_path, 2, 3)
-    expected = settle(vae, *plan_job(tmp_path, checkpoint))
+    expected = calibrate(vae, *plan_job(tmp_path, checkpoint))
     good = png(64, 64)
     bad = [("a.png", b"text"), ("b.png", good[:50]), ("c.txt", b"no image")]
     write_tar(tmp_path / "src" / "0000b.tar", bad)
@@ -134,7 +134,7 @@ def test_what_cannot_be_read_or_encoded_is_passed_over(
     gone.unlink()
     assert len(shards) == 5
     np.testing.assert_allclose(
-        numbers(settle(vae, job, shards)).scale, numbers(expected).scale, rtol=1e-6
+        numbers(calibrate(vae, job, shards)).scale, numbers(expected).scale, rtol=1e-6
     )
 
 
@@ -153,15 +153,15 @@ def test_it_takes_a_few_images_of_a_few_shards(
     write_shards(tmp_path, num_shards, in_each)
     job, shards = plan_job(tmp_path, checkpoint, calibration={"num_images": 32})
     read: Counter[str] = Counter()
-    read_shard = settle_module.read_images
+    read_shard = calibration_module.read_images
 
     def count(shard: SourceShard, *args: Any, **options: Any) -> Iterator[Any]:
         for sample in read_shard(shard, *args, **options):
             read[shard.url] += 1
             yield sample
 
-    monkeypatch.setattr(settle_module, "read_images", count)
-    settle(vae, job, shards)
+    monkeypatch.setattr(calibration_module, "read_images", count)
+    calibrate(vae, job, shards)
     assert len(read) == num_opened
     assert read.total() == 32
 
@@ -170,7 +170,7 @@ def test_no_image_at_all_is_told(tmp_path: Path, checkpoint: Path, vae: KLAutoen
     write_tar(tmp_path / "src" / "0.tar", [("a.png", b"text")])
     job, shards = plan_job(tmp_path, checkpoint)
     with pytest.raises(SourceError, match=r"no source shard .*0\.tar, or choose another"):
-        settle(vae, job, shards)
+        calibrate(vae, job, shards)
 
 
 # Units.
@@ -181,7 +181,7 @@ def runner(tmp_path: Path, checkpoint: Path, vae: KLAutoencoder) -> Iterator[Uni
     """Of a run over one shard of seven pictures, with a range too narrow for them."""
     write_tar(tmp_path / "src" / "0.tar", [(f"{i}.png", png(64, 64, i)) for i in range(7)])
     job, shards = plan_job(tmp_path, checkpoint)
-    contract = settle(vae, job, shards)
+    contract = calibrate(vae, job, shards)
     scale = tuple(0.4 * scale for scale in numbers(contract).scale or ())
     narrow = replace(contract.latents, quantization=replace(numbers(contract), scale=scale))
     job = replace(job, contract=replace(contract, latents=narrow))

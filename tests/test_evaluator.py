@@ -14,7 +14,7 @@ from latentcache.dataset.contract import Contract
 from latentcache.demo.draw import draw_image
 from latentcache.errors import ConfigError
 from latentcache.image_files import write_png
-from latentcache.qa.evaluator import Examiner
+from latentcache.qa.evaluator import QaEvaluator
 from latentcache.vae.weights import encoder_fingerprint
 from makers import make_contract
 
@@ -53,12 +53,12 @@ def test_the_drift_of_moments_is_that_of_what_training_draws(
     moments[channels:] = -1.0
     generator = torch.Generator().manual_seed(0)
     stored = moments + 0.05 * torch.randn(moments.shape, generator=generator)
-    examiner = Examiner(contract_of(vae, "moments"), vae, vae)
+    evaluator = QaEvaluator(contract_of(vae, "moments"), vae, vae)
     # The demo's own log-variance is so low that it would not show.
     monkeypatch.setattr(vae, "encode", lambda pixels: moments[None])
     signal = 2.0
     crops = {"a": write_png(images[0])}
-    (row,) = examiner.examine("unit", f"{SIDE}x{SIDE}", crops, {"a": stored}, signal)
+    (row,) = evaluator.evaluate("unit", f"{SIDE}x{SIDE}", crops, {"a": stored}, signal)
     noise = torch.randn((4000, *moments[:channels].shape), generator=generator)
 
     def draw(m: Tensor) -> Tensor:
@@ -76,8 +76,8 @@ def test_rows_come_one_by_one_where_memory_runs_out(
         latents = vae.encode(images)[:, : vae.architecture.latent_channels]
     crops = {f"k{index}": write_png(image) for index, image in enumerate(images)}
     stored = {f"k{index}": latent for index, latent in enumerate(latents)}
-    examiner = Examiner(contract_of(vae, "mean"), vae, vae)
-    expected = examiner.examine("unit", f"{SIDE}x{SIDE}", crops, stored, 1.0)
+    evaluator = QaEvaluator(contract_of(vae, "mean"), vae, vae)
+    expected = evaluator.evaluate("unit", f"{SIDE}x{SIDE}", crops, stored, 1.0)
     decode, room, num_fired = vae.decode, 1, 0
 
     def decode_in(latents: Tensor) -> Tensor:
@@ -89,11 +89,11 @@ def test_rows_come_one_by_one_where_memory_runs_out(
 
     monkeypatch.setattr(vae, "decode", decode_in)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    found = examiner.examine("unit", f"{SIDE}x{SIDE}", crops, stored, 1.0)
+    found = evaluator.evaluate("unit", f"{SIDE}x{SIDE}", crops, stored, 1.0)
     assert num_fired == 1
     assert [row.key for row in found] == [row.key for row in expected]
     for row, other in zip(found, expected, strict=True):
         assert row.measured.psnr_db == pytest.approx(other.measured.psnr_db, abs=0.01)
     room = 0
     with pytest.raises(ConfigError, match=r"64x64 for QA does not fit"):
-        examiner.examine("unit", f"{SIDE}x{SIDE}", crops, stored, 1.0)
+        evaluator.evaluate("unit", f"{SIDE}x{SIDE}", crops, stored, 1.0)
