@@ -22,6 +22,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 FLOORS = {
     "errors": 0.0,
+    "startup": 0.25,
     "log": 0.25,
     "urls": 0.25,
     "yaml_files": 0.25,
@@ -116,6 +117,19 @@ def test_a_file_imports_only_its_own_package_and_floors_below(file: Path):
 def test_no_file_reads_parquet_on_threads_that_outlive_the_process():
     users = {name_of(file) for file in FILES if "pq.read_table(" in file.read_text()}
     assert not users, "read with dataset/parquet.py, which says why"
+
+
+def test_importing_a_file_sets_nothing_for_the_process():
+    """A call or an assignment to another module's attribute at the top level of a file."""
+    for file in FILES:
+        for node in ast.parse(file.read_text()).body:
+            is_call = isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
+            is_setting = isinstance(node, ast.Assign) and any(
+                isinstance(target, ast.Attribute | ast.Subscript) for target in node.targets
+            )
+            is_loop = isinstance(node, ast.For | ast.While | ast.With)
+            is_allowed = name_of(file) == "cli/__main__.py"
+            assert is_allowed or not (is_call or is_setting or is_loop), f"{name_of(file)}"
 
 
 @pytest.mark.parametrize("library", HOMES)

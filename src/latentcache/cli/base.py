@@ -146,7 +146,9 @@ def command(function: Callable[P, int | None]) -> Callable[P, None]:
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         global _stdout, _log_json
         from latentcache.errors import LatentCacheError
+        from latentcache.startup import start_process
 
+        start_process()
         _stdout = _Stdout()
         _log_json = bool(kwargs.get("log_json"))
         as_json = bool(kwargs.get("json_"))

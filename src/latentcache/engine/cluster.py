@@ -15,12 +15,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-# Warns of a change to come in how actors without GPUs see them; ours ask for none or a whole one.
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-os.environ.setdefault("RAY_DEDUP_LOGS", "0")
-# Else Ray prints the errors of calls that nobody waits for any more, after the first one failed.
-os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
-
 import ray
 import torch
 from ray.exceptions import ActorDiedError, OutOfMemoryError, RayError, RayTaskError
@@ -35,6 +29,7 @@ from latentcache.engine.versions import Versions
 from latentcache.engine.waiting import NO_PATIENCE, Patience, Reminder
 from latentcache.engine.worker import ActorRunner
 from latentcache.errors import ClusterError, LatentCacheError, StorageError, first_line
+from latentcache.startup import start_process
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -57,6 +52,7 @@ class _EncoderActor:
     """What runs on a GPU. `__init__` cannot fail, so that a failure is told apart from a crash."""
 
     def __init__(self, versions: Versions, job: Job) -> None:
+        start_process()
         self._versions = versions
         self._job = job
         self._runner: ActorRunner | None = None
@@ -113,6 +109,7 @@ def _with_host(error: LatentCacheError) -> LatentCacheError:
 
 
 def _with_device(versions: Versions, function: Callable[..., A], *arguments: Any) -> A:
+    start_process()
     versions.require_here()
     return function(*arguments, _device())
 
@@ -121,6 +118,7 @@ class _CallingActor:
     """Calls functions; what they cache in their module stays with its process and GPU."""
 
     def __init__(self, versions: Versions) -> None:
+        start_process()
         self._versions = versions
 
     def call(self, function: Callable[[A], B], item: A) -> B:

@@ -22,11 +22,12 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 import ray
-from ray._private import ray_constants, services, worker
+from ray._private import ray_constants, ray_logging, services, worker
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 from ray.exceptions import RayError
 
 from latentcache.errors import ClusterError, first_line
+from latentcache.startup import start_process
 
 # Ray's Unix sockets lie at <folder>/session_<date>_<time>_<µs>_<pid>/sockets/plasma_store, which is
 # 64 bytes with a process id of seven digits. A socket's path has 107 bytes at most (unix(7)), and
@@ -69,6 +70,9 @@ def connect() -> Connection:
     Raises:
         ClusterError: Ray cannot be started, or does not answer there.
     """
+    start_process()
+    # A program that imported this package read Ray's own default, before anything was set.
+    ray_logging.RAY_DEDUP_LOGS = ray_constants.env_bool("RAY_DEDUP_LOGS", True)
     if ray.is_initialized():
         raise ClusterError("this process is connected to Ray already: call ray.shutdown() first")
     address = os.environ.get("RAY_ADDRESS") or "local"

@@ -7,7 +7,6 @@ bombs warns, and has a limit of its own.
 from __future__ import annotations
 
 import io
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -27,14 +26,6 @@ from PIL import (
 
 from latentcache.errors import Reject
 from latentcache.images import jpeg, jxl, png, webp
-
-# Pillow warns of oddities in metadata that do not touch the pixels. `catch_warnings` is not
-# thread-safe, so the filter is set once, for Pillow's modules alone.
-warnings.filterwarnings("ignore", module=r"PIL\.")
-warnings.filterwarnings("ignore", module=r"pillow_")
-
-# One thread each: the decode threads use all cores together.
-AvifImagePlugin.DEFAULT_MAX_THREADS = 1
 
 _INSTALL = "pip install 'latentcache[images]'"
 
@@ -139,6 +130,8 @@ def _open_webp(data: bytes) -> ImageFile.ImageFile:
 
 
 def _open_avif(data: bytes) -> ImageFile.ImageFile:
+    # One thread each: the decode threads use all cores together.
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 1
     try:
         return AvifImagePlugin.AvifImageFile(io.BytesIO(data))
     except Exception:  # noqa: BLE001  (EXIF that cannot be parsed; what else is damaged raises again)

@@ -15,10 +15,15 @@ from latentcache.loader.order import Ints
 Noise = Callable[[int], torch.Tensor]
 """Gives standard normal numbers, [b, count] float32."""
 
-# MKL settles how to compute each of these at its first call. Two threads that both make that call
-# may get twelve good bits instead of twenty-four (pytorch/pytorch#188792): so it is made here.
-for _function in (torch.exp, torch.log, torch.sqrt, torch.sin, torch.cos):
-    _function(torch.ones(64))
+
+def _make_first_calls() -> None:
+    """Call what MKL prepares at the first call of each function, before there are threads.
+
+    Two threads that both make that call may get twelve good bits instead of twenty-four
+    (pytorch/pytorch#188792).
+    """
+    for function in (torch.exp, torch.log, torch.sqrt, torch.sin, torch.cos):
+        function(torch.ones(64))
 
 
 class LatentFinish:
@@ -40,6 +45,7 @@ class LatentFinish:
     def __init__(self, contracts: Sequence[Contract], dtype: torch.dtype, normalize: bool) -> None:
         if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise ConfigError(f"dtype is {dtype!r}; latents need a floating-point type")
+        _make_first_calls()
         vae, terms = contracts[0].vae, contracts[0].latents
         self.stored = TORCH_DTYPES[terms.dtype]
         self.dtype = dtype
