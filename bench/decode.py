@@ -28,9 +28,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from harness import print_table, take_turns, write_results
+from latentcache.dataset.bucket import Bucket
 from latentcache.demo.draw import draw_image
 from latentcache.images.decode import decode_image
-from latentcache.images.transform import Bucket, TransformSpec, load_image
+from latentcache.images.transform import TransformSpec, load_image
 
 Pixels = NDArray[np.uint8]
 

@@ -30,6 +30,7 @@ import torch
 
 from harness import write_results
 from latentcache import LatentLoader, StorageOptions
+from latentcache.dataset.bucket import Bucket
 from latentcache.loader.files import Files, open_sources
 from latentcache.loader.order import Order, OrderOptions
 from rivals import RIVALS, measure, measure_cold, positions, prepare, write_positions
@@ -69,7 +70,7 @@ def write_rows(folder: Path, name: str, num_rows: int, side: int) -> Path:
 
 def write_ours(folder: Path, name: str, rows: np.ndarray[Any, np.dtype[np.float16]]) -> None:
     """Write rows as a dataset of each format, in units of ten thousand."""
-    bucket = (rows.shape[3] * 8, rows.shape[2] * 8)
+    bucket = Bucket(rows.shape[3] * 8, rows.shape[2] * 8)
     counts = [min(ROWS_PER_UNIT, len(rows) - n) for n in range(0, len(rows), ROWS_PER_UNIT)]
 
     def latents(number: int, bucket: tuple[int, int], num_rows: int) -> torch.Tensor:
@@ -248,7 +249,7 @@ def plan_two_billion(folder: Path) -> dict[str, float]:
     """Find the first batch of two billion rows in a process of its own: seconds, and memory."""
     url = folder / "two-billion"
     if not url.exists():
-        write_manifest(str(url), make_contract([(256, 256)]), 200_000, ROWS_PER_UNIT)
+        write_manifest(str(url), make_contract([Bucket(256, 256)]), 200_000, ROWS_PER_UNIT)
     done = subprocess.run(
         [sys.executable, __file__, "--plan", str(url)], stdout=subprocess.PIPE, check=True
     )

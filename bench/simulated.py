@@ -19,9 +19,9 @@ import numpy as np
 
 from latentcache import urls
 from latentcache.config import Config, parse_config
+from latentcache.dataset.bucket import Bucket
 from latentcache.dataset.contract import Contract
 from latentcache.dataset.receipts import DataFile, QaFile, Receipt, Unit, UnitRecord
-from latentcache.dataset.shards import bucket_name
 from latentcache.dataset.statistics import HISTOGRAM_EDGES, Statistics
 from latentcache.engine.job import Job, UnitTask
 
@@ -68,7 +68,7 @@ def make_config(output: str, num_units: int, num_actors: int, *, qa: bool = True
 
 def make_receipt(contract: Contract, unit: Unit, generation: int, attempt: str) -> Receipt:
     """A receipt as one of ten thousand photographs would be, with numbers of its own."""
-    bucket = bucket_name(contract.transform.buckets[0])
+    bucket = Bucket(*contract.transform.buckets[0]).name
     stem = f"{unit.id}/{generation}-{attempt}"
     digest = unit.id * 2
     qa_file = DataFile(f"qa/{stem}.parquet", 1_400_000, digest, NUM_QA_ROWS, "")

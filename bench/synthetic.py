@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from latentcache.dataset.bucket import Bucket
 from latentcache.dataset.columns import Columns, columns_of
 from latentcache.dataset.contract import (
     Contract,
@@ -21,13 +22,11 @@ from latentcache.dataset.contract import (
 )
 from latentcache.dataset.quantization import to_stored
 from latentcache.dataset.receipts import DataFile, Receipt, Unit, UnitRecord, new_attempt
-from latentcache.dataset.shards import BucketWriter, RowMeta, bucket_name, describe_file
+from latentcache.dataset.shards import BucketWriter, RowMeta, describe_file
 from latentcache.dataset.state import State, write_next
 from latentcache.dataset.statistics import Statistics
 from latentcache.storage import Store
 from latentcache.storage_options import StorageOptions
-
-Bucket = tuple[int, int]
 
 
 def make_contract(
@@ -141,7 +140,7 @@ def _write_unit(
     first = 0
     with tempfile.TemporaryDirectory() as folder:
         for bucket, num_rows in rows.items():
-            name = bucket_name(bucket)
+            name = Bucket(*bucket).name
             stem = Path(folder, f"0-{attempt}-{name}")
             writer = BucketWriter(stem, contract, columns, unit.id, bucket)
             metas = [_row(number, first + index, columns) for index in range(num_rows)]
@@ -176,8 +175,8 @@ def write_manifest(url: str, contract: Contract, num_units: int, rows_per_unit: 
     listing = {}
     for number in range(num_units):
         unit = Unit.of(f"s3://images/{number:08d}.tar", 10**9, "1", contract.fingerprint)
-        name = f"data/{unit.id}/0-{unit.id}-{bucket_name(bucket)}.parquet"
-        file = DataFile(name, 82 * 10**6, unit.id * 2, rows_per_unit, bucket_name(bucket))
+        name = f"data/{unit.id}/0-{unit.id}-{Bucket(*bucket).name}.parquet"
+        file = DataFile(name, 82 * 10**6, unit.id * 2, rows_per_unit, Bucket(*bucket).name)
         record = UnitRecord(unit, 0, unit.id, rows_per_unit, rows_per_unit, 0, (file,), None)
         empty = Statistics.empty(contract.stored_channels)
         state.add(Receipt(record, contract.fingerprint, empty))

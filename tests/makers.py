@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from latentcache.dataset.bucket import Bucket
 from latentcache.dataset.columns import columns_of
 from latentcache.dataset.contract import (
     Contract,
@@ -30,7 +31,6 @@ from latentcache.dataset.shards import (
     BucketWriter,
     RejectRow,
     RowMeta,
-    bucket_name,
     describe_file,
     write_rejects,
 )
@@ -146,7 +146,7 @@ def make_qa_rows(contract: Contract, bucket: Size, num_rows: int, first: int = 0
         rows.append(
             QaRow(
                 key=f"k{index:04d}",
-                bucket=bucket_name(bucket),
+                bucket=Bucket(*bucket).name,
                 measured=Measured(float(psnr_db(*pair)), 0.9 - index / 1000, None, 60.0, None),
                 image=encode_image(Image.fromarray(image)),
                 reconstruction=encode_image(Image.fromarray(reconstruction)),
@@ -174,7 +174,7 @@ def commit_unit(
     attempt, columns = new_attempt(), columns_of(keep)
     files, first = [], 0
     for bucket, tensor in latents.items():
-        stem = folder / f"{generation}-{attempt}-{bucket_name(bucket)}"
+        stem = folder / f"{generation}-{attempt}-{Bucket(*bucket).name}"
         writer = BucketWriter(stem, contract, columns, unit.id, bucket)
         writer.append(tensor, make_rows(len(tensor), [column.name for column in columns], first))
         writer.close()
@@ -182,7 +182,7 @@ def commit_unit(
         first += len(tensor)
         for local in writer.paths:
             path = f"data/{unit.id}/{local.name}"
-            files.append(describe_file(local, path, len(tensor), bucket_name(bucket)))
+            files.append(describe_file(local, path, len(tensor), Bucket(*bucket).name))
             store.put_file(local, path)
     rejects_file = None
     if rejects:

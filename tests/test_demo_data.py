@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from latentcache.dataset.bucket import Bucket
 from latentcache.demo.demo_data import DemoData, write_demo_data
 from latentcache.errors import Reject
 from latentcache.images.decode import decode_image
 from latentcache.images.source import RejectedSample, list_shards, read_shard
-from latentcache.images.transform import Bucket, TransformSpec, transform
+from latentcache.images.transform import TransformSpec, transform
 from latentcache.storage_options import StorageOptions
 
 OPTIONS = StorageOptions()

@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 import latentcache
 from checkpoints import write_diffusers_folder, write_folder
 from latentcache import load_vae
+from latentcache.dataset.bucket import Bucket
 from latentcache.demo.draw import draw_image
 from latentcache.errors import DatasetError
 from latentcache.qa.row_sample import QaSample, SampleSpec
@@ -101,7 +102,7 @@ def test_a_run_looks_at_rows_of_every_bucket_and_says_what_it_sees(sampled: Path
         num_rows[row["bucket"]] += 1
         image, decoded = open_png(row["image"]), open_png(row["reconstruction"])
         stored = latents[row["unit"], row["key"]].float()
-        width, height = map(int, row["bucket"].split("x"))
+        width, height = Bucket.parse(row["bucket"])
         assert image.shape == decoded.shape == (height, width, 3)
         kept = np.frombuffer(row["latent"], "<f4").reshape(row["latent_shape"])
         assert np.array_equal(kept, stored.numpy())

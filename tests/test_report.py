@@ -24,9 +24,10 @@ from PIL import Image
 import browser
 from browser import Browser
 from latentcache import Dataset, open_dataset
+from latentcache.dataset.bucket import Bucket
 from latentcache.dataset.contract import Contract
 from latentcache.dataset.receipts import Receipt
-from latentcache.dataset.shards import RejectRow, bucket_name
+from latentcache.dataset.shards import RejectRow
 from latentcache.errors import ConfigError, DatasetError, LatentCacheError, StorageError
 from latentcache.qa import figures, report
 from latentcache.qa.gates import Gates
@@ -158,7 +159,7 @@ def test_the_figures_are_those_of_the_qa_rows(dataset: Dataset, psnrs: dict[str,
     assert sum(found["histogram"]["counts"]) == 40
     assert tree["totals"]["mean_psnr_db"] == pytest.approx(values.mean())
     square, wide = tree["buckets"]
-    assert (wide["bucket"], wide["num_rows"], wide["num_qa_rows"]) == (bucket_name(WIDE), 16, 20)
+    assert (wide["bucket"], wide["num_rows"], wide["num_qa_rows"]) == (Bucket(*WIDE).name, 16, 20)
     assert square["mean_psnr_db"] == pytest.approx(np.mean([psnrs[f"k{i:04d}"] for i in range(20)]))
     assert tree["verdict"]["status"] == "passed"
     assert not {"lpips", "psnr_cost_db"} & tree["measures"].keys()

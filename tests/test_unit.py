@@ -28,6 +28,7 @@ from torch import Tensor
 
 from checkpoints import TINY_KL_F8, make_reference
 from latentcache import KLAutoencoder, load_vae, make_plan, parse_config
+from latentcache.dataset.bucket import Bucket
 from latentcache.dataset.columns import columns_of
 from latentcache.dataset.contract import Contract
 from latentcache.dataset.receipts import DataFile, Receipt, Unit, new_attempt
@@ -279,7 +280,7 @@ def test_buckets_have_a_file_each(tmp_path: Path, make: Make, reference: diffuse
         "48x96": ["3", "6"],
     }
     for bucket, found in rows.items():
-        width, height = map(int, bucket.split("x"))
+        width, height = Bucket.parse(bucket)
         for key, latent in found.items():
             pixels = pillow_pixels(images[f"{key}.png"], width, height)
             expected = diffusers_moments(reference, pixels)[:4]

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
+from latentcache.dataset.bucket import Bucket
 from latentcache.demo.draw import draw_image
 from latentcache.errors import ConfigError, Reject
 from latentcache.images.transform import (
     MAX_CROP_FACTOR,
-    Bucket,
     TransformSpec,
     choose_bucket,
     load_image,

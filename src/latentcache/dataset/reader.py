@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from latentcache.dataset.bucket import Bucket
 from latentcache.dataset.contract import Contract, require_contract
 from latentcache.dataset.layout import SafetensorsRows, tensor_from_bytes
 from latentcache.dataset.manifest import Manifest, ManifestName, read_records
@@ -23,7 +24,7 @@ from latentcache.dataset.parquet import naming_damage, open_parquet, read_table
 from latentcache.dataset.publish import find_manifest
 from latentcache.dataset.quantization import to_values
 from latentcache.dataset.receipts import DataFile, UnitRecord
-from latentcache.dataset.shards import REJECT_SCHEMA, check_schema, parse_bucket
+from latentcache.dataset.shards import REJECT_SCHEMA, check_schema
 from latentcache.dataset.statistics import Statistics
 from latentcache.errors import DatasetError
 from latentcache.storage import Store
@@ -165,7 +166,7 @@ class Dataset(Sequence[Row]):
         with naming_damage(self.store, shard.rows.path):
             columns = self._cached.group(number, group).slice(within, 1).to_pylist()[0]
             dtype, shape = columns.pop("latent_dtype"), columns.pop("latent_shape")
-            bucket = parse_bucket(shard.rows.bucket)
+            bucket = Bucket.parse(shard.rows.bucket)
             if (dtype, shape) != self._latent_kind(bucket):
                 raise DatasetError(f"row {columns['key']!r} has a latent of another kind")
             if tensors is None or shard.tensors is None:
@@ -200,7 +201,7 @@ class Dataset(Sequence[Row]):
             return file, None
         with naming_damage(self.store, shard.tensors.path):
             tensors = SafetensorsRows(self.store.open(shard.tensors.path))
-            bucket = parse_bucket(shard.rows.bucket)
+            bucket = Bucket.parse(shard.rows.bucket)
             if (tensors.dtype, tensors.shape) != self._latent_kind(bucket):
                 raise DatasetError(f"its latents are {tensors.dtype} {tensors.shape}")
             if tensors.num_rows != shard.rows.num_rows:

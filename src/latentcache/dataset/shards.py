@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from latentcache.dataset.bucket import Bucket
 from latentcache.dataset.columns import Columns
 from latentcache.dataset.contract import Contract
 from latentcache.dataset.layout import (
@@ -77,17 +78,6 @@ class RejectRow:
     message: str
     thumbnail: bytes | None = None
     has_image: bool = True
-
-
-def bucket_name(bucket: tuple[int, int]) -> str:
-    """Name a (width, height) bucket: `256x192`."""
-    return f"{bucket[0]}x{bucket[1]}"
-
-
-def parse_bucket(name: str) -> tuple[int, int]:
-    """Return the (width, height) of a checked bucket name."""
-    width, _, height = name.partition("x")
-    return int(width), int(height)
 
 
 def column_type(name: str) -> pa.DataType:
@@ -154,7 +144,7 @@ class BucketWriter:
         unit_id: str,
         bucket: tuple[int, int],
     ) -> None:
-        self.bucket = bucket
+        self.bucket = Bucket(*bucket)
         self.num_rows = 0
         self._contract = contract
         self._columns = columns

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from latentcache.dataset.bucket import Bucket
 from latentcache.dataset.contract import Contract
 from latentcache.dataset.layout import TORCH_DTYPES, latent_offsets
 from latentcache.dataset.manifest import ManifestName
@@ -212,7 +213,7 @@ def _check_columns(path: Path, contract: Contract) -> None:
 def _check_rows(
     local: list[Path], file: DataFile, contract: Contract, keys: set[str]
 ) -> Iterator[str]:
-    width_px, height_px = map(int, file.bucket.split("x"))
+    width_px, height_px = Bucket.parse(file.bucket)
     shape, dtype = (
         contract.latent_shape((width_px, height_px)),
         TORCH_DTYPES[contract.latents.dtype],

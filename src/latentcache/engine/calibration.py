@@ -14,12 +14,13 @@ from itertools import chain, islice
 
 import torch
 
+from latentcache.dataset.bucket import Bucket
 from latentcache.dataset.contract import Contract
 from latentcache.dataset.quantization import fit
 from latentcache.engine.job import Job
 from latentcache.errors import LatentCacheError, Reject, SourceError
 from latentcache.images.source import Sample, SourceShard, read_images
-from latentcache.images.transform import Bucket, Transformed, load_image, transform_spec
+from latentcache.images.transform import Transformed, load_image, transform_spec
 from latentcache.vae.encoder import LatentEncoder, draw_latents, resolve_precision
 from latentcache.vae.model import KLAutoencoder
 

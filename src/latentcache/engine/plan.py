@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from latentcache.config import Calibration, Config, RatioBuckets, require_kind
+from latentcache.dataset.bucket import Bucket
 from latentcache.dataset.columns import Columns, columns_of, describe_columns
 from latentcache.dataset.contract import (
     Contract,
@@ -23,7 +24,7 @@ from latentcache.engine.twice import Twice, find_twice
 from latentcache.errors import ConfigError, SourceError
 from latentcache.images.samples import Wanted, file_key_and_field
 from latentcache.images.source import SourceShard, list_source, source_contract
-from latentcache.images.transform import Bucket, ratio_buckets
+from latentcache.images.transform import ratio_buckets
 from latentcache.storage import ObjectInfo, Store
 from latentcache.vae.model import FAMILY
 from latentcache.vae.scaling import resolve_scaling
@@ -299,7 +300,7 @@ def wanted_contract(config: Config) -> Contract:
         transform=TransformContract(
             crop=config.transform.crop,
             resample=config.transform.resample,
-            buckets=tuple((bucket.width_px, bucket.height_px) for bucket in buckets),
+            buckets=tuple((*bucket,) for bucket in buckets),
             min_side_px=config.transform.min_side_px,
             max_upscale=config.transform.max_upscale,
             max_pixels=config.transform.max_pixels,
@@ -336,6 +337,4 @@ def _buckets(config: Config) -> tuple[Bucket, ...]:
         return (Bucket(resolution_px, resolution_px),)
     if isinstance(wanted, RatioBuckets):
         return ratio_buckets(resolution_px, wanted.max_ratio, wanted.step_px)
-    return tuple(
-        sorted((Bucket(*size) for size in wanted), key=lambda b: (b.width_px, b.height_px))
-    )
+    return tuple(sorted(Bucket(*size) for size in wanted))

@@ -21,6 +21,7 @@ from tempfile import TemporaryDirectory
 import pyarrow as pa
 import torch
 
+from latentcache.dataset.bucket import Bucket
 from latentcache.dataset.contract import Contract
 from latentcache.dataset.layout import (
     latent_offsets,
@@ -300,7 +301,7 @@ class _Rewrite:
         with self.times["write"].working():
             for writer in writers:
                 writer.check()
-                name = f"{writer.bucket[0]}x{writer.bucket[1]}"
+                name = writer.bucket.name
                 for local in writer.paths:
                     path = f"data/{unit.id}/{local.name}"
                     files.append((local, describe_file(local, path, writer.num_rows, name)))
@@ -369,8 +370,7 @@ class _StoredRows:
 
     def __init__(self, name: str, paths: list[Path], contract: Contract, num_rows: int) -> None:
         self.name = name
-        width, _, height = name.partition("x")
-        self.bucket = (int(width), int(height))
+        self.bucket = Bucket.parse(name)
         self._dtype = contract.latents.dtype
         self._shape = contract.latent_shape(self.bucket)
         self._size = row_bytes(contract, self.bucket)

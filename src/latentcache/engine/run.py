@@ -17,6 +17,7 @@ from importlib.metadata import version
 from latentcache import __version__
 from latentcache.bottleneck import Loads
 from latentcache.config import Config, require_kind
+from latentcache.dataset.bucket import Bucket
 from latentcache.dataset.columns import columns_of
 from latentcache.dataset.contract import (
     CONTRACT_PATH,
@@ -28,7 +29,6 @@ from latentcache.dataset.contract import (
 from latentcache.dataset.manifest import Manifest
 from latentcache.dataset.receipts import Receipt, Unit, UnitSummary, put_failure
 from latentcache.dataset.rejects import most_frequent
-from latentcache.dataset.shards import bucket_name
 from latentcache.dataset.state import Listing, State, write_next
 from latentcache.engine.cluster import Cluster
 from latentcache.engine.commit import Committed, Committer
@@ -269,7 +269,7 @@ class _Driver:
         if not self.config.qa:
             return {}
         least = self.config.qa.min_rows_per_bucket
-        names = [bucket_name(size) for size in self.contract.transform.buckets]
+        names = [Bucket(*size).name for size in self.contract.transform.buckets]
         missing = {name: least - self.qa_totals.num_rows[name] for name in names}
         return {name: num for name, num in missing.items() if num > 0}
 

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 from latentcache import __version__
+from latentcache.dataset.bucket import Bucket
 from latentcache.dataset.quantization import is_finite, to_stored, to_values
 from latentcache.dataset.receipts import DataFile, QaFile, Receipt, UnitRecord
 from latentcache.dataset.rejects import count_reasons
@@ -33,7 +34,6 @@ from latentcache.dataset.shards import (
     BucketWriter,
     RejectRow,
     RowMeta,
-    bucket_name,
     describe_file,
     write_rejects,
 )
@@ -48,7 +48,7 @@ from latentcache.image_files import write_thumbnail
 from latentcache.images.decode import Reserve, decode_image
 from latentcache.images.source import NotGrouped, RejectedSample, Sample, read_samples
 from latentcache.images.text_fields import read_columns
-from latentcache.images.transform import Bucket, Transformed, load_image, transform_spec
+from latentcache.images.transform import Transformed, load_image, transform_spec
 from latentcache.qa.evaluator import QaEvaluator
 from latentcache.qa.qa_files import QaRow, write_qa
 from latentcache.qa.row_sample import QaSample
@@ -402,11 +402,10 @@ class _Attempt:
         kept = stored[finite]
         if not len(kept):
             return
-        size = (bucket.width_px, bucket.height_px)
         if bucket not in writers:
-            stem = self.folder / f"{self.stem}-{bucket_name(size)}"
+            stem = self.folder / f"{self.stem}-{bucket.name}"
             writers[bucket] = BucketWriter(
-                stem, self.contract, self.columns, self.task.unit.id, size
+                stem, self.contract, self.columns, self.task.unit.id, bucket
             )
         kept_rows = [row for row, good in zip(rows, finite.tolist(), strict=True) if good]
         writers[bucket].append(kept, kept_rows)
@@ -452,7 +451,7 @@ class _Attempt:
                 writer.check()
                 for local in writer.paths:
                     path = f"data/{self.task.unit.id}/{local.name}"
-                    name = bucket_name(writer.bucket)
+                    name = writer.bucket.name
                     files.append((local, describe_file(local, path, writer.num_rows, name)))
             if self.rejects:
                 local = self.folder / f"{self.stem}.parquet"

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from latentcache.config import MAX_PIXELS, Autoencoder, EvalModel, Networks
+from latentcache.dataset.bucket import Bucket
 from latentcache.dataset.contract import SourceContract
 from latentcache.errors import CheckpointError, ClusterError, ConfigError, Reject
 from latentcache.evaluation.card import Picture
 from latentcache.images.source import RejectedSample, SourceShard, read_images
-from latentcache.images.transform import Bucket, TransformSpec, load_image
+from latentcache.images.transform import TransformSpec, load_image
 from latentcache.metrics import MAX_DB, MIN_DB, FeatureStatistics, psnr_db, ssim
 from latentcache.networks import (
     NUM_INCEPTION_FEATURES,

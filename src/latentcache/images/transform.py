@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from latentcache.dataset.bucket import Bucket
 from latentcache.dataset.contract import Contract
 from latentcache.errors import ConfigError, Reject
 from latentcache.images.decode import Reserve, decode_image, decode_scaled
@@ -27,19 +28,6 @@ MAX_CROP_FACTOR = 16
 # that it is resized to. The decoder's box-like scaling is then 48 dB from the full decode, hidden
 # by the resize; at the target's own size it would be 30 dB.
 DCT_HEADROOM = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Bucket:
-    """One image size that samples are brought to; all latents of a bucket have one shape."""
-
-    width_px: int
-    height_px: int
-
-    @property
-    def name(self) -> str:
-        """`WIDTHxHEIGHT`, as in file names."""
-        return f"{self.width_px}x{self.height_px}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +97,7 @@ def transform_spec(contract: Contract) -> TransformSpec:
     """Read the transform off a contract."""
     terms = contract.transform
     return TransformSpec(
-        buckets=tuple(Bucket(width, height) for width, height in terms.buckets),
+        buckets=tuple(Bucket(*size) for size in terms.buckets),
         min_side_px=terms.min_side_px,
         max_upscale=terms.max_upscale,
         max_pixels=terms.max_pixels,
@@ -127,7 +115,7 @@ def choose_bucket(width_px: int, height_px: int, buckets: Sequence[Bucket]) -> B
     def distance(bucket: Bucket) -> tuple[float, int, int]:
         # |log a - log b| is ordered as max(a, b) / min(a, b), which needs no rounding logarithm.
         a, b = width_px * bucket.height_px, height_px * bucket.width_px
-        return max(a, b) / min(a, b), -bucket.width_px * bucket.height_px, -bucket.width_px
+        return max(a, b) / min(a, b), -bucket.num_pixels, -bucket.width_px
 
     return min(buckets, key=distance)
 
@@ -194,7 +182,7 @@ def _place(width: int, height: int, spec: TransformSpec) -> _Placement:
             f"{width}x{height} to {bucket.name} enlarges {scale:.3g} times, "
             f"max_upscale is {spec.max_upscale:g}",
         )
-    if new_width * new_height > MAX_CROP_FACTOR * bucket.width_px * bucket.height_px:
+    if new_width * new_height > MAX_CROP_FACTOR * bucket.num_pixels:
         raise _reject(
             "aspect_ratio",
             f"{width}x{height} to {bucket.name} would crop away more than "

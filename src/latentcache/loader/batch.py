@@ -11,12 +11,13 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from latentcache.dataset.bucket import Bucket
 from latentcache.dataset.shards import column_type
 from latentcache.loader.files import Files
 from latentcache.loader.join import Joined
 from latentcache.loader.latents import LatentFinish
 from latentcache.loader.noise import mix, normal
-from latentcache.loader.order import BatchRows, Bucket, Ints, make_key
+from latentcache.loader.order import BatchRows, Ints, make_key
 from latentcache.loader.prefetch import Memory
 from latentcache.loader.rows import FoundRows, RowReader
 

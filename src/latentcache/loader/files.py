@@ -12,14 +12,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from latentcache.dataset.bucket import Bucket
 from latentcache.dataset.contract import Contract, contract_diff
 from latentcache.dataset.layout import row_bytes, row_group_rows
 from latentcache.dataset.manifest import Manifest, ManifestName, read_files
 from latentcache.dataset.reader import open_manifest
 from latentcache.dataset.receipts import DataFile
-from latentcache.dataset.shards import bucket_name, parse_bucket
 from latentcache.errors import ConfigError, ContractMismatch, DatasetError
-from latentcache.loader.order import Bucket, Ints, Stream
+from latentcache.loader.order import Ints, Stream
 from latentcache.storage import Store
 from latentcache.storage_options import StorageOptions
 
@@ -77,7 +77,7 @@ class Files:
         self.source_of: Ints = np.repeat(np.arange(len(sources)), [len(r) for r in rows])
         self.first_row: Ints = np.cumsum(self.num_rows) - self.num_rows
         names = self._rows["bucket"].combine_chunks().dictionary_encode()
-        self.buckets = [parse_bucket(name) for name in names.dictionary.to_pylist()]
+        self.buckets = [Bucket.parse(name) for name in names.dictionary.to_pylist()]
         self.bucket_of: Ints = names.indices.to_numpy(zero_copy_only=False).astype(np.int64)
         self._check()
 
@@ -98,7 +98,7 @@ class Files:
                     continue
                 if bucket not in known:
                     raise DatasetError(
-                        f"{source.url} has rows of bucket {bucket_name(bucket)}, which its "
+                        f"{source.url} has rows of bucket {Bucket(*bucket).name}, which its "
                         "contract.json does not have"
                     )
                 least = self.size_bytes[chosen] // row_bytes(source.contract, bucket)

@@ -14,24 +14,16 @@ from typing import Any
 
 import torch
 
+from latentcache.dataset.bucket import Bucket
 from latentcache.dataset.layout import row_group_rows
 from latentcache.dataset.manifest import ManifestName
-from latentcache.dataset.shards import bucket_name
 from latentcache.errors import ConfigError, DatasetError, LatentCacheError, first_line
 from latentcache.loader.batch import Batch, BatchReader, Plan, hand_over
 from latentcache.loader.cache import parse_bytes
 from latentcache.loader.files import Files, open_sources
 from latentcache.loader.join import Join, Joined
 from latentcache.loader.latents import LatentFinish
-from latentcache.loader.order import (
-    DEFAULT_WINDOW_ROWS,
-    BatchRows,
-    Bucket,
-    Ints,
-    Order,
-    OrderOptions,
-    Tail,
-)
+from latentcache.loader.order import DEFAULT_WINDOW_ROWS, BatchRows, Ints, Order, OrderOptions, Tail
 from latentcache.loader.prefetch import prefetch
 from latentcache.loader.rows import (
     MAX_AHEAD,
@@ -357,7 +349,7 @@ def _check_order(order: Order, num_rows: int, urls: Sequence[str]) -> None:
         )
     never = {bucket: order.left_out[bucket] for bucket, num in order.buckets.items() if not num}
     if never:
-        names = ", ".join(f"{bucket_name(bucket)} ({num} rows)" for bucket, num in never.items())
+        names = ", ".join(f"{Bucket(*bucket).name} ({num} rows)" for bucket, num in never.items())
         warnings.warn(
             f"these buckets have fewer rows than batch_size {options.batch_size} and are never "
             f"seen: {names}; set tail to 'pad' or 'short' to train on them",

@@ -10,12 +10,13 @@ from typing import Any, SupportsIndex, overload
 import numpy as np
 import torch
 
+from latentcache.dataset.bucket import Bucket
 from latentcache.dataset.manifest import ManifestName
 from latentcache.dataset.reader import row_position
 from latentcache.loader.files import Files, open_sources
 from latentcache.loader.join import Join, Joined
 from latentcache.loader.latents import LatentFinish
-from latentcache.loader.order import Bucket, Ints
+from latentcache.loader.order import Ints
 from latentcache.loader.rows import RowReader, open_cache
 from latentcache.storage_options import StorageOptions
 

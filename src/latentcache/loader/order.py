@@ -23,11 +23,11 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from latentcache.dataset.bucket import Bucket
 from latentcache.errors import ConfigError
 
 Ints = npt.NDArray[np.int64]
 Tail = Literal["drop", "pad", "short"]
-Bucket = tuple[int, int]
 
 DEFAULT_WINDOW_ROWS = 262_144
 

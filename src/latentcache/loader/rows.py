@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from latentcache.dataset.bucket import Bucket
 from latentcache.dataset.layout import latent_offsets, row_bytes, row_group_rows
 from latentcache.dataset.parquet import checked_footer, naming_damage
 from latentcache.dataset.receipts import DataFile
@@ -28,7 +29,7 @@ from latentcache.dataset.shards import check_schema, column_type
 from latentcache.errors import ConfigError, DatasetError, ObjectNotFound
 from latentcache.loader.cache import FileCache, default_cache_dir, parse_bytes
 from latentcache.loader.files import Files
-from latentcache.loader.order import Bucket, Ints
+from latentcache.loader.order import Ints
 from latentcache.storage import Store
 
 SIZES = ("original_height", "original_width", "crop_top", "crop_left")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from latentcache.dataset.bucket import Bucket
 from latentcache.dataset.contract import Contract
 from latentcache.dataset.quantization import is_finite, to_values
 from latentcache.dataset.shards import tensor_bytes
@@ -124,7 +125,7 @@ class QaEvaluator:
             ConfigError: the decoder's own encoder is another one and does not agree.
             ValueError: a crop is not a PNG of the bucket's size.
         """
-        width_px, height_px = map(int, bucket.split("x"))
+        width_px, height_px = Bucket.parse(bucket)
         batch = max(1, _BATCH_PIXELS // (width_px * height_px))
         keys = [key for key in crops if key in stored]
         rows: list[QaRow] = []

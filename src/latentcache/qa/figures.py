@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from latentcache.bottleneck import STAGES, Loads
+from latentcache.dataset.bucket import Bucket
 from latentcache.dataset.contract import Contract
 from latentcache.dataset.reader import Dataset, RejectedRow
 from latentcache.dataset.receipts import read_receipts
@@ -95,7 +96,7 @@ def buckets(num_rows: dict[str, int], measures: pa.Table) -> list[dict[str, Any]
 
 
 def _area_and_width(bucket: str) -> tuple[int, int]:
-    width_px, height_px = map(int, bucket.split("x"))
+    width_px, height_px = Bucket.parse(bucket)
     return width_px * height_px, width_px
 
 

@@ -16,10 +16,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from latentcache.dataset.bucket import Bucket
 from latentcache.dataset.parquet import naming_damage, read_table
 from latentcache.dataset.reader import Dataset
 from latentcache.dataset.receipts import UnitRecord, UnitSummary
-from latentcache.dataset.shards import bucket_name, read_latents
+from latentcache.dataset.shards import read_latents
 from latentcache.errors import (
     ConfigError,
     DatasetError,
@@ -186,7 +187,7 @@ def _images(
 
 def _kept(dataset: Dataset, selection: Selection) -> Iterator[tuple[UnitRecord, Crops]]:
     """Give crops that the run kept: of each bucket as many, as far as there are."""
-    buckets = {bucket_name(size) for size in dataset.contract.transform.buckets}
+    buckets = {Bucket(*size).name for size in dataset.contract.transform.buckets}
     by_bucket: dict[str, list[tuple[str, str]]] = {}
     for row in (
         read_measures(dataset.store, dataset.units).select(["unit", "key", "bucket"]).to_pylist()

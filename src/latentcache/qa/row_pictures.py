@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from latentcache.dataset.bucket import Bucket
 from latentcache.image_files import open_png
 from latentcache.qa.qa_files import QaRow
 
@@ -60,7 +61,7 @@ def draw_row(row: QaRow, mean: Sequence[float], std: Sequence[float]) -> RowPict
     Raises:
         ValueError: a picture of the row cannot be decoded, or its parts do not fit each other.
     """
-    width_px, height_px = map(int, row.bucket.split("x"))
+    width_px, height_px = Bucket.parse(row.bucket)
     original, reconstruction = (
         open_png(data, (width_px, height_px)) for data in (row.image, row.reconstruction)
     )

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from latentcache.dataset.shards import BucketWriter, bucket_name, read_latents
+from latentcache.dataset.shards import BucketWriter, read_latents
 from latentcache.image_files import write_png
 from latentcache.qa.evaluator import QaEvaluator
 from latentcache.qa.qa_files import QaRow
@@ -97,7 +97,7 @@ class QaSample:
             submit: runs a job on the thread that the evaluator belongs to.
         """
         for writer in writers:
-            bucket = bucket_name(writer.bucket)
+            bucket = writer.bucket.name
             rows = [*self._chosen[bucket], *self._spare[bucket]]
             crops = {row.key: row.crop for row in sorted(rows, key=lambda row: row.index)}
             with ExitStack() as stack:

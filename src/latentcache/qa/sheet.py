@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from latentcache.dataset.bucket import Bucket
 from latentcache.dataset.reader import Dataset
-from latentcache.dataset.shards import bucket_name
 from latentcache.errors import CheckpointError, ConfigError, DatasetError, StorageError
 from latentcache.qa.access import find_checkpoint
 from latentcache.storage_errors import named_local
@@ -141,7 +141,7 @@ def draw_sheet(tiles: Sequence[Tile]) -> Image.Image:
             small = tile.image.resize((width_px, height_px), Image.Resampling.LANCZOS)
             sheet.paste(small, (left_px, top_px))
             pen.text((left_px, below_px), _shorten(pen, tile.key, width_px), _INK)
-            bucket = bucket_name(tile.image.size)
+            bucket = Bucket(*tile.image.size).name
             pen.text((left_px, below_px + _FONT_PX + 2), bucket, _PALE_INK)
             left_px += width_px + _GAP_PX
         top_px += height_px + _LABEL_PX + _GAP_PX

@@ -1,0 +1,28 @@
+"""A bucket: one image size that samples are brought to, and its name in files and columns."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Bucket(NamedTuple):
+    """One image size in pixels; all latents of a bucket have one shape."""
+
+    width_px: int
+    height_px: int
+
+    @property
+    def name(self) -> str:
+        """`WIDTHxHEIGHT`, as in file names."""
+        return f"{self.width_px}x{self.height_px}"
+
+    @property
+    def num_pixels(self) -> int:
+        """Pixels of an image of this size."""
+        return self.width_px * self.height_px
+
+    @classmethod
+    def parse(cls, name: str) -> Bucket:
+        """Return the bucket of a checked name."""
+        width_px, _, height_px = name.partition("x")
+        return cls(int(width_px), int(height_px))
