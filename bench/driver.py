@@ -30,6 +30,7 @@ from latentcache.dataset.contract import Contract
 from latentcache.dataset.receipts import Unit
 from latentcache.dataset.state import write_next
 from latentcache.engine import run as run_module
+from latentcache.engine import work as work_module
 from latentcache.engine.cluster import Cluster
 from latentcache.engine.commit import Committer
 from latentcache.engine.job import UNITS_PER_ACTOR, Job, UnitTask
@@ -169,7 +170,7 @@ def measure_simulated(
     puts: list[float] = []
     with (
         patch.object(run_module, "Cluster", lambda *_: cluster),
-        patch.object(run_module, "write_next", timed(write_next, manifests)),
+        patch.object(work_module, "write_next", timed(write_next, manifests)),
         patch.object(Committer, "_put", timed(Committer._put, puts)),
         patch.object(time, "monotonic", clock.now),  # leases and progress live by it too
     ):

@@ -123,7 +123,7 @@ def _report_run(config: Config, summary: RunSummary) -> str:
     A report that is there stays: a manifest never changes, nor does what was seen of it.
     """
     from latentcache.dataset.reader import open_dataset
-    from latentcache.engine.run import gates_of
+    from latentcache.qa.gates import Gates
     from latentcache.qa.report import build_report, report_path, write_report
 
     assert config.qa
@@ -133,7 +133,7 @@ def _report_run(config: Config, summary: RunSummary) -> str:
     is_there = dataset.store.exists(path)
     if summary.breaches or not is_there:
         report = build_report(
-            dataset, summary.breaches, gates_of(config), decoder=config.qa.decoder
+            dataset, summary.breaches, Gates.of(config.qa), decoder=config.qa.decoder
         )
         for line in report.worst_rows if summary.breaches else ():
             complain(f"QA: {line}", event="worst_row")

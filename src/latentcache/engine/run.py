@@ -9,62 +9,44 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import partial
-from importlib.metadata import version
 
-from latentcache import __version__
-from latentcache.bottleneck import Loads
 from latentcache.config import Config, require_kind
-from latentcache.dataset.bucket import Bucket
-from latentcache.dataset.columns import columns_of
 from latentcache.dataset.contract import (
-    CONTRACT_PATH,
-    Contract,
-    establish_contract,
-    read_contract,
     require_same,
 )
 from latentcache.dataset.manifest import Manifest
-from latentcache.dataset.receipts import Receipt, Unit, UnitSummary, put_failure
-from latentcache.dataset.rejects import most_frequent
-from latentcache.dataset.state import Listing, State, write_next
+from latentcache.dataset.receipts import Unit, put_failure
 from latentcache.engine.cluster import Cluster
 from latentcache.engine.commit import Committed, Committer
+from latentcache.engine.contract_setup import put_contract, resolve_contract
 from latentcache.engine.dispatcher import Dispatcher, Failed, Finished, Retries
 from latentcache.engine.job import make_job
 from latentcache.engine.kept_fields import FieldCheck, spread
 from latentcache.engine.lease import Lease, active_runs, stand_aside
 from latentcache.engine.plan import (
     Plan,
-    PlannedUnit,
-    by_source,
     make_plan,
-    rewrite_of,
-    units_of,
 )
 from latentcache.engine.progress import RunProgress
 from latentcache.engine.prometheus import RunMetrics
+from latentcache.engine.receipt_notes import notes_of
+from latentcache.engine.run_counts import RunCounts
 from latentcache.engine.stop import StopSignal, stop_on_signals
-from latentcache.engine.summary import RunSummary
+from latentcache.engine.summary import RunSummary, summarise
 from latentcache.engine.waiting import Patience
-from latentcache.engine.worker import calibrate_contract
-from latentcache.errors import AccessDenied, ContractMismatch, SourceError, StorageError
-from latentcache.images.moved import moved_of
+from latentcache.engine.work import Work
+from latentcache.errors import AccessDenied, SourceError, StorageError
+from latentcache.images.moved import Moved, moved_of
 from latentcache.images.samples import Wanted
-from latentcache.images.source import SourceShard, list_again, list_source
+from latentcache.images.source import list_again
 from latentcache.log import Level
-from latentcache.qa.gates import Gates, QaTotals
 from latentcache.storage import Store, split_url
-from latentcache.vae.weights import absolute_url
 
 # A manifest now and then during a run, so that a resume reads few receipts one by one.
 MANIFEST_EVERY_UNITS = 1000
 MANIFEST_EVERY_S = 600.0
-
-# While a run goes on, the reject rate of fewer samples than this says nothing.
-MIN_SAMPLES_TO_JUDGE = 1000
 
 # Kubernetes kills 30 s after SIGTERM: units in hand get this long, manifests the rest.
 GRACE_S = 20.0
@@ -143,47 +125,30 @@ def _say_stopping(progress: RunProgress) -> None:
     progress.say("stopping", _STOPPING, "warning", reason="interrupted")
 
 
-def gates_of(config: Config) -> Gates:
-    """Read the QA gates off a config; one without `qa` has none."""
-    qa = config.qa
-    return Gates(qa.min_psnr_db, qa.min_drift_db, qa.max_rejects) if qa else Gates()
-
-
 class _Driver:
-    """The state of one run, and what it does to the output."""
+    """One run: what it does to the output."""
 
     def __init__(self, config: Config, plan: Plan, stop: StopSignal) -> None:
         self.config = config
         self.output: Store = plan.output
-        self.contract: Contract = plan.contract
-        self.columns = columns_of(config.source.keep)
-        self.shards = plan.shards
-        self.moved = moved_of(config.source)
-        self.pending: list[PlannedUnit] = plan.pending
-        self.left = {planned.unit.id for planned in plan.pending}
-        self.listing: Listing = plan.listing
-        self.state: State = plan.state
         self.stop = stop
-        self.num_skipped = len(plan.units) - len(plan.pending)
-        self.num_committed = self.num_rows = 0  # by this run
+        self.work = Work(config, plan)
+        done = self.work.done()
+        self.counts = RunCounts(config, done, len(plan.units) - len(plan.pending))
+        self.moved = moved_of(config.source)
         self.failed: dict[str, str] = {}
         self.replans: Counter[str] = Counter()
-        done = [unit for planned in plan.units if (unit := self.state.current(planned.id))]
-        self.num_samples = sum(unit.num_samples for unit in done)
-        self.num_rejects = sum(unit.num_rejects for unit in done)
-        self.qa_totals = QaTotals(gates_of(config), done)
-        wanted = Wanted(self.contract.source.image_fields, ())
-        self.fields = FieldCheck(self.columns, done, wanted.is_image)
-        self.loads = Loads()
+        wanted = Wanted(plan.contract.source.image_fields, ())
+        self.fields = FieldCheck(self.work.columns, done, wanted.is_image)
         self._has_said: set[str] = set()
         self._manifest_at = (0, time.monotonic())
 
     def encode(self, progress: RunProgress) -> None:
         """Encode all pending units, or as many as there is time for."""
-        compute = self.config.compute
+        compute, work = self.config.compute, self.work
         threads = None if compute.decode_threads == "auto" else compute.decode_threads
         with (
-            Lease(self.output, len(self.pending), self._num_total()) as lease,
+            Lease(self.output, len(work.pending), work.num_total) as lease,
             Cluster(
                 compute.num_gpus,
                 compute.num_cpu_actors,
@@ -196,206 +161,115 @@ class _Driver:
             self._join(lease, progress)
             with stop_on_signals(self.stop, GRACE_S, partial(_say_stopping, progress)):
                 self._check(progress)
-                if self.fields.is_open:
-                    self.pending = spread(self.pending)
-                job = make_job(self.config, self.contract, cluster.num_cpus_per_actor)
-                loads_late = all(planned.kind == "rewrite" for planned in self.pending)
-                dispatcher = Dispatcher(
-                    cluster,
-                    replace(job, loads_late=loads_late),
-                    self.pending,
-                    Retries(compute.unit_retries, compute.preemption_retries),
-                    self.stop,
-                    self._may_read,
-                )
-                dispatcher.qa_wanted = self._qa_wanted()
-                metrics = RunMetrics(self.config.name)
-                for event in dispatcher.run():
-                    lease.num_committed = self.num_committed
-                    lease.renew()
-                    if isinstance(event, Finished):
-                        for receipt in self.fields.offer(event.receipt, event.task.attempt):
-                            committer.put(*receipt)
-                    elif isinstance(event, Failed):
-                        self._give_up(event, dispatcher, progress)
-                    else:
-                        progress.polled(event.stats, event.num_lost)
-                        metrics.update_actors(len(event.stats), event.num_lost)
-                        self._tell(metrics)
-                    for committed in committer.ended():
-                        self._take(committed, progress)
-                        dispatcher.qa_wanted = self._qa_wanted()
-                if not self.stop.reason:
-                    self.fields.end(len(self.failed))
-                if self.fields.warning:
-                    progress.say("no_such_field", self.fields.warning, "warning")
-                for receipt in self.fields.release():
-                    committer.put(*receipt)
-                for committed in committer.drain():
-                    self._take(committed, progress)
-                self._tell(metrics)
+                self._loop(self._dispatcher(cluster), lease, committer, progress)
             self.write_manifest(progress)  # under the lease, on which some stores rely
 
-    def _num_total(self) -> int:
-        """Count the units that the output will have, if all goes well."""
-        gone = self.state.live.keys() - self.listing.keys()
-        kept = gone if self.config.source.on_missing == "keep" else ()
-        num_kept = sum(len(self.state.live[source]) for source in kept)
-        return num_kept + sum(map(len, self.listing.values()))
+    def _establish_contract(self, cluster: Cluster, progress: RunProgress) -> None:
+        work = self.work
+        wanted = work.contract
+        resolved = resolve_contract(self.config, wanted, work.shards, cluster, progress)
+        contract = put_contract(self.config, self.output, wanted, resolved)
+        if contract != wanted:
+            work.adopt(contract)
+
+    def _dispatcher(self, cluster: Cluster) -> Dispatcher:
+        compute, work = self.config.compute, self.work
+        if self.fields.is_open:
+            work.pending = spread(work.pending)
+        job = make_job(self.config, work.contract, cluster.num_cpus_per_actor)
+        loads_late = all(planned.kind == "rewrite" for planned in work.pending)
+        dispatcher = Dispatcher(
+            cluster,
+            replace(job, loads_late=loads_late),
+            work.pending,
+            Retries(compute.unit_retries, compute.preemption_retries),
+            self.stop,
+            partial(_may_read, self.config, self.moved),
+        )
+        dispatcher.qa_wanted = self.counts.qa_wanted(work.contract)
+        return dispatcher
+
+    def _loop(
+        self, dispatcher: Dispatcher, lease: Lease, committer: Committer, progress: RunProgress
+    ) -> None:
+        """Take in what the actors did, and put its receipts, until nothing is left."""
+        metrics = RunMetrics(self.config.name)
+        for event in dispatcher.run():
+            lease.num_committed = self.counts.num_committed
+            lease.renew()
+            if isinstance(event, Finished):
+                for receipt in self.fields.offer(event.receipt, event.task.attempt):
+                    committer.put(*receipt)
+            elif isinstance(event, Failed):
+                self._give_up(event, dispatcher, progress)
+            else:
+                progress.polled(event.stats, event.num_lost)
+                metrics.update_actors(len(event.stats), event.num_lost)
+                self._tell(metrics)
+            for committed in committer.ended():
+                self._take(committed, progress)
+                dispatcher.qa_wanted = self.counts.qa_wanted(self.work.contract)
+        if not self.stop.reason:
+            self.fields.end(len(self.failed))
+        if self.fields.warning:
+            progress.say("no_such_field", self.fields.warning, "warning")
+        for receipt in self.fields.release():
+            committer.put(*receipt)
+        for committed in committer.drain():
+            self._take(committed, progress)
+        self._tell(metrics)
 
     def _join(self, lease: Lease, progress: RunProgress) -> None:
         """Go another way than runs that are at work already; alone where that would be unsafe."""
         if not self.output.is_conditional:
-            is_known = self.output.conditional == "no"
-            found = (
-                "has no conditional writes"
-                if is_known
-                else ("did not answer whether it has conditional writes (unknown)")
-            )
+            found = "has no conditional writes"
+            if self.output.conditional == "unknown":
+                found = "did not answer whether it has conditional writes (unknown)"
             message = f"{self.output.url} {found}: one run at a time, by lease"
             progress.say("no_conditional_writes", message)
             lease.require_alone()
         elif others := lease.others():
             # What one has committed the other does not begin, so they share what is left.
-            self.pending = random.sample(self.pending, len(self.pending))
+            self.work.pending = random.sample(self.work.pending, len(self.work.pending))
             progress.say("joining", f"joining another run: {others[0]} (compute.on_busy)")
 
     def _tell(self, metrics: RunMetrics) -> None:
         num_failed = len(self.failed)
-        metrics.update_units(self.num_committed, len(self.left) - num_failed, num_failed)
-
-    def _qa_wanted(self) -> dict[str, int]:
-        """Count the QA rows that each bucket is still short of."""
-        if not self.config.qa:
-            return {}
-        least = self.config.qa.min_rows_per_bucket
-        names = [Bucket(*size).name for size in self.contract.transform.buckets]
-        missing = {name: least - self.qa_totals.num_rows[name] for name in names}
-        return {name: num for name, num in missing.items() if num > 0}
-
-    def _establish_contract(self, cluster: Cluster, progress: RunProgress) -> None:
-        wanted = self.contract
-        if not wanted.is_resolved:
-            if quantization := wanted.latents.quantization:
-                num_images = quantization.num_images
-                message = f"calibrating int8 on {num_images} images"
-                progress.say("calibrating", message, num_images=num_images)
-            job = make_job(self.config, self.contract, cluster.num_cpus_per_actor)
-            self._adopt(cluster.ask(calibrate_contract, job, self.shards))
-        provenance = {
-            "name": self.config.name,
-            "checkpoint": absolute_url(self.config.vae.checkpoint),
-            # Of the package itself not what is installed: it may have come with a Ray job.
-            "versions": {"latentcache": __version__}
-            | {name: version(name) for name in ("torch", "pillow", "ray")},
-        }
-        try:
-            data = establish_contract(self.output, self.contract, provenance)
-        except ContractMismatch:
-            there = read_contract(self.output)
-            if there is None:
-                raise
-            # Another driver was first; what the config leaves open is as that one found it.
-            adopted = wanted.resolved_as(there)
-            require_same(self.output, there, adopted)
-            self._adopt(adopted)
-            data = establish_contract(self.output, self.contract, provenance)
-        self.output.probe_conditional(CONTRACT_PATH, data)
-
-    def _adopt(self, contract: Contract) -> None:
-        """Take a contract that is resolved; the units get their names from it."""
-        self.contract = contract
-        units = units_of(self.shards, contract)
-        self.listing = by_source(units)
-        self.pending = [
-            PlannedUnit(unit, 0, "new", shard.files, shard.url)
-            for shard, unit in zip(self.shards, units, strict=True)
-        ]
-        self.left = {unit.id for unit in units}
-
-    def _may_read(self, unit: Unit) -> bool:
-        """Whether this process may read what a store refused to an actor."""
-        folder, name = split_url(self.moved.location(unit.source))
-        store = Store(folder, self.config.source.storage)
-        try:
-            with store.open(name) as file:
-                file.read(1)
-        except AccessDenied:
-            return False
-        except StorageError:
-            return True  # whatever it is, it is no lack of rights
-        return True
+        num_left = len(self.work.left) - num_failed
+        metrics.update_units(self.counts.num_committed, num_left, num_failed)
 
     def _take(self, committed: Committed, progress: RunProgress) -> None:
         """Count a unit whose receipt has been put: its rows exist."""
         receipt = committed.receipt
-        if committed.is_ours:
-            self.num_committed += 1
-            self.num_rows += receipt.record.num_rows
-            self.loads.add_receipt(receipt.stages)
-        else:
-            self.num_skipped += 1
-        record, before = receipt.record, self.state.current(receipt.record.unit.id)
-        self.state.add(receipt)
-        # The other may have been a repair, or a run with other kept columns: then it is to be done.
-        if receipt.state == "rows" and record.columns == self.columns:
-            self.left.discard(record.unit.id)
-        self.num_samples += record.num_samples - (before.num_samples if before else 0)
-        self.num_rejects += record.num_rejects - (before.num_rejects if before else 0)
-        self.qa_totals.add(UnitSummary.of(record), before)
-        self._say_notes(receipt, progress)
-        progress.unit_done(record.num_rows, record.num_rejects)
+        self.counts.add(committed, self.work.add(receipt))
+        for event, message in notes_of(receipt).items():
+            if event not in self._has_said:
+                self._has_said.add(event)
+                progress.say(event, message, "warning")
+        progress.unit_done(receipt.record.num_rows, receipt.record.num_rejects)
         self._check(progress)
         num_units, since = self._manifest_at
         if (
-            self.num_committed - num_units >= MANIFEST_EVERY_UNITS
+            self.counts.num_committed - num_units >= MANIFEST_EVERY_UNITS
             or time.monotonic() - since >= MANIFEST_EVERY_S
         ):
             self.write_manifest(progress)
-            self._manifest_at = (self.num_committed, time.monotonic())
-
-    def _say_notes(self, receipt: Receipt, progress: RunProgress) -> None:
-        """Say, once each, what receipts note of how they came to be."""
-        notes: dict[str, str] = {}
-        agreement_db = (receipt.notes or {}).get("decoder_agreement_db")
-        if agreement_db is not None:
-            notes["other_decoder"] = (
-                "qa.decoder belongs to another encoder than vae.checkpoint; on the QA images the "
-                f"two agree to {agreement_db} dB, which is accepted"
-            )
-        triton = (receipt.versions or {}).get("triton", "")
-        if triton.startswith("unusable"):
-            notes["no_fused_kernels"] = (
-                f"a worker encodes without fused kernels, which is slower: triton is {triton}"
-            )
-        if (receipt.notes or {}).get("gathered_by_key"):
-            notes["gathered_by_key"] = (
-                f"{receipt.record.unit.title} is not grouped by key, or holds links: such tars are "
-                "read three times; repack them with the files of each sample next to each other"
-            )
-        if receipt.extra_image_fields:
-            fields = ", ".join(receipt.extra_image_fields)
-            notes["extra_images"] = (
-                f"samples have further images, which are counted and not encoded: {fields}"
-            )
-        for event in notes.keys() - self._has_said:
-            self._has_said.add(event)
-            progress.say(event, notes[event], "warning")
+            self._manifest_at = (self.counts.num_committed, time.monotonic())
 
     def _give_up(self, event: Failed, dispatcher: Dispatcher, progress: RunProgress) -> None:
         """Plan a changed source anew, or quarantine the unit and go on."""
         unit, message = event.task.unit, event.message
-        if unit not in self.listing[unit.source]:
+        if unit not in self.work.listing[unit.source]:
             return  # another part of the source told of its change, and all was planned anew
         self.replans[unit.source] += 1
         if event.changed and self.replans[unit.source] <= self.config.compute.unit_retries:
             try:
-                options = self.config.source.storage
-                shards = list_again(unit.source, options, self.moved)
+                shards = list_again(unit.source, self.config.source.storage, self.moved)
             except (SourceError, StorageError) as error:
                 message = str(error)
             else:
-                self._replan(unit, shards, dispatcher)
+                for planned in self.work.replan(unit, shards):
+                    dispatcher.add(planned)
                 message = f"{unit.source} changed while it was read: encoding its new version"
                 progress.say("unit_changed", message, source=unit.source)
                 return
@@ -412,62 +286,23 @@ class _Driver:
         )
         put_failure(self.output, unit, event.task.attempt, message)
 
-    def _replan(self, failed: Unit, shards: list[SourceShard], dispatcher: Dispatcher) -> None:
-        """Take a source's new units for its old ones; what is there or under way stays so."""
-        units = units_of(shards, self.contract)
-        before = {unit.id for unit in self.listing[failed.source]}
-        under_way = (self.left & before) - {failed.id}
-        self.listing = {**self.listing, failed.source: units}
-        self.left -= before
-        for shard, unit in zip(shards, units, strict=True):
-            planned = rewrite_of(shard, unit, self.state, self.columns)
-            if planned is None and self.state.current(unit.id):
-                continue
-            self.left.add(unit.id)
-            if unit.id not in under_way:
-                generation = self.state.generation(unit.id) + 1
-                new = PlannedUnit(unit, generation, "changed", shard.files, shard.url)
-                dispatcher.add(planned or new)
-
-    @property
-    def _has_too_many_rejects(self) -> bool:
-        limit = self.config.rejects.max_rate * self.num_samples
-        may_judge = self.num_samples >= MIN_SAMPLES_TO_JUDGE or not self.left
-        return may_judge and self.num_rejects > limit
-
     def _check(self, progress: RunProgress) -> None:
-        """Stop pulling where going on would only make more of what is wrong."""
+        """Stop where going on would only make more of what is wrong."""
         if self.stop.reason:
             return
-        for breach in self.qa_totals.breaches(at_work=True):
-            progress.say("stopping", f"stopping: {breach}", "error", reason="failed_qa")
-            self.stop.request("failed_qa")
-        if self._has_too_many_rejects:
-            rate = self.num_rejects / self.num_samples
-            progress.say(
-                "stopping",
-                f"stopping: {rate:.1%} of {self.num_samples} samples were rejected, more than "
-                f"rejects.max_rate {self.config.rejects.max_rate:.1%}",
-                "error",
-                reason="too_many_rejects",
-                num_samples=self.num_samples,
-                num_rejects=self.num_rejects,
-            )
-            self.stop.request("too_many_rejects")
+        for why in self.counts.stop_reasons(at_work=bool(self.work.left)):
+            progress.say("stopping", why.message, "error", reason=why.status, **why.fields)
+            self.stop.request(why.status)
 
     def write_manifest(self, progress: RunProgress) -> Manifest | None:
-        """Write the next manifest, if it would differ from the newest."""
-        before, listings = self.state.manifest, self._listings()
-        self.state, manifest = write_next(
-            self.state,
-            self.contract.fingerprint,
-            self.contract.stored_channels,
-            lambda: next(listings),
-            on_missing=self.config.source.on_missing,
-            columns=self.columns,
+        """Write the next manifest, if it would differ from the newest; return the newest."""
+        before, at_work = self.work.state.manifest, bool(self.work.left)
+        manifest = self.work.write_manifest(
             may_complete=not (
-                self._has_too_many_rejects or self._has_no_rows or self.qa_totals.breaches()
-            ),
+                self.counts.has_too_many_rejects(at_work=at_work)
+                or self.work.has_no_rows
+                or self.counts.qa_totals.breaches()
+            )
         )
         if manifest and manifest is not before:
             progress.log(
@@ -480,67 +315,28 @@ class _Driver:
             )
         return manifest
 
-    def _listings(self) -> Iterator[Listing]:
-        """Give the listing that the run works on, and after a lost race a new one each time."""
-        yield self.listing
-        while True:
-            source = self.config.source
-            shards = list_source(source, source.num_units, self.listing.keys())
-            yield by_source(units_of(shards, self.contract))
-
-    def _counted(self) -> Iterator[UnitSummary]:
-        """Give the units that the dataset has: those of the listing, and what stands in for them
-        or is no longer listed.
-        """
-        for source, units in self.listing.items():
-            found = [unit for u in units if (unit := self.state.current(u.id))]
-            yield from found or self.state.live.get(source, ())
-        if self.config.source.on_missing == "keep":
-            for source in self.state.live.keys() - self.listing.keys():
-                yield from self.state.live[source]
-
-    @property
-    def _has_no_rows(self) -> bool:
-        """Whether all is done and there is not one row."""
-        return not self.left and not any(unit.num_rows for unit in self._counted())
-
     def summary(self, manifest: Manifest | None, elapsed_s: float) -> RunSummary:
-        """Say how it ended."""
-        units = [unit for units in self.listing.values() for unit in units]
-        found = [unit for u in units if (unit := self.state.current(u.id))]
-        num_other_columns = sum(unit.columns != self.columns for unit in found)
-        breaches = self.qa_totals.breaches(at_work=bool(self.left))
-        if self.stop.reason == "skipped":
-            status, exit_code = "skipped", 0
-        elif self._has_no_rows:
-            status, exit_code = "no_rows", 3
-        elif self._has_too_many_rejects:
-            status, exit_code = "too_many_rejects", 3
-        elif breaches:
-            status, exit_code = "failed_qa", 3
-        elif not self.left and not num_other_columns:
-            status, exit_code = "complete", 0
-        else:
-            status, exit_code = self.stop.reason or "incomplete", 1
-        slowest = self.loads.bottleneck
-        return RunSummary(
-            status=status,
-            num_units=len(units),
-            num_committed=self.num_committed,
-            num_skipped=self.num_skipped,
-            num_rows=manifest.num_rows if manifest else 0,
-            num_rejects=manifest.num_rejects if manifest else 0,
-            manifest=manifest.number if manifest else None,
-            num_images=manifest.num_images if manifest else 0,
-            num_extra_images=manifest.num_extra_images if manifest else 0,
-            elapsed_s=round(elapsed_s, 3),
-            exit_code=exit_code,
-            output=self.output.url,
-            num_other_columns=num_other_columns,
-            reject_reasons=most_frequent(self.output, self._counted()),
-            num_qa_rows=self.qa_totals.num_rows.total(),
-            mean_psnr_db=self.qa_totals.mean_psnr_db,
-            bottleneck=str(slowest) if slowest and self.num_rows else None,
-            breaches=breaches,
-            failed=[{"source": s, "message": m} for s, m in sorted(self.failed.items())],
+        """Say how the run ended."""
+        return summarise(
+            self.work,
+            self.counts,
+            self.output,
+            manifest,
+            self.stop.reason,
+            self.failed,
+            elapsed_s,
         )
+
+
+def _may_read(config: Config, moved: Moved, unit: Unit) -> bool:
+    """Whether this process may read what a store refused to an actor."""
+    folder, name = split_url(moved.location(unit.source))
+    store = Store(folder, config.source.storage)
+    try:
+        with store.open(name) as file:
+            file.read(1)
+    except AccessDenied:
+        return False
+    except StorageError:
+        return True  # whatever it is, it is no lack of rights
+    return True

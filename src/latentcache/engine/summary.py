@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from latentcache.dataset.rejects import RejectReason
+from latentcache.dataset.manifest import Manifest
+from latentcache.dataset.rejects import RejectReason, most_frequent
+from latentcache.engine.run_counts import RunCounts
+from latentcache.engine.work import Work
+from latentcache.storage import Store
 
 
 @dataclass(slots=True)
@@ -39,3 +43,62 @@ class RunSummary:
     num_extra_images: int = 0
     breaches: list[str] = field(default_factory=list)
     failed: list[dict[str, str]] = field(default_factory=list)
+
+
+def summarise(
+    work: Work,
+    counts: RunCounts,
+    output: Store,
+    manifest: Manifest | None,
+    stop_reason: str | None,
+    failed: dict[str, str],
+    elapsed_s: float,
+) -> RunSummary:
+    """Say how a run ended.
+
+    Args:
+        work: its units and the state of the output.
+        counts: what it did.
+        output: the store.
+        manifest: the newest; None where there is none.
+        stop_reason: why it was stopped; None or empty if it was not.
+        failed: the message for each unit that was given up, by the unit's title.
+        elapsed_s: how long it took.
+    """
+    done, at_work = work.done(), bool(work.left)
+    num_other_columns = sum(unit.columns != work.columns for unit in done)
+    breaches = counts.qa_totals.breaches(at_work=at_work)
+    if stop_reason == "skipped":
+        status, exit_code = "skipped", 0
+    elif work.has_no_rows:
+        status, exit_code = "no_rows", 3
+    elif counts.has_too_many_rejects(at_work=at_work):
+        status, exit_code = "too_many_rejects", 3
+    elif breaches:
+        status, exit_code = "failed_qa", 3
+    elif not at_work and not num_other_columns:
+        status, exit_code = "complete", 0
+    else:
+        status, exit_code = stop_reason or "incomplete", 1
+    slowest = counts.loads.bottleneck
+    return RunSummary(
+        status=status,
+        num_units=len(work.units()),
+        num_committed=counts.num_committed,
+        num_skipped=counts.num_skipped,
+        num_rows=manifest.num_rows if manifest else 0,
+        num_rejects=manifest.num_rejects if manifest else 0,
+        manifest=manifest.number if manifest else None,
+        num_images=manifest.num_images if manifest else 0,
+        num_extra_images=manifest.num_extra_images if manifest else 0,
+        elapsed_s=round(elapsed_s, 3),
+        exit_code=exit_code,
+        output=output.url,
+        num_other_columns=num_other_columns,
+        reject_reasons=most_frequent(output, work.counted()),
+        num_qa_rows=counts.qa_totals.num_rows.total(),
+        mean_psnr_db=counts.qa_totals.mean_psnr_db,
+        bottleneck=str(slowest) if slowest and counts.num_rows else None,
+        breaches=breaches,
+        failed=[{"source": s, "message": m} for s, m in sorted(failed.items())],
+    )

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from latentcache.config import Qa
 from latentcache.dataset.receipts import UnitSummary
 
 # Of fewer QA rows than this, a mean PSNR says too little to stop a run that is still at work.
@@ -24,6 +25,11 @@ class Gates:
     min_psnr_db: float | None = None
     min_drift_db: float | None = None
     max_rejects: int | None = None
+
+    @classmethod
+    def of(cls, qa: Qa | None) -> Gates:
+        """Return the gates of a config; one without `qa` has none."""
+        return cls(qa.min_psnr_db, qa.min_drift_db, qa.max_rejects) if qa else cls()
 
 
 class QaTotals:
