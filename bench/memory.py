@@ -85,7 +85,7 @@ class Watch(threading.Thread):
     def run(self) -> None:
         """Look until told that it is over."""
         while not self.is_over:
-            self.seen.append((self._runner.num_rows, resident_bytes()))
+            self.seen.append((self._int(runner.stats()["num_rows"]), resident_bytes()))
             time.sleep(0.005)
 
 
@@ -127,7 +127,7 @@ def measure(folder: Path, num_threads: int) -> dict[str, float]:
     settled = np.array([peak for peak in peaks[:-1] if peak[0] >= rows.max() / 5])
     slope = np.polyfit(settled[:, 0], settled[:, 1], 1)[0]
     return {
-        "num_images": float(runner.num_rows),
+        "num_images": float(int(runner.stats()["num_rows"])),
         "num_decode_threads": float(num_threads),
         "before_mib": before / MIB,
         "peak_mib": held.max() / MIB,

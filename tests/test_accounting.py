@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from latentcache import open_dataset, parse_config
 from latentcache.engine import run as run_module
 from latentcache.engine.accounting import SampleBudget, SampleCounts
-from latentcache.engine.stages import Room
+from latentcache.engine.stages import ByteBudget
 from latentcache.errors import Reject
 from latentcache.images.samples import RejectedSample, Sample
 from makers import config_tree, png, write_tar
@@ -87,7 +87,7 @@ def test_a_row_or_a_reject_that_goes_missing_is_an_error(
 
 
 def test_two_units_that_read_large_samples_share_the_budget_and_neither_waits_for_ever():
-    room, held, peak, lock = Room(256), [0], [0], threading.Lock()
+    room, held, peak, lock = ByteBudget(256), [0], [0], threading.Lock()
 
     def change(num_bytes: int) -> None:
         with lock:
@@ -102,7 +102,7 @@ def test_two_units_that_read_large_samples_share_the_budget_and_neither_waits_fo
             change(size)
             budget.finish(size)
             change(-size)
-            room.give_back(size)
+            room.release(size)
         budget.close()
 
     threads = [threading.Thread(target=read, args=([200, 30, 150, 200, 90],)) for _ in range(2)]
@@ -114,4 +114,4 @@ def test_two_units_that_read_large_samples_share_the_budget_and_neither_waits_fo
             thread.join(timeout=60)
     assert not any(thread.is_alive() for thread in threads)
     assert peak[0] <= 256
-    assert room.take(256) >= 0  # all was given back
+    assert room.acquire(256) >= 0  # all was given back

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latentcache.engine.stages import Background, OldestFirstPool, Room, StageTimes
+from latentcache.engine.stages import ByteBudget, OldestFirstPool, PrefetchIterator, StageTimes
 
 # So long that only a hang reaches it; nothing here waits for time to pass.
 HANG_S = 60.0
@@ -47,15 +47,15 @@ class Counted:
 
 @given(st.lists(st.integers()), st.integers(1, 5))
 def test_items_come_in_order(items: list[int], depth: int):
-    with Background(items, depth) as background:
+    with PrefetchIterator(items, depth) as background:
         assert list(background) == items
 
 
 def test_stages_stack():
     with (
-        Background(range(100), 2) as first,
-        Background((n * n for n in first), 3) as second,
-        Background((n + 1 for n in second), 1) as third,
+        PrefetchIterator(range(100), 2) as first,
+        PrefetchIterator((n * n for n in first), 3) as second,
+        PrefetchIterator((n + 1 for n in second), 1) as third,
     ):
         assert list(third) == [n * n + 1 for n in range(100)]
 
@@ -63,7 +63,7 @@ def test_stages_stack():
 @pytest.mark.parametrize("depth", [1, 2, 5])
 def test_it_runs_ahead_by_its_depth_and_never_further(depth: int):
     items = Counted(30)
-    with Background(items, depth) as background:
+    with PrefetchIterator(items, depth) as background:
         consumer = iter(background)
         for taken in range(20):
             # The queue holds `depth`; one more is in the producer's hands.
@@ -81,7 +81,7 @@ def test_an_error_comes_after_the_items_before_it():
         yield 2
         raise ValueError("third")
 
-    with Background(items(), 5) as background:
+    with PrefetchIterator(items(), 5) as background:
         consumer = iter(background)
         assert [next(consumer), next(consumer)] == [1, 2]
         with pytest.raises(ValueError, match="third"):
@@ -93,7 +93,7 @@ def test_an_error_passes_through_the_stages_above():
         yield 1
         raise KeyboardInterrupt
 
-    with Background(items(), 1) as first, Background((n for n in first), 1) as second:
+    with PrefetchIterator(items(), 1) as first, PrefetchIterator((n for n in first), 1) as second:
         consumer = iter(second)
         assert next(consumer) == 1
         with pytest.raises(KeyboardInterrupt):
@@ -103,7 +103,7 @@ def test_an_error_passes_through_the_stages_above():
 @pytest.mark.parametrize("num_taken", [0, 1, 3])
 def test_leaving_early_ends_a_producer_that_waits_for_room(num_taken: int):
     items = Counted(1000)
-    with Background(items, 2) as background:
+    with PrefetchIterator(items, 2) as background:
         consumer = iter(background)
         taken = [next(consumer) for _ in range(num_taken)]
         wait(items.given[num_taken + 2])
@@ -115,8 +115,8 @@ def test_leaving_early_by_an_error_ends_the_whole_stack():
     items = Counted(1000)
     with (  # noqa: PT012
         pytest.raises(ValueError, match="consumer"),
-        Background(items, 2) as first,
-        Background(first, 2) as second,
+        PrefetchIterator(items, 2) as first,
+        PrefetchIterator(first, 2) as second,
     ):
         next(iter(second))
         raise ValueError("consumer")
@@ -131,7 +131,7 @@ def test_stopping_lets_a_waiting_consumer_go():
         wait(may_give)
         yield 1
 
-    with Background(slow(), 1) as lower, Background(lower, 1) as upper:
+    with PrefetchIterator(slow(), 1) as lower, PrefetchIterator(lower, 1) as upper:
         wait(is_waiting)
         lower.stop()
         assert list(upper) == []
@@ -140,7 +140,7 @@ def test_stopping_lets_a_waiting_consumer_go():
 
 def test_times_are_counted():
     times = StageTimes()
-    with Background(range(10), 1, times) as background:
+    with PrefetchIterator(range(10), 1, times) as background:
         assert list(background) == list(range(10))
     assert times.busy_s > 0
     assert times.wait_s >= 0
@@ -252,14 +252,14 @@ def test_a_stage_waits_while_it_has_jobs_and_does_none(monkeypatch: pytest.Monke
 
 
 def test_room_is_never_overdrawn_and_serves_in_the_order_of_asking():
-    room = Room(10)
-    assert room.take(6) >= 0
+    room = ByteBudget(10)
+    assert room.acquire(6) >= 0
     granted: list[int] = []
     asked = [8, 3, 1]  # the last two would fit at once, but came later
     threads = []
 
     def ask(num_bytes: int) -> None:
-        room.take(num_bytes)
+        room.acquire(num_bytes)
         granted.append(num_bytes)
 
     for num_bytes in asked:
@@ -269,47 +269,47 @@ def test_room_is_never_overdrawn_and_serves_in_the_order_of_asking():
         while len(room._line) < len(threads):
             pass
     assert granted == []
-    room.give_back(6)
+    room.release(6)
     threads[0].join(HANG_S)
     assert granted == [8]
-    room.give_back(8)
+    room.release(8)
     for thread in threads[1:]:
         thread.join(HANG_S)
     assert sorted(granted[1:]) == [1, 3]
 
 
 def test_what_is_larger_than_the_room_goes_alone():
-    room = Room(10)
-    room.take(4)
-    large = threading.Thread(target=room.take, args=(25,))
+    room = ByteBudget(10)
+    room.acquire(4)
+    large = threading.Thread(target=room.acquire, args=(25,))
     large.start()
     while not room._line:
         pass
-    room.give_back(4)
+    room.release(4)
     large.join(HANG_S)
-    small = threading.Thread(target=room.take, args=(1,))
+    small = threading.Thread(target=room.acquire, args=(1,))
     small.start()
     while not room._line:
         pass
     assert small.is_alive()
-    room.give_back(25)
+    room.release(25)
     small.join(HANG_S)
     assert not small.is_alive()
 
 
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=20))
 def test_any_number_of_threads_share_a_room(sizes: list[int]):
-    room, lock = Room(20), threading.Lock()
+    room, lock = ByteBudget(20), threading.Lock()
     held, most = [], []
 
     def use(num_bytes: int) -> None:
-        room.take(num_bytes)
+        room.acquire(num_bytes)
         with lock:
             held.append(num_bytes)
             most.append((sum(held), len([size for size in held if size])))
         with lock:
             held.remove(num_bytes)
-        room.give_back(num_bytes)
+        room.release(num_bytes)
 
     threads = [threading.Thread(target=use, args=(size,)) for size in sizes]
     for thread in threads:

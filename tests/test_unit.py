@@ -33,9 +33,10 @@ from latentcache.dataset.columns import columns_of
 from latentcache.dataset.contract import Contract
 from latentcache.dataset.receipts import DataFile, Receipt, Unit, new_attempt
 from latentcache.dataset.shards import RejectRow, iterate_latents
+from latentcache.engine import attempt as attempt_module
 from latentcache.engine import unit as unit_module
 from latentcache.engine.job import Job, UnitFailure, UnitTask
-from latentcache.engine.stages import OldestFirstPool, Room
+from latentcache.engine.stages import ByteBudget, OldestFirstPool
 from latentcache.engine.unit import UnitRunner
 from latentcache.errors import DiskFull
 from latentcache.metrics import drift_db
@@ -468,7 +469,7 @@ def test_two_units_at_once_give_what_they_give_one_by_one(tmp_path: Path, make: 
         alone = [bench.receipt(index) for index in range(2)]
         with ThreadPoolExecutor(2) as threads:
             together = list(threads.map(bench.receipt, range(2)))
-        assert not bench.runner.active
+        assert not bench.runner.attempts.active
         for one, other in zip(alone, together, strict=True):
             assert one.record.attempt != other.record.attempt
             assert bench.rejects(one) == bench.rejects(other)
@@ -537,7 +538,7 @@ def test_the_encoder_never_waits_at_a_shards_edge(
     assert num_left == 0
 
 
-class RecordedRoom(Room):
+class RecordedBudget(ByteBudget):
     """Remembers how much was held at most: by several together, and by one alone."""
 
     def __init__(self, num_bytes: int) -> None:
@@ -546,8 +547,8 @@ class RecordedRoom(Room):
         self.shared = self.alone = 0
         self._lock = threading.Lock()
 
-    def take(self, num_bytes: int) -> float:
-        waited_s = super().take(num_bytes)
+    def acquire(self, num_bytes: int) -> float:
+        waited_s = super().acquire(num_bytes)
         with self._lock:
             self.sizes += [num_bytes] if num_bytes else []
             if len(self.sizes) > 1:
@@ -556,11 +557,11 @@ class RecordedRoom(Room):
                 self.alone = max(self.alone, num_bytes)
         return waited_s
 
-    def give_back(self, num_bytes: int) -> None:
+    def release(self, num_bytes: int) -> None:
         with self._lock:
             if num_bytes:
                 self.sizes.remove(num_bytes)
-        super().give_back(num_bytes)
+        super().release(num_bytes)
 
 
 def test_bytes_in_flight_are_bounded_whatever_the_images_are(tmp_path: Path, make: Make):
@@ -572,9 +573,9 @@ def test_bytes_in_flight_are_bounded_whatever_the_images_are(tmp_path: Path, mak
         shard(tmp_path, images, f"{number:06d}")
     with make(decode_threads=16) as bench, ThreadPoolExecutor(2) as threads:
         runner = bench.runner
-        runner.fetched = fetched = RecordedRoom(20_000)
-        runner.decoding = decoding = RecordedRoom(300 * 300 * 3)
-        runner.batched = batched = RecordedRoom(5 * 64 * 64 * 3)
+        runner.fetched = fetched = RecordedBudget(20_000)
+        runner.decoding = decoding = RecordedBudget(300 * 300 * 3)
+        runner.batched = batched = RecordedBudget(5 * 64 * 64 * 3)
         receipts = list(threads.map(bench.receipt, range(2)))
     assert [r.record.num_rows for r in receipts] == [40, 40]
     assert [r.record.num_rejects for r in receipts] == [1, 1]
@@ -597,7 +598,7 @@ def many(tmp_path: Path) -> None:
 def check_recovery(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a failure the same runner still works, and nothing of the failure lies there."""
     monkeypatch.undo()
-    assert not bench.runner.active
+    assert not bench.runner.attempts.active
     data = bench.folder / "out" / "data"
     assert not list(data.rglob("*")) if data.exists() else True
     assert bench.receipt().record.num_rows == 120
@@ -638,7 +639,7 @@ def test_a_fault_in_decoding_fails_the_unit_alone(
 def test_a_fault_in_writing_fails_the_unit(
     make: Make, monkeypatch: pytest.MonkeyPatch, error: Exception, fatal: bool
 ):
-    append = unit_module.BucketWriter.append
+    append = attempt_module.BucketWriter.append
     calls = iter(range(10**6))
 
     def fail(self: Any, *args: Any) -> None:
@@ -648,7 +649,7 @@ def test_a_fault_in_writing_fails_the_unit(
 
     with make(latents={"format": "safetensors"}) as bench:
         with monkeypatch.context() as patch:
-            patch.setattr(unit_module.BucketWriter, "append", fail)
+            patch.setattr(attempt_module.BucketWriter, "append", fail)
             failure = bench.failure()
         gc.collect()  # a tensor file left open is a ResourceWarning now, which is an error
         assert isinstance(failure.fatal, DiskFull) == fatal

@@ -21,7 +21,7 @@ from latentcache.dataset.contract import establish_contract
 from latentcache.dataset.receipts import Receipt, UnitSummary, new_attempt
 from latentcache.dataset.state import State, write_next
 from latentcache.demo.draw import draw_image
-from latentcache.engine import unit as unit_module
+from latentcache.engine import attempt as attempt_module
 from latentcache.engine.job import Job, QaJob, UnitTask
 from latentcache.engine.unit import UnitRunner
 from latentcache.qa.evaluator import QaEvaluator, QaModels
@@ -208,7 +208,7 @@ def test_nan_in_a_file_is_seen(
 ) -> None:
     num_fired = 0
 
-    class Writer(unit_module.BucketWriter):
+    class Writer(attempt_module.BucketWriter):
         """Loses a value between the finite check and the disk."""
 
         def append(self, latents: Tensor, rows: object) -> None:
@@ -218,7 +218,7 @@ def test_nan_in_a_file_is_seen(
             latents[:, 0, 0, 0] = torch.nan
             super().append(latents, rows)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(unit_module, "BucketWriter", Writer)
+    monkeypatch.setattr(attempt_module, "BucketWriter", Writer)
     made = make(None)
     assert num_fired
     assert made.breaches

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from latentcache.engine.stages import Room
+from latentcache.engine.stages import ByteBudget
 from latentcache.images.source import RejectedSample, Sample
 
 # Bytes of a sample under construction that each unit may hold beside the shared budget. Nearly all
@@ -25,7 +25,7 @@ class SampleBudget:
         max_sample_bytes: no sample holds more.
     """
 
-    def __init__(self, fetched: Room, max_sample_bytes: int) -> None:
+    def __init__(self, fetched: ByteBudget, max_sample_bytes: int) -> None:
         self._fetched = fetched
         self._max_sample_bytes = max_sample_bytes
         self._held = 0
@@ -34,20 +34,20 @@ class SampleBudget:
     def reserve(self, num_bytes: int) -> None:
         """Wait until the sample under construction may hold `num_bytes` in all."""
         if num_bytes > _FREE_BYTES and not self._held:
-            self.waited_s += self._fetched.take(self._max_sample_bytes)
+            self.waited_s += self._fetched.acquire(self._max_sample_bytes)
             self._held = self._max_sample_bytes
 
     def finish(self, num_bytes: int) -> None:
         """Hold `num_bytes` for the finished sample, whose consumer gives them back."""
         if self._held:
-            self._fetched.give_back(self._held - num_bytes)
+            self._fetched.release(self._held - num_bytes)
             self._held = 0
         else:
-            self.waited_s += self._fetched.take(num_bytes)
+            self.waited_s += self._fetched.acquire(num_bytes)
 
     def close(self) -> None:
         """Give back what an unfinished sample holds."""
-        self._fetched.give_back(self._held)
+        self._fetched.release(self._held)
         self._held = 0
 
 

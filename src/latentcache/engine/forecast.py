@@ -192,7 +192,7 @@ def try_out(job: Job, shards: Sequence[SourceShard], num_images: int, device: st
         local = replace(job, output_url=folder, output_storage=StorageOptions(), qa=None)
         runner = load_runner(local, device)
         list(_run(runner, chosen[:1], each))
-        source_bytes = runner.num_source_bytes
+        source_bytes = int(runner.stats()["num_source_bytes"])
         began = time.perf_counter()
         receipts = list(_run(runner, chosen, each))
         elapsed_s = time.perf_counter() - began
@@ -208,7 +208,7 @@ def try_out(job: Job, shards: Sequence[SourceShard], num_images: int, device: st
         device=torch.cuda.get_device_name() if is_cuda else f"{job.decode_threads} CPUs",
         num_samples=num_samples,
         elapsed_s=elapsed_s,
-        source_bytes=runner.num_source_bytes - source_bytes,
+        source_bytes=int(runner.stats()["num_source_bytes"]) - source_bytes,
         output_bytes=sum(file.size_bytes for record in records for file in record.files),
         bottleneck=str(loads.bottleneck),
     )

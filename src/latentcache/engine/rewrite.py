@@ -8,7 +8,6 @@ which is always right: a sample may have been rejected for a field that is no lo
 from __future__ import annotations
 
 import hashlib
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
@@ -32,24 +31,18 @@ from latentcache.dataset.layout import (
 from latentcache.dataset.parquet import read_table
 from latentcache.dataset.quantization import to_values
 from latentcache.dataset.receipts import DataFile, QaFile, Receipt, read_receipts
-from latentcache.dataset.rejects import count_reasons
 from latentcache.dataset.shards import (
     BucketWriter,
     RejectRow,
     RowMeta,
-    describe_file,
     iterate_latents,
-    write_rejects,
 )
 from latentcache.dataset.statistics import Statistics
-from latentcache.engine.accounting import SampleCounts
+from latentcache.engine.attempt import Attempt, AttemptLog, reject_row, stage_times
 from latentcache.engine.boundary import at_boundary, committed_receipt
-from latentcache.engine.job import UNITS_PER_ACTOR, Job, UnitFailure, UnitTask
-from latentcache.engine.kept_fields import SeenFields
-from latentcache.engine.stages import StageTimes
-from latentcache.engine.unit import reject_row
+from latentcache.engine.job import Job, UnitFailure, UnitTask
 from latentcache.errors import DatasetError, ObjectNotFound, Reject
-from latentcache.images.source import NotGrouped, RejectedSample, Sample, read_samples
+from latentcache.images.source import NotGrouped, RejectedSample, Sample
 from latentcache.images.text_fields import read_columns
 from latentcache.storage import Store
 from latentcache.storage_errors import named_local
@@ -74,9 +67,7 @@ class Rewriter:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.output = Store(job.output_url, job.output_storage)
-        self._ended = [0, 0, 0, 0]
-        self._times = stage_times()
-        self._active: list[_Rewrite] = []
+        self._attempts = AttemptLog()
 
     def run(self, task: UnitTask) -> Receipt | UnitFailure | None:
         """Rewrite one unit and upload its files; return None where it has to be encoded."""
@@ -95,65 +86,22 @@ class Rewriter:
 
     def _attempt(self, task: UnitTask, *, gather: bool) -> Receipt:
         with TemporaryDirectory(prefix="latentcache-") as folder:
-            rewrite = _Rewrite(self, task, Path(folder), gather=gather)
-            self._active.append(rewrite)
-            try:
+            rewrite = _Rewrite(self.job, self.output, task, Path(folder), gather=gather)
+            with self._attempts.watch(rewrite):
                 return rewrite.run()
-            finally:
-                self._active.remove(rewrite)
-                for stage, times in rewrite.times.items():
-                    self._times[stage].add(times.busy_s, times.wait_s)
-                self._ended = [a + b for a, b in zip(self._ended, rewrite.counts, strict=True)]
 
     def stats(self) -> dict[str, float]:
-        """Return cumulative figures under the names of `UnitRunner.stats`."""
-        stages, active = stage_times(), list(self._active)
-        for found in [self._times, *(rewrite.times for rewrite in active)]:
-            for stage, times in found.items():
-                stages[stage].add(times.busy_s, times.wait_s)
-        counts = [self._ended, *(rewrite.counts for rewrite in active)]
-        names = ("num_rows", "num_rejects", "num_source_bytes", "num_output_bytes")
-        return {
-            **dict(zip(names, map(sum, zip(*counts, strict=True)), strict=True)),
-            **{
-                f"{stage}_{name}": value
-                for stage, times in stages.items()
-                for name, value in times.to_json().items()
-            },
-        }
+        """Return cumulative figures; see `AttemptLog.stats`."""
+        return self._attempts.stats()
 
 
-def stage_times() -> dict[str, StageTimes]:
-    """Return new clocks for all stages, of which a rewrite uses `fetch`, `write` and `upload`."""
-    stages = ("fetch", "decode", "encode", "write", "qa", "upload")
-    return {stage: StageTimes(UNITS_PER_ACTOR) for stage in stages}
+class _Rewrite(Attempt):
+    """One attempt at rewriting one unit; its stages are `fetch`, `write` and `upload`."""
 
-
-class _Rewrite:
-    """One attempt at rewriting one unit."""
-
-    def __init__(self, rewriter: Rewriter, task: UnitTask, folder: Path, *, gather: bool) -> None:
-        self.gather = gather
-        self.rewriter = rewriter
-        self.contract = rewriter.job.contract
-        self.columns = rewriter.job.columns
-        self.task = task
-        self.folder = folder
-        self.stem = f"{task.generation}-{task.attempt}"
-        self.times = stage_times()
-        self.samples = SampleCounts()
-        self.num_source_bytes = self.num_output_bytes = 0
-        self.rejects: list[RejectRow] = []
-        self.notes: Counter[str] = Counter()
-        self.seen = SeenFields(self.columns)
-        self.writers: dict[str, BucketWriter] = {}
-        self.began = time.perf_counter()
-
-    @property
-    def counts(self) -> list[int]:
-        """Rows, rejects, and bytes read from the source and written to the output."""
-        num_rows = sum(writer.num_rows for writer in list(self.writers.values()))
-        return [num_rows, len(self.rejects), self.num_source_bytes, self.num_output_bytes]
+    def __init__(
+        self, job: Job, output: Store, task: UnitTask, folder: Path, *, gather: bool
+    ) -> None:
+        super().__init__(job, output, task, folder, stage_times(), gather=gather)
 
     def run(self) -> Receipt:
         """Rewrite the unit.
@@ -162,7 +110,7 @@ class _Rewrite:
             _NeedsEncoding: what is stored does not suffice.
         """
         name = f"{self.task.unit.id}-{self.task.generation - 1}"
-        (before,) = read_receipts(self.rewriter.output, [name])
+        (before,) = read_receipts(self.output, [name])
         if before.state != "rows":
             raise _NeedsEncoding
         with ExitStack() as stack:
@@ -172,15 +120,11 @@ class _Rewrite:
                 ]
                 rejects = self._fetch_rejects(before.record.rejects)
                 qa = self._fetch_qa(before.record.qa)
-            try:
+            with self.writing():
                 self._write_rows(stored, rejects)
-            except BaseException:
-                for writer in self.writers.values():
-                    writer.abandon()
-                raise
         if self.samples.num_samples != before.record.num_samples:
             raise _NeedsEncoding
-        return self._finish(before, [rows.name for rows in stored], qa)
+        return self._finish(before, [rows.bucket for rows in stored], qa)
 
     def _fetch_rows(self, files: Iterable[DataFile]) -> Iterator[_StoredRows]:
         """Copy the files of the unit's rows to local disk and open them, a bucket at a time."""
@@ -197,7 +141,7 @@ class _Rewrite:
         Raises:
             _NeedsEncoding: it is gone or damaged.
         """
-        store, digest = self.rewriter.output, hashlib.sha256()
+        store, digest = self.output, hashlib.sha256()
         target = self.folder / f"stored-{file.path.replace('/', '-')}"
         try:
             with store.open(file.path) as source, named_local(target), target.open("wb") as copy:
@@ -228,36 +172,22 @@ class _Rewrite:
     def _write_rows(self, stored: list[_StoredRows], rejects: dict[str | None, RejectRow]) -> None:
         """Read the samples, and write each stored row with its sample's columns."""
         left = {key: (rows, index) for rows in stored for index, key in enumerate(rows.keys)}
-        for sample in self._read_samples():
-            self.samples.add(sample)
-            self.seen.add(sample.names)
+        for sample in self._read_in_time():
             place = left.pop(sample.key, None) if sample.key is not None else None
             with self.times["write"].working():
                 self._pass(sample, place, rejects)
         if left:  # rows without a sample
             raise _NeedsEncoding
-        with self.times["write"].working():
-            for writer in self.writers.values():
-                writer.close()
 
-    def _read_samples(self) -> Iterator[Sample | RejectedSample]:
-        samples = read_samples(
-            self.task.shard,
-            self.contract.source,
-            keep=tuple(column.field for column in self.columns),
-            options=self.rewriter.job.source_storage,
-            gather=self.gather,
-            on_read=self._count_bytes,
-        )
+    def _read_in_time(self) -> Iterator[Sample | RejectedSample]:
+        """Read the samples, and count the time that it takes."""
+        samples = self.read_samples()
         while True:
             with self.times["fetch"].working():
                 sample = next(samples, None)
             if sample is None:
                 return
             yield sample
-
-    def _count_bytes(self, num_bytes: int) -> None:
-        self.num_source_bytes += num_bytes
 
     def _pass(
         self,
@@ -282,77 +212,28 @@ class _Rewrite:
             self.rejects.append(rejects[sample.key])
             return
         rows, index = place
-        if rows.name not in self.writers:
-            stem = self.folder / f"{self.stem}-{rows.name}"
-            unit_id = self.task.unit.id
-            writer = BucketWriter(stem, self.contract, self.columns, unit_id, rows.bucket)
-            self.writers[rows.name] = writer
         row = RowMeta(sample.key, **rows.sizes(index), columns=columns)
-        self.writers[rows.name].append(rows.read_latent(index)[None], [row])
+        self.writer(rows.bucket).append(rows.read_latent(index)[None], [row])
 
     def _finish(
-        self, before: Receipt, buckets: list[str], qa: tuple[Path, QaFile] | None
+        self, before: Receipt, buckets: list[Bucket], qa: tuple[Path, QaFile] | None
     ) -> Receipt:
-        """Check the closed files, upload them, and write the receipt."""
-        unit = self.task.unit
-        writers = [self.writers[name] for name in buckets if name in self.writers]
-        files: list[tuple[Path, DataFile]] = []
-        rejects: DataFile | None = None
-        with self.times["write"].working():
-            for writer in writers:
-                writer.check()
-                name = writer.bucket.name
-                for local in writer.paths:
-                    path = f"data/{unit.id}/{local.name}"
-                    files.append((local, describe_file(local, path, writer.num_rows, name)))
-            if self.rejects:
-                local = self.folder / f"{self.stem}.parquet"
-                write_rejects(local, self.rejects)
-                path = f"rejects/{unit.id}/{local.name}"
-                rejects = describe_file(local, path, len(self.rejects), "")
-        num_rows = sum(writer.num_rows for writer in writers)
-        num_with_image = sum(row.has_image for row in self.rejects)
-        self.samples.check(unit.title, num_rows, len(self.rejects), num_with_image)
+        """Upload the closed files, and write the receipt."""
+        writers = [self.writers[bucket] for bucket in buckets if bucket in self.writers]
+        record = self.publish(writers, lambda: qa)
         statistics = before.statistics
-        if num_rows != before.record.num_rows:
+        if record.num_rows != before.record.num_rows:
             statistics = _statistics_of(writers, self.contract)
-        with self.times["upload"].working():
-            for local, file in files:
-                self._upload(local, file)
-            if rejects:
-                self._upload(self.folder / f"{self.stem}.parquet", rejects)
-            if qa:
-                self._upload(qa[0], qa[1].file)
-        record = replace(
-            before.record,
-            generation=self.task.generation,
-            attempt=self.task.attempt,
-            num_samples=self.samples.num_samples,
-            num_rows=num_rows,
-            num_rejects=len(self.rejects),
-            files=tuple(file for _, file in files),
-            rejects=rejects,
-            qa=qa[1] if qa else None,
-            num_images=self.samples.num_images,
-            num_extra_images=self.samples.num_extra_images,
-            columns=self.columns,
-            absent_fields=self.seen.absent,
-            reject_reasons=count_reasons(self.rejects),
-        )
         return replace(
             before,
             record=record,
             statistics=statistics,
             notes=_notes_after(before, self.notes),
             stages={stage: times.to_json() for stage, times in self.times.items()},
-            elapsed_s=round(time.perf_counter() - self.began, 3),
+            elapsed_s=self.elapsed_s,
             extra_image_fields=self.samples.extra_image_fields,
             fields=self.seen.names,
         )
-
-    def _upload(self, local: Path, file: DataFile) -> None:
-        self.rewriter.output.put_file(local, file.path)
-        self.num_output_bytes += file.size_bytes
 
 
 class _StoredRows:
@@ -369,7 +250,6 @@ class _StoredRows:
     """
 
     def __init__(self, name: str, paths: list[Path], contract: Contract, num_rows: int) -> None:
-        self.name = name
         self.bucket = Bucket.parse(name)
         self._dtype = contract.latents.dtype
         self._shape = contract.latent_shape(self.bucket)

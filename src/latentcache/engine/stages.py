@@ -1,8 +1,9 @@
 """The pieces that a unit's pipeline is made of: stages on their own threads, and what they share.
 
-`Background` runs an iterator ahead of its consumer through a bounded queue; stacking a few of them
-makes a pipeline in which every stage waits for the slowest one. `OldestFirstPool` runs the jobs of
-several units on the same threads, the oldest unit's first. `Room` bounds the bytes that they hold.
+`PrefetchIterator` runs an iterator ahead of its consumer through a bounded queue; stacking a few of
+them makes a pipeline in which every stage waits for the slowest one. `OldestFirstPool` runs the jobs
+of several units on the same threads, the oldest unit's first. `ByteBudget` bounds the bytes that they
+hold.
 """
 
 from __future__ import annotations
@@ -83,14 +84,14 @@ class StageTimes:
         }
 
 
-class Room:
+class ByteBudget:
     """Bytes that threads may hold together; whoever asks first is served first.
 
-    So nobody starves: a large wish waits for those before it, and those after it for the large one.
-    A wish for more than there is at all is granted once nothing else is held.
+    So nobody starves: a large request waits for those before it, and those after it wait for the
+    large one. A request for more than `num_bytes` is granted once nothing else is held.
 
     Args:
-        num_bytes: to be had.
+        num_bytes: the budget.
     """
 
     def __init__(self, num_bytes: int) -> None:
@@ -99,8 +100,8 @@ class Room:
         self._line: deque[object] = deque()
         self._changed = threading.Condition()
 
-    def take(self, num_bytes: int) -> float:
-        """Wait until there are so many bytes, and hold them; gives the seconds that it took."""
+    def acquire(self, num_bytes: int) -> float:
+        """Wait until so many bytes are free, and hold them; return the seconds that it took."""
         began = time.perf_counter()
         me = object()
         with self._changed:
@@ -111,8 +112,8 @@ class Room:
             self._changed.notify_all()
         return time.perf_counter() - began
 
-    def give_back(self, num_bytes: int) -> None:
-        """Hold so many bytes no longer."""
+    def release(self, num_bytes: int) -> None:
+        """Hold so many bytes less."""
         with self._changed:
             self._held -= num_bytes
             self._changed.notify_all()
@@ -121,7 +122,7 @@ class Room:
         return not self._held or self._held + num_bytes <= self._num_bytes
 
 
-class Background(Generic[T]):
+class PrefetchIterator(Generic[T]):
     """Iterate over `items` on a thread of its own, at most `depth` items ahead of the consumer.
 
     Use it as a context manager: leaving it stops the thread, wherever it stands. What `items`
@@ -144,7 +145,7 @@ class Background(Generic[T]):
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
 
-    def __enter__(self) -> Background[T]:
+    def __enter__(self) -> PrefetchIterator[T]:
         self._thread.start()
         return self
 

@@ -9,7 +9,6 @@ put, so that a process that was given up for dead cannot commit.
 from __future__ import annotations
 
 import itertools
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -17,7 +16,6 @@ from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -28,25 +26,21 @@ import torch
 from latentcache import __version__
 from latentcache.dataset.bucket import Bucket
 from latentcache.dataset.quantization import is_finite, to_stored, to_values
-from latentcache.dataset.receipts import DataFile, QaFile, Receipt, UnitRecord
-from latentcache.dataset.rejects import count_reasons
+from latentcache.dataset.receipts import QaFile, Receipt, UnitRecord
 from latentcache.dataset.shards import (
-    BucketWriter,
     RejectRow,
     RowMeta,
-    describe_file,
-    write_rejects,
 )
 from latentcache.dataset.statistics import Statistics
-from latentcache.engine.accounting import SampleBudget, SampleCounts
+from latentcache.engine.accounting import SampleBudget
+from latentcache.engine.attempt import Attempt, AttemptLog, reject_row
 from latentcache.engine.boundary import at_boundary, committed_receipt
-from latentcache.engine.job import UNITS_PER_ACTOR, Job, UnitFailure, UnitTask
-from latentcache.engine.kept_fields import SeenFields
-from latentcache.engine.stages import Background, OldestFirstPool, Room, StageTimes
+from latentcache.engine.job import Job, UnitFailure, UnitTask
+from latentcache.engine.stages import ByteBudget, OldestFirstPool, PrefetchIterator
 from latentcache.errors import Reject
 from latentcache.image_files import write_thumbnail
 from latentcache.images.decode import Reserve, decode_image
-from latentcache.images.source import NotGrouped, RejectedSample, Sample, read_samples
+from latentcache.images.source import NotGrouped, RejectedSample, Sample
 from latentcache.images.text_fields import read_columns
 from latentcache.images.transform import Transformed, load_image, transform_spec
 from latentcache.qa.evaluator import QaEvaluator
@@ -92,15 +86,19 @@ class UnitRunner:
         self.decode_pool = OldestFirstPool("decode", job.decode_threads)
         num_pixels = max(bucket.width_px * bucket.height_px for bucket in self.spec.buckets)
         self.encode_pool = OldestFirstPool("encode", encoder.num_threads(num_pixels))
-        self.fetched = Room(_FETCHED_BYTES)
-        self.decoding = Room(_DECODING_BYTES)
-        self.batched = Room(_BATCHED_BYTES)
-        self.finished = self.stage_times()
-        self.active: list[_Attempt] = []
-        self.num_rows = 0
+        self.fetched = ByteBudget(_FETCHED_BYTES)
+        self.decoding = ByteBudget(_DECODING_BYTES)
+        self.batched = ByteBudget(_BATCHED_BYTES)
+        # Threads of decoder and encoder, which QA shares, are there for all units.
+        num_encode_threads = self.encode_pool.num_threads
+        self.attempts = AttemptLog(
+            {
+                "decode": self.decode_pool.num_threads,
+                "encode": num_encode_threads,
+                "qa": num_encode_threads,
+            }
+        )
         self.rejects: Counter[tuple[str, str]] = Counter()  # by stage and reason
-        self.num_source_bytes = 0
-        self.num_output_bytes = 0
         self._ranks = itertools.count()
         self._versions = {
             "latentcache": __version__,
@@ -128,75 +126,29 @@ class UnitRunner:
 
     def _attempt(self, task: UnitTask, *, gather: bool) -> Receipt:
         with TemporaryDirectory(prefix="latentcache-") as folder:
-            attempt = _Attempt(self, task, next(self._ranks), Path(folder), gather=gather)
-            self.active.append(attempt)
-            try:
+            attempt = _Encoding(self, task, next(self._ranks), Path(folder), gather=gather)
+            with self.attempts.watch(attempt):
                 return attempt.run()
-            finally:
-                self.active.remove(attempt)
-                self.num_source_bytes += attempt.num_source_bytes
-                self.num_output_bytes += attempt.num_output_bytes
-                for stage, times in attempt.times.items():
-                    self.finished[stage].add(times.busy_s, times.wait_s)
-
-    def stage_times(self) -> dict[str, StageTimes]:
-        """Give new clocks for all stages, in the order in which a sample passes them.
-
-        The threads of decoder and encoder, which QA shares, are there for all units; of the other
-        stages each unit has one.
-        """
-        return {
-            "fetch": StageTimes(UNITS_PER_ACTOR),
-            "decode": StageTimes(self.decode_pool.num_threads),
-            "encode": StageTimes(self.encode_pool.num_threads),
-            "write": StageTimes(UNITS_PER_ACTOR),
-            "qa": StageTimes(self.encode_pool.num_threads),
-            "upload": StageTimes(UNITS_PER_ACTOR),
-        }
 
     def stats(self) -> dict[str, float]:
-        """Give cumulative figures: rows, rejects, bytes read from the source and written to the
-        output, and those of each stage, `<stage>_busy_s` etc.
-        """
-        stages, active = self.stage_times(), list(self.active)
-        for found in [self.finished, *(attempt.times for attempt in active)]:
-            for stage, times in found.items():
-                stages[stage].add(times.busy_s, times.wait_s)
-        source_bytes = sum(attempt.num_source_bytes for attempt in active)
-        output_bytes = sum(attempt.num_output_bytes for attempt in active)
-        return {
-            "num_rows": self.num_rows,
-            "num_rejects": self.rejects.total(),
-            "num_source_bytes": self.num_source_bytes + source_bytes,
-            "num_output_bytes": self.num_output_bytes + output_bytes,
-            **{
-                f"{stage}_{name}": value
-                for stage, times in stages.items()
-                for name, value in times.to_json().items()
-            },
-        }
+        """Return cumulative figures; see `AttemptLog.stats`."""
+        return self.attempts.stats()
 
-    def receipt(
-        self,
-        record: UnitRecord,
-        statistics: Statistics,
-        stages: dict[str, StageTimes],
-        elapsed_s: float,
-        notes: dict[str, int],
-        fields: tuple[str, ...],
-    ) -> Receipt:
+    def receipt(self, attempt: _Encoding, record: UnitRecord) -> Receipt:
         """Write up a finished attempt."""
+        notes = dict(attempt.notes)
         if self.evaluator and self.evaluator.agreement_db is not None:
-            notes = {**notes, "decoder_agreement_db": int(self.evaluator.agreement_db)}
+            notes["decoder_agreement_db"] = int(self.evaluator.agreement_db)
         return Receipt(
             record=record,
             contract_fingerprint=self.job.contract.fingerprint,
-            statistics=statistics,
-            stages={stage: times.to_json() for stage, times in stages.items()},
-            elapsed_s=round(elapsed_s, 3),
+            statistics=attempt.statistics,
+            stages={stage: times.to_json() for stage, times in attempt.times.items()},
+            elapsed_s=attempt.elapsed_s,
             versions=self._versions,
             notes=notes,
-            fields=fields,
+            extra_image_fields=attempt.samples.extra_image_fields,
+            fields=attempt.seen.names,
         )
 
 
@@ -205,28 +157,17 @@ _Outcome = tuple[_Decoded, Counter[str]] | RejectRow  # a sample, with the notes
 _Batch = tuple[Bucket, list[RowMeta], torch.Tensor, "Future[Callable[[], Encoded]]"]
 
 
-class _Attempt:
-    """One attempt at one unit, in the order in which its data passes."""
+class _Encoding(Attempt):
+    """One attempt at encoding one unit, in the order in which its data passes."""
 
     def __init__(
         self, runner: UnitRunner, task: UnitTask, rank: int, folder: Path, *, gather: bool
     ) -> None:
+        times = runner.attempts.new_times()
+        super().__init__(runner.job, runner.output, task, folder, times, gather=gather)
         self.runner = runner
-        self.gather = gather
-        self.contract = runner.job.contract
-        self.columns = runner.job.columns
-        self.seen = SeenFields(self.columns)
-        self.task = task
         self.rank = rank
-        self.folder = folder
-        self.stem = f"{task.generation}-{task.attempt}"
-        self.began = time.perf_counter()
-        self.times = runner.stage_times()
-        self.rejects: list[RejectRow] = []
-        self.counts = SampleCounts()
-        self.num_source_bytes = 0
-        self.num_output_bytes = 0
-        self.notes = Counter({"encoded_again_in_fp32": 0})
+        self.notes["encoded_again_in_fp32"] = 0
         if gather:
             self.notes["gathered_by_key"] = 1
         if self.contract.latents.quantization:
@@ -239,81 +180,59 @@ class _Attempt:
 
     def run(self) -> Receipt:
         runner = self.runner
-        writers: dict[Bucket, BucketWriter] = {}
         num_threads = runner.decode_pool.num_threads
         crop_bytes = max(_crop_bytes(bucket) for bucket in runner.spec.buckets)
         ahead = min(2 * num_threads + 16, max(num_threads, _CROPPED_BYTES // crop_bytes))
-        try:
-            with ExitStack() as stack:
-                decoding = stack.enter_context(
-                    Background(self._decode_all(), ahead, self.times["fetch"])
-                )
-                depth = runner.encode_pool.num_threads + _BATCHES_AHEAD
-                batches = stack.enter_context(Background(self._batch(decoding), depth))
-                stack.callback(runner.decode_pool.drop, self.rank)
-                stack.callback(runner.encode_pool.drop, self.rank)
-                stack.callback(decoding.stop)
-                for bucket, rows, images, encoding in batches:
-                    encoded = encoding.result()()
-                    # A GPU works after the encode thread has only told it to.
-                    self.times["encode"].add(busy_s=encoded.busy_s - encoded.start_s)
-                    with self.times["write"].working():
-                        self._write(writers, bucket, rows, images, encoded)
-            with self.times["write"].working():
-                for writer in writers.values():
-                    writer.close()
-        except BaseException:
-            for writer in writers.values():
-                writer.abandon()
-            raise
-        return self._finish(list(writers.values()))
+        with self.writing(), ExitStack() as stack:
+            decoding = stack.enter_context(
+                PrefetchIterator(self._decode_all(), ahead, self.times["fetch"])
+            )
+            depth = runner.encode_pool.num_threads + _BATCHES_AHEAD
+            batches = stack.enter_context(PrefetchIterator(self._batch(decoding), depth))
+            stack.callback(runner.decode_pool.drop, self.rank)
+            stack.callback(runner.encode_pool.drop, self.rank)
+            stack.callback(decoding.stop)
+            for bucket, rows, images, encoding in batches:
+                encoded = encoding.result()()
+                # A GPU works after the encode thread has only told it to.
+                self.times["encode"].add(busy_s=encoded.busy_s - encoded.start_s)
+                with self.times["write"].working():
+                    self._write(bucket, rows, images, encoded)
+        record = self.publish(self.writers.values(), self._evaluate)
+        return self.runner.receipt(self, record)
 
     def _decode_all(self) -> Iterator[Future[_Outcome]]:
         """Fetch: read samples in order, and queue each to be decoded."""
         budget = SampleBudget(self.runner.fetched, self.contract.source.max_sample_bytes)
-        samples = read_samples(
-            self.task.shard,
-            self.contract.source,
-            keep=tuple(column.field for column in self.columns),
-            options=self.runner.job.source_storage,
-            gather=self.gather,
-            on_read=self._count_bytes,
-            reserve=budget.reserve,
-        )
         try:
-            for sample in islice(samples, self.task.max_samples):
-                self.counts.add(sample)
-                self.seen.add(sample.names)
+            for sample in self.read_samples(budget.reserve):
                 num_bytes = sample.num_bytes if isinstance(sample, Sample) else 0
                 budget.finish(num_bytes)
                 # The thread of this stage counts as busy throughout.
                 self.times["fetch"].add(-budget.waited_s, budget.waited_s)
                 budget.waited_s = 0.0
-                job = partial(self._decode_in_room, sample)
+                job = partial(self._decode_in_budget, sample)
                 future = self.runner.decode_pool.submit(self.rank, job, self.times["decode"])
-                future.add_done_callback(partial(_give_back, self.runner.fetched, num_bytes))
+                future.add_done_callback(partial(_release, self.runner.fetched, num_bytes))
                 yield future
         finally:
             budget.close()
 
-    def _count_bytes(self, num_bytes: int) -> None:
-        self.num_source_bytes += num_bytes
-
-    def _decode_in_room(self, sample: Sample | RejectedSample) -> _Outcome:
-        room, held = self.runner.decoding, 0
+    def _decode_in_budget(self, sample: Sample | RejectedSample) -> _Outcome:
+        budget, held = self.runner.decoding, 0
 
         def reserve(num_bytes: int) -> None:
             nonlocal held
-            room.give_back(held)  # first, so that nobody waits for more with some in hand
+            budget.release(held)  # first, so that nobody waits for more with some in hand
             held = 0
-            waited_s = room.take(num_bytes)
+            waited_s = budget.acquire(num_bytes)
             held = num_bytes
             self.times["decode"].add(busy_s=-waited_s)  # more threads would only wait with it
 
         try:
             return self._decode(sample, reserve)
         finally:
-            room.give_back(held)
+            budget.release(held)
 
     def _decode(self, sample: Sample | RejectedSample, reserve: Reserve) -> _Outcome:
         if isinstance(sample, RejectedSample):
@@ -339,7 +258,7 @@ class _Attempt:
         )
         return (done, row), notes
 
-    def _batch(self, decoding: Background[Future[_Outcome]]) -> Iterator[_Batch]:
+    def _batch(self, decoding: PrefetchIterator[Future[_Outcome]]) -> Iterator[_Batch]:
         """Group by bucket, in order, and queue each full batch to be encoded."""
         groups: dict[Bucket, list[_Decoded]] = {}
         for future in decoding:
@@ -356,15 +275,15 @@ class _Attempt:
             group.append((image, row))
             size = self.runner.encoder.batch_size(bucket.width_px, bucket.height_px)
             if len(group) >= -(-_MIN_TOGETHER // size) * size:
-                yield self._encode_in_room(bucket, groups.pop(bucket))
+                yield self._encode_in_budget(bucket, groups.pop(bucket))
         for bucket, group in groups.items():
-            yield self._encode_in_room(bucket, group)
+            yield self._encode_in_budget(bucket, group)
 
-    def _encode_in_room(self, bucket: Bucket, group: list[_Decoded]) -> _Batch:
+    def _encode_in_budget(self, bucket: Bucket, group: list[_Decoded]) -> _Batch:
         num_bytes = len(group) * _crop_bytes(bucket)
-        self.runner.batched.take(num_bytes)
+        self.runner.batched.acquire(num_bytes)
         batch = self._encode_later(bucket, group)
-        batch[-1].add_done_callback(partial(_give_back, self.runner.batched, num_bytes))
+        batch[-1].add_done_callback(partial(_release, self.runner.batched, num_bytes))
         return batch
 
     def _encode_later(self, bucket: Bucket, group: list[_Decoded]) -> _Batch:
@@ -377,7 +296,6 @@ class _Attempt:
 
     def _write(
         self,
-        writers: dict[Bucket, BucketWriter],
         bucket: Bucket,
         rows: list[RowMeta],
         images: torch.Tensor,
@@ -402,18 +320,12 @@ class _Attempt:
         kept = stored[finite]
         if not len(kept):
             return
-        if bucket not in writers:
-            stem = self.folder / f"{self.stem}-{bucket.name}"
-            writers[bucket] = BucketWriter(
-                stem, self.contract, self.columns, self.task.unit.id, bucket
-            )
         kept_rows = [row for row, good in zip(rows, finite.tolist(), strict=True) if good]
-        writers[bucket].append(kept, kept_rows)
+        self.writer(bucket).append(kept, kept_rows)
         if self.contract.latents.quantization:
             self.notes["clamped_values"] += int(num_clamped[finite].sum())
         values = to_values(kept, self.contract.latents)
         self.statistics = self.statistics.merge(Statistics.of(values.numpy()))
-        self.runner.num_rows += len(kept)
 
     def _wants_thumbnail(self, reject: Reject) -> bool:
         # They are counted as rejects are taken in, in order, so that the first never miss theirs.
@@ -426,9 +338,9 @@ class _Attempt:
         self.rejects.append(row)
         self.runner.rejects[row.stage, row.reason] += 1
 
-    def _evaluate(self, writers: list[BucketWriter]) -> QaFile | None:
-        """Look at the chosen rows, as they lie in the closed files."""
-        qa, evaluator = self.runner.job.qa, self.runner.evaluator
+    def _evaluate(self) -> tuple[Path, QaFile] | None:
+        """Measure the chosen rows, as they lie in the closed files."""
+        qa, evaluator = self.job.qa, self.runner.evaluator
         if not (qa and evaluator and self.sample):
             return None
 
@@ -437,76 +349,17 @@ class _Attempt:
 
         num_channels = self.contract.vae.latent_channels
         signal = float(np.square(self.statistics.std[:num_channels]).mean())
-        rows = self.sample.evaluate(writers, evaluator, signal, submit)
+        rows = self.sample.evaluate(self.writers.values(), evaluator, signal, submit)
+        local = self.folder / "qa.parquet"
         path = f"qa/{self.task.unit.id}/{self.stem}.parquet"
-        decoder = qa.models.decoder or self.runner.job.checkpoint
-        return write_qa(self.folder / "qa.parquet", path, rows, decoder)
-
-    def _finish(self, writers: list[BucketWriter]) -> Receipt:
-        """Check the closed files, upload them, and write the receipt."""
-        files: list[tuple[Path, DataFile]] = []
-        rejects: DataFile | None = None
-        with self.times["write"].working():
-            for writer in writers:
-                writer.check()
-                for local in writer.paths:
-                    path = f"data/{self.task.unit.id}/{local.name}"
-                    name = writer.bucket.name
-                    files.append((local, describe_file(local, path, writer.num_rows, name)))
-            if self.rejects:
-                local = self.folder / f"{self.stem}.parquet"
-                write_rejects(local, self.rejects)
-                path = f"rejects/{self.task.unit.id}/{local.name}"
-                rejects = describe_file(local, path, len(self.rejects), "")
-        qa = self._evaluate(writers)
-        with self.times["upload"].working():
-            for local, file in files:
-                self._upload(local, file)
-            if rejects:
-                self._upload(self.folder / f"{self.stem}.parquet", rejects)
-            if qa:
-                self._upload(self.folder / "qa.parquet", qa.file)
-        num_rows = sum(writer.num_rows for writer in writers)
-        num_with_image = sum(reject.has_image for reject in self.rejects)
-        self.counts.check(self.task.unit.title, num_rows, len(self.rejects), num_with_image)
-        record = UnitRecord(
-            unit=self.task.unit,
-            generation=self.task.generation,
-            attempt=self.task.attempt,
-            num_samples=self.counts.num_samples,
-            num_rows=num_rows,
-            num_rejects=len(self.rejects),
-            num_images=self.counts.num_images,
-            num_extra_images=self.counts.num_extra_images,
-            files=tuple(file for _, file in files),
-            rejects=rejects,
-            qa=qa,
-            columns=self.columns,
-            absent_fields=self.seen.absent,
-            reject_reasons=count_reasons(self.rejects),
-        )
-        elapsed_s = time.perf_counter() - self.began
-        notes = dict(self.notes)
-        receipt = self.runner.receipt(
-            record, self.statistics, self.times, elapsed_s, notes, self.seen.names
-        )
-        return replace(receipt, extra_image_fields=self.counts.extra_image_fields)
-
-    def _upload(self, local: Path, file: DataFile) -> None:
-        self.runner.output.put_file(local, file.path)
-        self.num_output_bytes += file.size_bytes
+        decoder = qa.models.decoder or self.job.checkpoint
+        file = write_qa(local, path, rows, decoder)
+        return (local, file) if file else None
 
 
 def _crop_bytes(bucket: Bucket) -> int:
     return 3 * bucket.width_px * bucket.height_px
 
 
-def _give_back(room: Room, num_bytes: int, _: Future[Any]) -> None:
-    room.give_back(num_bytes)
-
-
-def reject_row(
-    key: str | None, reject: Reject, thumbnail: bytes | None = None, *, has_image: bool = True
-) -> RejectRow:
-    """Return the row that a rejected sample leaves."""
-    return RejectRow(key, reject.stage, reject.reason, reject.message, thumbnail, has_image)
+def _release(budget: ByteBudget, num_bytes: int, _: Future[Any]) -> None:
+    budget.release(num_bytes)
