@@ -85,7 +85,7 @@ class Watch(threading.Thread):
     def run(self) -> None:
         """Look until told that it is over."""
         while not self.is_over:
-            self.seen.append((self._int(runner.stats()["num_rows"]), resident_bytes()))
+            self.seen.append((int(self._runner.stats()["num_rows"]), resident_bytes()))
             time.sleep(0.005)
 
 

@@ -1,9 +1,9 @@
 """The pieces that a unit's pipeline is made of: stages on their own threads, and what they share.
 
-`PrefetchIterator` runs an iterator ahead of its consumer through a bounded queue; stacking a few of
-them makes a pipeline in which every stage waits for the slowest one. `OldestFirstPool` runs the jobs
-of several units on the same threads, the oldest unit's first. `ByteBudget` bounds the bytes that they
-hold.
+`PrefetchIterator` runs an iterator ahead of its consumer through a bounded queue; a few of them
+stacked make a pipeline in which every stage waits for the slowest one. `OldestFirstPool` runs the
+jobs of several units on the same threads, the oldest unit's first. `ByteBudget` bounds the bytes
+that they hold.
 """
 
 from __future__ import annotations
