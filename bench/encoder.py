@@ -30,9 +30,10 @@ from harness import print_table, take_turns, write_results
 from latentcache.demo.draw import draw_image
 from latentcache.metrics import drift_db
 from latentcache.vae import plain
+from latentcache.vae.architecture import Architecture
 from latentcache.vae.encoder import PRECISION_DTYPES, require_fp32
 from latentcache.vae.fast import FastEncoder, fastest_encode
-from latentcache.vae.model import Architecture, KLAutoencoder
+from latentcache.vae.model import KLAutoencoder
 
 HAS_DIFFUSERS = importlib.util.find_spec("diffusers") is not None
 PACKAGES = ["diffusers"] if HAS_DIFFUSERS else []

@@ -26,7 +26,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from latentcache.demo.draw import draw_image
-from latentcache.vae.model import Architecture, KLAutoencoder, to_uint8
+from latentcache.vae.architecture import Architecture
+from latentcache.vae.model import KLAutoencoder, to_uint8
 
 ARCHITECTURE = Architecture(
     block_out_channels=(16, 32, 48, 64),

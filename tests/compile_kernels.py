@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from latentcache.vae import kernels
+from latentcache.vae import kernels, triton_kernels
 
 CAPABILITIES = (80, 90)
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -67,15 +67,17 @@ def main() -> int:
         for writes in (True, False):
             name = f"sum of {channels}" if writes else f"statistics of {channels}"
             constants = lanes | flags | {"HAS_H": writes, "WRITES": writes}
-            cases.append((name, kernels._sum_kernel, constants, kernels.NUM_WARPS))
+            cases.append((name, triton_kernels.sum_kernel, constants, kernels.NUM_WARPS))
         constants = lanes | {"CHUNKS": 256, "HAS_BIAS": True, "SILU": True}
-        cases.append((f"norm of {channels}", kernels._normalise_kernel, constants, 8))
+        cases.append((f"norm of {channels}", triton_kernels.normalise_kernel, constants, 8))
         constants = flags | {"C": channels, "LANES": channels, "BLOCK": block}
-        cases.append((f"pad of {channels}", kernels._pad_kernel, constants, kernels.NUM_WARPS))
+        cases.append(
+            (f"pad of {channels}", triton_kernels.pad_kernel, constants, kernels.NUM_WARPS)
+        )
     for length, num_warps in ((1024, 4), (4096, 4), (16384, 16)):
         constants = {"BLOCK": length}
-        cases.append((f"row of {length}", kernels._exponentials_kernel, constants, num_warps))
-    cases.append(("input", kernels._to_input_kernel, {"OUT": 8, "BLOCK": 1024}, 4))
+        cases.append((f"row of {length}", triton_kernels.exponentials_kernel, constants, num_warps))
+    cases.append(("input", triton_kernels.to_input_kernel, {"OUT": 8, "BLOCK": 1024}, 4))
     faults = 0
     for name, kernel, constants, num_warps in cases:
         for capability in CAPABILITIES:

@@ -59,7 +59,7 @@ HOMES = {
     "yaml": {"yaml_files.py"},
     "typer": {f"cli/{name}.py" for name in ("base", "runs", "datasets", "quality", "tools")},
     "jinja2": {"qa/html.py"},
-    "triton": {"vae/kernels.py"},
+    "triton": {"vae/kernels.py", "vae/triton_kernels.py"},
     "diffusers": set(),
     "torchvision": set(),
 }

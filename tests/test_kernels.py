@@ -21,8 +21,9 @@ from torch import Tensor
 
 from latentcache.metrics import drift_db
 from latentcache.vae import plain
+from latentcache.vae.architecture import Architecture
 from latentcache.vae.fast import FastEncoder
-from latentcache.vae.model import Architecture, KLAutoencoder
+from latentcache.vae.model import KLAutoencoder
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":

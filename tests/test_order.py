@@ -22,15 +22,8 @@ from hypothesis import strategies as st
 
 from latentcache import open_dataset
 from latentcache.errors import ConfigError
-from latentcache.loader.order import (
-    BatchRows,
-    Order,
-    OrderOptions,
-    Stream,
-    apportion,
-    make_key,
-    permute,
-)
+from latentcache.loader.order import BatchRows, Order, OrderOptions, Stream
+from latentcache.loader.permutation import apportion, make_key, permute
 from synthetic import make_contract, write_dataset
 from together import WORLD_SIZES, Identity, Step, open_ranks, steps_of
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from checkpoints import KL_F8, TINY_KL_F8, write_diffusers_folder
 from latentcache.demo.draw import draw_image
 from latentcache.errors import CheckpointError, ConfigError
-from latentcache.vae.model import Architecture, KLAutoencoder, to_uint8
+from latentcache.vae.architecture import Architecture
+from latentcache.vae.model import KLAutoencoder, to_uint8
 from latentcache.vae.weights import load_vae
 
 # The shapes of the published relatives, at a fraction of their widths.

@@ -20,8 +20,8 @@ import torch
 from ray.exceptions import ActorDiedError, OutOfMemoryError, RayError, RayTaskError
 
 from latentcache.dataset.receipts import Receipt
+from latentcache.engine.actors import ActorLost
 from latentcache.engine.connection import connect
-from latentcache.engine.dispatcher import ActorLost
 from latentcache.engine.job import UNITS_PER_ACTOR, Job, UnitFailure, UnitTask
 from latentcache.engine.prometheus import ActorMetrics
 from latentcache.engine.sizing import NodeShape, cpus_per_actor

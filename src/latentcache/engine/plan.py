@@ -26,7 +26,7 @@ from latentcache.images.samples import Wanted, file_key_and_field
 from latentcache.images.source import SourceShard, list_source, source_contract
 from latentcache.images.transform import ratio_buckets
 from latentcache.storage import ObjectInfo, Store
-from latentcache.vae.model import FAMILY
+from latentcache.vae.architecture import FAMILY
 from latentcache.vae.scaling import resolve_scaling
 from latentcache.vae.weights import encoder_fingerprint, load_vae
 

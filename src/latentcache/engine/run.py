@@ -18,10 +18,11 @@ from latentcache.dataset.contract import (
 )
 from latentcache.dataset.manifest import Manifest
 from latentcache.dataset.receipts import Unit, put_failure
+from latentcache.engine.actors import Failed, Finished, Retries
 from latentcache.engine.cluster import Cluster
 from latentcache.engine.commit import Committed, Committer
 from latentcache.engine.contract_setup import put_contract, resolve_contract
-from latentcache.engine.dispatcher import Dispatcher, Failed, Finished, Retries
+from latentcache.engine.dispatcher import Dispatcher
 from latentcache.engine.job import make_job
 from latentcache.engine.kept_fields import FieldCheck, spread
 from latentcache.engine.lease import Lease, active_runs, stand_aside

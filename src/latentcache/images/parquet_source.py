@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -21,7 +21,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pyarrow.types as pt
 
-from latentcache.errors import FieldMissing, Reject, SourceError, StorageError, first_line
+from latentcache.errors import Reject, SourceError, StorageError, first_line
+from latentcache.images.parquet_columns import (
+    SampleColumns,
+    find_columns,
+    has_path,
+    plain,
+    texts_of,
+)
 from latentcache.images.parquet_file import OversizedPage, ParquetBytes
 from latentcache.images.samples import (
     Group,
@@ -111,23 +118,6 @@ def _trouble(reason: str, message: str) -> RejectedSample:
     return RejectedSample(None, Reject("read", reason, message))
 
 
-@dataclass(frozen=True, slots=True)
-class _Columns:
-    """The columns to read: `images` that the file has, `texts` that are kept, and the key's.
-
-    `path` names the image column whose `path` is the key; None takes the number of the row.
-    """
-
-    images: Sequence[str]
-    texts: Sequence[str]
-    key: str | None
-    path: str | None = None
-
-    @property
-    def names(self) -> list[str]:
-        return list(dict.fromkeys([*self.images, *self.texts, *([self.key] if self.key else [])]))
-
-
 def _read_rows(
     file: ParquetBytes,
     shard: SourceShard,
@@ -148,7 +138,7 @@ def _read_rows(
         if file.failure:
             raise file.failure from error
         return _trouble("not_parquet", f"its footer cannot be read: {first_line(error)}")
-    columns = _find_columns(schema, wanted, shard.url)
+    columns = find_columns(schema, wanted, shard.url)
     file.check_pages(footer, columns.names, wanted.max_sample_bytes, reserve)
     reader = _Reader(file, parquet, footer)
     if columns.key is None:
@@ -242,16 +232,16 @@ class _Reader:
         return fitting
 
 
-def _path_column(reader: _Reader, schema: pa.Schema, columns: _Columns) -> str | None:
+def _path_column(reader: _Reader, schema: pa.Schema, columns: SampleColumns) -> str | None:
     """Return the image column whose paths are the keys; None if they cannot be."""
-    name = next((name for name in columns.images if _has_path(schema.field(name).type)), None)
+    name = next((name for name in columns.images if has_path(schema.field(name).type)), None)
     if name is None:
         return None
     seen: set[int] = set()
     for number in range(len(reader.footer.row_groups)):
         try:
             for batch in reader.batches(number, [f"{name}.path"], _PATHS_AT_ONCE):
-                for path in _texts(pc.struct_field(_plain(batch.column(name)), "path"), 0):
+                for path in texts_of(pc.struct_field(plain(batch.column(name)), "path"), 0):
                     key = _key_of(path) if path else ""
                     if not key or hash(key) in seen or not is_safe_key(key):
                         return None
@@ -269,91 +259,18 @@ def _key_of(path: bytes) -> str:
     return posixpath.splitext(path)[0].decode("utf-8", "surrogateescape")
 
 
-def _find_columns(schema: pa.Schema, wanted: Wanted, url: str) -> _Columns:
-    names = [name for name in wanted.image if name in schema.names]
-    if not names:
-        raise SourceError(
-            f"{url}: no column holds the image: source.image names {', '.join(wanted.image)}, the "
-            f"file has {', '.join(schema.names)}"
-        )
-    for name in names:
-        kind = _type_of(schema, name, url, "image")
-        if pt.is_struct(kind):
-            has_bytes = kind.get_field_index("bytes") >= 0
-            kind = kind.field("bytes").type if has_bytes else pa.int8()
-        if not (_is_binary(kind) or pt.is_null(kind)):
-            raise SourceError(
-                f"{url}: column {name!r} is {schema.field(name).type}, no image: that is binary, "
-                "or struct<bytes: binary, path: string>"
-            )
-    for setting, texts in (("keep", wanted.keep), ("key", [wanted.key] if wanted.key else [])):
-        for name in texts:
-            kind = _type_of(schema, name, url, setting)
-            if not _is_readable(kind, is_key=setting == "key"):
-                raise SourceError(
-                    f"{url}: column {name!r}, which source.{setting} names, is {kind}: only text, "
-                    "numbers, dates and lists of them can be read"
-                )
-    return _Columns(names, wanted.keep, wanted.key)
-
-
-def _type_of(schema: pa.Schema, name: str, url: str, setting: str) -> pa.DataType:
-    """Return a column's type, below what wraps it."""
-    indices = schema.get_all_field_indices(name)
-    if len(indices) != 1:
-        has = f"two columns {name!r}" if indices else f"no column {name!r}"
-        error = SourceError if indices or setting != "keep" else FieldMissing
-        raise error(
-            f"{url} has {has}, which source.{setting} names; it has {', '.join(schema.names)}"
-        )
-    kind = schema.field(indices[0]).type
-    if isinstance(kind, pa.BaseExtensionType):
-        kind = kind.storage_type
-    return kind.value_type if pt.is_dictionary(kind) else kind
-
-
-def _is_binary(kind: pa.DataType) -> bool:
-    return bool(pt.is_binary(kind) or pt.is_large_binary(kind) or pt.is_binary_view(kind))
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return bool(pt.is_string(kind) or pt.is_large_string(kind) or pt.is_string_view(kind))
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    return bool(pt.is_list(kind) or pt.is_large_list(kind) or pt.is_fixed_size_list(kind))
-
-
-def _is_readable(kind: pa.DataType, *, is_key: bool) -> bool:
-    """Return whether values of a type can become text."""
-    if _is_text(kind) or pt.is_integer(kind):
-        return True
-    if is_key:
-        return False
-    if _is_list(kind):
-        return _is_readable(kind.value_type, is_key=False) and not _is_list(kind.value_type)
-    return bool(
-        _is_binary(kind)
-        or pt.is_null(kind)
-        or pt.is_boolean(kind)
-        or pt.is_floating(kind)
-        or pt.is_decimal(kind)
-        or pt.is_temporal(kind)
-    )
-
-
 def _groups(
-    batch: pa.RecordBatch, columns: _Columns, wanted: Wanted, first: int
+    batch: pa.RecordBatch, columns: SampleColumns, wanted: Wanted, first: int
 ) -> Iterator[Group]:
     """Yield the fields of each row; of a key that is null, an empty one."""
-    images = {name: _plain(batch.column(name)) for name in columns.images}
+    images = {name: plain(batch.column(name)) for name in columns.images}
     blobs = {
         name: pc.struct_field(array, "bytes") if pt.is_struct(array.type) else array
         for name, array in images.items()
     }
-    paths = [_texts(pc.struct_field(a, "path"), 0) for a in images.values() if _has_path(a.type)]
-    texts = {name: _texts(batch.column(name), wanted.caption_index) for name in columns.texts}
-    keys = _texts(batch.column(columns.key), 0) if columns.key else []
+    paths = [texts_of(pc.struct_field(a, "path"), 0) for a in images.values() if has_path(a.type)]
+    texts = {name: texts_of(batch.column(name), wanted.caption_index) for name in columns.texts}
+    keys = texts_of(batch.column(columns.key), 0) if columns.key else []
     for index in range(batch.num_rows):
         path = next((found[index] for found in paths if found[index]), None)
         if columns.key:
@@ -369,52 +286,6 @@ def _groups(
         if path:
             group.names.add("the path of an image elsewhere")
         yield group
-
-
-def _plain(array: pa.Array) -> pa.Array:
-    """Take a column out of what wraps it: an extension type, a dictionary."""
-    if isinstance(array, pa.ExtensionArray):
-        array = array.storage
-    return array.dictionary_decode() if pt.is_dictionary(array.type) else array
-
-
-def _has_path(kind: pa.DataType) -> bool:
-    if isinstance(kind, pa.BaseExtensionType):
-        kind = kind.storage_type
-    if not pt.is_struct(kind) or kind.get_field_index("path") < 0:
-        return False
-    return _is_text(kind.field("path").type)
-
-
-def _texts(column: pa.Array, list_index: int) -> list[bytes | None]:
-    """Return the values of a column as text: strings and binary as the bytes that are stored.
-
-    Integers, floats, decimals and booleans are written as JSON writes them, dates and times in ISO
-    8601. Of a list the element `list_index` is taken; None if the list is shorter.
-    """
-    array = _plain(column)
-    if _is_list(array.type):
-        elements = (None if scalar.values is None else scalar.values for scalar in array)
-        return [
-            None
-            if values is None or len(values) <= list_index
-            else _texts(values.slice(list_index, 1), 0)[0]
-            for values in elements
-        ]
-    if _is_text(array.type):
-        array = array.cast(pa.large_string()).cast(pa.large_binary())
-    found: list[Any] = array.to_pylist()
-    return [None if value is None else _as_text(value) for value in found]
-
-
-def _as_text(value: Any) -> bytes:
-    if isinstance(value, bytes):
-        return value
-    if isinstance(value, bool):
-        return b"true" if value else b"false"
-    if hasattr(value, "isoformat"):
-        return str(value.isoformat()).encode()
-    return str(value).encode()
 
 
 def _sample_of(

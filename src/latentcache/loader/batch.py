@@ -17,7 +17,8 @@ from latentcache.loader.files import Files
 from latentcache.loader.join import Joined
 from latentcache.loader.latents import LatentFinish
 from latentcache.loader.noise import mix, normal
-from latentcache.loader.order import BatchRows, Ints, make_key
+from latentcache.loader.order import BatchRows
+from latentcache.loader.permutation import Ints, make_key
 from latentcache.loader.prefetch import Memory
 from latentcache.loader.rows import FoundRows, RowReader
 

@@ -19,7 +19,8 @@ from latentcache.dataset.manifest import Manifest, ManifestName, read_files
 from latentcache.dataset.reader import open_manifest
 from latentcache.dataset.receipts import DataFile
 from latentcache.errors import ConfigError, ContractMismatch, DatasetError
-from latentcache.loader.order import Ints, Stream
+from latentcache.loader.order import Stream
+from latentcache.loader.permutation import Ints
 from latentcache.storage import Store
 from latentcache.storage_options import StorageOptions
 

@@ -20,7 +20,7 @@ import torch
 from latentcache.dataset.parquet import naming_damage, open_parquet, read_table
 from latentcache.errors import ConfigError, DatasetError
 from latentcache.loader.files import Files
-from latentcache.loader.order import Ints
+from latentcache.loader.permutation import Ints
 from latentcache.storage import Store, split_url
 from latentcache.storage_options import StorageOptions
 

@@ -10,7 +10,7 @@ from latentcache.dataset.contract import Contract
 from latentcache.dataset.layout import TORCH_DTYPES
 from latentcache.dataset.quantization import zero_and_scale
 from latentcache.errors import ConfigError
-from latentcache.loader.order import Ints
+from latentcache.loader.permutation import Ints
 
 Noise = Callable[[int], torch.Tensor]
 """Gives standard normal numbers, [b, count] float32."""

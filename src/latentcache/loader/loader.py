@@ -23,15 +23,11 @@ from latentcache.loader.cache import parse_bytes
 from latentcache.loader.files import Files, open_sources
 from latentcache.loader.join import Join, Joined
 from latentcache.loader.latents import LatentFinish
-from latentcache.loader.order import DEFAULT_WINDOW_ROWS, BatchRows, Ints, Order, OrderOptions, Tail
+from latentcache.loader.order import DEFAULT_WINDOW_ROWS, BatchRows, Order, OrderOptions, Tail
+from latentcache.loader.permutation import Ints
 from latentcache.loader.prefetch import prefetch
-from latentcache.loader.rows import (
-    MAX_AHEAD,
-    RowReader,
-    environment_number,
-    num_ranks_here,
-    open_cache,
-)
+from latentcache.loader.ranks import num_ranks_here, place
+from latentcache.loader.rows import MAX_AHEAD, RowReader, open_cache
 from latentcache.storage_options import StorageOptions
 
 _STATE_VERSION = 1
@@ -107,7 +103,7 @@ class LatentLoader:
         storage: StorageOptions | None = None,
     ) -> None:
         options = OrderOptions(batch_size, seed, shuffle, window_rows, block_rows, tail)
-        self.rank, self.world_size = _place(rank, world_size, batch_size)
+        self.rank, self.world_size = place(rank, world_size, batch_size)
         weights = (
             {os.fspath(name): weight for name, weight in url.items()}
             if isinstance(url, Mapping)
@@ -279,44 +275,6 @@ def _grouped(batches: Iterator[BatchRows]) -> Iterator[list[BatchRows]]:
         group.append(chosen)
     if group:
         yield group
-
-
-def _place(rank: int | None, world_size: int | None, batch_size: int) -> tuple[int, int]:
-    """Say which rank of how many this process is."""
-    if (rank is None) != (world_size is None):
-        raise ConfigError("rank and world_size go together: give both, or neither")
-    if rank is None or world_size is None:
-        rank, world_size = 0, 1
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        else:
-            rank, world_size = _place_of_environment()
-    if not 0 <= rank < world_size:
-        raise ConfigError(f"rank {rank} is not one of {world_size}")
-    if batch_size % world_size:
-        raise ConfigError(
-            f"batch_size {batch_size} is that of all ranks together; {world_size} ranks cannot "
-            "share it evenly"
-        )
-    return rank, world_size
-
-
-def _place_of_environment() -> tuple[int, int]:
-    """Return the rank and world size that torchrun and its like set; (0, 1) where there are none.
-
-    Raises:
-        ConfigError: one is set without the other, or they are no rank and world size.
-    """
-    rank, world_size = environment_number("RANK"), environment_number("WORLD_SIZE")
-    if rank is None and world_size is None:
-        return 0, 1
-    if rank is None or world_size is None or rank >= world_size:
-        raise ConfigError(
-            f"the environment has RANK {rank} and WORLD_SIZE {world_size}, which do not go "
-            "together: correct them, or give rank and world_size"
-        )
-    _log.info("rank %d of %d, from RANK and WORLD_SIZE", rank, world_size)
-    return rank, world_size
 
 
 def _device(device: torch.device | str) -> torch.device:

@@ -16,7 +16,7 @@ from latentcache.dataset.reader import row_position
 from latentcache.loader.files import Files, open_sources
 from latentcache.loader.join import Join, Joined
 from latentcache.loader.latents import LatentFinish
-from latentcache.loader.order import Ints
+from latentcache.loader.permutation import Ints
 from latentcache.loader.rows import RowReader, open_cache
 from latentcache.storage_options import StorageOptions
 

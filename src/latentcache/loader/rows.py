@@ -8,7 +8,6 @@ since its latents are stored plain, at one stride (docs/format.md).
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,10 +25,11 @@ from latentcache.dataset.layout import latent_offsets, row_bytes, row_group_rows
 from latentcache.dataset.parquet import checked_footer, naming_damage
 from latentcache.dataset.receipts import DataFile
 from latentcache.dataset.shards import check_schema, column_type
-from latentcache.errors import ConfigError, DatasetError, ObjectNotFound
+from latentcache.errors import DatasetError, ObjectNotFound
 from latentcache.loader.cache import FileCache, default_cache_dir, parse_bytes
 from latentcache.loader.files import Files
-from latentcache.loader.order import Ints
+from latentcache.loader.permutation import Ints
+from latentcache.loader.ranks import num_ranks_here
 from latentcache.storage import Store
 
 SIZES = ("original_height", "original_width", "crop_top", "crop_left")
@@ -336,25 +336,6 @@ def _share_of_cache(files: Files, cache: FileCache | None) -> int:
     if cache is None or files.size_bytes.sum() <= cache.max_bytes:
         return 2**63
     return cache.max_bytes // 2 // num_ranks_here()
-
-
-def num_ranks_here() -> int:
-    """Count the ranks on this node, which share its cache, as torchrun and its like tell it."""
-    return max(1, environment_number("LOCAL_WORLD_SIZE") or 1)
-
-
-def environment_number(name: str) -> int | None:
-    """Read a whole number from an environment variable; None where it is not set.
-
-    Raises:
-        ConfigError: it is not a whole number of at least 0.
-    """
-    text = os.environ.get(name, "").strip()
-    if not text:
-        return None
-    if not (text.isascii() and text.isdigit() and len(text) < 10):
-        raise ConfigError(f"the environment variable {name} is {text!r:.60}, not a whole number")
-    return int(text)
 
 
 def _check_local(store: Store, file: DataFile) -> None:

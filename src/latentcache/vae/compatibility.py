@@ -10,7 +10,8 @@ from torch import Tensor
 from latentcache.dataset.contract import VaeContract
 from latentcache.errors import ConfigError
 from latentcache.metrics import drift_db
-from latentcache.vae.model import Architecture, KLAutoencoder
+from latentcache.vae.architecture import Architecture
+from latentcache.vae.model import KLAutoencoder
 
 # Copies of one encoder at other precisions agree this well, autoencoders trained apart do not.
 MIN_AGREEMENT_DB = 50.0

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from latentcache.errors import ConfigError
-from latentcache.vae.model import Architecture
+from latentcache.vae.architecture import Architecture
 
 _USUAL = (
     "0.18215 for Stable Diffusion 1 and 2 and sd-vae-ft-*; 0.13025 for SDXL; 1.5305 with "

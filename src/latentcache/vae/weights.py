@@ -25,7 +25,8 @@ from torch import Tensor
 from latentcache.errors import CheckpointError, ConfigError, ObjectNotFound, first_line
 from latentcache.storage import Store, split_url
 from latentcache.storage_options import StorageOptions
-from latentcache.vae.model import FAMILY, Architecture, KLAutoencoder
+from latentcache.vae.architecture import FAMILY, Architecture
+from latentcache.vae.model import KLAutoencoder
 from latentcache.vae.scaling import recognised_factor
 from latentcache.vae.tensorfile import SUFFIXES, read_tensors
 

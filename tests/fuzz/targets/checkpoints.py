@@ -28,7 +28,8 @@ import torch._utils
 
 from fuzz import Target, mutate_bytes
 from latentcache.errors import CheckpointError
-from latentcache.vae.model import Architecture, KLAutoencoder
+from latentcache.vae.architecture import Architecture
+from latentcache.vae.model import KLAutoencoder
 from latentcache.vae.weights import load_vae
 
 _NAMES = ("vae.safetensors", "vae.ckpt", "vae.zip", "config.json")

@@ -1,0 +1,235 @@
+# ruff: noqa: N803, N806, RET505  (constants of a kernel are written so; triton wants the else)
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+"""The kernels themselves, which `kernels.py` launches."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def to_input_kernel(images, out, num_pixels, OUT: tl.constexpr, BLOCK: tl.constexpr):
+    """Turn uint8 NCHW into [-1, 1] in NHWC, the channels above three zero."""
+    image = tl.program_id(1).to(tl.int64)
+    pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    channel = tl.arange(0, OUT)
+    there = (pixel < num_pixels)[:, None]
+    is_colour = (channel < 3)[None, :]
+    source = images + image * 3 * num_pixels + channel[None, :] * num_pixels + pixel[:, None]
+    level = tl.load(source, mask=there & is_colour, other=0).to(tl.float32)
+    value = tl.where(is_colour, level / 127.5 - 1.0, 0.0)
+    target = out + image * num_pixels * OUT + pixel[:, None] * OUT + channel[None, :]
+    tl.store(target, value.to(out.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def _channels(C: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr):
+    """The channel of each lane, and whether there is one: a group has DP lanes and D channels."""
+    D: tl.constexpr = C // G
+    lane = tl.arange(0, GP * DP)
+    if D == DP:
+        channel = lane
+    else:
+        channel = lane // DP * D + lane % DP
+    return channel, (lane % DP < D) & (lane // DP < G)
+
+
+@triton.jit
+def _tile_mask(there, exists, C: tl.constexpr, LANES: tl.constexpr):
+    """Which pixels and channels of a tile are there; of the pixels alone where no lane is idle."""
+    if C == LANES:
+        return there[:, None]
+    else:
+        return there[:, None] & exists[None, :]
+
+
+@triton.jit
+def sum_kernel(
+    x,
+    h,
+    bias,
+    out,
+    statistics,
+    num_pixels,
+    chunk_pixels,
+    num_chunks,
+    C: tl.constexpr,
+    G: tl.constexpr,
+    GP: tl.constexpr,
+    DP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_H: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    WRITES: tl.constexpr,
+):
+    """Add the bias and another map, and gather the statistics of each group in a chunk."""
+    LANES: tl.constexpr = GP * DP
+    chunk = tl.program_id(0)
+    image = tl.program_id(1).to(tl.int64)
+    first = chunk * chunk_pixels
+    last = tl.minimum(first + chunk_pixels, num_pixels)
+    channel, exists = _channels(C, G, GP, DP)
+    add = tl.zeros((LANES,), tl.float32)
+    if HAS_BIAS:
+        add = tl.load(bias + channel, mask=exists, other=0.0)
+
+    # Differences from the chunk's first pixel keep what the squares would lose far from zero.
+    start = (image * num_pixels + first) * C
+    origin = tl.load(x + start + channel, mask=exists, other=0.0).to(tl.float32) + add
+    if HAS_H:
+        origin += tl.load(h + start + channel, mask=exists, other=0.0).to(tl.float32)
+
+    row = tl.arange(0, BLOCK)
+    inside = row[:, None] * C + channel[None, :]
+    sums = tl.zeros((BLOCK, LANES), tl.float32)
+    squares = tl.zeros((BLOCK, LANES), tl.float32)
+    for pixel in range(first, last, BLOCK):
+        mask = _tile_mask(row < last - pixel, exists, C, LANES)
+        start = (image * num_pixels + pixel) * C
+        value = tl.load(x + start + inside, mask=mask, other=0.0).to(tl.float32)
+        if HAS_H:
+            value += tl.load(h + start + inside, mask=mask, other=0.0).to(tl.float32)
+        value += add[None, :]
+        if WRITES:
+            rounded = value.to(out.dtype.element_ty)
+            tl.store(out + start + inside, rounded, mask=mask)
+            value = rounded.to(tl.float32)
+        difference = tl.where(mask, value - origin[None, :], 0.0)
+        sums += difference
+        squares += difference * difference
+
+    # Of each channel, then of its group: what channels differ by belongs to the group's variance.
+    count = (last - first).to(tl.float32)
+    total = tl.sum(sums, axis=0)
+    mean = tl.reshape(origin + total / count, (GP, DP))
+    scatter = tl.reshape(tl.sum(squares, axis=0) - total * (total / count), (GP, DP))
+    weight = tl.reshape(exists.to(tl.float32), (GP, DP))
+    group_mean = tl.sum(mean * weight, axis=1) / (C // G)
+    apart = (mean - group_mean[:, None]) * weight
+    group_scatter = tl.sum(scatter * weight + count * apart * apart, axis=1)
+    target = statistics + (image * num_chunks + chunk) * 2 * GP + tl.arange(0, GP)
+    tl.store(target, group_mean)
+    tl.store(target + GP, group_scatter)
+
+
+@triton.jit
+def normalise_kernel(
+    x,
+    bias,
+    statistics,
+    weight,
+    shift,
+    out,
+    num_pixels,
+    chunk_pixels,
+    num_chunks,
+    eps,
+    C: tl.constexpr,
+    G: tl.constexpr,
+    GP: tl.constexpr,
+    DP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SILU: tl.constexpr,
+):
+    """Merge the chunks' statistics, normalise, and apply SiLU."""
+    LANES: tl.constexpr = GP * DP
+    D: tl.constexpr = C // G
+    image = tl.program_id(1).to(tl.int64)
+
+    # Merge the chunks' means and scatters; again as differences, from the first chunk's mean.
+    chunk = tl.arange(0, CHUNKS)[:, None]
+    group = tl.arange(0, GP)
+    source = statistics + image * num_chunks * 2 * GP
+    found = source + chunk * 2 * GP + group[None, :]
+    means = tl.load(found, mask=chunk < num_chunks, other=0.0)
+    scatters = tl.load(found + GP, mask=chunk < num_chunks, other=0.0)
+    left = tl.maximum(num_pixels - chunk * chunk_pixels, 0)
+    counts = tl.minimum(left, chunk_pixels).to(tl.float32)
+    origin = tl.load(source + group)
+    mean = origin + tl.sum((means - origin[None, :]) * counts, axis=0) / num_pixels
+    apart = means - mean[None, :]
+    scatter = tl.sum(scatters + counts * D * apart * apart, axis=0)
+    inverse_std = 1.0 / tl.sqrt(scatter / D / num_pixels + eps)
+
+    channel, exists = _channels(C, G, GP, DP)
+    offset = -tl.reshape(tl.broadcast_to(mean[:, None], (GP, DP)), (LANES,))
+    scale = tl.reshape(tl.broadcast_to(inverse_std[:, None], (GP, DP)), (LANES,))
+    scale *= tl.load(weight + channel, mask=exists, other=0.0)
+    end = tl.load(shift + channel, mask=exists, other=0.0)
+    if HAS_BIAS:
+        offset += tl.load(bias + channel, mask=exists, other=0.0)
+
+    first = tl.program_id(0) * chunk_pixels
+    last = tl.minimum(first + chunk_pixels, num_pixels)
+    row = tl.arange(0, BLOCK)
+    inside = row[:, None] * C + channel[None, :]
+    for pixel in range(first, last, BLOCK):
+        mask = _tile_mask(row < last - pixel, exists, C, LANES)
+        start = (image * num_pixels + pixel) * C
+        value = tl.load(x + start + inside, mask=mask, other=0.0).to(tl.float32)
+        value = (value + offset[None, :]) * scale[None, :] + end[None, :]
+        if SILU:
+            value = value * tl.sigmoid(value)
+        tl.store(out + start + inside, value.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def pad_kernel(
+    x,
+    h,
+    bias,
+    out,
+    height,
+    width,
+    C: tl.constexpr,
+    LANES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_H: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    """Add, and pad below and to the right with zeros."""
+    image = tl.program_id(1).to(tl.int64)
+    num_padded = (height + 1) * (width + 1)
+    pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = pixel // (width + 1)
+    column = pixel % (width + 1)
+    channel = tl.arange(0, LANES)
+    mask = _tile_mask(pixel < num_padded, channel < C, C, LANES)
+    is_image = ((row < height) & (column < width))[:, None]
+    source = (image * height * width + row * width + column) * C
+    from_ = source[:, None] + channel[None, :]
+    value = tl.load(x + from_, mask=mask & is_image, other=0.0).to(tl.float32)
+    if HAS_H:
+        value += tl.load(h + from_, mask=mask & is_image, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        value += tl.load(bias + channel, mask=channel < C, other=0.0)[None, :]
+    value = tl.where(is_image, value, 0.0)
+    target = (image * num_padded + pixel) * C
+    tl.store(out + target[:, None] + channel[None, :], value.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def exponentials_kernel(scores, out, sums, length, BLOCK: tl.constexpr):
+    """Write the exponentials of a row of scores less its maximum, and their sum."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    scores += row * length
+    out += row * length
+    # Rows of up to a tile, the common ones, are read once; longer ones twice.
+    head = tl.load(scores + column, mask=column < length, other=float("-inf"))
+    highest = tl.max(head, axis=0)
+    for start in range(BLOCK, length, BLOCK):
+        more = tl.load(scores + start + column, mask=column < length - start, other=float("-inf"))
+        highest = tl.maximum(highest, tl.max(more, axis=0))
+    rounded = tl.exp(head - highest).to(out.dtype.element_ty)
+    tl.store(out + column, rounded, mask=column < length)
+    total = tl.sum(rounded.to(tl.float32), axis=0)
+    for start in range(BLOCK, length, BLOCK):
+        more = tl.load(scores + start + column, mask=column < length - start, other=float("-inf"))
+        rounded = tl.exp(more - highest).to(out.dtype.element_ty)
+        tl.store(out + start + column, rounded, mask=column < length - start)
+        total += tl.sum(rounded.to(tl.float32), axis=0)
+    tl.store(sums + row, total)
