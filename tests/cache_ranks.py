@@ -12,10 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from latentcache import storage
 from latentcache.dataset.receipts import DataFile
 from latentcache.loader.cache import FileCache
 from latentcache.storage import Store
+from latentcache.storage.backend import Backend
 
 LARGE = 10**12
 
@@ -58,7 +58,7 @@ def open_at_random(
 
 def open_in_blocks(store: Store, folder: Path, file: DataFile, block_bytes: int) -> None:
     """Open a file, and fetch it in smaller blocks than usual."""
-    storage._READ_BLOCK_BYTES = block_bytes
+    Backend.read_block_bytes = block_bytes
     open_all(store, folder, [file])
 
 

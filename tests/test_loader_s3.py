@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from latentcache import Batch, LatentLoader, open_dataset, storage
+from latentcache import Batch, LatentLoader, open_dataset
 from latentcache.errors import DatasetError, StorageError
+from latentcache.storage import access
 from makers import flip_byte
 from ranks import CONTEXT, be_impatient, identities_or_error, load_remote, run_ranks, send_steps
 from reference import IDENTITY, assert_stored, identities, read_rows
@@ -106,7 +107,7 @@ def test_a_cache_smaller_than_the_dataset_will_do(
 def test_a_busy_store_and_cut_connections_change_nothing(
     url: str, folder: Path, tmp_path: Path, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "_PAUSES_S", (0.01,) * 9)
+    monkeypatch.setattr(access, "_PAUSES_S", (0.01,) * 9)
     faults = [proxy.on("GET", DATA, fault, times=3) for fault in (cut_halfway, slow_down)]
     assert bits(list(load_remote(url, tmp_path, proxy.endpoint_url))) == local_bits(folder)
     assert [fault.num_fired for fault in faults] == [3, 3]
@@ -271,9 +272,9 @@ def test_ctrl_c_fetches_no_more(moto: S3Server, tmp_path: Path, proxy: FaultyPro
 _FAILING = """
 import sys
 sys.path[:0] = sys.argv[4:]
-from latentcache import storage
+from latentcache.storage import access
 from ranks import load_remote
-storage._PAUSES_S = (0.01, 3600.0)
+access._PAUSES_S = (0.01, 3600.0)
 list(load_remote(*sys.argv[1:4], shuffle=False, batch_size=1))
 """
 

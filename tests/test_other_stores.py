@@ -21,10 +21,10 @@ from fsspec import AbstractFileSystem
 from fsspec.registry import _registry
 
 from latentcache import parse_config
-from latentcache import storage as storage_module
 from latentcache.errors import AccessDenied, ConfigError, SourceChanged
 from latentcache.images.source import Sample, SourceShard, list_source, read_shard
 from latentcache.storage import Store
+from latentcache.storage.backend import forget_clients
 from latentcache.storage_options import StorageOptions
 from makers import config_tree
 from test_source import pair, tar_bytes
@@ -126,9 +126,9 @@ def hub(request: pytest.FixtureRequest) -> Iterator[type[_Hub]]:
     kind.store, HuggingFace.listed = {}, {}
     there = _registry.get(kind.protocol)
     fsspec.register_implementation(kind.protocol, kind, clobber=True)
-    storage_module._filesystem.cache_clear()
+    forget_clients()
     yield kind
-    storage_module._filesystem.cache_clear()
+    forget_clients()
     del _registry[kind.protocol]
     if there:
         fsspec.register_implementation(kind.protocol, there, clobber=True)
@@ -218,19 +218,22 @@ def test_no_listing_is_kept_by_a_client_and_a_public_bucket_needs_no_credentials
     assert hub.arguments == expected[hub.protocol]
 
 
+def _foreign(name: str, base: type[Exception], module: str) -> Exception:
+    """Make what a client that is not installed here would raise."""
+    kind: type[Exception] = type(name, (base,), {"__module__": module})
+    return kind("no")
+
+
 @pytest.mark.parametrize(
-    "error",
+    ("hub", "error"),
     [
-        type("ClientAuthenticationError", (Exception,), {"__module__": "azure.core.exceptions"})(
-            "no"
-        ),
-        type("DefaultCredentialsError", (Exception,), {"__module__": "google.auth.exceptions"})(
-            "no"
-        ),
-        type("GatedRepoError", (OSError,), {"__module__": "huggingface_hub.errors"})("no"),
-        OSError("Forbidden: bucket/photos\nno"),  # gcsfs
+        (Azure, _foreign("ClientAuthenticationError", Exception, "azure.core.exceptions")),
+        (Google, _foreign("DefaultCredentialsError", Exception, "google.auth.exceptions")),
+        (Google, OSError("Forbidden: bucket/photos\nno")),  # gcsfs
+        (HuggingFace, _foreign("GatedRepoError", OSError, "huggingface_hub.errors")),
     ],
-    ids=lambda error: type(error).__name__,
+    indirect=["hub"],
+    ids=["azure", "google", "gcsfs", "hub"],
 )
 def test_a_store_that_gives_no_access_is_not_asked_again(
     hub: type[_Hub], monkeypatch: pytest.MonkeyPatch, error: Exception
@@ -255,7 +258,7 @@ def test_a_missing_package_is_told_with_the_extra_that_brings_it(
         raise ImportError(f"install the package for {name}")
 
     monkeypatch.setattr(fsspec, "filesystem", missing)
-    storage_module._filesystem.cache_clear()
+    forget_clients()
     with pytest.raises(ConfigError, match=rf"{protocol}://.*pip install 'latentcache\[{extra}\]'"):
         Store(f"{protocol}://bucket/photos")
 

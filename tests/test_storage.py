@@ -19,9 +19,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from latentcache import storage
 from latentcache.errors import ConfigError, DiskFull, ObjectNotFound, StorageError
-from latentcache.storage import Store, split_url
+from latentcache.storage import Store, backend, s3, split_url
 from latentcache.storage_options import StorageOptions
 from servers import (
     DEADLINE_S,
@@ -411,7 +410,7 @@ def test_a_full_disk_is_told_from_other_errors(tmp_path: Path) -> None:
 def test_iterating_gives_everything_below_a_folder(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "_PAGE", 2)
+    monkeypatch.setattr(s3.S3Backend, "page_size", 2)
     assert list(store.iterate("data")) == []
     paths = [f"data/{unit}/{name}" for unit in "abc" for name in ("1", "2", "deep/3")]
     for path in (*paths, "data/top", "other/x", "database"):
@@ -425,7 +424,7 @@ def test_iterating_gives_everything_below_a_folder(
 
 
 def test_many_are_deleted_at_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "_PAGE", 3)
+    monkeypatch.setattr(s3.S3Backend, "page_size", 3)
     paths = [f"data/{number:02d} ü+&%" for number in range(8)]
     for path in (*paths, "data/stays"):
         store.put(path, b"")
@@ -450,7 +449,7 @@ def test_a_store_that_cannot_delete_many_deletes_one_by_one(
 def test_uploads_that_were_left_are_listed_and_aborted(
     moto: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "_PAGE", 2)
+    monkeypatch.setattr(s3.S3Backend, "page_size", 2)
     store = Store(f"{bucket_of(moto)}/{tmp_path.name}", moto.options)
     assert list(store.list_uploads()) == []
     for name in ("a", "b", "b", "c"):
@@ -478,7 +477,8 @@ def test_the_time_is_the_stores_own(
 ) -> None:
     store = Store(f"{bucket_of(moto)}/{tmp_path.name}", moto.options)
     store.put("a", b"")
-    monkeypatch.setattr(storage, "time", SimpleNamespace(time=lambda: 0.0))
+    for module in (backend, s3):
+        monkeypatch.setattr(module, "time", SimpleNamespace(time=lambda: 0.0))
     written = store.info("a").modified_at
     assert written is not None
     assert 0 <= store.now() - written < 3600

@@ -17,10 +17,9 @@ from threading import Barrier
 import pytest
 
 import latentcache
-from latentcache import storage, storage_local
 from latentcache.engine import run as run_module
 from latentcache.errors import AccessDenied, DiskFull, ObjectNotFound, StorageError
-from latentcache.storage import Store
+from latentcache.storage import Store, access, local_files
 from makers import config_tree, png, write_tar
 from servers import DEADLINE_S
 from thread_cluster import ThreadCluster
@@ -49,7 +48,7 @@ def refuse_links(patch: pytest.MonkeyPatch, code: int = errno.EPERM) -> Refusal:
 
 def refuse_exclusive_renames(patch: pytest.MonkeyPatch) -> None:
     """As on one that knows no flags of renameat2(2), as FUSE mounts do not."""
-    patch.setattr(storage_local, "_rename", lambda temp, target: False)
+    patch.setattr(local_files, "_rename", lambda temp, target: False)
 
 
 @pytest.mark.parametrize("code", UNSUPPORTED)
@@ -111,7 +110,7 @@ def test_without_links_and_exclusive_renames_one_of_many_writers_wins(tmp_path: 
 # Forks for each step, which a process without threads may do.
 _KILL_AT_EACH_STEP = """
 import io, json, os, signal, sys
-from latentcache import storage_local as local
+from latentcache.storage import local_files as local
 
 def killing(function, before):
     def call(*arguments, **options):
@@ -224,7 +223,7 @@ def test_what_no_retry_can_change_is_told_at_once(
 def test_a_stale_file_handle_is_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "_PAUSES_S", (0.0, 0.0))
+    monkeypatch.setattr(access, "_PAUSES_S", (0.0, 0.0))
     fsync, num_stale = os.fsync, 0
 
     def stale(handle: int) -> None:

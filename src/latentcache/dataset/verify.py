@@ -25,7 +25,7 @@ from latentcache.dataset.receipts import DataFile, UnitRecord, read_receipts
 from latentcache.dataset.shards import REJECT_SCHEMA, check_schema, iterate_latents
 from latentcache.errors import DatasetError, ObjectNotFound
 from latentcache.storage import Store
-from latentcache.storage_errors import named_local
+from latentcache.storage.failures import named_local
 from latentcache.storage_options import StorageOptions
 
 _THREADS = 8

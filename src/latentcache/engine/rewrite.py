@@ -45,7 +45,7 @@ from latentcache.errors import DatasetError, ObjectNotFound, Reject
 from latentcache.images.source import NotGrouped, RejectedSample, Sample
 from latentcache.images.text_fields import read_columns
 from latentcache.storage import Store
-from latentcache.storage_errors import named_local
+from latentcache.storage.failures import named_local
 
 _SIZES = ("original_width", "original_height", "crop_top", "crop_left")
 

@@ -9,7 +9,7 @@ from webdataset.shardlists import expand_urls as expand_braces
 
 from latentcache.errors import ConfigError, StorageError
 from latentcache.storage import Store, split_url
-from latentcache.storage_errors import is_final
+from latentcache.storage.failures import is_final
 from latentcache.storage_options import StorageOptions
 from latentcache.urls import check_url, shown
 

@@ -29,7 +29,7 @@ from latentcache.dataset.parse import SHA256
 from latentcache.dataset.receipts import DataFile
 from latentcache.errors import ConfigError, DatasetError, DiskFull, ObjectNotFound, StorageError
 from latentcache.storage import Store
-from latentcache.storage_errors import named_local
+from latentcache.storage.failures import named_local
 
 _OURS = re.compile(r"[0-9a-f]{64}(\.(?P<size_bytes>\d+)(\.[0-9a-f]+)?\.part)?")
 

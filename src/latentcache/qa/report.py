@@ -27,7 +27,7 @@ from latentcache.qa.gates import Gates
 from latentcache.qa.qa_files import read_measures, read_qa_rows
 from latentcache.qa.row_pictures import RowPictures, draw_row
 from latentcache.storage import Store
-from latentcache.storage_errors import named_local
+from latentcache.storage.failures import named_local
 
 _READ_THREADS = 8
 

@@ -14,7 +14,7 @@ from latentcache.dataset.bucket import Bucket
 from latentcache.dataset.reader import Dataset
 from latentcache.errors import CheckpointError, ConfigError, DatasetError, StorageError
 from latentcache.qa.access import find_checkpoint
-from latentcache.storage_errors import named_local
+from latentcache.storage.failures import named_local
 from latentcache.storage_options import StorageOptions
 from latentcache.vae.compatibility import require_family
 from latentcache.vae.model import KLAutoencoder, to_uint8
