@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from latentcache import Config, load_config, make_plan, parse_config
-from latentcache.config import load_eval_config
+from latentcache.config_eval import load_eval_config
 from latentcache.errors import ConfigError
 from makers import png, write_tar
 

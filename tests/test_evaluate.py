@@ -24,7 +24,7 @@ import latentcache
 from checkpoints import TINY_KL_F8, write_diffusers_folder, write_folder
 from corpus import Shard
 from latentcache import load_vae, to_uint8
-from latentcache.config import EvalConfig, load_eval_config
+from latentcache.config_eval import EvalConfig, load_eval_config
 from latentcache.errors import CheckpointError, ConfigError, SourceError, StorageError
 from latentcache.evaluation.card import Evaluation, Picture, draw_side_by_side
 from latentcache.evaluation.evaluate import evaluate, plan_evaluation

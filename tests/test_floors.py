@@ -29,7 +29,9 @@ FLOORS = {
     "config_errors": 0.25,
     "storage_options": 0.25,
     "config_types": 0.4,
+    "config_files": 0.4,
     "config": 0.5,
+    "config_eval": 0.6,
     "parquet_footer": 0.5,
     "storage": 1.0,
     "dataset": 1.5,
@@ -48,12 +50,14 @@ FLOORS = {
     "__init__": 5.0,
 }
 
+CONFIG_FILES = ("config", "config_errors", "config_eval", "config_files", "config_types")
+
 # Libraries that one place alone may know, relative to the package.
 HOMES = {
     "ray": {"engine/cluster.py", "engine/connection.py", "engine/prometheus.py"},
     "webdataset": {"images/braces.py", "images/samples.py", "demo/demo_data.py"},
-    "pydantic": {"config.py", "config_errors.py", "config_types.py"},
-    "pydantic_core": {"config.py", "config_errors.py", "config_types.py"},
+    "pydantic": {f"{name}.py" for name in CONFIG_FILES},
+    "pydantic_core": {f"{name}.py" for name in CONFIG_FILES},
     "yaml": {"yaml_files.py"},
     "typer": {f"cli/{name}.py" for name in ("base", "runs", "datasets", "quality", "tools")},
     "jinja2": {"qa/html.py"},

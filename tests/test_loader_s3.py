@@ -15,7 +15,7 @@ import torch
 
 from latentcache import Batch, LatentLoader, open_dataset
 from latentcache.errors import DatasetError, StorageError
-from latentcache.storage import access
+from latentcache.storage import retries
 from makers import flip_byte
 from ranks import CONTEXT, be_impatient, identities_or_error, load_remote, run_ranks, send_steps
 from reference import IDENTITY, assert_stored, identities, read_rows
@@ -107,7 +107,7 @@ def test_a_cache_smaller_than_the_dataset_will_do(
 def test_a_busy_store_and_cut_connections_change_nothing(
     url: str, folder: Path, tmp_path: Path, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(access, "_PAUSES_S", (0.01,) * 9)
+    monkeypatch.setattr(retries, "_PAUSES_S", (0.01,) * 9)
     faults = [proxy.on("GET", DATA, fault, times=3) for fault in (cut_halfway, slow_down)]
     assert bits(list(load_remote(url, tmp_path, proxy.endpoint_url))) == local_bits(folder)
     assert [fault.num_fired for fault in faults] == [3, 3]
@@ -272,9 +272,9 @@ def test_ctrl_c_fetches_no_more(moto: S3Server, tmp_path: Path, proxy: FaultyPro
 _FAILING = """
 import sys
 sys.path[:0] = sys.argv[4:]
-from latentcache.storage import access
+from latentcache.storage import retries
 from ranks import load_remote
-access._PAUSES_S = (0.01, 3600.0)
+retries._PAUSES_S = (0.01, 3600.0)
 list(load_remote(*sys.argv[1:4], shuffle=False, batch_size=1))
 """
 

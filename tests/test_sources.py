@@ -18,7 +18,7 @@ import yaml
 import latentcache
 from corpus import jpeg
 from latentcache import Dataset, open_dataset
-from latentcache.config import EvalConfig
+from latentcache.config_eval import EvalConfig
 from latentcache.engine import run as run_module
 from latentcache.errors import ConfigError
 from latentcache.evaluation.evaluate import evaluate, plan_evaluation

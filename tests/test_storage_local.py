@@ -19,7 +19,7 @@ import pytest
 import latentcache
 from latentcache.engine import run as run_module
 from latentcache.errors import AccessDenied, DiskFull, ObjectNotFound, StorageError
-from latentcache.storage import Store, access, local_files
+from latentcache.storage import Store, local_files, retries
 from makers import config_tree, png, write_tar
 from servers import DEADLINE_S
 from thread_cluster import ThreadCluster
@@ -223,7 +223,7 @@ def test_what_no_retry_can_change_is_told_at_once(
 def test_a_stale_file_handle_is_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(access, "_PAUSES_S", (0.0, 0.0))
+    monkeypatch.setattr(retries, "_PAUSES_S", (0.0, 0.0))
     fsync, num_stale = os.fsync, 0
 
     def stale(handle: int) -> None:

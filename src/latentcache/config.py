@@ -6,28 +6,22 @@ starts. Credentials never stand in a config: they come from the environment or a
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
-    ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
 
-from latentcache.config_errors import explain
-from latentcache.config_types import OutputUrl, PublicText, Storage, Url
+from latentcache.config_files import parse_tree, read_config
+from latentcache.config_types import OutputUrl, PublicText, Section, Side, Storage, Url
 from latentcache.errors import ConfigError
 from latentcache.storage_options import StorageOptions
-from latentcache.urls import shown
-from latentcache.yaml_files import parse_yaml, read_yaml
 
 # Names that every row has already; a kept field may not take one.
 ROW_COLUMNS = (
@@ -44,24 +38,8 @@ ROW_COLUMNS = (
 # Larger images are refused before they are decoded, where a config does not say otherwise.
 MAX_PIXELS = 100_000_000
 
-Side = Annotated[int, Field(ge=8, le=16384, multiple_of=8)]
 
-
-class _Section(BaseModel):
-    # The input stays out of Pydantic's own text, which tracebacks show: it may be a credential.
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True
-    )
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _integers_are_of_64_bits(cls, value: Any) -> Any:
-        if isinstance(value, int) and value.bit_length() > 63:
-            raise PydanticCustomError("explained", "is too large")
-        return value
-
-
-class Images(_Section):
+class Images(Section):
     """Which images are read."""
 
     shards: Url | list[Url] | None = Field(
@@ -158,14 +136,14 @@ class Source(Images):
         return self
 
 
-class RatioBuckets(_Section):
+class RatioBuckets(Section):
     """Aspect-ratio buckets of about `resolution_px` squared pixels."""
 
     max_ratio: float = Field(ge=1.0, le=16.0, description="Longest side over shortest, at most.")
     step_px: Side = Field(64, description="Sides are multiples of this.")
 
 
-class Transform(_Section):
+class Transform(Section):
     """How an image becomes the pixels that are encoded."""
 
     resolution_px: Side
@@ -197,7 +175,7 @@ class Transform(_Section):
         return buckets
 
 
-class Autoencoder(_Section):
+class Autoencoder(Section):
     """An autoencoder; it has no default, because latents of different ones do not mix."""
 
     checkpoint: Url = Field(
@@ -225,14 +203,14 @@ class Vae(Autoencoder):
     )
 
 
-class Calibration(_Section):
+class Calibration(Section):
     """On what int8's range is measured, channel by channel, before a first run."""
 
     num_images: int = Field(512, ge=1, le=8192, description="At most, from several shards.")
     seed: int = Field(0, ge=0, description="Chooses other shards.")
 
 
-class Latents(_Section):
+class Latents(Section):
     """What is stored."""
 
     posterior: Literal["mean", "moments", "sample"] = "mean"
@@ -253,14 +231,14 @@ class Latents(_Section):
         return calibration
 
 
-class Output(_Section):
+class Output(Section):
     """Where the dataset is written."""
 
     url: OutputUrl
     storage: Storage = StorageOptions()
 
 
-class Rejects(_Section):
+class Rejects(Section):
     """How many samples may be left out."""
 
     max_rate: float = Field(
@@ -271,7 +249,7 @@ class Rejects(_Section):
     )
 
 
-class Compute(_Section):
+class Compute(Section):
     """What the run may use."""
 
     num_gpus: int = Field(1, ge=0, description="One actor each; 0 encodes on CPUs.")
@@ -296,14 +274,14 @@ class Compute(_Section):
     )
 
 
-class Network(_Section):
+class Network(Section):
     """A published network that a measure needs; the file counts only with this hash."""
 
     url: Url = Field(description="A path or URL.")
     sha256: str = Field(pattern="^[0-9a-f]{64}$", description="Of the file, lower-case hex.")
 
 
-class Qa(_Section):
+class Qa(Section):
     """A look at a sample of rows while they are made; leave it out for none."""
 
     fraction: float = Field(0.001, ge=0, le=1, description="Of all rows.")
@@ -323,7 +301,7 @@ class Qa(_Section):
     max_rejects: int | None = Field(None, ge=0, description="Gate: samples left out, at most.")
 
 
-class Config(_Section):
+class Config(Section):
     """A whole config file."""
 
     name: PublicText = Field(min_length=1)
@@ -344,70 +322,6 @@ class Config(_Section):
         return value
 
 
-class Networks(_Section):
-    """The networks of an evaluation; a measure whose network is left out stays empty."""
-
-    inception: Network | None = Field(
-        None, description="StyleGAN2-ADA's `inception-2015-12-05.pt`, for rFID."
-    )
-    lpips: Network | None = Field(None, description="StyleGAN2-ADA's `vgg16.pt`, for LPIPS.")
-    vgg16: Network | None = Field(
-        None, description="A plain VGG16 state dict with torchvision's names, for PSIM."
-    )
-    storage: Storage = StorageOptions()
-
-
-class EvalModel(_Section):
-    """A decoder to evaluate: one row of the table."""
-
-    name: PublicText = Field(min_length=1)
-    checkpoint: Url = Field(description="As in `vae.checkpoint`; its decoder is used.")
-    train_steps: int | None = Field(None, ge=0, description="For the table only.")
-    link: PublicText = Field("", description="For the table only.")
-    comments: PublicText = Field("", description="For the table only.")
-    storage: Storage = StorageOptions()
-
-
-class EvalCompute(_Section):
-    """What an evaluation may use; it computes in fp32."""
-
-    num_gpus: int = Field(1, ge=0, description="One actor each; 0 computes on CPUs.")
-    num_cpu_actors: int = Field(
-        1, ge=1, description="Actors where `num_gpus` is 0; one works in the command's own process."
-    )
-    batch_size: int = Field(16, ge=1, description="Images decoded at once.")
-
-
-class EvalConfig(_Section):
-    """A whole config file of `latentcache eval`."""
-
-    name: PublicText = Field(min_length=1)
-    source: Images
-    resolution_px: Side = Field(256, description="The shorter side's; then the centre is cropped.")
-    vae: Autoencoder = Field(description="Encodes the images, once for all models.")
-    models: list[EvalModel] = Field(min_length=1)
-    networks: Networks = Networks()
-    max_images: int | None = Field(
-        None, ge=1, description="At most, spread evenly over the shards; all if left out."
-    )
-    picture_rows: int = Field(8, ge=0, le=64, description="Images in the side-by-side picture.")
-    output: Output = Field(description="Where the table, the figures and the picture are written.")
-    compute: EvalCompute = EvalCompute()
-
-    @field_validator("models")
-    @classmethod
-    def _names_are_distinct(cls, models: list[EvalModel]) -> list[EvalModel]:
-        if len({model.name for model in models}) < len(models):
-            raise ValueError("two models have one name")
-        return models
-
-
-# Names in the path of an override: no section lies as deep.
-_MAX_SECTIONS = 8
-
-_FileT = TypeVar("_FileT", Config, EvalConfig)
-
-
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read the YAML config of a run.
 
@@ -419,17 +333,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: the file cannot be read, is not YAML, or a value is wrong; the message has one
             line per mistake with its dotted path and, for an unknown name, the nearest valid one.
     """
-    return _parse(Config, _read(path, overrides), str(path))
-
-
-def load_eval_config(path: str | Path, overrides: Sequence[str] = ()) -> EvalConfig:
-    """Read the YAML config of an evaluation; see `load_config`."""
-    return _parse(EvalConfig, _read(path, overrides), str(path))
+    return read_config(Config, path, overrides)
 
 
 def parse_config(tree: Any, origin: str = "config") -> Config:
     """Check a run's config that is already a tree of dicts and lists; see `load_config`."""
-    return _parse(Config, tree, origin)
+    return parse_tree(Config, tree, origin)
 
 
 def require_kind(config: object, kind: type[BaseModel]) -> None:
@@ -442,35 +351,3 @@ def require_kind(config: object, kind: type[BaseModel]) -> None:
         load = "load_config" if kind is Config else "load_eval_config"
         got = f"the path {str(config)!r}" if isinstance(config, str | Path) else type(config)
         raise ConfigError(f"a {kind.__name__} goes here, not {got}: make one with {load}(path)")
-
-
-def _read(path: str | Path, overrides: Sequence[str]) -> Any:
-    tree = read_yaml(path)
-    for override in overrides:
-        _apply(tree, override)
-    return tree
-
-
-def _parse(kind: type[_FileT], tree: Any, origin: str) -> _FileT:
-    try:
-        return kind.model_validate(tree)
-    except ValidationError as error:
-        lines = explain(error, kind)
-        raise ConfigError(*(f"{origin}: {line}" for line in lines)) from None
-
-
-def _apply(tree: Any, override: str) -> None:
-    path, equals, text = override.partition("=")
-    names = path.split(".")
-    if not equals or not all(names) or len(names) > _MAX_SECTIONS:
-        raise ConfigError(f"--set {shown(override)}: write it as a.b=value")
-    value = parse_yaml(text, f"--set {path}: the value")
-    for name in names[:-1]:
-        if not isinstance(tree, dict):
-            break
-        # A copy: a YAML alias makes one dict of two sections, and only one of them is meant.
-        tree[name] = {} if tree.get(name) is None else copy.copy(tree[name])
-        tree = tree[name]
-    if not isinstance(tree, dict):
-        raise ConfigError(f"--set {shown(path)} does not lead through sections of the config")
-    tree[names[-1]] = value

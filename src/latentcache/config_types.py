@@ -1,4 +1,4 @@
-"""Texts of a config that are checked as they are read: URLs, and what is written to a dataset."""
+"""What a config is made of: sections, sides in pixels, and texts that are checked when read."""
 
 from __future__ import annotations
 
@@ -6,12 +6,39 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    field_validator,
+)
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from latentcache.errors import ConfigError, redact
 from latentcache.storage_options import StorageOptions
 from latentcache.urls import check_endpoint, check_url, expand, shown
+
+Side = Annotated[int, Field(ge=8, le=16384, multiple_of=8)]
+
+
+class Section(BaseModel):
+    """A section of a config: frozen, and without settings that it does not know."""
+
+    # The input stays out of Pydantic's own text, which tracebacks show: it may be a credential.
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _integers_are_of_64_bits(cls, value: Any) -> Any:
+        if isinstance(value, int) and value.bit_length() > 63:
+            raise PydanticCustomError("explained", "is too large")
+        return value
 
 
 def _explained(error: ConfigError) -> PydanticCustomError:

@@ -158,7 +158,7 @@ def eval_command(config: ConfigPath, set_: Overrides = None, json_: Json = False
     from contextlib import ExitStack
     from dataclasses import asdict
 
-    from latentcache.config import load_eval_config
+    from latentcache.config_eval import load_eval_config
     from latentcache.evaluation.card import render_card
     from latentcache.evaluation.evaluate import Map, evaluate, plan_evaluation
 

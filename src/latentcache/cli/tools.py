@@ -94,7 +94,8 @@ def schema_command(
     eval_: Annotated[bool, typer.Option("--eval", help="Of a config of `eval`.")] = False,
 ) -> None:
     """Print the JSON Schema of a config."""
-    from latentcache.config import Config, EvalConfig
+    from latentcache.config import Config
+    from latentcache.config_eval import EvalConfig
 
     kind = EvalConfig if eval_ else Config
     print_text(json.dumps(kind.model_json_schema(), indent=2))

@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Protocol, TypeVar
 
-from latentcache.config import EvalConfig, EvalModel, Network, require_kind
+from latentcache.config import Network, require_kind
+from latentcache.config_eval import EvalConfig, EvalModel
 from latentcache.errors import SourceError
 from latentcache.evaluation.card import (
     Evaluation,

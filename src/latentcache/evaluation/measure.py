@@ -17,7 +17,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from latentcache.config import MAX_PIXELS, Autoencoder, EvalModel, Networks
+from latentcache.config import MAX_PIXELS, Autoencoder
+from latentcache.config_eval import EvalModel, Networks
 from latentcache.dataset.bucket import Bucket
 from latentcache.dataset.contract import SourceContract
 from latentcache.errors import CheckpointError, ClusterError, ConfigError, Reject

@@ -1,8 +1,9 @@
 """The QA report: what a dataset keeps of itself, gathered for people to look at.
 
 What it says is one tree of plain JSON (`figures.py`); `html.py` lays out that tree with pictures
-(`pictures.py`). All of it comes from the dataset: no model and no source image is needed. However
-large the dataset, the report stays small: it shows a few rows, and reads the pictures of no others.
+(`row_pictures.py`). All of it comes from the dataset: no model and no source image is needed.
+However large the dataset, the report stays small: it shows a few rows, and reads the pictures of no
+others.
 """
 
 from __future__ import annotations

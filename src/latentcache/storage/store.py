@@ -16,10 +16,10 @@ from threading import Event
 from typing import Any, BinaryIO, Literal, cast
 
 from latentcache.errors import ObjectNotFound, StorageError
-from latentcache.storage.access import Access, StoreFile
 from latentcache.storage.backend import Backend, Entries, ObjectInfo, Upload
 from latentcache.storage.failures import named_local
 from latentcache.storage.local import LocalBackend
+from latentcache.storage.retries import Access, StoreFile
 from latentcache.storage.s3 import S3Backend
 from latentcache.storage_options import StorageOptions
 from latentcache.urls import check_url
