@@ -1,7 +1,7 @@
-"""The rule of the house, read off the imports: a file knows its own package and the floors below.
+"""The layers, read off the imports: a file imports its own package and the layers below.
 
-Single files that the packages of a floor share (`errors.py`, `storage.py`, `metrics.py`) stand half
-a floor lower, so that no package imports its neighbour and nothing goes in circles.
+Single files that the packages of a layer share (`errors.py`, `metrics.py`) stand half a layer
+lower, so that no package imports its neighbour and nothing goes in circles.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from makers import make_contract, make_latents, write_dataset
 PACKAGE = Path(latentcache.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-FLOORS = {
+LAYERS = {
     "errors": 0.0,
     "startup": 0.25,
     "log": 0.25,
@@ -71,10 +71,10 @@ def name_of(file: Path) -> str:
     return file.relative_to(PACKAGE).as_posix()
 
 
-def room_of(dotted: str) -> str:
+def part_of(dotted: str) -> str:
     """The package or single file of latentcache that a module belongs to."""
     parts = dotted.split(".")
-    return parts[1] if len(parts) > 1 and parts[1] in FLOORS else "__init__"
+    return parts[1] if len(parts) > 1 and parts[1] in LAYERS else "__init__"
 
 
 def imports_of(file: Path) -> list[tuple[ast.stmt, str]]:
@@ -101,19 +101,19 @@ def eager_imports_of(file: Path) -> set[str]:
     return {name for node, name in imports_of(file) if node.lineno in lines}
 
 
-def test_every_file_has_a_floor():
-    rooms = {file.relative_to(PACKAGE).parts[0].removesuffix(".py") for file in FILES}
-    assert rooms <= FLOORS.keys(), "give the new package a floor, here and in DESIGN §3"
+def test_every_file_has_a_layer():
+    parts = {file.relative_to(PACKAGE).parts[0].removesuffix(".py") for file in FILES}
+    assert parts <= LAYERS.keys(), "give the new package a layer, here and in docs/architecture.md"
 
 
 @pytest.mark.parametrize("file", FILES, ids=name_of)
-def test_a_file_imports_only_its_own_package_and_floors_below(file: Path):
-    room = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def test_a_file_imports_only_its_own_package_and_layers_below(file: Path):
+    part = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
     for _, name in imports_of(file):
         if name.split(".")[0] != "latentcache" or name == "latentcache.__version__":
             continue
-        other = room_of(name)
-        assert other == room or FLOORS[other] < FLOORS[room], f"{name_of(file)} imports {name}"
+        other = part_of(name)
+        assert other == part or LAYERS[other] < LAYERS[part], f"{name_of(file)} imports {name}"
 
 
 def test_no_file_reads_parquet_on_threads_that_outlive_the_process():
