@@ -21,7 +21,7 @@ from ray.exceptions import ActorDiedError, OutOfMemoryError, RayError, RayTaskEr
 
 from latentcache.dataset.receipts import Receipt
 from latentcache.engine.actors import ActorLost
-from latentcache.engine.connection import connect
+from latentcache.engine.connection import Connection, connect
 from latentcache.engine.job import UNITS_PER_ACTOR, Job, UnitFailure, UnitTask
 from latentcache.engine.prometheus import ActorMetrics
 from latentcache.engine.sizing import NodeShape, cpus_per_actor
@@ -157,7 +157,7 @@ class Cluster:
         self.num_gpus_per_actor = 1 if num_gpus else 0
         try:
             if num_gpus:
-                self._wait_for_a_gpu()
+                _wait_for_a_gpu(self._shapes, self._connection, self._patience, num_gpus)
             self.num_cpus_per_actor = cpus_per_actor(
                 self._shapes(),
                 self.num_actors,
@@ -167,30 +167,6 @@ class Cluster:
         except BaseException:
             self._connection.close()
             raise
-
-    def _wait_for_a_gpu(self) -> None:
-        """Actors that ask for a GPU where none is or will be would pend without a word."""
-        if any(shape.num_gpus for shape in self._shapes()):
-            return
-        wait_s = self._patience.wait_for_gpus_s
-        reminder, began = Reminder(self._patience.say), time.monotonic()
-        # An autoscaler adds a node for what pends, and for nothing else.
-        task = ray.remote(_nothing).options(num_gpus=1, num_cpus=1)
-        ref = self._connection.ask(task.remote)
-        while not any(shape.num_gpus for shape in self._shapes()):
-            left_s = began + wait_s - time.monotonic()
-            if left_s <= 0:
-                raise ClusterError(
-                    f"compute.num_gpus is {self.num_actors}, but Ray finds no GPU here and none to "
-                    f"come{f' in {wait_s:.0f} s' if wait_s else ''}; compute.wait_for_gpus_s waits "
-                    "for one, `--set compute.num_gpus=0` encodes on the CPU"
-                )
-            reminder.remind(
-                f"Ray has no GPU yet: waiting {left_s:.0f} s more (compute.wait_for_gpus_s)"
-            )
-            self._patience.keep_alive()
-            time.sleep(min(left_s, _KEEP_ALIVE_EVERY_S))
-        ray.cancel(ref, force=True)
 
     def __enter__(self) -> Cluster:
         return self
@@ -363,6 +339,36 @@ def _get(ref: Any, failure: str) -> Any:
         if isinstance(cause, LatentCacheError):
             raise cause from error
         raise ClusterError(f"{failure}: {first_line(cause or error)}") from error
+
+
+def _wait_for_a_gpu(
+    shapes: Callable[[], Sequence[NodeShape]],
+    connection: Connection,
+    patience: Patience,
+    num_actors: int,
+) -> None:
+    """Actors that ask for a GPU where none is or will be would pend without a word."""
+    if any(shape.num_gpus for shape in shapes()):
+        return
+    wait_s = patience.wait_for_gpus_s
+    reminder, began = Reminder(patience.say), time.monotonic()
+    # An autoscaler adds a node for what pends, and for nothing else.
+    task = ray.remote(_nothing).options(num_gpus=1, num_cpus=1)
+    ref = connection.ask(task.remote)
+    while not any(shape.num_gpus for shape in shapes()):
+        left_s = began + wait_s - time.monotonic()
+        if left_s <= 0:
+            raise ClusterError(
+                f"compute.num_gpus is {num_actors}, but Ray finds no GPU here and none to "
+                f"come{f' in {wait_s:.0f} s' if wait_s else ''}; compute.wait_for_gpus_s waits "
+                "for one, `--set compute.num_gpus=0` encodes on the CPU"
+            )
+        reminder.remind(
+            f"Ray has no GPU yet: waiting {left_s:.0f} s more (compute.wait_for_gpus_s)"
+        )
+        patience.keep_alive()
+        time.sleep(min(left_s, _KEEP_ALIVE_EVERY_S))
+    ray.cancel(ref, force=True)
 
 
 def _nothing() -> None:

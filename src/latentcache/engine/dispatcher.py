@@ -8,16 +8,16 @@ against a unit, from a preemption, which does not. It knows a cluster by what `A
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from latentcache.dataset.receipts import Unit, new_attempt
-from latentcache.engine.actors import ActorLost, Actors, Event, Failed, Finished, Polled, Retries
+from latentcache.engine.actors import ActorLost, Actors, Event, Finished, Polled, Retries
 from latentcache.engine.job import UNITS_PER_ACTOR, Job, UnitFailure, UnitTask
 from latentcache.engine.plan import PlannedUnit
 from latentcache.engine.stop import StopSignal
+from latentcache.engine.unit_queue import Assignment, UnitQueue
 from latentcache.errors import (
     AccessDenied,
     ClusterError,
@@ -37,19 +37,6 @@ _WAIT_S, _WAIT_FOR_ACTORS_S = 1.0, 0.1
 # Times in a row that actors were lost before any got ready: waiting will not mend what is wrong.
 _MAX_START_FAILURES = 5
 
-# From so many losses on a unit has its actor to itself: if it is what takes nodes down, as one that
-# eats all their memory does, it drags no other along.
-_ALONE_AFTER_LOSSES = 3
-
-
-@dataclass(frozen=True, slots=True)
-class _Assignment:
-    """A unit in an actor's hands; `alone` because an earlier attempt may have crashed its actor."""
-
-    unit: PlannedUnit
-    task: UnitTask
-    alone: bool
-
 
 @dataclass(eq=False, slots=True)
 class _Worker:
@@ -62,7 +49,7 @@ class _Worker:
     setup: Any
     wave: int
     node: str | None = None
-    in_hand: dict[Any, _Assignment] = field(default_factory=dict)
+    in_hand: dict[Any, Assignment] = field(default_factory=dict)
     poll: Any = None
     stats: dict[str, float] = field(default_factory=dict)
 
@@ -93,13 +80,8 @@ class Dispatcher:
     ) -> None:
         self._actors = actors
         self._job = job
-        self._pending = deque(pending)
-        self._suspects: deque[PlannedUnit] = deque()
-        self._retries = retries
+        self._queue = UnitQueue(pending, retries, may_read)
         self._stop = stop
-        self._may_read = may_read
-        self._failures: Counter[str] = Counter()
-        self._losses: Counter[str] = Counter()
         self._workers: list[_Worker] = []
         self._calls: dict[Any, _Worker] = {}  # all that are under way
         self._with_room: dict[_Worker, None] = {}  # who waits longest first
@@ -113,7 +95,7 @@ class Dispatcher:
 
     def add(self, unit: PlannedUnit) -> None:
         """Add one more unit while the loop runs."""
-        self._pending.append(unit)
+        self._queue.pending.append(unit)
 
     def run(self) -> Iterator[Event]:
         """Yield each unit as it ends, and now and then what the actors say.
@@ -147,14 +129,13 @@ class Dispatcher:
     def _has_work(self) -> bool:
         if self._stop.reason:
             return self._num_in_hand > 0 and not self._stop.is_over
-        return bool(self._num_in_hand or self._pending or self._suspects)
+        return bool(self._num_in_hand or self._queue)
 
     def _start_actors(self) -> None:
         if self._stop.reason or len(self._workers) >= self._actors.num_actors:
             return
-        waiting = len(self._pending) + len(self._suspects)
         busy = sum(bool(worker.in_hand) for worker in self._workers)
-        wanted = min(self._actors.num_actors, waiting + busy)
+        wanted = min(self._actors.num_actors, len(self._queue) + busy)
         while len(self._workers) < wanted and time.monotonic() >= self._may_start_at:
             actor = self._actors.start_actor(self._job)
             worker = _Worker(actor, self._actors.call(actor, "setup"), self._wave)
@@ -162,11 +143,8 @@ class Dispatcher:
             self._calls[worker.setup] = worker
 
     def _end_idle_actors(self) -> None:
-        """With nothing left to hand out, let an autoscaler have the nodes of those that are empty.
-
-        So it goes with actors that still wait for a node. A unit that comes back starts one again.
-        """
-        if self._stop.reason or not (self._pending or self._suspects):
+        """With nothing left to hand out, let an autoscaler have the nodes of idle actors."""
+        if self._stop.reason or not self._queue:
             for worker in [worker for worker in self._workers if not worker.in_hand]:
                 self._end(worker)
 
@@ -182,17 +160,17 @@ class Dispatcher:
 
         For each such suspect that waits, one actor gets nothing else until it is empty.
         """
-        if self._stop.reason or not (self._pending or self._suspects):
+        if self._stop.reason or not self._queue:
             return
         emptiest_first = sorted(self._with_room, key=lambda worker: len(worker.in_hand))
-        num_kept = len(self._suspects)
+        num_kept = len(self._queue.suspects)
         for worker in emptiest_first[:num_kept]:
             if not worker.in_hand:
-                self._give(worker, self._suspects.popleft(), alone=True)
+                self._give(worker, self._queue.suspects.popleft(), alone=True)
         for num_in_hand in range(UNITS_PER_ACTOR):
             for worker in emptiest_first[num_kept:]:
-                if self._pending and len(worker.in_hand) == num_in_hand:
-                    self._give(worker, self._pending.popleft(), alone=False)
+                if self._queue.pending and len(worker.in_hand) == num_in_hand:
+                    self._give(worker, self._queue.pending.popleft(), alone=False)
 
     def _give(self, worker: _Worker, unit: PlannedUnit, *, alone: bool) -> None:
         attempt = new_attempt()
@@ -207,7 +185,7 @@ class Dispatcher:
         )
         call = self._actors.call(worker.actor, "run_unit", task)
         self._calls[call] = worker
-        worker.in_hand[call] = _Assignment(unit, task, alone)
+        worker.in_hand[call] = Assignment(unit, task, alone)
         self._num_in_hand += 1
         if alone or len(worker.in_hand) == UNITS_PER_ACTOR:
             del self._with_room[worker]
@@ -238,7 +216,7 @@ class Dispatcher:
             if isinstance(result, bytes):
                 yield Finished(assignment.task, result)
             else:
-                yield from self._fail(assignment, result)
+                yield from self._queue.fail(assignment, result)
 
     def _begin(
         self, worker: _Worker, result: str | LatentCacheError | UnitFailure
@@ -255,41 +233,14 @@ class Dispatcher:
             self._with_room[worker] = None
             self._start_failures = 0
 
-    def _fail(
-        self, assignment: _Assignment, failure: UnitFailure, *, crashed: bool = False
-    ) -> Iterator[Event]:
-        """A unit failed: try it again, or give it up; or end the run, if no other can do better."""
-        if failure.fatal:
-            raise failure.fatal
-        unit = assignment.unit
-        if failure.denied and self._may_read(unit.unit):
-            raise AccessDenied(
-                f"{failure.message}; the driver may, so give every node the same credentials or "
-                "permissions, and the right time"
-            )
-        self._failures[unit.unit.id] += 1
-        is_final = failure.changed or failure.lacks_field
-        if is_final or self._failures[unit.unit.id] > self._retries.failures:
-            yield Failed(assignment.task, failure.message, failure.changed, failure.lacks_field)
-        else:
-            (self._suspects if crashed else self._pending).append(unit)
-
     def _lose(self, worker: _Worker, lost: ActorLost) -> Iterator[Event]:
-        """An actor is gone: requeue its units. Only a crash with one unit in hand is a failure."""
+        """An actor is gone: queue its units again."""
         assignments = list(worker.in_hand.values())
         self._end(worker)
         self._num_in_hand -= len(assignments)
         self._num_lost += 1
         self._back_off(worker, lost)
-        if not lost.has_crashed:
-            for assignment in assignments:
-                yield from self._take_back(assignment)
-        elif len(assignments) == 1:
-            source = assignments[0].unit.unit.source
-            message = f"{source}: its actor crashed or was killed with this unit alone in hand"
-            yield from self._fail(assignments[0], UnitFailure(message), crashed=True)
-        else:
-            self._suspects.extend(assignment.unit for assignment in assignments)
+        yield from self._queue.lose(assignments, has_crashed=lost.has_crashed)
 
     def _back_off(self, worker: _Worker, lost: ActorLost) -> None:
         """Decide when to start the next actor; what goes wrong for a whole wave counts once."""
@@ -302,19 +253,3 @@ class Dispatcher:
         # The first loss costs no time; a row of them backs off to half a minute.
         pause_s = min(30.0, 2.0 ** min(self._start_failures, 5) - 1)
         self._may_start_at = time.monotonic() + pause_s
-
-    def _take_back(self, assignment: _Assignment) -> Iterator[Event]:
-        """A unit's node was taken away: it goes first, unless that has happened too often."""
-        unit = assignment.unit
-        self._losses[unit.unit.id] += 1
-        num_losses = self._losses[unit.unit.id]
-        if num_losses > self._retries.preemptions:
-            message = (
-                f"{unit.unit.source}: its node was lost {num_losses} times while it was encoded "
-                f"(compute.preemption_retries is {self._retries.preemptions})"
-            )
-            yield Failed(assignment.task, message)
-        elif num_losses >= _ALONE_AFTER_LOSSES:
-            self._suspects.append(unit)
-        else:
-            self._pending.appendleft(unit)

@@ -90,7 +90,7 @@ def run(
         aside = RunProgress(0, quiet=quiet, log_json=log_json)
         stand_aside(plan.output, on_busy, stop, partial(aside.say, "busy"))
         if stop.reason:
-            summary = driver.summary(plan.state.manifest, time.monotonic() - began)
+            summary = _summary(driver, plan.state.manifest, began)
             _log_end(aside, summary)
             return summary
         plan = None
@@ -110,9 +110,21 @@ def run(
         if plan.pending:
             driver.encode(progress)
         manifest = driver.write_manifest(progress)
-        summary = driver.summary(manifest, time.monotonic() - began)
+        summary = _summary(driver, manifest, began)
         _log_end(progress, summary)
     return summary
+
+
+def _summary(driver: _Driver, manifest: Manifest | None, began: float) -> RunSummary:
+    return summarise(
+        driver.work,
+        driver.counts,
+        driver.output,
+        manifest,
+        driver.stop.reason,
+        driver.failed,
+        time.monotonic() - began,
+    )
 
 
 def _log_end(progress: RunProgress, summary: RunSummary) -> None:
@@ -315,18 +327,6 @@ class _Driver:
                 num_rejects=manifest.num_rejects,
             )
         return manifest
-
-    def summary(self, manifest: Manifest | None, elapsed_s: float) -> RunSummary:
-        """Say how the run ended."""
-        return summarise(
-            self.work,
-            self.counts,
-            self.output,
-            manifest,
-            self.stop.reason,
-            self.failed,
-            elapsed_s,
-        )
 
 
 def _may_read(config: Config, moved: Moved, unit: Unit) -> bool:

@@ -17,7 +17,7 @@ from latentcache.engine.unit import UnitRunner
 from latentcache.errors import ClusterError
 from latentcache.images.source import SourceShard
 from latentcache.qa.evaluator import load_evaluator
-from latentcache.vae.encoder import LatentEncoder, require_fp32
+from latentcache.vae.encoder import LatentEncoder, prepare_device
 from latentcache.vae.model import KLAutoencoder
 from latentcache.vae.weights import encoder_fingerprint, load_vae
 
@@ -96,12 +96,7 @@ def calibrate_contract(job: Job, shards: Sequence[SourceShard], device: str) -> 
 
 
 def _load_vae(job: Job, device: str) -> KLAutoencoder:
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ClusterError(
-            f"a worker has a GPU, but its torch {torch.__version__} cannot use it: install a CUDA "
-            "build there, or set compute.num_gpus to 0"
-        )
-    require_fp32()
+    prepare_device(device)
     vae = load_vae(job.checkpoint, device=device, decoder=False, options=job.checkpoint_storage)
     if encoder_fingerprint(vae) != job.contract.vae.encoder_fingerprint:
         raise ClusterError(

@@ -21,7 +21,7 @@ from latentcache.config import MAX_PIXELS, Autoencoder
 from latentcache.config_eval import EvalModel, Networks
 from latentcache.dataset.bucket import Bucket
 from latentcache.dataset.contract import SourceContract
-from latentcache.errors import CheckpointError, ClusterError, ConfigError, Reject
+from latentcache.errors import CheckpointError, ConfigError, Reject
 from latentcache.evaluation.card import Picture
 from latentcache.images.source import RejectedSample, SourceShard, read_images
 from latentcache.images.transform import TransformSpec, load_image
@@ -36,7 +36,7 @@ from latentcache.networks import (
 )
 from latentcache.storage_options import StorageOptions
 from latentcache.vae.compatibility import require_agreement, require_family
-from latentcache.vae.encoder import require_fp32
+from latentcache.vae.encoder import prepare_device
 from latentcache.vae.model import KLAutoencoder, to_uint8
 from latentcache.vae.weights import encoder_fingerprint, load_vae
 
@@ -156,14 +156,9 @@ class _Bench:
 
 @lru_cache(maxsize=1)
 def _load(job: EvalJob) -> _Bench:
-    if job.device == "cuda" and not torch.cuda.is_available():
-        raise ClusterError(
-            f"a worker has a GPU, but its torch {torch.__version__} cannot use it: install a CUDA "
-            "build there, or set compute.num_gpus to 0"
-        )
+    prepare_device(job.device)
     networks, options, device = job.networks, job.networks.storage, job.device
     features, distances = None, []
-    require_fp32()
     # The networks first: a wrong hash is told in seconds.
     if inception := networks.inception:
         features = load_inception(inception.url, inception.sha256, options, device)

@@ -179,21 +179,7 @@ class LatentLoader:
         Raises:
             ConfigError: the state is of another order; the message names the field.
         """
-        for name, wanted in self._identity.items():
-            if name not in state:
-                raise ConfigError(f"not a state of a LatentLoader: it has no {name!r}")
-            if state[name] != wanted:
-                raise ConfigError(
-                    f"the state is of {name} {state[name]}, this loader has {name} {wanted}: "
-                    f"{_mend(name)}"
-                )
-        epoch, step = state.get("epoch"), state.get("step")
-        if not (isinstance(epoch, int) and isinstance(step, int)):
-            raise ConfigError("not a state of a LatentLoader: it has no epoch and step")
-        if epoch < 0 or not 0 <= step < len(self):
-            raise ConfigError(
-                f"the state names step {step} of epoch {epoch}; epochs have {len(self)} steps"
-            )
+        epoch, step = _epoch_and_step(state, self._identity, len(self))
         self._epoch, self._step = epoch, step
         self._is_begun = False
 
@@ -240,7 +226,10 @@ class LatentLoader:
 
     def _plan(self, epoch: int, step: int, reader: BatchReader) -> Generator[Plan, None, None]:
         order = self._order.batches(epoch, step, rank=self.rank, world_size=self.world_size)
-        for group in _grouped(self._look_ahead(order, reader.rows)):
+        # Remote files are fetched a window before they are needed.
+        most = self._order.options.window_rows // self.world_size if self._cache else 0
+        most_bytes = self._cache.max_bytes // 4 if self._cache else 0
+        for group in _grouped(_look_ahead(order, reader.rows, most, most_bytes)):
             try:
                 plans = reader.plan(epoch, group)
             except LatentCacheError:  # of one of them: those before it are good
@@ -249,20 +238,56 @@ class LatentLoader:
                 raise
             yield from plans
 
-    def _look_ahead(self, order: Iterator[BatchRows], rows: RowReader) -> Iterator[BatchRows]:
-        """Have files fetched and opened before they are wanted: remote ones a window before."""
-        most = self._order.options.window_rows // self.world_size if self._cache else 0
-        most_bytes = self._cache.max_bytes // 4 if self._cache else 0
-        ahead: deque[BatchRows] = deque()
-        num_rows = 0
-        for chosen in order:
-            rows.prepare(chosen.files)
-            ahead.append(chosen)
-            num_rows += len(chosen.files)
-            while ahead and (num_rows > most or rows.num_bytes_ahead > most_bytes):
-                num_rows -= len(ahead[0].files)
-                yield ahead.popleft()
-        yield from ahead
+
+def _look_ahead(
+    order: Iterator[BatchRows], rows: RowReader, most: int, most_bytes: int
+) -> Iterator[BatchRows]:
+    """Have files fetched and opened before they are needed.
+
+    Args:
+        order: the batches.
+        rows: opens their files.
+        most: rows that may wait.
+        most_bytes: bytes of files that may be open and not needed yet.
+    """
+    ahead: deque[BatchRows] = deque()
+    num_rows = 0
+    for chosen in order:
+        rows.prepare(chosen.files)
+        ahead.append(chosen)
+        num_rows += len(chosen.files)
+        while ahead and (num_rows > most or rows.num_bytes_ahead > most_bytes):
+            num_rows -= len(ahead[0].files)
+            yield ahead.popleft()
+    yield from ahead
+
+
+def _epoch_and_step(
+    state: Mapping[str, Any], identity: Mapping[str, Any], num_steps: int
+) -> tuple[int, int]:
+    """Read a state of a loader; see `LatentLoader.load_state_dict`.
+
+    Args:
+        state: what `state_dict` gave.
+        identity: what the order of this loader depends on.
+        num_steps: of an epoch.
+    """
+    for name, wanted in identity.items():
+        if name not in state:
+            raise ConfigError(f"not a state of a LatentLoader: it has no {name!r}")
+        if state[name] != wanted:
+            raise ConfigError(
+                f"the state is of {name} {state[name]}, this loader has {name} {wanted}: "
+                f"{_fix_of(name)}"
+            )
+    epoch, step = state.get("epoch"), state.get("step")
+    if not (isinstance(epoch, int) and isinstance(step, int)):
+        raise ConfigError("not a state of a LatentLoader: it has no epoch and step")
+    if epoch < 0 or not 0 <= step < num_steps:
+        raise ConfigError(
+            f"the state names step {step} of epoch {epoch}; epochs have {num_steps} steps"
+        )
+    return epoch, step
 
 
 def _grouped(batches: Iterator[BatchRows]) -> Iterator[list[BatchRows]]:
@@ -338,7 +363,7 @@ def _check_cache(files: Files, options: OrderOptions, max_bytes: int, world_size
         )
 
 
-def _mend(field: str) -> str:
+def _fix_of(field: str) -> str:
     if field == "manifest":
         return "give `manifest` the number of the state to go on with the same rows"
     if field in ("version", "dataset"):

@@ -279,29 +279,13 @@ class RowReader:
 
     def _load_group(self, group: int) -> None:
         file = int(np.searchsorted(self._first_group, group, "right")) - 1
-        opened = self._open[file]
+        number = group - int(self._first_group[file])
         with naming_damage(self._files.store_of(file), self._files.rows_file(file).path):
-            parquet = pq.ParquetFile(
-                _reader(opened.rows), metadata=opened.metadata, pre_buffer=False
-            )
-            number = group - int(self._first_group[file])
-            # A unit that was not rewritten yet may lack a column that the dataset has.
-            there = set(opened.metadata.schema.to_arrow_schema().names)
-            names = [*SIZES, *(name for name in self._names if name in there)]
-            table = parquet.read_row_group(number, columns=names, use_threads=False)
-            table.validate(full=True)
-            if table.num_rows != self._rows_of_group(file, number):
-                raise DatasetError(f"row group {number} has {table.num_rows} rows")
-            sizes = np.stack([table[name].to_numpy() for name in SIZES], axis=1, dtype=np.int64)
-            columns = {
-                name: _to_list(table[name]) if name in there else _no_values(name, table.num_rows)
-                for name in self._names
-            }
-        # A Python string takes about 50 bytes besides its text.
-        num_bytes = sizes.nbytes + table.nbytes + 50 * len(self._names) * table.num_rows
-        self._groups[group] = _Group(torch.from_numpy(sizes), columns, num_bytes)
-        self._groups_bytes += num_bytes
-        self._sizes_address[group] = self._sizes.add(self._groups[group].sizes)
+            num_rows = self._rows_of_group(file, number)
+            loaded = _read_group(self._open[file], number, self._names, num_rows)
+        self._groups[group] = loaded
+        self._groups_bytes += loaded.num_bytes
+        self._sizes_address[group] = self._sizes.add(loaded.sizes)
 
     def _rows_of_group(self, file: int, number: int) -> int:
         group_rows = int(self._group_rows[file])
@@ -326,6 +310,30 @@ class RowReader:
         assert self._cache
         with self._cache.open(store, file, self._given_up) as path:
             return _map_path(path, file)
+
+
+def _read_group(opened: _Open, number: int, names: Sequence[str], num_rows: int) -> _Group:
+    """Read the sizes and columns of a row group.
+
+    Raises:
+        DatasetError: it has another number of rows; or what Arrow raises of a damaged one.
+    """
+    parquet = pq.ParquetFile(_reader(opened.rows), metadata=opened.metadata, pre_buffer=False)
+    # A unit that was not rewritten yet may lack a column that the dataset has.
+    there = set(opened.metadata.schema.to_arrow_schema().names)
+    read = [*SIZES, *(name for name in names if name in there)]
+    table = parquet.read_row_group(number, columns=read, use_threads=False)
+    table.validate(full=True)
+    if table.num_rows != num_rows:
+        raise DatasetError(f"row group {number} has {table.num_rows} rows")
+    sizes = np.stack([table[name].to_numpy() for name in SIZES], axis=1, dtype=np.int64)
+    columns = {
+        name: _to_list(table[name]) if name in there else _no_values(name, num_rows)
+        for name in names
+    }
+    # A Python string takes about 50 bytes besides its text.
+    num_bytes = sizes.nbytes + table.nbytes + 50 * len(names) * num_rows
+    return _Group(torch.from_numpy(sizes), columns, num_bytes)
 
 
 def _share_of_cache(files: Files, cache: FileCache | None) -> int:

@@ -109,12 +109,7 @@ def reevaluate(
         DatasetError: no crops were kept and no shard can be read again; or a file is damaged.
     """
     sources = NamedSources(selection.sources)
-    if selection.num_units and not selection.sources and dataset.units:
-        raise ConfigError(
-            f"--units reads source shards again, and only {dataset.url} names them, such as "
-            f"{shown(dataset.units[0].unit.source)}: pass --source with their URL, a glob or the "
-            "folder that they lie in, or the config of the run"
-        )
+    _require_sources(dataset, selection)
     evaluator, decoder = _load_evaluator(dataset, models, checkpoint, checkpoint_storage)
     result = QaResult(decoder, Store(str(folder)))
     fresh: dict[str, UnitRecord] = {}
@@ -140,6 +135,15 @@ def reevaluate(
             f"agree to {evaluator.agreement_db:.1f} dB"
         )
     return result
+
+
+def _require_sources(dataset: Dataset, selection: Selection) -> None:
+    if selection.num_units and not selection.sources and dataset.units:
+        raise ConfigError(
+            f"--units reads source shards again, and only {dataset.url} names them, such as "
+            f"{shown(dataset.units[0].unit.source)}: pass --source with their URL, a glob or the "
+            "folder that they lie in, or the config of the run"
+        )
 
 
 def _load_evaluator(

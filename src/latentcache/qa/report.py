@@ -19,9 +19,10 @@ import numpy as np
 import pyarrow as pa
 
 from latentcache.dataset.contract import read_provenance
+from latentcache.dataset.parquet import naming_damage
 from latentcache.dataset.reader import Dataset
 from latentcache.dataset.receipts import UnitRecord
-from latentcache.errors import ConfigError, DatasetError, one_line
+from latentcache.errors import ConfigError, one_line
 from latentcache.image_files import rewrite_thumbnail
 from latentcache.qa import figures, html
 from latentcache.qa.gates import Gates
@@ -243,12 +244,9 @@ def _draw_rows(
     def draw(unit: str) -> dict[str, RowPictures]:
         record, ids = records[unit], wanted[unit]
         assert record.qa
-        try:
-            found = read_qa_rows(files.store, record, ids)
+        found = read_qa_rows(files.store, record, ids)
+        with naming_damage(files.store, record.qa.file.path):
             return {ids[row.key]: draw_row(row, mean.tolist(), std.tolist()) for row in found}
-        except ValueError as error:
-            url = files.store.url_of(record.qa.file.path)
-            raise DatasetError(f"{url} is damaged: {error}") from error
 
     with ThreadPoolExecutor(_READ_THREADS) as pool:
         return {name: drawn for part in pool.map(draw, wanted) for name, drawn in part.items()}

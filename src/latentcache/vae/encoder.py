@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from latentcache.errors import ClusterError
 from latentcache.metrics import drift_db
 from latentcache.vae.batch_search import remembered_batch_size
 from latentcache.vae.fast import Encode, fastest_encode, triton_version
@@ -50,6 +51,20 @@ def require_fp32() -> None:
     no reference for it, and no way out where float16 fails.
     """
     torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
+
+
+def prepare_device(device: str) -> None:
+    """Make sure that a worker can use its device, and that fp32 means fp32 there.
+
+    Raises:
+        ClusterError: the device is a GPU that torch cannot use.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ClusterError(
+            f"a worker has a GPU, but its torch {torch.__version__} cannot use it: install a CUDA "
+            "build there, or set compute.num_gpus to 0"
+        )
+    require_fp32()
 
 
 @dataclass(frozen=True, slots=True)
