@@ -15,8 +15,9 @@ import s3fs
 import torch
 from botocore.retries.standard import ExponentialBackoff
 
-from latentcache import LatentLoader, StorageOptions, storage
+from latentcache import LatentLoader, StorageOptions
 from latentcache.errors import StorageError
+from latentcache.storage import retries
 from reference import IDENTITY, Identity, identities
 from servers import DEADLINE_S
 
@@ -54,7 +55,7 @@ def load_remote(url: str, cache: Path, endpoint: str, **options: Any) -> LatentL
 
 def be_impatient(patch: pytest.MonkeyPatch) -> None:
     """Try again only a few times when a store fails, and at once."""
-    patch.setattr(storage, "_PAUSES_S", (0.01, 0.01))
+    patch.setattr(retries, "_PAUSES_S", (0.01, 0.01))
     patch.setattr(s3fs.S3FileSystem, "retries", 1)
     patch.setattr(ExponentialBackoff, "delay_amount", lambda *_: 0.01)
 

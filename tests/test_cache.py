@@ -34,11 +34,10 @@ from cache_ranks import (
     open_when_it_comes,
     sha256,
 )
-from latentcache import storage
 from latentcache.dataset.receipts import DataFile
 from latentcache.errors import ConfigError, DatasetError, DiskFull, ObjectNotFound, StorageError
 from latentcache.loader.cache import FileCache, default_cache_dir, parse_bytes
-from latentcache.storage import Store
+from latentcache.storage import Store, retries
 from latentcache.storage_options import StorageOptions
 from makers import flip_byte
 from servers import (
@@ -420,7 +419,7 @@ def cut(exchange: Exchange) -> None:
 def test_a_store_that_dies_halfway_is_named_and_may_come_back(
     remote: Remote, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "_PAUSES_S", (0.01,))
+    monkeypatch.setattr(retries, "_PAUSES_S", (0.01,))
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
     file = remote.put("a", os.urandom(100_000))
     dies = remote.proxy.on("GET", "/a$", cut_halfway)
