@@ -15,6 +15,7 @@ from latentcache.engine.plan import make_plan
 from latentcache.images.moved import moved_of
 from latentcache.images.source import shard_of
 from latentcache.qa import reevaluate as qa_module
+from latentcache.qa.qa_files import QaFiles
 from makers import config_tree, png, write_tar
 from servers import S3Server
 from thread_cluster import ThreadCluster
@@ -143,7 +144,7 @@ def test_qa_reads_a_moved_source_where_it_lies_now(tmp_path: Path):
     dataset = open_dataset(str(tmp_path / "out"))
     selection = qa_module.Selection(8, 1, moved=moved_of(config.source))
     (record,) = dataset.units
-    result = qa_module.QaResult("demo", dataset.store)
+    result = qa_module.QaResult("demo", QaFiles(dataset.store, ()))
     crops = qa_module._fetch(dataset, record, selection, result)
     assert [key for found in crops.values() for key in found] == ["a"]
     assert not result.breaches

@@ -96,14 +96,14 @@ def test_a_checkpoint_that_only_the_dataset_names_is_not_opened(
     assert not [path for path in opened if path.startswith(str(vae))]
     assert load_decoder(dataset, str(vae))[1] == []
     seen = look(dataset, tmp_path / "qa", vae)
-    assert seen.records[0].qa
+    assert seen.files.records[0].qa
     assert [path for path in opened if path.startswith(str(vae))]  # so `opened` sees them
 
 
 def test_the_bundled_checkpoint_is_used_without_asking(tmp_path: Path) -> None:
     dataset = make(tmp_path, "demo", contract=contract_of("demo"))
     assert load_decoder(dataset)[1] == []
-    assert look(dataset, tmp_path / "qa").records[0].qa
+    assert look(dataset, tmp_path / "qa").files.records[0].qa
 
 
 @pytest.mark.parametrize("names", [None, "", 7, ["demo"], "./demo", "demo\n"])

@@ -61,3 +61,13 @@ class _Prints(io.TextIOBase):
             if line.strip():
                 write_json("library", line.strip())
         return len(text)
+
+
+def size_text(num_bytes: int) -> str:
+    """Write a number of bytes for people: `1.5 MiB`."""
+    size, unit = float(num_bytes), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if size < 1024 or unit == "TiB":
+            break
+        size /= 1024
+    return f"{size:.0f} B" if unit == "B" else f"{size:,.1f} {unit}"

@@ -217,13 +217,3 @@ def load(path: Path, overrides: list[str] | None) -> Config:
     from latentcache.config import load_config
 
     return load_config(path, overrides or ())
-
-
-def size_text(count: int) -> str:
-    """Write a number of bytes for people."""
-    size = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"

@@ -22,7 +22,6 @@ from latentcache.cli.base import (
     print_line,
     print_text,
     progress_bar,
-    size_text,
 )
 
 if TYPE_CHECKING:
@@ -310,6 +309,7 @@ def gc_command(
 
 def _print_garbage(found: Garbage) -> None:
     from latentcache.dataset.garbage import KINDS
+    from latentcache.log import size_text
 
     for kind, objects in found.found.items():
         if objects:

@@ -89,7 +89,7 @@ def qa_command(
     from latentcache.qa.evaluator import QaModels
     from latentcache.qa.gates import Gates
     from latentcache.qa.reevaluate import Selection, reevaluate
-    from latentcache.qa.report import QaFiles, build_report, require_writable, save_report
+    from latentcache.qa.report import build_report, require_writable, save_report
     from latentcache.storage_options import StorageOptions
 
     url, options = locate(target, set_)
@@ -136,7 +136,7 @@ def qa_command(
             gates,
             notes=result.notes,
             decoder=result.decoder,
-            files=QaFiles(result.store, result.records),
+            files=result.files,
         )
         if report:
             save_report(found, report)

@@ -23,7 +23,6 @@ from latentcache.cli.base import (
     print_line,
     print_text,
     progress_bar,
-    size_text,
     stdout_console,
 )
 
@@ -241,6 +240,8 @@ def plan_command(
 
 
 def _print_plan(plan: Plan, most: int = 20) -> None:
+    from latentcache.log import size_text
+
     for planned in plan.pending[:most]:
         print_line(f"{planned.unit.title}  {size_text(planned.unit.num_bytes)}  {planned.reason}")
     if len(plan.pending) > most:
@@ -272,6 +273,8 @@ def _print_plan(plan: Plan, most: int = 20) -> None:
 def _print_rewrites(plan: Plan) -> None:
     """Say what other kept columns cost, by the columns that the units have now."""
     from collections import Counter
+
+    from latentcache.log import size_text
 
     reasons = Counter(planned.reason for planned in plan.to_rewrite)
     for reason, number in reasons.items():

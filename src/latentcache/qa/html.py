@@ -15,6 +15,7 @@ from typing import Any
 
 import jinja2
 
+from latentcache.log import size_text
 from latentcache.qa.row_pictures import (
     ERROR_COLOURS,
     LATENT_COLOURS,
@@ -56,7 +57,7 @@ def _template() -> jinja2.Template:
         "count": lambda value: f"{value:,}",
         "fixed": _fixed,
         "percent": lambda value: f"{value:.2%}",
-        "bytes": _bytes,
+        "bytes": size_text,
     }
     environment.globals |= {
         "css": (folder / "report.css").read_text("utf-8"),
@@ -72,15 +73,6 @@ def _template() -> jinja2.Template:
 def _fixed(value: float | None, digits: int = 2) -> str:
     """Show a number with so many digits after the point; a dash where there is none."""
     return "—" if value is None else f"{value:,.{digits}f}"
-
-
-def _bytes(count: int) -> str:
-    size, unit = float(count), "B"
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if size < 1024 or unit == "TiB":
-            break
-        size /= 1024
-    return f"{size:.0f} B" if unit == "B" else f"{size:,.1f} {unit}"
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -81,6 +81,14 @@ class QaRow:
     latent_shape: tuple[int, int, int]
 
 
+@dataclass(frozen=True, slots=True)
+class QaFiles:
+    """A dataset's units with the QA files to report on, and the store that these lie in."""
+
+    store: Store
+    records: Sequence[UnitRecord]
+
+
 def write_qa(local: Path, path: str, rows: Iterable[QaRow], decoder: str) -> QaFile | None:
     """Write QA rows as they come.
 

@@ -35,7 +35,7 @@ from latentcache.images.transform import load_image, transform_spec
 from latentcache.qa.access import NamedSources, find_checkpoint, shown
 from latentcache.qa.evaluator import QaEvaluator, QaModels, load_evaluator
 from latentcache.qa.gates import Gates, QaTotals
-from latentcache.qa.qa_files import QaRow, read_measures, read_qa_rows, write_qa
+from latentcache.qa.qa_files import QaFiles, QaRow, read_measures, read_qa_rows, write_qa
 from latentcache.storage import Store
 from latentcache.storage_options import StorageOptions
 from latentcache.vae.encoder import require_fp32
@@ -65,16 +65,15 @@ class Selection:
 
 @dataclass(slots=True)
 class QaResult:
-    """What was seen.
+    """What was measured.
 
-    `decoder` is what decoded. `records` are the dataset's units; those that were looked at have
-    fresh QA files in `store`. `breaches` says which gates are not passed, and what no gate is
-    needed to refuse; `notes` what to know of the figures.
+    `decoder` is the checkpoint that decoded, and `files` are the fresh QA files. `breaches` says
+    which gates are not passed, and what no gate is needed to refuse; `notes` what to know of the
+    figures.
     """
 
     decoder: str
-    store: Store
-    records: list[UnitRecord] = field(default_factory=list)
+    files: QaFiles
     breaches: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -111,7 +110,7 @@ def reevaluate(
     sources = NamedSources(selection.sources)
     _require_sources(dataset, selection)
     evaluator, decoder = _load_evaluator(dataset, models, checkpoint, checkpoint_storage)
-    result = QaResult(decoder, Store(str(folder)))
+    result = QaResult(decoder, QaFiles(Store(str(folder)), ()))
     fresh: dict[str, UnitRecord] = {}
     num_rows = 0
     for record, crops in _images(dataset, selection, sources, result):
@@ -127,8 +126,9 @@ def reevaluate(
         raise DatasetError(
             f"{dataset.url}: nothing to look at: {why}; `--units 2` reads shards again"
         )
-    result.records = [fresh.get(r.unit.id) or replace(r, qa=None) for r in dataset.units]
-    result.breaches += QaTotals(gates, map(UnitSummary.of, result.records)).breaches()
+    records = [fresh.get(r.unit.id) or replace(r, qa=None) for r in dataset.units]
+    result.files = replace(result.files, records=records)
+    result.breaches += QaTotals(gates, map(UnitSummary.of, records)).breaches()
     if evaluator.agreement_db is not None:
         result.notes.append(
             "the decoder belongs to another encoder than the dataset's; on these images the two "

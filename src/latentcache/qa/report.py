@@ -21,14 +21,12 @@ import pyarrow as pa
 from latentcache.dataset.contract import read_provenance
 from latentcache.dataset.parquet import naming_damage
 from latentcache.dataset.reader import Dataset
-from latentcache.dataset.receipts import UnitRecord
 from latentcache.errors import ConfigError, one_line
 from latentcache.image_files import rewrite_thumbnail
 from latentcache.qa import figures, html
 from latentcache.qa.gates import Gates
-from latentcache.qa.qa_files import read_measures, read_qa_rows
+from latentcache.qa.qa_files import QaFiles, read_measures, read_qa_rows
 from latentcache.qa.row_pictures import RowPictures, draw_row
-from latentcache.storage import Store
 from latentcache.storage.failures import named_local
 
 _READ_THREADS = 8
@@ -40,14 +38,6 @@ _LABELS = {
     "drift_db": ("drift", " dB"),
     "psnr_cost_db": ("PSNR cost", " dB"),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class QaFiles:
-    """A dataset's units with the QA files to report on, and the store that these lie in."""
-
-    store: Store
-    records: Sequence[UnitRecord]
 
 
 @dataclass(frozen=True, slots=True)
