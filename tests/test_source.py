@@ -354,7 +354,7 @@ def test_a_failing_read_is_a_storage_error(tmp_path: Path, monkeypatch: pytest.M
             return super().read(size)
 
     for data in (tar_bytes(GOOD), gzip.compress(tar_bytes([("a.jpg", bytes(10**7))]), 0)):
-        monkeypatch.setattr(Store, "open", lambda self, path, data=data: Failing(data))
+        monkeypatch.setattr(Store, "_open", lambda *_, data=data: Failing(data))
         with pytest.raises(StorageError, match=r"x\.tar.*gone"):
             read_bytes(tmp_path, data)
 
