@@ -22,7 +22,7 @@ demo: .venv/base  ## draw shards, encode them, check the result
 	@echo '    $(BIN)/python examples/train_dit.py demo/latents --out demo/dit --vae demo'
 
 test: .venv/dev  ## run the tests
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 check: .venv/dev  ## lint, format, types
 	$(BIN)/ruff check

@@ -20,6 +20,7 @@ import torch
 os.environ["TRITON_INTERPRET"] = str(int(not torch.cuda.is_available()))
 
 import runs
+import warm
 from checkpoints import write_diffusers_folder
 from corpus import Shard, make_corpus, objects
 from latentcache import Dataset, urls
@@ -106,7 +107,14 @@ def ray_address(servers_folder: Path) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def cli(ray_address: str) -> Cli:
+def cli() -> Cli:
+    """The command line without Ray, in processes that start at once."""
+    warm.start_fork_server()
+    return warm.WarmCli()
+
+
+@pytest.fixture(scope="session")
+def ray_cli(ray_address: str) -> Cli:
     """The command line, with the session's Ray cluster to join."""
     return Cli(RAY_ADDRESS=ray_address)
 

@@ -376,7 +376,7 @@ def is_actor(pid: int) -> bool:
 def test_actors_share_the_work_and_one_may_be_killed(
     moto: S3Server,
     proxy: FaultyProxy,
-    cli: Cli,
+    ray_cli: Cli,
     checkpoint: Path,
     corpus: list[Shard],
     tmp_path: Path,
@@ -384,7 +384,7 @@ def test_actors_share_the_work_and_one_may_be_killed(
     tree = tree_on(moto, checkpoint, proxy.endpoint_url, "eval-actors")
     gate = proxy.gate(r"photos/04\.tar")
     cut = proxy.on("GET", r"photos/01\.tar", cut_halfway)
-    command = cli.start("eval", write(tree, tmp_path), "--json")
+    command = ray_cli.start("eval", write(tree, tmp_path), "--json")
     command.wait_until_it_is_at(gate)
     assert is_actor(gate.client_pid)
     os.kill(gate.client_pid, signal.SIGKILL)
@@ -416,12 +416,12 @@ def test_what_an_actor_raises_is_one_line(cli: Cli, tree: dict[str, Any], tmp_pa
 
 
 def test_ctrl_c_ends_it_and_nothing_is_written(
-    moto: S3Server, proxy: FaultyProxy, cli: Cli, checkpoint: Path, tmp_path: Path
+    moto: S3Server, proxy: FaultyProxy, ray_cli: Cli, checkpoint: Path, tmp_path: Path
 ):
     tree = tree_on(moto, checkpoint, proxy.endpoint_url, "eval-ctrl-c")
     tree["compute"]["num_cpu_actors"] = 1
     gate = proxy.gate(r"photos/04\.tar")
-    command = cli.start("eval", write(tree, tmp_path), "--json")
+    command = ray_cli.start("eval", write(tree, tmp_path), "--json")
     command.wait_until_it_is_at(gate)
     assert gate.client_pid == command.process.pid, "one CPU actor needs no Ray"
     command.process.send_signal(signal.SIGINT)

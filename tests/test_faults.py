@@ -52,6 +52,7 @@ def test_a_killed_actor_costs_time_alone(
     moto: S3Server,
     proxy: FaultyProxy,
     cli: Cli,
+    ray_cli: Cli,
     configs: Configs,
     corpus: list[Shard],
     undisturbed: Dataset,
@@ -59,7 +60,7 @@ def test_a_killed_actor_costs_time_alone(
     output = moto.make_bucket("killed-actor")
     config = configs.write("s3://photos", output, endpoint_url=proxy.endpoint_url, num_cpu_actors=2)
     gate = proxy.gate("photos/04.tar")
-    run = cli.start("run", config, "--json")
+    run = ray_cli.start("run", config, "--json")
     run.wait_until_it_is_at(gate)
     assert is_actor(gate.client_pid)
     os.kill(gate.client_pid, signal.SIGKILL)
@@ -76,6 +77,7 @@ def test_after_a_killed_driver_the_same_command_goes_on(
     name: str,
     request: pytest.FixtureRequest,
     cli: Cli,
+    ray_cli: Cli,
     configs: Configs,
     corpus: list[Shard],
     undisturbed: Dataset,
@@ -85,7 +87,7 @@ def test_after_a_killed_driver_the_same_command_goes_on(
     with FaultyProxy(server.endpoint_url) as proxy:
         config = configs.write("s3://photos", output, endpoint_url=proxy.endpoint_url)
         gate = proxy.gate("photos/05.tar")
-        run = cli.start("run", config, "--json")
+        run = ray_cli.start("run", config, "--json")
         run.wait_until_it_is_at(gate)
         proxy.wait_for("PUT", "/commits/")
         run.process.kill()
@@ -101,7 +103,7 @@ def test_after_a_killed_driver_the_same_command_goes_on(
 def test_two_drivers_at_once_commit_each_unit_once(
     moto: S3Server,
     proxy: FaultyProxy,
-    cli: Cli,
+    ray_cli: Cli,
     configs: Configs,
     corpus: list[Shard],
     undisturbed: Dataset,
@@ -113,7 +115,7 @@ def test_two_drivers_at_once_commit_each_unit_once(
     output = moto.make_bucket("two-drivers")
     config = configs.write("s3://photos", output, endpoint_url=proxy.endpoint_url)
     held = proxy.on("GET", "photos/", wait_for_both, times=ALWAYS)
-    runs = [cli.start("run", config, "--json") for _ in range(2)]
+    runs = [ray_cli.start("run", config, "--json") for _ in range(2)]
     results = [run.result() for run in runs]
     assert [result.code for result in results] == [0, 0], [result.stderr for result in results]
     # All but the empty shard, which nobody needs to read; what one has begun, both may have.
@@ -189,7 +191,7 @@ def test_cut_downloads_and_a_busy_store_are_tried_again(
 def test_a_unit_that_kills_its_actor_each_time_is_given_up_and_the_rest_committed(
     moto: S3Server,
     proxy: FaultyProxy,
-    cli: Cli,
+    ray_cli: Cli,
     configs: Configs,
     corpus: list[Shard],
     undisturbed: Dataset,
@@ -205,7 +207,7 @@ def test_a_unit_that_kills_its_actor_each_time_is_given_up_and_the_rest_committe
         "s3://photos", output, endpoint_url=proxy.endpoint_url, num_cpu_actors=2, unit_retries=1
     )
     crash = proxy.on("GET", "photos/05.tar", kill_reader, times=ALWAYS)
-    result = cli("run", config, "--json")
+    result = ray_cli("run", config, "--json")
     # Beside another unit the crash may be the other's, and does not count; then twice alone.
     assert 2 <= crash.num_fired <= 3
     assert result.code == 1
@@ -221,7 +223,7 @@ def test_a_unit_that_kills_its_actor_each_time_is_given_up_and_the_rest_committe
     (pending,) = latentcache.make_plan(latentcache.load_config(config)).pending
     assert pending.reason.startswith("failed before: ")
     crash.times = 0
-    assert cli.ok("run", config)["num_committed"] == 1
+    assert ray_cli.ok("run", config)["num_committed"] == 1
     assert_nothing_lost_or_doubled(moto, output, corpus)
     assert_same(open_at(moto, output), undisturbed)
 
@@ -230,6 +232,7 @@ def test_sigterm_commits_what_is_in_hand_and_the_same_command_goes_on(
     moto: S3Server,
     proxy: FaultyProxy,
     cli: Cli,
+    ray_cli: Cli,
     configs: Configs,
     corpus: list[Shard],
     undisturbed: Dataset,
@@ -239,7 +242,7 @@ def test_sigterm_commits_what_is_in_hand_and_the_same_command_goes_on(
     # One actor has two units in hand: all that come after stay undone. A first run begins with
     # units from all over the source, in which 05.tar follows 03.tar.
     gates = [proxy.gate(f"photos/{name}") for name in ("03.tar", "05.tar")]
-    run = cli.start("run", config, "--json")
+    run = ray_cli.start("run", config, "--json")
     for gate in gates:
         run.wait_until_it_is_at(gate)
     proxy.wait_for("PUT", "/commits/", times=3)
@@ -268,6 +271,7 @@ def test_ctrl_c_twice_ends_at_once(
     moto: S3Server,
     proxy: FaultyProxy,
     cli: Cli,
+    ray_cli: Cli,
     local_cli: Cli,
     configs: Configs,
     corpus: list[Shard],
@@ -359,7 +363,7 @@ def test_a_full_local_disk_is_told_and_the_same_command_goes_on(
 def test_a_full_store_ends_the_run_and_the_same_command_goes_on(
     moto: S3Server,
     proxy: FaultyProxy,
-    cli: Cli,
+    ray_cli: Cli,
     configs: Configs,
     corpus: list[Shard],
     undisturbed: Dataset,
@@ -367,14 +371,14 @@ def test_a_full_store_ends_the_run_and_the_same_command_goes_on(
     output = moto.make_bucket("full")
     config = configs.write("s3://photos", output, endpoint_url=proxy.endpoint_url)
     full = proxy.on("PUT", "full/data/", refuse(507, "XMinioStorageFull", "Delete some"), ALWAYS)
-    result = cli("run", config, "--json")
+    result = ray_cli("run", config, "--json")
     assert 1 <= full.num_fired <= 2, "it went on"
     assert result.code == 1
     assert re.search(r"on node \S+: no room left to write s3://full/data/", result.json["error"])
     assert result.stderr.splitlines()[-1] == f"latentcache: error: {result.json['error']}"
     assert not receipts_at(moto, output)
     full.times = 0
-    cli.ok("run", config)
+    ray_cli.ok("run", config)
     assert_nothing_lost_or_doubled(moto, output, corpus)
     assert_same(open_at(moto, output), undisturbed)
 

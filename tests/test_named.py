@@ -214,11 +214,11 @@ def test_a_qa_row_is_of_a_bucket_of_the_dataset(tmp_path: Path) -> None:
 # The command line.
 
 
-def test_commands_say_how_to_name_the_checkpoint(tmp_path: Path) -> None:
+def test_commands_say_how_to_name_the_checkpoint(cli: Cli, tmp_path: Path) -> None:
     vae = write_diffusers_folder(tmp_path / "vae")
     contract = contract_of(str(vae))
     make(tmp_path, str(vae), contract=contract)
-    cli, url, image = Cli(), tmp_path / "out", tmp_path / "sheet.png"
+    url, image = tmp_path / "out", tmp_path / "sheet.png"
     result = cli("qa", url)
     assert result.code == 2
     assert len(result.stderr.splitlines()) == 1

@@ -109,3 +109,20 @@ def test_a_page_header_that_is_cut_asks_for_more():
     whole = read_page_header(data[start : start + 200])
     assert whole is not None
     assert read_page_header(data[start : start + whole.header_size - 1]) is None
+
+
+def test_a_dictionary_outside_its_column_is_named():
+    data = write(3, use_dictionary=True)
+    footer = data[-8 - footer_size(data[-8:], len(data)) : -8]
+    num_named = 0
+    for position in range(len(footer)):
+        changed = bytearray(footer)
+        changed[position] ^= 64
+        try:
+            groups = read_footer(bytes(changed), len(data)).row_groups
+        except DamagedFooter as error:
+            num_named += "dictionary" in str(error)
+            continue
+        for chunk in (chunk for group in groups for chunk in group.columns):
+            assert (chunk.dictionary_page_offset or chunk.start) < chunk.end
+    assert num_named

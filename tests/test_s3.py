@@ -86,7 +86,7 @@ def test_a_store_without_conditional_writes_is_named_as_such(made: Made) -> None
 
 
 def test_without_conditional_writes_a_second_driver_is_refused(
-    rclone: S3Server, cli: Cli, configs: Configs
+    rclone: S3Server, cli: Cli, ray_cli: Cli, configs: Configs
 ) -> None:
     shards = [good(f"{number}.tar", seed=number) for number in range(3)]
     source = rclone.make_bucket("alone-photos", objects(shards))
@@ -94,7 +94,7 @@ def test_without_conditional_writes_a_second_driver_is_refused(
     with FaultyProxy(rclone.endpoint_url) as proxy:
         config = configs.write(source, output, endpoint_url=proxy.endpoint_url)
         gate = proxy.gate("alone-photos/1.tar")
-        first = cli.start("run", config, "--json")
+        first = ray_cli.start("run", config, "--json")
         first.wait_until_it_is_at(gate)
         second = cli("run", config, "--json")
         assert second.code == 1

@@ -134,9 +134,9 @@ def test_what_cannot_be_written_is_told_before_the_work(tmp_path: Path, vae: KLA
     assert not list(tmp_path.glob("sheet*"))
 
 
-def test_inspect_draws_it(tmp_path: Path, vae: KLAutoencoder):
+def test_inspect_draws_it(cli: Cli, tmp_path: Path, vae: KLAutoencoder):
     make(tmp_path, 2, demo_contract(vae))
-    cli, url, target = Cli(), tmp_path / "out", tmp_path / "sheet.png"
+    url, target = tmp_path / "out", tmp_path / "sheet.png"
     found = cli.ok("inspect", url, "--image", target, "--rows", "3")
     assert found == {"image": str(target), "num_rows": 3, "notes": []}
     with Image.open(target) as picture:

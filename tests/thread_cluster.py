@@ -37,6 +37,7 @@ class ThreadActor:
 class ThreadCluster:
     """Stands in for `engine.cluster.Cluster`, which takes the same arguments."""
 
+    num_gpus_per_actor = 0
     num_cpus_per_actor = 1
     num_actors = 1
 

@@ -168,6 +168,8 @@ def _column(chunk: Mapping[int, Any], end: int) -> ColumnChunk:
         dictionary_page_offset=_count(tree, 11) or None if 11 in tree else None,
     )
     has_pages = column.total_compressed_size > 0
+    if has_pages and (column.dictionary_page_offset or 0) >= column.end:
+        raise DamagedFooter("a dictionary lies outside its column")
     if column.num_values and column.data_page_offset < len(MAGIC):
         raise DamagedFooter("a column has values, but no data page")
     if has_pages and (column.start < len(MAGIC) or column.end > end):
