@@ -110,6 +110,10 @@ class DiskFull(StorageError):
     """The local disk or the output store has no room left; no retry can help."""
 
 
+class DeadlinePassed(LatentCacheError):
+    """A put was not tried, because what it would name may be deleted by now."""
+
+
 class SourceError(LatentCacheError):
     """A source shard cannot be listed or read."""
 
@@ -119,7 +123,7 @@ class FieldMissing(SourceError):
 
 
 class SourceChanged(SourceError):
-    """A source shard is no longer the version that was listed; what was read of it is void."""
+    """A source shard is no longer the version that was listed; what was read of it is discarded."""
 
 
 class DatasetError(LatentCacheError):

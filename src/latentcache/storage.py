@@ -7,6 +7,7 @@ the put-if-absent protocol have one home. fsspec does the transport.
 from __future__ import annotations
 
 import io
+import math
 import os
 import random
 import stat
@@ -24,7 +25,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TypeVar, cast
 
 import fsspec
 
-from latentcache.errors import ConfigError, ObjectNotFound, StorageError
+from latentcache import clock
+from latentcache.errors import ConfigError, DeadlinePassed, ObjectNotFound, StorageError
 from latentcache.storage_errors import (
     is_final,
     is_foreign,
@@ -473,20 +475,35 @@ class Store:
                     with suppress(FileNotFoundError):  # its writer was at work, and is done
                         yield _local_info(os.path.relpath(path, self._root), os.stat(path))
 
-    def put_if_absent(self, path: str, data: bytes) -> bool:
+    def put_if_absent(self, path: str, data: bytes, *, valid_until: float = math.inf) -> bool:
         """Put a small object only if nothing lies at the path yet. True if `data` lies there now.
 
         One PUT, never multipart. Any error of it leaves open whether the bytes were stored, even
         "exists already", which a retried request gets for its own first try. So the object is read
         back: these bytes are a win, others a loss, and none means trying again. `data` must
         therefore differ between writers that may not both win.
+
+        Args:
+            path: where.
+            data: the bytes.
+            valid_until: the time of `clock.boot_time_s` after which no try begins. It is checked
+                before each try, so that a process that was frozen between two of them puts nothing.
+
+        Raises:
+            DeadlinePassed: it is later than `valid_until`.
         """
-        if self.is_local:
-            return self._retry(path, lambda: create_file(self._full(path), io.BytesIO(data)))
+
+        def create() -> bool:
+            if clock.boot_time_s() > valid_until:
+                raise DeadlinePassed(f"{self.url_of(path)} was not put in time")
+            if self.is_local:
+                return create_file(self._full(path), io.BytesIO(data))
+            return self._create(path, data)
+
         # Looking first decides nothing, but a store without conditional writes would replace it.
-        if (found := self._read_or_none(path)) is not None:
+        if not self.is_local and (found := self._read_or_none(path)) is not None:
             return found == data
-        return self._retry(path, lambda: self._create(path, data))
+        return self._retry(path, create)
 
     def _create(self, path: str, data: bytes) -> bool:
         try:

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from latentcache.dataset.receipts import Unit, new_attempt
+from latentcache import clock
+from latentcache.dataset.receipts import PUT_WITHIN_S, Unit, new_attempt
 from latentcache.engine.job import UNITS_PER_ACTOR, Job, UnitFailure, UnitTask
 from latentcache.engine.plan import PlannedUnit
 from latentcache.engine.stop import StopSignal
@@ -82,11 +83,15 @@ class Actors(Protocol):
 class Finished:
     """A unit that was encoded and uploaded; `receipt` are the bytes that wait to be put.
 
-    They are of another attempt than `task`'s where another run had put them already.
+    They are of another attempt than `task`'s where another run had put them already. They may be
+    put until `valid_until`, in seconds of `clock.boot_time_s`; after that, `unit` is to be encoded
+    again.
     """
 
     task: UnitTask
     receipt: bytes
+    unit: PlannedUnit
+    valid_until: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,11 +131,15 @@ class Retries:
 
 @dataclass(frozen=True, slots=True)
 class _Assignment:
-    """A unit in an actor's hands; `alone` because an earlier attempt may have crashed its actor."""
+    """A unit in an actor's hands; `alone` because an earlier attempt may have crashed its actor.
+
+    `valid_until` counts from when it was handed out, which is before any upload.
+    """
 
     unit: PlannedUnit
     task: UnitTask
     alone: bool
+    valid_until: float
 
 
 @dataclass(eq=False, slots=True)
@@ -194,7 +203,7 @@ class Dispatcher:
         """QA rows wanted of each bucket, at least, from units that are handed out from now on."""
 
     def add(self, unit: PlannedUnit) -> None:
-        """Add one more unit while the loop runs."""
+        """Add one more unit while the loop runs, or before it runs again."""
         self._pending.append(unit)
 
     def run(self) -> Iterator[Event]:
@@ -208,7 +217,7 @@ class Dispatcher:
         """
         next_poll = time.monotonic()
         try:
-            while self._has_work():
+            while self.has_work():
                 self._hand_out()
                 self._end_idle_actors()
                 self._start_actors()
@@ -222,11 +231,11 @@ class Dispatcher:
                     if worker := self._calls.pop(call, None):  # else its actor was lost meanwhile
                         yield from self._take(worker, call)
         finally:
-            for worker in self._workers:
-                self._actors.kill(worker.actor)
-            self._workers.clear()
+            for worker in list(self._workers):
+                self._end(worker)
 
-    def _has_work(self) -> bool:
+    def has_work(self) -> bool:
+        """Whether `run` has anything to do: units in hand or to be handed out."""
         if self._stop.reason:
             return self._num_in_hand > 0 and not self._stop.is_over
         return bool(self._num_in_hand or self._pending or self._suspects)
@@ -287,9 +296,10 @@ class Dispatcher:
             url=unit.url,
             rewrites=unit.kind == "rewrite",
         )
+        valid_until = clock.boot_time_s() + PUT_WITHIN_S
         call = self._actors.call(worker.actor, "run_unit", task)
         self._calls[call] = worker
-        worker.in_hand[call] = _Assignment(unit, task, alone)
+        worker.in_hand[call] = _Assignment(unit, task, alone, valid_until)
         self._num_in_hand += 1
         if alone or len(worker.in_hand) == UNITS_PER_ACTOR:
             del self._with_room[worker]
@@ -318,7 +328,7 @@ class Dispatcher:
             self._num_in_hand -= 1
             self._with_room.setdefault(worker)
             if isinstance(result, bytes):
-                yield Finished(assignment.task, result)
+                yield Finished(assignment.task, result, assignment.unit, assignment.valid_until)
             else:
                 yield from self._fail(assignment, result)
 

@@ -32,7 +32,7 @@ from latentcache.dataset.rejects import most_frequent
 from latentcache.dataset.shards import bucket_name
 from latentcache.dataset.state import Listing, State, write_next
 from latentcache.engine.cluster import Cluster
-from latentcache.engine.commit import Committed, Committer
+from latentcache.engine.commit import Committed, Committer, Expired
 from latentcache.engine.dispatcher import Dispatcher, Failed, Finished, Retries
 from latentcache.engine.fields import FieldCheck, spread
 from latentcache.engine.job import make_job
@@ -168,6 +168,7 @@ class _Driver:
         self.num_committed = self.num_rows = 0  # by this run
         self.failed: dict[str, str] = {}
         self.replans: Counter[str] = Counter()
+        self.num_expired: Counter[str] = Counter()
         done = [unit for planned in plan.units if (unit := self.state.current(planned.id))]
         self.num_samples = sum(unit.num_samples for unit in done)
         self.num_rejects = sum(unit.num_rejects for unit in done)
@@ -182,59 +183,77 @@ class _Driver:
         """Encode all pending units, or as many as there is time for."""
         compute = self.config.compute
         threads = None if compute.decode_threads == "auto" else compute.decode_threads
-        with (
-            Lease(self.output, len(self.pending), self._num_total()) as lease,
-            Cluster(
-                compute.num_gpus,
-                compute.num_cpu_actors,
-                threads,
-                Patience(compute.wait_for_gpus_s, partial(progress.say, "waiting"), lease.renew),
-            ) as cluster,
-            Committer(self.output) as committer,
-        ):
-            self._establish_contract(cluster, progress)
-            self._join(lease, progress)
-            with stop_on_signals(self.stop, GRACE_S, partial(_say_stopping, progress)):
-                self._check(progress)
-                if self.fields.is_open:
-                    self.pending = spread(self.pending)
-                job = make_job(self.config, self.contract, cluster.num_cpus_per_actor)
-                loads_late = all(planned.kind == "rewrite" for planned in self.pending)
-                dispatcher = Dispatcher(
-                    cluster,
-                    replace(job, loads_late=loads_late),
-                    self.pending,
-                    Retries(compute.unit_retries, compute.preemption_retries),
-                    self.stop,
-                    self._may_read,
-                )
-                dispatcher.qa_wanted = self._qa_wanted()
-                metrics = RunMetrics(self.config.name)
-                for event in dispatcher.run():
-                    lease.num_committed = self.num_committed
-                    lease.renew()
-                    if isinstance(event, Finished):
-                        for receipt in self.fields.offer(event.receipt, event.task.attempt):
-                            committer.put(*receipt)
-                    elif isinstance(event, Failed):
-                        self._give_up(event, dispatcher, progress)
-                    else:
-                        progress.polled(event.stats, event.num_lost)
-                        metrics.update_actors(len(event.stats), event.num_lost)
-                        self._tell(metrics)
-                    for committed in committer.ended():
-                        self._take(committed, progress)
-                        dispatcher.qa_wanted = self._qa_wanted()
-                if not self.stop.reason:
-                    self.fields.end(len(self.failed))
-                if self.fields.warning:
-                    progress.say("no_such_field", self.fields.warning, "warning")
-                for receipt in self.fields.release():
-                    committer.put(*receipt)
-                for committed in committer.drain():
-                    self._take(committed, progress)
+        with Lease(self.output, len(self.pending), self._num_total()) as lease:
+            lease.wait_for_gc(self.stop, partial(progress.say, "waiting"))
+            if self.stop.reason:
+                return
+            patience = Patience(
+                compute.wait_for_gpus_s, partial(progress.say, "waiting"), lease.renew
+            )
+            with (
+                Cluster(compute.num_gpus, compute.num_cpu_actors, threads, patience) as cluster,
+                Committer(self.output) as committer,
+            ):
+                self._establish_contract(cluster, progress)
+                self._join(lease, progress)
+                with stop_on_signals(self.stop, GRACE_S, partial(_say_stopping, progress)):
+                    self._check(progress)
+                    dispatcher, metrics = self._dispatcher(cluster), RunMetrics(self.config.name)
+                    self._encode_units(dispatcher, committer, lease, metrics, progress)
+                    while dispatcher.has_work():  # units whose receipts were put too late
+                        self._encode_units(dispatcher, committer, lease, metrics, progress)
+                self.write_manifest(progress)  # under the lease, on which some stores rely
+
+    def _dispatcher(self, cluster: Cluster) -> Dispatcher:
+        """Return what hands out the pending units."""
+        compute = self.config.compute
+        if self.fields.is_open:
+            self.pending = spread(self.pending)
+        job = make_job(self.config, self.contract, cluster.num_cpus_per_actor)
+        loads_late = all(planned.kind == "rewrite" for planned in self.pending)
+        return Dispatcher(
+            cluster,
+            replace(job, loads_late=loads_late),
+            self.pending,
+            Retries(compute.unit_retries, compute.preemption_retries),
+            self.stop,
+            self._may_read,
+        )
+
+    def _encode_units(
+        self,
+        dispatcher: Dispatcher,
+        committer: Committer,
+        lease: Lease,
+        metrics: RunMetrics,
+        progress: RunProgress,
+    ) -> None:
+        """Encode the units of the dispatcher, and put their receipts."""
+        dispatcher.qa_wanted = self._qa_wanted()
+        for event in dispatcher.run():
+            lease.num_committed = self.num_committed
+            lease.renew()
+            if isinstance(event, Finished):
+                for finished in self.fields.offer(event):
+                    committer.put(finished)
+            elif isinstance(event, Failed):
+                self._give_up(event, dispatcher, progress)
+            else:
+                progress.polled(event.stats, event.num_lost)
+                metrics.update_actors(len(event.stats), event.num_lost)
                 self._tell(metrics)
-            self.write_manifest(progress)  # under the lease, on which some stores rely
+            for result in committer.ended():
+                self._take(result, dispatcher, progress)
+                dispatcher.qa_wanted = self._qa_wanted()
+        if not self.stop.reason:
+            self.fields.end(len(self.failed))
+        if self.fields.warning:
+            progress.say("no_such_field", self.fields.warning, "warning")
+        for finished in self.fields.release():
+            committer.put(finished)
+        for result in committer.drain():
+            self._take(result, dispatcher, progress)
+        self._tell(metrics)
 
     def _num_total(self) -> int:
         """Count the units that the output will have, if all goes well."""
@@ -326,10 +345,15 @@ class _Driver:
             return True  # whatever it is, it is no lack of rights
         return True
 
-    def _take(self, committed: Committed, progress: RunProgress) -> None:
-        """Count a unit whose receipt has been put: its rows exist."""
-        receipt = committed.receipt
-        if committed.is_ours:
+    def _take(
+        self, result: Committed | Expired, dispatcher: Dispatcher, progress: RunProgress
+    ) -> None:
+        """Count a unit whose receipt has been put: its rows exist. One put too late goes again."""
+        if isinstance(result, Expired):
+            self._encode_again(result.finished, dispatcher, progress)
+            return
+        receipt = result.receipt
+        if result.is_ours:
             self.num_committed += 1
             self.num_rows += receipt.record.num_rows
             self.loads.add_receipt(receipt.stages)
@@ -337,8 +361,8 @@ class _Driver:
             self.num_skipped += 1
         record, before = receipt.record, self.state.current(receipt.record.unit.id)
         self.state.add(receipt)
-        # The other may have been a repair, or a run with other kept columns: then it is to be done.
-        if receipt.state == "rows" and record.columns == self.columns:
+        # The other may have been a run with other kept columns: then it is to be done.
+        if record.columns == self.columns:
             self.left.discard(record.unit.id)
         self.num_samples += record.num_samples - (before.num_samples if before else 0)
         self.num_rejects += record.num_rejects - (before.num_rejects if before else 0)
@@ -353,6 +377,20 @@ class _Driver:
         ):
             self.write_manifest(progress)
             self._manifest_at = (self.num_committed, time.monotonic())
+
+    def _encode_again(
+        self, finished: Finished, dispatcher: Dispatcher, progress: RunProgress
+    ) -> None:
+        """Hand a unit out again whose receipt came too late, or give it up after its retries."""
+        unit = finished.unit.unit
+        self.num_expired[unit.id] += 1
+        message = f"{unit.title}: more than a day passed from handing it out to its receipt"
+        if self.num_expired[unit.id] > self.config.compute.unit_retries:
+            message = f"{message}, {self.num_expired[unit.id]} times: make smaller shards"
+            self._give_up(Failed(finished.task, message), dispatcher, progress)
+            return
+        progress.say("unit_expired", f"{message}; encoding it again", "warning", source=unit.title)
+        dispatcher.add(finished.unit)
 
     def _say_notes(self, receipt: Receipt, progress: RunProgress) -> None:
         """Say, once each, what receipts note of how they came to be."""
@@ -518,7 +556,7 @@ class _Driver:
             status, exit_code = "too_many_rejects", 3
         elif breaches:
             status, exit_code = "failed_qa", 3
-        elif not self.left and not num_other_columns:
+        elif not self.left and len(found) == len(units) and not num_other_columns:
             status, exit_code = "complete", 0
         else:
             status, exit_code = self.stop.reason or "incomplete", 1
