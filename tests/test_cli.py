@@ -390,10 +390,10 @@ def test_damage_is_found_marked_and_mended(demo: Demo, tmp_path: Path):
 
     planned = copy.cli(*planned_args(copy)).json
     assert {p["unit"] for p in planned["pending"]} == bad
-    assert {p["reason"] for p in planned["pending"]} == {"marked to be encoded again"}
+    assert {p["reason"] for p in planned["pending"]} == {"removed before: encoded again"}
     mended = copy.cli(*planned_args(copy, "run")).json
     assert (mended["num_committed"], mended["num_skipped"]) == (len(bad), 4 - len(bad))
-    assert mended["manifest"] == 2
+    assert mended["manifest"] == 3
     assert verify(copy.url).ok
     again = {row.key: row.latent for row in open_dataset(copy.url)}
     assert again.keys() == undamaged.keys()
