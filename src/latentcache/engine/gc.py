@@ -1,21 +1,21 @@
 """Delete what no kept manifest and no receipt that counts refers to; a dry run lists it.
 
-What is deleted can never count again, also for a driver that was frozen and wakes up:
+What is deleted can never count again, not even for a driver that was frozen and wakes up:
 
 - A unit that the newest manifest has in `removed`, or at a higher generation, never counts again. A
   driver that knows less finds the number of its manifest taken, and reads everything again.
 - A driver puts a receipt or a manifest within a day of the upload of what it names, or not at all
-  (`PUT_WITHIN_S`). So a file that nothing names, and that is two days old, stays without a name.
+  (`PUT_WITHIN_S`). So a file of two days that nothing names stays without a name.
 
-Files are listed first, and the receipts that may name them are read after that, one by one. So no
-listing that lacks an object can cause a deletion. `gc` may be killed anywhere and run again.
+Files are listed first; the receipts that may name them are read afterwards, each by its name. So an
+object that a listing lacks is kept, or keeps others. `gc` may be killed anywhere and run again.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -48,23 +48,15 @@ KINDS = {
 
 _DAY_S = 86400.0
 
-# Objects that are deleted, or receipts that are read, between two looks at the own lease.
+# Objects that are deleted, or receipts that are read, between two checks of the lease.
 _BATCH = 1000
 
 _FILE = re.compile(r"(?:data|rejects|qa)/([0-9a-f]{32})/(0|[1-9]\d*)-([0-9a-f]{32})[-.][^/]*")
 _REPORT = re.compile(r"qa/report-(\d{8})\.(?:html|json)")
-_RECEIPT = re.compile(rf"{COMMITS}/(([0-9a-f]{{32}})-(0|[1-9]\d*))\.json")
+_RECEIPT = re.compile(rf"{COMMITS}/([0-9a-f]{{32}}-(?:0|[1-9]\d*))\.json")
 
 Progress = Callable[[str, int, int | None], object]
 """Called with what is done, for how many objects, of how many in all (None: not known yet)."""
-
-
-@dataclass(frozen=True, slots=True)
-class UnreferencedObject:
-    """An object that nothing refers to."""
-
-    path: str
-    size_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +70,7 @@ class Unreferenced:
     url: str
     is_deleted: bool
     kept: list[int]
-    objects: dict[str, list[UnreferencedObject]]
+    objects: dict[str, list[ObjectInfo]]
     uploads: list[Upload]
     notes: list[str]
 
@@ -89,8 +81,8 @@ class Unreferenced:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all kinds, without uploads, of which no store says the size."""
-        return sum(each.size_bytes for each in chain.from_iterable(self.objects.values()))
+        """Bytes of all objects. No store says what uploads take."""
+        return sum(info.size_bytes for info in chain.from_iterable(self.objects.values()))
 
 
 def collect_unreferenced(
@@ -103,7 +95,7 @@ def collect_unreferenced(
     storage: StorageOptions | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> Unreferenced:
-    """List the objects of a dataset that nothing refers to, and delete them if `delete` is set.
+    """List the objects of a dataset that nothing refers to; delete them if `delete` is set.
 
     Args:
         url: the dataset.
@@ -127,7 +119,7 @@ def collect_unreferenced(
         raise ConfigError("all manifests are kept: --keep adds to --keep-last")
     if keep_last is not None and keep_last < 1:
         raise ConfigError("--keep-last is at least 1")
-    if older_than_days < MIN_AGE_DAYS:
+    if not older_than_days >= MIN_AGE_DAYS:
         raise ConfigError(
             f"--older-than-days is {older_than_days:g}, but at least {MIN_AGE_DAYS:g}: a run may "
             "put the receipt of a file up to a day after its upload"
@@ -143,25 +135,16 @@ def collect_unreferenced(
         plan = collector.plan(keep_last, frozenset(keep))
         while delete and not collector.delete(plan):
             plan = collector.plan(keep_last, frozenset(keep))
-    return Unreferenced(
-        url=store.url,
-        is_deleted=delete,
-        kept=[manifest.number for manifest in plan.kept],
-        objects={
-            kind: [UnreferencedObject(info.path, info.size_bytes) for info in infos]
-            for kind, infos in plan.objects.items()
-        },
-        uploads=plan.uploads,
-        notes=plan.notes,
-    )
+    kept = [manifest.number for manifest in plan.kept]
+    return Unreferenced(store.url, delete, kept, plan.objects, plan.uploads, plan.notes)
 
 
 @dataclass(slots=True)
 class _Plan:
-    """What stays and what goes: manifests, oldest first, and objects by kind."""
+    """Which manifests stay, oldest first, and which go; what else goes, by kind."""
 
-    kept: list[Manifest]
-    expired: list[Manifest]
+    kept: list[Manifest] = field(default_factory=list)
+    expired: list[Manifest] = field(default_factory=list)
     objects: dict[str, list[ObjectInfo]] = field(default_factory=lambda: {k: [] for k in KINDS})
     uploads: list[Upload] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -169,19 +152,20 @@ class _Plan:
 
 @dataclass(slots=True)
 class _Units:
-    """The units that manifests name.
+    """What manifests say of units.
 
-    `live` maps those (`<unit>-<generation>`) that count in a kept manifest to their attempt;
-    `newest` maps unit ids to the highest generation that the newest manifest knows, in its segments
-    or in `removed`.
+    `attempts` maps the units (`<unit>-<generation>`) that count in a kept manifest to the attempt
+    that made them. `generations` maps unit ids to the highest one in the newest manifest, whether
+    it counts there or was removed.
     """
 
-    live: dict[str, str] = field(default_factory=dict)
-    newest: dict[str, int] = field(default_factory=dict)
+    attempts: dict[str, str] = field(default_factory=dict)
+    generations: dict[str, int] = field(default_factory=dict)
 
-    def is_decided(self, unit: str, generation: str) -> bool:
-        """Whether that generation never counts again, unless it is live."""
-        return int(generation) <= self.newest.get(unit, -1)
+    def may_come(self, name: str) -> bool:
+        """Return whether a later manifest may name that unit, if it has a receipt."""
+        unit, _, generation = name.rpartition("-")
+        return int(generation) > self.generations.get(unit, -1)
 
 
 class _Collector:
@@ -189,7 +173,7 @@ class _Collector:
 
     Args:
         store: the output.
-        lease: that of this `gc`; None changes nothing.
+        lease: that of this `gc`; None for a dry run.
         until: what changed after that stays, by the store's clock.
         progress: see `Progress`.
     """
@@ -209,7 +193,7 @@ class _Collector:
         self._list_files(plan, units)
         for info in self._list_old(COMMITS):
             match = _RECEIPT.fullmatch(info.path)
-            if match and match[1] not in units.live and units.is_decided(match[2], match[3]):
+            if match and match[1] not in units.attempts and not units.may_come(match[1]):
                 plan.objects["receipts"].append(info)
         named = {segment.path for manifest in plan.kept for segment in manifest.segments}
         plan.objects["segments"] = [i for i in self._list_old(SEGMENTS) if i.path not in named]
@@ -225,8 +209,9 @@ class _Collector:
         return plan
 
     def _choose_manifests(self, keep_last: int | None, keep: AbstractSet[int]) -> _Plan:
-        """Choose the manifests that stay: a complete one is old when the next one has been there
-        for so long, since readers got it until then.
+        """Choose the manifests that stay.
+
+        A complete one is old if the next complete one is: readers were given it until that came.
         """
         listed = {info.path: info for info in self._store.list(MANIFESTS)}
         numbers = list_manifests(self._store)
@@ -236,7 +221,7 @@ class _Collector:
             read_manifest(self._store, min(unknown))  # raises, and says which there are
         published = read_published(self._store)
         always = {numbers[-1], *keep, *([published.manifest] if published else [])}
-        plan = _Plan([], [])
+        plan = _Plan()
         num_left = len(numbers) if keep_last is None else keep_last
         is_superseded = False  # by a complete manifest that is old itself
         for number in reversed(numbers):
@@ -250,60 +235,56 @@ class _Collector:
             if info is None or is_last or not is_past or number in always:
                 plan.kept.insert(0, manifest)
             else:
-                plan.expired.insert(0, manifest)
+                plan.expired.append(manifest)
                 plan.objects["manifests"].append(info)
         return plan
 
     def _read_units(self, kept: Sequence[Manifest]) -> _Units:
-        """Read which units the kept manifests name, and which the newest one knows."""
+        """Read what the kept manifests, oldest first, say of units."""
         units, newest = _Units(), kept[-1]
-        # A unit counts in none of the manifests that name its segment if all of them removed it.
-        segments: dict[Segment, AbstractSet[str]] = {}
-        removed_in_all: AbstractSet[str] | None = None
+        segments: dict[Segment, AbstractSet[str]] = {}  # with the units that count nowhere
+        removed: AbstractSet[str] = frozenset(newest.removed)
         for manifest in reversed(kept):
-            removed = frozenset(manifest.removed)
-            removed_in_all = removed if removed_in_all is None else removed_in_all & removed
-            segments |= dict.fromkeys(manifest.segments, removed_in_all)
-        tables = read_segments(
-            self._store, segments, "a kept manifest", ("unit", "generation", "attempt")
-        )
-        known: list[Iterable[str]] = [newest.removed]
+            removed &= frozenset(manifest.removed)
+            segments |= dict.fromkeys(manifest.segments, removed)
+        columns = ("unit", "generation", "attempt")
+        tables = read_segments(self._store, segments, "a kept manifest", columns)
+        known = [newest.removed]
         for (segment, gone), table in zip(segments.items(), tables, strict=True):
             names = names_of(table).to_pylist()
             attempts = zip(names, table["attempt"].to_pylist(), strict=True)
-            units.live.update((name, attempt) for name, attempt in attempts if name not in gone)
-            known += [names] if segment in newest.segments else []
+            units.attempts.update((name, made) for name, made in attempts if name not in gone)
+            if segment in newest.segments:
+                known.append(names)
             self._step("listing", 1)
         for name in chain.from_iterable(known):
             unit, _, generation = name.rpartition("-")
-            units.newest[unit] = max(int(generation), units.newest.get(unit, -1))
+            units.generations[unit] = max(int(generation), units.generations.get(unit, -1))
         return units
 
     def _list_files(self, plan: _Plan, units: _Units) -> None:
         """List files that no unit refers to, and reports on manifests that are gone."""
-        undecided: dict[str, list[tuple[str, ObjectInfo]]] = {}  # by the receipt that decides
+        open_files: dict[str, list[tuple[str, ObjectInfo]]] = {}  # by the receipt that decides
         numbers = {manifest.number for manifest in plan.kept}
         for info in chain.from_iterable(map(self._list_old, ("data", "rejects", "qa"))):
             if report := _REPORT.fullmatch(info.path):
                 if int(report[1]) < plan.kept[-1].number and int(report[1]) not in numbers:
                     plan.objects["reports"].append(info)
             elif match := _FILE.fullmatch(info.path):
-                unit, generation, attempt = match.groups()
-                name = f"{unit}-{generation}"
-                if units.live.get(name) == attempt:
+                name, attempt = f"{match[1]}-{match[2]}", match[3]
+                if units.attempts.get(name) == attempt:
                     continue
-                if units.is_decided(unit, generation):
-                    plan.objects["files"].append(info)
+                if units.may_come(name):
+                    open_files.setdefault(name, []).append((attempt, info))
                 else:
-                    undecided.setdefault(name, []).append((attempt, info))
-        names = sorted(undecided)
+                    plan.objects["files"].append(info)
+        names = list(open_files)
         for first in range(0, len(names), _BATCH):
             batch = names[first : first + _BATCH]
             receipts = read_receipts(self._store, batch, missing_ok=True)
             committed = {receipt.record.name: receipt.record.attempt for receipt in receipts}
             for name in batch:
-                files = undecided[name]
-                lost = [info for attempt, info in files if attempt != committed.get(name)]
+                lost = (info for made, info in open_files[name] if made != committed.get(name))
                 plan.objects["files"] += lost
             self._step("listing", len(batch))
 
@@ -314,45 +295,41 @@ class _Collector:
                 yield info
 
     def _is_old(self, info: ObjectInfo) -> bool:
-        """Whether an object is old enough to go; one of unknown age stays."""
+        """Return whether an object is old enough to go; one of unknown age stays."""
         return info.modified_at is not None and info.modified_at <= self._until
 
     def delete(self, plan: _Plan) -> bool:
         """Delete what was listed.
 
         Returns:
-            False if an expired manifest was published meanwhile. `publish` looks whether its
-            manifest exists after it wrote the pointer, and this looks at the pointer after it
-            deleted manifests, so that one sees the other. Then the manifest is put back, nothing
-            else is deleted, and the plan is outdated.
+            False if an expired manifest was published meanwhile: it is put back, and no more is
+            deleted. `publish` checks that its manifest exists after it wrote the pointer, and this
+            checks the pointer after it deleted manifests, so that one sees the other.
         """
         self._num_done = 0
-        self._delete(plan, plan.objects["manifests"])
-        published = read_published(self._store)
-        for manifest in plan.expired:
-            if published and published.manifest == manifest.number:
-                self._store.put_if_absent(manifest.path, manifest.to_bytes())
-                return False
-        for kind in [kind for kind in KINDS if kind != "manifests"]:
-            self._delete(plan, plan.objects[kind])
+        num_objects = len(plan.uploads) + sum(map(len, plan.objects.values()))
+        for kind in KINDS:
+            infos = plan.objects[kind]
+            for first in range(0, len(infos), _BATCH):
+                self._step("deleting", 0, num_objects)
+                paths = [info.path for info in infos[first : first + _BATCH]]
+                self._store.delete_many(paths)
+                self._step("deleting", len(paths), num_objects)
+            published = read_published(self._store) if kind == "manifests" else None
+            for manifest in plan.expired:
+                if published and published.manifest == manifest.number:
+                    self._store.put_if_absent(manifest.path, manifest.to_bytes())
+                    return False
         for upload in plan.uploads:
             self._store.abort_upload(upload)
-            self._step("deleting", 1)
+            self._step("deleting", 1, num_objects)
         return True
 
-    def _delete(self, plan: _Plan, objects: Sequence[ObjectInfo]) -> None:
-        num_objects = len(plan.uploads) + sum(map(len, plan.objects.values()))
-        for first in range(0, len(objects), _BATCH):
-            paths = [info.path for info in objects[first : first + _BATCH]]
-            self._step("deleting", 0, num_objects)
-            self._store.delete_many(paths)
-            self._step("deleting", len(paths), num_objects)
-
     def _step(self, what: str, num_done: int, total: int | None = None) -> None:
-        """Report progress, and renew the lease if it has not lapsed.
+        """Report progress, and renew the lease unless it has lapsed.
 
         Raises:
-            IncompleteRun: this process was frozen or slow for so long that a run may have begun.
+            IncompleteRun: it has, because this process was frozen: a run may have begun.
         """
         self._num_done += num_done
         self._progress(what, self._num_done, total)
