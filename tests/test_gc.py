@@ -422,6 +422,19 @@ def test_a_receipt_that_no_manifest_named_goes_once_a_newer_version_is_named(wor
     assert State(world.store).generation(first.id) == 0, "its generation stays taken"
 
 
+def test_a_receipt_that_no_manifest_named_yet_stays(world: World) -> None:
+    world.commit("a.tar")
+    world.write()
+    world.commit("a.tar")  # again, as with --retry-rejects
+    world.change("a.tar")
+    world.age()
+    assert world.gc(keep_last=1).num_objects == 0
+    world.change("a.tar")
+    world.write()
+    assert f"{world.unit('a.tar').id}-1" in world.names_in(list_manifests(world.store)[-1])
+    assert verify(world.url, list_manifests(world.store)[-1], quick=True).ok
+
+
 def test_a_lower_generation_stays_until_a_manifest_names_a_higher_one(world: World) -> None:
     """A frozen driver may know the lower one alone, and name it with the next number."""
     world.commit("b.tar")

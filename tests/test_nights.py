@@ -141,7 +141,7 @@ def test_night_after_night(
     assert summary["manifest"] == 3
     assert written == {"commits": 1, "data": 1, "segments": 1, "manifests": 1}
     assert nights.diff(2, 3) == {"added": [], "replaced": [REPLACED], "removed": []}
-    assert nights.diff(1, 3) == {"added": news, "replaced": [], "removed": gone}
+    assert nights.diff(1, 3) == {"added": news, "replaced": [REPLACED], "removed": gone}
     assert [row for row in nights.rows(3) if row[0] in kept] == [
         row for row in old_rows if row[0] in kept
     ]

@@ -8,6 +8,7 @@
      │    ├── ObjectNotFound        1   nothing lies at that URL
      │    ├── AccessDenied          1   credentials or file permissions do not allow it
      │    └── DiskFull              1   the disk or bucket has no room left: the whole run stops
+     ├── DeadlinePassed             1   a put came so late that gc may have deleted the files
      ├── SourceError                1   a source shard cannot be listed or read
      │    ├── FieldMissing          1   a file has no column for a field that is to be kept
      │    └── SourceChanged         1   a source shard was overwritten: its unit is planned anew
