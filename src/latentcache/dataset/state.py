@@ -235,35 +235,8 @@ class State:
         self.settle(weighed)
         return manifest
 
-    def put_without(self, names: AbstractSet[str]) -> set[str] | None:
-        """Put a manifest from which some units of the newest one are removed.
-
-        Args:
-            names: `<unit>-<generation>`; those that the newest manifest does not name are ignored.
-
-        Returns:
-            The names that were removed, if any; None if another manifest came first.
-        """
-        gone = {u.name for units in self.live.values() for u in units if u.name in names}
-        if not gone or self.manifest is None:
-            return set()
-        changes = {
-            source: tuple(unit for unit in units if unit.name not in gone)
-            for source, units in self.live.items()
-            if any(unit.name in gone for unit in units)
-        }
-        stale = {source for source in self.manifest.stale if changes.get(source) != ()}
-        weighed = _Weighed({}, "keep", self.manifest.columns, changes, stale=stale)
-        num_channels = len(self.manifest.statistics.mean)
-        is_put = self.put_next(weighed, False, self.manifest.contract, num_channels)
-        return gone if is_put else None
-
     def _add(
-        self,
-        added: Totals,
-        changed: AbstractSet[int | None],
-        removed: set[str],
-        num_channels: int,
+        self, added: Totals, changed: AbstractSet[int | None], removed: set[str], num_channels: int
     ) -> tuple[dict[int, Totals], Totals]:
         """Add up the next manifest: a new segment, and those of the newest, less `removed`.
 
@@ -396,7 +369,18 @@ def remove_units(store: Store, names: AbstractSet[str]) -> set[str]:
         IncompleteRun: other manifests came first, again and again.
     """
     for _ in range(_MAX_TRIES):
-        removed = State(store, receipts=()).put_without(names)
-        if removed is not None:
-            return removed
+        state = State(store, receipts=())
+        gone = {u.name for units in state.live.values() for u in units if u.name in names}
+        if not gone or state.manifest is None:
+            return set()
+        changes = {
+            source: tuple(unit for unit in units if unit.name not in gone)
+            for source, units in state.live.items()
+            if any(unit.name in gone for unit in units)
+        }
+        newest = state.manifest
+        stale = {source for source in newest.stale if changes.get(source) != ()}
+        weighed = _Weighed({}, "keep", newest.columns, changes, stale=stale)
+        if state.put_next(weighed, False, newest.contract, len(newest.statistics.mean)):
+            return gone
     raise IncompleteRun(f"others put manifests to {store.url} all the time: try again later")
