@@ -70,7 +70,7 @@ def test_receipts_of_actors_with_other_threads_add_up():
                 "encode": {"busy_s": 5.0, "wait_s": 0.0, "num_threads": 1},
             }
         )
-    loads.add_receipt(None)  # a void one
+    loads.add_receipt(None)  # of a receipt that says nothing
     assert loads.stages["decode"].alone_s == 20.0
     assert loads.stages["decode"].wait_s == 2.0
     assert "add 6 threads to each actor (compute.decode_threads: 12)" in str(loads.bottleneck)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -12,16 +13,17 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 
 import latentcache
 from corpus import good, objects
+from latentcache import clock, storage
 from latentcache.config import Config, parse_config
 from latentcache.engine import lease as lease_module
 from latentcache.engine import run as run_module
-from latentcache.engine.lease import STALE_AFTER_S, Lease, active_runs
+from latentcache.engine.lease import STALE_AFTER_S, Lease, active_leases, active_runs
 from latentcache.engine.progress import RunProgress
 from latentcache.engine.status import read_status
 from latentcache.storage import Store
@@ -69,12 +71,12 @@ def make_config(folder: Path, on_busy: str, num_shards: int = 2) -> Config:
     return parse_config(config_tree(folder, source={"keep": []}, compute=compute))
 
 
-def write_lease(store: Store, age_s: float = 0.0) -> Path:
-    """Another host's lease."""
-    tree = {"run": "other", "host": "elsewhere", "pid": 7, "renewed_at": "some time"}
+def write_lease(store: Store, age_s: float = 0.0, name: str = "other") -> Path:
+    """Another host's lease; that of `gc`, if its name begins so."""
+    tree = {"run": name, "host": "elsewhere", "pid": 7, "renewed_at": "some time"}
     counts = {"num_units": 2, "num_total": 2, "num_committed": 0}
-    store.put("runs/other.json", json.dumps(tree | counts).encode())
-    path = store.local_path("runs/other.json")
+    store.put(f"runs/{name}.json", json.dumps(tree | counts).encode())
+    path = store.local_path(f"runs/{name}.json")
     assert path
     os.utime(path, (time.time() - age_s,) * 2)
     return path
@@ -88,6 +90,136 @@ def test_skip_leaves_the_output_to_the_other_run(tmp_path: Path):
     assert (summary.status, summary.exit_code) == ("skipped", 0)
     assert (summary.num_units, summary.num_committed, summary.manifest) == (2, 0, None)
     assert tree_digest(tmp_path) == before
+
+
+@pytest.mark.parametrize("on_busy", ["join", "skip", "wait"])
+def test_a_run_that_starts_while_gc_works_waits_for_it(
+    tmp_path: Path, told: dict[str, Callable[[], object]], on_busy: str
+):
+    config = make_config(tmp_path, on_busy)
+    lease = write_lease(Store(config.output.url), name="gc-other")
+    seen: list[Any] = []
+
+    def end_gc() -> None:
+        seen.append(read_status_of(config))
+        lease.unlink()
+
+    told["waiting for gc to end: pid 7 on elsewhere"] = end_gc
+    summary = latentcache.run(config)
+    assert not told
+    assert (summary.status, summary.num_committed) == ("complete", 2)
+    ((num_runs, gc_at_work, num_objects),) = seen
+    assert (num_runs, gc_at_work) == (1, True), "its own lease was there before it looked"
+    assert num_objects == 2, "it had written nothing but its lease"
+
+
+def read_status_of(config: Config) -> tuple[int, bool, int]:
+    """How many runs are at work, whether `gc` is, and how many objects there are."""
+    store = Store(config.output.url)
+    leases = active_leases(store)
+    return len(active_runs(store)), any(lease.is_gc for lease in leases), len(store.walk())
+
+
+def test_a_signal_ends_the_waiting_for_gc(tmp_path: Path, told: dict[str, Callable[[], object]]):
+    config = make_config(tmp_path, "join")
+    write_lease(Store(config.output.url), name="gc-other")
+    before = tree_digest(tmp_path)
+    told["waiting for gc to end"] = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    summary = latentcache.run(config)
+    assert not told
+    assert (summary.status, summary.exit_code) == ("interrupted", 1)
+    assert tree_digest(tmp_path) == before
+
+
+class Freezer:
+    """Freezes the driver within its first puts of receipts: a try fails, and days pass.
+
+    Args:
+        num_times: how often.
+        meanwhile: happens in those days.
+    """
+
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        num_times: int,
+        meanwhile: Callable[[], object] = lambda: None,
+    ) -> None:
+        self.num_fired = 0
+        self._num_times = num_times
+        self._meanwhile = meanwhile
+        self._boot_time_s = clock.boot_time_s
+        self._create_file = storage.create_file
+        monkeypatch.setattr(clock, "boot_time_s", self.boot_time_s)
+        monkeypatch.setattr(storage, "create_file", self.create_file)
+        monkeypatch.setattr(storage, "_PAUSES_S", (0.0,) * 9)
+
+    def boot_time_s(self) -> float:
+        return self._boot_time_s() + self.num_fired * 9 * 24 * HOURS
+
+    def create_file(self, target: str, source: BinaryIO) -> bool:
+        if "/commits/" in target and self.num_fired < self._num_times:
+            self.num_fired += 1
+            self._meanwhile()
+            raise OSError(errno.EIO, "input/output error")
+        return self._create_file(target, source)
+
+
+def test_a_driver_that_was_frozen_for_days_puts_no_receipt_of_what_gc_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    latentcache.run(make_config(tmp_path, "join", num_shards=1), quiet=True)
+    config = make_config(tmp_path, "join", num_shards=2)
+    deleted = []
+
+    def meanwhile() -> None:
+        for path in (tmp_path / "out").rglob("*"):
+            os.utime(path, (time.time() - 9 * 24 * HOURS,) * 2)
+        deleted.append(latentcache.collect_unreferenced(config.output.url, delete=True))
+
+    freezer = Freezer(monkeypatch, 1, meanwhile)
+    summary = latentcache.run(config, quiet=True)
+    assert freezer.num_fired == 1
+    (found,) = deleted
+    assert [len(objects) for objects in found.objects.values() if objects] == [1], found.objects
+    assert (summary.status, summary.num_committed) == ("complete", 1)
+    assert latentcache.verify(config.output.url).ok
+    assert len(list(tmp_path.glob("out/data/*/*"))) == 2
+
+
+def test_a_unit_that_is_late_again_and_again_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = make_config(tmp_path, "join", num_shards=1)
+    freezer = Freezer(monkeypatch, ALWAYS)
+    summary = latentcache.run(config, quiet=True)
+    assert freezer.num_fired == config.compute.unit_retries + 1
+    assert (summary.status, summary.exit_code) == ("incomplete", 1)
+    (failed,) = summary.failed
+    assert "more than a day passed" in failed["message"]
+
+
+def test_a_repair_beside_a_run_is_no_complete_run(
+    tmp_path: Path, told: dict[str, Callable[[], object]]
+):
+    """The run loses the number of its manifest, and reads that a unit is to be encoded again."""
+    latentcache.run(make_config(tmp_path, "join", num_shards=2), quiet=True)
+    config = make_config(tmp_path, "join", num_shards=3)
+    write_lease(Store(config.output.url))
+    bad = next((tmp_path / "out" / "data").iterdir())
+    repaired: list[str] = []
+
+    def repair() -> None:
+        next(bad.iterdir()).unlink()
+        repaired.extend(latentcache.verify(config.output.url, repair=True).repaired)
+
+    told["joining another run"] = repair
+    summary = latentcache.run(config)
+    assert repaired == [bad.name]
+    assert (summary.status, summary.num_committed) == ("incomplete", 1)
+    again = latentcache.run(config)
+    assert (again.status, again.num_committed) == ("complete", 1)
+    assert latentcache.verify(config.output.url).ok
 
 
 @pytest.mark.parametrize("on_busy", ["skip", "wait"])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -362,6 +364,30 @@ def test_verify_is_content(demo: Demo):
     assert tree_digest(demo.folder) == before
 
 
+def test_gc_lists_unreferenced_files_and_deletes_them_when_asked(demo: Demo, tmp_path: Path):
+    copy = demo.moved_to(tmp_path)
+    unreferenced = Path(copy.url) / "data" / f"{'a' * 32}" / f"0-{'b' * 32}-64x64.parquet"
+    unreferenced.parent.mkdir()
+    unreferenced.write_bytes(b"some")
+    os.utime(unreferenced, (time.time() - 8 * 86400,) * 2)
+    result = copy.cli("gc", copy.url)
+    assert result.code == 0, result.stderr
+    assert "1  " in result.stdout.splitlines()[0]
+    assert result.stdout.splitlines()[-1].startswith(
+        "would delete 1 objects, 4 B; kept manifests: 1"
+    )
+    assert "--delete removes them" in result.stdout
+    assert unreferenced.exists()
+    refused = copy.cli("gc", copy.url, "--delete", "--older-than-days", "1.5")
+    assert refused.code == 2
+    assert "at least 2" in refused.stderr
+    deleted = copy.cli.ok("gc", copy.url, "--delete")
+    assert (deleted["is_deleted"], deleted["num_objects"], deleted["kept"]) == (True, 1, [1])
+    assert [each["size_bytes"] for each in deleted["objects"]["files"]] == [4]
+    assert not unreferenced.exists()
+    assert verify(copy.url).ok
+
+
 def test_damage_is_found_marked_and_mended(demo: Demo, tmp_path: Path):
     copy = demo.moved_to(tmp_path)
     undamaged = {row.key: row.latent for row in open_dataset(copy.url)}
@@ -390,10 +416,10 @@ def test_damage_is_found_marked_and_mended(demo: Demo, tmp_path: Path):
 
     planned = copy.cli(*planned_args(copy)).json
     assert {p["unit"] for p in planned["pending"]} == bad
-    assert {p["reason"] for p in planned["pending"]} == {"marked to be encoded again"}
+    assert {p["reason"] for p in planned["pending"]} == {"removed before: encoded again"}
     mended = copy.cli(*planned_args(copy, "run")).json
     assert (mended["num_committed"], mended["num_skipped"]) == (len(bad), 4 - len(bad))
-    assert mended["manifest"] == 2
+    assert mended["manifest"] == 3
     assert verify(copy.url).ok
     again = {row.key: row.latent for row in open_dataset(copy.url)}
     assert again.keys() == undamaged.keys()

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from latentcache import clock
 from latentcache.dataset.receipts import Receipt, Unit, list_receipt_names, new_attempt
-from latentcache.engine.commit import Committer
+from latentcache.engine.commit import Committer, Expired
+from latentcache.engine.dispatcher import Finished
+from latentcache.engine.job import UnitTask
+from latentcache.engine.plan import PlannedUnit
 from latentcache.errors import StorageError
 from latentcache.storage import Store
 from makers import make_contract
@@ -22,6 +28,14 @@ def receipts(num: int) -> list[Receipt]:
     return [make_receipt(CONTRACT, unit, 0, new_attempt()) for unit in units]
 
 
+def finished(receipt: Receipt, attempt: str = "", valid_until: float = math.inf) -> Finished:
+    """What a driver is told of a unit; `attempt` is that of its task, if not the receipt's."""
+    record = receipt.record
+    task = UnitTask(record.unit, record.generation, attempt or record.attempt)
+    unit = PlannedUnit(record.unit, record.generation, "new")
+    return Finished(task, receipt.to_bytes(), unit, valid_until)
+
+
 class GatedStore(Store):
     """Puts nothing before `gate` is set, or `opens_at` puts wait; `refused` is never taken."""
 
@@ -33,7 +47,7 @@ class GatedStore(Store):
         self._num_waiting = 0
         self._lock = threading.Lock()
 
-    def put_if_absent(self, path: str, data: bytes) -> bool:
+    def put_if_absent(self, path: str, data: bytes, **options: Any) -> bool:
         with self._lock:
             self._num_waiting += 1
             if self._num_waiting == self.opens_at:
@@ -41,7 +55,7 @@ class GatedStore(Store):
         assert self.gate.wait(60)
         if self.refused and self.refused in path:
             raise StorageError(f"cannot reach or use {path}")
-        return super().put_if_absent(path, data)
+        return super().put_if_absent(path, data, **options)
 
 
 def test_a_receipt_counts_when_it_lies_there(tmp_path: Path):
@@ -49,7 +63,7 @@ def test_a_receipt_counts_when_it_lies_there(tmp_path: Path):
     wanted = receipts(3)
     with Committer(store) as committer:
         for receipt in wanted:
-            committer.put(receipt.to_bytes(), receipt.record.attempt)
+            committer.put(finished(receipt))
         assert not list(committer.ended())
         assert not list_receipt_names(store)
         store.gate.set()
@@ -65,7 +79,7 @@ def test_the_loop_stands_still_while_a_store_takes_no_more(tmp_path: Path):
     num_ended = 0
     with Committer(store) as committer:
         for number, receipt in enumerate(receipts(40), 1):
-            committer.put(receipt.to_bytes(), receipt.record.attempt)
+            committer.put(finished(receipt))
             num_ended += len(list(committer.ended()))
             assert num_ended >= number - 15
             assert store.gate.is_set() or num_ended == 0
@@ -79,10 +93,10 @@ def test_the_receipt_of_a_driver_that_was_first_is_taken(tmp_path: Path):
     assert store.put_if_absent(first.path, first.to_bytes())
     with Committer(store) as committer:
         (second,) = receipts(1)
-        committer.put(second.to_bytes(), second.record.attempt)
+        committer.put(finished(second))
         (committed,) = committer.drain()
         # Another who met it before he began gives it back as it is.
-        committer.put(first.to_bytes(), second.record.attempt)
+        committer.put(finished(first, second.record.attempt))
         (met,) = committer.drain()
     assert not committed.is_ours
     assert not met.is_ours
@@ -95,8 +109,20 @@ def test_a_put_that_fails_is_told_and_the_others_are_done(tmp_path: Path):
     store.refused = wanted[2].path
     with Committer(store) as committer:
         for receipt in wanted:
-            committer.put(receipt.to_bytes(), receipt.record.attempt)
+            committer.put(finished(receipt))
         store.gate.set()
         with pytest.raises(StorageError, match="cannot reach"):
             list(committer.drain())
     assert set(list_receipt_names(store)) == {r.record.name for r in wanted if r is not wanted[2]}
+
+
+def test_a_receipt_that_is_late_is_not_put(tmp_path: Path):
+    store = Store(str(tmp_path))
+    late, first = receipts(2)
+    assert store.put_if_absent(first.path, first.to_bytes())
+    with Committer(store) as committer:
+        for receipt in (late, first):
+            committer.put(finished(receipt, valid_until=clock.boot_time_s() - 1))
+        results = list(committer.drain())
+    assert all(isinstance(result, Expired) for result in results)
+    assert list_receipt_names(store) == [first.record.name]

@@ -376,9 +376,9 @@ class Counting:
             monkeypatch.setattr(Store, name, self._counted(name, getattr(Store, name)))
 
     def _counted(self, name: str, method: Any) -> Any:
-        def call(store: Store, path: str = "", *args: Any) -> Any:
+        def call(store: Store, path: str = "", *args: Any, **options: Any) -> Any:
             self.asked[f"{name} {path.partition('/')[0]}"] += 1
-            return method(store, path, *args)
+            return method(store, path, *args, **options)
 
         return call
 

@@ -1,6 +1,7 @@
-"""Garbage collection over any history: what a kept manifest names stays, and all else goes.
+"""`gc` over any history: what a kept manifest or a receipt that counts refers to stays.
 
-The histories are made of events in two ages, eight days ago and now; the files are a few bytes.
+All else goes. The histories are made of events in two ages, eight days ago and now; the files are a
+few bytes.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from latentcache import collect_garbage, publish, verify
+from latentcache import clock, collect_unreferenced, publish, verify
 from latentcache.dataset import state as state_module
 from latentcache.dataset.contract import establish_contract
 from latentcache.dataset.manifest import list_manifests, read_manifest, read_records
@@ -38,10 +39,11 @@ from latentcache.dataset.receipts import (
     read_failures,
 )
 from latentcache.dataset.segments import put_segment
-from latentcache.dataset.state import State, write_next
+from latentcache.dataset.state import State, remove_units, write_next
 from latentcache.dataset.statistics import Statistics
-from latentcache.engine.gc import Garbage
-from latentcache.engine.lease import Lease
+from latentcache.engine import gc as gc_module
+from latentcache.engine.gc import Unreferenced
+from latentcache.engine.lease import STALE_AFTER_S, Lease
 from latentcache.errors import ConfigError, DatasetError, IncompleteRun
 from latentcache.storage import ObjectInfo, Store
 from makers import make_contract, tree_digest
@@ -60,7 +62,8 @@ class World:
         self.store = Store(str(folder))
         self.url = str(folder)
         self.listed = dict.fromkeys(SOURCES, "v1")
-        self.receipts: dict[str, list[str | None]] = {}  # unit id -> attempt by generation
+        self.receipts: dict[str, list[str]] = {}  # unit id -> attempt by generation
+        self.late: list[State] = []  # drivers that read everything, and are slow
         establish_contract(self.store, CONTRACT, {})
 
     def unit(self, source: str) -> Unit:
@@ -100,15 +103,14 @@ class World:
         unit = self.unit(source)
         self.upload(unit, len(self.receipts.get(unit.id, ())))
 
-    def void(self, source: str) -> None:
-        """`verify --repair` of the unit, if it has rows."""
-        unit = self.unit(source)
-        there = self.receipts.get(unit.id)
-        if there and there[-1]:
-            path = f"commits/{unit.id}-{len(there) - 1}.json"
-            void = Receipt.from_bytes(self.store.read_bytes(path)).voided()
-            assert self.store.put_if_absent(void.path, void.to_bytes())
-            there.append(None)
+    def repair(self, source: str) -> None:
+        """`verify --repair` of the unit, if the newest manifest shows it."""
+        name = f"{self.unit(source).id}-{len(self.receipts.get(self.unit(source).id, ())) - 1}"
+        remove_units(self.store, {name})
+
+    def read(self, source: str) -> None:
+        """A driver reads what is there, and does nothing with it for long."""
+        self.late.append(State(self.store))
 
     def litter(self, source: str) -> None:
         """What kills leave: a segment without its manifest, and half a file."""
@@ -152,12 +154,12 @@ class World:
     def names_in(self, number: int) -> set[str]:
         return {r.name for r in read_records(self.store, read_manifest(self.store, number))}
 
-    def gc(self, **options: Any) -> Garbage:
-        return collect_garbage(self.url, delete=True, **options)
+    def gc(self, **options: Any) -> Unreferenced:
+        return collect_unreferenced(self.url, delete=True, **options)
 
 
 class Model:
-    """DESIGN §4 and the issue, said the slow way: which files must be gone after a collection."""
+    """The rules of docs/format.md, said the slow way: what must be gone after `gc`."""
 
     def __init__(self, world: World, keep_last: int | None) -> None:
         self.world = world
@@ -173,41 +175,35 @@ class Model:
             if pointer.exists():
                 self.kept.add(json.loads(pointer.read_text())["manifest"])
         self.live = {name for n in self.kept for name in world.names_in(n)}
-        self.ever = {name for n in numbers for name in world.names_in(n)}
+        removed = read_manifest(world.store, numbers[-1]).removed
+        self.known = world.names_in(numbers[-1]) | set(removed)
 
-    def is_given_up(self, unit: str, generation: int) -> bool:
-        name, there = f"{unit}-{generation}", self.world.receipts[unit]
-        is_old = self.world.is_old(f"commits/{name}.json")
-        if there[generation] is None or name in self.live or not is_old:
-            return False
-        if self.is_at_work(unit, generation + 1):
-            return False
-        last = len(there) - 1
-        if generation == last or there[last] is None or self.is_given_up(unit, last):
-            return True
-        return any(f"{unit}-{g}" in self.ever for g in range(generation + 1, last + 1))
+    def may_count(self, unit: str, generation: int) -> bool:
+        """Whether a manifest may name a receipt: one does, or the newest one knows none as high."""
+        is_known = any(
+            f"{unit}-{g}" in self.known
+            for g in range(generation, len(self.world.receipts.get(unit, ())))
+        )
+        return f"{unit}-{generation}" in self.live or not is_known
 
-    def is_garbage(self, path: str) -> bool:
+    def is_unreferenced(self, path: str) -> bool:
         _, unit, name = path.split("/")
+        if not self.world.is_old(path):
+            return False
         if name.startswith(".tmp-"):
-            return self.world.is_old(path)
+            return True
         generation, attempt = int(name.split("-")[0]), name.split("-")[1].removesuffix(".parquet")
         there = self.world.receipts.get(unit, [])
-        if generation < len(there):
-            return there[generation] != attempt or self.is_given_up(unit, generation)
-        last = len(there) - 1
-        is_over = last < 0 or there[last] is None or self.is_given_up(unit, last)
-        return is_over and not self.is_at_work(unit, generation)
+        is_committed = generation < len(there) and there[generation] == attempt
+        return not (is_committed and self.may_count(unit, generation))
 
-    def is_at_work(self, unit: str, generation: int) -> bool:
-        """Whether a young attempt may yet be committed."""
-        return generation >= len(self.world.receipts.get(unit, ())) and any(
-            f"/{unit}/{generation}-" in path and not self.world.is_old(path)
-            for path in self.world.files()
-        )
+    def receipt_goes(self, name: str) -> bool:
+        unit, _, generation = name.rpartition("-")
+        is_old = self.world.is_old(f"commits/{name}.json")
+        return is_old and not self.may_count(unit, int(generation))
 
 
-EVENTS = ("commit", "commit", "commit", "lose", "abandon", "void", "litter", "change")
+EVENTS = ("commit", "commit", "commit", "lose", "abandon", "repair", "litter", "change", "read")
 
 
 def live_through(data: st.DataObject, world: World, most: int) -> None:
@@ -264,7 +260,8 @@ def test_after_any_history_what_is_named_stays_and_all_else_goes(data: st.DataOb
         live_through(data, world, 14)
         world.age()
         live_through(data, world, 6)
-        world.write()
+        if data.draw(st.booleans(), "a run ends"):
+            world.write()
         if not list_manifests(world.store):
             with pytest.raises(DatasetError, match="has no manifest"):
                 world.gc()
@@ -272,21 +269,20 @@ def test_after_any_history_what_is_named_stays_and_all_else_goes(data: st.DataOb
         keep_last = data.draw(st.sampled_from([None, 1, 2]), "keep_last")
         model = Model(world, keep_last)
         before, receipts = world.files(), set(list_receipt_names(world.store))
-        garbage = {path for path in before if model.is_garbage(path)}
-        late = State(world.store)  # a driver that has read everything, and is slow
+        unreferenced = {path for path in before if model.is_unreferenced(path)}
+        superseded = {name for name in receipts if model.receipt_goes(name)}
+        world.read("")
 
         digest = tree_digest(world.folder)
-        planned = collect_garbage(world.url, keep_last=keep_last)
+        planned = collect_unreferenced(world.url, keep_last=keep_last)
         assert tree_digest(world.folder) == digest, "a dry run writes nothing"
-        found = world.gc(keep_last=keep_last)
-        assert found.found == planned.found
-        assert found.voided == planned.voided
-        assert (found.manifest is not None) >= bool(found.voided)
+        deleted = world.gc(keep_last=keep_last)
+        assert deleted.objects == planned.objects
 
-        assert world.files() == before - garbage
+        assert world.files() == before - unreferenced
         kept = set(list_manifests(world.store))
-        assert kept == set(found.kept) == model.kept | {found.manifest} - {None}
-        assert set(list_receipt_names(world.store)) == receipts | set(found.voided)
+        assert kept == set(deleted.kept) == model.kept
+        assert set(list_receipt_names(world.store)) == receipts - superseded
         assert {p.name for p in (world.folder / "segments").iterdir()} >= {
             segment.path.removeprefix("segments/")
             for number in kept
@@ -294,22 +290,20 @@ def test_after_any_history_what_is_named_stays_and_all_else_goes(data: st.DataOb
         }
         for number in kept:
             assert verify(world.url, number, quick=True).ok
-        if found.manifest:
-            assert world.names_in(found.manifest) == world.names_in(found.manifest - 1)
 
         missed = data.draw(st.frozensets(st.integers(0, 20), max_size=4), "missed")
         assert_nobody_can_bring_back_what_is_gone(world, missed)
 
         digest = tree_digest(world.folder)
-        again = world.gc(keep_last=keep_last)
-        assert (again.num_objects, again.voided, again.manifest) == (0, [], None)
+        assert world.gc(keep_last=keep_last).num_objects == 0
         assert tree_digest(world.folder) == digest
 
-        for source in data.draw(st.sets(st.sampled_from(SOURCES)), "changed back"):
-            world.change(source)
-        world.write(late, drop=data.draw(st.booleans(), "late drop"))
-        for number in list_manifests(world.store):
-            assert verify(world.url, number, quick=True).ok
+        for late in data.draw(st.permutations(world.late), "late"):
+            for source in data.draw(st.sets(st.sampled_from(SOURCES)), "changed back"):
+                world.change(source)
+            world.write(late, drop=data.draw(st.booleans(), "late drop"))
+            for number in list_manifests(world.store):
+                assert verify(world.url, number, quick=True).ok
 
 
 # The same rules, one by one.
@@ -321,7 +315,7 @@ def world(tmp_path: Path) -> World:
 
 
 def full(world: World) -> World:
-    """Three manifests of old: `a.tar` was replaced, `b.tar` encoded again; and all kinds of litter.
+    """Four manifests of old: `a.tar` was replaced, `b.tar` repaired; and all kinds of litter.
 
     `c.tar` has an attempt that was begun at its next generation.
     """
@@ -332,8 +326,8 @@ def full(world: World) -> World:
     world.change("a.tar")
     world.abandon("a.tar")
     world.write()
+    world.repair("b.tar")
     world.commit("a.tar")
-    world.void("b.tar")
     world.commit("b.tar")
     world.abandon("c.tar")
     world.litter("a.tar")
@@ -343,118 +337,142 @@ def full(world: World) -> World:
     return world
 
 
-def kinds(found: Garbage) -> dict[str, int]:
-    return {kind: len(objects) for kind, objects in found.found.items() if objects}
+def kinds(listed: Unreferenced) -> dict[str, int]:
+    return {kind: len(objects) for kind, objects in listed.objects.items() if objects}
+
+
+NUM_LOST = 3 * (3 + 1 + 1 + 1)  # files of attempts without a receipt: lost, abandoned, litter
 
 
 def test_by_default_every_manifest_stays(world: World) -> None:
-    found = full(world).gc()
-    assert kinds(found) == {"attempts": 15, "segments": 1, "temporary": 2}
-    assert (found.voided, found.manifest) == ([], None)
-    for number in (1, 2, 3):
+    deleted = full(world).gc()
+    assert kinds(deleted) == {"files": NUM_LOST, "segments": 1, "temporary": 2}
+    assert deleted.kept == [1, 2, 3, 4]
+    for number in deleted.kept:
         assert verify(world.url, number, quick=True).ok
 
 
-def test_units_of_manifests_that_go_are_undone_first(world: World) -> None:
-    found = full(world).gc(keep_last=1)
+def test_units_of_manifests_that_go_are_deleted_with_their_receipts(world: World) -> None:
+    deleted = full(world).gc(keep_last=1)
     # Of the first manifest: the old version of a.tar, and the first generation of b.tar.
-    assert kinds(found) == {
-        "attempts": 15,
-        "units": 6,
+    assert kinds(deleted) == {
+        "manifests": 3,
+        "reports": 1,
+        "receipts": 2,
+        "files": NUM_LOST + 6,
         "segments": 1,
         "temporary": 2,
-        "manifests": 3,  # and the report of one
     }
     world.change("a.tar")
-    assert found.voided == [f"{world.unit('a.tar').id}-1"]
-    assert (found.manifest, found.kept) == (4, [3, 4])
-    assert found.num_bytes == 21 * 4 + sum(
+    old = f"commits/{world.unit('a.tar').id}-0.json"
+    assert old in {each.path for each in deleted.objects["receipts"]}
+    assert deleted.kept == [4]
+    assert deleted.num_bytes == (NUM_LOST + 6) * 4 + sum(
         each.size_bytes
-        for kind in ("segments", "temporary", "manifests")
-        for each in found.found[kind]
+        for kind in deleted.objects.keys() - {"files"}
+        for each in deleted.objects[kind]
     )
-    # Back to its first bytes: it is void, so it is encoded again, and not named without its files.
+    # Back to its first bytes: it never counts again, so it is encoded again.
     world.write()
     newest = read_manifest(world.store, 5)
     assert (newest.complete, newest.stale) == (False, ("a.tar",))
     state = State(world.store)
     assert state.current(world.unit("a.tar").id) is None
-    assert state.generation(world.unit("a.tar").id) == 1
-
-
-def test_a_run_after_it_reads_no_receipt_of_a_void(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    full(world).gc(keep_last=1)
-    read: list[str] = []
-    read_bytes = Store.read_bytes
-    monkeypatch.setattr(
-        Store, "read_bytes", lambda self, path: read.append(path) or read_bytes(self, path)
-    )
-    State(world.store)
-    assert [path for path in read if path.startswith("commits/")] == []
+    assert state.generation(world.unit("a.tar").id) == 0
+    world.commit("a.tar")
+    world.write()
+    assert read_manifest(world.store, 6).complete
+    assert f"{world.unit('a.tar').id}-1" in world.names_in(6)
 
 
 def test_kept_numbers_and_the_published_one_stay(world: World) -> None:
     publish(full(world).url, 1)
-    assert world.gc(keep_last=1).kept == [1, 3]
+    assert world.gc(keep_last=1).kept == [1, 4]
     with pytest.raises(ConfigError, match="--keep adds to --keep-last"):
         world.gc(keep=[2])
-    assert set(world.gc(keep_last=1, keep=[1]).kept) == {1, 3}
+    assert set(world.gc(keep_last=1, keep=[1]).kept) == {1, 4}
     with pytest.raises(DatasetError, match="no manifest 7"):
         world.gc(keep_last=1, keep=[7])
 
 
 def test_what_readers_were_given_until_today_stays(world: World) -> None:
-    """Manifest 3 is old, but it was the newest one until a moment ago."""
+    """Manifest 4 is old, but it was the newest one until a moment ago."""
     full(world)
     world.change("b.tar")
     world.commit("b.tar")
     world.write()
-    found = world.gc(keep_last=1)
-    assert found.kept == [3, 4, 5]
-    assert found.manifest == 5  # voids what manifest 1 alone named
+    assert world.gc(keep_last=1).kept == [4, 5]
     world.age()
-    assert world.gc(keep_last=1).kept == [4, 5, 6]
+    assert world.gc(keep_last=1).kept == [5]
 
 
-def test_parts_wait_for_one_at_which_runs_still_fail(world: World) -> None:
+def test_a_receipt_that_no_manifest_named_goes_once_a_newer_version_is_named(world: World) -> None:
+    world.commit("a.tar")
+    first = world.unit("a.tar")
+    world.write(without="a.tar", drop=True)
+    world.commit("b.tar")
+    world.write(without="a.tar")
+    world.age()
+    assert world.gc().num_objects == 0, "a run may name it yet"
+    world.change("a.tar")
+    world.commit("a.tar")
+    world.write()
+    assert f"{first.id}-0" in read_manifest(world.store, list_manifests(world.store)[-1]).removed
+    assert kinds(world.gc()) == {"receipts": 1, "files": 3}
+    assert State(world.store).generation(first.id) == 0, "its generation stays taken"
+
+
+def test_a_receipt_that_no_manifest_named_yet_stays(world: World) -> None:
+    world.commit("a.tar")
+    world.write()
+    world.commit("a.tar")  # again, as with --retry-rejects
+    world.change("a.tar")
+    world.age()
+    assert world.gc(keep_last=1).num_objects == 0
+    world.change("a.tar")
+    world.write()
+    assert f"{world.unit('a.tar').id}-1" in world.names_in(list_manifests(world.store)[-1])
+    assert verify(world.url, list_manifests(world.store)[-1], quick=True).ok
+
+
+def test_a_lower_generation_stays_until_a_manifest_names_a_higher_one(world: World) -> None:
+    """A frozen driver may know the lower one alone, and name it with the next number."""
     world.commit("b.tar")
     world.write()
-    parts = [Unit.of("c.parquet", 10, "v1", CONTRACT.fingerprint, f"{k}/2") for k in range(2)]
-    receipt = Receipt(world.upload(parts[0], 0), CONTRACT.fingerprint, Statistics.empty(4))
-    assert world.store.put_if_absent(receipt.path, receipt.to_bytes())
+    world.commit("a.tar")
     world.age()
-    put_failure(world.store, parts[1], new_attempt(), "c.parquet [1/2]: broken")
+    late = State(world.store)
+    world.commit("a.tar")
+    assert world.gc().num_objects == 0
+    world.write(late)
+    assert verify(world.url, list_manifests(world.store)[-1], quick=True).ok
+    world.write()
+    assert f"{world.unit('a.tar').id}-1" in world.names_in(list_manifests(world.store)[-1])
+
+
+def test_old_hints_about_failures_go(world: World) -> None:
+    world.commit("b.tar")
+    world.write()
+    world.age()
+    put_failure(world.store, world.unit("a.tar"), new_attempt(), "a.tar: broken")
     hints = [hint.path for hint in list_failures(world.store)]
-    assert read_failures(world.store, hints) == {parts[1].id: "c.parquet [1/2]: broken"}
-    assert (world.gc().num_objects, world.gc().voided) == (0, [])
-    world.age()  # nobody has tried it for a week
-    found = world.gc()
-    assert (kinds(found), found.voided) == ({"units": 3, "failures": 1}, [f"{parts[0].id}-1"])
+    assert read_failures(world.store, hints) == {world.unit("a.tar").id: "a.tar: broken"}
+    assert world.gc().num_objects == 0
+    world.age()
+    assert kinds(world.gc()) == {"failures": 1}
     assert list_failures(world.store) == []
     assert read_failures(world.store, hints) == {}, "listed before, and read after"
 
 
 def test_what_is_young_stays(world: World) -> None:
-    full(world)
-    assert kinds(world.gc(keep_last=1, older_than_days=9)) == {"attempts": 15}
+    assert world.store.put_if_absent("x", b"")
+    assert kinds(full(world).gc(keep_last=1, older_than_days=9)) == {}
 
 
-def test_a_manifest_published_meanwhile_is_seen(world: World) -> None:
-    full(world)
-    put = Store.put_if_absent
-
-    def publish_then_put(store: Store, path: str, data: bytes) -> bool:
-        if path == "manifests/00000004.json":
-            publish(world.url, 1)
-        return put(store, path, data)
-
-    with patch.object(Store, "put_if_absent", publish_then_put):
-        found = world.gc(keep_last=1)
-    assert 1 in found.kept
-    for number in found.kept:
-        assert verify(world.url, number, quick=True).ok
+@pytest.mark.parametrize("days", [1.9, 0, -1])
+def test_files_that_a_driver_may_still_name_cannot_be_deleted(world: World, days: float) -> None:
+    with pytest.raises(ConfigError, match="at least 2"):
+        full(world).gc(older_than_days=days)
 
 
 def test_a_manifest_published_while_it_is_deleted_is_put_back(world: World) -> None:
@@ -469,16 +487,16 @@ def test_a_manifest_published_while_it_is_deleted_is_put_back(world: World) -> N
         delete_many(store, paths, *args)
 
     with patch.object(Store, "delete_many", publish_then_delete):
-        found = world.gc(keep_last=1)
+        deleted = world.gc(keep_last=1)
     assert num_times
-    assert 1 in found.kept
+    assert 1 in deleted.kept
     assert world.store.read_bytes("manifests/00000001.json") == data
-    for number in found.kept:
+    for number in deleted.kept:
         assert verify(world.url, number, quick=True).ok
 
 
 def test_a_manifest_that_is_deleted_while_it_is_published_is_not(world: World) -> None:
-    publish(full(world).url, 3)
+    publish(full(world).url, 4)
     put = Store.put
 
     def put_then_delete(store: Store, path: str, data: bytes) -> None:
@@ -487,63 +505,30 @@ def test_a_manifest_that_is_deleted_while_it_is_published_is_not(world: World) -
 
     with patch.object(Store, "put", put_then_delete), pytest.raises(DatasetError, match="no manif"):
         publish(world.url, 1, force=True)
-    assert json.loads(world.store.read_bytes(PUBLISHED_PATH))["manifest"] == 3
+    assert json.loads(world.store.read_bytes(PUBLISHED_PATH))["manifest"] == 4
 
 
-def test_a_receipt_put_meanwhile_wins(world: World) -> None:
-    """A driver that was frozen for a week commits its attempt while `gc` is about to void it."""
+def test_a_receipt_that_no_listing_shows_keeps_its_files(world: World) -> None:
+    """It is put after the files were listed, or the listing lacks it: each is read by its name."""
     world.commit("b.tar")
     world.write()
     unit = world.unit("a.tar")
     record = world.upload(unit, 0)
     world.age()
     receipt = Receipt(record, CONTRACT.fingerprint, Statistics.empty(4))
-    put, num_late = Store.put_if_absent, []
+    read_receipts, num_late = gc_module.read_receipts, []
 
-    def commit_then_put(store: Store, path: str, data: bytes) -> bool:
-        if path == receipt.path and not num_late:
-            num_late.append(put(store, path, receipt.to_bytes()))
-        return put(store, path, data)
+    def put_then_read(*args: Any, **options: Any) -> list[Receipt]:
+        num_late.append(world.store.put_if_absent(receipt.path, receipt.to_bytes()))
+        return read_receipts(*args, **options)
 
-    with patch.object(Store, "put_if_absent", commit_then_put):
-        found = world.gc()
+    with patch.object(gc_module, "read_receipts", put_then_read):
+        deleted = world.gc()
     assert num_late == [True]
-    assert found.num_objects == 0
+    assert deleted.num_objects == 0
     world.write()
     assert verify(world.url, list_manifests(world.store)[-1], quick=True).ok
     assert f"{unit.id}-0" in world.names_in(list_manifests(world.store)[-1])
-
-
-def test_a_driver_that_comes_late_loses(world: World) -> None:
-    """… or it comes after the void, and its receipt is not taken."""
-    world.commit("b.tar")
-    world.write()
-    record = world.upload(world.unit("a.tar"), 0)
-    world.age()
-    assert world.gc().voided == [f"{record.unit.id}-0"]
-    receipt = Receipt(record, CONTRACT.fingerprint, Statistics.empty(4))
-    assert not world.store.put_if_absent(receipt.path, receipt.to_bytes())
-
-
-def test_a_manifest_put_meanwhile_has_it_look_again(world: World) -> None:
-    """A run brings a source back whose unit is about to go."""
-    full(world)
-    world.change("a.tar")
-    put, num_late = Store.put_if_absent, []
-
-    def write_then_put(store: Store, path: str, data: bytes) -> bool:
-        if path.startswith("commits/") and not num_late:
-            num_late.append(1)
-            world.write()
-            assert read_manifest(store, 4).complete
-        return put(store, path, data)
-
-    with patch.object(Store, "put_if_absent", write_then_put):
-        found = world.gc(keep_last=1)
-    assert num_late
-    assert {3, 4} >= set(found.kept) - {5}
-    for number in list_manifests(world.store):
-        assert verify(world.url, number, quick=True).ok
 
 
 class Killed(BaseException):
@@ -553,8 +538,7 @@ class Killed(BaseException):
 def test_killed_anywhere_it_ends_the_same(tmp_path: Path) -> None:
     undisturbed = full(World(tmp_path / "undisturbed"))
     undisturbed.gc(keep_last=1)
-    num_left = len(undisturbed.files())
-    assert num_left
+    left = shape_of(undisturbed)
     for when in range(1000):
         world = full(World(tmp_path / str(when)))
         was_killed = kill_at(when, world)
@@ -563,9 +547,7 @@ def test_killed_anywhere_it_ends_the_same(tmp_path: Path) -> None:
         for number in list_manifests(world.store):
             assert verify(world.url, number, quick=True).ok, when
         world.gc(keep_last=1)
-        assert len(world.files()) == num_left
-        assert {1, 2}.isdisjoint(list_manifests(world.store))
-        assert not list((world.folder / "qa").glob("report-*"))
+        assert shape_of(world) == left
         for number in list_manifests(world.store):
             assert verify(world.url, number, quick=True).ok, when
         if not was_killed:
@@ -573,8 +555,16 @@ def test_killed_anywhere_it_ends_the_same(tmp_path: Path) -> None:
     assert when > 20
 
 
+def shape_of(world: World) -> list[Any]:
+    """What is left, but for attempts, which are random."""
+    paths = ["/".join(path.split("-")[0].split("/")[:3]) for path in world.files()]
+    reports = list((world.folder / "qa").glob("report-*"))
+    names = sorted(list_receipt_names(world.store))
+    return [sorted(paths), names, list_manifests(world.store), reports]
+
+
 def kill_at(when: int, world: World) -> bool:
-    """Let a collection die before its n-th change to the store; False if it has fewer."""
+    """Let `gc` die before its n-th change to the store; False if it has fewer."""
     num_changes = 0
 
     def counted(name: str) -> Any:
@@ -599,19 +589,68 @@ def kill_at(when: int, world: World) -> bool:
     return False
 
 
-def test_beside_a_run_it_stands_aside(world: World) -> None:
+@pytest.mark.parametrize(
+    ("is_gc", "message"), [(False, "a run is at work"), (True, "another gc is at work")]
+)
+def test_beside_a_run_or_another_gc_it_stops(world: World, is_gc: bool, message: str) -> None:
     full(world)
     before = world.files()
-    with Lease(world.store, 1), pytest.raises(IncompleteRun, match="wait for it, or delete"):
-        world.gc()
+    with Lease(world.store, 1, is_gc=is_gc) as lease:
+        with pytest.raises(IncompleteRun, match=rf"{message} .*{lease.run}\.json if it died"):
+            world.gc()
+        assert collect_unreferenced(world.url).num_objects, "a dry run changes nothing"
     assert world.files() == before
-    assert collect_garbage(world.url).num_objects
     assert world.gc().num_objects
+
+
+def test_its_lease_is_there_before_it_looks_for_others(world: World) -> None:
+    """So a run that does the same sees it, if it does not see the run."""
+    full(world)
+    require_exclusive, leases = Lease.require_exclusive, []
+
+    def look(lease: Lease) -> None:
+        leases.extend((world.folder / "runs").iterdir())
+        require_exclusive(lease)
+
+    with patch.object(Lease, "require_exclusive", look):
+        world.gc()
+    assert [path.name[:3] for path in leases] == ["gc-"]
+
+
+def test_a_gc_that_was_frozen_stops_and_a_run_that_began_meanwhile_loses_nothing(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full(world)
+    delete_many, frozen_s = Store.delete_many, [0.0]
+    boot_time_s = clock.boot_time_s
+    monkeypatch.setattr(clock, "boot_time_s", lambda: boot_time_s() + frozen_s[-1])
+    monkeypatch.setattr(gc_module, "_BATCH", 5)
+
+    def delete_then_freeze(store: Store, paths: list[str]) -> None:
+        delete_many(store, paths)
+        if len(frozen_s) == 1:
+            frozen_s.append(STALE_AFTER_S)
+            world.change("a.tar")  # back to what the plan is about to delete
+            world.commit("a.tar")
+            world.write()
+
+    with (
+        patch.object(Store, "delete_many", delete_then_freeze),
+        pytest.raises(IncompleteRun, match="the lease of gc lapsed; run gc again"),
+    ):
+        world.gc(keep_last=1)
+    assert len(frozen_s) == 2
+    assert world.gc(keep_last=1).num_objects
+    newest = list_manifests(world.store)[-1]
+    assert f"{world.unit('a.tar').id}-1" in world.names_in(newest)
+    for number in list_manifests(world.store):
+        assert verify(world.url, number, quick=True).ok
 
 
 def test_what_is_not_ours_is_left_alone(world: World) -> None:
     full(world)
     strange = ["data/readme.txt", "data/x/1-2.parquet", "qa/notes.txt", "rejects/a.parquet"]
+    strange.append(f"data/{'0' * 32}/007-{'1' * 32}-8x8.parquet")
     for path in strange:
         world.store.put(path, b"mine")
         world.set_age(world.folder / path)
@@ -632,8 +671,8 @@ def test_a_number_that_gc_made_free_is_not_taken_again(world: World) -> None:
     world.commit("b.tar")
     world.write()
     world.age()
-    assert world.gc(keep_last=1).kept == [3, 4]
+    assert world.gc(keep_last=1).kept == [3]
     world.change("b.tar")
     world.write(late)
-    assert list_manifests(world.store) == [3, 4, 5]
-    assert verify(world.url, 5, quick=True).ok
+    assert list_manifests(world.store) == [3, 4]
+    assert verify(world.url, 4, quick=True).ok

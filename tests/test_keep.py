@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from threading import Lock
@@ -25,7 +27,7 @@ from latentcache.dataset.verify import verify
 from latentcache.engine import kept_fields as fields_module
 from latentcache.engine import run as run_module
 from latentcache.engine import worker as worker_module
-from latentcache.engine.gc import collect_garbage
+from latentcache.engine.gc import collect_unreferenced
 from latentcache.engine.job import UnitFailure, UnitTask
 from latentcache.engine.status import read_status
 from latentcache.engine.worker import ActorRunner
@@ -211,7 +213,9 @@ def test_other_columns_need_no_encoding(
 
     old = latentcache.open_dataset(before.output.url, 1)
     assert columns_in(old) == {k: expected_columns(samples, ["txt"])[k] for k in rows}
-    collect_garbage(before.output.url, delete=True, keep_last=1, older_than_days=0)
+    for path in (tmp_path / "out").rglob("*"):
+        os.utime(path, (time.time() - 8 * 86400,) * 2)
+    collect_unreferenced(before.output.url, delete=True, keep_last=1)
     named = {f.path for u in second.units for f in (*u.files, u.rejects, u.qa and u.qa.file) if f}
     out = tmp_path / "out"
     left = {

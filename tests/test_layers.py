@@ -23,6 +23,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = {
     "errors": 0.0,
     "startup": 0.25,
+    "clock": 0.25,
     "log": 0.25,
     "urls": 0.25,
     "yaml_files": 0.25,

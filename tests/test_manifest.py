@@ -21,6 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from latentcache import clock
+from latentcache.dataset import state as state_module
 from latentcache.dataset.contract import (
     CONTRACT_PATH,
     Contract,
@@ -37,6 +39,7 @@ from latentcache.dataset.manifest import (
     read_records,
 )
 from latentcache.dataset.receipts import (
+    PUT_WITHIN_S,
     DataFile,
     Receipt,
     Unit,
@@ -44,10 +47,10 @@ from latentcache.dataset.receipts import (
     new_attempt,
     read_receipts,
 )
-from latentcache.dataset.segments import read_segments
-from latentcache.dataset.state import State, write_next
+from latentcache.dataset.segments import Segment, put_segment, read_segments
+from latentcache.dataset.state import State, remove_units, write_next
 from latentcache.dataset.statistics import Statistics
-from latentcache.errors import ContractMismatch, DatasetError, SourceError
+from latentcache.errors import ContractMismatch, DatasetError, IncompleteRun, SourceError
 from latentcache.storage import ObjectInfo, Store
 from makers import make_contract, tree_digest
 
@@ -99,19 +102,20 @@ class Snapshot:
     visible: Visible
     stale: list[str]
     complete: bool
+    removed: set[tuple[Version, int]] = field(default_factory=set)
 
 
 @dataclass
 class Driver:
     """A driver as the model sees it: the manifest it last read, and the receipts it knows.
 
-    `known` maps a version to its highest generation and whether that holds rows. `listing` is the
-    one that it wrote a manifest from last: the same again, if the source has not changed since.
+    `known` maps a version to its highest generation. `listing` is the one that it wrote a manifest
+    from last: the same again, if the source has not changed since.
     """
 
     state: State
     base: int = 0
-    known: dict[Version, tuple[int, bool]] = field(default_factory=dict)
+    known: dict[Version, int] = field(default_factory=dict)
     listing: dict[str, list[Unit]] = field(default_factory=dict)
 
     def list(self, listed: dict[str, str]) -> dict[str, list[Unit]]:
@@ -133,7 +137,7 @@ class Manifests(RuleBasedStateMachine):
         self.folder = Path(tempfile.mkdtemp())
         self.store = Store(str(self.folder))
         self.listed: dict[str, str] = {}
-        self.receipts: dict[Version, list[bool]] = {}  # by generation: does it hold rows?
+        self.receipts: Counter[Version] = Counter()  # how many generations there are
         self.history = [Snapshot({}, [], False)]  # by number; 0: before the first
         self.drivers = [Driver(State(self.store)), Driver(State(self.store))]
         for index in range(num_sources):
@@ -179,33 +183,35 @@ class Manifests(RuleBasedStateMachine):
             return
         driver, source = self.drivers[who], self.source(pick)
         version = (source, self.listed[source])
-        generation = driver.known.get(version, (-1, False))[0] + 1
-        there = self.receipts.setdefault(version, [])
-        assert generation <= len(there)
+        generation = driver.known.get(version, -1) + 1
+        assert driver.state.generation(unit_of(version).id) + 1 == generation
+        assert generation <= self.receipts[version]
         receipt = receipt_of(version, generation)
         won = self.store.put_if_absent(receipt.path, receipt.to_bytes())
-        assert won == (generation == len(there))
+        assert won == (generation == self.receipts[version])
         if won:
-            there.append(True)
+            self.receipts[version] += 1
         else:
             (receipt,) = read_receipts(self.store, [receipt.record.name])
         driver.state.add(receipt)
-        driver.known[version] = (generation, there[generation])
+        driver.known[version] = generation
 
     @rule(pick=st.integers(0, 99))
     def repair(self, pick: int) -> None:
-        """`verify --repair` voids a unit that the newest manifest shows."""
-        visible = self.history[-1].visible
-        if not visible:
+        """`verify --repair` removes a unit that the newest manifest shows."""
+        newest = self.history[-1]
+        if not newest.visible:
             return
-        source = sorted(visible)[pick % len(visible)]
-        version, generation = (source, visible[source][0]), visible[source][1]
-        (receipt,) = read_receipts(self.store, [f"{unit_of(version).id}-{generation}"])
-        void = receipt.voided()
-        won = self.store.put_if_absent(void.path, void.to_bytes())
-        assert won == (generation + 1 == len(self.receipts[version]))
-        if won:
-            self.receipts[version].append(False)
+        source = sorted(newest.visible)[pick % len(newest.visible)]
+        number, generation = newest.visible[source]
+        version = (source, number)
+        name = f"{unit_of(version).id}-{generation}"
+        assert remove_units(self.store, {name, f"{'0' * 32}-0"}) == {name}
+        assert remove_units(self.store, {name}) == set(), "once"
+        visible = {name: shown for name, shown in newest.visible.items() if name != source}
+        stale = [name for name in newest.stale if name != source]
+        removed = newest.removed | {(version, generation)}
+        self.history.append(Snapshot(visible, stale, False, removed))
 
     @rule(who=st.integers(0, 1), missed=st.sets(st.integers(0, 40), max_size=6))
     def restart(self, who: int, missed: set[int]) -> None:
@@ -223,12 +229,13 @@ class Manifests(RuleBasedStateMachine):
         listed = {info.path for info in Forgetful.list(self.store_as(Forgetful), "commits")}
         state = State(self.store_as(Forgetful))
         state.store = self.store
-        known: dict[Version, tuple[int, bool]] = {}
-        for version, generations in self.receipts.items():
-            for generation, has_rows in enumerate(generations):
+        known: dict[Version, int] = {}
+        for version, num_generations in self.receipts.items():
+            for generation in range(num_generations):
                 name = f"commits/{unit_of(version).id}-{generation}.json"
-                if name in listed or self.was_shown(version, generation):
-                    known[version] = (generation, has_rows)
+                is_removed = (version, generation) in self.history[-1].removed
+                if name in listed or is_removed or self.was_shown(version, generation):
+                    known[version] = generation
         return Driver(state, len(self.history) - 1, known)
 
     def store_as(self, kind: type[Store]) -> Store:
@@ -286,6 +293,7 @@ class Manifests(RuleBasedStateMachine):
             base = self.history[driver.base]
             wanted = self.select(driver, base, on_missing)
             wanted.complete = wanted.complete and may_complete
+            wanted.removed = self.removed(driver, base, wanted)
             nothing_yet = driver.base == 0 and not wanted.visible and not wanted.complete
             if wanted == base or nothing_yet:
                 return driver.base, base
@@ -297,8 +305,8 @@ class Manifests(RuleBasedStateMachine):
     def select(self, driver: Driver, base: Snapshot, on_missing: str) -> Snapshot:
         wanted = Snapshot({}, [], True)
         for source, version in self.listed.items():
-            generation, has_rows = driver.known.get((source, version), (-1, False))
-            if has_rows:
+            generation = driver.known.get((source, version), -1)
+            if generation >= 0 and ((source, version), generation) not in base.removed:
                 wanted.visible[source] = (version, generation)
                 continue
             wanted.complete = False
@@ -313,6 +321,26 @@ class Manifests(RuleBasedStateMachine):
             wanted.visible |= {source: base.visible[source] for source in gone}
         wanted.stale.sort()
         return wanted
+
+    def removed(self, driver: Driver, base: Snapshot, wanted: Snapshot) -> set[tuple[Version, int]]:
+        """What never counts again: rows that go, and receipts of other versions of their sources
+        that no manifest has named.
+        """
+        removed = set(base.removed)
+        for source in base.visible.keys() | wanted.visible.keys():
+            before, after = base.visible.get(source), wanted.visible.get(source)
+            if before == after:
+                continue
+            if before:
+                removed.add(((source, before[0]), before[1]))
+            for version, generation in driver.known.items():
+                shown = (version[1], generation)
+                was_shown = any(
+                    then.visible.get(source) == shown for then in self.history[: driver.base + 1]
+                )
+                if version[0] == source and shown != after and not was_shown:
+                    removed.add((version, generation))
+        return removed
 
     # What anybody may read, at any time.
 
@@ -334,6 +362,10 @@ class Manifests(RuleBasedStateMachine):
         assert [r.unit.source for r in records] == sorted(snapshot.visible)
         assert list(manifest.stale) == snapshot.stale
         assert manifest.complete == snapshot.complete
+        removed = {
+            f"{unit_of(version).id}-{generation}" for version, generation in snapshot.removed
+        }
+        assert list(manifest.removed) == sorted(removed)
         parts = [values_of((s, v), g) for s, (v, g) in sorted(snapshot.visible.items())]
         values = np.concatenate(parts) if parts else np.empty((0, 1, 1, 2), np.float32)
         num_rejects = sum(generation for _, generation in snapshot.visible.values())
@@ -426,17 +458,86 @@ def test_keep_keeps_the_rows_of_a_source_that_is_gone(output: Output):
     assert (kept.number, kept.complete, kept.stale) == (1, True, ())
 
 
-def test_a_dropped_source_that_comes_back_counts_again(output: Output):
+def test_a_dropped_source_that_comes_back_is_encoded_again(output: Output):
     versions = committed(output, 11)
     first = output.write(*versions)
     dropped = output.write(*versions[1:], on_missing="drop")
+    gone = unit_of(versions[0]).id
+    assert dropped.removed == (f"{gone}-0",)
     back = output.write(*versions, on_missing="drop")
-    assert (first.number, dropped.number, back.number) == (1, 2, 3)
-    assert output.shown(back) == output.shown(first)
-    assert back.segments == first.segments, "nothing is written twice"
-    assert not back.removed
-    assert back.statistics.count == first.statistics.count > dropped.statistics.count
-    np.testing.assert_allclose(back.statistics.m2, first.statistics.m2)
+    assert (back.number, back.complete, back.removed) == (3, False, dropped.removed)
+    state = State(output.store)
+    assert state.current(gone) is None
+    assert state.generation(gone) == 0
+    output.commit(versions[0], 1)
+    again = output.write(*versions, on_missing="drop")
+    assert again.complete
+    assert output.shown(again)[0] == (*versions[0], 1)
+    assert output.shown(again)[1:] == output.shown(first)[1:]
+    assert again.removed == dropped.removed
+
+
+def test_a_receipt_of_an_older_version_that_no_manifest_named_is_removed(output: Output):
+    output.commit(("b.tar", "v1"))
+    output.write(("b.tar", "v1"))
+    output.commit(("a.tar", "v1"))
+    output.commit(("a.tar", "v2"))
+    manifest = output.write(("a.tar", "v2"), ("b.tar", "v1"))
+    assert manifest.removed == (f"{unit_of(('a.tar', 'v1')).id}-0",)
+    assert output.shown(manifest) == [("a.tar", "v2", 0), ("b.tar", "v1", 0)]
+    state = State(output.store)
+    assert not state.outside
+    assert state.generation(unit_of(("a.tar", "v1")).id) == 0
+
+
+def test_a_manifest_that_is_late_is_put_with_a_new_segment(
+    output: Output, monkeypatch: pytest.MonkeyPatch
+):
+    """A driver is frozen for a day between the upload of its segment and the manifest."""
+    output.commit(("a.tar", "v1"))
+    frozen_s, boot_time_s = [0.0], clock.boot_time_s
+    monkeypatch.setattr(clock, "boot_time_s", lambda: boot_time_s() + frozen_s[-1])
+
+    def put_then_freeze(*args: Any) -> Segment:
+        segment = put_segment(*args)
+        if len(frozen_s) == 1:
+            frozen_s.append(PUT_WITHIN_S + 1)
+        return segment
+
+    monkeypatch.setattr(state_module, "put_segment", put_then_freeze)
+    manifest = output.write(("a.tar", "v1"))
+    assert len(frozen_s) == 2
+    assert (manifest.number, manifest.num_units) == (1, 1)
+    segments = {info.path: info.version for info in output.store.list("segments")}
+    assert len(segments) == 2
+    assert manifest.segments[0].path == max(segments, key=lambda path: segments[path])
+
+
+def test_a_repair_beside_other_writers_tries_again(output: Output, monkeypatch: pytest.MonkeyPatch):
+    output.commit(("a.tar", "v1"))
+    output.write(("a.tar", "v1"))
+    bad = f"{unit_of(('a.tar', 'v1')).id}-0"
+    put_manifest, num_left = state_module.put_manifest, [2]
+
+    def put_after_another(store: Store, manifest: Manifest, *args: Any) -> bool:
+        if num_left[0]:
+            num_left[0] -= 1
+            version = (f"b{num_left[0]}.tar", "v1")
+            output.commit(version)
+            with monkeypatch.context() as patch:
+                patch.setattr(state_module, "put_manifest", put_manifest)
+                output.write(version)
+        return put_manifest(store, manifest, *args)
+
+    monkeypatch.setattr(state_module, "put_manifest", put_after_another)
+    assert remove_units(output.store, {bad}) == {bad}
+    assert num_left == [0]
+    newest = read_manifest(output.store, 4)
+    assert (newest.removed, newest.complete) == ((bad,), False)
+    assert [source for source, *_ in output.shown(newest)] == ["b0.tar", "b1.tar"]
+    num_left[0] = 99
+    with pytest.raises(IncompleteRun, match="try again later"):
+        remove_units(output.store, {f"{unit_of(('b0.tar', 'v1')).id}-0"})
 
 
 def test_an_older_generation_that_no_manifest_named_stays_behind(output: Output):
@@ -524,11 +625,9 @@ def test_a_known_listing_gives_the_manifests_that_a_new_one_gives(data: st.DataO
         state = State(stores[0])
         generations: Counter[Version] = Counter()
 
-        def commit(version: Version, *, void: bool = False) -> None:
+        def commit(version: Version) -> None:
             receipt = receipt_of(version, generations[version])
             generations[version] += 1
-            if void:
-                receipt = replace(receipt.voided(), record=replace(receipt.record, files=()))
             for store in stores:
                 assert store.put_if_absent(receipt.path, receipt.to_bytes())
             state.add(receipt)
@@ -546,8 +645,7 @@ def test_a_known_listing_gives_the_manifests_that_a_new_one_gives(data: st.DataO
         assert_alike(*write(before))
         for number in range(data.draw(st.integers(1, 5), "manifests")):
             for name in data.draw(st.lists(st.sampled_from(names), max_size=3), f"to {number}"):
-                version = (name, after[name][0].version)
-                commit(version, void=data.draw(st.sampled_from([False, False, True])))
+                commit((name, after[name][0].version))
             assert_alike(*write(after))
 
 
@@ -644,9 +742,6 @@ def test_a_receipt_survives_its_json():
     back = Receipt.from_bytes(receipt.to_bytes())
     assert back.to_bytes() == receipt.to_bytes()
     assert back.record == receipt.record
-    void = Receipt.from_bytes(receipt.voided().to_bytes())
-    assert (void.state, void.record.generation, void.record.num_rows) == ("void", 3, 0)
-    assert void.record.attempt != receipt.record.attempt, "two repairs must not look the same"
 
 
 def test_units_differ_by_source_size_version_range_and_contract():
@@ -780,9 +875,9 @@ def test_of_two_creators_one_wins_and_the_other_reads_it(tmp_path: Path):
     """The other driver's contract appears between this one's look and its put."""
 
     class Late(Store):
-        def put_if_absent(self, path: str, data: bytes) -> bool:
+        def put_if_absent(self, path: str, data: bytes, **options: Any) -> bool:
             establish_contract(Store(str(tmp_path)), make_contract(), {"by": "the other"})
-            return super().put_if_absent(path, data)
+            return super().put_if_absent(path, data, **options)
 
     data = establish_contract(Late(str(tmp_path)), make_contract(), {"by": "me"})
     assert json.loads(data)["provenance"] == {"by": "the other"}

@@ -134,13 +134,14 @@ def test_night_after_night(
     assert (summary["manifest"], written) == (2, {})
     assert moto.listing(nights.latents) == listing
 
-    # Day 4: the replaced shard is back to its first bytes, and so is its unit.
+    # Day 4: the replaced shard is back to its first bytes, and encoded again.
     nights.upload(FIRST[3])
-    assert nights.plan() == (0, 1, 11, vanished, [])
-    summary, written = nights.night(encodes=0)
-    assert (summary["manifest"], written) == (3, {"manifests": 1})
+    assert nights.plan() == (0, 1, 11, vanished, [REPLACED])
+    summary, written = nights.night(encodes=1)
+    assert summary["manifest"] == 3
+    assert written == {"commits": 1, "data": 1, "segments": 1, "manifests": 1}
     assert nights.diff(2, 3) == {"added": [], "replaced": [REPLACED], "removed": []}
-    assert nights.diff(1, 3) == {"added": news, "replaced": [], "removed": gone}
+    assert nights.diff(1, 3) == {"added": news, "replaced": [REPLACED], "removed": gone}
     assert [row for row in nights.rows(3) if row[0] in kept] == [
         row for row in old_rows if row[0] in kept
     ]
@@ -161,30 +162,32 @@ def collect(nights: Nights, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Store, "now", lambda self: now(self) + 8 * DAY_S)
 
     before = server.listing(nights.latents)
-    found = latentcache.collect_garbage(nights.url, storage=options)
+    listed = latentcache.collect_unreferenced(nights.url, storage=options)
     assert server.listing(nights.latents) == before
-    assert [each.path for each in found.found["attempts"]] == [orphan]
-    assert (found.num_objects, len(found.uploads), found.voided) == (1, 1, [])
-    latentcache.collect_garbage(nights.url, delete=True, storage=options)
+    assert [each.path for each in listed.objects["files"]] == [orphan]
+    assert (listed.num_objects, len(listed.uploads)) == (1, 1)
+    latentcache.collect_unreferenced(nights.url, delete=True, storage=options)
     assert server.listing(nights.latents).keys() == before.keys() - {orphan}
     assert not server.client.list_multipart_uploads(Bucket=nights.latents).get("Uploads")
     nights.verify(1, 2, 3)
 
     rows = nights.rows(3)
     latentcache.publish(nights.url, 3, storage=options)
-    found = latentcache.collect_garbage(nights.url, delete=True, keep_last=1, storage=options)
-    # The replacement's unit, and that of the shard that vanished.
-    assert (found.kept, len(found.voided), found.manifest) == ([3, 4], 2, 4)
-    assert len(found.found["units"]) == 2 + 1
-    nights.verify(3, 4)
-    assert nights.rows(4) == nights.rows(3) == rows
-    assert nights.diff(3, 4) == {"added": [], "replaced": [], "removed": []}
+    deleted = latentcache.collect_unreferenced(
+        nights.url, delete=True, keep_last=1, storage=options
+    )
+    # The unit that was replaced, its replacement, and that of the shard that vanished.
+    assert deleted.kept == [3]
+    assert len(deleted.objects["receipts"]) == 3
+    assert len(deleted.objects["files"]) == 1 + 2 + 1
+    nights.verify(3)
+    assert nights.rows(3) == rows
 
     # It comes back: what was deleted is not taken to be there.
     nights.upload(REPLACEMENT)
     assert nights.plan() == (0, 1, 11, 0, [REPLACED])
     nights.upload(FIRST[3])
     summary, written = nights.night(encodes=0)
-    assert (summary["manifest"], written) == (4, {})
-    again = latentcache.collect_garbage(nights.url, delete=True, keep_last=1, storage=options)
-    assert (again.num_objects, again.voided, again.manifest) == (0, [], None)
+    assert (summary["manifest"], written) == (3, {})
+    again = latentcache.collect_unreferenced(nights.url, delete=True, keep_last=1, storage=options)
+    assert again.num_objects == 0

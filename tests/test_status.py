@@ -16,7 +16,7 @@ from rich.console import Console
 from latentcache.dataset.contract import Contract, establish_contract
 from latentcache.dataset.publish import PUBLISHED_PATH
 from latentcache.dataset.receipts import Receipt, Unit, UnitRecord, new_attempt, put_failure
-from latentcache.dataset.state import State, write_next
+from latentcache.dataset.state import State, remove_units, write_next
 from latentcache.dataset.statistics import Statistics
 from latentcache.engine.lease import Lease
 from latentcache.engine.status import Status, read_status
@@ -236,6 +236,8 @@ def test_what_a_manifest_drops_counts_no_more(output: Output):
     output.listing["open.tar"] = [output.unit("open.tar")]
     output.write_manifest()
     put_failure(output.store, output.unit("0.tar"), new_attempt(), "before it was committed")
+    for path in Path(output.url).glob("failures/*"):
+        os.utime(path, (time.time() - 60,) * 2)
     clock = Clock(
         (10.0, drop), (10.0, lambda: output.commit("open.tar")), (10.0, output.write_manifest)
     )
@@ -245,6 +247,38 @@ def test_what_a_manifest_drops_counts_no_more(output: Output):
         assert without_runs(watched.status) == without_runs(read_status(output.url, NOWHERE))
     assert [status.num_committed for status in seen] == [20, 19, 20, 20]
     assert not any(status.failed for status in seen)
+
+
+def test_a_unit_that_was_repaired_and_fails_has_failed(output: Output):
+    name = output.commit("0.tar").record.name
+    output.commit("1.tar")
+    output.write_manifest()
+    assert remove_units(output.store, {name}) == {name}
+
+    def fail() -> None:
+        put_failure(output.store, output.unit("0.tar"), new_attempt(), "0.tar: broken")
+        for path in Path(output.url).glob("failures/*"):
+            os.utime(path, (time.time() + 60,) * 2)
+
+    seen = []
+    with Lease(output.store, 1):
+        for watched in itertools.islice(Clock((10.0, fail)).watch(output), 2):
+            seen.append(watched.status)
+            assert without_runs(watched.status) == without_runs(read_status(output.url, NOWHERE))
+    assert [status.num_committed for status in seen] == [1, 1]
+    assert [list(status.failed.values()) for status in seen] == [[], ["0.tar: broken"]]
+
+
+def test_gc_is_no_run(output: Output):
+    output.commit("0.tar")
+    assert not read_status(output.url, NOWHERE).gc_at_work
+    with Lease(output.store, 0, is_gc=True):
+        status = read_status(output.url, NOWHERE)
+        assert (status.gc_at_work, status.active_runs) == (True, [])
+        text = io.StringIO()
+        watched = next(watch(output.url, NOWHERE, 10.0))
+        Console(file=text, width=200).print(watched.to_table(output.url))
+    assert ["gc", "at", "work"] in [line.split() for line in text.getvalue().splitlines()]
 
 
 def test_where_reading_takes_long_it_is_read_less_often(output: Output):

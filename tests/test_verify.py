@@ -15,6 +15,7 @@ import torch
 from latentcache import open_dataset, verify
 from latentcache.dataset.columns import columns_of
 from latentcache.dataset.contract import Contract, establish_contract
+from latentcache.dataset.manifest import read_manifest, read_records
 from latentcache.dataset.receipts import list_receipt_names, read_receipts
 from latentcache.dataset.shards import RejectRow, describe_file
 from latentcache.dataset.state import State, write_next
@@ -88,21 +89,31 @@ def test_all_damage_is_told_at_once(output: Path):
     assert named == sorted(p.relative_to(output).as_posix() for p in output.glob("data/*/*"))
 
 
-def test_repair_voids_the_bad_units_alone_and_once(output: Path):
+def test_repair_removes_the_bad_units_alone_and_once(output: Path):
     path = sorted(output.glob("data/*/*"))[0]
     path.unlink()
     before = tree_digest(output)
-    marked = verify(str(output), quick=True, repair=True)
-    assert marked.repaired == [path.parent.name]
-    assert not marked.ok
+    repaired = verify(str(output), quick=True, repair=True)
+    assert repaired.repaired == [path.parent.name]
+    assert not repaired.ok
     after = tree_digest(output)
     assert after.items() > before.items()
     (name,) = after.keys() - before.keys()
-    assert name == f"commits/{path.parent.name}-1.json"
-    (void,) = read_receipts(Store(str(output)), [f"{path.parent.name}-1"])
-    assert (void.state, void.record.num_rows, void.record.files) == ("void", 0, ())
+    assert name == "manifests/00000002.json"
+    store = Store(str(output))
+    old, new = read_manifest(store, 1), read_manifest(store, 2)
+    assert (new.complete, new.removed) == (False, (f"{path.parent.name}-0",))
+    (left,) = read_records(store, new)
+    assert left.unit.id != path.parent.name
+    assert (new.num_units, new.num_rows, new.num_rejects) == (1, left.num_rows, left.num_rejects)
+    assert new.statistics.count == old.statistics.count / 2
+    assert verify(str(output), 2, quick=True).ok
     assert verify(str(output), quick=True, repair=True).repaired == []
-    assert len(open_dataset(str(output))) == 16, "rows stand until they are encoded again"
+    assert tree_digest(output) == after
+    assert len(open_dataset(str(output))) == 16, "the complete manifest stands until the next one"
+    state = State(store)
+    assert state.current(path.parent.name) is None
+    assert state.generation(path.parent.name) == 0
 
 
 # What only a fault of ours could make: the receipt agrees with the object, but its rows are wrong.

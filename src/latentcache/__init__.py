@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from latentcache.dataset.publish import Published, publish
     from latentcache.dataset.reader import Dataset, RejectedRow, Row, open_dataset
     from latentcache.dataset.verify import Verification, verify
-    from latentcache.engine.gc import Garbage, collect_garbage
+    from latentcache.engine.gc import Unreferenced, collect_unreferenced
     from latentcache.engine.plan import Plan, make_plan
     from latentcache.engine.run import run
     from latentcache.engine.summary import RunSummary
@@ -34,7 +34,6 @@ _HOMES = {
     "Batch": "loader.batch",
     "Config": "config",
     "Dataset": "dataset.reader",
-    "Garbage": "engine.gc",
     "Join": "loader.join",
     "KLAutoencoder": "vae.model",
     "LatentCacheError": "errors",
@@ -47,8 +46,9 @@ _HOMES = {
     "Row": "dataset.reader",
     "RunSummary": "engine.summary",
     "StorageOptions": "storage_options",
+    "Unreferenced": "engine.gc",
     "Verification": "dataset.verify",
-    "collect_garbage": "engine.gc",
+    "collect_unreferenced": "engine.gc",
     "diff_manifests": "dataset.diff",
     "load_config": "config",
     "load_vae": "vae.weights",
@@ -65,7 +65,6 @@ __all__ = [
     "Batch",
     "Config",
     "Dataset",
-    "Garbage",
     "Join",
     "KLAutoencoder",
     "LatentCacheError",
@@ -78,8 +77,9 @@ __all__ = [
     "Row",
     "RunSummary",
     "StorageOptions",
+    "Unreferenced",
     "Verification",
-    "collect_garbage",
+    "collect_unreferenced",
     "diff_manifests",
     "load_config",
     "load_vae",

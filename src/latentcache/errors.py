@@ -8,6 +8,7 @@
      │    ├── ObjectNotFound        1   nothing lies at that URL
      │    ├── AccessDenied          1   credentials or file permissions do not allow it
      │    └── DiskFull              1   the disk or bucket has no room left: the whole run stops
+     ├── DeadlinePassed             1   a put came so late that gc may have deleted the files
      ├── SourceError                1   a source shard cannot be listed or read
      │    ├── FieldMissing          1   a file has no column for a field that is to be kept
      │    └── SourceChanged         1   a source shard was overwritten: its unit is planned anew
@@ -110,6 +111,10 @@ class DiskFull(StorageError):
     """The local disk or the output store has no room left; no retry can help."""
 
 
+class DeadlinePassed(LatentCacheError):
+    """A put was not tried, because what it would name may be deleted by now."""
+
+
 class SourceError(LatentCacheError):
     """A source shard cannot be listed or read."""
 
@@ -119,7 +124,7 @@ class FieldMissing(SourceError):
 
 
 class SourceChanged(SourceError):
-    """A source shard is no longer the version that was listed; what was read of it is void."""
+    """A source shard is no longer the version that was listed; what was read of it is discarded."""
 
 
 class DatasetError(LatentCacheError):

@@ -27,7 +27,7 @@ from latentcache.cli.base import (
 if TYPE_CHECKING:
     from latentcache.dataset.diff import ManifestDiff
     from latentcache.dataset.reader import Dataset
-    from latentcache.engine.gc import Garbage
+    from latentcache.engine.gc import Unreferenced
     from latentcache.storage_options import StorageOptions
 
 
@@ -41,7 +41,7 @@ def verify_command(
         bool, typer.Option("--quick", help="Only that objects exist in the right size.")
     ] = False,
     repair: Annotated[
-        bool, typer.Option("--repair", help="Mark bad units; the next run encodes them again.")
+        bool, typer.Option("--repair", help="Remove bad units; the next run encodes them again.")
     ] = False,
     json_: Json = False,
 ) -> int:
@@ -72,9 +72,9 @@ def verify_command(
             f"files, {found.num_rows} rows, {found.num_rejects} rejects"
         )
     if found.repaired:
-        complain(f"{len(found.repaired)} units marked; run the config again to encode them")
+        complain(f"{len(found.repaired)} units removed; run the config again to encode them")
     elif not found.ok and not repair:
-        complain("`latentcache verify --repair` marks the bad units to be encoded again")
+        complain("`latentcache verify --repair` removes the bad units; the next run encodes them")
     return 0 if found.ok else 3
 
 
@@ -258,7 +258,7 @@ def gc_command(
     target: Target,
     set_: Overrides = None,
     delete: Annotated[
-        bool, typer.Option("--delete", help="Delete it; without this, nothing is changed.")
+        bool, typer.Option("--delete", help="Delete them; without this, nothing is changed.")
     ] = False,
     keep_last: Annotated[
         int | None,
@@ -275,19 +275,22 @@ def gc_command(
         typer.Option(metavar="N", help="With --keep-last: keep this one, too; repeatable."),
     ] = None,
     older_than_days: Annotated[
-        float, typer.Option(min=0, help="What is younger stays, by the store's clock.")
+        float, typer.Option(help="What is younger stays, by the store's clock; at least 2.")
     ] = 7.0,
     json_: Json = False,
 ) -> None:
-    """Find what no kept manifest names: files of lost attempts, old units, leftovers of kills."""
+    """List unreferenced files (dry run); --delete removes them.
+
+    These are files of lost attempts and superseded units, and what killed processes left behind.
+    """
     from dataclasses import asdict
 
-    from latentcache.engine.gc import collect_garbage
+    from latentcache.engine.gc import collect_unreferenced
 
     url, options = locate(target, set_)
     with progress_bar() as bar:
-        task = bar.add_task("looking", total=None)
-        found = collect_garbage(
+        task = bar.add_task("listing", total=None)
+        listed = collect_unreferenced(
             url,
             delete=delete,
             keep_last=keep_last,
@@ -298,33 +301,31 @@ def gc_command(
                 task, description=what, completed=done, total=total
             ),
         )
-    for note in found.notes:
+    for note in listed.notes:
         complain(note)
     if json_:
-        totals = {"num_objects": found.num_objects, "num_bytes": found.num_bytes}
-        print_json(asdict(found) | totals)
+        totals = {"num_objects": listed.num_objects, "num_bytes": listed.num_bytes}
+        print_json(asdict(listed) | totals)
     else:
-        _print_garbage(found)
+        _print_unreferenced(listed)
 
 
-def _print_garbage(found: Garbage) -> None:
-    from latentcache.dataset.garbage import KINDS
+def _print_unreferenced(listed: Unreferenced) -> None:
+    from latentcache.engine.gc import KINDS
     from latentcache.log import size_text
 
-    for kind, objects in found.found.items():
+    for kind, objects in listed.objects.items():
         if objects:
             size = size_text(sum(each.size_bytes for each in objects))
             print_line(f"{len(objects):>8}  {size:>10}  {KINDS[kind]}")
-    if found.uploads:
-        print_line(f"{len(found.uploads):>8}  {'':>10}  multipart uploads that never ended")
-    if found.voided:
-        print_line(f"{len(found.voided):>8}  {'':>10}  units or attempts marked void first")
-    did = "deleted" if found.is_deleted else "would delete"
-    is_clean = not (found.num_objects or found.uploads)
-    hint = "" if found.is_deleted or is_clean else "; --delete does it"
-    kept = ", ".join(map(str, found.kept[-10:]))
-    more = f"{len(found.kept) - 10} and " if len(found.kept) > 10 else ""
+    if listed.uploads:
+        print_line(f"{len(listed.uploads):>8}  {'':>10}  multipart uploads that never ended")
+    action = "deleted" if listed.is_deleted else "would delete"
+    is_clean = not (listed.num_objects or listed.uploads)
+    hint = "" if listed.is_deleted or is_clean else "; --delete removes them"
+    kept = ", ".join(map(str, listed.kept[-10:]))
+    more = f"{len(listed.kept) - 10} and " if len(listed.kept) > 10 else ""
     print_line(
-        f"{did} {found.num_objects} objects, {size_text(found.num_bytes)}; kept manifests: "
+        f"{action} {listed.num_objects} objects, {size_text(listed.num_bytes)}; kept manifests: "
         f"{more}{kept}{hint}"
     )

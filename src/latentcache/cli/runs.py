@@ -335,6 +335,8 @@ def status_command(
             f"running: {active.run} on {active.host} (pid {active.pid}), {active.num_committed} of "
             f"{active.num_units} units, seen {active.age_s:.0f} s ago"
         )
+    if status.gc_at_work:
+        print_line("gc is at work")
 
 
 def _show_each(found: Iterator[Watched], url: str, *, as_json: bool) -> None:

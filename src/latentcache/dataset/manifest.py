@@ -8,6 +8,7 @@ Parquet files with one row per unit, less the names in `removed`; a new manifest
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -39,7 +40,7 @@ from latentcache.dataset.segments import (
     without,
 )
 from latentcache.dataset.statistics import Statistics
-from latentcache.errors import DatasetError, ObjectNotFound
+from latentcache.errors import DatasetError, DeadlinePassed, ObjectNotFound
 from latentcache.storage import Store
 
 MANIFESTS = "manifests"
@@ -51,11 +52,14 @@ ManifestName: TypeAlias = int | Literal["published"]
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """A numbered snapshot; `removed` names units of its segments (`<unit>-<generation>`) that no
-    longer count, and `void` receipts, which are in no segment; `stale` the sources whose listed
-    version is not encoded yet and whose older rows stand in for it. `columns` are the kept columns
-    that its rows are to have. `complete` says that every listed source is encoded at its listed
-    version, that its rows have these columns, and that there is at least one row.
+    """A numbered snapshot of the dataset.
+
+    `removed` names the units (`<unit>-<generation>`) that never count again, in this manifest and
+    in those after it: units of its segments, and receipts of older versions of a source that no
+    manifest named. `stale` names the sources whose listed version is not encoded yet and whose
+    older rows stand in for it. `columns` are the kept columns that its rows are to have. `complete`
+    says that every listed source is encoded at its listed version, that its rows have these
+    columns, and that there is at least one row.
     """
 
     number: Annotated[int, Range(0, MAX_MANIFEST)]
@@ -120,14 +124,25 @@ class Manifest:
             raise DatasetError(f"{url} is not a manifest: {error}") from error
 
 
-def put_manifest(store: Store, manifest: Manifest) -> bool:
-    """Put a manifest; False if another came first.
+def put_manifest(store: Store, manifest: Manifest, valid_until: float = math.inf) -> bool:
+    """Put a manifest.
 
     `gc` deletes old ones: that a number is free does not say that it is the next one.
+
+    Args:
+        store: the output.
+        manifest: has the next number.
+        valid_until: as in `Store.put_if_absent`.
+
+    Returns:
+        False if another came first, or if it is too late.
     """
     if any(number >= manifest.number for number in list_manifests(store)):
         return False
-    return store.put_if_absent(manifest.path, manifest.to_bytes())
+    try:
+        return store.put_if_absent(manifest.path, manifest.to_bytes(), valid_until=valid_until)
+    except DeadlinePassed:
+        return False
 
 
 def list_manifests(store: Store) -> list[int]:

@@ -1,7 +1,7 @@
 """Receipts: the records that commit units, and the hints that units leave when they fail.
 
-A unit's rows exist from the moment its receipt does. Its state is its receipt of the highest
-generation: `rows`, or `void` where it is to be encoded again. Receipts are never deleted.
+A unit's rows exist from the moment its receipt does. The receipt of its highest generation counts,
+unless the newest manifest has that name in `removed`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import secrets
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from typing import Annotated, Literal
+from typing import Annotated
 
 from latentcache.dataset.columns import Columns, require_columns
 from latentcache.dataset.contract import canonical_json
@@ -37,6 +37,10 @@ from latentcache.storage import ObjectInfo, Store
 
 COMMITS = "commits"
 FAILURES = "failures"
+
+PUT_WITHIN_S = 86400.0
+"""A driver puts what names an uploaded file within this time of the upload, or not at all. `gc`
+relies on it: a file that is older than two days, and that nothing names, stays unnamed."""
 
 MAX_FIELDS = 64
 """How many names of fields a receipt holds at most."""
@@ -163,8 +167,8 @@ class QaSummary:
 class UnitSummary:
     """What planning needs of a unit, and all of it that a driver keeps: a few hundred bytes.
 
-    `is_void`: it is to be encoded again. `segment` is the position of the segment that names it
-    among those of the newest manifest; None while no segment does.
+    `segment` is the position of the segment that names it among those of the newest manifest; None
+    while no segment does.
     """
 
     unit_id: str
@@ -177,15 +181,12 @@ class UnitSummary:
     columns: Columns = ()
     absent_fields: tuple[str, ...] = ()
     reject_reasons: dict[str, int] = field(default_factory=dict)
-    is_void: bool = False
     segment: int | None = None
     num_images: int = 0
     num_extra_images: int = 0
 
     @classmethod
-    def of(
-        cls, record: UnitRecord, *, is_void: bool = False, segment: int | None = None
-    ) -> UnitSummary:
+    def of(cls, record: UnitRecord, *, segment: int | None = None) -> UnitSummary:
         """Keep of a record what planning needs."""
         qa = record.qa
         return cls(
@@ -199,7 +200,6 @@ class UnitSummary:
             columns=record.columns,
             absent_fields=record.absent_fields,
             reject_reasons=record.reject_reasons,
-            is_void=is_void,
             segment=segment,
             num_images=record.num_images,
             num_extra_images=record.num_extra_images,
@@ -225,7 +225,6 @@ class Receipt:
     record: UnitRecord
     contract_fingerprint: Sha256
     statistics: Statistics
-    state: Literal["rows", "void"] = "rows"
     stages: dict[str, dict[str, float]] | None = None
     elapsed_s: float | None = None
     versions: dict[str, str] | None = None
@@ -259,21 +258,6 @@ class Receipt:
         except ValueError as error:
             raise DatasetError(f"not a receipt: {error}") from error
 
-    def voided(self) -> Receipt:
-        """Give the receipt that undoes this one: no rows, at the next generation."""
-        num_channels = len(self.statistics.mean)
-        unit, generation = self.record.unit, self.record.generation + 1
-        return void_receipt(unit, generation, self.contract_fingerprint, num_channels)
-
-
-def void_receipt(
-    unit: Unit, generation: int, contract_fingerprint: str, num_channels: int
-) -> Receipt:
-    """Give a receipt that says: this unit is to be encoded again, whatever it held before."""
-    record = UnitRecord(unit, generation, new_attempt(), 0, 0, 0, files=(), rejects=None)
-    empty = Statistics.empty(num_channels)
-    return Receipt(record, contract_fingerprint, empty, state="void")
-
 
 def _require_own_files(record: UnitRecord) -> None:
     """Raise `ValueError` if a record names files of another unit or kind, or one twice."""
@@ -290,14 +274,23 @@ def _require_own_files(record: UnitRecord) -> None:
         raise ValueError("it names a file twice")
 
 
-def read_receipts(store: Store, names: Iterable[str]) -> list[Receipt]:
+def read_receipts(store: Store, names: Iterable[str], *, missing_ok: bool = False) -> list[Receipt]:
     """Read receipts by name, many at a time.
+
+    Args:
+        store: the output.
+        names: `<unit>-<generation>` of each.
+        missing_ok: leave out those that do not exist.
+
+    Returns:
+        The receipts, in the order of their names.
 
     Raises:
         DatasetError: one is damaged; the message names it.
+        ObjectNotFound: one does not exist, without `missing_ok`.
     """
 
-    def read(name: str) -> Receipt:
+    def read(name: str) -> Receipt | None:
         path = f"{COMMITS}/{name}.json"
         try:
             receipt = Receipt.from_bytes(store.read_bytes(path))
@@ -306,15 +299,24 @@ def read_receipts(store: Store, names: Iterable[str]) -> list[Receipt]:
             return receipt
         except DatasetError as error:
             raise DatasetError(f"{store.url_of(path)}: {error}") from error
+        except ObjectNotFound:
+            if missing_ok:
+                return None
+            raise
 
     with ThreadPoolExecutor(_READ_THREADS) as pool:
-        return list(pool.map(read, names))
+        return [receipt for receipt in pool.map(read, names) if receipt]
+
+
+def list_receipts(store: Store) -> dict[str, ObjectInfo]:
+    """List all receipts by name. A listing is a hint: one it misses costs work, not rows."""
+    matches = ((_RECEIPT.fullmatch(info.path), info) for info in store.list(COMMITS))
+    return {match[1]: info for match, info in matches if match}
 
 
 def list_receipt_names(store: Store) -> list[str]:
-    """List the names of all receipts. A listing is a hint: one it misses costs work, not rows."""
-    matches = (_RECEIPT.fullmatch(info.path) for info in store.list(COMMITS))
-    return [match[1] for match in matches if match]
+    """List the names of all receipts; see `list_receipts`."""
+    return list(list_receipts(store))
 
 
 def put_failure(store: Store, unit: Unit, attempt: str, message: str) -> None:

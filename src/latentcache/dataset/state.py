@@ -15,9 +15,11 @@ from functools import reduce
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from latentcache import clock
 from latentcache.dataset.columns import Columns
 from latentcache.dataset.manifest import Manifest, newest_manifest, put_manifest, read_files
 from latentcache.dataset.receipts import (
+    PUT_WITHIN_S,
     Receipt,
     Unit,
     UnitSummary,
@@ -33,11 +35,14 @@ from latentcache.dataset.segments import (
     totals_of,
     without,
 )
-from latentcache.errors import DatasetError, SourceError
+from latentcache.errors import DatasetError, IncompleteRun, SourceError
 from latentcache.storage import Store
 
 # `on_missing: drop` refuses to believe a listing in which more of the sources than this are gone.
 MAX_MISSING_SHARE = 0.1
+
+# How often `remove_units` tries again after another writer put a manifest first.
+_MAX_TRIES = 5
 
 Listing = Mapping[str, Sequence[Unit]]
 """Each source URL that is listed now, with its units at the listed version; once given, it does not
@@ -49,7 +54,8 @@ class State:
 
     Of each unit it keeps a summary, and of a receipt everything until a manifest names it: then its
     segment has it. `live` holds, by source, the units that count in the newest manifest; `outside`,
-    by unit, the receipts of the highest generation that are in no segment.
+    by unit, the receipts of the highest generation that are in no segment. A unit that the manifest
+    has in `removed` never counts again: if its source is listed again, it gets a new generation.
 
     Args:
         store: the output.
@@ -68,7 +74,9 @@ class State:
         self._touched: set[str] = set()  # sources of the receipts that came since
         named = self._read_segments(self.manifest) if self.manifest else set()
         listed = list_receipt_names(store) if receipts is None else receipts
-        for receipt in read_receipts(store, (name for name in listed if name not in named)):
+        unknown = (name for name in listed if name not in named)
+        # One that was listed and is gone now was superseded: `gc` deletes no other.
+        for receipt in read_receipts(store, unknown, missing_ok=True):
             self.add(receipt)
 
     def _read_segments(self, manifest: Manifest) -> set[str]:
@@ -89,31 +97,30 @@ class State:
                     self.live[unit.source] = _in_order((*self.live.get(unit.source, ()), unit))
                 if unit.generation > self.generation(unit.unit_id):
                     self._latest[unit.unit_id] = unit
-        for name in self._removed - named:
+        for name in self._removed - named:  # no segment has them, but the generation is taken
             unit_id, _, generation = name.rpartition("-")
             if int(generation) > self.generation(unit_id):
-                void = UnitSummary(unit_id, "", int(generation), 0, 0, 0, is_void=True)
-                self._latest[unit_id] = void
+                self._latest[unit_id] = UnitSummary(unit_id, "", int(generation), 0, 0, 0)
         return named | self._removed
 
     def add(self, receipt: Receipt) -> None:
         """Take in one more receipt."""
         record = receipt.record
         if record.generation > self.generation(record.unit.id):
-            unit = UnitSummary.of(record, is_void=receipt.state == "void")
+            unit = UnitSummary.of(record)
             self._latest[unit.unit_id] = unit
             self.outside[unit.unit_id] = receipt
             self._touched.add(unit.source)
 
     def generation(self, unit_id: str) -> int:
-        """Give a unit's highest generation; -1 where it has no receipt."""
+        """Return a unit's highest generation, removed or not; -1 where it never had a receipt."""
         unit = self._latest.get(unit_id)
         return unit.generation if unit else -1
 
     def current(self, unit_id: str) -> UnitSummary | None:
-        """Give a unit's summary; None where it has no receipt, or is to be encoded again."""
+        """Return the summary of a unit that counts; None where it is to be encoded."""
         unit = self._latest.get(unit_id)
-        return None if unit is None or unit.is_void else unit
+        return None if unit is None or unit.name in self._removed else unit
 
     def num_stored_bytes(self, unit_ids: AbstractSet[str]) -> int:
         """Sum up the sizes in bytes of the row files that some units have now; reads segments."""
@@ -129,7 +136,7 @@ class State:
     @property
     def sources(self) -> set[str]:
         """Every source that has been encoded in some version."""
-        return {unit.source for unit in self._latest.values() if not unit.is_void}
+        return {unit.source for unit in self._latest.values() if unit.source}
 
     def weigh(self, listing: Listing, on_missing: str, columns: Columns) -> _Weighed:
         """Decide which units the next manifest names.
@@ -178,19 +185,25 @@ class State:
     def put_next(
         self, weighed: _Weighed, complete: bool, contract: str, num_channels: int
     ) -> Manifest | None:
-        """Put the manifest that was decided on; None if its number is taken by now."""
-        newest = self.manifest
+        """Put the manifest that was decided on; None if its number is taken by now, or if a day has
+        passed since, in which `gc` may have deleted the new segment.
+        """
+        newest, valid_until = self.manifest, clock.boot_time_s() + PUT_WITHIN_S
         after = {unit.name: unit for units in weighed.changes.values() for unit in units}
         before = {
             unit.name: unit for source in weighed.changes for unit in self.live.get(source, ())
         }
         fresh = [self.outside[u.unit_id] for u in after.values() if u.segment is None]
-        # Units that lie in segments already and count no more, or count again.
-        moved = [(before | after)[name] for name in before.keys() ^ after.keys()]
-        moved = [unit for unit in moved if unit.segment is not None]
-        removed = self._removed.symmetric_difference(unit.name for unit in moved)
+        gone = [before[name] for name in before.keys() - after.keys()]
+        # Receipts of older versions of these sources, which no manifest named in time.
+        outdated = [
+            receipt.record
+            for receipt in self.outside.values()
+            if receipt.record.unit.source in weighed.changes and receipt.record.name not in after
+        ]
+        removed = self._removed.union((u.name for u in gone), (r.name for r in outdated))
         added = Totals.of(((r.record, r.statistics) for r in fresh), num_channels)
-        parts, totals = self._add(added, {unit.segment for unit in moved}, removed, num_channels)
+        parts, totals = self._add(added, {unit.segment for unit in gone}, removed, num_channels)
         segments = newest.segments if newest else ()
         if fresh:
             segments += (put_segment(self.store, fresh),)
@@ -201,7 +214,7 @@ class State:
             contract=contract,
             columns=weighed.columns,
             segments=segments,
-            removed=tuple(sorted(removed)) if moved or not newest else newest.removed,
+            removed=tuple(sorted(removed)) if gone or outdated or not newest else newest.removed,
             stale=tuple(sorted(weighed.stale)),
             num_units=totals.num_units,
             num_samples=totals.num_samples,
@@ -212,8 +225,10 @@ class State:
             buckets=dict(sorted(totals.buckets.items())),
             statistics=totals.statistics,
         )
-        if not put_manifest(self.store, manifest):
+        if not put_manifest(self.store, manifest, valid_until):
             return None
+        for record in outdated:
+            del self.outside[record.unit.id]
         self.manifest, self._removed, self._totals = manifest, removed, parts
         for source, units in weighed.changes.items():
             self._show(source, units, len(segments) - 1)
@@ -221,17 +236,17 @@ class State:
         return manifest
 
     def _add(
-        self, added: Totals, moved_in: AbstractSet[int | None], removed: set[str], num_channels: int
+        self, added: Totals, changed: AbstractSet[int | None], removed: set[str], num_channels: int
     ) -> tuple[dict[int, Totals], Totals]:
         """Add up the next manifest: a new segment, and those of the newest, less `removed`.
 
-        `moved_in` are the segments in which other units count than before. Gives the totals of
-        segments, as far as they are known, and of all together.
+        `changed` are the segments that lose units. Returns the totals of segments, as far as they
+        are known, and of all together.
         """
         newest = self.manifest
-        parts = {number: part for number, part in self._totals.items() if number not in moved_in}
+        parts = {number: part for number, part in self._totals.items() if number not in changed}
         earlier = [newest.totals] if newest else []
-        if moved_in:  # minima and histograms cannot be taken back: add up anew what still counts
+        if changed:  # minima and histograms cannot be taken back: add up anew what still counts
             self._read_totals(parts, removed, num_channels)
             earlier = list(parts.values())
         if added.num_units:
@@ -335,3 +350,37 @@ def write_next(
         if manifest := state.put_next(weighed, complete, contract, num_channels):
             return state, manifest
         state = State(state.store)
+
+
+def remove_units(store: Store, names: AbstractSet[str]) -> set[str]:
+    """Put a manifest without some units, so that the next run encodes them again.
+
+    It is not complete, and may be put beside a run: whichever of the two finds the number taken
+    reads everything again.
+
+    Args:
+        store: the output.
+        names: `<unit>-<generation>`; those that the newest manifest does not name are ignored.
+
+    Returns:
+        The names that were removed; with none, no manifest was put.
+
+    Raises:
+        IncompleteRun: other manifests came first, again and again.
+    """
+    for _ in range(_MAX_TRIES):
+        state = State(store, receipts=())
+        gone = {u.name for units in state.live.values() for u in units if u.name in names}
+        if not gone or state.manifest is None:
+            return set()
+        changes = {
+            source: tuple(unit for unit in units if unit.name not in gone)
+            for source, units in state.live.items()
+            if any(unit.name in gone for unit in units)
+        }
+        newest = state.manifest
+        stale = {source for source in newest.stale if changes.get(source) != ()}
+        weighed = _Weighed({}, "keep", newest.columns, changes, stale=stale)
+        if state.put_next(weighed, False, newest.contract, len(newest.statistics.mean)):
+            return gone
+    raise IncompleteRun(f"others put manifests to {store.url} all the time: try again later")

@@ -21,8 +21,9 @@ from latentcache.dataset.manifest import ManifestName
 from latentcache.dataset.parquet import open_parquet, read_table
 from latentcache.dataset.quantization import is_finite
 from latentcache.dataset.reader import open_dataset
-from latentcache.dataset.receipts import DataFile, UnitRecord, read_receipts
+from latentcache.dataset.receipts import DataFile, UnitRecord
 from latentcache.dataset.shards import REJECT_SCHEMA, check_schema, iterate_latents
+from latentcache.dataset.state import remove_units
 from latentcache.errors import DatasetError, ObjectNotFound
 from latentcache.storage import Store
 from latentcache.storage.failures import named_local
@@ -74,11 +75,12 @@ def verify(
         manifest: its number, or "published"; None takes the newest complete one.
         storage: how to reach it.
         quick: only that objects exist in the right size.
-        repair: put a `void` receipt for each bad unit, so that the next run encodes it again.
+        repair: put a manifest without the bad units, so that the next run encodes them again.
         progress: told (units done, units in all).
 
     Raises:
         DatasetError: there is no manifest to check.
+        IncompleteRun: `repair` found other manifests put first, again and again.
     """
     dataset = open_dataset(url, manifest, storage=storage)
     store = Store(url, storage or StorageOptions())
@@ -105,7 +107,9 @@ def verify(
     found.ok = not found.problems
     if repair:
         bad = {problem.unit for problem in found.problems}
-        found.repaired = _mark(store, [r for r in dataset.units if r.unit.id in bad])
+        names = {record.name for record in dataset.units if record.unit.id in bad}
+        removed = remove_units(store, names) if names else set()
+        found.repaired = sorted(name.rpartition("-")[0] for name in removed)
     return found
 
 
@@ -113,16 +117,6 @@ def _batches(units: Iterable[UnitRecord]) -> Iterator[list[UnitRecord]]:
     left = iter(units)
     while some := list(islice(left, _UNITS_AT_ONCE)):
         yield some
-
-
-def _mark(store: Store, records: Iterable[UnitRecord]) -> list[str]:
-    """Put void receipts; a unit that has moved on to a later generation already is left alone."""
-    marked = []
-    for receipt in read_receipts(store, (record.name for record in records)):
-        void = receipt.voided()
-        if store.put_if_absent(void.path, void.to_bytes()):
-            marked.append(receipt.record.unit.id)
-    return marked
 
 
 def _check_unit(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from latentcache.engine.job import Job, UnitTask
+from latentcache.engine.plan import PlannedUnit
 
 
 class ActorLost(Exception):
@@ -50,11 +51,15 @@ class Actors(Protocol):
 class Finished:
     """A unit that was encoded and uploaded; `receipt` are the bytes that wait to be put.
 
-    They are of another attempt than `task`'s where another run had put them already.
+    They are of another attempt than `task`'s where another run had put them already. They may be
+    put until `valid_until`, in seconds of `clock.boot_time_s`; after that, `unit` is to be encoded
+    again.
     """
 
     task: UnitTask
     receipt: bytes
+    unit: PlannedUnit
+    valid_until: float
 
 
 @dataclass(frozen=True, slots=True)

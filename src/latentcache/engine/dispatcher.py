@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from latentcache.dataset.receipts import Unit, new_attempt
+from latentcache import clock
+from latentcache.dataset.receipts import PUT_WITHIN_S, Unit, new_attempt
 from latentcache.engine.actors import ActorLost, Actors, Event, Finished, Polled, Retries
 from latentcache.engine.job import UNITS_PER_ACTOR, Job, UnitFailure, UnitTask
 from latentcache.engine.plan import PlannedUnit
@@ -94,7 +95,7 @@ class Dispatcher:
         """QA rows wanted of each bucket, at least, from units that are handed out from now on."""
 
     def add(self, unit: PlannedUnit) -> None:
-        """Add one more unit while the loop runs."""
+        """Add one more unit while the loop runs, or before it runs again."""
         self._queue.pending.append(unit)
 
     def run(self) -> Iterator[Event]:
@@ -108,7 +109,7 @@ class Dispatcher:
         """
         next_poll = time.monotonic()
         try:
-            while self._has_work():
+            while self.has_work():
                 self._hand_out()
                 self._end_idle_actors()
                 self._start_actors()
@@ -122,11 +123,11 @@ class Dispatcher:
                     if worker := self._calls.pop(call, None):  # else its actor was lost meanwhile
                         yield from self._take(worker, call)
         finally:
-            for worker in self._workers:
-                self._actors.kill(worker.actor)
-            self._workers.clear()
+            for worker in list(self._workers):
+                self._end(worker)
 
-    def _has_work(self) -> bool:
+    def has_work(self) -> bool:
+        """Whether `run` has anything to do: units in hand or to be handed out."""
         if self._stop.reason:
             return self._num_in_hand > 0 and not self._stop.is_over
         return bool(self._num_in_hand or self._queue)
@@ -183,9 +184,10 @@ class Dispatcher:
             url=unit.url,
             rewrites=unit.kind == "rewrite",
         )
+        valid_until = clock.boot_time_s() + PUT_WITHIN_S
         call = self._actors.call(worker.actor, "run_unit", task)
         self._calls[call] = worker
-        worker.in_hand[call] = Assignment(unit, task, alone)
+        worker.in_hand[call] = Assignment(unit, task, alone, valid_until)
         self._num_in_hand += 1
         if alone or len(worker.in_hand) == UNITS_PER_ACTOR:
             del self._with_room[worker]
@@ -214,7 +216,7 @@ class Dispatcher:
             self._num_in_hand -= 1
             self._with_room.setdefault(worker)
             if isinstance(result, bytes):
-                yield Finished(assignment.task, result)
+                yield Finished(assignment.task, result, assignment.unit, assignment.valid_until)
             else:
                 yield from self._queue.fail(assignment, result)
 

@@ -1,79 +1,92 @@
-"""Garbage collection: delete what no kept manifest names; `dataset/garbage.py` says what that is.
+"""Delete what no kept manifest and no receipt that counts refers to; a dry run lists it.
 
-It may be killed anywhere and run again. Receipts are never deleted.
+What is deleted can never count again, not even for a driver that was frozen and wakes up:
+
+- A unit that the newest manifest has in `removed`, or at a higher generation, never counts again. A
+  driver that knows less finds the number of its manifest taken, and reads everything again.
+- A driver puts a receipt or a manifest within a day of the upload of what it names, or not at all
+  (`PUT_WITHIN_S`). So a file of two days that nothing names stays without a name.
+
+Files are listed first; the receipts that may name them are read afterwards, each by its name. So an
+object that a listing lacks is kept, or keeps others. `gc` may be killed anywhere and run again.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import re
+from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from dataclasses import dataclass, field
+from itertools import chain
 
-from latentcache.dataset.contract import Contract, require_contract
-from latentcache.dataset.garbage import KINDS, GarbagePlan, Keep, plan_garbage
-from latentcache.dataset.manifest import put_manifest
+from latentcache.dataset.contract import require_contract
+from latentcache.dataset.manifest import MANIFESTS, Manifest, list_manifests, read_manifest
 from latentcache.dataset.publish import read_published
-from latentcache.dataset.receipts import Receipt, Unit, read_receipts, void_receipt
-from latentcache.engine.lease import RUNS, Lease, active_runs
-from latentcache.errors import ConfigError, IncompleteRun
+from latentcache.dataset.receipts import COMMITS, FAILURES, read_receipts
+from latentcache.dataset.segments import SEGMENTS, Segment, names_of, read_segments
+from latentcache.engine.lease import Lease
+from latentcache.errors import ConfigError, DatasetError, IncompleteRun, StorageError
 from latentcache.storage import ObjectInfo, Store, Upload
 from latentcache.storage_options import StorageOptions
 
 DEFAULT_AGE_DAYS = 7.0
 
+# A driver may put a receipt up to a day after an upload (`PUT_WITHIN_S`). The other is a margin.
+MIN_AGE_DAYS = 2.0
+
+# In the order of their deletion: what names other objects goes before them.
+KINDS = {
+    "manifests": "manifests that are not kept",
+    "reports": "QA reports on manifests that are not kept",
+    "receipts": "receipts of superseded units that no kept manifest names",
+    "files": "data, reject and QA files of lost attempts and superseded units",
+    "segments": "segments that no kept manifest names",
+    "failures": "old hints about units that failed",
+    "temporary": "half-written files of writers that died",
+}
+
 _DAY_S = 86400.0
 
-# How often it begins anew because somebody committed something in the meantime.
-_MAX_TRIES = 5
+# Objects that are deleted, or receipts that are read, between two checks of the lease.
+_BATCH = 1000
 
-_THREADS = 16
+_FILE = re.compile(r"(?:data|rejects|qa)/([0-9a-f]{32})/(0|[1-9]\d*)-([0-9a-f]{32})[-.][^/]*")
+_REPORT = re.compile(r"qa/report-(\d{8})\.(?:html|json)")
+_RECEIPT = re.compile(rf"{COMMITS}/([0-9a-f]{{32}}-(?:0|[1-9]\d*))\.json")
 
 Progress = Callable[[str, int, int | None], object]
-"""Told what is done, of how many objects, of how many in all (None: not known yet)."""
+"""Called with what is done, for how many objects, of how many in all (None: not known yet)."""
 
 
 @dataclass(frozen=True, slots=True)
-class GarbageObject:
-    """An object that nothing names."""
+class Unreferenced:
+    """What `collect_unreferenced` listed, and deleted if `is_deleted`.
 
-    path: str
-    size_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Garbage:
-    """What `collect_garbage` found, and deleted if `is_deleted`.
-
-    `found` holds objects by kind, `uploads` multipart uploads that were never ended. `kept` are the
-    numbers of the manifests that stay; `voided` names the receipts put first, and `manifest` is the
-    number of the manifest that tells of them, None where there was no need for one. `notes` say
-    what could not be looked at.
+    `kept` are the numbers of the manifests that stay. `objects` are listed by kind (see `KINDS`),
+    `uploads` are multipart uploads that were never completed. `notes` say what could not be listed.
     """
 
     url: str
     is_deleted: bool
     kept: list[int]
-    voided: list[str]
-    manifest: int | None
-    found: dict[str, list[GarbageObject]]
+    objects: dict[str, list[ObjectInfo]]
     uploads: list[Upload]
     notes: list[str]
 
     @property
     def num_objects(self) -> int:
         """Objects of all kinds."""
-        return sum(map(len, self.found.values()))
+        return sum(map(len, self.objects.values()))
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all kinds; what uploads take, no store tells."""
-        return sum(found.size_bytes for objects in self.found.values() for found in objects)
+        """Bytes of all objects. No store says what uploads take."""
+        return sum(info.size_bytes for info in chain.from_iterable(self.objects.values()))
 
 
-def collect_garbage(
+def collect_unreferenced(
     url: str | os.PathLike[str],
     *,
     delete: bool = False,
@@ -82,8 +95,8 @@ def collect_garbage(
     older_than_days: float = DEFAULT_AGE_DAYS,
     storage: StorageOptions | None = None,
     progress: Progress = lambda what, done, total: None,
-) -> Garbage:
-    """Find what no kept manifest of a dataset names, and delete it if told to.
+) -> Unreferenced:
+    """List the objects of a dataset that nothing refers to; delete them if `delete` is set.
 
     Args:
         url: the dataset.
@@ -91,158 +104,237 @@ def collect_garbage(
         keep_last: keep this many of the newest complete manifests, the newest one, the published
             one, and those that are not old yet; None keeps all manifests.
         keep: numbers of further manifests to keep.
-        older_than_days: by the store's clock; what is younger stays, but for files of attempts that
-            another one was faster than.
+        older_than_days: what is younger stays, by the store's clock; at least 2.
         storage: how to reach the store.
         progress: see `Progress`.
+
+    Returns:
+        What was listed.
 
     Raises:
         ConfigError: `keep` without `keep_last`, or a number below its least.
         DatasetError: there is no dataset or no manifest, or one that is kept is damaged.
-        IncompleteRun: a run is at work, or has come in between again and again.
+        IncompleteRun: a run or another `gc` is at work, or the lease of this one lapsed.
     """
     if keep and keep_last is None:
         raise ConfigError("all manifests are kept: --keep adds to --keep-last")
-    if older_than_days < 0 or (keep_last is not None and keep_last < 1):
-        raise ConfigError("--older-than-days is at least 0, --keep-last at least 1")
+    if keep_last is not None and keep_last < 1:
+        raise ConfigError("--keep-last is at least 1")
+    if not older_than_days >= MIN_AGE_DAYS:
+        raise ConfigError(
+            f"--older-than-days is {older_than_days:g}, but at least {MIN_AGE_DAYS:g}: a run may "
+            "put the receipt of a file up to a day after its upload"
+        )
     store = Store(url, storage or StorageOptions())
-    contract = require_contract(store)
-    now = store.now()
-    terms = Keep(now - older_than_days * _DAY_S, keep_last, tuple(keep))
+    require_contract(store)
+    until = store.now() - older_than_days * _DAY_S
     with ExitStack() as stack:
-        lease = stack.enter_context(Lease(store, 0)) if delete else None
+        lease = stack.enter_context(Lease(store, 0, is_gc=True)) if delete else None
         if lease:
-            _require_alone(store, lease)
-        collector = _Collector(store, contract, lease, progress)
-        if not delete:
-            return collector.summary(collector.plan(terms), None)
-        for _ in range(_MAX_TRIES):
-            plan = collector.plan(terms)
-            manifest = collector.settle(plan)
-            if manifest is not None and collector.delete_manifests(plan):
-                collector.delete_rest(plan)
-                return collector.summary(plan, manifest)
-    raise IncompleteRun(f"others write to {store.url} all the time: try again when no run is")
+            lease.require_exclusive()
+        collector = _Collector(store, lease, until, progress)
+        plan = collector.plan(keep_last, frozenset(keep))
+        while delete and not collector.delete(plan):
+            plan = collector.plan(keep_last, frozenset(keep))
+    kept = [manifest.number for manifest in plan.kept]
+    return Unreferenced(store.url, delete, kept, plan.objects, plan.uploads, plan.notes)
 
 
-def _require_alone(store: Store, lease: Lease) -> None:
-    for other in active_runs(store):
-        if other.run != lease.run:
-            raise IncompleteRun(
-                f"another run is at work on {store.url}, {other}: wait for it, or delete "
-                f"{store.url_of(f'{RUNS}/{other.run}.json')} if it died"
-            )
+@dataclass(slots=True)
+class _Plan:
+    """Which manifests stay, oldest first, and which go; what else goes, by kind."""
+
+    kept: list[Manifest] = field(default_factory=list)
+    expired: list[Manifest] = field(default_factory=list)
+    objects: dict[str, list[ObjectInfo]] = field(default_factory=lambda: {k: [] for k in KINDS})
+    uploads: list[Upload] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Units:
+    """What manifests say of units.
+
+    `attempts` maps the units (`<unit>-<generation>`) that count in a kept manifest to the attempt
+    that made them. `generations` maps unit ids to the highest one in the newest manifest, whether
+    it counts there or was removed.
+    """
+
+    attempts: dict[str, str] = field(default_factory=dict)
+    generations: dict[str, int] = field(default_factory=dict)
+
+    def may_come(self, name: str) -> bool:
+        """Return whether a later manifest may name that unit, if it has a receipt."""
+        unit, _, generation = name.rpartition("-")
+        return int(generation) > self.generations.get(unit, -1)
 
 
 class _Collector:
-    """One collection: its plan, what is put first, and the deleting."""
+    """Lists what nothing refers to, and deletes it.
 
-    def __init__(
-        self, store: Store, contract: Contract, lease: Lease | None, progress: Progress
-    ) -> None:
+    Args:
+        store: the output.
+        lease: that of this `gc`; None for a dry run.
+        until: what changed after that stays, by the store's clock.
+        progress: see `Progress`.
+    """
+
+    def __init__(self, store: Store, lease: Lease | None, until: float, progress: Progress) -> None:
         self._store = store
-        self._contract = contract
         self._lease = lease
+        self._until = until
         self._progress = progress
         self._num_done = 0
 
-    def plan(self, keep: Keep) -> GarbagePlan:
-        """Look at everything."""
+    def plan(self, keep_last: int | None, keep: AbstractSet[int]) -> _Plan:
+        """List what nothing refers to."""
         self._num_done = 0
-        return plan_garbage(self._store, keep, lambda: self._step("looking", 1, None))
+        plan = self._choose_manifests(keep_last, keep)
+        units = self._read_units(plan.kept)
+        self._list_files(plan, units)
+        for info in self._list_old(COMMITS):
+            match = _RECEIPT.fullmatch(info.path)
+            if match and match[1] not in units.attempts and not units.may_come(match[1]):
+                plan.objects["receipts"].append(info)
+        named = {segment.path for manifest in plan.kept for segment in manifest.segments}
+        plan.objects["segments"] = [i for i in self._list_old(SEGMENTS) if i.path not in named]
+        plan.objects["failures"] = list(self._list_old(FAILURES))
+        plan.objects["temporary"] = [i for i in self._store.temp_files() if self._is_old(i)]
+        try:
+            uploads = self._store.list_uploads()
+            plan.uploads = [upload for upload in uploads if upload.started_at <= self._until]
+        except StorageError as error:
+            plan.notes.append(f"multipart uploads stay: {error}")
+        for infos in plan.objects.values():
+            infos.sort(key=lambda info: info.path)
+        return plan
 
-    def _step(self, what: str, num: int, total: int | None) -> None:
-        self._num_done += num
-        self._progress(what, self._num_done, total)
-        if self._lease:
-            self._lease.renew()
+    def _choose_manifests(self, keep_last: int | None, keep: AbstractSet[int]) -> _Plan:
+        """Choose the manifests that stay.
 
-    def settle(self, plan: GarbagePlan) -> int | None:
-        """Put what must be there before anything is deleted.
+        A complete one is old if the next complete one is: readers were given it until that came.
+        """
+        listed = {info.path: info for info in self._store.list(MANIFESTS)}
+        numbers = list_manifests(self._store)
+        if not numbers:
+            raise DatasetError(f"{self._store.url} has no manifest: nothing says yet what counts")
+        if unknown := keep - set(numbers):
+            read_manifest(self._store, min(unknown))  # raises, and says which there are
+        published = read_published(self._store)
+        always = {numbers[-1], *keep, *([published.manifest] if published else [])}
+        plan = _Plan()
+        num_left = len(numbers) if keep_last is None else keep_last
+        is_superseded = False  # by a complete manifest that is old itself
+        for number in reversed(numbers):
+            manifest = read_manifest(self._store, number)
+            is_last = num_left > 0 and (manifest.complete or keep_last is None)
+            num_left -= is_last
+            info = listed.get(manifest.path)
+            is_old = info is not None and self._is_old(info)
+            is_past = is_superseded if manifest.complete else is_old
+            is_superseded |= manifest.complete and is_old
+            if info is None or is_last or not is_past or number in always:
+                plan.kept.insert(0, manifest)
+            else:
+                plan.expired.append(manifest)
+                plan.objects["manifests"].append(info)
+        return plan
+
+    def _read_units(self, kept: Sequence[Manifest]) -> _Units:
+        """Read what the kept manifests, oldest first, say of units."""
+        units, newest = _Units(), kept[-1]
+        segments: dict[Segment, AbstractSet[str]] = {}  # with the units that count nowhere
+        removed: AbstractSet[str] = frozenset(newest.removed)
+        for manifest in reversed(kept):
+            removed &= frozenset(manifest.removed)
+            segments |= dict.fromkeys(manifest.segments, removed)
+        columns = ("unit", "generation", "attempt")
+        tables = read_segments(self._store, segments, "a kept manifest", columns)
+        known = [newest.removed]
+        for (segment, gone), table in zip(segments.items(), tables, strict=True):
+            names = names_of(table).to_pylist()
+            attempts = zip(names, table["attempt"].to_pylist(), strict=True)
+            units.attempts.update((name, made) for name, made in attempts if name not in gone)
+            if segment in newest.segments:
+                known.append(names)
+            self._step("listing", 1)
+        for name in chain.from_iterable(known):
+            unit, _, generation = name.rpartition("-")
+            units.generations[unit] = max(int(generation), units.generations.get(unit, -1))
+        return units
+
+    def _list_files(self, plan: _Plan, units: _Units) -> None:
+        """List files that no unit refers to, and reports on manifests that are gone."""
+        open_files: dict[str, list[tuple[str, ObjectInfo]]] = {}  # by the receipt that decides
+        numbers = {manifest.number for manifest in plan.kept}
+        for info in chain.from_iterable(map(self._list_old, ("data", "rejects", "qa"))):
+            if report := _REPORT.fullmatch(info.path):
+                if int(report[1]) < plan.kept[-1].number and int(report[1]) not in numbers:
+                    plan.objects["reports"].append(info)
+            elif match := _FILE.fullmatch(info.path):
+                name, attempt = f"{match[1]}-{match[2]}", match[3]
+                if units.attempts.get(name) == attempt:
+                    continue
+                if units.may_come(name):
+                    open_files.setdefault(name, []).append((attempt, info))
+                else:
+                    plan.objects["files"].append(info)
+        names = list(open_files)
+        for first in range(0, len(names), _BATCH):
+            batch = names[first : first + _BATCH]
+            receipts = read_receipts(self._store, batch, missing_ok=True)
+            committed = {receipt.record.name: receipt.record.attempt for receipt in receipts}
+            for name in batch:
+                lost = (info for made, info in open_files[name] if made != committed.get(name))
+                plan.objects["files"] += lost
+            self._step("listing", len(batch))
+
+    def _list_old(self, folder: str) -> Iterator[ObjectInfo]:
+        for info in self._store.iterate(folder):
+            self._step("listing", 1)
+            if self._is_old(info):
+                yield info
+
+    def _is_old(self, info: ObjectInfo) -> bool:
+        """Return whether an object is old enough to go; one of unknown age stays."""
+        return info.modified_at is not None and info.modified_at <= self._until
+
+    def delete(self, plan: _Plan) -> bool:
+        """Delete what was listed.
 
         Returns:
-            The number of the newest manifest then; None if somebody was faster, so that the plan is
-            void.
-        """
-        manifest = plan.newest
-        if plan.needs_manifest:
-            if not self._put_voids(plan):
-                return None
-            removed = {*manifest.removed, *plan.known_voids, *plan.voids}
-            manifest = replace(
-                manifest,
-                number=manifest.number + 1,
-                created_at=datetime.now(UTC).isoformat(),
-                removed=tuple(sorted(removed)),
-            )
-            if not put_manifest(self._store, manifest):
-                return None
-        published = read_published(self._store)
-        is_kept = published is None or published.manifest in (*plan.kept, manifest.number)
-        return manifest.number if is_kept else None
-
-    def _put_voids(self, plan: GarbagePlan) -> bool:
-        """Undo units, and shut out attempts; False if some got a receipt in the meantime."""
-        befores = [name for name in plan.voids.values() if name]
-        receipts = dict(zip(befores, read_receipts(self._store, befores), strict=True))
-
-        def put(name: str, before: str | None) -> bool:
-            void = receipts[before].voided() if before else self._first_void(name)
-            assert void.record.name == name
-            return self._store.put_if_absent(void.path, void.to_bytes())
-
-        with ThreadPoolExecutor(_THREADS) as pool:
-            return all(list(pool.map(put, plan.voids.keys(), plan.voids.values())))
-
-    def _first_void(self, name: str) -> Receipt:
-        """Shut out attempts at a unit of which only the id is known."""
-        unit_id, _, generation = name.rpartition("-")
-        unit = Unit(unit_id, source="", size_bytes=0, version="")
-        contract = self._contract
-        return void_receipt(unit, int(generation), contract.fingerprint, contract.stored_channels)
-
-    def delete_manifests(self, plan: GarbagePlan) -> bool:
-        """Delete manifests, before anything that they name.
-
-        Returns:
-            False if one of them was published in that moment. `publish` looks whether a manifest
-            is there after it wrote the pointer, and this looks at the pointer afterwards: one of
-            the two sees the other. It is put back then, and the plan is void.
+            False if an expired manifest was published meanwhile: it is put back, and no more is
+            deleted. `publish` checks that its manifest exists after it wrote the pointer, and this
+            checks the pointer after it deleted manifests, so that one sees the other.
         """
         self._num_done = 0
-        self._delete(plan, plan.found["manifests"])
-        published = read_published(self._store)
-        for manifest in plan.dropped:
-            if published and published.manifest == manifest.number:
-                self._store.put_if_absent(manifest.path, manifest.to_bytes())
-                return False
-        return True
-
-    def delete_rest(self, plan: GarbagePlan) -> None:
-        """Delete all else."""
-        for kind in KINDS.keys() - {"manifests"}:
-            self._delete(plan, plan.found[kind])
+        num_objects = len(plan.uploads) + sum(map(len, plan.objects.values()))
+        for kind in KINDS:
+            infos = plan.objects[kind]
+            for first in range(0, len(infos), _BATCH):
+                self._step("deleting", 0, num_objects)
+                paths = [info.path for info in infos[first : first + _BATCH]]
+                self._store.delete_many(paths)
+                self._step("deleting", len(paths), num_objects)
+            published = read_published(self._store) if kind == "manifests" else None
+            for manifest in plan.expired:
+                if published and published.manifest == manifest.number:
+                    self._store.put_if_absent(manifest.path, manifest.to_bytes())
+                    return False
         for upload in plan.uploads:
             self._store.abort_upload(upload)
-            self._step("deleting", 1, plan.num_found)
+            self._step("deleting", 1, num_objects)
+        return True
 
-    def _delete(self, plan: GarbagePlan, objects: Sequence[ObjectInfo]) -> None:
-        paths = [info.path for info in objects]
-        self._store.delete_many(paths, lambda num: self._step("deleting", num, plan.num_found))
+    def _step(self, what: str, num_done: int, total: int | None = None) -> None:
+        """Report progress, and renew the lease unless it has lapsed.
 
-    def summary(self, plan: GarbagePlan, manifest: int | None) -> Garbage:
-        """Say what was found; `manifest` is what `settle` gave."""
-        is_new = manifest is not None and manifest > plan.newest.number
-        return Garbage(
-            url=self._store.url,
-            is_deleted=manifest is not None,
-            kept=[*plan.kept, manifest] if manifest and is_new else plan.kept,
-            voided=sorted(plan.voids),
-            manifest=manifest if is_new else None,
-            found={
-                kind: [GarbageObject(info.path, info.size_bytes) for info in infos]
-                for kind, infos in plan.found.items()
-            },
-            uploads=plan.uploads,
-            notes=plan.notes,
-        )
+        Raises:
+            IncompleteRun: it has, because this process was frozen: a run may have begun.
+        """
+        self._num_done += num_done
+        self._progress(what, self._num_done, total)
+        if self._lease:
+            if not self._lease.is_fresh:
+                raise IncompleteRun("stopped: the lease of gc lapsed; run gc again")
+            self._lease.renew()

@@ -6,12 +6,15 @@ A kept field that no sample has is a mistake in `source.keep`: every row would h
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from latentcache.dataset.columns import Columns
 from latentcache.dataset.receipts import MAX_FIELDS, Receipt, UnitSummary
 from latentcache.errors import ConfigError
 from latentcache.images.samples import escaped
+
+if TYPE_CHECKING:
+    from latentcache.engine.actors import Finished
 
 # A field that is in none of so many units and samples is taken to be absent. Of a field that one
 # sample in a thousand has, 10,000 samples without it occur once in 20,000 runs.
@@ -93,7 +96,7 @@ class FieldCheck:
         for unit in done:
             kept = {column.field for column in unit.columns}
             self._missing -= kept.difference(unit.absent_fields)
-        self._held: list[tuple[bytes, str]] = []
+        self._held: list[Finished] = []
         self._names: set[str] = set()
         self._num_samples = self._num_rows = 0
         self._lacking: list[str] = []
@@ -103,20 +106,20 @@ class FieldCheck:
         """Whether a field still has to occur."""
         return bool(self._missing)
 
-    def offer(self, data: bytes, attempt: str) -> list[tuple[bytes, str]]:
-        """Take in the bytes of a receipt; return those that may be put, each with its attempt.
+    def offer(self, finished: Finished) -> list[Finished]:
+        """Take in a unit that was encoded; return those whose receipts may be put.
 
         Raises:
             ConfigError: a field occurs in none of the samples of many units.
         """
         if not self._missing:
-            return [(data, attempt)]
-        receipt = Receipt.from_bytes(data)
+            return [finished]
+        receipt = Receipt.from_bytes(finished.receipt)
         self._missing.difference_update(receipt.fields)
         self._names.update(receipt.fields)
         self._num_samples += receipt.record.num_samples
         self._num_rows += receipt.record.num_rows
-        self._held.append((data, attempt))
+        self._held.append(finished)
         is_enough = len(self._held) >= MIN_UNITS and self._num_samples >= MIN_SAMPLES
         if is_enough and self._missing and self._num_rows:
             self._judge(f"the first {len(self._held)} units")
@@ -143,7 +146,7 @@ class FieldCheck:
                 f"{self._lacking[0]}. This run committed nothing: correct source.keep"
             )
 
-    def release(self) -> list[tuple[bytes, str]]:
+    def release(self) -> list[Finished]:
         """Return what was held back."""
         held, self._held = self._held, []
         return held

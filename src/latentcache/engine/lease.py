@@ -1,7 +1,9 @@
-"""Leases: how drivers on one output see each other. Advisory; receipts decide what is committed.
+"""Leases: how runs and `gc` on one output see each other. Advisory; receipts decide what counts.
 
 A lease counts for ten minutes after its last renewal by the store's clock, which is that of all
-drivers; no host's own clock is asked where it matters.
+drivers; no host's own clock is asked where it matters. A run and `gc` exclude each other: each
+writes its lease before it looks for that of the other, so that at least one sees the other. Then
+`gc` stops, and the run waits.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Annotated, Literal
 
+from latentcache import clock
 from latentcache.dataset.parse import Count, Pattern, Range, build, load_json
 from latentcache.engine.stop import StopSignal, stop_on_signals
 from latentcache.engine.waiting import Reminder
@@ -30,16 +33,19 @@ STALE_AFTER_S = 600.0
 _LOOK_EVERY_S = 5.0
 _HEED_EVERY_S = 0.2
 
-# Runs of this process. A container that is started again has its host's name and process id again.
+_GC_PREFIX = "gc-"
+
+# Leases of this process. A container that is started again has its host's name and process id
+# again.
 _ours: set[str] = set()
 
 
 @dataclass(frozen=True, slots=True)
 class RunInfo:
-    """A run that holds a lease; `age_s` is since its last renewal, by the store's clock.
+    """A run, or `gc`, that holds a lease; `age_s` is since its last renewal, by the store's clock.
 
-    It has `num_units` to encode, and leaves an output of `num_total`, those there before included.
-    Of a lease that cannot be parsed, `host` is empty and all numbers are 0.
+    A run has `num_units` to encode, and leaves an output of `num_total`, those there before
+    included. Of a lease that cannot be parsed, `host` is empty and all numbers are 0.
     """
 
     run: str
@@ -50,30 +56,39 @@ class RunInfo:
     num_committed: int
     age_s: float
 
+    @property
+    def is_gc(self) -> bool:
+        """Whether it is `gc`, not a run."""
+        return self.run.startswith(_GC_PREFIX)
+
     def __str__(self) -> str:
-        """Say who it is."""
+        """Return who it is."""
         if not self.host:
             return f"whose lease cannot be read, renewed {self.age_s:.0f} s ago"
         return f"pid {self.pid} on {self.host}, which renewed its lease {self.age_s:.0f} s ago"
 
 
 class Lease:
-    """This driver's lease on an output, renewed while it works and deleted when it ends.
+    """The lease of this run, or of this `gc`, renewed while it works and deleted when it ends.
 
     Args:
         store: the output.
         num_units: how many units the run will encode.
         num_total: how many the output will have then; 0 if it does not grow.
+        is_gc: whether it is that of `gc`.
     """
 
-    def __init__(self, store: Store, num_units: int, num_total: int = 0) -> None:
+    def __init__(
+        self, store: Store, num_units: int, num_total: int = 0, *, is_gc: bool = False
+    ) -> None:
         started = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
-        self.run = f"{started}-{secrets.token_hex(4)}"
+        self.run = f"{_GC_PREFIX if is_gc else ''}{started}-{secrets.token_hex(4)}"
         self._store = store
         self._num_units = num_units
         self._num_total = num_total
         self._path = f"{RUNS}/{self.run}.json"
         self._renew_at = 0.0
+        self._renewed_at = 0.0
         self.num_committed = 0
 
     def __enter__(self) -> Lease:
@@ -90,6 +105,7 @@ class Lease:
         if time.monotonic() < self._renew_at:
             return
         self._renew_at = time.monotonic() + RENEW_EVERY_S
+        renewed_at = clock.boot_time_s()
         tree = {
             "run": self.run,
             "host": socket.gethostname(),
@@ -100,10 +116,44 @@ class Lease:
             "renewed_at": datetime.now(UTC).isoformat(),
         }
         self._store.put(self._path, json.dumps(tree).encode())
+        self._renewed_at = renewed_at
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether the last renewal is less than half the time ago after which a lease is stale."""
+        return clock.boot_time_s() - self._renewed_at < STALE_AFTER_S / 2
 
     def others(self) -> list[RunInfo]:
         """List the other runs at work on the output, oldest first."""
         return [run for run in active_runs(self._store) if run.run != self.run]
+
+    def require_exclusive(self) -> None:
+        """Refuse to run `gc` beside anybody.
+
+        Raises:
+            IncompleteRun: a run, or another `gc`, holds a lease under ten minutes old.
+        """
+        for other in active_leases(self._store):
+            if other.run != self.run:
+                lease = self._store.url_of(f"{RUNS}/{other.run}.json")
+                raise IncompleteRun(
+                    f"{'another gc' if other.is_gc else 'a run'} is at work on {self._store.url}, "
+                    f"{other}: wait for it to end, or delete {lease} if it died"
+                )
+
+    def wait_for_gc(self, stop: StopSignal, say: Callable[[str], None]) -> None:
+        """Wait until no `gc` is at work on the output; renew the lease meanwhile.
+
+        Args:
+            stop: a wish to end ends the waiting.
+            say: shows a line to the person.
+        """
+
+        def active_gcs() -> list[RunInfo]:
+            self.renew()
+            return [lease for lease in active_leases(self._store) if lease.is_gc]
+
+        _wait_while(active_gcs, "waiting for gc to end: {}", stop, say)
 
     def require_alone(self) -> None:
         """Refuse to work beside another driver, on a store that cannot tell who was first.
@@ -141,10 +191,21 @@ def stand_aside(
         stop.request("skipped")
         say(f"skipped: another run is at work on {store.url} (compute.on_busy)")
         return
+    text = "waiting for another run to end: {} (compute.on_busy)"
+    _wait_while(lambda: active_runs(store), text, stop, say)
+
+
+def _wait_while(
+    list_others: Callable[[], list[RunInfo]],
+    text: str,
+    stop: StopSignal,
+    say: Callable[[str], None],
+) -> None:
+    """Wait until there are no others; say now and then who the first of them is."""
     reminder = Reminder(say)
     with stop_on_signals(stop, 0.0, lambda: say("stopping")):
-        while not stop.reason and (others := active_runs(store)):
-            reminder.remind(f"waiting for another run to end: {others[0]} (compute.on_busy)")
+        while not stop.reason and (others := list_others()):
+            reminder.remind(text.format(others[0]))
             look_again_at = time.monotonic() + _LOOK_EVERY_S
             while not stop.reason and time.monotonic() < look_again_at:
                 time.sleep(_HEED_EVERY_S)
@@ -162,7 +223,12 @@ class _LeaseFile:
 
 
 def active_runs(store: Store) -> list[RunInfo]:
-    """List the runs at work on an output, oldest first, but for dead processes of this host.
+    """List the runs at work on an output, as `active_leases` does, without `gc`."""
+    return [lease for lease in active_leases(store) if not lease.is_gc]
+
+
+def active_leases(store: Store) -> list[RunInfo]:
+    """List the leases of runs and of `gc`, oldest first, but for dead processes of this host.
 
     A lease that cannot be parsed is one of a run at work, until it is ten minutes old.
     """

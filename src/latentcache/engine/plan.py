@@ -159,7 +159,7 @@ def make_plan(config: Config, *, retry_rejects: bool = False) -> Plan:
         contract = contract.resolved_as(there)
     state = State(output)
     try:
-        known = state.sources | state.live.keys()  # which may all be marked to be encoded again
+        known = state.sources | state.live.keys()
         shards = list_source(config.source, config.source.num_units, known)
     except SourceError as error:
         raise _what_stays(error, state) from error
@@ -242,7 +242,7 @@ def _pending(
         if done:
             reason = f"retry of {done.num_rejects} rejects"
         elif generation:
-            reason = "marked to be encoded again"
+            reason = "removed before: encoded again"
         elif unit.id in failures:
             reason = f"failed before: {failures[unit.id]}"
         elif unit.source in known_sources:

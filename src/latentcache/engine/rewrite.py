@@ -111,8 +111,6 @@ class _Rewrite(Attempt):
         """
         name = f"{self.task.unit.id}-{self.task.generation - 1}"
         (before,) = read_receipts(self.output, [name])
-        if before.state != "rows":
-            raise _NeedsEncoding
         with ExitStack() as stack:
             with self.times["fetch"].working():
                 stored = [

@@ -20,7 +20,7 @@ from latentcache.dataset.manifest import Manifest
 from latentcache.dataset.receipts import Unit, put_failure
 from latentcache.engine.actors import Failed, Finished, Retries
 from latentcache.engine.cluster import Cluster
-from latentcache.engine.commit import Committed, Committer
+from latentcache.engine.commit import Committed, Committer, Expired
 from latentcache.engine.contract_setup import put_contract, resolve_contract
 from latentcache.engine.dispatcher import Dispatcher
 from latentcache.engine.job import make_job
@@ -151,6 +151,7 @@ class _Driver:
         self.moved = moved_of(config.source)
         self.failed: dict[str, str] = {}
         self.replans: Counter[str] = Counter()
+        self.num_expired: Counter[str] = Counter()
         wanted = Wanted(plan.contract.source.image_fields, ())
         self.fields = FieldCheck(self.work.columns, done, wanted.is_image)
         self._has_said: set[str] = set()
@@ -160,22 +161,26 @@ class _Driver:
         """Encode all pending units, or as many as there is time for."""
         compute, work = self.config.compute, self.work
         threads = None if compute.decode_threads == "auto" else compute.decode_threads
-        with (
-            Lease(self.output, len(work.pending), work.num_total) as lease,
-            Cluster(
-                compute.num_gpus,
-                compute.num_cpu_actors,
-                threads,
-                Patience(compute.wait_for_gpus_s, partial(progress.say, "waiting"), lease.renew),
-            ) as cluster,
-            Committer(self.output) as committer,
-        ):
-            self._establish_contract(cluster, progress)
-            self._join(lease, progress)
-            with stop_on_signals(self.stop, GRACE_S, partial(_say_stopping, progress)):
-                self._check(progress)
-                self._loop(self._dispatcher(cluster), lease, committer, progress)
-            self.write_manifest(progress)  # under the lease, on which some stores rely
+        with Lease(self.output, len(work.pending), work.num_total) as lease:
+            lease.wait_for_gc(self.stop, partial(progress.say, "waiting"))
+            if self.stop.reason:
+                return
+            patience = Patience(
+                compute.wait_for_gpus_s, partial(progress.say, "waiting"), lease.renew
+            )
+            with (
+                Cluster(compute.num_gpus, compute.num_cpu_actors, threads, patience) as cluster,
+                Committer(self.output) as committer,
+            ):
+                self._establish_contract(cluster, progress)
+                self._join(lease, progress)
+                with stop_on_signals(self.stop, GRACE_S, partial(_say_stopping, progress)):
+                    self._check(progress)
+                    dispatcher, metrics = self._dispatcher(cluster), RunMetrics(self.config.name)
+                    self._encode_units(dispatcher, committer, lease, metrics, progress)
+                    while dispatcher.has_work():  # units whose receipts were put too late
+                        self._encode_units(dispatcher, committer, lease, metrics, progress)
+                self.write_manifest(progress)  # under the lease, on which some stores rely
 
     def _establish_contract(self, cluster: Cluster, progress: RunProgress) -> None:
         work = self.work
@@ -191,7 +196,7 @@ class _Driver:
             work.pending = spread(work.pending)
         job = make_job(self.config, work.contract, cluster.num_cpus_per_actor)
         loads_late = all(planned.kind == "rewrite" for planned in work.pending)
-        dispatcher = Dispatcher(
+        return Dispatcher(
             cluster,
             replace(job, loads_late=loads_late),
             work.pending,
@@ -199,37 +204,40 @@ class _Driver:
             self.stop,
             partial(_may_read, self.config, self.moved),
         )
-        dispatcher.qa_wanted = self.counts.qa_wanted(work.contract)
-        return dispatcher
 
-    def _loop(
-        self, dispatcher: Dispatcher, lease: Lease, committer: Committer, progress: RunProgress
+    def _encode_units(
+        self,
+        dispatcher: Dispatcher,
+        committer: Committer,
+        lease: Lease,
+        metrics: RunMetrics,
+        progress: RunProgress,
     ) -> None:
-        """Take in what the actors did, and put its receipts, until nothing is left."""
-        metrics = RunMetrics(self.config.name)
+        """Encode the units of the dispatcher, and put their receipts."""
+        dispatcher.qa_wanted = self.counts.qa_wanted(self.work.contract)
         for event in dispatcher.run():
             lease.num_committed = self.counts.num_committed
             lease.renew()
             if isinstance(event, Finished):
-                for receipt in self.fields.offer(event.receipt, event.task.attempt):
-                    committer.put(*receipt)
+                for finished in self.fields.offer(event):
+                    committer.put(finished)
             elif isinstance(event, Failed):
                 self._give_up(event, dispatcher, progress)
             else:
                 progress.polled(event.stats, event.num_lost)
                 metrics.update_actors(len(event.stats), event.num_lost)
                 self._tell(metrics)
-            for committed in committer.ended():
-                self._take(committed, progress)
+            for result in committer.ended():
+                self._take(result, dispatcher, progress)
                 dispatcher.qa_wanted = self.counts.qa_wanted(self.work.contract)
         if not self.stop.reason:
             self.fields.end(len(self.failed))
         if self.fields.warning:
             progress.say("no_such_field", self.fields.warning, "warning")
-        for receipt in self.fields.release():
-            committer.put(*receipt)
-        for committed in committer.drain():
-            self._take(committed, progress)
+        for finished in self.fields.release():
+            committer.put(finished)
+        for result in committer.drain():
+            self._take(result, dispatcher, progress)
         self._tell(metrics)
 
     def _join(self, lease: Lease, progress: RunProgress) -> None:
@@ -251,10 +259,15 @@ class _Driver:
         num_left = len(self.work.left) - num_failed
         metrics.update_units(self.counts.num_committed, num_left, num_failed)
 
-    def _take(self, committed: Committed, progress: RunProgress) -> None:
-        """Count a unit whose receipt has been put: its rows exist."""
-        receipt = committed.receipt
-        self.counts.add(committed, self.work.add(receipt))
+    def _take(
+        self, result: Committed | Expired, dispatcher: Dispatcher, progress: RunProgress
+    ) -> None:
+        """Count a unit whose receipt has been put: its rows exist. One put too late goes again."""
+        if isinstance(result, Expired):
+            self._encode_again(result.finished, dispatcher, progress)
+            return
+        receipt = result.receipt
+        self.counts.add(result, self.work.add(receipt))
         for event, message in notes_of(receipt).items():
             if event not in self._has_said:
                 self._has_said.add(event)
@@ -268,6 +281,20 @@ class _Driver:
         ):
             self.write_manifest(progress)
             self._manifest_at = (self.counts.num_committed, time.monotonic())
+
+    def _encode_again(
+        self, finished: Finished, dispatcher: Dispatcher, progress: RunProgress
+    ) -> None:
+        """Hand a unit out again whose receipt came too late, or give it up after its retries."""
+        unit = finished.unit.unit
+        self.num_expired[unit.id] += 1
+        message = f"{unit.title}: more than a day passed from handing it out to its receipt"
+        if self.num_expired[unit.id] > self.config.compute.unit_retries:
+            message = f"{message}, {self.num_expired[unit.id]} times: make smaller shards"
+            self._give_up(Failed(finished.task, message), dispatcher, progress)
+            return
+        progress.say("unit_expired", f"{message}; encoding it again", "warning", source=unit.title)
+        dispatcher.add(finished.unit)
 
     def _give_up(self, event: Failed, dispatcher: Dispatcher, progress: RunProgress) -> None:
         """Plan a changed source anew, or quarantine the unit and go on."""

@@ -16,13 +16,13 @@ from latentcache.dataset.receipts import (
     UnitSummary,
     failed_unit,
     list_failures,
-    list_receipt_names,
+    list_receipts,
     read_failures,
     read_receipts,
 )
 from latentcache.dataset.rejects import RejectReason, most_frequent
 from latentcache.dataset.state import State
-from latentcache.engine.lease import RunInfo, active_runs
+from latentcache.engine.lease import RunInfo, active_leases
 from latentcache.errors import ObjectNotFound
 from latentcache.storage import Store
 from latentcache.storage_options import StorageOptions
@@ -39,7 +39,7 @@ class Status:
     those are more; `failed` maps the ids of units that were given up, and not committed or replaced
     since, to why. `reject_reasons` are the most frequent ones. `bottleneck` is the stage that held
     the latest units up, and what would help; None without rows. `published` is the number of the
-    published manifest.
+    published manifest, and `gc_at_work` whether `gc` deletes at the moment.
     """
 
     num_units: int
@@ -53,6 +53,7 @@ class Status:
     active_runs: list[RunInfo]
     bottleneck: str | None
     published: int | None
+    gc_at_work: bool = False
 
 
 def read_status(url: str, options: StorageOptions) -> Status:
@@ -67,8 +68,8 @@ def read_status(url: str, options: StorageOptions) -> Status:
 class StatusReader:
     """Reads the status of an output, again and again; after the first time, only what is new.
 
-    Every time it lists receipts, failures, manifests and leases. Only a manifest that drops units,
-    or takes them back, has everything read anew.
+    Every time it lists receipts, failures, manifests and leases. Only a manifest that removes units
+    has everything read anew.
 
     Raises:
         DatasetError: nothing has been written there yet.
@@ -79,7 +80,8 @@ class StatusReader:
         require_contract(self._store)
         self._manifest: Manifest | None = None
         self._names: set[str] = set()  # of the receipts that have been taken in
-        self._units: dict[str, UnitSummary] = {}  # that count, or will; void ones too
+        self._units: dict[str, UnitSummary] = {}  # that count, or will
+        self._committed_at: dict[str, float] = {}  # by unit, the time of its latest receipt
         self._stages: deque[dict[str, dict[str, float]] | None] = deque(maxlen=_NUM_RECEIPTS)
         self._failures: dict[str, str] = {}
         self._failed_at: dict[str, float] = {}  # by the paths of the hints that have been read
@@ -92,10 +94,19 @@ class StatusReader:
         if not self._has_read or self._drops_units(manifests):
             self._read_all()
         else:
-            names = set(list_receipt_names(self._store)) - self._names
+            names = self._list_receipts() - self._names
             self._add(read_receipts(self._store, names))
         self._read_failures()
         return self._status(manifests)
+
+    def _list_receipts(self) -> set[str]:
+        """List the names of the receipts, and remember when each unit got its latest one."""
+        listed = list_receipts(self._store)
+        for name, info in listed.items():
+            unit = name.rpartition("-")[0]
+            at = max(info.modified_at or 0.0, self._committed_at.get(unit, 0.0))
+            self._committed_at[unit] = at
+        return set(listed)
 
     def _drops_units(self, manifests: list[int]) -> bool:
         """Take in the newest manifest; say whether units that counted may do so no more."""
@@ -107,20 +118,24 @@ class StatusReader:
         )
 
     def _read_all(self) -> None:
-        self._names = set(list_receipt_names(self._store))
+        self._names = self._list_receipts()
         state = State(self._store, self._names)
         self._manifest, self._has_read = state.manifest, True
         self._units = {unit.unit_id: unit for units in state.live.values() for unit in units}
-        self._units.update({r.record.unit.id: _summary(r) for r in state.outside.values()})
+        outside = [UnitSummary.of(receipt.record) for receipt in state.outside.values()]
+        self._units.update({unit.unit_id: unit for unit in outside})
         # Segments are in the order of their writing; what is in none yet came last.
-        rows = [unit for unit in self._units.values() if not unit.is_void]
-        rows.sort(key=lambda unit: math.inf if unit.segment is None else unit.segment)
-        latest = read_receipts(self._store, [unit.name for unit in rows[-_NUM_RECEIPTS:]])
+        rows = sorted(
+            self._units.values(),
+            key=lambda unit: math.inf if unit.segment is None else unit.segment,
+        )
+        names = [unit.name for unit in rows[-_NUM_RECEIPTS:]]
+        latest = read_receipts(self._store, names, missing_ok=True)
         self._stages.extend(receipt.stages for receipt in latest)
 
     def _add(self, receipts: list[Receipt]) -> None:
         for receipt in receipts:
-            unit = _summary(receipt)
+            unit = UnitSummary.of(receipt.record)
             self._names.add(unit.name)
             before = self._units.get(unit.unit_id)
             if before is None or unit.generation > before.generation:
@@ -133,28 +148,35 @@ class StatusReader:
         self._failed_at.update((hint.path, hint.modified_at or 0.0) for hint in hints)
 
     def _failed_lately(self) -> set[str]:
-        """Give the units that failed since a complete manifest, if that is the newest.
+        """Return the units that failed, and neither count nor were committed after they did.
 
-        What failed before it is in it by now, or is no longer in the source: replaced, perhaps.
+        Failures before the newest manifest are left out if that is complete: such a unit is in it
+        by now, or is no longer in the source.
         """
-        newest = self._manifest
-        if not (newest and newest.complete):
-            return set(self._failures)
+        newest, since = self._manifest, 0.0
+        if newest and newest.complete:
+            since = self._complete_since(newest)
+        failed_at = ((failed_unit(path), at) for path, at in self._failed_at.items())
+        return {
+            unit
+            for unit, at in failed_at
+            if unit not in self._units and at > max(since, self._committed_at.get(unit, 0.0))
+        }
+
+    def _complete_since(self, newest: Manifest) -> float:
+        """Return when the newest manifest, a complete one, was written."""
         if newest.number != self._settled[0]:
             with suppress(ObjectNotFound):  # `gc` was faster
                 written_at = self._store.info(newest.path).modified_at or 0.0
                 self._settled = (newest.number, written_at)
-        _, since = self._settled
-        return {failed_unit(path) for path, at in self._failed_at.items() if at > since}
+        return self._settled[1]
 
     def _status(self, manifests: list[int]) -> Status:
-        committed = [unit for unit in self._units.values() if not unit.is_void]
-        # A unit that was committed and counts no more, for a manifest dropped it, has not failed.
-        done = {name.rpartition("-")[0] for name in self._names}
-        done -= {unit.unit_id for unit in self._units.values() if unit.is_void}
-        open_units = self._failed_lately() - done
-        failed = {unit: why for unit, why in self._failures.items() if unit in open_units}
-        runs = active_runs(self._store)
+        committed = list(self._units.values())
+        failed_units = self._failed_lately()
+        failed = {unit: why for unit, why in self._failures.items() if unit in failed_units}
+        leases = active_leases(self._store)
+        runs = [lease for lease in leases if not lease.is_gc]
         published = read_published(self._store)
         loads = Loads()
         for stages in self._stages:
@@ -173,8 +195,5 @@ class StatusReader:
             active_runs=runs,
             bottleneck=str(loads.bottleneck) if loads.bottleneck and num_rows else None,
             published=published.manifest if published else None,
+            gc_at_work=len(runs) < len(leases),
         )
-
-
-def _summary(receipt: Receipt) -> UnitSummary:
-    return UnitSummary.of(receipt.record, is_void=receipt.state == "void")

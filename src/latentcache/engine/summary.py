@@ -76,7 +76,7 @@ def summarise(
         status, exit_code = "too_many_rejects", 3
     elif breaches:
         status, exit_code = "failed_qa", 3
-    elif not at_work and not num_other_columns:
+    elif not at_work and len(done) == len(work.units()) and not num_other_columns:
         status, exit_code = "complete", 0
     else:
         status, exit_code = stop_reason or "incomplete", 1

@@ -19,11 +19,15 @@ _ALONE_AFTER_LOSSES = 3
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """A unit in an actor's hands; `alone` because an earlier attempt may have crashed its actor."""
+    """A unit in an actor's hands; `alone` because an earlier attempt may have crashed its actor.
+
+    `valid_until` counts from when it was handed out, which is before any upload.
+    """
 
     unit: PlannedUnit
     task: UnitTask
     alone: bool
+    valid_until: float
 
 
 class UnitQueue:

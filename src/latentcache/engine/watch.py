@@ -80,6 +80,8 @@ class Watched:
             add("run", f"{run.host}, pid {run.pid}, seen {run.age_s:.0f} s ago")
         if not status.active_runs:
             add("run", "none at work")
+        if status.gc_at_work:
+            add("gc", "at work")
         for number, message in enumerate(status.failed.values()):
             if number == most_failures:
                 add("", f"and {len(status.failed) - most_failures} more")

@@ -47,8 +47,8 @@ class Work:
         """Take in a receipt that was put; return what the output had of its unit before."""
         record, before = receipt.record, self.state.current(receipt.record.unit.id)
         self.state.add(receipt)
-        # Another run's may be a repair, or have other kept columns: then the unit is to be done.
-        if receipt.state == "rows" and record.columns == self.columns:
+        # Another run's may have other kept columns: then the unit is to be done.
+        if record.columns == self.columns:
             self.left.discard(record.unit.id)
         return before
 

@@ -6,6 +6,7 @@ each protocol does the rest; see `backend.py`.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,8 @@ from pathlib import Path
 from threading import Event
 from typing import Any, BinaryIO, Literal, cast
 
-from latentcache.errors import ObjectNotFound, StorageError
+from latentcache import clock
+from latentcache.errors import DeadlinePassed, ObjectNotFound, StorageError
 from latentcache.storage.backend import Backend, Entries, ObjectInfo, Upload
 from latentcache.storage.failures import named_local
 from latentcache.storage.local import LocalBackend
@@ -240,20 +242,36 @@ class Store(_Reading):
             with suppress(ObjectNotFound):
                 self._retry(upload.path, partial(self._backend.abort_upload, upload))
 
-    def put_if_absent(self, path: str, data: bytes) -> bool:
+    def put_if_absent(self, path: str, data: bytes, *, valid_until: float = math.inf) -> bool:
         """Put a small object only if nothing lies at the path yet. True if `data` lies there now.
 
         One PUT, never multipart. Any error of it leaves open whether the bytes were stored, even
         "exists already", which a retried request gets for its own first try. So the object is read
         back: these bytes are a win, others a loss, and none means trying again. `data` must
         therefore differ between writers that may not both win.
+
+        Args:
+            path: where.
+            data: the bytes.
+            valid_until: the time of `clock.boot_time_s` after which no try begins. It is checked
+                before each try, so that a process that was frozen between two of them puts nothing.
+
+        Raises:
+            DeadlinePassed: it is later than `valid_until`.
         """
-        if isinstance(self._backend, LocalBackend):
-            return self._retry(path, partial(self._backend.create_exclusively, path, data))
+        backend = self._backend
+
+        def create() -> bool:
+            if clock.boot_time_s() > valid_until:
+                raise DeadlinePassed(f"{self.url_of(path)} was not put in time")
+            if isinstance(backend, LocalBackend):
+                return backend.create_exclusively(path, data)
+            return self._create(path, data)
+
         # Looking first decides nothing, but a store without conditional writes would replace it.
-        if (found := self._read_or_none(path)) is not None:
+        if not self.is_local and (found := self._read_or_none(path)) is not None:
             return found == data
-        return self._retry(path, lambda: self._create(path, data))
+        return self._retry(path, create)
 
     def _create(self, path: str, data: bytes) -> bool:
         try:

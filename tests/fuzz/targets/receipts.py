@@ -1,4 +1,4 @@
-"""Receipts: one that gives back its text and can be voided, or a `DatasetError` that names it."""
+"""Receipts: one that gives back its text, or a `DatasetError` that names it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ def _seeds(folder: Path) -> list[bytes]:
         output = write_tiny(folder / name, format=name)
         for path in sorted((output / "commits").iterdir()):
             texts.append(path.read_bytes())
-            texts.append(Receipt.from_bytes(path.read_bytes()).voided().to_bytes())
     return texts
 
 
@@ -43,9 +42,7 @@ def _check(data: bytes, folder: Path) -> str:
         store.delete(f"commits/{name}.json")
     assert Receipt.from_bytes(receipt.to_bytes()).to_bytes() == receipt.to_bytes()
     assert UnitSummary.of(receipt.record).name == name
-    if receipt.record.generation < 10**9 - 1:
-        Receipt.from_bytes(receipt.voided().to_bytes())
-    return receipt.state
+    return "receipt"
 
 
 TARGET = Target(_seeds, _check, max_growth_mib=60, mutate=mutate_json)
