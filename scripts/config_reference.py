@@ -26,8 +26,8 @@ _HEADER = """\
 `scripts/config_reference.py` generates this file from the config classes; do not edit it.
 
 A config is a YAML file. `latentcache schema` prints the same information as a JSON Schema, which
-editors use for completion. `--set a.b=value` overrides one field on the command line. Unknown fields
-are an error. URLs may contain `~`, `$NAME` and `${NAME}`; write `$$` for a dollar sign. Credentials
+editors use for completion. `--set a.b=value` overrides one field on the command line. An unknown
+field is an error. URLs may contain `~`, `$NAME` and `${NAME}`; write `$$` for a dollar sign. Credentials
 never belong in a config.
 
 """
