@@ -27,8 +27,8 @@ _HEADER = """\
 
 A config is a YAML file. `latentcache schema` prints the same information as a JSON Schema, which
 editors use for completion. `--set a.b=value` overrides one field on the command line. An unknown
-field is an error. URLs may contain `~`, `$NAME` and `${NAME}`; write `$$` for a dollar sign. Credentials
-never belong in a config.
+field is an error. URLs may contain `~`, `$NAME` and `${NAME}`; write `$$` for a dollar sign.
+Credentials never belong in a config.
 
 """
 
