@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from xml.sax.saxutils import escape
 
-from latentcache.bottleneck import STAGES, Loads, StageLoad
+from latentcache.bottleneck import STAGES, PipelineLoad, StageLoad
 from latentcache.dataset.receipts import Receipt, list_receipt_names, read_receipts
 from latentcache.storage import Store
 
@@ -30,7 +30,7 @@ def write(receipts: Sequence[Receipt], path: Path) -> None:
     For each stage a bar: the time that its threads take for the work, then the time in which units,
     of which an actor has two at once, had work for it and it did none of it.
     """
-    loads = Loads()
+    loads = PipelineLoad()
     for receipt in receipts:
         loads.add_receipt(receipt.stages)
     num_images = sum(receipt.record.num_samples for receipt in receipts)

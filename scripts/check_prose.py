@@ -49,7 +49,7 @@ NAMES = {
     "Background": "PrefetchIterator",
     "Examiner": "QaEvaluator",
     "Listing": "SourceSnapshot",
-    "Loads": "StageLoad",
+    "Loads": "PipelineLoad",
     "Look": "QaResult",
     "Looked": "QaResult",
     "Patience": "WaitPolicy",

@@ -16,7 +16,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from latentcache.config import Config, EvalConfig
+from latentcache.config import Config
+from latentcache.config_eval import EvalConfig
 
 TARGET = Path(__file__).parents[1] / "docs" / "config.md"
 

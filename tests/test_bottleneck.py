@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latentcache.bottleneck import STAGES, Loads
+from latentcache.bottleneck import STAGES, PipelineLoad
 from latentcache.engine.progress import bottleneck
 
 THREADS = {"fetch": 2, "decode": 4, "encode": 1, "write": 2, "qa": 1, "upload": 2}
 
 
-def loads_of(**busy_s: float) -> Loads:
-    loads = Loads()
+def loads_of(**busy_s: float) -> PipelineLoad:
+    loads = PipelineLoad()
     for stage, seconds in busy_s.items():
         loads.add(stage, seconds, 0.0, THREADS[stage])
     return loads
@@ -42,7 +42,7 @@ def test_the_stage_that_takes_longest_with_its_threads_is_named(
 
 
 def test_no_work_has_no_bottleneck():
-    assert Loads().bottleneck is None
+    assert PipelineLoad().bottleneck is None
     assert loads_of(decode=0.0, encode=0.0).bottleneck is None
 
 
@@ -62,7 +62,7 @@ def test_with_the_threads_it_asks_for_decoding_holds_nothing_up(
 
 
 def test_receipts_of_actors_with_other_threads_add_up():
-    loads = Loads()
+    loads = PipelineLoad()
     for num_threads, busy_s in ((4, 40.0), (8, 80.0)):  # ten seconds each
         loads.add_receipt(
             {

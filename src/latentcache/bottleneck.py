@@ -37,7 +37,7 @@ class StageLoad:
 
 
 @dataclass(slots=True)
-class Loads:
+class PipelineLoad:
     """The loads of all stages; add to it what receipts say."""
 
     stages: dict[str, StageLoad] = field(default_factory=dict)

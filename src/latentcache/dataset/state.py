@@ -44,7 +44,7 @@ MAX_MISSING_SHARE = 0.1
 # How often `remove_units` tries again after another writer put a manifest first.
 _MAX_TRIES = 5
 
-Listing = Mapping[str, Sequence[Unit]]
+SourceSnapshot = Mapping[str, Sequence[Unit]]
 """Each source URL that is listed now, with its units at the listed version; once given, it does not
 change."""
 
@@ -70,7 +70,7 @@ class State:
         self._latest: dict[str, UnitSummary] = {}
         self._removed: set[str] = set()
         self._totals: dict[int, Totals] = {}  # by position of the segment, as far as they were read
-        self._weighed: _Weighed | None = None
+        self._weighed: SnapshotDiff | None = None
         self._touched: set[str] = set()  # sources of the receipts that came since
         named = self._read_segments(self.manifest) if self.manifest else set()
         listed = list_receipt_names(store) if receipts is None else receipts
@@ -138,7 +138,9 @@ class State:
         """Every source that has been encoded in some version."""
         return {unit.source for unit in self._latest.values() if unit.source}
 
-    def weigh(self, listing: Listing, on_missing: str, columns: Columns) -> _Weighed:
+    def diff_snapshot(
+        self, listing: SourceSnapshot, on_missing: str, columns: Columns
+    ) -> SnapshotDiff:
         """Decide which units the next manifest names.
 
         A source whose units at its listed version are all committed contributes exactly those. One
@@ -156,50 +158,48 @@ class State:
         last = self._weighed
         terms = (on_missing, columns)
         if last and last.listing is listing and (last.on_missing, last.columns) == terms:
-            weighed = replace(last, changes={})
+            diff = replace(last, changes={})
             sources: Iterable[str] = self._touched & listing.keys()
         else:
-            weighed = _Weighed(listing, on_missing, columns)
+            diff = SnapshotDiff(listing, on_missing, columns)
             sources = listing
             missing = self.live.keys() - listing.keys()
             if on_missing == "drop" and missing:
                 require_few(missing, len(self.live))
-                weighed.changes.update(dict.fromkeys(missing, ()))
+                diff.changes.update(dict.fromkeys(missing, ()))
         for source in sources:
             units = [self.current(unit.id) for unit in listing[source]]
             committed = _in_order(unit for unit in units if unit)
             if len(committed) < len(units):
-                weighed.unfinished.add(source)
+                diff.unfinished.add(source)
                 if source in self.live:
-                    weighed.stale.add(source)
+                    diff.stale.add(source)
                 continue
             if all(unit.columns == columns for unit in committed):
-                weighed.unfinished.discard(source)
+                diff.unfinished.discard(source)
             else:
-                weighed.unfinished.add(source)
-            weighed.stale.discard(source)
+                diff.unfinished.add(source)
+            diff.stale.discard(source)
             if committed != self.live.get(source, ()):
-                weighed.changes[source] = committed
-        return weighed
+                diff.changes[source] = committed
+        return diff
 
     def put_next(
-        self, weighed: _Weighed, complete: bool, contract: str, num_channels: int
+        self, diff: SnapshotDiff, complete: bool, contract: str, num_channels: int
     ) -> Manifest | None:
         """Put the manifest that was decided on; None if its number is taken by now, or if a day has
         passed since, in which `gc` may have deleted the new segment.
         """
         newest, valid_until = self.manifest, clock.boot_time_s() + PUT_WITHIN_S
-        after = {unit.name: unit for units in weighed.changes.values() for unit in units}
-        before = {
-            unit.name: unit for source in weighed.changes for unit in self.live.get(source, ())
-        }
+        after = {unit.name: unit for units in diff.changes.values() for unit in units}
+        before = {unit.name: unit for source in diff.changes for unit in self.live.get(source, ())}
         fresh = [self.outside[u.unit_id] for u in after.values() if u.segment is None]
         gone = [before[name] for name in before.keys() - after.keys()]
         # Receipts of older versions of these sources, which no manifest named in time.
         outdated = [
             receipt.record
             for receipt in self.outside.values()
-            if receipt.record.unit.source in weighed.changes and receipt.record.name not in after
+            if receipt.record.unit.source in diff.changes and receipt.record.name not in after
         ]
         removed = self._removed.union((u.name for u in gone), (r.name for r in outdated))
         added = Totals.of(((r.record, r.statistics) for r in fresh), num_channels)
@@ -212,10 +212,10 @@ class State:
             complete=complete,
             created_at=datetime.now(UTC).isoformat(),
             contract=contract,
-            columns=weighed.columns,
+            columns=diff.columns,
             segments=segments,
             removed=tuple(sorted(removed)) if gone or outdated or not newest else newest.removed,
-            stale=tuple(sorted(weighed.stale)),
+            stale=tuple(sorted(diff.stale)),
             num_units=totals.num_units,
             num_samples=totals.num_samples,
             num_rows=totals.num_rows,
@@ -230,9 +230,9 @@ class State:
         for record in outdated:
             del self.outside[record.unit.id]
         self.manifest, self._removed, self._totals = manifest, removed, parts
-        for source, units in weighed.changes.items():
-            self._show(source, units, len(segments) - 1)
-        self.settle(weighed)
+        for source, units in diff.changes.items():
+            self._set_live(source, units, len(segments) - 1)
+        self.accept(diff)
         return manifest
 
     def _add(
@@ -262,7 +262,7 @@ class State:
         for number, table in zip(missing, tables, strict=True):
             parts[number] = totals_of(without(table, removed), num_channels)
 
-    def _show(self, source: str, units: tuple[UnitSummary, ...], newest_segment: int) -> None:
+    def _set_live(self, source: str, units: tuple[UnitSummary, ...], newest_segment: int) -> None:
         """Take down which units of a source the manifest just written shows."""
         self.live.pop(source, None)
         for unit in units:
@@ -272,14 +272,14 @@ class State:
                 del self.outside[unit.unit_id]
             self.live[source] = (*self.live.get(source, ()), unit)
 
-    def settle(self, weighed: _Weighed) -> None:
+    def accept(self, diff: SnapshotDiff) -> None:
         """Take the newest manifest to be what a listing comes to."""
-        self._weighed = weighed
+        self._weighed = diff
         self._touched.clear()
 
 
 @dataclass(frozen=True, slots=True)
-class _Weighed:
+class SnapshotDiff:
     """What a listing comes to, beside the newest manifest.
 
     `changes` holds, by source, the units of the next manifest where they are others; `unfinished`
@@ -287,7 +287,7 @@ class _Weighed:
     those of them that older units stand in for.
     """
 
-    listing: Listing
+    listing: SourceSnapshot
     on_missing: str
     columns: Columns
     changes: dict[str, tuple[UnitSummary, ...]] = field(default_factory=dict)
@@ -300,7 +300,7 @@ def _in_order(units: Iterable[UnitSummary]) -> tuple[UnitSummary, ...]:
 
 
 def require_few(missing: AbstractSet[str], num_sources: int) -> None:
-    """Refuse to drop more than a tenth of the sources; see `State.weigh`."""
+    """Refuse to drop more than a tenth of the sources; see `State.diff_snapshot`."""
     if len(missing) > MAX_MISSING_SHARE * num_sources:
         raise SourceError(
             f"{len(missing)} of {num_sources} sources are no longer listed, such as "
@@ -313,7 +313,7 @@ def write_next(
     state: State,
     contract: str,
     num_channels: int,
-    listing: Callable[[], Listing],
+    listing: Callable[[], SourceSnapshot],
     *,
     on_missing: str,
     columns: Columns = (),
@@ -328,7 +328,7 @@ def write_next(
         contract: fingerprint of the dataset's contract.
         num_channels: channels of a stored latent.
         listing: gives the source's listing; called again after a lost race.
-        on_missing: see `State.weigh`.
+        on_missing: see `State.diff_snapshot`.
         columns: the kept columns that the rows are to have.
         may_complete: False holds `complete` back, after a check failed.
 
@@ -336,18 +336,18 @@ def write_next(
         The state, and the newest manifest (None where there is nothing to name yet).
     """
     while True:
-        weighed = state.weigh(listing(), on_missing, columns)
-        complete = may_complete and not weighed.unfinished
+        diff = state.diff_snapshot(listing(), on_missing, columns)
+        complete = may_complete and not diff.unfinished
         newest = state.manifest
         is_same = newest and (newest.stale, newest.complete, newest.columns) == (
-            tuple(sorted(weighed.stale)),
+            tuple(sorted(diff.stale)),
             complete,
             columns,
         )
-        if not weighed.changes and (is_same or (newest is None and not complete)):
-            state.settle(weighed)
+        if not diff.changes and (is_same or (newest is None and not complete)):
+            state.accept(diff)
             return state, newest
-        if manifest := state.put_next(weighed, complete, contract, num_channels):
+        if manifest := state.put_next(diff, complete, contract, num_channels):
             return state, manifest
         state = State(state.store)
 
@@ -380,7 +380,7 @@ def remove_units(store: Store, names: AbstractSet[str]) -> set[str]:
         }
         newest = state.manifest
         stale = {source for source in newest.stale if changes.get(source) != ()}
-        weighed = _Weighed({}, "keep", newest.columns, changes, stale=stale)
-        if state.put_next(weighed, False, newest.contract, len(newest.statistics.mean)):
+        diff = SnapshotDiff({}, "keep", newest.columns, changes, stale=stale)
+        if state.put_next(diff, False, newest.contract, len(newest.statistics.mean)):
             return gone
     raise IncompleteRun(f"others put manifests to {store.url} all the time: try again later")

@@ -26,7 +26,7 @@ from latentcache.engine.job import UNITS_PER_ACTOR, Job, UnitFailure, UnitTask
 from latentcache.engine.prometheus import ActorMetrics
 from latentcache.engine.sizing import NodeShape, cpus_per_actor
 from latentcache.engine.versions import Versions
-from latentcache.engine.waiting import NO_PATIENCE, Patience, Reminder
+from latentcache.engine.waiting import NO_WAIT, Reminder, WaitPolicy
 from latentcache.engine.worker import ActorRunner
 from latentcache.errors import ClusterError, LatentCacheError, StorageError, first_line
 from latentcache.startup import start_process
@@ -149,7 +149,7 @@ class Cluster:
         num_gpus: int,
         num_cpu_actors: int,
         decode_threads: int | None,
-        patience: Patience = NO_PATIENCE,
+        patience: WaitPolicy = NO_WAIT,
     ) -> None:
         self._connection = connect()
         self._patience = patience
@@ -344,7 +344,7 @@ def _get(ref: Any, failure: str) -> Any:
 def _wait_for_a_gpu(
     shapes: Callable[[], Sequence[NodeShape]],
     connection: Connection,
-    patience: Patience,
+    patience: WaitPolicy,
     num_actors: int,
 ) -> None:
     """Actors that ask for a GPU where none is or will be would pend without a word."""

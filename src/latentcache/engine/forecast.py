@@ -16,14 +16,14 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from latentcache.bottleneck import Loads
+from latentcache.bottleneck import PipelineLoad
 from latentcache.config import Config
 from latentcache.dataset.receipts import Receipt, new_attempt
 from latentcache.engine.cluster import Cluster
 from latentcache.engine.job import UNITS_PER_ACTOR, Job, UnitTask, make_job
 from latentcache.engine.plan import Plan, units_of
 from latentcache.engine.unit import UnitRunner
-from latentcache.engine.waiting import Patience
+from latentcache.engine.waiting import WaitPolicy
 from latentcache.engine.worker import calibrate_contract, load_runner
 from latentcache.errors import SourceError
 from latentcache.images.source import SourceShard
@@ -142,7 +142,7 @@ def make_forecast(config: Config, plan: Plan, num_images: int, prices: Prices) -
     threads = None if compute.decode_threads == "auto" else compute.decode_threads
     pending = {planned.unit.source for planned in plan.to_encode}
     shards = [shard for shard in plan.shards if shard.source in pending]
-    patience = Patience(compute.wait_for_gpus_s)
+    patience = WaitPolicy(compute.wait_for_gpus_s)
     with Cluster(compute.num_gpus, compute.num_cpu_actors, threads, patience) as cluster:
         job = make_job(config, plan.contract, cluster.num_cpus_per_actor)
         trial: Trial = cluster.ask(try_out, job, shards, num_images)
@@ -196,7 +196,7 @@ def try_out(job: Job, shards: Sequence[SourceShard], num_images: int, device: st
         began = time.perf_counter()
         receipts = list(_run(runner, chosen, each))
         elapsed_s = time.perf_counter() - began
-    loads = Loads()
+    loads = PipelineLoad()
     for receipt in receipts:
         loads.add_receipt(receipt.stages)
     records = [receipt.record for receipt in receipts]

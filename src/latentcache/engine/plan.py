@@ -19,7 +19,7 @@ from latentcache.dataset.contract import (
     read_contract,
 )
 from latentcache.dataset.receipts import Unit, failed_unit, list_failures, read_failures
-from latentcache.dataset.state import Listing, State, require_few
+from latentcache.dataset.state import SourceSnapshot, State, require_few
 from latentcache.engine.twice import Twice, find_twice
 from latentcache.errors import ConfigError, SourceError
 from latentcache.images.samples import Wanted, file_key_and_field
@@ -100,7 +100,7 @@ class Plan:
         )
 
     @property
-    def listing(self) -> Listing:
+    def listing(self) -> SourceSnapshot:
         """Each listed source with its units."""
         return by_source(self.units)
 

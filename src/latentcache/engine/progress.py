@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
-from latentcache.bottleneck import STAGES, Loads
+from latentcache.bottleneck import STAGES, PipelineLoad
 from latentcache.errors import one_line
 from latentcache.log import Level, write_json
 
@@ -157,7 +157,7 @@ def bottleneck(
         after: the same, `seconds` later.
         seconds: between the two.
     """
-    loads = Loads()
+    loads = PipelineLoad()
     for old, new in zip(before, after, strict=True):
         for stage in STAGES:
             busy_s = new[f"{stage}_busy_s"] - old[f"{stage}_busy_s"]

@@ -36,7 +36,7 @@ from latentcache.engine.receipt_notes import notes_of
 from latentcache.engine.run_counts import RunCounts
 from latentcache.engine.stop import StopSignal, stop_on_signals
 from latentcache.engine.summary import RunSummary, summarise
-from latentcache.engine.waiting import Patience
+from latentcache.engine.waiting import WaitPolicy
 from latentcache.engine.work import Work
 from latentcache.errors import AccessDenied, SourceError, StorageError
 from latentcache.images.moved import Moved, moved_of
@@ -165,7 +165,7 @@ class _Driver:
             lease.wait_for_gc(self.stop, partial(progress.say, "waiting"))
             if self.stop.reason:
                 return
-            patience = Patience(
+            patience = WaitPolicy(
                 compute.wait_for_gpus_s, partial(progress.say, "waiting"), lease.renew
             )
             with (

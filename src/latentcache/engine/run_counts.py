@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from latentcache.bottleneck import Loads
+from latentcache.bottleneck import PipelineLoad
 from latentcache.config import Config
 from latentcache.dataset.bucket import Bucket
 from latentcache.dataset.contract import Contract
@@ -40,7 +40,7 @@ class RunCounts:
         self.num_committed = self.num_rows = 0  # by this run
         self.num_samples = self.num_rejects = 0  # of the output
         self.qa_totals = QaTotals(Gates.of(config.qa))
-        self.loads = Loads()
+        self.loads = PipelineLoad()
         for unit in done:
             self._add(unit, None)
 

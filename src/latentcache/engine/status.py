@@ -7,7 +7,7 @@ from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
 
-from latentcache.bottleneck import Loads
+from latentcache.bottleneck import PipelineLoad
 from latentcache.dataset.contract import require_contract
 from latentcache.dataset.manifest import Manifest, list_manifests, read_manifest
 from latentcache.dataset.publish import read_published
@@ -178,7 +178,7 @@ class StatusReader:
         leases = active_leases(self._store)
         runs = [lease for lease in leases if not lease.is_gc]
         published = read_published(self._store)
-        loads = Loads()
+        loads = PipelineLoad()
         for stages in self._stages:
             loads.add_receipt(stages)
         known = len(self._units.keys() | failed.keys())

@@ -17,7 +17,7 @@ def _tell(line: str) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
+class WaitPolicy:
     """How long to wait for GPUs, and what happens while something is waited for.
 
     Args:
@@ -31,7 +31,7 @@ class Patience:
     keep_alive: Callable[[], None] = lambda: None
 
 
-NO_PATIENCE = Patience()
+NO_WAIT = WaitPolicy()
 
 
 class Reminder:

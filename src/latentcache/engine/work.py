@@ -9,7 +9,7 @@ from latentcache.dataset.columns import columns_of
 from latentcache.dataset.contract import Contract
 from latentcache.dataset.manifest import Manifest
 from latentcache.dataset.receipts import Receipt, Unit, UnitSummary
-from latentcache.dataset.state import Listing, State, write_next
+from latentcache.dataset.state import SourceSnapshot, State, write_next
 from latentcache.engine.plan import Plan, PlannedUnit, by_source, rewrite_of, units_of
 from latentcache.images.source import SourceShard, list_source
 
@@ -27,7 +27,7 @@ class Work:
         self.columns = columns_of(config.source.keep)
         self.contract: Contract = plan.contract
         self.shards = plan.shards
-        self.listing: Listing = plan.listing
+        self.listing: SourceSnapshot = plan.listing
         self.state: State = plan.state
         self.pending: list[PlannedUnit] = plan.pending
         self.left = {planned.unit.id for planned in plan.pending}
@@ -125,7 +125,7 @@ class Work:
         )
         return manifest
 
-    def _listings(self) -> Iterator[Listing]:
+    def _listings(self) -> Iterator[SourceSnapshot]:
         """Return the listing that the run works on, and after a lost race a new one each time."""
         yield self.listing
         while True:

@@ -199,7 +199,7 @@ class LatentLoader:
         reader = self._idle.pop()[1] if self._idle else self._make_reader()
         plans = self._plan(epoch, step, reader)
         try:
-            batches = prefetch(plans, reader.read, self._num_ahead, reader.rows.give_up)
+            batches = prefetch(plans, reader.read, self._num_ahead, reader.rows.cancel)
             for batch, event in batches:
                 if event is not None:
                     hand_over(batch, event)
@@ -208,7 +208,7 @@ class LatentLoader:
                 yield batch
         finally:
             if os.getpid() == pid:
-                reader.rows.forget_prepared()
+                reader.rows.clear()
                 self._idle.append((pid, reader))
 
     @property

@@ -120,7 +120,7 @@ class LatentDataset(torch.utils.data.Dataset[dict[str, Any]]):
         try:
             found = reader.find(bucket, files, rows)
         finally:
-            reader.forget_prepared()
+            reader.clear()
         channels, height, width = self.contract.latent_shape(bucket)
         stored = torch.empty((len(rows), channels, height, width), dtype=self._finish.stored)
         found.gather(stored.view(torch.uint8).flatten(1))

@@ -30,13 +30,13 @@ def prefetch(
     plans: Generator[P, None, None],
     work: Callable[[P], T],
     depth: int,
-    give_up: Callable[[], None],
+    cancel: Callable[[], None],
 ) -> Iterator[T]:
     """Work at most `depth` items ahead of whoever takes the results, in order.
 
     Two threads take turns: while one makes the next plan, the other does the work of the last, most
     of which is copying, without the interpreter lock. What they raise is raised here, in its turn.
-    `plans` is closed when this iterator is; `give_up` is called before, to let work that waits end.
+    `plans` is closed when this iterator is; `cancel` is called before, to let work that waits end.
 
     Raises:
         ConfigError: a process that was forked while this iterator was at work goes on with it. The
@@ -74,7 +74,7 @@ def prefetch(
                 )
     finally:
         if os.getpid() == pid:  # the locks of another process may never be free here
-            give_up()
+            cancel()
             stop()
             with turn:
                 plans.close()

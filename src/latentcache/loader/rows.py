@@ -172,13 +172,13 @@ class RowReader:
                 self._opening[file] = self._pool.submit(self._open_file, file)
         self._is_wanted[files] = True
 
-    def give_up(self) -> None:
-        """Let threads that wait for a store to come back end, until `forget_prepared`."""
+    def cancel(self) -> None:
+        """Let threads that wait for a store to come back end, until `clear`."""
         self._given_up.set()
 
-    def forget_prepared(self) -> None:
+    def clear(self) -> None:
         """Give up opening files that nobody has wanted yet, and forget which could not be."""
-        self.give_up()
+        self.cancel()
         self._given_up = Event()
         for file, opening in self._opening.items():
             opening.cancel()
@@ -189,7 +189,7 @@ class RowReader:
         """Find row `rows[i]` of file `files[i]`, all of one bucket.
 
         Other threads may gather what the last `MAX_AHEAD` calls found, and no older ones. A file
-        that cannot be opened is not tried again before `forget_prepared`.
+        that cannot be opened is not tried again before `clear`.
 
         Raises:
             DatasetError: a file is gone, damaged, or not what the manifest names.

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from latentcache.bottleneck import STAGES, Loads
+from latentcache.bottleneck import STAGES, PipelineLoad
 from latentcache.dataset.bucket import Bucket
 from latentcache.dataset.contract import Contract
 from latentcache.dataset.reader import Dataset, RejectedRow
@@ -211,7 +211,7 @@ def throughput(dataset: Dataset) -> dict[str, Any]:
     num_units = len(dataset.units)
     num_read = min(num_units, _MAX_RECEIPTS)
     records = [dataset.units[index * num_units // num_read] for index in range(num_read)]
-    loads = Loads()
+    loads = PipelineLoad()
     num_receipts = num_samples = 0
     for receipt in read_receipts(dataset.store, (record.name for record in records)):
         if receipt.stages is None:
