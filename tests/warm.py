@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 import latentcache.cli.runs
-from latentcache.engine import calibrate, run
+from latentcache.engine import forecast, run
 from runs import Cli, Result
 from servers import DEADLINE_S
 from thread_cluster import ThreadCluster
@@ -71,6 +71,6 @@ def _run(args: list[str], env: dict[str, str], folder: str, stdout: str, stderr:
         opened = os.open(path, flags)
         os.dup2(opened, fd)
         os.close(opened)
-    run.Cluster = calibrate.Cluster = ThreadCluster  # type: ignore[misc, assignment]
+    run.Cluster = forecast.Cluster = ThreadCluster  # type: ignore[misc, assignment]
     sys.argv = ["latentcache", *args]
     latentcache.cli.main()
