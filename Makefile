@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test check bench clean upgrade
+.PHONY: demo test test-fast check bench clean upgrade
 
 demo: .venv/base  ## draw shards, encode them, check the result
 	@test -d demo/shards || $(BIN)/latentcache demo-data demo/shards
@@ -23,6 +23,9 @@ demo: .venv/base  ## draw shards, encode them, check the result
 
 test: .venv/dev  ## run the tests
 	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+
+test-fast: .venv/dev  ## run the tests that start no server and no Ray cluster
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m 'not system'
 
 check: .venv/dev  ## lint, format, types
 	$(BIN)/ruff check

@@ -58,6 +58,13 @@ def pytest_configure(config: pytest.Config) -> None:
     }
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what needs servers or Ray, so that `make test-fast` leaves it out."""
+    for item in items:
+        if "servers_folder" in getattr(item, "fixturenames", ()):
+            item.add_marker("system")
+
+
 @pytest.fixture
 def memory_store(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let `memory://` URLs be opened, for a store that needs no server; users' are refused."""
