@@ -19,14 +19,14 @@ import pytest
 
 import latentcache
 from corpus import good, objects
-from latentcache import clock, storage
+from latentcache import clock
 from latentcache.config import Config, parse_config
 from latentcache.engine import lease as lease_module
 from latentcache.engine import run as run_module
 from latentcache.engine.lease import STALE_AFTER_S, Lease, active_leases, active_runs
 from latentcache.engine.progress import RunProgress
 from latentcache.engine.status import read_status
-from latentcache.storage import Store
+from latentcache.storage import Store, local, retries
 from latentcache.storage_options import StorageOptions
 from makers import config_tree, png, tree_digest, write_tar
 from runs import Configs, assert_nothing_lost_or_doubled, receipts_at
@@ -149,10 +149,10 @@ class Freezer:
         self._num_times = num_times
         self._meanwhile = meanwhile
         self._boot_time_s = clock.boot_time_s
-        self._create_file = storage.create_file
+        self._create_file = local.create_file
         monkeypatch.setattr(clock, "boot_time_s", self.boot_time_s)
-        monkeypatch.setattr(storage, "create_file", self.create_file)
-        monkeypatch.setattr(storage, "_PAUSES_S", (0.0,) * 9)
+        monkeypatch.setattr(local, "create_file", self.create_file)
+        monkeypatch.setattr(retries, "_PAUSES_S", (0.0,) * 9)
 
     def boot_time_s(self) -> float:
         return self._boot_time_s() + self.num_fired * 9 * 24 * HOURS

@@ -383,6 +383,7 @@ def test_pillow_stays_silent_about_broken_exif():
         Image.open(io.BytesIO(data)).getexif()
     program = (
         "import sys; from latentcache.images.decode import decode_image\n"
+        "from latentcache.startup import start_process; start_process()\n"
         "print(decode_image(sys.stdin.buffer.read(), max_pixels=10**9).shape)"
     )
     done = subprocess.run(

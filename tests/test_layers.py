@@ -168,9 +168,8 @@ def test_importing_latentcache_loads_nothing_heavy():
 
 def test_help_loads_nothing_heavy():
     loaded = modules_after(
-        "import sys\nsys.argv = ['latentcache', '--help']\n"
-        "from latentcache.cli import main\n"
-        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code"
+        "from latentcache.cli import app\n"
+        "try:\n    app(['--help'])\nexcept SystemExit as end:\n    assert not end.code"
     )
     assert "typer" in loaded
     assert not loaded & {"torch", "ray", "pyarrow", "pydantic", "fsspec", "numpy"}

@@ -7,6 +7,11 @@ exactly one JSON object, or with `status --watch` one each time.
 
 from __future__ import annotations
 
+import atexit
+import os
+import sys
+from contextlib import suppress
+
 from latentcache.cli.base import app
 
 # Each import adds its commands, in the order in which help tells of them.
@@ -14,5 +19,17 @@ from latentcache.cli import runs, datasets, quality, tools  # noqa: F401  # isor
 
 
 def main() -> None:
-    """Run the command line."""
-    app(prog_name="latentcache")
+    """Run the command line, and end the process.
+
+    Threads of Ray and Arrow may still run. Some abort the process (signal 6) when the interpreter
+    cleans up under them, and the exit code would be lost. So the process ends without that.
+    """
+    try:
+        app(prog_name="latentcache")
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        atexit._run_exitfuncs()
+        with suppress(OSError, ValueError):  # nobody reads, or it is closed
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
