@@ -179,7 +179,7 @@ class Cluster:
         self._connection.close()
 
     def _shapes(self) -> list[NodeShape]:
-        """Return the living nodes; only Anyscale's autoscaler tells which nodes it may add."""
+        """Return the nodes that are alive; only Anyscale's autoscaler reports what it may add."""
         nodes = [node["Resources"] for node in self._connection.ask(ray.nodes) if node["Alive"]]
         return [NodeShape(int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in nodes]
 

@@ -76,11 +76,11 @@ def put_contract(config: Config, output: Store, wanted: Contract, resolved: Cont
     try:
         data = establish_contract(output, resolved, provenance)
     except ContractMismatch:
-        there = read_contract(output)
-        if there is None:
+        existing = read_contract(output)
+        if existing is None:
             raise
-        resolved = wanted.resolved_as(there)
-        require_same(output, there, resolved)
+        resolved = wanted.resolved_as(existing)
+        require_same(output, existing, resolved)
         data = establish_contract(output, resolved, provenance)
     output.probe_conditional(CONTRACT_PATH, data)
     return resolved

@@ -153,8 +153,8 @@ def make_forecast(config: Config, plan: Plan, num_images: int, prices: Prices) -
     threads = None if compute.decode_threads == "auto" else compute.decode_threads
     pending = {planned.unit.source for planned in plan.to_encode}
     shards = [shard for shard in plan.shards if shard.source in pending]
-    patience = WaitPolicy(compute.wait_for_gpus_s)
-    with Cluster(compute.num_gpus, compute.num_cpu_actors, threads, patience) as cluster:
+    wait_policy = WaitPolicy(compute.wait_for_gpus_s)
+    with Cluster(compute.num_gpus, compute.num_cpu_actors, threads, wait_policy) as cluster:
         job = make_job(config, plan.contract, cluster.num_cpus_per_actor)
         trial: Trial = cluster.ask(try_out, job, shards, num_images)
         num_actors = min(cluster.num_actors, len(plan.to_encode))

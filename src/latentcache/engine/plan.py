@@ -36,11 +36,11 @@ class PlannedUnit:
     """A unit to encode or to rewrite.
 
     Attributes:
-        unit: The unit.
-        generation: The generation of its next receipt.
-        reason: Why the unit is pending, for the user.
-        files: The files of a folder's slot; empty for other sources.
-        url: The present URL of a source that moved; None if it did not move.
+        unit: the unit.
+        generation: the generation of its next receipt.
+        reason: why the unit is pending, for the user.
+        files: the files of a folder's slot; empty for other sources.
+        url: the present URL of a source that moved; None if it did not move.
         kind: `rewrite` writes the rows again with other kept columns and keeps the stored latents.
     """
 
@@ -72,17 +72,17 @@ class Plan:
     """The state of an output and the units that are pending.
 
     Attributes:
-        output: The store of the dataset.
-        contract: The contract that the config requests. Before a first run it may be unresolved;
+        output: the store of the dataset.
+        contract: the contract that the config requests. Before a first run it may be unresolved;
             its units then have provisional ids.
-        there: The contract at the output; None before a first run.
-        diff: The fields in which `contract` and `there` differ.
-        shards: The listed source shards.
-        units: The unit of each shard, in the same order.
-        pending: The units to encode or to rewrite.
-        state: The receipts and the newest manifest of the output.
-        on_missing: What the next manifest does with rows of vanished sources: `keep` or `drop`.
-        twice: New sources that look like known ones; None if there are none.
+        there: the contract at the output; None before a first run.
+        diff: the fields in which `contract` and `there` differ.
+        shards: the listed source shards.
+        units: the unit of each shard, in the same order.
+        pending: the units to encode or to rewrite.
+        state: the receipts and the newest manifest of the output.
+        on_missing: what the next manifest does with rows of vanished sources: `keep` or `drop`.
+        twice: new sources that look like known ones; None if there are none.
     """
 
     output: Store
@@ -153,19 +153,19 @@ def make_plan(config: Config, *, retry_rejects: bool = False) -> Plan:
     """List the source, read the receipts, and return the units that are pending.
 
     Args:
-        config: The config of the run.
-        retry_rejects: Encode units with rejects again, at their next generation.
+        config: the config of the run.
+        retry_rejects: encode units with rejects again, at their next generation.
 
     Returns:
         The plan; nothing is written.
 
     Raises:
-        ConfigError: The checkpoint or the source cannot be used, a folder would be cut into another
+        ConfigError: the checkpoint or the source cannot be used, a folder would be cut into another
             number of units than before, or the source folder contains the output.
-        SourceError: A named shard is missing, a glob matches nothing, or more sources are missing
+        SourceError: a named shard is missing, a glob matches nothing, or more sources are missing
             than `on_missing: drop` accepts.
-        StorageError: A store cannot be reached.
-        DatasetError: The dataset at the output is damaged.
+        StorageError: a store cannot be reached.
+        DatasetError: the dataset at the output is damaged.
     """
     require_kind(config, Config)
     output = Store(config.output.url, config.output.storage)
@@ -229,8 +229,8 @@ def units_of(shards: Iterable[SourceShard], contract: Contract) -> list[Unit]:
     """Return the units of shards under a contract.
 
     Args:
-        shards: Source shards.
-        contract: Its fingerprint is part of each unit's id.
+        shards: source shards.
+        contract: its fingerprint is part of each unit's id.
     """
     mark = contract.fingerprint
     return [Unit.of(s.source, s.size_bytes, s.version, mark, s.range) for s in shards]
@@ -280,10 +280,10 @@ def rewrite_of(
     """Return a plan to rewrite a committed unit, or None if its kept columns are right.
 
     Args:
-        shard: The source shard of the unit.
-        unit: The unit.
-        state: The receipts of the output.
-        columns: The kept columns that the config requests.
+        shard: the source shard of the unit.
+        unit: the unit.
+        state: the receipts of the output.
+        columns: the kept columns that the config requests.
     """
     done = state.current(unit.id)
     if done is None or done.columns == columns:
@@ -297,8 +297,8 @@ def wanted_contract(config: Config) -> Contract:
     """Return the contract that a config requests; reads the checkpoint.
 
     Raises:
-        CheckpointError: The checkpoint cannot be used.
-        ConfigError: The side of a bucket is not a multiple of the VAE's downsampling factor, the
+        CheckpointError: the checkpoint cannot be used.
+        ConfigError: the side of a bucket is not a multiple of the VAE's downsampling factor, the
             scaling factor is unknown, or that of the config differs from the checkpoint's.
     """
     options = config.vae.storage

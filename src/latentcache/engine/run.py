@@ -71,15 +71,15 @@ def run(
     stopped.
 
     Args:
-        config: The config of the run.
-        retry_rejects: Encode units with rejects again.
-        quiet: Write no progress to stderr.
-        log_json: Write JSON objects to stderr, one per line.
-        plan: The plan from `make_plan`; None makes one.
+        config: the config of the run.
+        retry_rejects: encode units with rejects again.
+        quiet: write no progress to stderr.
+        log_json: write JSON objects to stderr, one per line.
+        plan: the plan from `make_plan`; None makes one.
 
     Raises:
-        ContractMismatch: The output holds latents of another contract.
-        LatentCacheError: The run cannot start, or an error affects all units.
+        ContractMismatch: the output holds latents of another contract.
+        LatentCacheError: the run cannot start, or an error affects all units.
     """
     require_kind(config, Config)
     began, stop = time.monotonic(), StopSignal()

@@ -195,10 +195,10 @@ class _Encoding(Attempt):
         runner = self.runner
         num_threads = runner.decode_pool.num_threads
         crop_bytes = max(_crop_bytes(bucket) for bucket in runner.spec.buckets)
-        ahead = min(2 * num_threads + 16, max(num_threads, _CROPPED_BYTES // crop_bytes))
+        max_decoded = min(2 * num_threads + 16, max(num_threads, _CROPPED_BYTES // crop_bytes))
         with self.writing(), ExitStack() as stack:
             decoding = stack.enter_context(
-                PrefetchIterator(self._decode_all(), ahead, self.times["fetch"])
+                PrefetchIterator(self._decode_all(), max_decoded, self.times["fetch"])
             )
             depth = runner.encode_pool.num_threads + _BATCHES_AHEAD
             batches = stack.enter_context(PrefetchIterator(self._batch(decoding), depth))
