@@ -44,7 +44,7 @@ def test_images_are_counted_in_receipt_manifest_and_summary(
     assert receipt["extra_image_fields"] == ["mask.png", "depth.png"]
     manifest = open_dataset(str(tmp_path / "out")).manifest
     assert (manifest.num_images, manifest.num_extra_images) == (4, 2)
-    assert "counted and not encoded: mask.png, depth.png" in capsys.readouterr().err
+    assert "counted but not encoded: mask.png, depth.png" in capsys.readouterr().err
 
 
 def test_a_plan_counts_the_image_files_of_a_folder(tmp_path: Path, checkpoint: Path):

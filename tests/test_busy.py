@@ -41,8 +41,8 @@ HOURS = 3600
 @pytest.fixture(autouse=True)
 def _without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_module, "Cluster", ThreadCluster)
-    monkeypatch.setattr(lease_module, "_LOOK_EVERY_S", 0.05)
-    monkeypatch.setattr(lease_module, "_HEED_EVERY_S", 0.01)
+    monkeypatch.setattr(lease_module, "_LIST_EVERY_S", 0.05)
+    monkeypatch.setattr(lease_module, "_CHECK_STOP_EVERY_S", 0.01)
 
 
 @pytest.fixture

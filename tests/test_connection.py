@@ -331,7 +331,7 @@ def test_a_cluster_that_falls_silent_is_lost(monkeypatch: pytest.MonkeyPatch) ->
         cluster.require_alive()
     watch.join(DEADLINE_S)
     with pytest.raises(
-        ClusterError, match=r"the cluster is lost: 127\.0\.0\.1:\d+ gives no answer"
+        ClusterError, match=r"the cluster is lost: 127\.0\.0\.1:\d+ does not answer"
     ):
         cluster.require_alive()
 

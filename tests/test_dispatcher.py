@@ -292,7 +292,7 @@ def test_what_no_other_unit_can_mend_ends_the_run(clock: Clock):
 def test_actors_that_never_get_ready_are_given_up_with_pauses(clock: Clock):
     began, actors = clock.now(), Actors(1, clock, {})
     actors.num_dead_on_arrival = 99
-    with pytest.raises(ClusterError, match="die before they get ready: died at once"):
+    with pytest.raises(ClusterError, match="die before they are ready: died at once"):
         list(dispatch(actors, 3))
     assert len(actors.started) == len(actors.killed) == 5
     assert clock.now() - began == pytest.approx(1 + 3 + 7 + 15, abs=1)
@@ -315,7 +315,7 @@ def test_a_store_that_a_new_actor_cannot_reach_is_asked_again_by_the_next(clock:
     assert len(actors.started) == len(actors.killed) == 5
 
     actors.setups = [StorageError("on node n7: cannot reach s3://vae")] * 5
-    with pytest.raises(ClusterError, match="get ready: on node n7: cannot reach s3://vae"):
+    with pytest.raises(ClusterError, match="are ready: on node n7: cannot reach s3://vae"):
         list(dispatch(actors, 3))
 
 

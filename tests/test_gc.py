@@ -388,7 +388,7 @@ def test_units_of_manifests_that_go_are_deleted_with_their_receipts(world: World
 def test_kept_numbers_and_the_published_one_stay(world: World) -> None:
     publish(full(world).url, 1)
     assert world.gc(keep_last=1).kept == [1, 4]
-    with pytest.raises(ConfigError, match="--keep adds to --keep-last"):
+    with pytest.raises(ConfigError, match="--keep needs --keep-last"):
         world.gc(keep=[2])
     assert set(world.gc(keep_last=1, keep=[1]).kept) == {1, 4}
     with pytest.raises(DatasetError, match="no manifest 7"):
@@ -590,7 +590,7 @@ def kill_at(when: int, world: World) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("is_gc", "message"), [(False, "a run is at work"), (True, "another gc is at work")]
+    ("is_gc", "message"), [(False, "a run is active"), (True, "another gc is active")]
 )
 def test_beside_a_run_or_another_gc_it_stops(world: World, is_gc: bool, message: str) -> None:
     full(world)
@@ -636,7 +636,7 @@ def test_a_gc_that_was_frozen_stops_and_a_run_that_began_meanwhile_loses_nothing
 
     with (
         patch.object(Store, "delete_many", delete_then_freeze),
-        pytest.raises(IncompleteRun, match="the lease of gc lapsed; run gc again"),
+        pytest.raises(IncompleteRun, match="the lease of gc expired; run gc again"),
     ):
         world.gc(keep_last=1)
     assert len(frozen_s) == 2

@@ -192,7 +192,7 @@ def test_a_stopped_job_loses_nothing(jobs: Jobs, moto: S3Server, configs: Config
                 wait_until(lambda: gate.is_reached, f"{name} at work")  # noqa: B023
             assert jobs("stop", "--no-wait", name).code == 0
             if options:
-                wait_until(lambda: "units in hand get 20 s" in jobs.ask(name).log, "the signal")
+                wait_until(lambda: "units in progress get 20 s" in jobs.ask(name).log, "the signal")
                 for gate in gates:
                     gate.open()
             wait_until(lambda: jobs.ask(name).status == "STOPPED", f"{name} to stop")

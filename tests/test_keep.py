@@ -480,7 +480,7 @@ def test_samples_that_have_nothing_but_images_are_kept_with_a_warning(
     assert (summary.status, summary.num_rows) == ("complete", 2)
     rows = list(latentcache.open_dataset(str(tmp_path / "out")))
     assert [row.caption for row in rows] == [None, None]
-    assert "source.keep names txt, but the samples of the source have nothing but images" in (
+    assert "source.keep names txt, but the samples of the source have only images" in (
         capsys.readouterr().err
     )
 

@@ -30,7 +30,7 @@ def test_auto_takes_the_most_that_leaves_room_for_all(
 ):
     most = num_that_fit(shapes, 1, with_gpu)
     if not most:
-        with pytest.raises(ClusterError, match="has a CPU for an actor"):
+        with pytest.raises(ClusterError, match="of the Ray cluster has a CPU, which"):
             cpus_per_actor(shapes, num_actors, with_gpu=with_gpu, decode_threads=None)
         return
     found = cpus_per_actor(shapes, num_actors, with_gpu=with_gpu, decode_threads=None)

@@ -273,7 +273,7 @@ def test_a_folder_that_holds_the_output_is_refused(tmp_path: Path, output: str):
     write_source(tmp_path / "src", "folder", draw_files(1))
     tree = config_tree(tmp_path, output={"url": f"{tmp_path}/src{output}"})
     tree["source"] = {"folder": f"{tmp_path}/src/"}
-    with pytest.raises(ConfigError, match=r"output\.url, .*, lies in source\.folder"):
+    with pytest.raises(ConfigError, match=r"output\.url, .*, is inside source\.folder"):
         latentcache.make_plan(latentcache.parse_config(tree))
     tree["output"] = {"url": f"{tmp_path}/src-latents"}
     assert len(latentcache.make_plan(latentcache.parse_config(tree)).pending) == 1

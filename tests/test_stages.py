@@ -266,7 +266,7 @@ def test_room_is_never_overdrawn_and_serves_in_the_order_of_asking():
         thread = threading.Thread(target=ask, args=(num_bytes,))
         thread.start()
         threads.append(thread)
-        while len(room._line) < len(threads):
+        while len(room._requests) < len(threads):
             pass
     assert granted == []
     room.release(6)
@@ -283,13 +283,13 @@ def test_what_is_larger_than_the_room_goes_alone():
     room.acquire(4)
     large = threading.Thread(target=room.acquire, args=(25,))
     large.start()
-    while not room._line:
+    while not room._requests:
         pass
     room.release(4)
     large.join(HANG_S)
     small = threading.Thread(target=room.acquire, args=(1,))
     small.start()
-    while not room._line:
+    while not room._requests:
         pass
     assert small.is_alive()
     room.release(25)

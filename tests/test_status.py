@@ -278,7 +278,7 @@ def test_gc_is_no_run(output: Output):
         text = io.StringIO()
         watched = next(watch(output.url, NOWHERE, 10.0))
         Console(file=text, width=200).print(watched.to_table(output.url))
-    assert ["gc", "at", "work"] in [line.split() for line in text.getvalue().splitlines()]
+    assert ["gc", "active"] in [line.split() for line in text.getvalue().splitlines()]
 
 
 def test_where_reading_takes_long_it_is_read_less_often(output: Output):

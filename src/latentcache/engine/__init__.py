@@ -1,1 +1,1 @@
-"""Runs: what is left to do, one unit at a time, many units on a cluster."""
+"""Runs: the plan, the encoding of one unit, and the dispatch of many units on a cluster."""

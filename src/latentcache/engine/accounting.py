@@ -1,4 +1,4 @@
-"""What a unit holds while it reads, and the proof that no image of its shard is lost."""
+"""The memory that a unit holds while it reads, and the check that no image of its shard is lost."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ from latentcache.engine.stages import ByteBudget
 from latentcache.images.source import RejectedSample, Sample
 
 # Bytes of a sample under construction that each unit may hold beside the shared budget. Nearly all
-# samples are smaller, so that reading them waits for nobody.
+# samples are smaller, so reading them does not wait.
 _FREE_BYTES = 32 * 2**20
 
-# Names of extra image fields that a receipt lists.
+# The most names of extra image fields that a receipt lists.
 _MAX_FIELDS = 16
 
 
 class SampleBudget:
     """The bytes of the sample that a unit is reading, held in a budget that units share.
 
-    A thread must not wait for bytes while it holds some of the same budget, or two units could wait
-    for each other. So the first `_FREE_BYTES` of a sample are not counted, and a larger sample
-    takes `max_sample_bytes` at once.
+    A thread must not wait for bytes while it holds bytes of the same budget, because two units
+    could then wait for each other. So the first `_FREE_BYTES` of a sample are not counted, and a
+    larger sample acquires `max_sample_bytes` at once.
 
     Args:
         fetched: the budget, which also holds samples that wait to be decoded.
-        max_sample_bytes: no sample holds more.
+        max_sample_bytes: the largest size of a sample.
     """
 
     def __init__(self, fetched: ByteBudget, max_sample_bytes: int) -> None:
@@ -32,13 +32,13 @@ class SampleBudget:
         self.waited_s = 0.0
 
     def reserve(self, num_bytes: int) -> None:
-        """Wait until the sample under construction may hold `num_bytes` in all."""
+        """Wait until the sample under construction may hold `num_bytes` in total."""
         if num_bytes > _FREE_BYTES and not self._held:
             self.waited_s += self._fetched.acquire(self._max_sample_bytes)
             self._held = self._max_sample_bytes
 
     def finish(self, num_bytes: int) -> None:
-        """Hold `num_bytes` for the finished sample, whose consumer gives them back."""
+        """Hold `num_bytes` for the finished sample; its consumer releases them."""
         if self._held:
             self._fetched.release(self._held - num_bytes)
             self._held = 0
@@ -46,13 +46,13 @@ class SampleBudget:
             self.waited_s += self._fetched.acquire(num_bytes)
 
     def close(self) -> None:
-        """Give back what an unfinished sample holds."""
+        """Release the bytes of an unfinished sample."""
         self._fetched.release(self._held)
         self._held = 0
 
 
 class SampleCounts:
-    """Counts what a shard holds, to be held against what a unit makes of it."""
+    """Counts of the samples and images of a shard, to be checked against rows and rejects."""
 
     def __init__(self) -> None:
         self.num_samples = 0
@@ -61,7 +61,7 @@ class SampleCounts:
         self.extra_image_fields: list[str] = []
 
     def add(self, sample: Sample | RejectedSample) -> None:
-        """Count a sample as it is read."""
+        """Count a sample that was read."""
         self.num_samples += 1
         self.num_images += sample.num_images
         self.num_extra_images += max(0, sample.num_images - 1)
@@ -79,13 +79,13 @@ class SampleCounts:
         """Raise unless samples = rows + rejects, and images = rows + rejects + extra images.
 
         Args:
-            title: of the unit, for the error.
-            num_rows: rows that were written.
-            num_rejects: rejects that were written.
-            num_rejects_with_image: those of them that stand for an image.
+            title: the title of the unit, for the error.
+            num_rows: the number of rows written.
+            num_rejects: the number of rejects written.
+            num_rejects_with_image: the number of these rejects that stand for an image.
 
         Raises:
-            AssertionError: the unit would lose or double something.
+            AssertionError: the unit would lose or double a sample or an image.
         """
         if num_rows + num_rejects != self.num_samples:
             raise AssertionError(

@@ -1,4 +1,4 @@
-"""What the driver's loop needs of a cluster, and what it says of units."""
+"""The protocol between the driver's loop and a cluster, and the events of the loop."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from latentcache.engine.plan import PlannedUnit
 
 
 class ActorLost(Exception):
-    """An actor is gone; `has_crashed`, if its node is not."""
+    """An actor is lost; `has_crashed` is True if its node is still alive."""
 
     def __init__(self, message: str, *, has_crashed: bool) -> None:
         super().__init__(message)
@@ -19,41 +19,52 @@ class ActorLost(Exception):
 
 
 class Actors(Protocol):
-    """What the loop needs of a cluster. Actors and calls are the cluster's own, opaque here."""
+    """The operations that the loop needs of a cluster; actors and calls are opaque handles."""
 
     num_actors: int
 
     def start_actor(self, job: Job) -> Any:
-        """Ask for one more actor; it may pend until there is room."""
+        """Request one more actor, which may be pending until the cluster has resources for it."""
 
     def call(self, actor: Any, method: Literal["setup", "run_unit", "stats"], *args: Any) -> Any:
-        """Call a method of an actor; see `engine.worker.Worker`."""
-
-    def wait(self, calls: Sequence[Any], timeout_s: float) -> Sequence[Any]:
-        """Give the calls that have ended, after at most that time; with none, wait it out."""
-
-    def result(self, call: Any, node: str | None) -> Any:
-        """Give what a call returned; `UnitFailure` for one that raised.
+        """Start a call of an actor's method; return its handle.
 
         Args:
-            call: one that has ended.
-            node: where its actor runs, as its `setup` said.
+            actor: from `start_actor`.
+            method: the name of the method; see `engine.cluster`.
+            args: the arguments of the method.
+        """
+
+    def wait(self, calls: Sequence[Any], timeout_s: float) -> Sequence[Any]:
+        """Return the calls that have ended, as soon as there is one.
+
+        Args:
+            calls: calls in progress; with none, the function waits for `timeout_s`.
+            timeout_s: the longest wait in seconds.
+        """
+
+    def result(self, call: Any, node: str | None) -> Any:
+        """Return the result of a call; a `UnitFailure` if the call raised an error.
+
+        Args:
+            call: a call that has ended.
+            node: the node of its actor, as returned by `setup`; None before the setup ended.
 
         Raises:
-            ActorLost: instead of an answer.
+            ActorLost: the actor was lost before it returned a result.
         """
 
     def kill(self, actor: Any) -> None:
-        """End an actor, whatever it is at."""
+        """End an actor at once, with all its calls."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A unit that was encoded and uploaded; `receipt` are the bytes that wait to be put.
+    """A unit that was encoded and uploaded; `receipt` holds the bytes to put.
 
-    They are of another attempt than `task`'s where another run had put them already. They may be
-    put until `valid_until`, in seconds of `clock.boot_time_s`; after that, `unit` is to be encoded
-    again.
+    The receipt belongs to another attempt than `task` if another run has committed the unit. It may
+    be put until `valid_until`, in seconds of `clock.boot_time_s`; after that, `unit` must be
+    encoded again.
     """
 
     task: UnitTask
@@ -66,7 +77,7 @@ class Finished:
 class Failed:
     """A unit that was given up.
 
-    `changed`: its source is another version now. `lacks_field`: see `UnitFailure`.
+    `changed` is set if its source has another version now. For `lacks_field` see `UnitFailure`.
     """
 
     task: UnitTask
@@ -77,7 +88,7 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class Polled:
-    """What the actors said last: one dict of `UnitRunner.stats` for each, and losses so far."""
+    """The latest `UnitRunner.stats` of each actor, and the number of actors lost so far."""
 
     stats: list[dict[str, float]]
     num_lost: int
@@ -88,9 +99,9 @@ Event = Finished | Failed | Polled
 
 @dataclass(frozen=True, slots=True)
 class Retries:
-    """How often a unit is tried again: after failures of its own, and after its actor was taken.
+    """How often a unit is tried again: after its own failures, and after its node was lost.
 
-    The two are counted apart, for the second is nobody's fault.
+    The two are counted separately, because a preemption is not caused by the unit.
     """
 
     failures: int

@@ -1,4 +1,4 @@
-"""What encoding a unit and rewriting it have in common: files, counts, uploads, the record."""
+"""The common part of encoding and rewriting a unit: files, counts, uploads, the record."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ from latentcache.storage import Store
 
 
 def stage_times(num_threads: dict[str, int] | None = None) -> dict[str, StageTimes]:
-    """Return new clocks for all stages, in the order in which a sample passes them.
+    """Return new times for all stages, in the order in which a sample passes them.
 
     Args:
-        num_threads: of the stages whose threads serve all units; others have one for each unit.
+        num_threads: the number of threads of each stage whose threads serve all units; the other
+            stages have one thread per unit.
     """
     shared = num_threads or {}
     return {stage: StageTimes(shared.get(stage, UNITS_PER_ACTOR)) for stage in STAGES}
@@ -37,7 +38,14 @@ def stage_times(num_threads: dict[str, int] | None = None) -> dict[str, StageTim
 def reject_row(
     key: str | None, reject: Reject, thumbnail: bytes | None = None, *, has_image: bool = True
 ) -> RejectRow:
-    """Return the row that a rejected sample leaves."""
+    """Return the reject row of a sample.
+
+    Args:
+        key: the key of the sample; None if it has none.
+        reject: why the sample was rejected.
+        thumbnail: a small encoded picture of the image, if it could be decoded.
+        has_image: whether the sample has an image.
+    """
     return RejectRow(key, reject.stage, reject.reason, reject.message, thumbnail, has_image)
 
 
@@ -45,12 +53,12 @@ class Attempt:
     """One attempt at one unit.
 
     Args:
-        job: what all units have in common.
-        output: the dataset's store.
-        task: the unit.
-        folder: a local folder of the attempt's own.
-        times: the clocks of its stages.
-        gather: read the samples of a tar that is not grouped by key.
+        job: the settings that all units share.
+        output: the store of the dataset.
+        task: the unit and its attempt.
+        folder: a local folder that only this attempt uses.
+        times: the times of each stage.
+        gather: read a tar whose samples are not grouped by key.
     """
 
     def __init__(
@@ -78,7 +86,7 @@ class Attempt:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Rows and rejects so far, and bytes read from the source and written to the output."""
+        """Counts so far: rows, rejects, bytes read from the source, bytes written to the output."""
         return {
             "num_rows": sum(writer.num_rows for writer in list(self.writers.values())),
             "num_rejects": len(self.rejects),
@@ -94,10 +102,10 @@ class Attempt:
     def read_samples(
         self, reserve: ReserveSample = lambda num_bytes: None
     ) -> Iterator[Sample | RejectedSample]:
-        """Read the samples of the source in order, and count them.
+        """Yield the samples of the source in order, and count them.
 
         Args:
-            reserve: as for `read_samples` of `images/source.py`.
+            reserve: see `read_samples` in `images/source.py`.
         """
         samples = read_samples(
             self.task.shard,
@@ -117,7 +125,7 @@ class Attempt:
         self.num_source_bytes += num_bytes
 
     def writer(self, bucket: Bucket) -> BucketWriter:
-        """Return what writes the rows of a bucket."""
+        """Return the writer of a bucket; create it at the first call."""
         if bucket not in self.writers:
             stem = self.folder / f"{self.stem}-{bucket.name}"
             unit_id = self.task.unit.id
@@ -126,7 +134,7 @@ class Attempt:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Close the files of all buckets at the end; give them up after an error."""
+        """Close the files of all buckets on leaving; abandon them after an error."""
         try:
             yield
             with self.times["write"].working():
@@ -142,14 +150,14 @@ class Attempt:
         writers: Iterable[BucketWriter],
         qa: Callable[[], tuple[Path, QaFile] | None],
     ) -> UnitRecord:
-        """Check the closed files, and upload them.
+        """Check the closed files and upload them.
 
         Args:
-            writers: those of the unit's buckets, in the order that the record names them.
-            qa: makes the local QA file and says what the record holds of it.
+            writers: the writers of the unit's buckets, in the order of the record.
+            qa: writes the local QA file; returns its path and its entry in the record, or None.
 
         Returns:
-            The unit's record.
+            The record of the unit.
         """
         files: list[tuple[Path, DataFile]] = []
         rejects: DataFile | None = None
@@ -199,10 +207,10 @@ class Attempt:
 
 
 class AttemptLog:
-    """Figures of the attempts of a process: those that ended, and those under way.
+    """Statistics of the attempts of a process, both ended and active.
 
     Args:
-        num_threads: as for `stage_times`.
+        num_threads: see `stage_times`.
     """
 
     def __init__(self, num_threads: dict[str, int] | None = None) -> None:
@@ -212,12 +220,12 @@ class AttemptLog:
         self.active: list[Attempt] = []
 
     def new_times(self) -> dict[str, StageTimes]:
-        """Return new clocks for all stages."""
+        """Return new times for all stages."""
         return stage_times(self._num_threads)
 
     @contextmanager
     def watch(self, attempt: Attempt) -> Iterator[None]:
-        """Count an attempt as under way inside, and as ended afterwards."""
+        """Count an attempt as active inside the context, and as ended afterwards."""
         self.active.append(attempt)
         try:
             yield
@@ -228,12 +236,14 @@ class AttemptLog:
                 self._times[stage].add(times.busy_s, times.wait_s)
 
     def stats(self) -> dict[str, float]:
-        """Return cumulative figures: rows, rejects, bytes read from the source and written to the
-        output, and those of each stage, `<stage>_busy_s` etc.
+        """Return cumulative statistics.
+
+        These are `num_rows`, `num_rejects`, `num_source_bytes`, `num_output_bytes`, and for each
+        stage `<stage>_busy_s`, `<stage>_wait_s` and `<stage>_num_threads`.
         """
         stages, active = self.new_times(), list(self.active)
-        for found in [self._times, *(attempt.times for attempt in active)]:
-            for stage, times in found.items():
+        for attempt_times in [self._times, *(attempt.times for attempt in active)]:
+            for stage, times in attempt_times.items():
                 stages[stage].add(times.busy_s, times.wait_s)
         names = ("num_rows", "num_rejects", "num_source_bytes", "num_output_bytes")
         counts = [self._counts, *(attempt.counts for attempt in active)]

@@ -1,4 +1,4 @@
-"""The unit boundary: whatever goes wrong with a unit becomes the failure of that unit alone."""
+"""The unit boundary: an error inside a unit becomes the failure of that unit alone."""
 
 from __future__ import annotations
 
@@ -28,10 +28,14 @@ R = TypeVar("R")
 
 
 def at_boundary(task: UnitTask, run: Callable[[], R]) -> R | UnitFailure:
-    """Return what `run` returns, or why it failed.
+    """Return the result of `run`, or the failure of the unit if `run` raises.
+
+    Args:
+        task: the unit, for messages.
+        run: encodes or rewrites the unit.
 
     Raises:
-        torch.AcceleratorError: the GPU is lost, for which no unit can be blamed.
+        torch.AcceleratorError: the GPU is lost, which is not the fault of the unit.
     """
     try:
         return run()
@@ -57,7 +61,14 @@ def at_boundary(task: UnitTask, run: Callable[[], R]) -> R | UnitFailure:
 
 
 def committed_receipt(output: Store, task: UnitTask) -> Receipt | None:
-    """Return the receipt that lies there for a task; a look that fails costs work, not rows."""
+    """Return the receipt that another run has put for a task; None if there is none.
+
+    A store error also returns None: the unit is then encoded for nothing, but no row is lost.
+
+    Args:
+        output: the store of the dataset.
+        task: the unit; a trial (`max_samples`) has no receipt.
+    """
     if task.max_samples is not None:
         return None
     try:

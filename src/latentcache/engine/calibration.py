@@ -1,7 +1,7 @@
-"""What a contract leaves open until real images have been seen; found out once, before a first run.
+"""Measurement of the open values of a contract on real images, once, before a first run.
 
-That is the precision where the config says `auto`, and int8's scale and zero point. Both are fixed
-in the contract: every later run takes them from there.
+Open values are the precision if the config says `auto`, and the scale and zero point of int8. The
+contract fixes both, and every later run reads them from there.
 """
 
 from __future__ import annotations
@@ -26,47 +26,51 @@ from latentcache.vae.model import KLAutoencoder
 
 _PROBE_IMAGES = 16
 
-# Calibration takes the first images of this many shards, or of more where those have too few. Each
-# costs a request and little more, for a shard is read no further than it is needed.
+# Calibration uses the first images of this many shards, or of more shards if those have too few.
+# A shard costs little more than a request, because it is read no further than needed.
 _CALIBRATION_SHARDS = 16
 _CALIBRATION_BATCH = 32
 
-# Values of each channel that an image gives: all of them up to 256 px.
-_VALUES_OF_IMAGE = 1024
+# Values per channel and image that are used: all values of images up to 256 px.
+_VALUES_PER_IMAGE = 1024
 
 
 def calibrate(vae: KLAutoencoder, job: Job, shards: Sequence[SourceShard]) -> Contract:
-    """Fill in what the job's contract leaves open.
+    """Return the contract of a job with its open values measured.
 
     Args:
-        vae: in fp32, on the device that the run encodes on.
-        job: the run's.
-        shards: its source.
+        vae: the VAE in fp32, on the device of the run.
+        job: the job of the run.
+        shards: the source shards.
 
     Raises:
-        SourceError: int8 is to be calibrated, and no image can be encoded.
+        SourceError: int8 must be calibrated, and no image can be encoded.
     """
     contract = job.contract
     if contract.latents.precision == "auto":
-        found = chain.from_iterable(_images(job, shard) for shard in shards)
-        images = [image.pixels for _, image in islice(found, _PROBE_IMAGES)]
+        candidates = chain.from_iterable(_images(job, shard) for shard in shards)
+        images = [image.pixels for _, image in islice(candidates, _PROBE_IMAGES)]
         precision = resolve_precision(vae, images)
         contract = replace(contract, latents=replace(contract.latents, precision=precision))
     quantization = contract.latents.quantization
     if quantization and quantization.scale is None:
-        quantization = fit(quantization, _look_at_latents(vae, job, contract, shards))
+        quantization = fit(quantization, _encode_sample(vae, job, contract, shards))
         contract = replace(contract, latents=replace(contract.latents, quantization=quantization))
     return contract
 
 
-def _look_at_latents(
+def _encode_sample(
     vae: KLAutoencoder, job: Job, contract: Contract, shards: Sequence[SourceShard]
 ) -> torch.Tensor:
-    """Encode a seeded sample of the images as the run will: values by stored channel, [C, n]."""
+    """Encode a seeded sample of the images as the run does.
+
+    Returns:
+        Latent values by stored channel, [C, n].
+    """
     terms = contract.latents
     assert terms.quantization
     encoder = LatentEncoder(vae, terms.precision, job.batch_size)
-    found: list[torch.Tensor] = []
+    values_by_channel: list[torch.Tensor] = []
     sample = _sample(job, shards)
     while batch := list(islice(sample, _CALIBRATION_BATCH)):
         buckets: dict[Bucket, list[tuple[str, torch.Tensor]]] = {}
@@ -77,29 +81,29 @@ def _look_at_latents(
             names = [name for name, _ in images]
             latents = draw_latents(encoded.moments, terms.posterior, "calibration", names)
             latents = latents[latents.isfinite().all(dim=(1, 2, 3))].flatten(2)
-            # An odd stride, for an even one would take the same columns of each row.
-            stride = latents.shape[2] // _VALUES_OF_IMAGE | 1
-            found.append(latents[:, :, ::stride].transpose(0, 1).flatten(1))
-    if not any(values.numel() for values in found):
+            # The stride is odd, because an even one would take the same columns of each row.
+            stride = latents.shape[2] // _VALUES_PER_IMAGE | 1
+            values_by_channel.append(latents[:, :, ::stride].transpose(0, 1).flatten(1))
+    if not any(values.numel() for values in values_by_channel):
         raise SourceError(
-            "int8 is calibrated on images, and no source shard has one that can be encoded: look "
-            f"into {shards[0].url}, or choose another latents.dtype"
+            "int8 is calibrated on images, and no source shard has one that can be encoded: check "
+            f"{shards[0].url}, or choose another latents.dtype"
         )
-    return torch.cat(found, dim=1)
+    return torch.cat(values_by_channel, dim=1)
 
 
 def _sample(job: Job, shards: Sequence[SourceShard]) -> Iterator[tuple[str, Transformed]]:
-    """Give the first few images of some shards, in an order that the seed decides."""
+    """Yield the first images of several shards, in an order that the seed determines."""
     spec = job.contract.latents.quantization
     assert spec
     order = random.Random(spec.seed).sample(shards, len(shards))
     each = math.ceil(spec.num_images / min(len(shards), _CALIBRATION_SHARDS))
-    found = (islice(_images(job, shard), each) for shard in order)
-    return islice(chain.from_iterable(found), spec.num_images)
+    samples = (islice(_images(job, shard), each) for shard in order)
+    return islice(chain.from_iterable(samples), spec.num_images)
 
 
 def _images(job: Job, shard: SourceShard) -> Iterator[tuple[str, Transformed]]:
-    """Give a shard's images with their names; what is wrong there, its unit will record."""
+    """Yield the images of a shard with their names; skip errors, which its unit records later."""
     spec = transform_spec(job.contract)
     try:
         for sample in read_images(shard, job.contract.source, job.source_storage):

@@ -1,7 +1,7 @@
-"""Ray: actors on GPUs or CPUs, and what their loss means.
+"""Ray: actors on GPUs or CPUs, and whether a lost actor crashed or was preempted.
 
 Besides this file only `connection.py` and, for metrics, `prometheus.py` import ray. Ray's own
-restarts and retries are off: the driver's loop, in `dispatcher.py`, does both.
+restarts and retries are off: the driver's loop in `dispatcher.py` does both.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from latentcache.startup import start_process
 A = TypeVar("A")
 B = TypeVar("B")
 
-# Tries after the first, of work that is done again as a whole.
+# The number of retries of `Cluster.ask` and `Cluster.map`, which repeat a call as a whole.
 _RETRIES = 2
 
-# How often somebody who waits is asked whether he lives.
+# The interval at which a waiting process calls `WaitPolicy.keep_alive`.
 _KEEP_ALIVE_EVERY_S = 1.0
 
-# A node that is taken away in good order ends its actors first, and only then says so.
+# A node that is removed in an orderly way ends its actors before it is reported as dead.
 _NODE_MAY_LINGER_S = 2.0
 
 
@@ -49,7 +49,7 @@ def _device() -> str:
 
 
 class _EncoderActor:
-    """What runs on a GPU. `__init__` cannot fail, so that a failure is told apart from a crash."""
+    """The actor that encodes; `setup` loads it, since an error in `__init__` looks like a crash."""
 
     def __init__(self, versions: Versions, job: Job) -> None:
         start_process()
@@ -59,7 +59,7 @@ class _EncoderActor:
         self._metrics = ActorMetrics(job.name)
 
     def setup(self) -> str | LatentCacheError:
-        """Load the VAE; says which node this is, or why it cannot be used."""
+        """Load the VAE; return the id of this node, or the error that prevents its use."""
         try:
             self._versions.require_here()
         except ClusterError as error:
@@ -68,20 +68,19 @@ class _EncoderActor:
             self._runner = ActorRunner(self._job, _device())
         except LatentCacheError as error:
             return _with_host(error)
-        except RuntimeError as error:  # what torch raises of a GPU that is broken or taken
+        except RuntimeError as error:  # torch raises it for a GPU that is broken or in use
             return _with_host(ClusterError(f"cannot use its device: {first_line(error)}"))
         node: str = ray.get_runtime_context().get_node_id()
         return node
 
     @ray.method(concurrency_group="units")  # type: ignore[untyped-decorator]
     def run_unit(self, task: UnitTask) -> bytes | UnitFailure:
-        """Run one unit; the receipt comes back as the bytes that will be put."""
+        """Run one unit; return the bytes of its receipt, or its failure."""
         assert self._runner
         try:
             result = self._runner.run(task)
         except torch.AcceleratorError:
-            # All that this process asks of its GPU will fail from now on, whatever the unit: end as
-            # a crash, which another process takes up.
+            # Every later GPU call of this process fails. Exit, so that the driver replaces it.
             traceback.print_exc()
             os._exit(1)
         if isinstance(result, Receipt):
@@ -94,7 +93,7 @@ class _EncoderActor:
 
     @ray.method(concurrency_group="control")  # type: ignore[untyped-decorator]
     def stats(self) -> dict[str, float]:
-        """Say how far things are, to Prometheus too."""
+        """Return the statistics of the runner, and export them to Prometheus."""
         if self._runner is None:
             return {}
         stats = self._runner.stats()
@@ -103,7 +102,7 @@ class _EncoderActor:
 
 
 def _with_host(error: LatentCacheError) -> LatentCacheError:
-    """Say on which node it is that something is wrong."""
+    """Add the name of this node to an error."""
     head, *lines = error.args
     return type(error)(f"on node {socket.gethostname()}: {head}", *lines)
 
@@ -115,14 +114,19 @@ def _with_device(versions: Versions, function: Callable[..., A], *arguments: Any
 
 
 class _CallingActor:
-    """Calls functions; what they cache in their module stays with its process and GPU."""
+    """An actor that calls functions, whose module-level caches stay with its process and GPU."""
 
     def __init__(self, versions: Versions) -> None:
         start_process()
         self._versions = versions
 
     def call(self, function: Callable[[A], B], item: A) -> B:
-        """Call one."""
+        """Call a function.
+
+        Args:
+            function: a picklable function.
+            item: its argument.
+        """
         self._versions.require_here()
         return function(item)
 
@@ -130,16 +134,16 @@ class _CallingActor:
 class Cluster:
     """A connection to Ray: a cluster of this process's own, or the one at RAY_ADDRESS.
 
-    A `Dispatcher` drives its actors; see `engine.dispatcher.Actors`.
+    A `Dispatcher` drives its actors; see `engine.actors.Actors`.
 
     Args:
-        num_gpus: actors with a GPU each; 0 for actors on CPUs.
-        num_cpu_actors: how many of those.
-        decode_threads: CPUs that each actor asks for; None takes as many as leave all of them room.
-        patience: how long to wait for a GPU, and what happens during this and other waits.
+        num_gpus: the number of actors with one GPU each; 0 for actors on CPUs.
+        num_cpu_actors: the number of actors on CPUs if `num_gpus` is 0.
+        decode_threads: CPUs of each actor; None takes the most with which all actors fit.
+        patience: how long to wait for a GPU, and what to call during this and other waits.
 
     Raises:
-        ClusterError: Ray cannot be reached, has no GPU and none to come, or no room for an actor.
+        ClusterError: Ray cannot be reached, has no GPU in time, or has no node for an actor.
     """
 
     actor_class: type = _EncoderActor
@@ -175,17 +179,18 @@ class Cluster:
         self._connection.close()
 
     def _shapes(self) -> list[NodeShape]:
-        """What nodes Ray has; which its autoscaler may add, none but Anyscale's tells."""
-        found = [node["Resources"] for node in self._connection.ask(ray.nodes) if node["Alive"]]
-        return [NodeShape(int(has.get("CPU", 0)), int(has.get("GPU", 0))) for has in found]
+        """Return the nodes that are alive; only Anyscale's autoscaler reports what it may add."""
+        nodes = [node["Resources"] for node in self._connection.ask(ray.nodes) if node["Alive"]]
+        return [NodeShape(int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in nodes]
 
     def ask(self, function: Callable[..., A], *arguments: Any) -> A:
-        """Call a function on one worker like a run's, with its device (`cuda`, `cpu`) as the last
-        argument; again if the worker is lost.
+        """Return the result of a function on a worker like a run's; retry if the worker is lost.
+
+        The worker's device (`cuda` or `cpu`) is the last argument of the function.
 
         Raises:
-            ClusterError: it was lost again and again.
-            LatentCacheError: what the function raised.
+            ClusterError: the worker was lost repeatedly.
+            LatentCacheError: the error that the function raised.
         """
         task = ray.remote(_with_device).options(max_retries=_RETRIES, **self._resources)
         ref = self._connection.ask(lambda: task.remote(Versions.here(), function, *arguments))
@@ -196,14 +201,17 @@ class Cluster:
         return answer
 
     def map(self, function: Callable[[A], B], items: Iterable[A]) -> Iterator[B]:
-        """Call a function on each item, on as many actors as a run would have.
+        """Yield the result of a function for each item, in order, from as many actors as a run has.
 
-        Results come in the order of the items, of which two wait for each actor. A call whose actor
-        is lost, or that a store failed, is made again.
+        Each actor has up to two calls. A call is repeated if its actor or a store failed.
+
+        Args:
+            function: a picklable function of one item.
+            items: the arguments, one per call.
 
         Raises:
-            ClusterError: a call was lost again and again.
-            LatentCacheError: what the function raised.
+            ClusterError: a call was lost repeatedly.
+            LatentCacheError: the error that the function raised.
         """
         items = list(items)
         actors = [self._start_caller() for _ in range(min(self.num_actors, len(items)))]
@@ -227,7 +235,7 @@ class Cluster:
         return self._connection.ask(lambda: actor_class.remote(Versions.here()))
 
     def _result_of(self, call: _Call, actors: list[Any]) -> Any:
-        """Wait for a call, and make it again if that may help."""
+        """Return the result of a call; repeat the call if its actor or a store failed."""
         for _ in range(_RETRIES):
             self._connection.wait(call.ref)
             try:
@@ -236,7 +244,7 @@ class Cluster:
                 if not isinstance(error.cause, StorageError):
                     break
             except RayError:
-                if actors[call.number] is call.actor:  # else another call of it has seen to that
+                if actors[call.number] is call.actor:  # not replaced yet
                     ray.kill(call.actor)
                     actors[call.number] = self._start_caller()
             call.make(actors)
@@ -244,24 +252,30 @@ class Cluster:
         return _get(call.ref, "a call failed")
 
     def start_actor(self, job: Job) -> Any:
-        """Ask for one more actor; it may pend until there is room."""
+        """Request one more actor, which may be pending until the cluster has resources for it."""
         actor_class = ray.remote(
             max_restarts=0,
             max_task_retries=0,
             concurrency_groups={"units": UNITS_PER_ACTOR, "control": 1},
         )(self.actor_class)
-        with_room = actor_class.options(**self._resources)
-        return self._connection.ask(lambda: with_room.remote(Versions.here(), job))
+        sized_class = actor_class.options(**self._resources)
+        return self._connection.ask(lambda: sized_class.remote(Versions.here(), job))
 
     def call(self, actor: Any, method: str, *args: Any) -> Any:
-        """Call a method of an actor."""
+        """Start a call of an actor's method and return its handle.
+
+        Args:
+            actor: from `start_actor`.
+            method: its name; `args` are its arguments.
+        """
         return getattr(actor, method).remote(*args)
 
     def wait(self, calls: Sequence[Any], timeout_s: float) -> Sequence[Any]:
-        """Give the calls that have ended; wait for a first one at most that time.
+        """Return the calls that have ended, as `Actors.wait` does; raise if Ray itself is lost.
 
-        Raises:
-            ClusterError: Ray itself is lost.
+        Args:
+            calls: calls in progress.
+            timeout_s: the longest wait in seconds.
         """
         self._connection.require_alive()
         if not calls:
@@ -272,14 +286,19 @@ class Cluster:
         return [*ended, *others]
 
     def result(self, call: Any, node: str | None) -> Any:
-        """Give what a call returned; see `Actors.result`."""
+        """Return the result of a call, as `Actors.result` does.
+
+        Args:
+            call: a call that has ended.
+            node: the node of its actor; None before its setup ended.
+        """
         try:
             return ray.get(call)
-        except RayTaskError as error:  # our own code failed outside the unit boundary
+        except RayTaskError as error:  # an error outside the unit boundary
             return UnitFailure(str(error.cause))
         except RayError as error:
             if isinstance(error, ActorDiedError) and error.actor_init_failed:
-                # Nothing but imports happens there; the last line of the traceback names the one.
+                # `__init__` only imports; the last line of the traceback names the failed import.
                 return ClusterError(
                     f"a worker cannot load latentcache: {str(error).strip().splitlines()[-1]}; "
                     "install the driver's packages on every node"
@@ -289,7 +308,7 @@ class Cluster:
             ) from error
 
     def _has_crashed(self, error: RayError, node: str | None) -> bool:
-        """Tell a crash from a preemption, by whether the actor's node is still there."""
+        """Return whether an actor crashed, which is so if its node is still alive."""
         if isinstance(error, OutOfMemoryError):
             return True
         if not isinstance(error, ActorDiedError) or error.preempted:
@@ -306,7 +325,7 @@ class Cluster:
         return any(entry["NodeID"] == node and entry["Alive"] for entry in nodes)
 
     def kill(self, actor: Any) -> None:
-        """End an actor, whatever it is at."""
+        """End an actor at once, with all its calls."""
         ray.kill(actor)
 
     @property
@@ -316,7 +335,7 @@ class Cluster:
 
 @dataclass(slots=True)
 class _Call:
-    """A call of `Cluster.map`, in the hands of the actor of that number."""
+    """A call of `Cluster.map`, assigned to the actor with index `number`."""
 
     number: int
     function: Callable[[Any], Any]
@@ -325,13 +344,13 @@ class _Call:
     ref: Any = None
 
     def make(self, actors: Sequence[Any]) -> None:
-        """Make it, again if need be."""
+        """Start the call on the present actor of its number."""
         self.actor = actors[self.number]
         self.ref = self.actor.call.remote(self.function, self.item)
 
 
 def _get(ref: Any, failure: str) -> Any:
-    """Wait for a result; what went wrong is an error of ours."""
+    """Wait for a result; turn an error of Ray into a `LatentCacheError`."""
     try:
         return ray.get(ref)
     except RayError as error:
@@ -347,21 +366,21 @@ def _wait_for_a_gpu(
     patience: WaitPolicy,
     num_actors: int,
 ) -> None:
-    """Actors that ask for a GPU where none is or will be would pend without a word."""
+    """Wait for a first GPU or raise; without one, actors would stay pending silently."""
     if any(shape.num_gpus for shape in shapes()):
         return
     wait_s = patience.wait_for_gpus_s
     reminder, began = Reminder(patience.say), time.monotonic()
-    # An autoscaler adds a node for what pends, and for nothing else.
+    # An autoscaler adds nodes only for pending tasks and actors.
     task = ray.remote(_nothing).options(num_gpus=1, num_cpus=1)
     ref = connection.ask(task.remote)
     while not any(shape.num_gpus for shape in shapes()):
         left_s = began + wait_s - time.monotonic()
         if left_s <= 0:
             raise ClusterError(
-                f"compute.num_gpus is {num_actors}, but Ray finds no GPU here and none to "
-                f"come{f' in {wait_s:.0f} s' if wait_s else ''}; compute.wait_for_gpus_s waits "
-                "for one, `--set compute.num_gpus=0` encodes on the CPU"
+                f"compute.num_gpus is {num_actors}, but Ray found no "
+                f"GPU{f' in {wait_s:.0f} s' if wait_s else ''}: set compute.wait_for_gpus_s to "
+                "wait for one, or encode on the CPU with `--set compute.num_gpus=0`"
             )
         reminder.remind(
             f"Ray has no GPU yet: waiting {left_s:.0f} s more (compute.wait_for_gpus_s)"
@@ -372,4 +391,4 @@ def _wait_for_a_gpu(
 
 
 def _nothing() -> None:
-    """A task whose only purpose is to be waited for by an autoscaler."""
+    """Do nothing; as a pending task this makes an autoscaler add a node."""

@@ -1,4 +1,4 @@
-"""Putting receipts, several at a time: the one moment at which rows come to exist."""
+"""Concurrent puts of receipts, by which rows come into existence."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NUM_THREADS = 16
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """The receipt that lies in the store now: ours, or that of the driver that was first."""
+    """The receipt that is in the store; `is_ours` if it is of the attempt of this run's task."""
 
     receipt: Receipt
     is_ours: bool
@@ -26,17 +26,17 @@ class Committed:
 
 @dataclass(frozen=True, slots=True)
 class Expired:
-    """A unit whose receipt was not put in time: `gc` may have deleted its files."""
+    """A unit whose receipt was not put in time, so that `gc` may have deleted its files."""
 
     finished: Finished
 
 
 class Committer:
-    """Puts receipts while the driver's loop goes on.
+    """A thread pool that puts receipts while the driver's loop continues.
 
-    Until `ended` or `drain` has returned it, a receipt counts for nothing: its unit is still in
-    hand. Never more are under way than there are threads, so that a run over a store that is down
-    stands still, and does not go on to encode what nobody can commit.
+    A receipt counts only after `ended` or `drain` has yielded it; until then its unit is in
+    progress. There are never more puts in progress than threads. If the store is down, the run
+    therefore waits, and does not encode units that it cannot commit.
 
     Args:
         store: the output.
@@ -45,7 +45,7 @@ class Committer:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._pool = ThreadPoolExecutor(_NUM_THREADS, "commit")
-        self._num_under_way = 0
+        self._num_in_progress = 0
         self._ended: SimpleQueue[Future[Committed | Expired]] = SimpleQueue()
 
     def __enter__(self) -> Committer:
@@ -55,27 +55,31 @@ class Committer:
         self._pool.shutdown()
 
     def put(self, finished: Finished) -> None:
-        """Begin to put the receipt of a unit, which is ours if it is of its task's attempt."""
-        self._num_under_way += 1
+        """Start the put of a unit's receipt."""
+        self._num_in_progress += 1
         self._pool.submit(self._put, finished).add_done_callback(self._ended.put)
 
     def ended(self) -> Iterator[Committed | Expired]:
-        """Yield what has been put by now; wait while no further one could be begun.
+        """Yield the puts that have ended; wait for one if all threads are busy.
 
         Raises:
-            StorageError: one could not be put.
+            StorageError: a receipt could not be put.
         """
-        while not self._ended.empty() or self._num_under_way >= _NUM_THREADS:
+        while not self._ended.empty() or self._num_in_progress >= _NUM_THREADS:
             yield self._take()
 
     def drain(self) -> Iterator[Committed | Expired]:
-        """Yield all that is still under way, as it ends; raises as `ended`."""
-        while self._num_under_way:
+        """Yield all puts in progress, each as it ends.
+
+        Raises:
+            StorageError: a receipt could not be put.
+        """
+        while self._num_in_progress:
             yield self._take()
 
     def _take(self) -> Committed | Expired:
         future = self._ended.get()
-        self._num_under_way -= 1
+        self._num_in_progress -= 1
         return future.result()
 
     def _put(self, finished: Finished) -> Committed | Expired:
@@ -86,6 +90,6 @@ class Committer:
         except DeadlinePassed:
             return Expired(finished)
         if not is_put:
-            # Another driver committed this unit first, and its rows are as good.
+            # Another driver committed this unit first. Its rows are equally valid.
             (receipt,) = read_receipts(self._store, [receipt.record.name])
         return Committed(receipt, is_ours=receipt.record.attempt == finished.task.attempt)

@@ -1,10 +1,10 @@
 """The connection to Ray: a private cluster of this process, or the one at RAY_ADDRESS.
 
-A private cluster listens on loopback addresses only and asks for a random token, so that no other
-user and no other machine can run code in it. Nothing about an existing cluster is changed.
+A private cluster listens on loopback addresses only and requires a random token, so that no other
+user and no other machine can run code in it. An existing cluster is not changed.
 
 Calls into Ray may block without end, and abort the process after a minute, once the processes that
-they ask are dead. So each connection watches those processes, and `require_alive` tells of a loss.
+they call are dead. So each connection watches those processes, and `require_alive` reports a loss.
 """
 
 from __future__ import annotations
@@ -29,33 +29,33 @@ from ray.exceptions import RayError
 from latentcache.errors import ClusterError, first_line
 from latentcache.startup import start_process
 
-# Ray's Unix sockets lie at <folder>/session_<date>_<time>_<µs>_<pid>/sockets/plasma_store, which is
+# Ray's Unix sockets are at <folder>/session_<date>_<time>_<µs>_<pid>/sockets/plasma_store, which is
 # 64 bytes with a process id of seven digits. A socket's path has 107 bytes at most (unix(7)), and
-# a private folder takes 14 more than the one that is named here.
+# a private folder has 14 more than its parent, which this limits.
 _MAX_FOLDER_BYTES = 107 - 64 - 14
 _SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
 
-# What a node cannot do without; the other processes of Ray only report.
+# The processes that a node needs; the other processes of Ray only report.
 _VITAL = ("gcs_server", "raylet")
 
-# A cluster counts as lost when it has not answered for so long. Ray itself aborts after 60 s.
+# A cluster counts as lost when it has not answered for this long. Ray itself aborts after 60 s.
 _LOST_AFTER_S = 15.0
 _PROBE_EVERY_S = 2.0
 _PROBE_TIMEOUT_S = 5.0
 
-# How long a thread that waits for Ray sleeps before it looks whether Ray is alive.
-_LOOK_EVERY_S = 0.5
+# The interval at which a thread that waits for Ray checks whether Ray is alive.
+_CHECK_EVERY_S = 0.5
 
-# How a client opens an HTTP/2 connection (RFC 9113, 3.4): what gRPC speaks.
+# The bytes with which a client opens an HTTP/2 connection (RFC 9113, 3.4), which gRPC uses.
 _HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
 _HTTP2_SETTINGS = 4
 
-# What workers of a private cluster find, unless it is set already; see infra/README.md.
+# Variables for the workers of a private cluster, unless set already; see infra/README.md.
 WORKER_ENVIRONMENT = {
-    # Else glibc gives each thread a heap, and each keeps some of what large images leave in it:
+    # By default glibc gives each thread a heap, and each heap keeps memory of large images:
     # hundreds of MiB with 16 threads.
     "MALLOC_ARENA_MAX": "2",
-    # Torch shall ask for large pages: small ones cost an encoder on a CPU a fifth of its time.
+    # Torch requests large pages: with small ones an encoder on a CPU loses a fifth of its time.
     "THP_MEM_ALLOC_ENABLE": "1",
 }
 
@@ -68,10 +68,10 @@ def connect() -> Connection:
     """Start a private cluster, or join the one at RAY_ADDRESS (`local` means a private one).
 
     Raises:
-        ClusterError: Ray cannot be started, or does not answer there.
+        ClusterError: Ray cannot be started, or does not answer at RAY_ADDRESS.
     """
     start_process()
-    # A program that imported this package read Ray's own default, before anything was set.
+    # Ray reads this variable on import, which may have been before `start_process` set it.
     ray_logging.RAY_DEDUP_LOGS = ray_constants.env_bool("RAY_DEDUP_LOGS", True)
     if ray.is_initialized():
         raise ClusterError("this process is connected to Ray already: call ray.shutdown() first")
@@ -80,24 +80,24 @@ def connect() -> Connection:
 
 
 class Connection:
-    """A connection to Ray. Close it at the end."""
+    """A connection to Ray; the user closes it."""
 
     def require_alive(self) -> None:
         """Raise if Ray's own processes are lost.
 
         Raises:
-            ClusterError: what was lost, and why.
+            ClusterError: a process of Ray is lost; names it and the cause.
         """
         raise NotImplementedError
 
     def close(self) -> None:
-        """Leave the cluster; a private one ends."""
+        """Leave the cluster, and end a private one."""
         raise NotImplementedError
 
     def ask(self, function: Callable[[], T]) -> T:
-        """Call what asks the head of the cluster for something.
+        """Return the result of a function that calls the head of the cluster.
 
-        On a thread, because such a call does not come back once the head is dead.
+        The function runs on a thread, because such a call does not return once the head is dead.
 
         Raises:
             ClusterError: Ray is lost.
@@ -112,7 +112,7 @@ class Connection:
                 answer.set_exception(error)
 
         threading.Thread(target=run, name="ray-ask", daemon=True).start()
-        while not wait([answer], timeout=_LOOK_EVERY_S).done:
+        while not wait([answer], timeout=_CHECK_EVERY_S).done:
             self.require_alive()
         try:
             return answer.result()
@@ -120,8 +120,12 @@ class Connection:
             raise ClusterError(f"Ray does not answer: {first_line(error)}") from error
 
     def wait(self, ref: Any) -> None:
-        """Wait until a call has ended, or Ray is lost."""
-        while not ray.wait([ref], timeout=_LOOK_EVERY_S)[0]:
+        """Wait until a call has ended.
+
+        Raises:
+            ClusterError: Ray is lost.
+        """
+        while not ray.wait([ref], timeout=_CHECK_EVERY_S)[0]:
             self.require_alive()
 
 
@@ -133,7 +137,7 @@ class PrivateCluster(Connection):
         self._environment = _Environment()
         self._processes: list[tuple[str, Any]] = []
         try:
-            # Ray else replaces a loopback address by one that other machines reach.
+            # Without these variables Ray replaces a loopback address by one that others can reach.
             self._environment.set_for_private_cluster()
             ray.init(
                 address="local",
@@ -141,17 +145,17 @@ class PrivateCluster(Connection):
                 log_to_driver=False,
                 logging_level="ERROR",
                 _node_ip_address="127.0.0.1",
-                _temp_dir=f"{self._folder}/r",  # Ray opens it to everybody, but not its parent
+                _temp_dir=f"{self._folder}/r",  # Ray opens it to all users, not its parent
             )
             node = worker._global_node
             if node.node_ip_address != "127.0.0.1":
                 raise ClusterError(f"Ray listens on {node.node_ip_address}, not on 127.0.0.1 alone")
             self._processes = [
-                (kind, found.process) for kind in _VITAL for found in node.all_processes[kind]
+                (kind, info.process) for kind in _VITAL for info in node.all_processes[kind]
             ]
         except BaseException as error:
             self.close()
-            # Ray raises a bare Exception where a process of its own does not start.
+            # Ray raises a bare Exception if one of its own processes does not start.
             if isinstance(error, ClusterError) or not isinstance(error, Exception):
                 raise
             raise ClusterError(
@@ -165,12 +169,12 @@ class PrivateCluster(Connection):
             if (code := process.poll()) is not None:
                 how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
                 raise ClusterError(
-                    f"Ray's {kind} of this run {how}, perhaps because memory ran out: what is "
-                    "committed stays; run again"
+                    f"Ray's {kind} of this run {how}, perhaps because memory ran out: committed "
+                    "units are kept; run again"
                 )
 
     def close(self) -> None:
-        """End the cluster, delete its files, and give the environment back as it was."""
+        """End the cluster, delete its files, and restore the environment."""
         try:
             ray.shutdown()
         finally:
@@ -179,16 +183,16 @@ class PrivateCluster(Connection):
 
 
 class _Environment:
-    """The variables that a private cluster's processes inherit, and what they were before."""
+    """The environment variables that a private cluster inherits, and their earlier values."""
 
     def __init__(self) -> None:
         self._before: dict[str, str | None] = {}
         self._is_cluster_enabled = ray_constants.ENABLE_RAY_CLUSTER
 
     def set_for_private_cluster(self) -> None:
-        """Ask for a random token; prepare workers."""
+        """Set a random token and the variables of workers."""
         variables = {
-            # The environment, because a command line can be read by every user of the machine.
+            # In the environment, because every user of the machine can read a command line.
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
         }
@@ -197,13 +201,13 @@ class _Environment:
         }
         self._before = {name: os.environ.get(name) for name in variables}
         os.environ.update(variables)
-        # What Ray calls a cluster here is one that other machines reach. Its own switch is read
-        # when it is imported, which may have been long ago.
+        # In Ray's terms a cluster is one that other machines reach. Ray reads its own variable for
+        # this on import, which may have been earlier.
         ray_constants.ENABLE_RAY_CLUSTER = False
         _forget_authentication()
 
     def restore(self) -> None:
-        """Give everything back."""
+        """Restore the earlier values."""
         for name, value in self._before.items():
             if value is None:
                 os.environ.pop(name, None)
@@ -215,13 +219,13 @@ class _Environment:
 
 
 def _forget_authentication() -> None:
-    """Let Ray read its authentication from the environment again, which it does once."""
+    """Make Ray read its authentication from the environment again; by default it does so once."""
     Config.initialize("")
     AuthenticationTokenLoader.instance().reset_cache()
 
 
 def _make_folder() -> str:
-    """Make a private folder for Ray's files, with a path that is short enough for its sockets."""
+    """Create a private folder for Ray's files, with a path that is short enough for its sockets."""
     tried = []
     for folder in _folders():
         if len(os.fsencode(folder)) > _MAX_FOLDER_BYTES:
@@ -231,22 +235,21 @@ def _make_folder() -> str:
         except OSError as error:
             tried.append(f"{folder} ({error.strerror})")
     raise ClusterError(
-        "Ray needs a folder that can be written, with a path of at most "
+        "Ray needs a writable folder with a path of at most "
         f"{_MAX_FOLDER_BYTES} bytes: set RAY_TMPDIR to one"
         + (f"; tried {', '.join(tried)}" if tried else "")
     )
 
 
 def _folders() -> Iterator[str]:
-    """Give the folder that the environment names, and short ones for where its path is too long."""
+    """Yield the folder of the environment, then folders with short paths."""
     for name in ("RAY_TMPDIR", "TMPDIR"):
         folder = os.environ.get(name)
-        if folder is None or (name == "TMPDIR" and not folder):  # tempfile takes that for unset
+        if folder is None or (name == "TMPDIR" and not folder):  # tempfile treats it as unset
             continue
         if not (os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)):
             raise ClusterError(
-                f"{name} is {folder!r}, which is not a folder that can be written: make it one, or "
-                "unset it"
+                f"{name} is {folder!r}, which is not a writable folder: create it, or unset {name}"
             )
     named = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR")
     yield os.path.abspath(named or tempfile.gettempdir())
@@ -256,7 +259,7 @@ def _folders() -> Iterator[str]:
 
 
 class JoinedCluster(Connection):
-    """An existing cluster, which is asked now and then whether it still answers."""
+    """An existing cluster, which is probed regularly."""
 
     def __init__(self, address: str) -> None:
         self._name = f"the Ray cluster at {address} (RAY_ADDRESS)"
@@ -277,7 +280,7 @@ class JoinedCluster(Connection):
         """Raise if the head, or this node's raylet, has not answered for too long."""
         if self._lost:
             raise ClusterError(
-                f"{self._name} is lost: {self._lost}; what is committed stays; run again"
+                f"{self._name} is lost: {self._lost}; committed units are kept; run again"
             )
 
     def close(self) -> None:
@@ -286,14 +289,18 @@ class JoinedCluster(Connection):
         ray.shutdown()
 
     def _require_answer(self, address: str) -> list[_Address]:
-        """Raise soon if nobody answers; Ray itself takes minutes. Gives what can be watched."""
-        if "://" in address:  # Ray's client, which has a time limit and a connection of its own
+        """Raise within seconds if the cluster does not answer, for which Ray needs minutes.
+
+        Returns:
+            The addresses to watch; empty for a Ray client, which has its own timeout.
+        """
+        if "://" in address:  # Ray's client, which has its own timeout and connection
             return []
         try:
-            found = services.canonicalize_bootstrap_address(address)
-            if not found:
+            resolved = services.canonicalize_bootstrap_address(address)
+            if not resolved:
                 raise ConnectionError("no Ray cluster runs on this machine")
-            host, _, port = found.rpartition(":")
+            host, _, port = resolved.rpartition(":")
             head = (host.strip("[]"), int(port))
             _probe(head)
         except (OSError, ValueError, OverflowError) as error:
@@ -304,7 +311,7 @@ class JoinedCluster(Connection):
         return [head]
 
     def _raylet(self) -> list[_Address]:
-        """Give the address of the raylet that this driver is connected to."""
+        """Return the address of the raylet that this driver is connected to; empty if unknown."""
         with suppress(RayError):
             here = ray.get_runtime_context().get_node_id()
             for node in ray.nodes():
@@ -323,12 +330,12 @@ class JoinedCluster(Connection):
                     silent_s = time.monotonic() - answered_at[address]
                     if silent_s >= _LOST_AFTER_S:
                         host, port = address
-                        self._lost = f"{host}:{port} gives no answer ({_reason(error)})"
+                        self._lost = f"{host}:{port} does not answer ({_reason(error)})"
                         return
 
 
 def _probe(address: _Address) -> None:
-    """Raise an `OSError` unless a gRPC server answers there, in a few seconds."""
+    """Raise an `OSError` unless a gRPC server answers at the address within seconds."""
     with socket.create_connection(address, timeout=_PROBE_TIMEOUT_S) as connection:
         if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
             return
@@ -339,7 +346,7 @@ def _probe(address: _Address) -> None:
                 break
             header += received
     if len(header) < 9 or header[3] != _HTTP2_SETTINGS:
-        raise ConnectionError("what listens there is no Ray cluster")
+        raise ConnectionError("the process that listens there is not a Ray cluster")
 
 
 def _reason(error: Exception) -> str:

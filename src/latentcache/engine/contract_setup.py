@@ -1,4 +1,4 @@
-"""The contract of a run: measured where the config leaves it open, put before the first unit."""
+"""The contract of a run: open values are measured, and it is put before the first unit."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def resolve_contract(
     cluster: Cluster,
     progress: RunProgress,
 ) -> Contract:
-    """Return the contract with everything measured that it leaves open, on a worker.
+    """Return the contract with its open values measured on a worker.
 
     Args:
-        config: of the run.
-        contract: the one that the config asks for.
-        shards: of the source, whose images are measured.
-        cluster: which has the worker.
-        progress: told that int8 is calibrated.
+        config: the config of the run.
+        contract: the contract that the config requests.
+        shards: the source shards whose images are measured.
+        cluster: the cluster of the worker.
+        progress: shows that int8 is calibrated.
     """
     if contract.is_resolved:
         return contract
@@ -51,35 +51,36 @@ def resolve_contract(
 
 
 def put_contract(config: Config, output: Store, wanted: Contract, resolved: Contract) -> Contract:
-    """Put the contract unless one is there; find out whether the store has conditional writes.
+    """Put the contract if there is none, and probe whether the store has conditional writes.
 
     Args:
-        config: of the run.
+        config: the config of the run.
         output: the store.
-        wanted: the contract that the config asks for, which may leave numbers open.
-        resolved: the same with this run's numbers.
+        wanted: the contract that the config requests, which may have open values.
+        resolved: the same contract with the values that this run measured.
 
     Returns:
-        The contract that is there now. Where another driver was first, it has that one's numbers.
+        The contract at the output. If another driver put it first, it has the values of that
+        driver.
 
     Raises:
-        ContractMismatch: another contract is there.
+        ContractMismatch: the output has a different contract.
     """
     provenance = {
         "name": config.name,
         "checkpoint": absolute_url(config.vae.checkpoint),
-        # Of the package itself not what is installed: it may have come with a Ray job.
+        # `__version__`, because the package may have come with a Ray job and not be installed.
         "versions": {"latentcache": __version__}
         | {name: version(name) for name in ("torch", "pillow", "ray")},
     }
     try:
         data = establish_contract(output, resolved, provenance)
     except ContractMismatch:
-        there = read_contract(output)
-        if there is None:
+        existing = read_contract(output)
+        if existing is None:
             raise
-        resolved = wanted.resolved_as(there)
-        require_same(output, there, resolved)
+        resolved = wanted.resolved_as(existing)
+        require_same(output, existing, resolved)
         data = establish_contract(output, resolved, provenance)
     output.probe_conditional(CONTRACT_PATH, data)
     return resolved

@@ -1,8 +1,9 @@
-"""The driver's loop: hands out units, two to an actor, and says what became of them.
+"""The driver's loop: dispatches units, two to an actor, and yields their results.
 
-Actors keep no state that a unit needs, so losing one costs the units it had in hand. The cluster
-restarts and retries nothing: this loop does both, because it must tell a crash, which counts
-against a unit, from a preemption, which does not. It knows a cluster by what `Actors` says.
+Actors keep no state that a unit needs, so the loss of an actor costs only its units in progress.
+The cluster restarts and retries nothing. This loop does both, because it must distinguish a crash,
+which counts against a unit, from a preemption, which does not. It uses a cluster only through the
+protocol `Actors`.
 """
 
 from __future__ import annotations
@@ -29,45 +30,46 @@ from latentcache.errors import (
 
 _POLL_S = 2.0
 
-# A call takes half a millisecond of the driver's time, of which 256 actors leave 40 for each unit.
+# A call takes half a millisecond of the driver's time. With 256 actors the driver has 40 ms for
+# each unit.
 _MAX_POLLS_PER_S = 32
 
-# Longest waits for anything to come back, and, while all actors are lost, for one to be started.
+# The longest waits: for a call to end, and, while all actors are lost, until one may be started.
 _WAIT_S, _WAIT_FOR_ACTORS_S = 1.0, 0.1
 
-# Times in a row that actors were lost before any got ready: waiting will not mend what is wrong.
+# After this many consecutive losses before any actor was ready, waiting will not remove the cause.
 _MAX_START_FAILURES = 5
 
 
 @dataclass(eq=False, slots=True)
 class _Worker:
-    """One actor as the driver sees it; `node` is None until its setup is done.
+    """An actor with its calls in progress; `node` is None until its setup is done.
 
-    Actors of one `wave` were asked for before any of them was lost.
+    Actors of one `wave` were requested before any of them was lost.
     """
 
     actor: Any
     setup: Any
     wave: int
     node: str | None = None
-    in_hand: dict[Any, Assignment] = field(default_factory=dict)
+    assigned: dict[Any, Assignment] = field(default_factory=dict)
     poll: Any = None
     stats: dict[str, float] = field(default_factory=dict)
 
 
 class Dispatcher:
-    """Keeps the actors supplied with units until all are done or given up.
+    """A loop that supplies actors with units until all units are done or given up.
 
-    What a finished unit costs here does not grow with the number of units, and with the number of
-    actors only by what `Actors.wait` makes of it.
+    The cost of a finished unit does not grow with the number of units. It grows with the number of
+    actors only by the cost of `Actors.wait`.
 
     Args:
         actors: the cluster.
-        job: what the units have in common.
-        pending: the units to begin with.
-        retries: how often a unit is tried again, before it is given up.
-        stop: may end the loop early.
-        may_read: whether the driver itself may read a unit's source, where an actor may not.
+        job: the settings that all units share.
+        pending: the first units to dispatch.
+        retries: how often a unit is tried again before it is given up.
+        stop: ends the loop early when it has a reason.
+        may_read: returns whether the driver may read a source that a store refused to an actor.
     """
 
     def __init__(
@@ -84,28 +86,27 @@ class Dispatcher:
         self._queue = UnitQueue(pending, retries, may_read)
         self._stop = stop
         self._workers: list[_Worker] = []
-        self._calls: dict[Any, _Worker] = {}  # all that are under way
-        self._with_room: dict[_Worker, None] = {}  # who waits longest first
-        self._num_in_hand = 0
+        self._calls: dict[Any, _Worker] = {}  # all calls in progress
+        self._available: dict[_Worker, None] = {}  # can take a unit; longest waiting first
+        self._num_assigned = 0
         self._num_lost = 0
         self._start_failures = 0
         self._wave = 0
         self._may_start_at = 0.0
         self.qa_wanted: dict[str, int] = {}
-        """QA rows wanted of each bucket, at least, from units that are handed out from now on."""
+        """The least number of QA rows, by bucket, for units that are dispatched from now on."""
 
     def add(self, unit: PlannedUnit) -> None:
-        """Add one more unit while the loop runs, or before it runs again."""
+        """Add a unit, while the loop runs or before it runs again."""
         self._queue.pending.append(unit)
 
     def run(self) -> Iterator[Event]:
-        """Yield each unit as it ends, and now and then what the actors say.
+        """Yield each unit as it ends, and regularly the statistics of the actors.
 
         Raises:
-            ClusterError: actors are lost before they get ready, again and again.
-            LatentCacheError: an actor met what no other could do better: a checkpoint that cannot
-                be used, a disk without room; or what waiting cannot mend: a node of another
-                version, or without the driver's credentials.
+            ClusterError: actors are repeatedly lost before they are ready.
+            LatentCacheError: an error affects all actors (an unusable checkpoint, a full disk), or
+                waiting cannot fix it (a node of another version or without credentials).
         """
         next_poll = time.monotonic()
         try:
@@ -120,57 +121,57 @@ class Dispatcher:
                     yield Polled([w.stats for w in self._workers if w.stats], self._num_lost)
                 timeout_s = _WAIT_S if self._calls else _WAIT_FOR_ACTORS_S
                 for call in self._actors.wait(list(self._calls), timeout_s):
-                    if worker := self._calls.pop(call, None):  # else its actor was lost meanwhile
+                    if worker := self._calls.pop(call, None):  # else its actor was lost
                         yield from self._take(worker, call)
         finally:
             for worker in list(self._workers):
                 self._end(worker)
 
     def has_work(self) -> bool:
-        """Whether `run` has anything to do: units in hand or to be handed out."""
+        """Return whether `run` has units in progress or to dispatch."""
         if self._stop.reason:
-            return self._num_in_hand > 0 and not self._stop.is_over
-        return bool(self._num_in_hand or self._queue)
+            return self._num_assigned > 0 and not self._stop.is_over
+        return bool(self._num_assigned or self._queue)
 
     def _start_actors(self) -> None:
         if self._stop.reason or len(self._workers) >= self._actors.num_actors:
             return
-        busy = sum(bool(worker.in_hand) for worker in self._workers)
-        wanted = min(self._actors.num_actors, len(self._queue) + busy)
-        while len(self._workers) < wanted and time.monotonic() >= self._may_start_at:
+        num_busy = sum(bool(worker.assigned) for worker in self._workers)
+        num_useful = min(self._actors.num_actors, len(self._queue) + num_busy)
+        while len(self._workers) < num_useful and time.monotonic() >= self._may_start_at:
             actor = self._actors.start_actor(self._job)
             worker = _Worker(actor, self._actors.call(actor, "setup"), self._wave)
             self._workers.append(worker)
             self._calls[worker.setup] = worker
 
     def _end_idle_actors(self) -> None:
-        """With nothing left to hand out, let an autoscaler have the nodes of idle actors."""
+        """End idle actors if no unit is left to dispatch, so that an autoscaler removes nodes."""
         if self._stop.reason or not self._queue:
-            for worker in [worker for worker in self._workers if not worker.in_hand]:
+            for worker in [worker for worker in self._workers if not worker.assigned]:
                 self._end(worker)
 
     def _end(self, worker: _Worker) -> None:
         self._workers.remove(worker)
-        self._with_room.pop(worker, None)
-        for call in (worker.setup, worker.poll, *worker.in_hand):
+        self._available.pop(worker, None)
+        for call in (worker.setup, worker.poll, *worker.assigned):
             self._calls.pop(call, None)
         self._actors.kill(worker.actor)
 
     def _hand_out(self) -> None:
-        """Give units to the actors with the fewest; one that may have crashed an actor goes alone.
+        """Assign units to the actors with the fewest units.
 
-        For each such suspect that waits, one actor gets nothing else until it is empty.
+        A suspect runs alone: for each, one actor gets no further units until it is empty.
         """
         if self._stop.reason or not self._queue:
             return
-        emptiest_first = sorted(self._with_room, key=lambda worker: len(worker.in_hand))
-        num_kept = len(self._queue.suspects)
-        for worker in emptiest_first[:num_kept]:
-            if not worker.in_hand:
+        emptiest_first = sorted(self._available, key=lambda worker: len(worker.assigned))
+        num_reserved = len(self._queue.suspects)
+        for worker in emptiest_first[:num_reserved]:
+            if not worker.assigned:
                 self._give(worker, self._queue.suspects.popleft(), alone=True)
-        for num_in_hand in range(UNITS_PER_ACTOR):
-            for worker in emptiest_first[num_kept:]:
-                if self._queue.pending and len(worker.in_hand) == num_in_hand:
+        for num_assigned in range(UNITS_PER_ACTOR):
+            for worker in emptiest_first[num_reserved:]:
+                if self._queue.pending and len(worker.assigned) == num_assigned:
                     self._give(worker, self._queue.pending.popleft(), alone=False)
 
     def _give(self, worker: _Worker, unit: PlannedUnit, *, alone: bool) -> None:
@@ -187,10 +188,10 @@ class Dispatcher:
         valid_until = clock.boot_time_s() + PUT_WITHIN_S
         call = self._actors.call(worker.actor, "run_unit", task)
         self._calls[call] = worker
-        worker.in_hand[call] = Assignment(unit, task, alone, valid_until)
-        self._num_in_hand += 1
-        if alone or len(worker.in_hand) == UNITS_PER_ACTOR:
-            del self._with_room[worker]
+        worker.assigned[call] = Assignment(unit, task, alone, valid_until)
+        self._num_assigned += 1
+        if alone or len(worker.assigned) == UNITS_PER_ACTOR:
+            del self._available[worker]
 
     def _ask_for_stats(self) -> None:
         for worker in self._workers:
@@ -199,7 +200,7 @@ class Dispatcher:
                 self._calls[worker.poll] = worker
 
     def _take(self, worker: _Worker, call: Any) -> Iterator[Event]:
-        """Take in what came back: a unit's end, an actor's readiness or figures, or its loss."""
+        """Process a call that has ended: a unit, a setup, statistics, or the loss of its actor."""
         try:
             result = self._actors.result(call, worker.node)
         except ActorLost as lost:
@@ -212,9 +213,9 @@ class Dispatcher:
         elif call == worker.setup:
             yield from self._begin(worker, result)
         else:
-            assignment = worker.in_hand.pop(call)
-            self._num_in_hand -= 1
-            self._with_room.setdefault(worker)
+            assignment = worker.assigned.pop(call)
+            self._num_assigned -= 1
+            self._available.setdefault(worker)
             if isinstance(result, bytes):
                 yield Finished(assignment.task, result, assignment.unit, assignment.valid_until)
             else:
@@ -223,7 +224,8 @@ class Dispatcher:
     def _begin(
         self, worker: _Worker, result: str | LatentCacheError | UnitFailure
     ) -> Iterator[Event]:
-        """An actor is ready, or says why not; only a store may answer the next one better."""
+        """Make an actor available after its setup, or raise the error of the setup."""
+        # A store may answer the next actor, so its error only counts as the loss of this one.
         if isinstance(result, StorageError) and not isinstance(result, AccessDenied | DiskFull):
             yield from self._lose(worker, ActorLost(str(result), has_crashed=False))
         elif isinstance(result, LatentCacheError):
@@ -232,26 +234,26 @@ class Dispatcher:
             raise ClusterError(result.message)
         else:
             worker.node = result
-            self._with_room[worker] = None
+            self._available[worker] = None
             self._start_failures = 0
 
     def _lose(self, worker: _Worker, lost: ActorLost) -> Iterator[Event]:
-        """An actor is gone: queue its units again."""
-        assignments = list(worker.in_hand.values())
+        """Remove a lost actor and queue its units again."""
+        assignments = list(worker.assigned.values())
         self._end(worker)
-        self._num_in_hand -= len(assignments)
+        self._num_assigned -= len(assignments)
         self._num_lost += 1
         self._back_off(worker, lost)
         yield from self._queue.lose(assignments, has_crashed=lost.has_crashed)
 
     def _back_off(self, worker: _Worker, lost: ActorLost) -> None:
-        """Decide when to start the next actor; what goes wrong for a whole wave counts once."""
+        """Set when the next actor may start; the failures of one wave count once."""
         if worker.node is None and worker.wave == self._wave:
             self._wave += 1
             self._start_failures += 1
             is_hopeless = not any(other.node for other in self._workers)
             if self._start_failures >= _MAX_START_FAILURES and is_hopeless:
-                raise ClusterError(f"actors die before they get ready: {lost}")
-        # The first loss costs no time; a row of them backs off to half a minute.
+                raise ClusterError(f"actors die before they are ready: {lost}")
+        # The first loss costs no time. Consecutive losses back off to half a minute.
         pause_s = min(30.0, 2.0 ** min(self._start_failures, 5) - 1)
         self._may_start_at = time.monotonic() + pause_s

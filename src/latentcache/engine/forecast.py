@@ -1,7 +1,7 @@
-"""What a run would take: real images through one worker, and what they say of all the others.
+"""Forecast of a run: one worker encodes real images, and its rate is extrapolated.
 
-The worker does what it does in a run, but for QA and for the upload: its files go to a folder that
-is deleted. Nothing is written to the output.
+The worker does what it does in a run, except QA and the upload. Its files go to a temporary folder,
+and nothing is written to the output.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from latentcache.errors import SourceError
 from latentcache.images.source import SourceShard
 from latentcache.storage_options import StorageOptions
 
-# Images are taken from the beginnings of so many shards.
+# The number of shards from which the first images are taken.
 _NUM_SHARDS = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """What one worker did: `num_samples` images, rejects among them, in `elapsed_s`.
+    """The result of one worker: `num_samples` samples, rejects included, in `elapsed_s` seconds.
 
-    It read `source_bytes` for them and wrote `output_bytes`. `bottleneck` is its slowest stage.
+    It read `source_bytes` and wrote `output_bytes`. `bottleneck` names its slowest stage.
     """
 
     device: str
@@ -49,35 +49,40 @@ class Trial:
 
     @property
     def images_per_s(self) -> float:
-        """The rate of one actor."""
+        """The rate of one actor in samples per second."""
         return self.num_samples / self.elapsed_s
 
 
 @dataclass(frozen=True, slots=True)
 class Prices:
-    """What things cost, in US dollars; None where it is not known."""
+    """Prices in US dollars: per GPU-hour, CPU-hour, and GB and month; None if unknown."""
 
     gpu_hour: float | None = None
     cpu_hour: float | None = None
     gb_month: float | None = None
 
     def compute(self, gpu_hours: float, cpu_hours: float) -> float | None:
-        """Price some work; None where no price is known."""
+        """Return the price of compute time in US dollars; None if no price is known.
+
+        Args:
+            gpu_hours: hours of GPUs.
+            cpu_hours: hours of CPUs.
+        """
         parts = [(self.gpu_hour, gpu_hours), (self.cpu_hour, cpu_hours)]
         known = [price * hours for price, hours in parts if price is not None]
         return sum(known) if known else None
 
     def storage(self, num_bytes: int) -> float | None:
-        """Price a month of storage; None where no price is known."""
+        """Return the price of a month of storage in US dollars; None if it is unknown."""
         return None if self.gb_month is None else self.gb_month * num_bytes / 1e9
 
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """What a trial says of the units that are pending, at the rate of one actor times their number.
+    """The forecast for the pending units, at the rate of one actor times the number of actors.
 
-    `num_images` follows from the bytes pending and the bytes of an image in the trial. Uploads are
-    not in the rate: `upload_bytes_per_s` is what each actor must be able to send.
+    `num_images` is the number of pending source bytes divided by the source bytes per image of the
+    trial. The rate excludes uploads: each actor must be able to send `upload_bytes_per_s`.
     """
 
     images_per_s: float
@@ -96,7 +101,7 @@ class Forecast:
     storage_usd_per_month: float | None
 
     def to_text(self) -> str:
-        """Say it in a few lines."""
+        """Return the forecast as a few lines of text."""
         hours = f"{_digits(self.gpu_hours)} GPU-hours" if self.gpu_hours else ""
         hours = hours or f"{_digits(self.cpu_hours)} CPU-hours"
         actors = f"{self.num_actors} actors" if self.num_actors > 1 else "1 actor"
@@ -104,9 +109,9 @@ class Forecast:
         lines = [
             f"{self.num_tried} images tried on {self.device}: {self.images_per_s:,.1f} images/s "
             f"per actor; {self.bottleneck}",
-            f"all of it: about {self.num_images:,} images on {actors}: "
+            f"all pending units: about {self.num_images:,} images on {actors}: "
             f"{_duration(self.elapsed_s)}, {hours}, {_digits(self.output_bytes / 1e9)} GB out",
-            f"uploading was not tried: it takes {upload} MB/s per actor",
+            f"uploading was not tried: it needs {upload} MB/s per actor",
         ]
         if self.compute_usd is not None:
             lines.append(
@@ -119,7 +124,7 @@ class Forecast:
 
 
 def _digits(number: float) -> str:
-    """Write it with thousands separated, and below a hundred with two digits that count."""
+    """Format a number with thousands separators, or with two significant digits below 100."""
     return f"{number:,.0f}" if number >= 100 else f"{number:.2g}"
 
 
@@ -131,19 +136,25 @@ def _duration(seconds: float) -> str:
 
 
 def make_forecast(config: Config, plan: Plan, num_images: int, prices: Prices) -> Forecast:
-    """Encode some images of the pending shards on a worker of the cluster, and reckon.
+    """Encode images of the pending shards on a worker of the cluster, and extrapolate.
+
+    Args:
+        config: the config of the run.
+        plan: a plan with units to encode.
+        num_images: the number of images to time.
+        prices: the prices of compute time and storage.
 
     Raises:
-        ClusterError: the cluster cannot be reached, or lacks what the config asks for.
-        SourceError: the shards that were tried cannot be read, or hold nothing.
+        ClusterError: the cluster cannot be reached, or lacks resources that the config requests.
+        SourceError: the tried shards cannot be read, or hold no sample.
     """
     assert plan.to_encode
     compute = config.compute
     threads = None if compute.decode_threads == "auto" else compute.decode_threads
     pending = {planned.unit.source for planned in plan.to_encode}
     shards = [shard for shard in plan.shards if shard.source in pending]
-    patience = WaitPolicy(compute.wait_for_gpus_s)
-    with Cluster(compute.num_gpus, compute.num_cpu_actors, threads, patience) as cluster:
+    wait_policy = WaitPolicy(compute.wait_for_gpus_s)
+    with Cluster(compute.num_gpus, compute.num_cpu_actors, threads, wait_policy) as cluster:
         job = make_job(config, plan.contract, cluster.num_cpus_per_actor)
         trial: Trial = cluster.ask(try_out, job, shards, num_images)
         num_actors = min(cluster.num_actors, len(plan.to_encode))
@@ -173,13 +184,13 @@ def make_forecast(config: Config, plan: Plan, num_images: int, prices: Prices) -
 
 
 def try_out(job: Job, shards: Sequence[SourceShard], num_images: int, device: str) -> Trial:
-    """Encode some images of some shards, in this process.
+    """Encode images of a few shards in this process.
 
     Args:
-        job: the run's.
-        shards: to choose from.
-        num_images: how many are timed; some more go before them, to warm up.
-        device: to encode on.
+        job: the job of the run.
+        shards: the shards to choose from.
+        num_images: the number of images to time; further ones before them warm up the process.
+        device: the device to encode on.
 
     Raises:
         LatentCacheError: a unit failed.
@@ -215,7 +226,7 @@ def try_out(job: Job, shards: Sequence[SourceShard], num_images: int, device: st
 
 
 def _run(runner: UnitRunner, shards: Sequence[SourceShard], max_samples: int) -> Iterator[Receipt]:
-    """Encode the beginnings of some shards, as many at once as an actor does."""
+    """Encode the first samples of each shard, with as many units at once as an actor has."""
     tasks = [
         UnitTask(unit, 0, new_attempt(), max_samples=max_samples, files=shard.files, url=shard.url)
         for shard, unit in zip(shards, units_of(shards, runner.job.contract), strict=True)

@@ -1,14 +1,15 @@
-"""Delete what no kept manifest and no receipt that counts refers to; a dry run lists it.
+"""Delete the objects that no kept manifest and no valid receipt refers to, or list them (dry run).
 
-What is deleted can never count again, not even for a driver that was frozen and wakes up:
+A deleted object is never referred to again, not even by a driver that was frozen and resumes:
 
 - A unit that the newest manifest has in `removed`, or at a higher generation, never counts again. A
-  driver that knows less finds the number of its manifest taken, and reads everything again.
-- A driver puts a receipt or a manifest within a day of the upload of what it names, or not at all
-  (`PUT_WITHIN_S`). So a file of two days that nothing names stays without a name.
+  driver with an older manifest finds the number of its next manifest taken, and reads everything
+  again.
+- A driver puts a receipt or a manifest within a day of the upload of the files that it names, or
+  not at all (`PUT_WITHIN_S`). So no later object names a file that is two days old and unnamed.
 
-Files are listed first; the receipts that may name them are read afterwards, each by its name. So an
-object that a listing lacks is kept, or keeps others. `gc` may be killed anywhere and run again.
+`gc` lists files first, and then reads the receipts that may name them, each by its name. An
+incomplete listing therefore only keeps objects. `gc` may be killed at any point and run again.
 """
 
 from __future__ import annotations
@@ -33,23 +34,23 @@ from latentcache.storage_options import StorageOptions
 
 DEFAULT_AGE_DAYS = 7.0
 
-# A driver may put a receipt up to a day after an upload (`PUT_WITHIN_S`). The other is a margin.
+# A driver may put a receipt up to a day after an upload (`PUT_WITHIN_S`). The second day is margin.
 MIN_AGE_DAYS = 2.0
 
-# In the order of their deletion: what names other objects goes before them.
+# Kinds of objects in the order of their deletion: an object goes before the objects that it names.
 KINDS = {
     "manifests": "manifests that are not kept",
     "reports": "QA reports on manifests that are not kept",
     "receipts": "receipts of superseded units that no kept manifest names",
     "files": "data, reject and QA files of lost attempts and superseded units",
     "segments": "segments that no kept manifest names",
-    "failures": "old hints about units that failed",
-    "temporary": "half-written files of writers that died",
+    "failures": "old records of units that failed",
+    "temporary": "incomplete files of writers that died",
 }
 
 _DAY_S = 86400.0
 
-# Objects that are deleted, or receipts that are read, between two checks of the lease.
+# Objects to delete, or receipts to read, between two checks of the lease.
 _BATCH = 1000
 
 _FILE = re.compile(r"(?:data|rejects|qa)/([0-9a-f]{32})/(0|[1-9]\d*)-([0-9a-f]{32})[-.][^/]*")
@@ -57,15 +58,16 @@ _REPORT = re.compile(r"qa/report-(\d{8})\.(?:html|json)")
 _RECEIPT = re.compile(rf"{COMMITS}/([0-9a-f]{{32}}-(?:0|[1-9]\d*))\.json")
 
 Progress = Callable[[str, int, int | None], object]
-"""Called with what is done, for how many objects, of how many in all (None: not known yet)."""
+"""Called with the activity, the number of objects done, and their total (None: not known yet)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Unreferenced:
-    """What `collect_unreferenced` listed, and deleted if `is_deleted`.
+    """The objects that `collect_unreferenced` listed, and deleted if `is_deleted`.
 
-    `kept` are the numbers of the manifests that stay. `objects` are listed by kind (see `KINDS`),
-    `uploads` are multipart uploads that were never completed. `notes` say what could not be listed.
+    `kept` are the numbers of the kept manifests. `objects` holds the objects by kind (see `KINDS`).
+    `uploads` are multipart uploads that were never completed. `notes` name what could not be
+    listed.
     """
 
     url: str
@@ -77,12 +79,12 @@ class Unreferenced:
 
     @property
     def num_objects(self) -> int:
-        """Objects of all kinds."""
+        """The number of objects of all kinds."""
         return sum(map(len, self.objects.values()))
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all objects. No store says what uploads take."""
+        """Bytes of all objects, without uploads, whose sizes no store reports."""
         return sum(info.size_bytes for info in chain.from_iterable(self.objects.values()))
 
 
@@ -99,31 +101,31 @@ def collect_unreferenced(
     """List the objects of a dataset that nothing refers to; delete them if `delete` is set.
 
     Args:
-        url: the dataset.
-        delete: False changes nothing.
-        keep_last: keep this many of the newest complete manifests, the newest one, the published
-            one, and those that are not old yet; None keeps all manifests.
+        url: the URL of the dataset.
+        delete: delete the objects; False changes nothing.
+        keep_last: keep this many of the newest complete manifests, and also the newest manifest,
+            the published one, and those that are not old yet; None keeps all manifests.
         keep: numbers of further manifests to keep.
-        older_than_days: what is younger stays, by the store's clock; at least 2.
-        storage: how to reach the store.
+        older_than_days: keep objects younger than this many days by the store's clock; at least 2.
+        storage: the options of the store.
         progress: see `Progress`.
 
     Returns:
-        What was listed.
+        The listed objects.
 
     Raises:
-        ConfigError: `keep` without `keep_last`, or a number below its least.
-        DatasetError: there is no dataset or no manifest, or one that is kept is damaged.
-        IncompleteRun: a run or another `gc` is at work, or the lease of this one lapsed.
+        ConfigError: `keep` without `keep_last`, or a number below its minimum.
+        DatasetError: there is no dataset or no manifest, or a kept manifest is damaged.
+        IncompleteRun: a run or another `gc` is active, or the lease of this `gc` expired.
     """
     if keep and keep_last is None:
-        raise ConfigError("all manifests are kept: --keep adds to --keep-last")
+        raise ConfigError("--keep needs --keep-last, without which all manifests are kept")
     if keep_last is not None and keep_last < 1:
-        raise ConfigError("--keep-last is at least 1")
+        raise ConfigError(f"--keep-last is {keep_last}, but must be at least 1")
     if not older_than_days >= MIN_AGE_DAYS:
         raise ConfigError(
-            f"--older-than-days is {older_than_days:g}, but at least {MIN_AGE_DAYS:g}: a run may "
-            "put the receipt of a file up to a day after its upload"
+            f"--older-than-days is {older_than_days:g}, but must be at least {MIN_AGE_DAYS:g}: a "
+            "run may put the receipt of a file up to a day after its upload"
         )
     store = Store(url, storage or StorageOptions())
     require_contract(store)
@@ -142,7 +144,7 @@ def collect_unreferenced(
 
 @dataclass(slots=True)
 class _Plan:
-    """Which manifests stay, oldest first, and which go; what else goes, by kind."""
+    """The kept manifests, oldest first, the expired ones, and the objects to delete by kind."""
 
     kept: list[Manifest] = field(default_factory=list)
     expired: list[Manifest] = field(default_factory=list)
@@ -153,29 +155,29 @@ class _Plan:
 
 @dataclass(slots=True)
 class _Units:
-    """What manifests say of units.
+    """The attempts and generations of units in manifests.
 
     `attempts` maps the units (`<unit>-<generation>`) that count in a kept manifest to the attempt
-    that made them. `generations` maps unit ids to the highest one in the newest manifest, whether
-    it counts there or was removed.
+    that encoded them. `generations` maps unit ids to the highest generation in the newest manifest,
+    including removed units.
     """
 
     attempts: dict[str, str] = field(default_factory=dict)
     generations: dict[str, int] = field(default_factory=dict)
 
     def may_come(self, name: str) -> bool:
-        """Return whether a later manifest may name that unit, if it has a receipt."""
+        """Return whether a later manifest may name this unit, if the unit has a receipt."""
         unit, _, generation = name.rpartition("-")
         return int(generation) > self.generations.get(unit, -1)
 
 
 class _Collector:
-    """Lists what nothing refers to, and deletes it.
+    """One garbage collection: lists unreferenced objects and deletes them.
 
     Args:
         store: the output.
-        lease: that of this `gc`; None for a dry run.
-        until: what changed after that stays, by the store's clock.
+        lease: the lease of this `gc`; None for a dry run.
+        until: keep objects that changed after this time, in seconds of the store's clock.
         progress: see `Progress`.
     """
 
@@ -187,7 +189,12 @@ class _Collector:
         self._num_done = 0
 
     def plan(self, keep_last: int | None, keep: AbstractSet[int]) -> _Plan:
-        """List what nothing refers to."""
+        """List the objects that nothing refers to.
+
+        Args:
+            keep_last: how many of the newest complete manifests to keep; None keeps all.
+            keep: numbers of further manifests to keep.
+        """
         self._num_done = 0
         plan = self._choose_manifests(keep_last, keep)
         units = self._read_units(plan.kept)
@@ -204,27 +211,31 @@ class _Collector:
             uploads = self._store.list_uploads()
             plan.uploads = [upload for upload in uploads if upload.started_at <= self._until]
         except StorageError as error:
-            plan.notes.append(f"multipart uploads stay: {error}")
+            plan.notes.append(f"multipart uploads are kept: {error}")
         for infos in plan.objects.values():
             infos.sort(key=lambda info: info.path)
         return plan
 
     def _choose_manifests(self, keep_last: int | None, keep: AbstractSet[int]) -> _Plan:
-        """Choose the manifests that stay.
+        """Choose the kept manifests.
 
-        A complete one is old if the next complete one is: readers were given it until that came.
+        A complete manifest is old if the next complete one is old, because readers opened it until
+        then.
         """
         listed = {info.path: info for info in self._store.list(MANIFESTS)}
         numbers = list_manifests(self._store)
         if not numbers:
-            raise DatasetError(f"{self._store.url} has no manifest: nothing says yet what counts")
+            raise DatasetError(
+                f"{self._store.url} has no manifest, so what is referenced is unknown: run "
+                "`latentcache run` first"
+            )
         if unknown := keep - set(numbers):
-            read_manifest(self._store, min(unknown))  # raises, and says which there are
+            read_manifest(self._store, min(unknown))  # raises, and names the existing ones
         published = read_published(self._store)
         always = {numbers[-1], *keep, *([published.manifest] if published else [])}
         plan = _Plan()
         num_left = len(numbers) if keep_last is None else keep_last
-        is_superseded = False  # by a complete manifest that is old itself
+        is_superseded = False  # by a complete manifest that is itself old
         for number in reversed(numbers):
             manifest = read_manifest(self._store, number)
             is_last = num_left > 0 and (manifest.complete or keep_last is None)
@@ -241,9 +252,9 @@ class _Collector:
         return plan
 
     def _read_units(self, kept: Sequence[Manifest]) -> _Units:
-        """Read what the kept manifests, oldest first, say of units."""
+        """Read the units of the kept manifests, which are ordered oldest first."""
         units, newest = _Units(), kept[-1]
-        segments: dict[Segment, AbstractSet[str]] = {}  # with the units that count nowhere
+        segments: dict[Segment, AbstractSet[str]] = {}  # with the units removed in all manifests
         removed: AbstractSet[str] = frozenset(newest.removed)
         for manifest in reversed(kept):
             removed &= frozenset(manifest.removed)
@@ -251,10 +262,10 @@ class _Collector:
         columns = ("unit", "generation", "attempt")
         tables = read_segments(self._store, segments, "a kept manifest", columns)
         known = [newest.removed]
-        for (segment, gone), table in zip(segments.items(), tables, strict=True):
+        for (segment, dropped), table in zip(segments.items(), tables, strict=True):
             names = names_of(table).to_pylist()
             attempts = zip(names, table["attempt"].to_pylist(), strict=True)
-            units.attempts.update((name, made) for name, made in attempts if name not in gone)
+            units.attempts.update((name, by) for name, by in attempts if name not in dropped)
             if segment in newest.segments:
                 known.append(names)
             self._step("listing", 1)
@@ -264,8 +275,8 @@ class _Collector:
         return units
 
     def _list_files(self, plan: _Plan, units: _Units) -> None:
-        """List files that no unit refers to, and reports on manifests that are gone."""
-        open_files: dict[str, list[tuple[str, ObjectInfo]]] = {}  # by the receipt that decides
+        """List files that no unit refers to, and reports on manifests that are not kept."""
+        open_files: dict[str, list[tuple[str, ObjectInfo]]] = {}  # by receipt name
         numbers = {manifest.number for manifest in plan.kept}
         for info in chain.from_iterable(map(self._list_old, ("data", "rejects", "qa"))):
             if report := _REPORT.fullmatch(info.path):
@@ -296,16 +307,18 @@ class _Collector:
                 yield info
 
     def _is_old(self, info: ObjectInfo) -> bool:
-        """Return whether an object is old enough to go; one of unknown age stays."""
+        """Return whether an object is old enough to delete; False if its age is unknown."""
         return info.modified_at is not None and info.modified_at <= self._until
 
     def delete(self, plan: _Plan) -> bool:
-        """Delete what was listed.
+        """Delete the listed objects.
+
+        `publish` writes the pointer and then checks that its manifest exists. This function deletes
+        manifests and then checks the pointer. So at least one of the two sees the other.
 
         Returns:
-            False if an expired manifest was published meanwhile: it is put back, and no more is
-            deleted. `publish` checks that its manifest exists after it wrote the pointer, and this
-            checks the pointer after it deleted manifests, so that one sees the other.
+            False if an expired manifest was published meanwhile: the manifest is put back, and
+            nothing further is deleted.
         """
         self._num_done = 0
         num_objects = len(plan.uploads) + sum(map(len, plan.objects.values()))
@@ -327,14 +340,14 @@ class _Collector:
         return True
 
     def _step(self, what: str, num_done: int, total: int | None = None) -> None:
-        """Report progress, and renew the lease unless it has lapsed.
+        """Report progress and renew the lease.
 
         Raises:
-            IncompleteRun: it has, because this process was frozen: a run may have begun.
+            IncompleteRun: the lease expired while this process was frozen, so a run may be active.
         """
         self._num_done += num_done
         self._progress(what, self._num_done, total)
         if self._lease:
             if not self._lease.is_fresh:
-                raise IncompleteRun("stopped: the lease of gc lapsed; run gc again")
+                raise IncompleteRun("stopped: the lease of gc expired; run gc again")
             self._lease.renew()

@@ -1,4 +1,4 @@
-"""What the driver tells an actor, and what it hears of a unit that failed."""
+"""The messages between driver and actor: the job, the task of a unit, the failure of a unit."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from latentcache.storage import ObjectInfo, Store
 from latentcache.storage_options import StorageOptions
 from latentcache.vae.weights import absolute_url
 
-# One unit is finished while the next is fetched and decoded.
+# While one unit is finished, the next one is fetched and decoded.
 UNITS_PER_ACTOR = 2
 
 
 @dataclass(frozen=True, slots=True)
 class QaJob:
-    """Which rows of a unit are measured, and with what."""
+    """The rows of a unit that QA evaluates, and the models that it uses."""
 
     sample: SampleSpec
     models: QaModels
@@ -30,10 +30,10 @@ class QaJob:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What every unit of a run has in common; `name` is the config's.
+    """The settings that all units of a run share; `name` is that of the config.
 
-    `columns` are the kept columns. With `loads_late` an actor loads the encoder once a unit needs
-    it: a run may have nothing to encode.
+    `columns` are the kept columns. With `loads_late` an actor loads the encoder when the first unit
+    needs it, because a run may have nothing to encode.
     """
 
     contract: Contract
@@ -51,7 +51,13 @@ class Job:
 
 
 def make_job(config: Config, contract: Contract, decode_threads: int) -> Job:
-    """Tell of a config what an actor needs to know."""
+    """Return the part of a config that actors need.
+
+    Args:
+        config: the config of the run.
+        contract: the contract of the run.
+        decode_threads: the number of decode threads of an actor.
+    """
     batch_size = config.compute.batch_size
     output_storage = config.output.storage
     return Job(
@@ -74,7 +80,7 @@ def _qa_job(config: Config) -> QaJob | None:
     if qa is None:
         return None
     models = QaModels(
-        # An actor loads the encoder alone, so a decoder is always named.
+        # An actor loads only the encoder of the VAE, so the decoder is always named.
         decoder=absolute_url(qa.decoder or config.vae.checkpoint),
         lpips=(absolute_url(qa.lpips.url), qa.lpips.sha256) if qa.lpips else None,
         decoder_storage=qa.storage if qa.decoder else config.vae.storage,
@@ -85,11 +91,17 @@ def _qa_job(config: Config) -> QaJob | None:
 
 @dataclass(frozen=True, slots=True)
 class UnitTask:
-    """One attempt at one unit; `qa_wanted` counts the QA rows wanted of each bucket, at least.
+    """One attempt at one unit.
 
-    With `max_samples` no more are read: a trial, whose receipt nobody may put. `files` are those of
-    a folder's slot, and `url` is where the source lies if it moved. `rewrites`: the generation
-    before this one has the latents, and its rows are written again with other columns.
+    Attributes:
+        unit: the unit.
+        generation: the generation of its receipt.
+        attempt: the id of the attempt.
+        qa_wanted: the least number of QA rows, by bucket.
+        max_samples: read no more samples; such a trial has a receipt that must not be put.
+        files: the files of a folder's slot; empty for other sources.
+        rewrites: write the rows of the generation before this one again with other columns.
+        url: the present URL of a source that moved; None if it did not move.
     """
 
     unit: Unit
@@ -103,7 +115,7 @@ class UnitTask:
 
     @property
     def shard(self) -> SourceShard:
-        """What the unit reads."""
+        """The source shard of the unit."""
         unit, url = self.unit, self.url or self.unit.source
         return SourceShard(
             url, unit.size_bytes, unit.version, unit.range, self.files, identity=unit.source
@@ -112,13 +124,16 @@ class UnitTask:
 
 @dataclass(frozen=True, slots=True)
 class UnitFailure:
-    """Why an attempt gave no receipt.
+    """Why an attempt has no receipt.
 
-    `changed`: the source is no longer the listed version. `denied`: a store refused this node; if
-    the driver may read the source, that is the node's fault and not the unit's. `fatal`: what ends
-    the whole run, because no other unit can fare better, such as a disk without room.
-    `lacks_field`: its file has no column for a field that the config names, which no other attempt
-    changes.
+    Attributes:
+        message: the error, for the user.
+        changed: the source no longer has the listed version.
+        denied: a store refused access to this node. If the driver may read the source, the cause is
+            the node, not the unit.
+        fatal: an error that ends the run, because it affects all units, such as a full disk.
+        lacks_field: its file has no column for a field of the config, so another attempt would fail
+            too.
     """
 
     message: str

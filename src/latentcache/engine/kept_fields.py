@@ -1,6 +1,6 @@
-"""Which fields the samples have, and whether each kept field occurs at all.
+"""The fields of the samples, and the check that each kept field occurs.
 
-A kept field that no sample has is a mistake in `source.keep`: every row would have null there.
+A kept field that no sample has is a mistake in `source.keep`: its column would be null in all rows.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from latentcache.images.samples import escaped
 if TYPE_CHECKING:
     from latentcache.engine.actors import Finished
 
-# A field that is in none of so many units and samples is taken to be absent. Of a field that one
-# sample in a thousand has, 10,000 samples without it occur once in 20,000 runs.
+# A field that occurs in none of this many units and samples counts as absent. If one sample in a
+# thousand has a field, 10,000 samples without it occur once in 20,000 runs.
 MIN_UNITS = 8
 MIN_SAMPLES = 10_000
 
@@ -27,10 +27,12 @@ T = TypeVar("T")
 
 
 def spread(units: Sequence[T]) -> list[T]:
-    """Put `MIN_UNITS` units from all over the source first, for fields that only some shards have.
+    """Return the units with `MIN_UNITS` units from all parts of the source first.
+
+    So a field that only some shards have occurs early.
 
     Args:
-        units: in the order of the source.
+        units: the units in the order of the source.
     """
     first = [index * len(units) // MIN_UNITS for index in range(MIN_UNITS)]
     if len(units) <= MIN_UNITS:
@@ -40,7 +42,7 @@ def spread(units: Sequence[T]) -> list[T]:
 
 
 class SeenFields:
-    """Collects the fields that a unit's samples have.
+    """The names of the fields that a unit's samples have.
 
     Args:
         columns: the kept columns.
@@ -52,15 +54,15 @@ class SeenFields:
         self._last: frozenset[str] = frozenset()
 
     def add(self, names: frozenset[str]) -> None:
-        """Take in the fields of one sample."""
+        """Add the fields of one sample."""
         if names == self._last:
             return
         self._last = names
         self._names |= names & self._kept
-        # Names come from the source: they may be no UTF-8, and of any length.
+        # Names come from the source: they may be invalid UTF-8, and of any length.
         others = {escaped(name[:_NAME_CHARS]) for name in names - self._kept}
-        room = MAX_FIELDS - len(self._names - self._kept)
-        self._names.update(sorted(others - self._names)[:room])
+        num_free = MAX_FIELDS - len(self._names - self._kept)
+        self._names.update(sorted(others - self._names)[:num_free])
 
     @property
     def absent(self) -> tuple[str, ...]:
@@ -69,22 +71,22 @@ class SeenFields:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Fields that samples have: every kept one, and others, at most `MAX_FIELDS` together."""
+        """Sorted fields of samples: all kept ones, and others up to `MAX_FIELDS` in total."""
         kept = sorted(self._names & self._kept)
         return tuple(sorted([*kept, *sorted(self._names - self._kept)][:MAX_FIELDS]))
 
 
 class FieldCheck:
-    """Holds receipts back until each kept field has occurred in a sample.
+    """A buffer that holds receipts back until each kept field has occurred in a sample.
 
-    So a run that keeps a field which no sample has commits nothing. A run without a row is not
-    judged: whatever is wrong there, it is more than a field. Where samples have nothing but images,
-    no other field can be meant: `warning` says that the column stays empty.
+    A run that keeps a field which no sample has therefore commits nothing. A run without rows is
+    not checked, because its problem is larger than a field. If the samples have only image fields,
+    the user cannot have meant another field; then `warning` says that the column stays empty.
 
     Args:
         columns: the kept columns.
-        done: the units that are committed.
-        is_image: whether a field holds an image.
+        done: the committed units.
+        is_image: returns whether a field holds an image.
     """
 
     def __init__(
@@ -103,14 +105,14 @@ class FieldCheck:
 
     @property
     def is_open(self) -> bool:
-        """Whether a field still has to occur."""
+        """Whether a kept field has not occurred yet."""
         return bool(self._missing)
 
     def offer(self, finished: Finished) -> list[Finished]:
-        """Take in a unit that was encoded; return those whose receipts may be put.
+        """Add an encoded unit; return the units whose receipts may be put.
 
         Raises:
-            ConfigError: a field occurs in none of the samples of many units.
+            ConfigError: a kept field occurs in no sample of many units.
         """
         if not self._missing:
             return [finished]
@@ -128,13 +130,13 @@ class FieldCheck:
         return [] if self._missing else self.release()
 
     def lacks(self, message: str) -> None:
-        """Take in that a unit failed because its file has no column for a field.
+        """Record that a unit failed because its file has no column for a field.
 
         Args:
-            message: names the file, the field, and what the file has.
+            message: names the file, the field, and the columns of the file.
 
         Raises:
-            ConfigError: so it was with many units, and with none otherwise.
+            ConfigError: many units failed for this reason, and none was encoded.
         """
         self._lacking.append(message)
         if len(self._lacking) >= MIN_UNITS:
@@ -147,20 +149,20 @@ class FieldCheck:
             )
 
     def release(self) -> list[Finished]:
-        """Return what was held back."""
+        """Return the units that were held back."""
         held, self._held = self._held, []
         return held
 
     def end(self, num_failed: int) -> None:
-        """Judge at the end of a run that tried every unit.
+        """Check the kept fields at the end of a run that tried every unit.
 
-        A field may occur in the units that failed, unless they failed for want of it.
+        A field may occur in failed units, unless all of them failed because they lack a field.
 
         Args:
-            num_failed: units that were given up.
+            num_failed: the number of units that were given up.
 
         Raises:
-            ConfigError: a field occurs in no sample; nothing was put.
+            ConfigError: a kept field occurs in no sample, and no receipt was put.
         """
         if num_failed:
             self._refuse_if_all_lack(num_failed)
@@ -171,7 +173,7 @@ class FieldCheck:
         missing, names = ", ".join(sorted(self._missing)), sorted(self._names)
         if all(map(self._is_image, names)):
             self.warning = (
-                f"source.keep names {missing}, but the samples of {where} have nothing but images "
+                f"source.keep names {missing}, but the samples of {where} have only images "
                 f"({', '.join(names)}): the column is null in every row"
             )
             return
@@ -180,5 +182,5 @@ class FieldCheck:
             f"source.keep names {missing}, which no sample of {where} has ({self._num_samples} "
             f"samples); they have {', '.join(names[:MAX_FIELDS]) or 'no fields'}{more}. This run "
             "committed nothing: correct source.keep, or leave the field out and add it later: that "
-            "needs no new encoding"
+            "encodes nothing again"
         )

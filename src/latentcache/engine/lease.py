@@ -1,9 +1,9 @@
-"""Leases: how runs and `gc` on one output see each other. Advisory; receipts decide what counts.
+"""Leases, by which runs and `gc` on one output detect each other.
 
-A lease counts for ten minutes after its last renewal by the store's clock, which is that of all
-drivers; no host's own clock is asked where it matters. A run and `gc` exclude each other: each
-writes its lease before it looks for that of the other, so that at least one sees the other. Then
-`gc` stops, and the run waits.
+Leases are advisory; receipts decide which rows exist. A lease is valid for ten minutes after its
+last renewal. Its age is measured by the store's clock, which all drivers share, never by the clock
+of a host. A run and `gc` exclude each other: each writes its lease before it looks for the other's,
+so at least one sees the other. Then `gc` stops, and a run waits.
 """
 
 from __future__ import annotations
@@ -29,23 +29,26 @@ RUNS = "runs"
 RENEW_EVERY_S = 60.0
 STALE_AFTER_S = 600.0
 
-# How often somebody who waits looks whether the others have ended, and heeds a wish to end.
-_LOOK_EVERY_S = 5.0
-_HEED_EVERY_S = 0.2
+# Intervals of a waiting process: between two listings of the leases, and between two checks of the
+# stop signal.
+_LIST_EVERY_S = 5.0
+_CHECK_STOP_EVERY_S = 0.2
 
 _GC_PREFIX = "gc-"
 
-# Leases of this process. A container that is started again has its host's name and process id
-# again.
+# Leases of this process. A restarted container may have the host name and process id of the one
+# before, so these do not identify a lease.
 _ours: set[str] = set()
 
 
 @dataclass(frozen=True, slots=True)
 class RunInfo:
-    """A run, or `gc`, that holds a lease; `age_s` is since its last renewal, by the store's clock.
+    """A run, or a `gc`, that holds a lease.
 
-    A run has `num_units` to encode, and leaves an output of `num_total`, those there before
-    included. Of a lease that cannot be parsed, `host` is empty and all numbers are 0.
+    `num_units` is the number of units that the run encodes, and `num_total` the number that the
+    output has afterwards, existing ones included. `age_s` is the time since the last renewal in
+    seconds, by the store's clock. If a lease cannot be parsed, `host` is empty and all other
+    numbers are 0.
     """
 
     run: str
@@ -58,24 +61,24 @@ class RunInfo:
 
     @property
     def is_gc(self) -> bool:
-        """Whether it is `gc`, not a run."""
+        """Whether the holder is a `gc`, not a run."""
         return self.run.startswith(_GC_PREFIX)
 
     def __str__(self) -> str:
-        """Return who it is."""
+        """Return the process, the host and the age of the lease, for messages."""
         if not self.host:
             return f"whose lease cannot be read, renewed {self.age_s:.0f} s ago"
         return f"pid {self.pid} on {self.host}, which renewed its lease {self.age_s:.0f} s ago"
 
 
 class Lease:
-    """The lease of this run, or of this `gc`, renewed while it works and deleted when it ends.
+    """The lease of this run or `gc`: renewed while it is active, deleted when it ends.
 
     Args:
         store: the output.
-        num_units: how many units the run will encode.
-        num_total: how many the output will have then; 0 if it does not grow.
-        is_gc: whether it is that of `gc`.
+        num_units: the number of units that the run encodes.
+        num_total: the number of units that the output has afterwards; 0 if it does not grow.
+        is_gc: whether the holder is a `gc`.
     """
 
     def __init__(
@@ -101,7 +104,7 @@ class Lease:
         self._store.delete(self._path)
 
     def renew(self) -> None:
-        """Write the lease again if a minute has passed."""
+        """Write the lease again if a minute has passed since the last time."""
         if time.monotonic() < self._renew_at:
             return
         self._renew_at = time.monotonic() + RENEW_EVERY_S
@@ -120,33 +123,33 @@ class Lease:
 
     @property
     def is_fresh(self) -> bool:
-        """Whether the last renewal is less than half the time ago after which a lease is stale."""
+        """Whether the last renewal is younger than half of `STALE_AFTER_S`."""
         return clock.boot_time_s() - self._renewed_at < STALE_AFTER_S / 2
 
     def others(self) -> list[RunInfo]:
-        """List the other runs at work on the output, oldest first."""
+        """Return the other active runs of the output, oldest first."""
         return [run for run in active_runs(self._store) if run.run != self.run]
 
     def require_exclusive(self) -> None:
-        """Refuse to run `gc` beside anybody.
+        """Check that no run and no other `gc` is active on the output.
 
         Raises:
-            IncompleteRun: a run, or another `gc`, holds a lease under ten minutes old.
+            IncompleteRun: a run or another `gc` holds a lease that is less than ten minutes old.
         """
         for other in active_leases(self._store):
             if other.run != self.run:
                 lease = self._store.url_of(f"{RUNS}/{other.run}.json")
                 raise IncompleteRun(
-                    f"{'another gc' if other.is_gc else 'a run'} is at work on {self._store.url}, "
-                    f"{other}: wait for it to end, or delete {lease} if it died"
+                    f"{'another gc' if other.is_gc else 'a run'} is active on {self._store.url}, "
+                    f"{other}: wait until it ends, or delete {lease} if it died"
                 )
 
     def wait_for_gc(self, stop: StopSignal, say: Callable[[str], None]) -> None:
-        """Wait until no `gc` is at work on the output; renew the lease meanwhile.
+        """Wait until no `gc` is active on the output; renew the lease meanwhile.
 
         Args:
-            stop: a wish to end ends the waiting.
-            say: shows a line to the person.
+            stop: ends the wait when it has a reason.
+            say: shows a line to the user.
         """
 
         def active_gcs() -> list[RunInfo]:
@@ -156,19 +159,19 @@ class Lease:
         _wait_while(active_gcs, "waiting for gc to end: {}", stop, say)
 
     def require_alone(self) -> None:
-        """Refuse to work beside another driver, on a store that cannot tell who was first.
+        """Check that no other run is active; for stores without conditional writes.
 
-        Any other lease counts: of two drivers that see each other's, neither can know whether the
-        other looked before. Started at the very same moment, both refuse.
+        Every other lease counts, also a younger one: a driver cannot know whether the other listed
+        the leases first. Two drivers that start at the same moment both refuse.
 
         Raises:
-            IncompleteRun: another run holds a lease under ten minutes old.
+            IncompleteRun: another run holds a lease that is less than ten minutes old.
         """
         for other in self.others():
             lease = self._store.url_of(f"{RUNS}/{other.run}.json")
             raise IncompleteRun(
-                f"{self._store.url} has no conditional writes, so one run at a time, and "
-                f"another is at work, {other}: wait for it (`compute.on_busy: wait`), or "
+                f"{self._store.url} has no conditional writes, so it allows one run at a time, and "
+                f"another run is active, {other}: wait for it (`compute.on_busy: wait`), or "
                 f"delete {lease} if it died"
             )
 
@@ -176,20 +179,20 @@ class Lease:
 def stand_aside(
     store: Store, on_busy: Literal["skip", "wait"], stop: StopSignal, say: Callable[[str], None]
 ) -> None:
-    """Leave the output to the run at work there: wish to end, or wait until it has ended.
+    """Leave the output to the active run: request a stop, or wait until that run has ended.
 
-    Who looks first and takes his lease then leaves a moment in which two may both find the output
-    free; they join, which is safe. The other way round, both might stand aside.
+    This is called before the run takes its own lease. Two runs may therefore both see a free
+    output, and then join each other, which is safe. With the lease taken first, both might leave.
 
     Args:
         store: the output.
         on_busy: `skip` or `wait`.
-        stop: told `skipped`; a wish to end ends the waiting.
-        say: tells the person.
+        stop: gets the reason `skipped` for `skip`; any reason ends the wait.
+        say: shows a line to the user.
     """
     if on_busy == "skip":
         stop.request("skipped")
-        say(f"skipped: another run is at work on {store.url} (compute.on_busy)")
+        say(f"skipped: another run is active on {store.url} (compute.on_busy)")
         return
     text = "waiting for another run to end: {} (compute.on_busy)"
     _wait_while(lambda: active_runs(store), text, stop, say)
@@ -201,19 +204,19 @@ def _wait_while(
     stop: StopSignal,
     say: Callable[[str], None],
 ) -> None:
-    """Wait until there are no others; say now and then who the first of them is."""
+    """Wait until `list_others` returns nothing; show its first entry every minute."""
     reminder = Reminder(say)
     with stop_on_signals(stop, 0.0, lambda: say("stopping")):
         while not stop.reason and (others := list_others()):
             reminder.remind(text.format(others[0]))
-            look_again_at = time.monotonic() + _LOOK_EVERY_S
-            while not stop.reason and time.monotonic() < look_again_at:
-                time.sleep(_HEED_EVERY_S)
+            list_again_at = time.monotonic() + _LIST_EVERY_S
+            while not stop.reason and time.monotonic() < list_again_at:
+                time.sleep(_CHECK_STOP_EVERY_S)
 
 
 @dataclass(frozen=True, slots=True)
 class _LeaseFile:
-    """What readers take from a lease; releases may write more fields."""
+    """The fields that readers use; other releases may write more fields."""
 
     host: Annotated[str, Pattern(r"[\x21-\x7e]{1,255}")]
     pid: Annotated[int, Range(1, 2**31 - 1)]
@@ -223,28 +226,29 @@ class _LeaseFile:
 
 
 def active_runs(store: Store) -> list[RunInfo]:
-    """List the runs at work on an output, as `active_leases` does, without `gc`."""
+    """Return the active runs of an output; see `active_leases`."""
     return [lease for lease in active_leases(store) if not lease.is_gc]
 
 
 def active_leases(store: Store) -> list[RunInfo]:
-    """List the leases of runs and of `gc`, oldest first, but for dead processes of this host.
+    """Return the valid leases of runs and of `gc`, oldest first.
 
-    A lease that cannot be parsed is one of a run at work, until it is ten minutes old.
+    Leases of dead processes of this host are left out. A lease that cannot be parsed counts as that
+    of an active run until it is ten minutes old.
     """
     leases = store.list(RUNS)
     now = store.now() if leases else 0.0
-    found = []
+    active = []
     for info in leases:
         try:
             data = store.read_bytes(info.path)
         except ObjectNotFound:
-            continue  # it ended between the listing and now
+            continue  # its holder ended after the listing
         name = info.path.removeprefix(f"{RUNS}/").removesuffix(".json")
         run = _parse(name, data, now - (info.modified_at or 0.0))
         if run.age_s < STALE_AFTER_S and not _died_here(run):
-            found.append(run)
-    return sorted(found, key=lambda run: run.run)
+            active.append(run)
+    return sorted(active, key=lambda run: run.run)
 
 
 def _parse(name: str, data: bytes, age_s: float) -> RunInfo:

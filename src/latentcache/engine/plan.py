@@ -1,4 +1,4 @@
-"""What a run will do, and why: the listed source shards less the receipts."""
+"""The plan of a run: the units of the source that have no receipt yet, each with a reason."""
 
 from __future__ import annotations
 
@@ -33,10 +33,15 @@ from latentcache.vae.weights import encoder_fingerprint, load_vae
 
 @dataclass(frozen=True, slots=True)
 class PlannedUnit:
-    """A unit to encode, the generation that its receipt will have, why, and a slot's files.
+    """A unit to encode or to rewrite.
 
-    `url` is where the source lies if it moved. A unit of kind `rewrite` has its rows written again,
-    with other columns, around the latents that are stored.
+    Attributes:
+        unit: the unit.
+        generation: the generation of its next receipt.
+        reason: why the unit is pending, for the user.
+        files: the files of a folder's slot; empty for other sources.
+        url: the present URL of a source that moved; None if it did not move.
+        kind: `rewrite` writes the rows again with other kept columns and keeps the stored latents.
     """
 
     unit: Unit
@@ -49,10 +54,10 @@ class PlannedUnit:
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """What the listing means beside the newest manifest, in sources.
+    """Counts of sources: the listing compared with the newest manifest.
 
-    `num_vanished` are no longer listed; the next manifest keeps their rows or, with
-    `on_missing: drop`, drops them.
+    `num_vanished` counts sources that are no longer listed. The next manifest keeps their rows, or
+    drops them with `on_missing: drop`.
     """
 
     num_new: int
@@ -64,11 +69,20 @@ class Sources:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is there, and what is left to do.
+    """The state of an output and the units that are pending.
 
-    `contract` is the one wanted, which before a first run may not be resolved: its units then have
-    provisional names. `there` is the one that lies at the output, and `diff` names the fields in
-    which they disagree. `twice` tells of new sources that look like known ones.
+    Attributes:
+        output: the store of the dataset.
+        contract: the contract that the config requests. Before a first run it may be unresolved;
+            its units then have provisional ids.
+        there: the contract at the output; None before a first run.
+        diff: the fields in which `contract` and `there` differ.
+        shards: the listed source shards.
+        units: the unit of each shard, in the same order.
+        pending: the units to encode or to rewrite.
+        state: the receipts and the newest manifest of the output.
+        on_missing: what the next manifest does with rows of vanished sources: `keep` or `drop`.
+        twice: new sources that look like known ones; None if there are none.
     """
 
     output: Store
@@ -84,7 +98,7 @@ class Plan:
 
     @property
     def sources(self) -> Sources:
-        """Count what is new, changed, unchanged and gone beside the newest manifest."""
+        """Counts of new, changed, unchanged and vanished sources against the newest manifest."""
         listing, live = self.listing, self.state.live
         changed = [
             source
@@ -101,17 +115,17 @@ class Plan:
 
     @property
     def listing(self) -> SourceSnapshot:
-        """Each listed source with its units."""
+        """The units of each listed source."""
         return by_source(self.units)
 
     @property
     def num_images(self) -> int | None:
-        """Count the image files of folders, which a listing shows; None for other sources."""
+        """The number of image files of a folder; None for sources whose listing shows none."""
         files = [file for shard in self.shards for file in shard.files]
         if not files:
             return None
-        wanted = Wanted(self.contract.source.image_fields, ())
-        return sum(wanted.is_image(file_key_and_field(file.path)[1]) for file in files)
+        fields = Wanted(self.contract.source.image_fields, ())
+        return sum(fields.is_image(file_key_and_field(file.path)[1]) for file in files)
 
     @property
     def to_encode(self) -> list[PlannedUnit]:
@@ -120,35 +134,38 @@ class Plan:
 
     @property
     def to_rewrite(self) -> list[PlannedUnit]:
-        """The pending units whose rows are written again around the stored latents."""
+        """The pending units whose rows are written again with the stored latents."""
         return [planned for planned in self.pending if planned.kind == "rewrite"]
 
     @property
     def num_bytes_pending(self) -> int:
-        """Bytes of source shards to read."""
+        """Bytes of source shards that the pending units read."""
         return sum(planned.unit.num_bytes for planned in self.pending)
 
     @property
     def num_bytes_rewritten(self) -> int:
-        """Bytes of stored rows, latents included, to read for `to_rewrite`; asks the store."""
+        """Bytes of stored rows, latents included, that `to_rewrite` reads; queries the store."""
         units = {planned.unit.id for planned in self.to_rewrite}
         return self.state.num_stored_bytes(units) if units else 0
 
 
 def make_plan(config: Config, *, retry_rejects: bool = False) -> Plan:
-    """List the source, read the receipts, and say what is left to do.
+    """List the source, read the receipts, and return the units that are pending.
 
     Args:
-        config: the run.
+        config: the config of the run.
         retry_rejects: encode units with rejects again, at their next generation.
 
+    Returns:
+        The plan; nothing is written.
+
     Raises:
-        ConfigError: the checkpoint or the source cannot be used, or a folder is to be cut another
-            way than it was, or holds the output.
-        SourceError: a named shard is missing, a glob matches nothing, or more sources are gone than
-            `on_missing: drop` believes.
+        ConfigError: the checkpoint or the source cannot be used, a folder would be cut into another
+            number of units than before, or the source folder contains the output.
+        SourceError: a named shard is missing, a glob matches nothing, or more sources are missing
+            than `on_missing: drop` accepts.
         StorageError: a store cannot be reached.
-        DatasetError: what lies at the output is damaged.
+        DatasetError: the dataset at the output is damaged.
     """
     require_kind(config, Config)
     output = Store(config.output.url, config.output.storage)
@@ -162,64 +179,69 @@ def make_plan(config: Config, *, retry_rejects: bool = False) -> Plan:
         known = state.sources | state.live.keys()
         shards = list_source(config.source, config.source.num_units, known)
     except SourceError as error:
-        raise _what_stays(error, state) from error
+        raise _with_kept_units(error, state) from error
     units = units_of(shards, contract)
     diff = contract_diff(there, contract) if there else []
     on_missing = config.source.on_missing
     missing = state.live.keys() - {unit.source for unit in units}
     if on_missing == "drop":
-        require_few(missing, len(state.live))  # before anything is encoded, not at the end
-    why = "another contract" if diff else "changed"
+        require_few(missing, len(state.live))  # fail before anything is encoded
+    reason = "another contract" if diff else "changed"
     failures = _read_failures(output, units, state)
     columns = columns_of(config.source.keep)
-    pending = list(_pending(shards, units, state, columns, failures, retry_rejects, why))
+    pending = list(_pending(shards, units, state, columns, failures, retry_rejects, reason))
     twice = find_twice(config.source, shards, state, contract)
     return Plan(output, contract, there, diff, shards, units, pending, state, on_missing, twice)
 
 
 def _require_apart(config: Config, output: Store) -> None:
-    """Refuse a folder that holds the output: each run would find the files of the one before."""
+    """Refuse a folder that contains the output: each run would list the files of earlier runs."""
     if config.source.folder is None:
         return
     folder = Store(config.source.folder, config.source.storage).url
     if f"{output.url}/".startswith(f"{folder}/"):
         raise ConfigError(
-            f"output.url, {output.url}, lies in source.folder, whose files are read: choose one "
-            "beside it"
+            f"output.url, {output.url}, is inside source.folder, whose files are read: choose a "
+            "folder outside it"
         )
 
 
 def _read_failures(output: Store, units: Iterable[Unit], state: State) -> dict[str, str]:
-    """Read why units that are left failed before: of each its last hint, of one for every try."""
+    """Return the last recorded failure of each unit that has no receipt, by unit id."""
     left = {unit.id for unit in units if not state.current(unit.id)}
     hints = list_failures(output) if left else []
     last = {failed_unit(hint.path): hint.path for hint in hints}
     return read_failures(output, (path for unit, path in last.items() if unit in left))
 
 
-def _what_stays(error: SourceError, state: State) -> SourceError:
-    """Say of a listing that cannot be right what it means for the rows that are there."""
+def _with_kept_units(error: SourceError, state: State) -> SourceError:
+    """Add to the error of an implausible listing that the committed units are kept."""
     num_units = sum(map(len, state.live.values()))
     if not num_units:
         return error
     return SourceError(
-        f"{error}; {state.store.url} keeps its {num_units} units and nothing was changed, for such "
-        "a listing counts as a mistake, whatever source.on_missing says"
+        f"{error}; {state.store.url} keeps its {num_units} units and nothing was changed, because "
+        "such a listing counts as a mistake for every value of source.on_missing"
     )
 
 
 def units_of(shards: Iterable[SourceShard], contract: Contract) -> list[Unit]:
-    """Name the units of some shards under a contract."""
+    """Return the units of shards under a contract.
+
+    Args:
+        shards: source shards.
+        contract: its fingerprint is part of each unit's id.
+    """
     mark = contract.fingerprint
     return [Unit.of(s.source, s.size_bytes, s.version, mark, s.range) for s in shards]
 
 
 def by_source(units: Iterable[Unit]) -> dict[str, list[Unit]]:
-    """Put the units of each source together."""
-    found: dict[str, list[Unit]] = {}
+    """Group units by their source."""
+    groups: dict[str, list[Unit]] = {}
     for unit in units:
-        found.setdefault(unit.source, []).append(unit)
-    return found
+        groups.setdefault(unit.source, []).append(unit)
+    return groups
 
 
 def _pending(
@@ -255,7 +277,14 @@ def _pending(
 def rewrite_of(
     shard: SourceShard, unit: Unit, state: State, columns: Columns
 ) -> PlannedUnit | None:
-    """Plan to write a committed unit's rows again, if they have other columns; else None."""
+    """Return a plan to rewrite a committed unit, or None if its kept columns are right.
+
+    Args:
+        shard: the source shard of the unit.
+        unit: the unit.
+        state: the receipts of the output.
+        columns: the kept columns that the config requests.
+    """
     done = state.current(unit.id)
     if done is None or done.columns == columns:
         return None
@@ -265,12 +294,12 @@ def rewrite_of(
 
 
 def wanted_contract(config: Config) -> Contract:
-    """Make the contract that a config asks for; reads the checkpoint.
+    """Return the contract that a config requests; reads the checkpoint.
 
     Raises:
         CheckpointError: the checkpoint cannot be used.
-        ConfigError: a bucket's side is no multiple of the VAE's downsampling; the scaling factor
-            is unknown, or the config's is not the checkpoint's.
+        ConfigError: the side of a bucket is not a multiple of the VAE's downsampling factor, the
+            scaling factor is unknown, or that of the config differs from the checkpoint's.
     """
     options = config.vae.storage
     vae = load_vae(config.vae.checkpoint, decoder=False, options=options)
@@ -282,8 +311,8 @@ def wanted_contract(config: Config) -> Contract:
     for bucket in buckets:
         if bucket.width_px % arch.downsample_factor or bucket.height_px % arch.downsample_factor:
             raise ConfigError(
-                f"transform: {bucket.name} is no multiple of {arch.downsample_factor} px, by which "
-                "this VAE divides each side"
+                f"transform: {bucket.name} is not a multiple of {arch.downsample_factor} px, the "
+                "factor by which this VAE divides each side: choose other sizes"
             )
     return Contract(
         vae=VaeContract(
@@ -318,7 +347,7 @@ def wanted_contract(config: Config) -> Contract:
 
 
 def _known_precision(config: Config) -> str:
-    # On a CPU, auto is fp32; on a GPU only a look at real images can tell.
+    # On a CPU, `auto` is fp32. On a GPU it depends on real images.
     if config.compute.precision == "auto" and config.compute.num_gpus == 0:
         return "fp32"
     return config.compute.precision
@@ -332,9 +361,9 @@ def _quantization(config: Config) -> QuantizationContract | None:
 
 
 def _buckets(config: Config) -> tuple[Bucket, ...]:
-    resolution_px, wanted = config.transform.resolution_px, config.transform.buckets
-    if wanted is None:
+    resolution_px, buckets = config.transform.resolution_px, config.transform.buckets
+    if buckets is None:
         return (Bucket(resolution_px, resolution_px),)
-    if isinstance(wanted, RatioBuckets):
-        return ratio_buckets(resolution_px, wanted.max_ratio, wanted.step_px)
-    return tuple(sorted(Bucket(*size) for size in wanted))
+    if isinstance(buckets, RatioBuckets):
+        return ratio_buckets(resolution_px, buckets.max_ratio, buckets.step_px)
+    return tuple(sorted(Bucket(*size) for size in buckets))

@@ -1,4 +1,4 @@
-"""Telling how far a run is: a live bar in a terminal, plain lines elsewhere, or a JSON log."""
+"""The progress of a run: a live bar in a terminal, plain lines elsewhere, or a JSON log."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ from latentcache.log import Level, write_json
 
 _PLAIN_EVERY_S = 10.0
 
-# Stages count when a job ends; a batch on a CPU may take seconds.
-_JUDGE_EVERY_S = 8.0
+# The interval over which the bottleneck is computed. A stage adds its time when a job ends, and a
+# batch on a CPU may take seconds.
+_BOTTLENECK_EVERY_S = 8.0
 
-# A stage less busy than this holds nothing up: the run waits for something else.
+# A stage that is less busy than this is no bottleneck: the run waits for something else.
 _MIN_OCCUPANCY = 0.2
 
 
 class RunProgress:
-    """Shows units, images per second, rejects, time left and the bottleneck, on stderr.
+    """The display of units, images per second, rejects, time left and the bottleneck on stderr.
 
     Args:
-        num_units: how many the run will encode.
+        num_units: the number of units that the run encodes.
         quiet: show nothing.
-        log_json: each line is a JSON object, for log collectors; see `latentcache.log`.
+        log_json: write one JSON object per line, for log collectors; see `latentcache.log`.
     """
 
     def __init__(self, num_units: int, *, quiet: bool = False, log_json: bool = False) -> None:
@@ -49,7 +50,7 @@ class RunProgress:
                 MofNCompleteColumn(table_column=whole),
                 TextColumn("units"),
                 TimeRemainingColumn(table_column=whole),
-                # In a narrow terminal it wraps.
+                # This column wraps in a narrow terminal.
                 TextColumn("{task.fields[note]}", table_column=Column(), markup=False),
                 console=self._console,
             )
@@ -65,26 +66,50 @@ class RunProgress:
             self._live.stop()
 
     def say(self, event: str, message: str, level: Level = "info", **fields: Any) -> None:
-        """Print one line, above the bar where there is one; in a JSON log with event and fields."""
+        """Print a line, above the bar if there is one, or write it to the JSON log.
+
+        Args:
+            event: the name of the event in the JSON log.
+            message: the line for the user.
+            level: the level in the JSON log.
+            fields: further fields in the JSON log.
+        """
         if self._log_json:
             write_json(event, message, level, **fields)
         else:
             self._console.print(one_line(message), highlight=False, markup=False, soft_wrap=True)
 
     def log(self, event: str, message: str, level: Level = "info", **fields: Any) -> None:
-        """Tell a JSON log alone what people see from the bar, or at the end."""
+        """Write to the JSON log only, for events that users see from the bar or at the end.
+
+        Args:
+            event: the name of the event.
+            message: the message of the event.
+            level: its level.
+            fields: its further fields.
+        """
         if self._log_json:
             write_json(event, message, level, **fields)
 
     def unit_done(self, num_rows: int, num_rejects: int) -> None:
-        """Count a committed unit."""
+        """Count a committed unit.
+
+        Args:
+            num_rows: its number of rows.
+            num_rejects: its number of rejects.
+        """
         self._num_done += 1
         self._num_rows += num_rows
         self._num_rejects += num_rejects
         self._show()
 
     def polled(self, stats: list[dict[str, float]], num_lost: int) -> None:
-        """Take in what the actors say, every two seconds."""
+        """Update the display with the statistics of the actors; called about every two seconds.
+
+        Args:
+            stats: `UnitRunner.stats` of each actor.
+            num_lost: the number of actors lost so far.
+        """
         if num_lost > self._num_lost:
             message = f"{num_lost} actors lost so far"
             self.log("actors_lost", message, "warning", num_lost=num_lost, num_actors=len(stats))
@@ -94,7 +119,7 @@ class RunProgress:
         self._stats = stats
         if len(before) != len(stats):  # an actor came or went
             self._previous = (now, stats)
-        elif stats and now - then >= _JUDGE_EVERY_S:
+        elif stats and now - then >= _BOTTLENECK_EVERY_S:
             self._bottleneck = bottleneck(before, stats, now - then)
             self._previous = (now, stats)
         self._show()
@@ -124,9 +149,9 @@ class RunProgress:
 
     @property
     def _images_per_s(self) -> float:
-        # The actors' own counts run ahead of the units; after a loss they start anew.
-        seen = sum(stats.get("num_rows", 0) for stats in self._stats)
-        return max(self._num_rows, seen) / self._elapsed_s
+        # Actors count rows before their unit is committed. Their counts are lost with an actor.
+        num_encoded = sum(stats.get("num_rows", 0) for stats in self._stats)
+        return max(self._num_rows, num_encoded) / self._elapsed_s
 
     @property
     def _left_s(self) -> float | None:
@@ -150,19 +175,19 @@ class RunProgress:
 def bottleneck(
     before: list[dict[str, float]], after: list[dict[str, float]], seconds: float
 ) -> str:
-    """Say which stage held things up between two polls of the same actors; "" if none did.
+    """Return the slowest stage between two polls of the same actors; "" if there is none.
 
     Args:
-        before: `UnitRunner.stats` of each actor.
-        after: the same, `seconds` later.
-        seconds: between the two.
+        before: `UnitRunner.stats` of each actor at the first poll.
+        after: the same at the second poll.
+        seconds: the time between the polls.
     """
     loads = PipelineLoad()
     for old, new in zip(before, after, strict=True):
         for stage in STAGES:
             busy_s = new[f"{stage}_busy_s"] - old[f"{stage}_busy_s"]
             loads.add(stage, busy_s, 0.0, new[f"{stage}_num_threads"])
-    found = loads.bottleneck
-    if found is None or found.alone_s < _MIN_OCCUPANCY * seconds * len(after):
+    slowest = loads.bottleneck
+    if slowest is None or slowest.alone_s < _MIN_OCCUPANCY * seconds * len(after):
         return ""
-    return str(found)
+    return str(slowest)

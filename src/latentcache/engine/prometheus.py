@@ -1,9 +1,9 @@
-"""What Prometheus sees of a run, by way of Ray, whose agent on each node exports it.
+"""Prometheus metrics of a run, exported by Ray's agent on each node.
 
-Actors tell what they do, the driver how far the run is, both at each poll of the driver and never
-for single images. Counts include what attempts did that failed later, and lack an actor's last
-seconds: receipts say what is so, metrics are to look at. Ray puts `ray_` before each name, and adds
-its own labels, `WorkerId` and `NodeAddress` among them. Where no agent runs, nothing comes of it.
+Actors and the driver update them at each poll of the driver, never for single images. Counts
+include attempts that failed later, and lack the last seconds of an actor: metrics are for
+monitoring, and receipts are the record. Ray adds the prefix `ray_` to each name and its own labels,
+such as `WorkerId` and `NodeAddress`. Without an agent nothing is exported.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _ACTOR_COUNTERS = {
 
 
 class _Metrics:
-    """Metrics of this process, all with the same labels and some with one or two more."""
+    """The metrics of this process, with common labels and further labels of single metrics."""
 
     def __init__(self, **labels: str) -> None:
         self._labels = labels
@@ -30,7 +30,14 @@ class _Metrics:
         self._totals: dict[tuple[str, ...], float] = {}
 
     def count(self, name: str, description: str, total: float, **labels: str) -> None:
-        """Say how far something has been counted; less than was said before changes nothing."""
+        """Set the total of a counter; a total below an earlier one changes nothing.
+
+        Args:
+            name: the name of the metric.
+            description: its description.
+            total: the new total.
+            labels: further labels.
+        """
         from ray.util.metrics import Counter
 
         key = (name, *labels.values())
@@ -40,7 +47,14 @@ class _Metrics:
             self._get(Counter, name, description, labels).inc(increase, self._labels | labels)
 
     def set(self, name: str, description: str, value: float, **labels: str) -> None:
-        """Say how much of something there is; it is forgotten unless it is said again and again."""
+        """Set a gauge. Ray drops a gauge that is not set repeatedly.
+
+        Args:
+            name: the name of the metric.
+            description: its description.
+            value: the new value.
+            labels: further labels.
+        """
         from ray.util.metrics import Gauge
 
         self._get(Gauge, name, description, labels).set(value, self._labels | labels)
@@ -52,10 +66,10 @@ class _Metrics:
 
 
 class ActorMetrics:
-    """What one actor does.
+    """The metrics of one actor.
 
     Args:
-        dataset: the config's name.
+        dataset: the name of the config.
     """
 
     def __init__(self, dataset: str) -> None:
@@ -65,13 +79,18 @@ class ActorMetrics:
         self._metrics = _Metrics(dataset=dataset, actor=f"{socket.gethostname()}/{device}")
 
     def update(self, stats: Mapping[str, float], rejects: Mapping[tuple[str, str], int]) -> None:
-        """Tell of `UnitRunner.stats`, and of rejects by stage and reason."""
+        """Update the metrics.
+
+        Args:
+            stats: `UnitRunner.stats`.
+            rejects: the number of rejects by stage and reason.
+        """
         for key, (name, description) in _ACTOR_COUNTERS.items():
             self._metrics.count(name, description, stats[key])
         for (stage, reason), number in rejects.items():
             self._metrics.count(
                 "latentcache_images_rejected_total",
-                "Samples that were left out.",
+                "Samples that were rejected.",
                 number,
                 stage=stage,
                 reason=reason,
@@ -79,7 +98,7 @@ class ActorMetrics:
         for stage in STAGES:
             self._metrics.count(
                 "latentcache_stage_busy_seconds_total",
-                "Work of a stage's threads; its rate over their number is the occupancy.",
+                "Busy time of a stage's threads; its rate over their number is the occupancy.",
                 stats[f"{stage}_busy_s"],
                 stage=stage,
             )
@@ -92,17 +111,23 @@ class ActorMetrics:
 
 
 class RunMetrics:
-    """How far a run is, as its driver sees it.
+    """The metrics of the driver of a run.
 
     Args:
-        dataset: the config's name.
+        dataset: the name of the config.
     """
 
     def __init__(self, dataset: str) -> None:
         self._metrics = _Metrics(dataset=dataset)
 
     def update_units(self, num_committed: int, num_pending: int, num_failed: int) -> None:
-        """Tell of units: committed by this run, still to be, and given up."""
+        """Update the counts of units.
+
+        Args:
+            num_committed: units that this run committed.
+            num_pending: units that are still to be encoded.
+            num_failed: units that were given up.
+        """
         self._metrics.count(
             "latentcache_units_committed_total", "Units whose receipt was put.", num_committed
         )
@@ -110,6 +135,11 @@ class RunMetrics:
         self._metrics.set("latentcache_units_failed", "Units that were given up.", num_failed)
 
     def update_actors(self, num_actors: int, num_lost: int) -> None:
-        """Tell of actors: at work, and lost so far."""
-        self._metrics.set("latentcache_actors", "Actors at work.", num_actors)
+        """Update the counts of actors.
+
+        Args:
+            num_actors: active actors.
+            num_lost: actors lost so far.
+        """
+        self._metrics.set("latentcache_actors", "Active actors.", num_actors)
         self._metrics.count("latentcache_actors_lost_total", "Actors that were lost.", num_lost)

@@ -1,4 +1,4 @@
-"""What receipts note of how they came to be, in words for the user."""
+"""The notes of receipts as messages for the user."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from latentcache.dataset.receipts import Receipt
 
 
 def notes_of(receipt: Receipt) -> dict[str, str]:
-    """Return what a user should know of a unit, by the name of the event."""
+    """Return the messages about a unit that a user should see, by event name."""
     notes: dict[str, str] = {}
     agreement_db = (receipt.notes or {}).get("decoder_agreement_db")
     if agreement_db is not None:
@@ -21,12 +21,12 @@ def notes_of(receipt: Receipt) -> dict[str, str]:
         )
     if (receipt.notes or {}).get("gathered_by_key"):
         notes["gathered_by_key"] = (
-            f"{receipt.record.unit.title} is not grouped by key, or holds links: such tars are "
+            f"{receipt.record.unit.title} is not grouped by key, or contains links: such tars are "
             "read three times; repack them with the files of each sample next to each other"
         )
     if receipt.extra_image_fields:
         fields = ", ".join(receipt.extra_image_fields)
         notes["extra_images"] = (
-            f"samples have further images, which are counted and not encoded: {fields}"
+            f"samples have further images, which are counted but not encoded: {fields}"
         )
     return notes

@@ -1,8 +1,9 @@
-"""Writing a unit's rows again with other kept columns, around the latents that are stored.
+"""Rewriting a unit: its rows are written again with other kept columns and the stored latents.
 
-No image is decoded and no encoder is loaded. The source is read again in the same version, and each
-sample takes the stored row of its key. Where a sample and a row do not meet, the unit is encoded,
-which is always right: a sample may have been rejected for a field that is no longer kept.
+No image is decoded and no encoder is loaded. The same version of the source is read again, and each
+sample gets the stored row of its key. If a sample has no row or a row has no sample, the unit is
+encoded, which is always correct: a sample may have been rejected for a field that is no longer
+kept.
 """
 
 from __future__ import annotations
@@ -54,14 +55,14 @@ _CHUNK_BYTES = 2**20
 
 
 class _NeedsEncoding(Exception):
-    """The unit cannot be written from what is stored."""
+    """The unit cannot be rewritten from its stored files."""
 
 
 class Rewriter:
-    """Rewrites units in this process; `run` may be called from two threads at once.
+    """A rewriter of units in this process; `run` may be called from two threads at once.
 
     Args:
-        job: what the units have in common.
+        job: the settings that all units share.
     """
 
     def __init__(self, job: Job) -> None:
@@ -70,7 +71,7 @@ class Rewriter:
         self._attempts = AttemptLog()
 
     def run(self, task: UnitTask) -> Receipt | UnitFailure | None:
-        """Rewrite one unit and upload its files; return None where it has to be encoded."""
+        """Rewrite one unit and upload its files; return None if it must be encoded instead."""
         return at_boundary(task, partial(self._run, task))
 
     def _run(self, task: UnitTask) -> Receipt | None:
@@ -91,7 +92,7 @@ class Rewriter:
                 return rewrite.run()
 
     def stats(self) -> dict[str, float]:
-        """Return cumulative figures; see `AttemptLog.stats`."""
+        """Return cumulative statistics; see `AttemptLog.stats`."""
         return self._attempts.stats()
 
 
@@ -104,10 +105,10 @@ class _Rewrite(Attempt):
         super().__init__(job, output, task, folder, stage_times(), gather=gather)
 
     def run(self) -> Receipt:
-        """Rewrite the unit.
+        """Rewrite the unit and return its receipt.
 
         Raises:
-            _NeedsEncoding: what is stored does not suffice.
+            _NeedsEncoding: the stored files do not suffice.
         """
         name = f"{self.task.unit.id}-{self.task.generation - 1}"
         (before,) = read_receipts(self.output, [name])
@@ -125,7 +126,7 @@ class _Rewrite(Attempt):
         return self._finish(before, [rows.bucket for rows in stored], qa)
 
     def _fetch_rows(self, files: Iterable[DataFile]) -> Iterator[_StoredRows]:
-        """Copy the files of the unit's rows to local disk and open them, a bucket at a time."""
+        """Copy the files of the unit's rows to local disk and open them, bucket by bucket."""
         groups: dict[str, list[DataFile]] = {}
         for file in files:
             groups.setdefault(file.bucket, []).append(file)
@@ -134,10 +135,10 @@ class _Rewrite(Attempt):
             yield _StoredRows(bucket, paths, self.contract, group[-1].num_rows)
 
     def _fetch(self, file: DataFile) -> Path:
-        """Copy a stored file to local disk, and check it.
+        """Copy a stored file to local disk and check its hash.
 
         Raises:
-            _NeedsEncoding: it is gone or damaged.
+            _NeedsEncoding: the file is missing or damaged.
         """
         store, digest = self.output, hashlib.sha256()
         target = self.folder / f"stored-{file.path.replace('/', '-')}"
@@ -153,7 +154,10 @@ class _Rewrite(Attempt):
         return target
 
     def _fetch_rejects(self, file: DataFile | None) -> dict[str | None, RejectRow]:
-        """Read the rejects that need no new look: those of samples that were read well."""
+        """Return the rejects of samples that were read without error, by key.
+
+        Only these stay valid; samples with read errors are read again.
+        """
         if file is None:
             return {}
         table = read_table(self._fetch(file))
@@ -161,24 +165,24 @@ class _Rewrite(Attempt):
         return {row.key: row for row in rows if row.stage != "read"}
 
     def _fetch_qa(self, qa: QaFile | None) -> tuple[Path, QaFile] | None:
-        """Copy the unit's QA rows: the latents that they are of stay."""
+        """Copy the QA file of the unit, which stays valid because the latents do not change."""
         if qa is None:
             return None
         path = f"qa/{self.task.unit.id}/{self.stem}.parquet"
         return self._fetch(qa.file), replace(qa, file=replace(qa.file, path=path))
 
     def _write_rows(self, stored: list[_StoredRows], rejects: dict[str | None, RejectRow]) -> None:
-        """Read the samples, and write each stored row with its sample's columns."""
+        """Read the samples, and write each stored row with the columns of its sample."""
         left = {key: (rows, index) for rows in stored for index, key in enumerate(rows.keys)}
-        for sample in self._read_in_time():
-            place = left.pop(sample.key, None) if sample.key is not None else None
+        for sample in self._read_timed():
+            position = left.pop(sample.key, None) if sample.key is not None else None
             with self.times["write"].working():
-                self._pass(sample, place, rejects)
+                self._write_sample(sample, position, rejects)
         if left:  # rows without a sample
             raise _NeedsEncoding
 
-    def _read_in_time(self) -> Iterator[Sample | RejectedSample]:
-        """Read the samples, and count the time that it takes."""
+    def _read_timed(self) -> Iterator[Sample | RejectedSample]:
+        """Yield the samples, and count the time of reading them."""
         samples = self.read_samples()
         while True:
             with self.times["fetch"].working():
@@ -187,13 +191,13 @@ class _Rewrite(Attempt):
                 return
             yield sample
 
-    def _pass(
+    def _write_sample(
         self,
         sample: Sample | RejectedSample,
-        place: tuple[_StoredRows, int] | None,
+        position: tuple[_StoredRows, int] | None,
         rejects: dict[str | None, RejectRow],
     ) -> None:
-        """Make one sample a row or a reject, as encoding it would."""
+        """Write one sample as a row or a reject, as encoding it would."""
         if isinstance(sample, RejectedSample):
             self.rejects.append(
                 reject_row(sample.key, sample.reject, has_image=sample.num_images > 0)
@@ -204,19 +208,19 @@ class _Rewrite(Attempt):
         except Reject as reject:
             self.rejects.append(reject_row(sample.key, reject))
             return
-        if place is None:
+        if position is None:
             if sample.key not in rejects:
                 raise _NeedsEncoding
             self.rejects.append(rejects[sample.key])
             return
-        rows, index = place
+        rows, index = position
         row = RowMeta(sample.key, **rows.sizes(index), columns=columns)
         self.writer(rows.bucket).append(rows.read_latent(index)[None], [row])
 
     def _finish(
         self, before: Receipt, buckets: list[Bucket], qa: tuple[Path, QaFile] | None
     ) -> Receipt:
-        """Upload the closed files, and write the receipt."""
+        """Upload the closed files and return the receipt."""
         writers = [self.writers[bucket] for bucket in buckets if bucket in self.writers]
         record = self.publish(writers, lambda: qa)
         statistics = before.statistics
@@ -235,16 +239,16 @@ class _Rewrite(Attempt):
 
 
 class _StoredRows:
-    """The rows of one bucket's files on local disk; `keys` are in their order.
+    """The rows of one bucket in files on local disk; `keys` is in the order of the rows.
 
     Args:
-        name: the bucket, `WIDTHxHEIGHT`.
-        paths: the Parquet file, or safetensors and its rows.
-        contract: what the files were written under.
-        num_rows: in the files.
+        name: the name of the bucket, `WIDTHxHEIGHT`.
+        paths: the Parquet file, or the safetensors file and the Parquet file of its rows.
+        contract: the contract of the files.
+        num_rows: the number of rows in the files.
 
     Raises:
-        _NeedsEncoding: the files are not laid out as the contract says.
+        _NeedsEncoding: the layout of the files differs from the contract.
     """
 
     def __init__(self, name: str, paths: list[Path], contract: Contract, num_rows: int) -> None:
@@ -273,7 +277,7 @@ class _StoredRows:
         self._raw.close()
 
     def sizes(self, index: int) -> dict[str, int]:
-        """Return the original size and the crop of a row, in pixels."""
+        """Return the original size and the crop offset of a row, in pixels."""
         return {name: int(values[index]) for name, values in self._sizes.items()}
 
     def read_latent(self, index: int) -> torch.Tensor:
@@ -285,17 +289,18 @@ class _StoredRows:
 
 
 def _notes_after(before: Receipt, texts: Counter[str]) -> dict[str, int]:
-    """Return the notes on how the latents were encoded, and on how the texts were read now."""
+    """Return the earlier notes on encoding the latents, and the new notes on reading texts."""
     kept = (before.notes or {}).items()
     return {name: n for name, n in kept if not name.startswith("text_as_")} | dict(texts)
 
 
 def _statistics_of(writers: Iterable[BucketWriter], contract: Contract) -> Statistics:
-    """Compute the statistics of the values in closed files."""
-    found = Statistics.empty(contract.stored_channels)
+    """Compute the statistics of the latent values in closed files."""
+    statistics = Statistics.empty(contract.stored_channels)
     for writer in writers:
         left = iterate_latents(writer.paths)
         while rows := list(islice(left, _LATENTS_AT_ONCE)):
             latents = torch.stack([latent for _, latent in rows])
-            found = found.merge(Statistics.of(to_values(latents, contract.latents).numpy()))
-    return found
+            values = to_values(latents, contract.latents).numpy()
+            statistics = statistics.merge(Statistics.of(values))
+    return statistics

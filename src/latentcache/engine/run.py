@@ -1,7 +1,7 @@
-"""The driver: plan, establish the contract, hand out units, put receipts, write manifests.
+"""The driver: plan, establish the contract, dispatch units, put receipts, write manifests.
 
-Everything that makes work visible happens here, in one process: an actor can upload files, but
-only the driver puts the receipt that makes them count.
+One process makes results visible. Actors upload files; only the driver puts the receipts that make
+those files count.
 """
 
 from __future__ import annotations
@@ -45,14 +45,15 @@ from latentcache.images.source import list_again
 from latentcache.log import Level
 from latentcache.storage import Store, split_url
 
-# A manifest now and then during a run, so that a resume reads few receipts one by one.
+# The driver writes manifests during a run, so that a resumed run reads few receipts one by one.
 MANIFEST_EVERY_UNITS = 1000
 MANIFEST_EVERY_S = 600.0
 
-# Kubernetes kills 30 s after SIGTERM: units in hand get this long, manifests the rest.
+# Kubernetes kills a pod 30 s after SIGTERM. Units in progress get this long; the rest of the time
+# is for the manifest.
 GRACE_S = 20.0
 _STOPPING = (
-    f"stopping: units in hand get {GRACE_S:.0f} s to finish; interrupt again to stop at once"
+    f"stopping: units in progress get {GRACE_S:.0f} s to finish; interrupt again to stop at once"
 )
 
 
@@ -64,18 +65,21 @@ def run(
     log_json: bool = False,
     plan: Plan | None = None,
 ) -> RunSummary:
-    """Encode what is left to do. Run it again after anything: it takes up where it stopped.
+    """Encode the units that have no receipt yet, and return how the run ended.
+
+    A run that is called again after an interruption or an error continues where the last one
+    stopped.
 
     Args:
-        config: the run.
+        config: the config of the run.
         retry_rejects: encode units with rejects again.
-        quiet: no progress on stderr.
-        log_json: what stderr is told are JSON objects, one each line.
-        plan: from `make_plan`; None makes it.
+        quiet: write no progress to stderr.
+        log_json: write JSON objects to stderr, one per line.
+        plan: the plan from `make_plan`; None makes one.
 
     Raises:
-        ContractMismatch: the output holds latents made another way.
-        LatentCacheError: nothing could be started, or no unit can succeed any more.
+        ContractMismatch: the output holds latents of another contract.
+        LatentCacheError: the run cannot start, or an error affects all units.
     """
     require_kind(config, Config)
     began, stop = time.monotonic(), StopSignal()
@@ -129,7 +133,7 @@ def _summary(driver: _Driver, manifest: Manifest | None, began: float) -> RunSum
 
 def _log_end(progress: RunProgress, summary: RunSummary) -> None:
     fields = asdict(summary)
-    fields["num_failed"] = len(fields.pop("failed"))  # each has been said
+    fields["num_failed"] = len(fields.pop("failed"))  # each has its own event
     level: Level = "error" if summary.exit_code else "info"
     progress.log("run_ended", f"the run ended: {summary.status}", level, **fields)
 
@@ -139,7 +143,7 @@ def _say_stopping(progress: RunProgress) -> None:
 
 
 class _Driver:
-    """One run: what it does to the output."""
+    """The driver of one run, and the only writer of receipts and manifests in it."""
 
     def __init__(self, config: Config, plan: Plan, stop: StopSignal) -> None:
         self.config = config
@@ -152,24 +156,24 @@ class _Driver:
         self.failed: dict[str, str] = {}
         self.replans: Counter[str] = Counter()
         self.num_expired: Counter[str] = Counter()
-        wanted = Wanted(plan.contract.source.image_fields, ())
-        self.fields = FieldCheck(self.work.columns, done, wanted.is_image)
+        fields = Wanted(plan.contract.source.image_fields, ())
+        self.fields = FieldCheck(self.work.columns, done, fields.is_image)
         self._has_said: set[str] = set()
         self._manifest_at = (0, time.monotonic())
 
     def encode(self, progress: RunProgress) -> None:
-        """Encode all pending units, or as many as there is time for."""
+        """Encode the pending units until all are done or the run is stopped."""
         compute, work = self.config.compute, self.work
         threads = None if compute.decode_threads == "auto" else compute.decode_threads
         with Lease(self.output, len(work.pending), work.num_total) as lease:
             lease.wait_for_gc(self.stop, partial(progress.say, "waiting"))
             if self.stop.reason:
                 return
-            patience = WaitPolicy(
+            wait_policy = WaitPolicy(
                 compute.wait_for_gpus_s, partial(progress.say, "waiting"), lease.renew
             )
             with (
-                Cluster(compute.num_gpus, compute.num_cpu_actors, threads, patience) as cluster,
+                Cluster(compute.num_gpus, compute.num_cpu_actors, threads, wait_policy) as cluster,
                 Committer(self.output) as committer,
             ):
                 self._establish_contract(cluster, progress)
@@ -180,14 +184,14 @@ class _Driver:
                     self._encode_units(dispatcher, committer, lease, metrics, progress)
                     while dispatcher.has_work():  # units whose receipts were put too late
                         self._encode_units(dispatcher, committer, lease, metrics, progress)
-                self.write_manifest(progress)  # under the lease, on which some stores rely
+                self.write_manifest(progress)  # under the lease: some stores need it
 
     def _establish_contract(self, cluster: Cluster, progress: RunProgress) -> None:
         work = self.work
-        wanted = work.contract
-        resolved = resolve_contract(self.config, wanted, work.shards, cluster, progress)
-        contract = put_contract(self.config, self.output, wanted, resolved)
-        if contract != wanted:
+        planned = work.contract
+        resolved = resolve_contract(self.config, planned, work.shards, cluster, progress)
+        contract = put_contract(self.config, self.output, planned, resolved)
+        if contract != planned:
             work.adopt(contract)
 
     def _dispatcher(self, cluster: Cluster) -> Dispatcher:
@@ -213,7 +217,7 @@ class _Driver:
         metrics: RunMetrics,
         progress: RunProgress,
     ) -> None:
-        """Encode the units of the dispatcher, and put their receipts."""
+        """Encode the units of the dispatcher and put their receipts."""
         dispatcher.qa_wanted = self.counts.qa_wanted(self.work.contract)
         for event in dispatcher.run():
             lease.num_committed = self.counts.num_committed
@@ -226,7 +230,7 @@ class _Driver:
             else:
                 progress.polled(event.stats, event.num_lost)
                 metrics.update_actors(len(event.stats), event.num_lost)
-                self._tell(metrics)
+                self._update_metrics(metrics)
             for result in committer.ended():
                 self._take(result, dispatcher, progress)
                 dispatcher.qa_wanted = self.counts.qa_wanted(self.work.contract)
@@ -238,23 +242,23 @@ class _Driver:
             committer.put(finished)
         for result in committer.drain():
             self._take(result, dispatcher, progress)
-        self._tell(metrics)
+        self._update_metrics(metrics)
 
     def _join(self, lease: Lease, progress: RunProgress) -> None:
-        """Go another way than runs that are at work already; alone where that would be unsafe."""
+        """Use another order of units than other active runs; refuse where two runs are unsafe."""
         if not self.output.is_conditional:
-            found = "has no conditional writes"
+            problem = "has no conditional writes"
             if self.output.conditional == "unknown":
-                found = "did not answer whether it has conditional writes (unknown)"
-            message = f"{self.output.url} {found}: one run at a time, by lease"
+                problem = "did not answer whether it has conditional writes (unknown)"
+            message = f"{self.output.url} {problem}: one run at a time, by lease"
             progress.say("no_conditional_writes", message)
             lease.require_alone()
         elif others := lease.others():
-            # What one has committed the other does not begin, so they share what is left.
+            # A run skips units that another run has committed. In random order they overlap little.
             self.work.pending = random.sample(self.work.pending, len(self.work.pending))
             progress.say("joining", f"joining another run: {others[0]} (compute.on_busy)")
 
-    def _tell(self, metrics: RunMetrics) -> None:
+    def _update_metrics(self, metrics: RunMetrics) -> None:
         num_failed = len(self.failed)
         num_left = len(self.work.left) - num_failed
         metrics.update_units(self.counts.num_committed, num_left, num_failed)
@@ -262,7 +266,7 @@ class _Driver:
     def _take(
         self, result: Committed | Expired, dispatcher: Dispatcher, progress: RunProgress
     ) -> None:
-        """Count a unit whose receipt has been put: its rows exist. One put too late goes again."""
+        """Count a unit whose receipt was put, or encode it again if its receipt was too late."""
         if isinstance(result, Expired):
             self._encode_again(result.finished, dispatcher, progress)
             return
@@ -285,22 +289,22 @@ class _Driver:
     def _encode_again(
         self, finished: Finished, dispatcher: Dispatcher, progress: RunProgress
     ) -> None:
-        """Hand a unit out again whose receipt came too late, or give it up after its retries."""
+        """Dispatch again a unit whose receipt came too late; give it up after its retries."""
         unit = finished.unit.unit
         self.num_expired[unit.id] += 1
-        message = f"{unit.title}: more than a day passed from handing it out to its receipt"
+        message = f"{unit.title}: more than a day passed between its dispatch and its receipt"
         if self.num_expired[unit.id] > self.config.compute.unit_retries:
-            message = f"{message}, {self.num_expired[unit.id]} times: make smaller shards"
+            message = f"{message}, {self.num_expired[unit.id]} times: use smaller shards"
             self._give_up(Failed(finished.task, message), dispatcher, progress)
             return
         progress.say("unit_expired", f"{message}; encoding it again", "warning", source=unit.title)
         dispatcher.add(finished.unit)
 
     def _give_up(self, event: Failed, dispatcher: Dispatcher, progress: RunProgress) -> None:
-        """Plan a changed source anew, or quarantine the unit and go on."""
+        """Plan a changed source again; otherwise record the unit as failed and continue."""
         unit, message = event.task.unit, event.message
         if unit not in self.work.listing[unit.source]:
-            return  # another part of the source told of its change, and all was planned anew
+            return  # another unit of the source reported the change, and all are planned again
         self.replans[unit.source] += 1
         if event.changed and self.replans[unit.source] <= self.config.compute.unit_retries:
             try:
@@ -327,15 +331,15 @@ class _Driver:
         put_failure(self.output, unit, event.task.attempt, message)
 
     def _check(self, progress: RunProgress) -> None:
-        """Stop where going on would only make more of what is wrong."""
+        """Stop the run if a gate fails, because all further units would be wasted."""
         if self.stop.reason:
             return
-        for why in self.counts.stop_reasons(at_work=bool(self.work.left)):
-            progress.say("stopping", why.message, "error", reason=why.status, **why.fields)
-            self.stop.request(why.status)
+        for stop in self.counts.stop_reasons(at_work=bool(self.work.left)):
+            progress.say("stopping", stop.message, "error", reason=stop.status, **stop.fields)
+            self.stop.request(stop.status)
 
     def write_manifest(self, progress: RunProgress) -> Manifest | None:
-        """Write the next manifest, if it would differ from the newest; return the newest."""
+        """Write the next manifest if it differs from the newest one; return the newest one."""
         before, at_work = self.work.state.manifest, bool(self.work.left)
         manifest = self.work.write_manifest(
             may_complete=not (
@@ -357,7 +361,7 @@ class _Driver:
 
 
 def _may_read(config: Config, moved: Moved, unit: Unit) -> bool:
-    """Whether this process may read what a store refused to an actor."""
+    """Return whether this process may read a source that a store refused to an actor."""
     folder, name = split_url(moved.location(unit.source))
     store = Store(folder, config.source.storage)
     try:
@@ -366,5 +370,5 @@ def _may_read(config: Config, moved: Moved, unit: Unit) -> bool:
     except AccessDenied:
         return False
     except StorageError:
-        return True  # whatever it is, it is no lack of rights
+        return True  # any other error does not mean missing permissions
     return True

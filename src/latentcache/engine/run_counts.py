@@ -1,4 +1,4 @@
-"""What a run has done so far, and whether the output still passes what its config asks for."""
+"""The counts of a run so far, and the gates of its config that they must pass."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from latentcache.dataset.receipts import UnitSummary
 from latentcache.engine.commit import Committed
 from latentcache.qa.gates import Gates, QaTotals
 
-# While a run goes on, the reject rate of fewer samples than this says nothing.
+# During a run, the reject rate of fewer samples than this is not judged.
 MIN_SAMPLES_TO_JUDGE = 1000
 
 
 class StopReason(NamedTuple):
-    """Why a run has to stop: its status, a line for the user, and fields of the log."""
+    """Why a run must stop: its status, a message for the user, and fields of the JSON log."""
 
     status: str
     message: str
@@ -26,12 +26,12 @@ class StopReason(NamedTuple):
 
 
 class RunCounts:
-    """Counts of a run, and of the units of the listing that the output has.
+    """The counts of a run, and of the listed units that the output has.
 
     Args:
-        config: of the run.
-        done: the units that the output has already.
-        num_skipped: how many units of the listing need no work.
+        config: the config of the run.
+        done: the listed units that the output has already.
+        num_skipped: the number of listed units that need no work.
     """
 
     def __init__(self, config: Config, done: Iterable[UnitSummary], num_skipped: int) -> None:
@@ -45,7 +45,12 @@ class RunCounts:
             self._add(unit, None)
 
     def add(self, committed: Committed, before: UnitSummary | None) -> None:
-        """Count a unit whose receipt was put, in place of what the output had of it before."""
+        """Count a unit whose receipt was put.
+
+        Args:
+            committed: the receipt in the store.
+            before: the earlier generation of the unit, whose counts are replaced; None if none.
+        """
         receipt = committed.receipt
         if committed.is_ours:
             self.num_committed += 1
@@ -61,7 +66,7 @@ class RunCounts:
         self.qa_totals.add(unit, before)
 
     def qa_wanted(self, contract: Contract) -> dict[str, int]:
-        """Count the QA rows that each bucket is still short of."""
+        """Return the number of QA rows that each bucket still lacks, by bucket name."""
         if not self._config.qa:
             return {}
         least = self._config.qa.min_rows_per_bucket
@@ -70,13 +75,21 @@ class RunCounts:
         return {name: num for name, num in missing.items() if num > 0}
 
     def has_too_many_rejects(self, *, at_work: bool) -> bool:
-        """Whether more samples were rejected than the config allows; `at_work` if more may come."""
+        """Return whether more samples were rejected than the config allows.
+
+        Args:
+            at_work: whether units are left; if not, any number of samples is judged.
+        """
         limit = self._config.rejects.max_rate * self.num_samples
         may_judge = self.num_samples >= MIN_SAMPLES_TO_JUDGE or not at_work
         return may_judge and self.num_rejects > limit
 
     def stop_reasons(self, *, at_work: bool) -> list[StopReason]:
-        """Return why going on would only make more of what is wrong; empty if it is not."""
+        """Return the reasons to stop the run; empty if all gates pass.
+
+        Args:
+            at_work: whether units are left.
+        """
         reasons = [
             StopReason("failed_qa", f"stopping: {breach}", {})
             for breach in self.qa_totals.breaches(at_work=True)

@@ -1,4 +1,4 @@
-"""How many CPUs an actor asks for, so that all actors fit: arithmetic over the nodes' shapes."""
+"""The number of CPUs of an actor, computed from the nodes so that all actors fit."""
 
 from __future__ import annotations
 
@@ -7,19 +7,24 @@ from dataclasses import dataclass
 
 from latentcache.errors import ClusterError
 
-# What `decode_threads: auto` asks for at most.
+# The most CPUs that `decode_threads: auto` requests.
 _MAX_CPUS = 16
 
 
 @dataclass(frozen=True, slots=True)
 class NodeShape:
-    """What a node has."""
+    """The resources of a node."""
 
     num_cpus: int
     num_gpus: int
 
     def num_places(self, num_cpus: int, *, with_gpu: bool) -> int:
-        """Count the actors that it holds if each asks for so many CPUs, or a GPU too."""
+        """Return the number of actors that fit on the node.
+
+        Args:
+            num_cpus: CPUs of each actor.
+            with_gpu: whether each actor also has a GPU.
+        """
         on_cpus = self.num_cpus // num_cpus
         return min(on_cpus, self.num_gpus) if with_gpu else on_cpus
 
@@ -27,20 +32,20 @@ class NodeShape:
 def cpus_per_actor(
     shapes: Sequence[NodeShape], num_actors: int, *, with_gpu: bool, decode_threads: int | None
 ) -> int:
-    """Give the number of CPUs that each actor asks for.
+    """Return the number of CPUs that each actor requests.
 
-    An actor that no node can hold would pend without a word, so that is refused; and one that asks
-    for more than its share of a node would keep others off it. Hence the most CPUs, 16 at most,
-    with which as many actors have room as with one CPU each.
+    By default this is the largest number, up to 16, with which as many actors fit as with one CPU
+    each: an actor that requests more than its share of a node keeps others off that node. An actor
+    that fits on no node would stay pending silently, so that is an error.
 
     Args:
-        shapes: of the nodes that there are.
-        num_actors: how many are wanted; fewer may have room by now.
-        with_gpu: whether each has a GPU; then nodes without one do not count.
-        decode_threads: what the config says; None leaves it to this function.
+        shapes: the present nodes.
+        num_actors: the number of requested actors, of which fewer may fit at present.
+        with_gpu: whether each actor has a GPU; nodes without a GPU then do not count.
+        decode_threads: the value of the config; None computes the default.
 
     Raises:
-        ClusterError: no node can hold an actor.
+        ClusterError: an actor fits on no node.
     """
 
     def num_places(num_cpus: int) -> int:
@@ -48,10 +53,12 @@ def cpus_per_actor(
 
     kind = "node with a GPU" if with_gpu else "node"
     if not num_places(1):
-        raise ClusterError(f"no {kind} of the Ray cluster has a CPU for an actor to decode on")
+        raise ClusterError(
+            f"no {kind} of the Ray cluster has a CPU, which an actor needs to decode: add CPUs"
+        )
     if decode_threads is None:
-        wanted = min(num_actors, num_places(1))
-        return max(n for n in range(1, _MAX_CPUS + 1) if num_places(n) >= wanted)
+        num_fitting = min(num_actors, num_places(1))
+        return max(n for n in range(1, _MAX_CPUS + 1) if num_places(n) >= num_fitting)
     if not num_places(decode_threads):
         largest = max(s.num_cpus for s in shapes if s.num_gpus or not with_gpu)
         raise ClusterError(

@@ -1,9 +1,9 @@
-"""The pieces that a unit's pipeline is made of: stages on their own threads, and what they share.
+"""The building blocks of a unit's pipeline: stages on their own threads, and shared resources.
 
-`PrefetchIterator` runs an iterator ahead of its consumer through a bounded queue; a few of them
-stacked make a pipeline in which every stage waits for the slowest one. `OldestFirstPool` runs the
-jobs of several units on the same threads, the oldest unit's first. `ByteBudget` bounds the bytes
-that they hold.
+`PrefetchIterator` runs an iterator ahead of its consumer, through a bounded queue. Several of them
+form a pipeline in which every stage waits for the slowest one. `OldestFirstPool` runs the jobs of
+several units on shared threads, the oldest unit first. `ByteBudget` bounds the bytes that threads
+hold.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ T = TypeVar("T")
 
 
 class StageTimes:
-    """What one stage does for one unit; thread-safe.
+    """The times of one stage for one unit; thread-safe.
 
-    `busy_s` is its work, in seconds of its threads; `wait_s` the time in which there was work for
-    it and none was done: its thread stood before a full queue, or all its jobs were queued behind
-    another unit's. `num_threads` of the process can do such work at once, for all units together.
+    `busy_s` is the work of its threads in seconds. `wait_s` is the time in seconds in which the
+    stage had work and did none: its thread waited for a full queue, or all its jobs were queued
+    behind those of another unit. `num_threads` is the number of threads in the process that can do
+    this work at once, for all units together.
     """
 
     def __init__(self, num_threads: int = 1) -> None:
@@ -38,14 +39,19 @@ class StageTimes:
         self._since = 0.0
 
     def add(self, busy_s: float = 0.0, wait_s: float = 0.0) -> None:
-        """Add to both."""
+        """Add to both times.
+
+        Args:
+            busy_s: busy seconds.
+            wait_s: waiting seconds.
+        """
         with self._lock:
             self.busy_s += busy_s
             self.wait_s += wait_s
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Count the time inside as busy."""
+        """Count the time inside the context as busy."""
         began = time.perf_counter()
         try:
             yield
@@ -58,7 +64,7 @@ class StageTimes:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Count a job that waited as running, and the time inside as busy."""
+        """Count a queued job as running, and the time inside the context as busy."""
         self._change(queued=-1, running=1)
         try:
             with self.working():
@@ -76,7 +82,7 @@ class StageTimes:
             self._num_running += running
 
     def to_json(self) -> dict[str, float]:
-        """Give the figures, seconds rounded to the millisecond."""
+        """Return the times and the number of threads, with seconds rounded to milliseconds."""
         return {
             "busy_s": round(self.busy_s, 3),
             "wait_s": round(self.wait_s, 3),
@@ -85,35 +91,35 @@ class StageTimes:
 
 
 class ByteBudget:
-    """Bytes that threads may hold together; whoever asks first is served first.
+    """A limit on the bytes that threads hold together; requests are granted in order of arrival.
 
-    So nobody starves: a large request waits for those before it, and those after it wait for the
-    large one. A request for more than `num_bytes` is granted once nothing else is held.
+    So no request starves: a large request waits for earlier ones, and later ones wait for the large
+    one. A request for more than `num_bytes` is granted when nothing else is held.
 
     Args:
-        num_bytes: the budget.
+        num_bytes: the limit in bytes.
     """
 
     def __init__(self, num_bytes: int) -> None:
         self._num_bytes = num_bytes
         self._held = 0
-        self._line: deque[object] = deque()
+        self._requests: deque[object] = deque()
         self._changed = threading.Condition()
 
     def acquire(self, num_bytes: int) -> float:
-        """Wait until so many bytes are free, and hold them; return the seconds that it took."""
+        """Wait until `num_bytes` are free, and hold them; return the waiting time in seconds."""
         began = time.perf_counter()
-        me = object()
+        request = object()
         with self._changed:
-            self._line.append(me)
-            self._changed.wait_for(lambda: self._line[0] is me and self._has(num_bytes))
-            self._line.popleft()
+            self._requests.append(request)
+            self._changed.wait_for(lambda: self._requests[0] is request and self._has(num_bytes))
+            self._requests.popleft()
             self._held += num_bytes
             self._changed.notify_all()
         return time.perf_counter() - began
 
     def release(self, num_bytes: int) -> None:
-        """Hold so many bytes less."""
+        """Release `num_bytes` that are held."""
         with self._changed:
             self._held -= num_bytes
             self._changed.notify_all()
@@ -123,15 +129,15 @@ class ByteBudget:
 
 
 class PrefetchIterator(Generic[T]):
-    """Iterate over `items` on a thread of its own, at most `depth` items ahead of the consumer.
+    """An iterator over `items` that runs on its own thread, up to `depth` items ahead.
 
-    Use it as a context manager: leaving it stops the thread, wherever it stands. What `items`
-    raises is raised to the consumer, after the items before it.
+    Use it as a context manager: leaving the context stops the thread at its next item. The consumer
+    gets an error of `items` after the items before the error.
 
     Args:
-        items: what to run ahead; it is only ever touched by the new thread.
-        depth: how many finished items may wait.
-        times: where to count: busy while `items` works, waiting while the queue is full.
+        items: the items; only the new thread iterates over them.
+        depth: the largest number of finished items that wait.
+        times: counts busy time while `items` runs, and waiting time while the queue is full.
     """
 
     def __init__(self, items: Iterable[T], depth: int, times: StageTimes | None = None) -> None:
@@ -154,7 +160,7 @@ class PrefetchIterator(Generic[T]):
         self._thread.join()
 
     def stop(self) -> None:
-        """Let the thread end at its next item, and the consumer at once."""
+        """Stop the consumer at once and the thread at its next item."""
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
@@ -195,11 +201,11 @@ class PrefetchIterator(Generic[T]):
 
 
 class OldestFirstPool:
-    """Threads shared by several units; of the jobs that wait, the lowest rank goes first.
+    """Threads that several units share; among queued jobs the one with the lowest rank runs first.
 
     Args:
-        name: of the threads.
-        num_threads: how many jobs run at once.
+        name: the prefix of the names of the threads.
+        num_threads: the number of jobs that run at once.
     """
 
     def __init__(self, name: str, num_threads: int) -> None:
@@ -216,7 +222,16 @@ class OldestFirstPool:
             thread.start()
 
     def submit(self, rank: int, job: Callable[[], T], times: StageTimes | None = None) -> Future[T]:
-        """Queue a job; `times` are told that it is queued, and when it runs."""
+        """Queue a job.
+
+        Args:
+            rank: the rank of the job's unit; lower ranks run first.
+            job: the function to run.
+            times: counts when the job is queued and when it runs.
+
+        Returns:
+            The future of the job's result.
+        """
         future: Future[T] = Future()
         times = times or StageTimes()
 
@@ -231,7 +246,7 @@ class OldestFirstPool:
         return future
 
     def drop(self, rank: int) -> None:
-        """Forget the jobs of that rank that have not started."""
+        """Cancel the jobs of a rank that have not started."""
         with self._changed:
             for entry in self._waiting:
                 if entry[0] == rank:
@@ -240,7 +255,7 @@ class OldestFirstPool:
             heapq.heapify(self._waiting)
 
     def close(self) -> None:
-        """End the threads when their present jobs are done."""
+        """End the threads after their present jobs, without starting queued ones."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()

@@ -1,4 +1,4 @@
-"""How far a dataset is: read from its manifest, receipts, failures and leases alone."""
+"""The status of a dataset, read from its manifests, receipts, failures and leases alone."""
 
 from __future__ import annotations
 
@@ -27,19 +27,26 @@ from latentcache.errors import ObjectNotFound
 from latentcache.storage import Store
 from latentcache.storage_options import StorageOptions
 
-# Receipts that tell the bottleneck: the latest.
+# The number of latest receipts from which the bottleneck is computed.
 _NUM_RECEIPTS = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """Totals over all committed units, named by a manifest or not.
+    """Totals over all committed units, whether a manifest names them or not.
 
-    `num_units` are the units that have left a trace, or as many as a run at work will leave, if
-    those are more; `failed` maps the ids of units that were given up, and not committed or replaced
-    since, to why. `reject_reasons` are the most frequent ones. `bottleneck` is the stage that held
-    the latest units up, and what would help; None without rows. `published` is the number of the
-    published manifest, and `gc_at_work` whether `gc` deletes at the moment.
+    Attributes:
+        num_units: committed and failed units, or the number of units that an active run will leave
+            if that is larger.
+        reject_reasons: the most frequent reasons.
+        manifests: the numbers of the manifests, ascending.
+        complete: whether the newest manifest is complete.
+        failed: the failure of each unit that was given up and was not committed or replaced since,
+            by unit id.
+        active_runs: the runs that hold a valid lease.
+        bottleneck: the slowest stage of the latest units and what would help; None without rows.
+        published: the number of the published manifest; None if there is none.
+        gc_at_work: whether a `gc` holds a valid lease.
     """
 
     num_units: int
@@ -57,39 +64,47 @@ class Status:
 
 
 def read_status(url: str, options: StorageOptions) -> Status:
-    """Read the status of an output.
+    """Return the status of an output.
+
+    Args:
+        url: the URL of the dataset.
+        options: the options of the store.
 
     Raises:
-        DatasetError: nothing has been written there yet.
+        DatasetError: there is no dataset at the URL.
     """
     return StatusReader(url, options).read()
 
 
 class StatusReader:
-    """Reads the status of an output, again and again; after the first time, only what is new.
+    """A repeated reader of the status of an output; later calls read only what is new.
 
-    Every time it lists receipts, failures, manifests and leases. Only a manifest that removes units
-    has everything read anew.
+    Each call lists receipts, failures, manifests and leases. Everything is read again only after a
+    manifest that removes units.
+
+    Args:
+        url: the URL of the dataset.
+        options: the options of the store.
 
     Raises:
-        DatasetError: nothing has been written there yet.
+        DatasetError: there is no dataset at the URL.
     """
 
     def __init__(self, url: str, options: StorageOptions) -> None:
         self._store = Store(url, options)
         require_contract(self._store)
         self._manifest: Manifest | None = None
-        self._names: set[str] = set()  # of the receipts that have been taken in
-        self._units: dict[str, UnitSummary] = {}  # that count, or will
-        self._committed_at: dict[str, float] = {}  # by unit, the time of its latest receipt
+        self._names: set[str] = set()  # of the receipts that have been read
+        self._units: dict[str, UnitSummary] = {}  # that count now or in the next manifest
+        self._committed_at: dict[str, float] = {}  # time of the latest receipt, by unit id
         self._stages: deque[dict[str, dict[str, float]] | None] = deque(maxlen=_NUM_RECEIPTS)
         self._failures: dict[str, str] = {}
-        self._failed_at: dict[str, float] = {}  # by the paths of the hints that have been read
-        self._settled = (0, 0.0)  # the manifest before which failures count no more, and when
+        self._failed_at: dict[str, float] = {}  # by the path of each failure
+        self._newest_complete = (0, 0.0)  # its number and time; earlier failures do not count
         self._has_read = False
 
     def read(self) -> Status:
-        """Read what is new, and say how far things are."""
+        """Read the new objects and return the status."""
         manifests = list_manifests(self._store)
         if not self._has_read or self._drops_units(manifests):
             self._read_all()
@@ -100,7 +115,7 @@ class StatusReader:
         return self._status(manifests)
 
     def _list_receipts(self) -> set[str]:
-        """List the names of the receipts, and remember when each unit got its latest one."""
+        """List the names of the receipts, and record the time of each unit's latest receipt."""
         listed = list_receipts(self._store)
         for name, info in listed.items():
             unit = name.rpartition("-")[0]
@@ -109,7 +124,7 @@ class StatusReader:
         return set(listed)
 
     def _drops_units(self, manifests: list[int]) -> bool:
-        """Take in the newest manifest; say whether units that counted may do so no more."""
+        """Read the newest manifest; return whether units that counted may no longer count."""
         known = self._manifest
         if manifests and (known is None or known.number < manifests[-1]):
             self._manifest = read_manifest(self._store, manifests[-1])
@@ -124,7 +139,7 @@ class StatusReader:
         self._units = {unit.unit_id: unit for units in state.live.values() for unit in units}
         outside = [UnitSummary.of(receipt.record) for receipt in state.outside.values()]
         self._units.update({unit.unit_id: unit for unit in outside})
-        # Segments are in the order of their writing; what is in none yet came last.
+        # Segments are numbered in the order of writing. Units in no segment are the latest ones.
         rows = sorted(
             self._units.values(),
             key=lambda unit: math.inf if unit.segment is None else unit.segment,
@@ -148,10 +163,10 @@ class StatusReader:
         self._failed_at.update((hint.path, hint.modified_at or 0.0) for hint in hints)
 
     def _failed_lately(self) -> set[str]:
-        """Return the units that failed, and neither count nor were committed after they did.
+        """Return the ids of units that failed, do not count, and were not committed afterwards.
 
-        Failures before the newest manifest are left out if that is complete: such a unit is in it
-        by now, or is no longer in the source.
+        Failures before a complete newest manifest are left out: such a unit is in that manifest, or
+        is no longer in the source.
         """
         newest, since = self._manifest, 0.0
         if newest and newest.complete:
@@ -164,12 +179,12 @@ class StatusReader:
         }
 
     def _complete_since(self, newest: Manifest) -> float:
-        """Return when the newest manifest, a complete one, was written."""
-        if newest.number != self._settled[0]:
-            with suppress(ObjectNotFound):  # `gc` was faster
+        """Return when the newest manifest, which is complete, was written."""
+        if newest.number != self._newest_complete[0]:
+            with suppress(ObjectNotFound):  # `gc` deleted it meanwhile
                 written_at = self._store.info(newest.path).modified_at or 0.0
-                self._settled = (newest.number, written_at)
-        return self._settled[1]
+                self._newest_complete = (newest.number, written_at)
+        return self._newest_complete[1]
 
     def _status(self, manifests: list[int]) -> Status:
         committed = list(self._units.values())

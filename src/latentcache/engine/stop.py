@@ -1,4 +1,4 @@
-"""A wish to end early, and the signals that become one."""
+"""The request to stop a run early, and the signals that make one."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from types import FrameType
 
 
 class StopSignal:
-    """A wish to end early: no more units are handed out, and those in hand get until `deadline`.
+    """A request to stop a run early.
 
-    `deadline` is in seconds of `time.monotonic`; None lets them finish.
+    After a request no more units are dispatched, and units in progress may run until `deadline`, in
+    seconds of `time.monotonic`. With the deadline None they may finish. `reason` is None until a
+    stop is requested.
     """
 
     def __init__(self) -> None:
@@ -21,15 +23,22 @@ class StopSignal:
         self.deadline: float | None = None
 
     def request(self, reason: str, grace_s: float | None = None) -> None:
-        """Ask for the end; a second wish may only bring it nearer. Safe in a signal handler."""
+        """Request a stop. Safe in a signal handler.
+
+        A second request keeps the first reason and can only make the deadline earlier.
+
+        Args:
+            reason: the status of the run, such as `interrupted`.
+            grace_s: seconds from now until the deadline; None sets no deadline.
+        """
         self.reason = self.reason or reason
         if grace_s is not None:
-            wanted = time.monotonic() + grace_s
-            self.deadline = min(self.deadline or wanted, wanted)
+            deadline = time.monotonic() + grace_s
+            self.deadline = min(self.deadline or deadline, deadline)
 
     @property
     def is_over(self) -> bool:
-        """Whether the units in hand are to be given up."""
+        """Whether the deadline has passed, so that units in progress are abandoned."""
         return self.deadline is not None and time.monotonic() >= self.deadline
 
 
@@ -37,12 +46,15 @@ class StopSignal:
 def stop_on_signals(
     stop: StopSignal, grace_s: float, on_first: Callable[[], None]
 ) -> Iterator[None]:
-    """Turn SIGINT and SIGTERM into a wish to end; Ray sets its own handlers before.
+    """Turn SIGINT and SIGTERM into a stop request inside the context.
+
+    Enter it after Ray has started, because Ray sets handlers of its own. Outside the main thread it
+    does nothing.
 
     Args:
-        stop: told of the wish.
-        grace_s: what the first signal leaves to what is in hand; a second one leaves nothing.
-        on_first: called once, to tell the person.
+        stop: gets the request.
+        grace_s: seconds that units in progress get after the first signal; a second one gives none.
+        on_first: called once after the first signal, to inform the user.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -1,4 +1,4 @@
-"""How a run ended."""
+"""The summary of a run: how it ended, with its counts."""
 
 from __future__ import annotations
 
@@ -13,15 +13,21 @@ from latentcache.storage import Store
 
 @dataclass(slots=True)
 class RunSummary:
-    """How a run ended; `num_rows` and `num_rejects` are of the whole dataset after it.
+    """How a run ended; `num_rows`, `num_rejects` and `num_images` count the whole dataset.
 
-    `status`: `complete`, `incomplete` (units failed, or have other kept columns by another run),
-    `interrupted`, `skipped` (another run is at work, and `compute.on_busy` is `skip`), `no_rows`,
-    `too_many_rejects`, or `failed_qa`, for which `breaches` says why. `num_committed` units were
-    committed by this run, `num_skipped` were there already, `num_other_columns` are there with
-    other kept columns than this run's. `reject_reasons` are the most frequent ones of the whole
-    dataset. `num_qa_rows` rows were looked at, at a mean PSNR of `mean_psnr_db`. `bottleneck` is
-    the stage that held this run up, and what would help; None for a run that made no rows.
+    Attributes:
+        status: `complete`, `incomplete` (units failed, or another run gave them other kept
+            columns), `interrupted`, `skipped` (another run is active and `compute.on_busy` is
+            `skip`), `no_rows`, `too_many_rejects` or `failed_qa`.
+        num_committed: units that this run committed.
+        num_skipped: units that were committed already.
+        num_other_columns: committed units that have other kept columns than this run requests.
+        manifest: the number of the newest manifest; None if there is none.
+        reject_reasons: the most frequent reasons of the whole dataset.
+        num_qa_rows: rows that QA evaluated, with a mean PSNR of `mean_psnr_db`.
+        bottleneck: the slowest stage of this run and what would help; None for a run without rows.
+        breaches: the QA gates that failed.
+        failed: the source and the message of each unit that was given up.
     """
 
     status: str
@@ -54,16 +60,16 @@ def summarise(
     failed: dict[str, str],
     elapsed_s: float,
 ) -> RunSummary:
-    """Say how a run ended.
+    """Return the summary of a run.
 
     Args:
-        work: its units and the state of the output.
-        counts: what it did.
+        work: the units of the run and the state of the output.
+        counts: the counts of the run.
         output: the store.
-        manifest: the newest; None where there is none.
-        stop_reason: why it was stopped; None or empty if it was not.
-        failed: the message for each unit that was given up, by the unit's title.
-        elapsed_s: how long it took.
+        manifest: the newest manifest; None if there is none.
+        stop_reason: why the run was stopped; None or empty if it was not.
+        failed: the message of each unit that was given up, by the unit's title.
+        elapsed_s: the duration of the run in seconds.
     """
     done, at_work = work.done(), bool(work.left)
     num_other_columns = sum(unit.columns != work.columns for unit in done)

@@ -1,9 +1,9 @@
-"""One unit from source shard to uploaded files: fetch, decode, batch, encode, write, upload.
+"""Encoding a unit from source shard to uploaded files: fetch, decode, batch, encode, write, upload.
 
-A `UnitRunner` lives as long as its process and runs up to two units at a time: while one is being
-finished, the next is already fetched and decoded, so that the encoder never waits at a shard's
-edge. It knows nothing of Ray, and it commits nothing: it gives back the receipt for the driver to
-put, so that a process that was given up for dead cannot commit.
+A `UnitRunner` lives as long as its process and runs up to two units at a time. While one unit is
+finished, the next is already fetched and decoded, so the encoder does not wait between shards. It
+does not depend on Ray. It returns the receipt, and only the driver puts it, so a process that the
+driver considers dead cannot commit.
 """
 
 from __future__ import annotations
@@ -49,31 +49,38 @@ from latentcache.qa.row_sample import QaSample
 from latentcache.storage import Store
 from latentcache.vae.encoder import Encoded, LatentEncoder, draw_latents
 
-# Rejects of one reason in one unit that get a thumbnail, where they could be decoded.
+# The most rejects of one reason in one unit that get a thumbnail, if they can be decoded.
 _MAX_THUMBNAILS = 8
 
-# Images that are handed to the encoder together, at least, though it may take fewer at a time:
-# passing each on alone from thread to thread cost a fifth of the whole run's rate without it.
+# The least number of images that go to the encoder together, even if its batches are smaller.
+# Passing single images between threads costs a fifth of the rate of a run.
 _MIN_TOGETHER = 8
 
-# Batches of a unit that may wait for the encoder or the writer, beyond one for each encode thread.
+# Batches of a unit that may wait for the encoder or the writer, besides one for each encode thread.
 _BATCHES_AHEAD = 1
 
-# An actor stays below 2 GiB besides its model, however large the images are. Python with torch and
-# pyarrow takes a quarter of that. Of the rest its two units together may hold so many bytes of
-# samples that wait to be decoded; of images on their way from bytes to crops, which is enough for
-# 16 threads on JPEGs of 16 megapixels; and of batches that wait for the encoder. What alone is
-# larger than that goes alone.
+# An actor uses less than 2 GiB besides its model, for images of any size. Python with torch and
+# pyarrow uses a quarter of that. These budgets limit what the two units of an actor hold together:
+# bytes of samples that wait to be decoded; memory of images during decoding, enough for 16 threads
+# on JPEGs of 16 megapixels; and batches that wait for the encoder. An item that is larger than its
+# budget is processed alone.
 _FETCHED_BYTES = 256 * 2**20
 _DECODING_BYTES = 768 * 2**20
 _BATCHED_BYTES = 256 * 2**20
 
-# And each unit so many bytes of crops between the two: one for each decode thread at least.
+# Each unit may also hold this many bytes of crops between decoder and batch, or one crop for each
+# decode thread if that is more.
 _CROPPED_BYTES = 128 * 2**20
 
 
 class UnitRunner:
-    """Runs units in this process; `run` may be called from two threads at once."""
+    """A runner of units in this process; `run` may be called from two threads at once.
+
+    Args:
+        job: the settings that all units share.
+        encoder: the encoder of the VAE.
+        evaluator: the models of QA; None without QA.
+    """
 
     def __init__(
         self, job: Job, encoder: LatentEncoder, evaluator: QaEvaluator | None = None
@@ -89,7 +96,7 @@ class UnitRunner:
         self.fetched = ByteBudget(_FETCHED_BYTES)
         self.decoding = ByteBudget(_DECODING_BYTES)
         self.batched = ByteBudget(_BATCHED_BYTES)
-        # Threads of decoder and encoder, which QA shares, are there for all units.
+        # All units share the threads of the decoder and of the encoder, which QA uses too.
         num_encode_threads = self.encode_pool.num_threads
         self.attempts = AttemptLog(
             {
@@ -110,9 +117,10 @@ class UnitRunner:
             self._versions["triton"] = triton
 
     def run(self, task: UnitTask) -> Receipt | UnitFailure:
-        """Encode one unit and upload its files; one that another run has committed by now is done.
+        """Encode one unit and upload its files; return the receipt or the failure of the unit.
 
-        Whatever goes wrong becomes the failure of the unit; see `at_boundary`.
+        If another run has committed the unit, its receipt is returned. Errors become a failure; see
+        `at_boundary`.
         """
         return at_boundary(task, partial(self._run, task))
 
@@ -131,11 +139,16 @@ class UnitRunner:
                 return attempt.run()
 
     def stats(self) -> dict[str, float]:
-        """Return cumulative figures; see `AttemptLog.stats`."""
+        """Return cumulative statistics; see `AttemptLog.stats`."""
         return self.attempts.stats()
 
     def receipt(self, attempt: _Encoding, record: UnitRecord) -> Receipt:
-        """Write up a finished attempt."""
+        """Return the receipt of a finished attempt.
+
+        Args:
+            attempt: the attempt.
+            record: its record.
+        """
         notes = dict(attempt.notes)
         if self.evaluator and self.evaluator.agreement_db is not None:
             notes["decoder_agreement_db"] = int(self.evaluator.agreement_db)
@@ -153,12 +166,12 @@ class UnitRunner:
 
 
 _Decoded = tuple[Transformed, RowMeta]
-_Outcome = tuple[_Decoded, Counter[str]] | RejectRow  # a sample, with the notes on its text fields
+_Outcome = tuple[_Decoded, Counter[str]] | RejectRow  # a sample with notes on its text fields
 _Batch = tuple[Bucket, list[RowMeta], torch.Tensor, "Future[Callable[[], Encoded]]"]
 
 
 class _Encoding(Attempt):
-    """One attempt at encoding one unit, in the order in which its data passes."""
+    """One attempt at encoding one unit; its methods are in the order of the data flow."""
 
     def __init__(
         self, runner: UnitRunner, task: UnitTask, rank: int, folder: Path, *, gather: bool
@@ -182,10 +195,10 @@ class _Encoding(Attempt):
         runner = self.runner
         num_threads = runner.decode_pool.num_threads
         crop_bytes = max(_crop_bytes(bucket) for bucket in runner.spec.buckets)
-        ahead = min(2 * num_threads + 16, max(num_threads, _CROPPED_BYTES // crop_bytes))
+        max_decoded = min(2 * num_threads + 16, max(num_threads, _CROPPED_BYTES // crop_bytes))
         with self.writing(), ExitStack() as stack:
             decoding = stack.enter_context(
-                PrefetchIterator(self._decode_all(), ahead, self.times["fetch"])
+                PrefetchIterator(self._decode_all(), max_decoded, self.times["fetch"])
             )
             depth = runner.encode_pool.num_threads + _BATCHES_AHEAD
             batches = stack.enter_context(PrefetchIterator(self._batch(decoding), depth))
@@ -194,7 +207,7 @@ class _Encoding(Attempt):
             stack.callback(decoding.stop)
             for bucket, rows, images, encoding in batches:
                 encoded = encoding.result()()
-                # A GPU works after the encode thread has only told it to.
+                # The encode thread only starts the work of a GPU, whose time is added here.
                 self.times["encode"].add(busy_s=encoded.busy_s - encoded.start_s)
                 with self.times["write"].working():
                     self._write(bucket, rows, images, encoded)
@@ -202,13 +215,13 @@ class _Encoding(Attempt):
         return self.runner.receipt(self, record)
 
     def _decode_all(self) -> Iterator[Future[_Outcome]]:
-        """Fetch: read samples in order, and queue each to be decoded."""
+        """Read samples in order, queue each to be decoded, and yield the future of its result."""
         budget = SampleBudget(self.runner.fetched, self.contract.source.max_sample_bytes)
         try:
             for sample in self.read_samples(budget.reserve):
                 num_bytes = sample.num_bytes if isinstance(sample, Sample) else 0
                 budget.finish(num_bytes)
-                # The thread of this stage counts as busy throughout.
+                # `PrefetchIterator` counts this thread as busy. Count its waiting time as such.
                 self.times["fetch"].add(-budget.waited_s, budget.waited_s)
                 budget.waited_s = 0.0
                 job = partial(self._decode_in_budget, sample)
@@ -223,11 +236,11 @@ class _Encoding(Attempt):
 
         def reserve(num_bytes: int) -> None:
             nonlocal held
-            budget.release(held)  # first, so that nobody waits for more with some in hand
+            budget.release(held)  # first, because no thread may wait while it holds bytes
             held = 0
             waited_s = budget.acquire(num_bytes)
             held = num_bytes
-            self.times["decode"].add(busy_s=-waited_s)  # more threads would only wait with it
+            self.times["decode"].add(busy_s=-waited_s)  # more threads would wait too
 
         try:
             return self._decode(sample, reserve)
@@ -244,7 +257,7 @@ class _Encoding(Attempt):
         except Reject as reject:
             thumbnail = None
             if reject.stage == "transform" and self._wants_thumbnail(reject):
-                with suppress(Reject):  # in full, it may not be decoded
+                with suppress(Reject):  # decoding the full image may fail
                     image = decode_image(sample.image, max_pixels=spec.max_pixels, reserve=reserve)
                     thumbnail = write_thumbnail(torch.from_numpy(image).permute(2, 0, 1))
             return reject_row(sample.key, reject, thumbnail)
@@ -259,7 +272,7 @@ class _Encoding(Attempt):
         return (done, row), notes
 
     def _batch(self, decoding: PrefetchIterator[Future[_Outcome]]) -> Iterator[_Batch]:
-        """Group by bucket, in order, and queue each full batch to be encoded."""
+        """Group samples by bucket, in order, and queue each full batch to be encoded."""
         groups: dict[Bucket, list[_Decoded]] = {}
         for future in decoding:
             outcome = future.result()
@@ -305,13 +318,13 @@ class _Encoding(Attempt):
         posterior, keys = self.contract.latents.posterior, [row.key for row in rows]
         latents = draw_latents(encoded.moments, posterior, self.task.unit.id, keys)
         stored, num_clamped = to_stored(latents, self.contract.latents)
-        # Storing may overflow where encoding did not: float16 ends at 65,504.
+        # The stored dtype may overflow although encoding did not: the largest float16 is 65,504.
         finite = is_finite(stored).all(dim=(1, 2, 3))
         finite[list(encoded.bad)] = False
         for index in (~finite).nonzero().flatten().tolist():
             message = f"the latent overflows {self.contract.latents.dtype}"
             if index in encoded.bad:
-                message = "the latent is not finite, in fp32 too"
+                message = "the latent is not finite, even in fp32"
             reject = Reject("encode", "not_finite", message)
             thumbnail = None
             if self._wants_thumbnail(reject):
@@ -328,7 +341,7 @@ class _Encoding(Attempt):
         self.statistics = self.statistics.merge(Statistics.of(values.numpy()))
 
     def _wants_thumbnail(self, reject: Reject) -> bool:
-        # They are counted as rejects are taken in, in order, so that the first never miss theirs.
+        # `_reject` counts thumbnails in the order of the samples, so the first rejects get them.
         return self.num_thumbnails[reject.reason] < _MAX_THUMBNAILS
 
     def _reject(self, row: RejectRow) -> None:
@@ -339,7 +352,7 @@ class _Encoding(Attempt):
         self.runner.rejects[row.stage, row.reason] += 1
 
     def _evaluate(self) -> tuple[Path, QaFile] | None:
-        """Measure the chosen rows, as they lie in the closed files."""
+        """Evaluate the sampled rows, as they are stored in the closed files; write the QA file."""
         qa, evaluator = self.job.qa, self.runner.evaluator
         if not (qa and evaluator and self.sample):
             return None

@@ -1,4 +1,4 @@
-"""The units that wait for an actor, and how often each was tried."""
+"""The queue of units that wait for an actor, with the number of tries of each."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from latentcache.engine.job import UnitFailure, UnitTask
 from latentcache.engine.plan import PlannedUnit
 from latentcache.errors import AccessDenied
 
-# From so many losses on a unit has its actor to itself: if it is what takes nodes down, as one that
-# eats all their memory does, it drags no other along.
+# After this many losses a unit runs alone on its actor. A unit that takes nodes down, for example
+# by using all their memory, then takes no other unit down with it.
 _ALONE_AFTER_LOSSES = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """A unit in an actor's hands; `alone` because an earlier attempt may have crashed its actor.
+    """A unit that is assigned to an actor.
 
-    `valid_until` counts from when it was handed out, which is before any upload.
+    `alone` is set if an earlier attempt may have crashed its actor. The receipt may be put until
+    `valid_until`, in seconds of `clock.boot_time_s`; the time counts from the dispatch, which is
+    before any upload.
     """
 
     unit: PlannedUnit
@@ -31,12 +33,13 @@ class Assignment:
 
 
 class UnitQueue:
-    """Units that wait: `pending` ones, and `suspects`, each of which goes to an actor alone.
+    """Units that wait: `pending` ones, and `suspects`, each of which runs alone on an actor.
 
     Args:
-        pending: the units to begin with.
-        retries: how often a unit is tried again, before it is given up.
-        may_read: whether the driver itself may read a unit's source, where an actor may not.
+        pending: the first units of the queue.
+        retries: how often a unit is tried again before it is given up.
+        may_read: returns whether the driver itself may read the source of a unit; called when a
+            store has refused that source to an actor.
     """
 
     def __init__(
@@ -58,20 +61,24 @@ class UnitQueue:
     def fail(
         self, assignment: Assignment, failure: UnitFailure, *, crashed: bool = False
     ) -> Iterator[Failed]:
-        """Queue a unit that failed again, or give it up; end the run, if no other can do better.
+        """Queue a failed unit again, or yield it as given up.
 
         Args:
             assignment: the unit.
-            failure: what went wrong.
-            crashed: the actor is gone too, so the unit goes alone.
+            failure: why the attempt failed.
+            crashed: the actor is lost too, so the unit becomes a suspect.
+
+        Raises:
+            AccessDenied: a store refuses an actor a source that the driver may read.
+            LatentCacheError: the failure affects all units.
         """
         if failure.fatal:
             raise failure.fatal
         unit = assignment.unit
         if failure.denied and self._may_read(unit.unit):
             raise AccessDenied(
-                f"{failure.message}; the driver may, so give every node the same credentials or "
-                "permissions, and the right time"
+                f"{failure.message}; the driver has access, so give every node the same "
+                "credentials or permissions, and the right time"
             )
         self._failures[unit.unit.id] += 1
         is_final = failure.changed or failure.lacks_field
@@ -83,20 +90,24 @@ class UnitQueue:
     def lose(self, assignments: list[Assignment], *, has_crashed: bool) -> Iterator[Failed]:
         """Queue the units of a lost actor again.
 
-        Only a crash with one unit in hand is that unit's failure.
+        Only a crash with a single unit in progress counts as a failure of that unit.
+
+        Args:
+            assignments: the units of the actor.
+            has_crashed: whether the actor crashed; False if its node was lost.
         """
         if not has_crashed:
             for assignment in assignments:
                 yield from self._preempted(assignment)
         elif len(assignments) == 1:
             source = assignments[0].unit.unit.source
-            message = f"{source}: its actor crashed or was killed with this unit alone in hand"
+            message = f"{source}: its actor crashed or was killed while it ran this unit alone"
             yield from self.fail(assignments[0], UnitFailure(message), crashed=True)
         else:
             self.suspects.extend(assignment.unit for assignment in assignments)
 
     def _preempted(self, assignment: Assignment) -> Iterator[Failed]:
-        """A unit's node was taken away: it goes first, unless that has happened too often."""
+        """Queue a unit whose node was lost first, or yield it if that happened too often."""
         unit = assignment.unit
         self._losses[unit.unit.id] += 1
         num_losses = self._losses[unit.unit.id]

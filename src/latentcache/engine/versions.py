@@ -1,4 +1,4 @@
-"""What must be the same on the driver and on every worker."""
+"""The versions that must be the same on the driver and on every worker."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from latentcache.errors import ClusterError
 
 @dataclass(frozen=True, slots=True)
 class Versions:
-    """Of this package, which decides every byte, and of torch.
+    """The versions of this package, which determines every stored byte, and of torch.
 
-    Of torch a release's repairs may differ, and so may its build: a driver without a GPU has
-    `2.13.0+cpu` where its workers have `2.13.1+cu130`. Ray itself sees to its own and Python's.
+    The patch release and the build of torch may differ: a driver without a GPU has `2.13.0+cpu`,
+    and its workers have `2.13.1+cu130`. Ray itself checks its own version and that of Python.
     """
 
     latentcache: str
@@ -24,27 +24,27 @@ class Versions:
 
     @classmethod
     def here(cls) -> Versions:
-        """Those of this process."""
+        """Return the versions of this process."""
         return cls(__version__, str(torch.__version__))
 
     def require_here(self) -> None:
-        """Refuse to work for a driver of other versions than this process's.
+        """Check that this process has the versions of the driver.
 
         Raises:
-            ClusterError: names the node, both versions and the mend.
+            ClusterError: a version differs; names the node, both versions and the fix.
         """
         here = Versions.here()
-        for name, wanted, found in (
+        for name, expected, actual in (
             ("latentcache", self.latentcache, here.latentcache),
             ("torch", _release(self.torch), _release(here.torch)),
         ):
-            if wanted != found:
+            if expected != actual:
                 raise ClusterError(
                     f"node {socket.gethostname()} has {name} {getattr(here, name)}, but the driver "
-                    f"{getattr(self, name)}: install the same on every node"
+                    f"has {getattr(self, name)}: install the same version on every node"
                 )
 
 
 def _release(version: str) -> str:
-    """Major and minor: `2.13` of `2.13.1+cu130`."""
+    """Return the major and minor version, such as `2.13` of `2.13.1+cu130`."""
     return ".".join(version.split(".")[:2])

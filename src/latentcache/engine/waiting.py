@@ -1,4 +1,4 @@
-"""Waiting for something outside, and telling the person who waits."""
+"""Waiting for external resources, with messages for the user."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from latentcache.errors import one_line
 _REMIND_EVERY_S = 60.0
 
 
-def _tell(line: str) -> None:
+def _print_line(line: str) -> None:
     print(one_line(line), file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True, slots=True)
 class WaitPolicy:
-    """How long to wait for GPUs, and what happens while something is waited for.
+    """How long to wait for GPUs, and what to call during a wait.
 
     Args:
-        wait_for_gpus_s: how long a cluster may have none.
-        say: tells the person one line.
-        keep_alive: called about every second.
+        wait_for_gpus_s: how many seconds a cluster may have no GPU.
+        say: shows one line to the user.
+        keep_alive: called about once a second, such as to renew the lease.
     """
 
     wait_for_gpus_s: float = 0.0
-    say: Callable[[str], None] = _tell
+    say: Callable[[str], None] = _print_line
     keep_alive: Callable[[], None] = lambda: None
 
 
@@ -35,14 +35,14 @@ NO_WAIT = WaitPolicy()
 
 
 class Reminder:
-    """Says what is waited for: at once, and then every minute."""
+    """A message about a wait, shown at once and then every minute."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say = say
         self._due_at = time.monotonic()
 
     def remind(self, line: str) -> None:
-        """Say it, if it is time."""
+        """Show a line if a minute has passed since the last one."""
         if time.monotonic() >= self._due_at:
             self._due_at = time.monotonic() + _REMIND_EVERY_S
             self._say(line)

@@ -1,4 +1,4 @@
-"""Following a dataset while it grows: its status now and then, with rates and the time left."""
+"""Repeated status of a growing dataset, with rates and the time left."""
 
 from __future__ import annotations
 
@@ -16,16 +16,20 @@ from latentcache.engine.status import Status, StatusReader
 from latentcache.errors import one_line
 from latentcache.storage_options import StorageOptions
 
-# Rates are over what was watched, but over no more than this.
+# Rates are computed over the readings of at most this many seconds.
 _WINDOW_S = 600.0
 
-# Of very many units the receipts alone take long to list: reading gets a tenth of the time.
-_REST = 9.0
+# The pause after a reading, in multiples of its duration: listing the receipts of very many units
+# takes long, so reading gets at most a tenth of the time.
+_PAUSE_RATIO = 9.0
 
 
 @dataclass(frozen=True, slots=True)
 class Watched:
-    """A status, and what has changed over the last `window_s`; None where that tells nothing."""
+    """A status with the change over the last `window_s` seconds.
+
+    `rows_per_s` and `left_s` (seconds until all units are committed) are None while unknown.
+    """
 
     status: Status
     window_s: float
@@ -33,7 +37,7 @@ class Watched:
     left_s: float | None
 
     def to_json(self) -> dict[str, Any]:
-        """Say all of it; the status' own fields are at the top."""
+        """Return all fields as a JSON object, with the fields of the status at the top level."""
         return {
             **asdict(self.status),
             "window_s": round(self.window_s, 3),
@@ -42,7 +46,7 @@ class Watched:
         }
 
     def to_line(self) -> str:
-        """Say it in one line."""
+        """Return the status as one line of text."""
         status = self.status
         parts = [f"{status.num_committed}/{status.num_units} units", f"{status.num_rows} rows"]
         if self.rows_per_s is not None:
@@ -50,13 +54,18 @@ class Watched:
         if self.left_s is not None:
             parts.append(f"{self.left_s:.0f} s left")
         parts += [f"{status.num_rejects} rejects", f"{len(status.failed)} failed"]
-        parts.append(f"{len(status.active_runs)} runs at work")
+        parts.append(f"{len(status.active_runs)} active runs")
         if status.bottleneck:
             parts.append(status.bottleneck)
         return one_line(", ".join(parts))
 
     def to_table(self, url: str, most_failures: int = 5) -> Table:
-        """Say it in a few lines, for a terminal."""
+        """Return the status as a table for a terminal.
+
+        Args:
+            url: the URL of the dataset.
+            most_failures: how many failed units to list.
+        """
         status = self.status
         table = Table.grid(padding=(0, 2))
 
@@ -79,9 +88,9 @@ class Watched:
         for run in status.active_runs:
             add("run", f"{run.host}, pid {run.pid}, seen {run.age_s:.0f} s ago")
         if not status.active_runs:
-            add("run", "none at work")
+            add("run", "none active")
         if status.gc_at_work:
-            add("gc", "at work")
+            add("gc", "active")
         for number, message in enumerate(status.failed.values()):
             if number == most_failures:
                 add("", f"and {len(status.failed) - most_failures} more")
@@ -98,17 +107,18 @@ def watch(
     clock: Callable[[], float] = time.monotonic,
     wait: Callable[[float], None] = time.sleep,
 ) -> Iterator[Watched]:
-    """Read the status now and then, until the dataset is complete and no run is at work.
+    """Yield the status repeatedly, until the dataset is complete and no run is active.
 
     Args:
-        url: the dataset.
-        options: how to reach it.
-        every_s: between two readings, at least; where reading takes long, nine times as long.
-        clock: tells seconds.
-        wait: lets seconds pass.
+        url: the URL of the dataset.
+        options: the options of the store.
+        every_s: the least pause between two readings in seconds; a pause also lasts at least nine
+            times as long as the reading before it.
+        clock: returns the time in seconds.
+        wait: waits for a number of seconds.
 
     Raises:
-        DatasetError: nothing has been written there yet.
+        DatasetError: there is no dataset at the URL.
     """
     reader = StatusReader(url, options)
     readings: deque[tuple[float, Status]] = deque()
@@ -122,7 +132,7 @@ def watch(
         yield _watched(now, status, *readings[0])
         if status.complete and not status.active_runs:
             return
-        wait(max(every_s, _REST * (now - began)))
+        wait(max(every_s, _PAUSE_RATIO * (now - began)))
 
 
 def _watched(now: float, status: Status, then: float, before: Status) -> Watched:

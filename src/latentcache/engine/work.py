@@ -1,4 +1,4 @@
-"""The units of a run: those of the listing, what the output has of them, and what is left to do."""
+"""The units of a run: the listed units, their state at the output, and the units that are left."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from latentcache.images.source import SourceShard, list_source
 
 
 class Work:
-    """The units of the source as it was listed, and the state of the output.
+    """The listed units of the source, and the state of the output.
 
     Args:
-        config: of the run.
-        plan: of the run.
+        config: the config of the run.
+        plan: the plan of the run.
     """
 
     def __init__(self, config: Config, plan: Plan) -> None:
@@ -33,7 +33,7 @@ class Work:
         self.left = {planned.unit.id for planned in plan.pending}
 
     def adopt(self, contract: Contract) -> None:
-        """Take a contract that is resolved; the units get their names from it."""
+        """Use a resolved contract; the ids of the units follow from it."""
         self.contract = contract
         units = units_of(self.shards, contract)
         self.listing = by_source(units)
@@ -44,27 +44,27 @@ class Work:
         self.left = {unit.id for unit in units}
 
     def add(self, receipt: Receipt) -> UnitSummary | None:
-        """Take in a receipt that was put; return what the output had of its unit before."""
+        """Add a receipt that was put; return the earlier generation of its unit, or None."""
         record, before = receipt.record, self.state.current(receipt.record.unit.id)
         self.state.add(receipt)
-        # Another run's may have other kept columns: then the unit is to be done.
+        # The receipt of another run may have other kept columns; then the unit is still left.
         if record.columns == self.columns:
             self.left.discard(record.unit.id)
         return before
 
     def replan(self, failed: Unit, shards: Sequence[SourceShard]) -> list[PlannedUnit]:
-        """Take a source's new units for its old ones; what is there or under way stays so.
+        """Replace the units of a changed source; units that are done or in progress stay so.
 
         Args:
-            failed: the unit that met the change.
-            shards: the source as it is now.
+            failed: the unit that reported the change.
+            shards: the present shards of the source.
 
         Returns:
-            The units to hand out.
+            The units to dispatch.
         """
         units = units_of(shards, self.contract)
         before = {unit.id for unit in self.listing[failed.source]}
-        under_way = (self.left & before) - {failed.id}
+        in_progress = (self.left & before) - {failed.id}
         self.listing = {**self.listing, failed.source: units}
         self.left -= before
         added = []
@@ -73,46 +73,48 @@ class Work:
             if planned is None and self.state.current(unit.id):
                 continue
             self.left.add(unit.id)
-            if unit.id not in under_way:
+            if unit.id not in in_progress:
                 generation = self.state.generation(unit.id) + 1
                 new = PlannedUnit(unit, generation, "changed", shard.files, shard.url)
                 added.append(planned or new)
         return added
 
     def units(self) -> list[Unit]:
-        """Return the units of the listing."""
+        """Return the listed units."""
         return [unit for units in self.listing.values() for unit in units]
 
     def done(self) -> list[UnitSummary]:
-        """Return what the output has of the units of the listing."""
+        """Return the listed units that are committed."""
         return [done for unit in self.units() if (done := self.state.current(unit.id))]
 
     def counted(self) -> Iterator[UnitSummary]:
-        """Return the units that the dataset has: those of the listing, and what stands in for them
-        or is no longer listed.
+        """Yield the units that the dataset has.
+
+        These are the committed units of each listed source, or its older ones if it has none yet.
+        With `on_missing: keep` the units of vanished sources are included.
         """
         for source, units in self.listing.items():
-            found = [unit for u in units if (unit := self.state.current(u.id))]
-            yield from found or self.state.live.get(source, ())
+            committed = [unit for u in units if (unit := self.state.current(u.id))]
+            yield from committed or self.state.live.get(source, ())
         if self._source.on_missing == "keep":
             for source in self.state.live.keys() - self.listing.keys():
                 yield from self.state.live[source]
 
     @property
     def num_total(self) -> int:
-        """Units that the output will have, if all goes well."""
-        gone = self.state.live.keys() - self.listing.keys()
-        kept = gone if self._source.on_missing == "keep" else ()
+        """The number of units that the output has after a complete run."""
+        vanished = self.state.live.keys() - self.listing.keys()
+        kept = vanished if self._source.on_missing == "keep" else ()
         num_kept = sum(len(self.state.live[source]) for source in kept)
         return num_kept + sum(map(len, self.listing.values()))
 
     @property
     def has_no_rows(self) -> bool:
-        """Whether all is done and there is not one row."""
+        """Whether no unit is left and the dataset has no row."""
         return not self.left and not any(unit.num_rows for unit in self.counted())
 
     def write_manifest(self, *, may_complete: bool) -> Manifest | None:
-        """Write the next manifest, if it would differ from the newest; return the newest."""
+        """Write the next manifest if it differs from the newest one; return the newest one."""
         listings = self._listings()
         self.state, manifest = write_next(
             self.state,
@@ -126,7 +128,7 @@ class Work:
         return manifest
 
     def _listings(self) -> Iterator[SourceSnapshot]:
-        """Return the listing that the run works on, and after a lost race a new one each time."""
+        """Yield the listing of the run, and a new listing after each lost race for a manifest."""
         yield self.listing
         while True:
             shards = list_source(self._source, self._source.num_units, self.listing.keys())

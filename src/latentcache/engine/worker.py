@@ -1,4 +1,4 @@
-"""What an actor loads before its first unit."""
+"""The part of an actor that does not depend on Ray: it loads models and runs units."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from latentcache.vae.weights import encoder_fingerprint, load_vae
 
 
 class ActorRunner:
-    """Runs the units of one actor: rewrites without an encoder, all others with one.
+    """The runner of one actor: rewrites units without an encoder, and encodes all others.
 
     Args:
-        job: what the units have in common; with `loads_late` the encoder waits for a unit that
-            needs it.
+        job: the settings that all units share; with `loads_late` the encoder is loaded when the
+            first unit needs it.
         device: `cuda` or `cpu`.
 
     Raises:
-        ClusterError: as `load_runner`.
-        CheckpointError: likewise.
+        ClusterError: see `load_runner`.
+        CheckpointError: see `load_runner`.
     """
 
     def __init__(self, job: Job, device: str) -> None:
@@ -42,21 +42,21 @@ class ActorRunner:
         self._encoding = None if job.loads_late else load_runner(job, device)
 
     def run(self, task: UnitTask) -> Receipt | UnitFailure:
-        """Run one unit; may be called from two threads at once."""
+        """Run one unit and return its receipt or failure; two threads may call this at once."""
         if task.rewrites and (rewritten := self._rewriter.run(task)):
             return rewritten
         loaded = at_boundary(task, self.load)
         return loaded if isinstance(loaded, UnitFailure) else loaded.run(task)
 
     def load(self) -> UnitRunner:
-        """Return the runner that encodes; load it if need be."""
+        """Return the runner that encodes; load it at the first call."""
         with self._lock:
             if self._encoding is None:
                 self._encoding = load_runner(self.job, self._device)
             return self._encoding
 
     def stats(self) -> dict[str, float]:
-        """Return cumulative figures; see `UnitRunner.stats`."""
+        """Return cumulative statistics; see `UnitRunner.stats`."""
         rewritten, encoding = self._rewriter.stats(), self._encoding
         if encoding is None:
             return rewritten
@@ -68,22 +68,26 @@ class ActorRunner:
 
     @property
     def rejects(self) -> dict[tuple[str, str], int]:
-        """Rejects so far, by stage and reason."""
+        """The number of rejects so far, by stage and reason."""
         return dict(self._encoding.rejects) if self._encoding else {}
 
 
 def load_runner(job: Job, device: str) -> UnitRunner:
-    """Load what runs units.
+    """Load the models and return the runner that encodes units.
+
+    Args:
+        job: the settings that all units share.
+        device: `cuda` or `cpu`.
 
     Raises:
-        ClusterError: the device cannot be used here, or the checkpoint is another one here.
+        ClusterError: this node cannot use the device, or reads another checkpoint than the driver.
         CheckpointError: a checkpoint cannot be used.
     """
     vae = _load_vae(job, device)
     evaluator = load_evaluator(job.contract, vae, job.qa.models) if job.qa else None
     encoder = LatentEncoder(vae, job.contract.latents.precision, job.batch_size)
     runner = UnitRunner(job, encoder, evaluator)
-    # The runner's threads fill the cores; where few can encode at once, torch's help them.
+    # The runner's threads use all cores. If few of them encode at once, torch's threads help.
     num_encoding = runner.encode_pool.num_threads
     num_threads = torch.get_num_threads() // num_encoding if device == "cpu" else 1
     torch.set_num_threads(max(1, num_threads))
@@ -91,7 +95,13 @@ def load_runner(job: Job, device: str) -> UnitRunner:
 
 
 def calibrate_contract(job: Job, shards: Sequence[SourceShard], device: str) -> Contract:
-    """Find out what the job's contract leaves open; see `engine/calibration.py`."""
+    """Return the contract of a job with its open values measured; see `engine/calibration.py`.
+
+    Args:
+        job: the job of the run.
+        shards: the source shards.
+        device: `cuda` or `cpu`.
+    """
     return calibrate(_load_vae(job, device), job, shards)
 
 
@@ -100,7 +110,7 @@ def _load_vae(job: Job, device: str) -> KLAutoencoder:
     vae = load_vae(job.checkpoint, device=device, decoder=False, options=job.checkpoint_storage)
     if encoder_fingerprint(vae) != job.contract.vae.encoder_fingerprint:
         raise ClusterError(
-            f"{job.checkpoint} gives a worker another encoder than it gave the driver: put the "
-            "checkpoint where every node reads the same"
+            f"{job.checkpoint} has another encoder on a worker than on the driver: put the "
+            "checkpoint where every node reads the same file"
         )
     return vae
