@@ -208,7 +208,7 @@ def test_manifests_that_cannot_be_read_are_named(tmp_path: Path) -> None:
         on_missing="keep",
         columns=columns_of(["txt"]),
     )
-    with pytest.raises(DatasetError, match=r"no complete manifest yet.* ask for manifest 1"):
+    with pytest.raises(DatasetError, match=r"no complete manifest yet.* name manifest 1"):
         LatentLoader(url, batch_size=4)
     assert len(LatentLoader(url, batch_size=4, manifest=1)) == 1
 

@@ -198,7 +198,7 @@ def test_a_dataset_without_a_complete_manifest_is_told(tmp_path: Path, dataset: 
     (path,) = manifests.iterdir()
     tree = json.loads(path.read_text()) | {"complete": False}
     path.write_text(json.dumps(tree))
-    with pytest.raises(DatasetError, match=r"no complete manifest yet; .* ask for manifest 1"):
+    with pytest.raises(DatasetError, match=r"no complete manifest yet: .* name manifest 1"):
         open_dataset(dataset.url)
     path.unlink()
     with pytest.raises(DatasetError, match="no manifest yet"):
