@@ -219,7 +219,7 @@ def test_segments_that_are_gone_or_garbled_are_named(url: str) -> None:
     with pytest.raises(DatasetError, match=f"{segment} is damaged"):
         LatentLoader(url, batch_size=4)
     segment.unlink()
-    with pytest.raises(DatasetError, match=f"{segment}, which is gone"):
+    with pytest.raises(DatasetError, match=f"{segment}, which does not exist"):
         LatentLoader(url, batch_size=4)
 
 

@@ -214,7 +214,7 @@ def test_a_damaged_or_lost_segment_is_told(tmp_path: Path, dataset: Dataset):
     with pytest.raises(DatasetError, match=rf"{segment.name} is damaged"):
         open_dataset(dataset.url)
     segment.unlink()
-    with pytest.raises(DatasetError, match=rf"manifest 1 names .*{segment.name}, which is gone"):
+    with pytest.raises(DatasetError, match=rf"manifest 1 lists .*{segment.name}, which does not"):
         open_dataset(dataset.url)
 
 
