@@ -213,7 +213,7 @@ def test_a_pointer_that_moves_on_while_it_is_followed_is_read_again(
 def test_a_manifest_has_two_names_and_no_others(world: World) -> None:
     nights(world)
     name: Any = "publish"
-    with pytest.raises(ConfigError, match="'publish'; give its number, or 'published'"):
+    with pytest.raises(ConfigError, match="'publish': give its number, or 'published'"):
         open_dataset(world.url, name)
 
 
