@@ -86,10 +86,10 @@ def garble(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (Path.unlink, "which the manifest names, is gone; run `latentcache verify --repair`"),
-        (cut, r"has \d+ bytes, not \d+; run `latentcache verify --repair`"),
-        (empty, r"has 0 bytes, not \d+; run `latentcache verify --repair`"),
-        (lengthen, r"has \d+ bytes, not \d+; run `latentcache verify --repair`"),
+        (Path.unlink, "which the manifest lists, is gone: run `latentcache verify --repair`"),
+        (cut, r"has \d+ bytes, not \d+: run `latentcache verify --repair`"),
+        (empty, r"has 0 bytes, not \d+: run `latentcache verify --repair`"),
+        (lengthen, r"has \d+ bytes, not \d+: run `latentcache verify --repair`"),
         (garble, "is damaged: .*; run `latentcache verify`"),
     ],
 )
