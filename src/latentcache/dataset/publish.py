@@ -1,6 +1,6 @@
 """`published.json`: a pointer to the manifest that training should read.
 
-It is the only file that is ever overwritten. It is replaced as a whole, so that a reader sees
+It is the only pointer of a dataset that changes. It is replaced as a whole, so that a reader sees
 either the old or the new content.
 """
 

@@ -120,11 +120,11 @@ class BatchReader:
         files = np.concatenate([chosen.files for chosen in group])
         rows, partners = self._joined.find(files, np.concatenate([chosen.rows for chosen in group]))
         sources, numbers = self._files.source_of[files], self._files.first_row[files] + rows
-        found = self.rows.find(group[0].bucket, files, rows)
+        located = self.rows.find(group[0].bucket, files, rows)
         plans, end = [], 0
         for chosen in group:
             mine = slice(end, end := end + len(chosen.files))
-            part = found.part(mine)
+            part = located.part(mine)
             columns = {name: _tensor(name, values) for name, values in part.columns.items()}
             columns |= self._joined.read(partners[mine])
             plans.append(Plan(epoch, chosen, part, sources[mine], numbers[mine], columns))
