@@ -57,18 +57,15 @@ class LatentLoader:
         manifest: number of a manifest or "published", or {url: one of these}; None takes the newest
             complete one.
         shuffle: False reads in the order of the source shards, bucket after bucket.
-        window_rows: number of rows of a bucket that are shuffled among each other; see
-            `loader/order.py`.
-        block_rows: number of neighbouring rows that stay together when blocks are shuffled; None
-            takes a row group.
+        window_rows: how many rows of a bucket are shuffled together; see `loader/order.py`.
+        block_rows: size in rows of the blocks that are shuffled before; None takes a row group.
         tail: what happens to the rows of a bucket that do not fill a batch. `drop` leaves them out
             of the epoch (different rows in each epoch), `pad` repeats rows, `short` yields a
             smaller batch.
         dtype: dtype of the latents.
         normalize: return `(z - shift) * scale`; False returns the encoder's values.
         device: device of the batches. Batches on the CPU are pinned if there is a GPU.
-        columns: names of the dataset's columns to read, also `unit` and `key`; None takes all kept
-            columns.
+        columns: names of the columns to read, also `unit` and `key`; None takes all kept columns.
         join: a Parquet file with more columns, by `unit` and `key`; see `Join`.
         cache_dir: folder for cached files of remote stores; the ranks of a node share it.
         cache_bytes: maximum size of the cached files, as a number or as text like "100gb".
