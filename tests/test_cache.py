@@ -395,7 +395,7 @@ def test_an_object_that_is_gone_is_named(remote: Remote, folder: Path) -> None:
         remote.delete(file)
     assert sha256(read(cache, remote.store, cached)) == cached.sha256
     url = remote.store.url_of("b")
-    with pytest.raises(DatasetError, match=f"{url}: .*the manifest names it: .*repair") as caught:
+    with pytest.raises(DatasetError, match=f"{url}: .*the manifest lists it: .*repair") as caught:
         read(cache, remote.store, gone)
     assert isinstance(caught.value.__cause__, ObjectNotFound)
     assert names_in(folder) == {cached.sha256}

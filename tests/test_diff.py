@@ -161,7 +161,7 @@ def test_publishing_again_writes_nothing(world: World) -> None:
 
 def test_it_goes_back_only_if_told(world: World) -> None:
     publish(nights(world).url, 3)
-    with pytest.raises(ConfigError, match="manifest 3 published, which is newer than 2; --force"):
+    with pytest.raises(ConfigError, match="manifest 3 published, which is newer than 2: use"):
         publish(world.url, 2)
     assert publish(world.url, 2, force=True).manifest == 2
 
@@ -213,7 +213,7 @@ def test_a_pointer_that_moves_on_while_it_is_followed_is_read_again(
 def test_a_manifest_has_two_names_and_no_others(world: World) -> None:
     nights(world)
     name: Any = "publish"
-    with pytest.raises(ConfigError, match="'publish'; give its number, or 'published'"):
+    with pytest.raises(ConfigError, match="'publish': give its number, or 'published'"):
         open_dataset(world.url, name)
 
 

@@ -411,7 +411,7 @@ def test_what_an_actor_raises_is_one_line(cli: Cli, tree: dict[str, Any], tmp_pa
     assert result.code == result.json["exit_code"] == 2, result.stderr
     assert len(result.stderr.splitlines()) == 1, result.stderr
     line = result.stderr
-    assert "vgg16.pth is not the file that was meant" in line
+    assert "vgg16.pth is not the expected file" in line
     assert list((tmp_path / "out").iterdir()) == []
 
 

@@ -155,7 +155,7 @@ def test_leases_and_hints_that_cannot_be_read_stop_nobody(tmp_path: Path) -> Non
 def test_paths_slices_numbers_and_pickles_are_taken(tmp_path: Path) -> None:
     dataset = pickle.loads(pickle.dumps(open_dataset(write(tmp_path))))
     assert [row.key for row in dataset[-2:]] == [dataset[8].key, dataset[torch.tensor(-1)].key]
-    with pytest.raises(TypeError, match="whole number or a slice"):
+    with pytest.raises(TypeError, match="an integer or a slice"):
         dataset["0"]
     mapped = LatentDataset(tmp_path, columns=["key", "caption"])
     assert [row["key"] for row in mapped[1:3]] == [row.key for row in dataset[1:3]]

@@ -238,12 +238,12 @@ def broken(table: pa.Table, how: str) -> pa.Table:
     ("how", "kind", "told"),
     [
         ("missing", DatasetError, "has no row for unit"),
-        ("twice", DatasetError, "several rows of one key"),
+        ("twice", DatasetError, "several rows with the same key"),
         ("no key", ConfigError, "no column 'key'"),
         ("number", ConfigError, "column 'key' of .* is int64, not text"),
         ("no unit", ConfigError, "column 'unit' of .* has rows without a value"),
         ("ragged", ConfigError, "lists of several lengths"),
-        ("null", ConfigError, "lists of several lengths, or none"),
+        ("null", ConfigError, "lists of several lengths, or nulls"),
     ],
 )
 def test_a_join_that_cannot_be_is_told(
@@ -277,7 +277,7 @@ def test_files_of_a_folder_may_differ_in_what_is_not_asked_for(
     table = table_of(folder)
     write(table[:7].append_column("n", pa.array(range(7), pa.int32())), tmp_path / "a.parquet")
     write(table[7:].select(["caption", "key", "unit"]), tmp_path / "b.parquet")
-    with pytest.raises(ConfigError, match=r"b\.parquet has columns .*choose with Join"):
+    with pytest.raises(ConfigError, match=r"b\.parquet has columns .*select columns with Join"):
         load(folder, tmp_path)
     found = columns_of(load(folder, Join(str(tmp_path), columns=["caption", "key"])))
     assert found == columns_of(load(folder, write(table, tmp_path / "all.parquet")))

@@ -377,7 +377,7 @@ def test_rank_and_world_size_come_from_torch_distributed(tmp_path: Path) -> None
         ({"rank": 2, "world_size": 2}, "rank 2 is not one of 2"),
         ({"rank": -1, "world_size": 2}, "rank -1 is not one of 2"),
         ({"rank": 0, "world_size": 0}, "rank 0 is not one of 0"),
-        ({"rank": 0, "world_size": 3}, "batch_size 4 is that of all ranks together; 3 ranks"),
+        ({"rank": 0, "world_size": 3}, "batch_size is 4, for all ranks together, but 3 ranks"),
     ],
 )
 def test_a_place_among_the_ranks_that_cannot_be_is_refused(

@@ -86,10 +86,10 @@ def garble(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (Path.unlink, "which the manifest names, is gone; run `latentcache verify --repair`"),
-        (cut, r"has \d+ bytes, not \d+; run `latentcache verify --repair`"),
-        (empty, r"has 0 bytes, not \d+; run `latentcache verify --repair`"),
-        (lengthen, r"has \d+ bytes, not \d+; run `latentcache verify --repair`"),
+        (Path.unlink, "which the manifest lists, is gone: run `latentcache verify --repair`"),
+        (cut, r"has \d+ bytes, not \d+: run `latentcache verify --repair`"),
+        (empty, r"has 0 bytes, not \d+: run `latentcache verify --repair`"),
+        (lengthen, r"has \d+ bytes, not \d+: run `latentcache verify --repair`"),
         (garble, "is damaged: .*; run `latentcache verify`"),
     ],
 )
@@ -208,7 +208,7 @@ def test_manifests_that_cannot_be_read_are_named(tmp_path: Path) -> None:
         on_missing="keep",
         columns=columns_of(["txt"]),
     )
-    with pytest.raises(DatasetError, match=r"no complete manifest yet.* ask for manifest 1"):
+    with pytest.raises(DatasetError, match=r"no complete manifest yet.* name manifest 1"):
         LatentLoader(url, batch_size=4)
     assert len(LatentLoader(url, batch_size=4, manifest=1)) == 1
 
@@ -219,7 +219,7 @@ def test_segments_that_are_gone_or_garbled_are_named(url: str) -> None:
     with pytest.raises(DatasetError, match=f"{segment} is damaged"):
         LatentLoader(url, batch_size=4)
     segment.unlink()
-    with pytest.raises(DatasetError, match=f"{segment}, which is gone"):
+    with pytest.raises(DatasetError, match=f"{segment}, which does not exist"):
         LatentLoader(url, batch_size=4)
 
 
@@ -228,12 +228,12 @@ def test_segments_that_are_gone_or_garbled_are_named(url: str) -> None:
     [
         ({"batch_size": 0}, "batch_size is 0"),
         ({"batch_size": -4}, "batch_size is -4"),
-        ({"batch_size": 49}, "has 48 rows, and no bucket of it a whole batch of 49; lower batch"),
+        ({"batch_size": 49}, "has 48 rows, but no bucket has a whole batch of 49: lower batch"),
         ({"window_rows": 0}, "window_rows is 0"),
         ({"block_rows": 0}, "block_rows is 0"),
-        ({"tail": "wrap"}, "tail is 'wrap'; it must be 'drop', 'pad' or 'short'"),
-        ({"dtype": torch.int32}, r"dtype is torch.int32; .*floating-point"),
-        ({"dtype": "float16"}, r"dtype is .?float16.?; .*floating-point"),
+        ({"tail": "wrap"}, "tail is 'wrap': it must be 'drop', 'pad' or 'short'"),
+        ({"dtype": torch.int32}, r"dtype is torch.int32: .*floating-point"),
+        ({"dtype": "float16"}, r"dtype is .?float16.?: .*floating-point"),
         ({"columns": ["text"]}, r"has no column 'text'; it has .*'caption'"),
         ({"cache_bytes": "many"}, "'many' is not a size"),
         ({"prefetch_bytes": "1 cup"}, "'1 cup' is not a size"),

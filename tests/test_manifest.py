@@ -447,7 +447,7 @@ def test_drop_believes_a_tenth_and_no_more(output: Output):
 
 def test_drop_never_believes_an_empty_listing(output: Output):
     output.write(*committed(output, 1))
-    with pytest.raises(SourceError, match="check what the config's `source` names"):
+    with pytest.raises(SourceError, match="check the URLs of the config's `source`"):
         output.write(on_missing="drop")
 
 

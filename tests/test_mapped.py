@@ -80,7 +80,7 @@ def test_a_file_that_is_gone_is_named_and_may_come_back(tmp_path: Path) -> None:
     path.rename(tmp_path / "away")
     assert dataset[1]
     for _ in range(2):
-        with pytest.raises(DatasetError, match=f"{path}, which the manifest names, is gone"):
+        with pytest.raises(DatasetError, match=f"{path}, which the manifest lists, is gone"):
             dataset.__getitems__([0, 2])
     (tmp_path / "away").rename(path)
     assert len(dataset.__getitems__([0, 2])) == 2

@@ -183,7 +183,7 @@ def test_each_has_a_manifest_of_its_own(tmp_path: Path) -> None:
 def test_weights_that_cannot_be_are_refused(tmp_path: Path, weight: float) -> None:
     contract = make_contract([SMALL])
     urls = [write(tmp_path / name, contract, {SMALL: 8}) for name in ("one", "other")]
-    with pytest.raises(ConfigError, match=r"weights are .*; each must be above 0"):
+    with pytest.raises(ConfigError, match=r"weights are .*: each must be above 0"):
         load({urls[0]: 1, urls[1]: weight})
 
 

@@ -198,7 +198,7 @@ def test_a_dataset_without_a_complete_manifest_is_told(tmp_path: Path, dataset: 
     (path,) = manifests.iterdir()
     tree = json.loads(path.read_text()) | {"complete": False}
     path.write_text(json.dumps(tree))
-    with pytest.raises(DatasetError, match=r"no complete manifest yet; .* ask for manifest 1"):
+    with pytest.raises(DatasetError, match=r"no complete manifest yet: .* name manifest 1"):
         open_dataset(dataset.url)
     path.unlink()
     with pytest.raises(DatasetError, match="no manifest yet"):
@@ -214,7 +214,7 @@ def test_a_damaged_or_lost_segment_is_told(tmp_path: Path, dataset: Dataset):
     with pytest.raises(DatasetError, match=rf"{segment.name} is damaged"):
         open_dataset(dataset.url)
     segment.unlink()
-    with pytest.raises(DatasetError, match=rf"manifest 1 names .*{segment.name}, which is gone"):
+    with pytest.raises(DatasetError, match=rf"manifest 1 lists .*{segment.name}, which does not"):
         open_dataset(dataset.url)
 
 

@@ -251,7 +251,7 @@ def assert_refused(loader: LatentLoader, state: Any, message: str) -> None:
 def test_a_state_of_another_order_is_refused_by_its_field(url: str, field: str, value: Any):
     _, state = run(open_ranks(url, **OPTIONS), 3)
     (loader,) = open_ranks(url, **OPTIONS | {field: value})
-    assert_refused(loader, state, f"the state is of {field} .* this loader has {field} {value}")
+    assert_refused(loader, state, f"the state has {field} .* this loader has {field} {value}")
 
 
 def test_a_state_of_other_rows_is_refused(url: str, tmp_path: Path):
@@ -260,13 +260,13 @@ def test_a_state_of_other_rows_is_refused(url: str, tmp_path: Path):
     write_dataset(other, contract, UNITS)
     _, state = run(open_ranks(url, **OPTIONS), 3)
     (loader,) = open_ranks(other, **OPTIONS)
-    assert_refused(loader, state, f"the state is of dataset {state['dataset']}, this .* cannot be")
+    assert_refused(loader, state, f"the state has dataset {state['dataset']}, this .* cannot")
 
     _, state = run(open_ranks(other, **OPTIONS), 3)
     add_unit(other, tmp_path / "staging")
     (newer,) = open_ranks(other, **OPTIONS)
     assert newer.num_rows == loader.num_rows + 12
-    assert_refused(newer, state, "the state is of manifest 1, this loader has manifest 2: give")
+    assert_refused(newer, state, "the state has manifest 1, this loader has manifest 2: set")
     (as_before,) = open_ranks(other, manifest=1, **OPTIONS)
     as_before.load_state_dict(state)
     assert next(iter(as_before)).step == 3
@@ -281,8 +281,8 @@ def test_a_state_of_another_mixture_is_refused(url: str, noise_url: str):
         ({url: 1}, "manifest"),
     ]:
         (loader,) = open_ranks(other, **OPTIONS)
-        assert_refused(loader, mixed.state_dict(), f"the state is of {field} ")
-    assert_refused(mixed, alone.state_dict(), "the state is of manifest ")
+        assert_refused(loader, mixed.state_dict(), f"the state has {field} ")
+    assert_refused(mixed, alone.state_dict(), "the state has manifest ")
 
 
 def test_what_is_no_state_is_refused(url: str):

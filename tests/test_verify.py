@@ -181,8 +181,8 @@ def with_column(name: str, index: int, value: object) -> Callable[[pa.Table], pa
 
 
 WRONG_ROWS: dict[str, tuple[Callable[[pa.Table], pa.Table], str]] = {
-    "one is missing": (lambda table: table.slice(1), "holds 2 rows, the receipt says 3"),
-    "one is there twice": (with_column("key", 2, "k0000"), "row 'k0000' is there twice"),
+    "one is missing": (lambda table: table.slice(1), "holds 2 rows, but the receipt says 3"),
+    "one is there twice": (with_column("key", 2, "k0000"), "row 'k0000' occurs twice"),
     "another dtype": (with_column("latent_dtype", 0, "bfloat16"), "row 'k0000' is torch.bfloat16"),
     "another shape": (with_column("latent_shape", 0, [4, 4, 16]), "[4, 4, 16]"),
     "too few bytes": (with_column("latent", 0, b"xx"), "cannot be read"),

@@ -1,4 +1,4 @@
-"""Which stage holds a run up: told from the times that receipts keep, or that actors tell live."""
+"""Find the slowest stage of a run, from times in receipts or live times of actors."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-# In the order in which a sample passes them.
+# In the order in which a sample passes through them.
 STAGES = ("fetch", "decode", "encode", "write", "qa", "upload")
 
 _ADVICE = {
     "fetch": "the source is read too slowly; more actors read more shards at once",
     "encode": "as it should be",
-    "write": "rows go to the local disk too slowly (TMPDIR)",
+    "write": "the local disk (TMPDIR) is written too slowly; use a faster one",
     "qa": "lower qa.fraction",
-    "upload": "the output takes files too slowly; more actors write more at once",
+    "upload": "the output is written too slowly; more actors write more files at once",
 }
 
 
 @dataclass(slots=True)
 class StageLoad:
-    """What one stage did, over any number of units and actors.
+    """The load of one stage, over any number of units and actors.
 
-    `busy_s` and `wait_s` as in receipts; `alone_s` is how long its threads take for the work, were
-    there no other stage to wait for.
+    `busy_s` and `wait_s` are as in receipts. `alone_s` is the time in seconds that its threads
+    would need for the work if they never waited for other stages.
     """
 
     busy_s: float = 0.0
@@ -32,34 +32,41 @@ class StageLoad:
 
     @property
     def num_threads(self) -> int:
-        """Threads of the stage in each actor."""
+        """The number of threads of the stage in each actor."""
         return round(self.busy_s / self.alone_s) if self.alone_s else 1
 
 
 @dataclass(slots=True)
 class PipelineLoad:
-    """The loads of all stages; add to it what receipts say."""
+    """The loads of all stages, summed over receipts."""
 
     stages: dict[str, StageLoad] = field(default_factory=dict)
 
     def add(self, stage: str, busy_s: float, wait_s: float, num_threads: float) -> None:
-        """Add some work of a stage."""
+        """Add work of a stage.
+
+        Args:
+            stage: name of the stage.
+            busy_s: seconds of work, summed over threads.
+            wait_s: seconds of waiting, summed over threads.
+            num_threads: number of threads that did the work.
+        """
         load = self.stages.setdefault(stage, StageLoad())
         load.busy_s += busy_s
         load.wait_s += wait_s
         load.alone_s += busy_s / num_threads
 
     def add_receipt(self, stages: Mapping[str, Mapping[str, float]] | None) -> None:
-        """Add what a receipt says; one that does not say on how many threads tells nothing."""
+        """Add the stages of a receipt; a stage without a number of threads is ignored."""
         for stage, times in (stages or {}).items():
             if "num_threads" in times:
                 self.add(stage, times["busy_s"], times["wait_s"], times["num_threads"])
 
     @property
     def bottleneck(self) -> Bottleneck | None:
-        """Name the stage that takes longest with the threads that it has; None without any work.
+        """The stage that takes longest with its threads; None if there was no work.
 
-        QA and the encoder take turns on one thread, so that their times add up.
+        QA and the encoder share one thread, so their times are added.
         """
         alone_s = {stage: load.alone_s for stage, load in self.stages.items() if load.alone_s}
         if not alone_s:
@@ -68,23 +75,23 @@ class PipelineLoad:
         if turns:
             shared_s = sum(alone_s.pop(stage) for stage in turns)
             alone_s[max(turns, key=lambda stage: self.stages[stage].alone_s)] = shared_s
-        # Where two are as slow, more decode threads would not help.
+        # If another stage is equally slow, more decode threads would not help.
         slowest = max(alone_s, key=lambda stage: (alone_s[stage], stage != "decode"))
         if slowest != "decode":
             return Bottleneck(slowest, alone_s[slowest])
-        # With so many threads, the next slowest stage would be the slowest.
+        # With this many threads, decoding would not be slower than the next slowest stage.
         decode = self.stages["decode"]
         next_s = max((time for stage, time in alone_s.items() if stage != "decode"), default=0.0)
-        wanted = math.ceil(decode.busy_s / next_s) if next_s else decode.num_threads + 1
-        return Bottleneck("decode", decode.alone_s, decode.num_threads, wanted)
+        num_threads = math.ceil(decode.busy_s / next_s) if next_s else decode.num_threads + 1
+        return Bottleneck("decode", decode.alone_s, decode.num_threads, num_threads)
 
 
 @dataclass(frozen=True, slots=True)
 class Bottleneck:
-    """The slowest stage: it alone took `alone_s`.
+    """The slowest stage of a run; `alone_s` is as in `StageLoad`.
 
-    Of decode threads, each actor has `num_threads`; with `num_threads_wanted`, decoding would not
-    be the slowest. Both are 0 for the other stages.
+    For decoding, `num_threads` is the number of threads of each actor, and `num_threads_wanted` the
+    number with which decoding would not be the slowest stage. Both are 0 for other stages.
     """
 
     stage: str

@@ -1,4 +1,4 @@
-"""Pixels to picture files and back: what QA keeps, and what reports show."""
+"""Write pixels as PNG and JPEG and read them back, for QA and reports."""
 
 from __future__ import annotations
 
@@ -29,30 +29,30 @@ _DAMAGED = (
     zlib.error,
 )
 
-# No crop that a VAE encodes comes near; decoded, it takes 200 MB.
+# The crops that a VAE encodes are much smaller. An image of this size takes 200 MB when decoded.
 _MAX_PIXELS = 2**26
 
-# Pictures kept for people who look at rejects.
+# The longest side of thumbnails, which help users inspect rejects.
 _THUMBNAIL_PX = 128
 
 
 def write_png(pixels: torch.Tensor) -> bytes:
-    """Write uint8 [3, H, W] as PNG, at the compression that takes least time."""
+    """Return pixels uint8 [3, H, W] as PNG, at the fastest compression level."""
     return _write(_to_image(pixels), "PNG", compress_level=1)
 
 
 def open_png(data: bytes, size: tuple[int, int]) -> Image.Image:
-    """Open what `write_png` wrote.
+    """Open an image that `write_png` wrote.
 
-    The bytes may be anybody's: no other format is tried, since Pillow has some that start programs,
-    and nothing is decoded before the size is known.
+    The bytes are not trusted. No other format is tried, because Pillow starts programs for some
+    formats, and nothing is decoded before the size has been checked.
 
     Args:
         data: the file.
-        size: width and height that it must have, in pixels.
+        size: the expected (width, height) in pixels.
 
     Raises:
-        ValueError: it is not an RGB image of this size as PNG.
+        ValueError: `data` is not an RGB image of this size as PNG.
     """
     try:
         image = PngImageFile(BytesIO(data))
@@ -60,22 +60,33 @@ def open_png(data: bytes, size: tuple[int, int]) -> Image.Image:
         if not is_usable or image.mode != "RGB":
             width_px, height_px = image.size
             raise ValueError(
-                f"a picture is {image.mode}, {width_px}x{height_px}, not RGB, {size[0]}x{size[1]}"
+                f"an image is {image.mode}, {width_px}x{height_px}, not RGB, {size[0]}x{size[1]}"
             )
         image.load()
     except (*_DAMAGED, Image.DecompressionBombError) as error:
-        raise ValueError(f"a picture is no PNG file, or damaged: {first_line(error)}") from error
+        raise ValueError(f"an image is not PNG, or damaged: {first_line(error)}") from error
     return image
 
 
 def read_png(data: bytes, size: tuple[int, int]) -> torch.Tensor:
-    """Read what `write_png` wrote: uint8 [3, H, W]; arguments and errors as of `open_png`."""
+    """Read an image that `write_png` wrote; see `open_png`.
+
+    Args:
+        data: the file.
+        size: the expected (width, height) in pixels.
+
+    Returns:
+        uint8 [3, H, W].
+
+    Raises:
+        ValueError: `data` is not an RGB image of this size as PNG.
+    """
     with open_png(data, size) as image:
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 def rewrite_thumbnail(data: bytes) -> bytes | None:
-    """Decode what `write_thumbnail` wrote, and write it again; None if it is something else."""
+    """Decode a result of `write_thumbnail` and encode it again; return None for other bytes."""
     try:
         image = JpegImageFile(BytesIO(data))
         if max(image.size) > _THUMBNAIL_PX:
@@ -86,7 +97,7 @@ def rewrite_thumbnail(data: bytes) -> bytes | None:
 
 
 def write_thumbnail(pixels: torch.Tensor) -> bytes:
-    """Write uint8 [3, H, W] as a JPEG of at most 128 px a side."""
+    """Return pixels uint8 [3, H, W] as a JPEG with sides of at most 128 px."""
     image = _to_image(pixels)
     image.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX))
     return _write(image, "JPEG", quality=80)

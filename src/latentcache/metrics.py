@@ -1,4 +1,4 @@
-"""Measures of how close two images, two latents or two sets of images are."""
+"""Metrics of the similarity of two images, two latents or two sets of images."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Tensor
 
 Float64 = npt.NDArray[np.float64]
 
-# Decibels outside are stored as these, so that a mean stays finite; NaN counts as the lower one.
+# Decibels outside this range are clamped when stored, so that a mean stays finite. NaN is stored as
+# the lower bound.
 MIN_DB, MAX_DB = -100.0, 150.0
 
 # Wang et al. 2004, section III: the window, and the constants for a data range of 1.
@@ -21,7 +22,7 @@ _SSIM_C1, _SSIM_C2 = 0.01**2, 0.03**2
 
 
 def psnr_db(images: Tensor, reference: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each image, in dB; infinite where they are equal.
+    """Return the peak signal-to-noise ratio of each image in dB; infinite for equal images.
 
     Args:
         images: uint8 [B, 3, H, W].
@@ -35,13 +36,13 @@ def psnr_db(images: Tensor, reference: Tensor) -> Tensor:
 
 
 def ssim(images: Tensor, reference: Tensor) -> Tensor:
-    """Structural similarity of each image; 1 where they are equal.
+    """Return the structural similarity (SSIM) of each image; 1 for equal images.
 
-    Wang, Bovik, Sheikh and Simoncelli, "Image Quality Assessment: From Error Visibility to
-    Structural Similarity" (2004), equation 13, in each channel: a Gaussian window of 11×11 px with
-    sigma 1.5, population covariance, data range 1, averaged over the places where the window lies
-    wholly within the image, and over the channels. Where a side is below 11 px, the window has the
-    largest odd side that fits.
+    The formula is equation 13 of Wang, Bovik, Sheikh and Simoncelli, "Image Quality Assessment:
+    From Error Visibility to Structural Similarity" (2004), in each channel. It uses a Gaussian
+    window of 11×11 px with sigma 1.5, population covariance and data range 1. The result is the
+    mean over channels and over the positions where the window lies completely within the image. If
+    a side is below 11 px, the window has the largest odd side that fits.
 
     Args:
         images: uint8 [B, 3, H, W].
@@ -62,7 +63,7 @@ def ssim(images: Tensor, reference: Tensor) -> Tensor:
 
 
 def _gaussian(longest_px: int) -> list[float]:
-    """Weights of a window of odd length that sum to 1."""
+    """Return the weights of a Gaussian window of odd length; they sum to 1."""
     half = (longest_px - 1) // 2
     offsets = np.arange(-half, half + 1)
     weights = np.exp(-0.5 * np.square(offsets / _SSIM_SIGMA_PX))
@@ -70,9 +71,9 @@ def _gaussian(longest_px: int) -> list[float]:
 
 
 def _local_mean(maps: Tensor, window: list[float]) -> Tensor:
-    """Weighted means under a window wherever it lies wholly within [B, C, H, W]."""
+    """Return weighted means at all positions where the window lies within maps [B, C, H, W]."""
     for dim in (2, 3):
-        # A sum over shifts: on a CPU, convolutions in float64 are several times slower.
+        # Sum over shifts, because convolutions in float64 on a CPU are several times slower.
         length = maps.shape[dim] - len(window) + 1
         sums = torch.zeros_like(maps.narrow(dim, 0, length))
         for offset, weight in enumerate(window):
@@ -82,14 +83,15 @@ def _local_mean(maps: Tensor, window: list[float]) -> Tensor:
 
 
 def drift_db(latents: Tensor, reference: Tensor) -> float:
-    """How far latents are from a reference encode: signal variance over squared error, in dB.
+    """Return the ratio of signal variance to squared error of latents, in dB.
 
     Args:
         latents: [B, C, H, W], any float dtype.
-        reference: the same shape; its variance within each channel is the signal.
+        reference: the reference latents of the same shape; their variance within each channel is
+            the signal.
 
     Returns:
-        The ratio over the whole batch; infinite where they are equal, -inf where any is not finite.
+        The ratio over the whole batch; inf for equal latents, -inf if any value is not finite.
     """
     signal = reference.double()
     error = (latents.double() - signal).square().sum()
@@ -101,9 +103,9 @@ def drift_db(latents: Tensor, reference: Tensor) -> float:
 
 @dataclass(frozen=True, slots=True)
 class FeatureStatistics:
-    """Mean and covariance of `count` vectors of D features; two of these merge.
+    """The mean and covariance of `count` vectors of D features, which can be merged.
 
-    `mean` is float64 [D]; `scatter`, float64 [D, D], is the sum over the vectors of the outer
+    `mean` is float64 [D]. `scatter`, float64 [D, D], is the sum over the vectors of the outer
     product of their deviation from the mean with itself.
     """
 
@@ -113,19 +115,22 @@ class FeatureStatistics:
 
     @classmethod
     def empty(cls, num_features: int) -> FeatureStatistics:
-        """Statistics of no vectors."""
+        """Return the statistics of no vectors."""
         return cls(0, np.zeros(num_features), np.zeros((num_features, num_features)))
 
     @classmethod
     def of(cls, features: npt.NDArray[np.floating]) -> FeatureStatistics:
-        """Statistics of a batch: any float dtype [N, D], N ≥ 1."""
+        """Return the statistics of a batch: any float dtype [N, D], N ≥ 1."""
         vectors = features.astype(np.float64)
         mean = vectors.mean(axis=0)
         vectors -= mean
         return cls(len(vectors), mean, vectors.T @ vectors)
 
     def merge(self, other: FeatureStatistics) -> FeatureStatistics:
-        """Statistics of both sets of vectors (Chan, Golub and LeVeque 1979, pairwise update)."""
+        """Return the statistics of both sets of vectors.
+
+        The formula is the pairwise update of Chan, Golub and LeVeque (1979).
+        """
         count = self.count + other.count
         if not self.count or not other.count:
             return self if self.count else other
@@ -138,25 +143,25 @@ class FeatureStatistics:
 
     @property
     def std(self) -> Float64:
-        """Population standard deviation of each feature, float64 [D]; zero where there are none."""
+        """The population standard deviation of each feature, float64 [D]; zero for no vectors."""
         return np.sqrt(np.diag(self.scatter) / max(self.count, 1))
 
 
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
-    """Fréchet distance of two Gaussians with these means and (sample) covariances.
+    """Return the Fréchet distance of two Gaussians with the given means and sample covariances.
 
-    |m_a - m_b|² + tr(C_a) + tr(C_b) - 2 tr((C_a C_b)^½): Dowson and Landau 1982; as a distance of
-    image sets, Heusel et al., "GANs Trained by a Two Time-Scale Update Rule" (2017), equation 6.
-    The last trace is taken over the eigenvalues of C_a^½ C_b C_a^½, which is symmetric: they are
-    real, and what rounding makes of the zeros, of which there are many below D + 1 vectors, is
-    clipped.
+    The formula is |m_a - m_b|² + tr(C_a) + tr(C_b) - 2 tr((C_a C_b)^½) (Dowson and Landau 1982).
+    Heusel et al., "GANs Trained by a Two Time-Scale Update Rule" (2017), equation 6, use it as a
+    distance of image sets. The last trace is computed from the eigenvalues of C_a^½ C_b C_a^½.
+    This matrix is symmetric, so its eigenvalues are real. With fewer than D + 1 vectors many
+    eigenvalues are zero; their rounding errors are set to zero.
 
     Args:
-        a: at least two vectors.
-        b: at least two vectors, of as many features.
+        a: statistics of at least two vectors.
+        b: statistics of at least two vectors with the same number of features.
 
     Raises:
-        ValueError: fewer vectors, which have no covariance.
+        ValueError: a set has fewer than two vectors, and so no covariance.
     """
     if min(a.count, b.count) < 2:
         raise ValueError("a Fréchet distance needs at least two vectors on each side")
@@ -171,6 +176,6 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
 
 
 def _without_noise(eigenvalues: Float64) -> Float64:
-    """Set to zero what is negative, or too small to be told from rounding."""
+    """Return eigenvalues with those set to zero that are negative or within rounding error."""
     least = eigenvalues.max(initial=0.0) * len(eigenvalues) * np.finfo(np.float64).eps
     return np.where(eigenvalues > least, eigenvalues, 0.0)

@@ -1,8 +1,8 @@
-"""Published networks that some measures need, loaded only if the file is the one that was meant.
+"""Load the published networks that some metrics need, after a check of their SHA-256.
 
-None of them comes with this package. Two are TorchScript, and to load TorchScript is to run a
-program; so every file is named together with its SHA-256, which is held against the very bytes
-that are loaded, before anything else looks at them.
+None of them is part of this package. Two are TorchScript, and loading TorchScript runs a program.
+So every file is configured together with its SHA-256. The hash is compared with exactly the bytes
+that are loaded, before any other code reads them.
 """
 
 from __future__ import annotations
@@ -23,20 +23,21 @@ from latentcache.storage import Store, split_url
 from latentcache.storage_options import StorageOptions
 
 Features = Callable[[Tensor], Tensor]
-"""uint8 [B, 3, H, W], on any device -> float32 [B, D], on the network's."""
+"""A function from uint8 [B, 3, H, W] on any device to float32 [B, D] on the network's device."""
 
 Distance = Callable[[Tensor, Tensor], Tensor]
-"""Two times uint8 [B, 3, H, W], on any device -> float64 [B], on the network's."""
+"""A function from two batches, uint8 [B, 3, H, W] on any device, to float64 [B] on the network's
+device."""
 
 NUM_INCEPTION_FEATURES = 2048
 
 _PROBE = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
 
-# VGG16's first layers alone take 70 MB for an image of 256 px.
+# The first layers of VGG16 alone take 70 MB for an image of 256 px.
 _PIXELS_AT_ONCE = 4 * 256 * 256
 
-# Simonyan and Zisserman 2015, configuration D: the convolutions between two poolings, by their
-# number among torchvision's `features`, and their channels.
+# Simonyan and Zisserman 2015, configuration D. Each block between two poolings has the indices of
+# its convolutions in torchvision's `features`, and their number of channels.
 _VGG16_BLOCKS = (
     ((0, 2), 64),
     ((5, 7), 128),
@@ -44,7 +45,7 @@ _VGG16_BLOCKS = (
     ((17, 19, 21), 512),
     ((24, 26, 28), 512),
 )
-# What torchvision's weights were trained with: mean and standard deviation of ImageNet, RGB.
+# The mean and standard deviation of ImageNet (RGB) with which torchvision's weights were trained.
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -56,26 +57,26 @@ def load_inception(
 ) -> Features:
     """Load the Inception network of the Fréchet distance, `inception-2015-12-05.pt`.
 
-    The TorchScript file that StyleGAN2-ADA published and its successors use: it holds the original
-    FID's weights and resizes images itself.
+    It is the TorchScript file that StyleGAN2-ADA published and its successors use. It holds the
+    weights of the original FID, and resizes images itself.
 
     Args:
-        url: the file, by path or URL.
-        sha256: of the file, lower-case hex.
-        options: how to reach it.
-        device: where it computes.
+        url: path or URL of the file.
+        sha256: SHA-256 of the file, lower-case hex.
+        options: options of the store.
+        device: device of the network.
 
     Raises:
-        ConfigError: there is no such file, its hash is another, or it is not such a network.
+        ConfigError: there is no such file, its hash differs, or it is not such a network.
         StorageError: the store cannot be reached.
     """
     network = _load_script(url, sha256, options)
     arguments = {"return_features": True}
-    found = _try(url, network, _PROBE, arguments)
-    if found.shape[1:] != (NUM_INCEPTION_FEATURES,):
+    probe_features = _try(url, network, _PROBE, arguments)
+    if probe_features.shape[1:] != (NUM_INCEPTION_FEATURES,):
         raise ConfigError(
-            f"{url} gives features of shape {list(found.shape[1:])}, not "
-            f"[{NUM_INCEPTION_FEATURES}]: name StyleGAN2-ADA's inception-2015-12-05.pt"
+            f"{url} returns features of shape {list(probe_features.shape[1:])}, not "
+            f"[{NUM_INCEPTION_FEATURES}]: use StyleGAN2-ADA's inception-2015-12-05.pt"
         )
     network = network.to(device)
 
@@ -95,14 +96,19 @@ def load_lpips(
 ) -> Distance:
     """Load LPIPS (Zhang et al. 2018, on VGG16) as StyleGAN2-ADA published it: `vgg16.pt`.
 
-    The TorchScript file gives features whose summed squared difference is the distance.
+    The TorchScript file returns features whose summed squared difference is the distance.
 
-    Args and errors are those of `load_inception`.
+    Args:
+        url, sha256, options, device: as for `load_inception`.
+
+    Raises:
+        ConfigError: there is no such file, its hash differs, or it is not such a network.
+        StorageError: the store cannot be reached.
     """
     network = _load_script(url, sha256, options)
     arguments = {"resize_images": False, "return_lpips": True}
     if _try(url, network, _PROBE.float(), arguments).ndim != 2:
-        raise ConfigError(f"{url} gives no LPIPS features: name StyleGAN2-ADA's vgg16.pt")
+        raise ConfigError(f"{url} returns no LPIPS features: use StyleGAN2-ADA's vgg16.pt")
     network = network.to(device)
 
     def distance(images: Tensor, reference: Tensor) -> Tensor:
@@ -119,21 +125,22 @@ def load_vgg16(
     options: StorageOptions = StorageOptions(),
     device: str | torch.device = "cpu",
 ) -> Distance:
-    """Load a plain VGG16 and measure PSIM with it: an unweighted perceptual distance.
+    """Load a plain VGG16 and return PSIM, an unweighted perceptual distance.
 
-    LPIPS without its learnt weights (the baseline of Zhang et al. 2018, equation 1 with w = 1):
-    activations after relu1_2, 2_2, 3_3, 4_3 and 5_3, divided by their length over the channels;
-    the squared difference summed over the channels, averaged over space, summed over the layers.
+    PSIM is LPIPS without its learned weights (the baseline of Zhang et al. 2018, equation 1 with
+    w = 1). The activations after relu1_2, 2_2, 3_3, 4_3 and 5_3 are divided by their length over
+    the channels. Their squared difference is summed over the channels, averaged over space, and
+    summed over the layers.
 
     Args:
-        url: a state dict as PyTorch saves it, with torchvision's names (`features.0.weight`, …), by
-            path or URL; its classifier is not used.
-        sha256: of the file, lower-case hex.
-        options: how to reach it.
-        device: where it computes.
+        url: path or URL of a state dict as PyTorch saves it, with torchvision's names
+            (`features.0.weight`, …); its classifier is not used.
+        sha256: SHA-256 of the file, lower-case hex.
+        options: options of the store.
+        device: device of the network.
 
     Raises:
-        ConfigError: there is no such file, its hash is another, or it is not such a state dict.
+        ConfigError: there is no such file, its hash differs, or it is not such a state dict.
         StorageError: the store cannot be reached.
     """
     weights = {name: tensor.to(device) for name, tensor in _load_vgg16(url, sha256, options)}
@@ -151,7 +158,7 @@ def load_vgg16(
 
 
 def _few_at_once(distance: Distance) -> Distance:
-    """Bound the memory that a distance takes, whatever the size of the batch."""
+    """Return a distance that splits batches, so that its memory does not depend on their size."""
 
     @torch.inference_mode()
     def bounded(images: Tensor, reference: Tensor) -> Tensor:
@@ -163,17 +170,17 @@ def _few_at_once(distance: Distance) -> Distance:
 
 
 def _read(url: str, sha256: str, options: StorageOptions) -> BytesIO:
-    """Read a file whole, and refuse it unless it has this hash."""
+    """Return the content of a file; raise `ConfigError` unless it has this hash."""
     folder, name = split_url(url)
     try:
         data = Store(folder, options).read_bytes(name)
     except ObjectNotFound as error:
         raise ConfigError(f"no network: {error}; give its path or URL") from error
-    found = hashlib.sha256(data).hexdigest()
-    if found != sha256:
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != sha256:
         raise ConfigError(
-            f"{url} is not the file that was meant: its SHA-256 is {found}, the config says "
-            f"{sha256}; download it again, or set the hash of a file that you trust"
+            f"{url} is not the expected file: its SHA-256 is {digest}, but the config has "
+            f"{sha256}: download it again, or set the hash of a file that you trust"
         )
     return BytesIO(data)
 
@@ -181,7 +188,7 @@ def _read(url: str, sha256: str, options: StorageOptions) -> BytesIO:
 def _load_script(url: str, sha256: str, options: StorageOptions) -> torch.jit.ScriptModule:
     file = _read(url, sha256, options)
     with warnings.catch_warnings():
-        # torch would have TorchScript given up; these networks were published as nothing else.
+        # torch deprecates TorchScript, but these networks were published in no other format.
         warnings.simplefilter("ignore", DeprecationWarning)
         try:
             load: Callable[..., torch.jit.ScriptModule] = torch.jit.load
@@ -195,26 +202,27 @@ def _load_script(url: str, sha256: str, options: StorageOptions) -> torch.jit.Sc
 def _try(
     url: str, network: torch.jit.ScriptModule, probe: Tensor, arguments: Mapping[str, Any]
 ) -> Tensor:
-    """Call a network once, so that a wrong one is told before hours of work."""
+    """Call a network once, so that a wrong one is reported before hours of work."""
     try:
-        found = network(probe, **arguments)
+        output = network(probe, **arguments)
     except (RuntimeError, torch.jit.Error) as error:
         called = ", ".join(f"{name}={value}" for name, value in arguments.items())
         raise ConfigError(
             f"{url} cannot be called with {called}, as StyleGAN2-ADA's networks are: "
             f"{first_line(error)}"
         ) from error
-    if not isinstance(found, Tensor):
-        raise ConfigError(f"{url} gives no tensor: name one of StyleGAN2-ADA's networks")
-    return found
+    if not isinstance(output, Tensor):
+        raise ConfigError(f"{url} does not return a tensor: use one of StyleGAN2-ADA's networks")
+    return output
 
 
 def _load_vgg16(url: str, sha256: str, options: StorageOptions) -> Iterator[tuple[str, Tensor]]:
-    """Give the convolutions of a VGG16 state dict by name, as float32, their shapes checked."""
+    """Yield the convolutions of a VGG16 state dict by name, as float32, with checked shapes."""
     file = _read(url, sha256, options)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of TorchScript, which is an error below
+            # torch warns of a TorchScript file, which is an error below.
+            warnings.simplefilter("ignore", UserWarning)
             tensors = torch.load(file, map_location="cpu", weights_only=True)
     except (RuntimeError, ValueError, EOFError, LookupError, pickle.UnpicklingError) as error:
         raise ConfigError(f"{url} is not a PyTorch state dict: {first_line(error)}") from error
@@ -236,7 +244,7 @@ def _load_vgg16(url: str, sha256: str, options: StorageOptions) -> Iterator[tupl
 
 
 def _vgg16_layers(weights: Mapping[str, Tensor], images: Tensor) -> Iterator[Tensor]:
-    """Give the last activations of each block, of length 1 over the channels: [B, C, h, w]."""
+    """Yield the last activations of each block, [B, C, h, w], of length 1 over the channels."""
     mean, std = (
         torch.tensor(values, device=images.device)[:, None, None]
         for values in (_IMAGENET_MEAN, _IMAGENET_STD)
@@ -248,5 +256,5 @@ def _vgg16_layers(weights: Mapping[str, Tensor], images: Tensor) -> Iterator[Ten
         for number in numbers:
             weight, bias = (weights[f"features.{number}.{part}"] for part in ("weight", "bias"))
             x = F.conv2d(x, weight, bias, padding=1).relu()
-        # A place where all channels are off has no direction; the small number keeps it at zero.
+        # Where all channels are zero, the small number avoids a division by zero.
         yield x / (x.square().sum(dim=1, keepdim=True).sqrt() + 1e-10)

@@ -1,8 +1,8 @@
 """Read and check the footer and the page headers of a Parquet file, in bounded time and memory.
 
-pyarrow aborts the process when it is asked for a column of a damaged footer, and allocates whatever
-size a page header claims. So foreign files are checked here before pyarrow sees them. The layout is
-that of `parquet.thrift` of apache/parquet-format, in Thrift's compact protocol.
+pyarrow aborts the process when it reads a column of a damaged footer, and allocates any size that a
+page header claims. So untrusted files are checked here before pyarrow reads them. The layout is
+`parquet.thrift` of apache/parquet-format, in Thrift's compact protocol.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any, TypeVar
 
 MAGIC = b"PAR1"
 
-# An honest footer takes about 200 bytes a column chunk.
+# A valid footer takes about 200 bytes per column chunk.
 MAX_FOOTER_BYTES = 64 * 2**20
 
-# A page header holds sizes and, at most, the smallest and the largest value of the page.
+# A page header holds sizes, and at most the smallest and the largest value of the page.
 MAX_PAGE_HEADER_BYTES = 2**20
 
 _MAX_DEPTH = 16
@@ -27,16 +27,16 @@ T = TypeVar("T")
 
 
 class DamagedFooter(Exception):
-    """The bytes are no footer or page header of a Parquet file."""
+    """An error: the bytes are not a valid footer or page header of a Parquet file."""
 
 
 class _Truncated(DamagedFooter):
-    """The bytes end within a value."""
+    """An error: the bytes end within a value."""
 
 
 @dataclass(frozen=True, slots=True)
 class ColumnChunk:
-    """One column of a row group; offsets are bytes from the start of the file."""
+    """One column of a row group; sizes are in bytes, offsets in bytes from the file's start."""
 
     path: tuple[str, ...]
     physical_type: int
@@ -50,18 +50,18 @@ class ColumnChunk:
 
     @property
     def start(self) -> int:
-        """The first byte of its first page; Arrow gives a chunk without values no data page."""
+        """The offset of the first page; 0 if there is none, as in Arrow's chunks without values."""
         pages = (self.data_page_offset, self.dictionary_page_offset)
         return min((offset for offset in pages if offset), default=0)
 
     @property
     def end(self) -> int:
-        """The byte after its last page."""
+        """The offset after the last page."""
         return self.start + self.total_compressed_size
 
     @property
     def may_expand(self) -> bool:
-        """Whether its values may hold more bytes than its pages, without a dictionary."""
+        """Whether values may take more bytes than the pages, even without a dictionary."""
         return _DELTA_BYTE_ARRAY in self.encodings
 
 
@@ -76,7 +76,7 @@ class RowGroup:
 
 @dataclass(frozen=True, slots=True)
 class Footer:
-    """What a footer says; all offsets lie in the file."""
+    """The content of a footer; all offsets have been checked to lie within the file."""
 
     num_rows: int
     row_groups: tuple[RowGroup, ...]
@@ -93,13 +93,17 @@ class PageHeader:
 
 
 def footer_size(tail: bytes, file_size: int) -> int:
-    """Return the size in bytes of a footer, from the last eight bytes of the file.
+    """Return the size of a footer in bytes.
+
+    Args:
+        tail: the last eight bytes of the file.
+        file_size: size of the file in bytes.
 
     Raises:
-        DamagedFooter: they are no end of a Parquet file, or name an impossible size.
+        DamagedFooter: `tail` is not the end of a Parquet file, or has an impossible size.
     """
     if len(tail) != 8 or tail[4:] != MAGIC:
-        raise DamagedFooter("the file does not end as a Parquet file does")
+        raise DamagedFooter("the file does not end like a Parquet file")
     size = int.from_bytes(tail[:4], "little")
     if size > min(file_size - 12, MAX_FOOTER_BYTES):
         raise DamagedFooter(f"it claims a footer of {size} bytes")
@@ -111,16 +115,16 @@ def read_footer(data: bytes, file_size: int) -> Footer:
 
     Args:
         data: the footer without the eight bytes that end the file.
-        file_size: of the whole file, in bytes.
+        file_size: size of the whole file in bytes.
 
     Raises:
-        DamagedFooter: it is damaged; the message says what is wrong.
+        DamagedFooter: the footer is damaged; the message says how.
     """
     tree = _Compact(data).struct(0)
     schema = [_of(dict, element) for element in _of(list, tree.get(2))]
     num_leaves = sum(not element.get(5) for element in schema[1:])
     if not schema or num_leaves != sum(1 in element for element in schema[1:]):
-        raise DamagedFooter("its schema is no tree of columns")
+        raise DamagedFooter("its schema is not a tree of columns")
     end = file_size - 8 - len(data)
     groups = tuple(_row_group(_of(dict, group), num_leaves, end) for group in _list(tree, 4))
     num_rows = _count(tree, 3)
@@ -130,10 +134,10 @@ def read_footer(data: bytes, file_size: int) -> Footer:
 
 
 def read_page_header(data: bytes) -> PageHeader | None:
-    """Parse the page header that `data` begins with; None if `data` ends within it.
+    """Return the page header at the start of `data`, or None if `data` ends within it.
 
     Raises:
-        DamagedFooter: it is no page header.
+        DamagedFooter: `data` does not begin with a page header.
     """
     compact = _Compact(data)
     try:
@@ -164,7 +168,7 @@ def _column(chunk: Mapping[int, Any], end: int) -> ColumnChunk:
         total_uncompressed_size=_count(tree, 6),
         total_compressed_size=_count(tree, 7),
         data_page_offset=_count(tree, 9),
-        # Some writers put 0 where there is no dictionary.
+        # Some writers store 0 if there is no dictionary.
         dictionary_page_offset=_count(tree, 11) or None if 11 in tree else None,
     )
     has_pages = column.total_compressed_size > 0
@@ -179,7 +183,7 @@ def _column(chunk: Mapping[int, Any], end: int) -> ColumnChunk:
 
 def _of(kind: type[T], value: Any) -> T:
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise DamagedFooter(f"a field is no {kind.__name__}")
+        raise DamagedFooter(f"a field is not of type {kind.__name__}")
     return value
 
 
@@ -208,10 +212,10 @@ def _text(value: Any) -> str:
 
 
 class _Compact:
-    """Parses values of Thrift's compact protocol.
+    """A parser of values of Thrift's compact protocol.
 
     A struct becomes a dict from field number to value, binary becomes bytes. Every element takes at
-    least one byte of the input, so that no claimed length allocates more than the input's size.
+    least one byte of the input, so a claimed length never allocates more than the input's size.
     """
 
     def __init__(self, data: bytes) -> None:
@@ -220,7 +224,7 @@ class _Compact:
 
     def struct(self, depth: int) -> dict[int, Any]:
         if depth > _MAX_DEPTH:
-            raise DamagedFooter("it is nested too deep")
+            raise DamagedFooter("it is nested too deeply")
         fields: dict[int, Any] = {}
         number = 0
         while head := self._byte():
@@ -283,7 +287,7 @@ class _Compact:
         if size > len(self._data) - self.position:
             raise _Truncated("it ends within a list")
         if depth >= _MAX_DEPTH:
-            raise DamagedFooter("it is nested too deep")
+            raise DamagedFooter("it is nested too deeply")
         if kind in (1, 2):
             return [self._byte() == 1 for _ in range(size)]
         return [self._value(kind, depth + 1) for _ in range(size)]

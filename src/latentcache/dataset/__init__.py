@@ -1,1 +1,1 @@
-"""What lies on disk: contract, shards, receipts, manifests, and the reader over them."""
+"""The dataset format: contract, data files, receipts, manifests, and the code that reads them."""

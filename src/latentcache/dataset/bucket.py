@@ -1,4 +1,4 @@
-"""A bucket: one image size that samples are brought to, and its name in files and columns."""
+"""A bucket: one image size that samples are resized and cropped to, and its name on disk."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ class Bucket(NamedTuple):
 
     @property
     def name(self) -> str:
-        """`WIDTHxHEIGHT`, as in file names."""
+        """The name of the bucket, `WIDTHxHEIGHT`, as in file names."""
         return f"{self.width_px}x{self.height_px}"
 
     @property
     def num_pixels(self) -> int:
-        """Pixels of an image of this size."""
+        """The number of pixels of an image of this size."""
         return self.width_px * self.height_px
 
     @classmethod
     def parse(cls, name: str) -> Bucket:
-        """Return the bucket of a checked name."""
+        """Return the bucket of a name that has already been checked."""
         width_px, _, height_px = name.partition("x")
         return cls(int(width_px), int(height_px))

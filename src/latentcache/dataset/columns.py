@@ -1,6 +1,6 @@
-"""The kept columns of rows: which fields of a sample they are read from.
+"""The kept columns of rows, and the sample fields that they are read from.
 
-They belong to a unit's rows, not to the contract: other columns need no other latents.
+Columns belong to the rows of a unit, not to the contract, because they do not affect latents.
 """
 
 from __future__ import annotations
@@ -11,21 +11,23 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One kept column: its `name` in the rows, and the `field` of a sample that it is read from."""
+    """One kept column: its `name` in the rows, and the sample `field` that it is read from."""
 
     name: str
     field: str
 
 
 Columns = tuple[Column, ...]
-"""The kept columns of rows, sorted by name: their order means nothing."""
+"""The kept columns of rows, sorted by name because their order has no meaning."""
 
 
 def columns_of(keep: Iterable[str]) -> Columns:
-    """Return the columns of a config's `source.keep`: `txt` becomes `caption`, others keep names.
+    """Return the columns of a config's `source.keep`.
+
+    The field `txt` becomes the column `caption`. Other columns have the name of their field.
 
     Args:
-        keep: names of fields, each once.
+        keep: field names without duplicates.
     """
     columns = (Column("caption" if name == "txt" else name, name) for name in keep)
     return tuple(sorted(columns, key=lambda column: column.name))
@@ -37,7 +39,7 @@ def describe_columns(columns: Columns) -> str:
 
 
 def require_columns(columns: Columns) -> None:
-    """Raise `ValueError` unless columns are sorted by name, each once."""
+    """Raise `ValueError` unless columns are sorted by name and unique."""
     names = [column.name for column in columns]
     if names != sorted(set(names)):
-        raise ValueError("columns are not sorted by name, or name one twice")
+        raise ValueError("columns are not sorted by name, or contain a duplicate")

@@ -1,7 +1,7 @@
-"""The contract: what the latents of a dataset are, and the hash that stands for it.
+"""The contract: the settings that define a dataset's latents, and their fingerprint.
 
-Two runs may write to one output only if their contracts agree in every field. The contract holds
-nothing that may differ between two correct runs: no times, no versions, no places.
+Two runs may write to one output only if all fields of their contracts are equal. The contract
+holds nothing that may differ between two correct runs: no times, no versions, no locations.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MAX_SAMPLE_BYTES = 256 * 2**20
 
 
 def canonical_json(tree: Any) -> bytes:
-    """One value, one text: sorted keys, no spaces, UTF-8, no NaN."""
+    """Return the canonical JSON of a value: sorted keys, no spaces, UTF-8, no NaN."""
     text = json.dumps(
         tree, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
     )
@@ -38,13 +38,13 @@ def canonical_json(tree: Any) -> bytes:
 
 @dataclass(frozen=True)
 class SourceContract:
-    """How a source is read as samples.
+    """The settings that decide how a source is read as samples.
 
     Attributes:
-        image_fields: fields that may hold the image, in order of preference.
-        key_column: column of Parquet files that holds the key; None derives the key.
-        max_sample_bytes: a sample whose fields together hold more bytes is a reject.
-        caption_index: which element becomes the text where a text column holds a list.
+        image_fields: names of the fields that may hold the image, in order of preference.
+        key_column: name of the Parquet column that holds the key; None derives the key.
+        max_sample_bytes: a sample whose fields together are larger than this becomes a reject.
+        caption_index: index of the element that becomes the text, where a text column holds lists.
         key_rules: version of the rules that derive keys from names and paths (docs/format.md).
         text_rules: version of the rules that decode text fields (docs/format.md).
     """
@@ -59,7 +59,7 @@ class SourceContract:
 
 @dataclass(frozen=True)
 class VaeContract:
-    """The autoencoder as far as it decides the latents; its decoder does not."""
+    """The properties of the autoencoder that decide the latents; its decoder does not."""
 
     family: str
     encoder_fingerprint: Sha256
@@ -75,7 +75,10 @@ class VaeContract:
 
 @dataclass(frozen=True)
 class TransformContract:
-    """From a decoded image to the pixels that are encoded; `buckets` are (width, height)."""
+    """The transform of a decoded image to the pixels that are encoded.
+
+    `buckets` are (width, height) in pixels.
+    """
 
     crop: str
     resample: str
@@ -88,11 +91,11 @@ class TransformContract:
 
 @dataclass(frozen=True)
 class QuantizationContract:
-    """What int8 latents stand for; `dataset/quantization.py` has the arithmetic.
+    """The quantization of int8 latents; `dataset/quantization.py` has the arithmetic.
 
-    `num_images` and `seed` are the spec: on how many images it is calibrated, and on which.
-    `scale` and `zero_point`, one a stored channel, are what came of it; None before a first run has
-    looked.
+    `num_images` and `seed` specify the calibration: how many images it uses, and which ones.
+    `scale` and `zero_point` are its result, with one value per stored channel. They are None until
+    the first run has calibrated them.
     """
 
     num_images: Count
@@ -103,9 +106,10 @@ class QuantizationContract:
 
 @dataclass(frozen=True)
 class LatentContract:
-    """How a latent is drawn from the posterior and stored (always unscaled).
+    """The settings that decide how a latent is drawn from the posterior and stored.
 
-    `precision` may be `auto` before a first run; `quantization` goes with dtype int8 alone.
+    Latents are always stored unscaled. `precision` may be `auto` until the first run has resolved
+    it. `quantization` is set if and only if `dtype` is int8.
     """
 
     posterior: Annotated[str, Pattern("mean|moments|sample")]
@@ -117,9 +121,9 @@ class LatentContract:
 
 @dataclass(frozen=True)
 class Contract:
-    """All that must agree between the runs that fill one dataset.
+    """All settings that must agree between the runs that fill one dataset.
 
-    Which fields are kept as columns is not among it: see `dataset/columns.py`.
+    The kept columns are not part of it: see `dataset/columns.py`.
     """
 
     vae: VaeContract
@@ -130,37 +134,40 @@ class Contract:
 
     @property
     def stored_channels(self) -> int:
-        """Channels of a stored latent: C, or 2C for moments (mean, then log-variance)."""
+        """The number of channels of a stored latent: C, or 2C for moments (mean, log-variance)."""
         return self.vae.latent_channels * (2 if self.latents.posterior == "moments" else 1)
 
     def latent_shape(self, bucket: tuple[int, int]) -> tuple[int, int, int]:
-        """Shape [C, H, W] of a stored latent of a (width, height) bucket."""
+        """Return the shape [C, H, W] of a stored latent of a bucket (width, height) in pixels."""
         width_px, height_px = bucket
         factor = self.vae.downsample_factor
         return self.stored_channels, height_px // factor, width_px // factor
 
     @property
     def is_resolved(self) -> bool:
-        """Whether nothing in it waits for a look at real images."""
+        """Whether every field that is measured on real images has a value."""
         quantization = self.latents.quantization
         is_measured = quantization is None or quantization.scale is not None
         return self.latents.precision != "auto" and is_measured
 
     def resolved_as(self, other: Contract) -> Contract:
-        """Take over what another contract found on real images and this one leaves open."""
+        """Return this contract, with fields that it leaves open copied from another contract.
+
+        The fields are those that are measured on real images: `precision` and the quantization.
+        """
         mine, theirs = self.latents, other.latents
         if mine.precision == "auto":
             mine = replace(mine, precision=theirs.precision)
-        open_, found = mine.quantization, theirs.quantization
-        if open_ and open_.scale is None and found:
-            open_ = replace(open_, scale=found.scale, zero_point=found.zero_point)
-            mine = replace(mine, quantization=open_)
+        spec, measured = mine.quantization, theirs.quantization
+        if spec and spec.scale is None and measured:
+            spec = replace(spec, scale=measured.scale, zero_point=measured.zero_point)
+            mine = replace(mine, quantization=spec)
         return replace(self, latents=mine)
 
     def to_json(self) -> dict[str, Any]:
-        """Give the contract as plain JSON.
+        """Return the contract as plain JSON.
 
-        Only int8 latents have a `quantization`.
+        The field `quantization` is present for int8 latents only.
         """
         tree: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         if self.latents.quantization is None:
@@ -169,10 +176,10 @@ class Contract:
 
     @classmethod
     def from_json(cls, tree: Any) -> Contract:
-        """Read what `to_json` gave.
+        """Build a contract from the result of `to_json`.
 
         Raises:
-            DatasetError: it is of another format version, or not a contract.
+            DatasetError: `tree` has another format version or is not a contract.
         """
         try:
             require_format(tree, "contract.json")
@@ -184,20 +191,23 @@ class Contract:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the canonical JSON, hex."""
+        """The SHA-256 of the contract's canonical JSON, in hex."""
         return hashlib.sha256(canonical_json(self.to_json())).hexdigest()
 
 
 def require_format(tree: Any, where: str) -> None:
-    """Refuse parsed JSON that is not an object of this release's format version.
+    """Raise an error unless parsed JSON is an object of this release's format version.
+
+    Args:
+        tree: the parsed JSON.
+        where: the name or URL of the file, with which the error message begins.
 
     Raises:
-        DatasetError: it is of another version, or says nothing of it; the message begins with
-            `where`.
+        DatasetError: `tree` has another format version, or none.
     """
     version = tree.get("format_version") if isinstance(tree, dict) else None
     if version is None:
-        raise DatasetError(f"{where} is damaged: it names no format version")
+        raise DatasetError(f"{where} is damaged: it has no `format_version`")
     if version != FORMAT_VERSION or isinstance(version, bool | float):
         raise DatasetError(
             f"{where} has format version {version!r:.20}; this latentcache reads "
@@ -206,7 +216,7 @@ def require_format(tree: Any, where: str) -> None:
 
 
 def require_sound(contract: Contract) -> None:
-    """Raise `ValueError` if a contract's numbers cannot go together."""
+    """Raise `ValueError` if fields of a contract contradict each other."""
     vae, latents = contract.vae, contract.latents
     quantization = latents.quantization
     for name in ("latents_mean", "latents_std"):
@@ -216,20 +226,31 @@ def require_sound(contract: Contract) -> None:
         raise ValueError("vae.scaling_factor or latents_std is 0")
     for bucket in contract.transform.buckets:
         if any(side % vae.downsample_factor for side in bucket):
-            raise ValueError(f"bucket {bucket} is no multiple of {vae.downsample_factor} pixels")
+            raise ValueError(f"bucket {bucket} is not a multiple of {vae.downsample_factor} pixels")
     if (quantization is None) != (latents.dtype != "int8"):
-        raise ValueError("latents.quantization goes with int8, and int8 with it")
+        raise ValueError("latents.quantization must be set if, and only if, latents.dtype is int8")
     if quantization:
         pair = quantization.scale, quantization.zero_point
         if any(part is not None and len(part) != contract.stored_channels for part in pair):
-            raise ValueError("latents.quantization is not of the stored channels")
+            raise ValueError(
+                f"latents.quantization does not have {contract.stored_channels} values, one for "
+                "each stored channel"
+            )
 
 
 def contract_diff(there: Contract, wanted: Contract) -> list[str]:
-    """Name each field that differs: `transform.crop: "center" there, "random" wanted`."""
+    """Return a line for each field in which two contracts differ, sorted by field.
+
+    A line reads `transform.crop: "center" there, "random" wanted`.
+
+    Args:
+        there: the contract of the output.
+        wanted: the contract of this run.
+    """
     before, after = dict(_leaves(there.to_json())), dict(_leaves(wanted.to_json()))
     paths = before.keys() | after.keys()
-    if there.latents.dtype != wanted.latents.dtype:  # says already that one of them has none
+    # Only int8 has a quantization, so the line about the dtype already implies these differences.
+    if there.latents.dtype != wanted.latents.dtype:
         paths = {path for path in paths if not path.startswith("latents.quantization.")}
     return [
         f"{path}: {json.dumps(before.get(path))} there, {json.dumps(after.get(path))} wanted"
@@ -247,7 +268,7 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 
 def read_contract(store: Store) -> Contract | None:
-    """Read the contract of a dataset; None where there is none yet."""
+    """Return the contract of a dataset, or None if it does not exist yet."""
     try:
         data = store.read_bytes(CONTRACT_PATH)
     except ObjectNotFound:
@@ -256,10 +277,10 @@ def read_contract(store: Store) -> Contract | None:
 
 
 def require_contract(store: Store) -> Contract:
-    """Read the contract of what must be a dataset.
+    """Return the contract of an existing dataset.
 
     Raises:
-        DatasetError: it is none, or damaged.
+        DatasetError: the store has no contract, or the contract is damaged.
     """
     contract = read_contract(store)
     if contract is None:
@@ -268,12 +289,13 @@ def require_contract(store: Store) -> Contract:
 
 
 def read_provenance(store: Store) -> dict[str, Any]:
-    """Read what stands beside the contract of a dataset: its name, checkpoint URL and versions.
+    """Return the provenance in a dataset's contract file: its name, checkpoint URL and versions.
 
-    It is what the dataset's writer says: text to show, not a URL to open.
+    The dataset's writer sets these values and nothing verifies them. They are text to show; do not
+    open their URLs.
 
     Raises:
-        DatasetError: it is damaged.
+        DatasetError: the contract file is damaged.
     """
     try:
         tree = load_json(store.read_bytes(CONTRACT_PATH))
@@ -293,21 +315,25 @@ def _parse(store: Store, data: bytes) -> Contract:
         raise DatasetError(f"{store.url_of(CONTRACT_PATH)} is not a contract: {error}") from error
     if tree.get("fingerprint") != contract.fingerprint:
         raise DatasetError(
-            f"{store.url_of(CONTRACT_PATH)} was edited: its fingerprint is not that of its fields"
+            f"{store.url_of(CONTRACT_PATH)} was edited: its fingerprint does not match its fields"
         )
     return contract
 
 
 def establish_contract(store: Store, wanted: Contract, provenance: dict[str, Any]) -> bytes:
-    """Put the contract, or agree with the one that lies there. Returns the bytes that lie there.
+    """Put the contract if the output has none, and check that the output's contract is the same.
 
     Args:
         store: the output.
         wanted: this run's contract, resolved.
-        provenance: what is worth knowing but need not agree: checkpoint URL, versions.
+        provenance: information that may differ between runs: checkpoint URL, versions.
+
+    Returns:
+        The bytes of the output's contract file.
 
     Raises:
-        ContractMismatch: another contract lies there; the message names each field.
+        ContractMismatch: the output has another contract; the message names each field that
+            differs.
     """
     assert wanted.is_resolved
     tree = {
@@ -323,11 +349,25 @@ def establish_contract(store: Store, wanted: Contract, provenance: dict[str, Any
 
 
 def require_same(store: Store, there: Contract, wanted: Contract) -> None:
-    """Refuse an output whose contract differs; see `establish_contract`."""
+    """Raise an error if the contract of an output differs from that of this run.
+
+    Args:
+        store: the output.
+        there: the contract of the output.
+        wanted: the contract of this run.
+
+    Raises:
+        ContractMismatch: the contracts differ; the message names each field that differs.
+    """
     if there.fingerprint != wanted.fingerprint:
         lines = (f"  {line}" for line in contract_diff(there, wanted))
-        mend = f"{store.url} holds latents made another way; give this config another `output.url`"
+        fix = (
+            f"{store.url} holds latents of another contract: give this config another `output.url`"
+        )
         if not store.list("commits"):
             contract = store.url_of(CONTRACT_PATH)
-            mend = f"nothing is committed there yet: delete {contract} to begin anew"
-        raise ContractMismatch(f"{mend}, or make these agree:", *lines)
+            fix = (
+                f"{store.url} has another contract, but nothing is committed there yet: delete "
+                f"{contract} to start over"
+            )
+        raise ContractMismatch(f"{fix}, or make these fields agree:", *lines)

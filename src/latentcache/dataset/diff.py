@@ -22,7 +22,7 @@ _COLUMNS = ("unit", "generation", "num_rows", "num_rejects")
 
 @dataclass(frozen=True, slots=True)
 class DiffUnit:
-    """A unit that only one of the two manifests names; `version` is its source's."""
+    """A unit that counts in only one of two manifests; `version` is the version of its source."""
 
     unit: str
     version: str
@@ -33,7 +33,7 @@ class DiffUnit:
 
 @dataclass(frozen=True, slots=True)
 class SourceDiff:
-    """A source whose units differ: those that count no more, and those that came for them."""
+    """A source whose units differ: units only in the older manifest, and only in the newer one."""
 
     source: str
     before: tuple[DiffUnit, ...]
@@ -42,7 +42,7 @@ class SourceDiff:
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """What some units come to."""
+    """The number of some units, and of their rows and rejects."""
 
     num_units: int
     num_rows: int
@@ -50,7 +50,7 @@ class Counts:
 
     @classmethod
     def of(cls, units: Iterable[DiffUnit]) -> Counts:
-        """Add up units."""
+        """Return the sums over units."""
         units = list(units)
         num_rows = sum(unit.num_rows for unit in units)
         return cls(len(units), num_rows, sum(unit.num_rejects for unit in units))
@@ -58,10 +58,10 @@ class Counts:
 
 @dataclass(frozen=True, slots=True)
 class DiffCounts:
-    """Totals of a diff: `before + added - removed - replaced + replacing = after`.
+    """The totals of a diff: `before + added - removed - replaced + replacing = after`.
 
-    `before` and `after` are the whole manifests; `replaced` units went, `replacing` ones came for
-    them.
+    `before` and `after` are totals of whole manifests. `replaced` counts the units that were
+    removed from replaced sources, `replacing` the units that were added to them.
     """
 
     before: Counts
@@ -74,10 +74,10 @@ class DiffCounts:
 
 @dataclass(frozen=True, slots=True)
 class ManifestDiff:
-    """How manifest `after` differs from manifest `before`, both by number.
+    """The differences between the manifests with the numbers `before` and `after`.
 
-    `added` are sources that gained units and lost none, `removed` those that lost some and gained
-    none, `replaced` those that did both; all in the order of their URLs.
+    `added` lists sources that only gained units, `removed` sources that only lost units, and
+    `replaced` sources that did both. All are sorted by URL.
     """
 
     before: int
@@ -97,13 +97,14 @@ def diff_manifests(
 ) -> ManifestDiff:
     """Compare two manifests of a dataset.
 
-    A segment that both name is read only where they differ in what they leave out of segments.
+    A segment that both manifests list is read only if their `removed` units differ.
 
     Args:
-        url: the dataset.
-        before: number of a manifest, or "published"; None takes the complete one before `after`.
-        after: likewise; None takes the newest complete one.
-        storage: how to reach the store.
+        url: URL of the dataset.
+        before: number of a manifest, or "published"; None takes the last complete manifest before
+            `after`.
+        after: number of a manifest, or "published"; None takes the newest complete manifest.
+        storage: options of the store.
 
     Raises:
         DatasetError: there is no dataset, or no such manifest.
@@ -112,10 +113,10 @@ def diff_manifests(
     require_contract(store)
     new = find_manifest(store, after)
     old = _complete_before(store, new.number) if before is None else find_manifest(store, before)
-    gone, come = _differing(store, old, new), _differing(store, new, old)
+    lost, gained = _differing(store, old, new), _differing(store, new, old)
     by_source = [
-        SourceDiff(source, tuple(gone.get(source, ())), tuple(come.get(source, ())))
-        for source in sorted(gone.keys() | come.keys())
+        SourceDiff(source, tuple(lost.get(source, ())), tuple(gained.get(source, ())))
+        for source in sorted(lost.keys() | gained.keys())
     ]
     added = tuple(diff for diff in by_source if not diff.before)
     removed = tuple(diff for diff in by_source if not diff.after)
@@ -133,27 +134,27 @@ def diff_manifests(
 
 def _complete_before(store: Store, number: int) -> Manifest:
     for earlier in reversed(list_manifests(store)):
-        if earlier < number and (found := read_manifest(store, earlier)).complete:
-            return found
+        if earlier < number and (manifest := read_manifest(store, earlier)).complete:
+            return manifest
     raise DatasetError(f"{store.url} has no complete manifest before {number} to compare it with")
 
 
 def _differing(store: Store, one: Manifest, other: Manifest) -> dict[str, list[DiffUnit]]:
-    """Give, by source, the units that count in one manifest and not in the other."""
+    """Return, by source, the units that count in `one` manifest but not in the `other`."""
     shared = {segment.path for segment in other.segments}
     own = [segment for segment in one.segments if segment.path not in shared]
     both = [segment for segment in one.segments if segment.path in shared]
     named_by = f"manifest {one.number}"
-    found: dict[str, list[DiffUnit]] = {}
+    units: dict[str, list[DiffUnit]] = {}
     for table in read_segments(store, own, named_by, _COLUMNS):
         for source, unit in _units_of(without(table, one.removed)):
-            found.setdefault(source, []).append(unit)
+            units.setdefault(source, []).append(unit)
     removed = set(other.removed).difference(one.removed)
     for table in read_segments(store, both if removed else [], named_by, _COLUMNS):
         is_in = pc.is_in(names_of(table), value_set=pa.array(removed, pa.string()))
         for source, unit in _units_of(table.filter(is_in)):
-            found.setdefault(source, []).append(unit)
-    return found
+            units.setdefault(source, []).append(unit)
+    return units
 
 
 def _units_of(table: pa.Table) -> Iterator[tuple[str, DiffUnit]]:

@@ -1,4 +1,4 @@
-"""A dataset at a glance."""
+"""Summarize a dataset for `latentcache inspect`."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from latentcache.errors import one_line
 
 
 def describe(dataset: Dataset, num_rows: int) -> dict[str, Any]:
-    """Give contract, totals, buckets, statistics, the first rows, and rejects by reason, as JSON.
+    """Return a summary of a dataset as JSON.
+
+    It holds the contract, totals, buckets, statistics, the first rows, and rejects by reason.
 
     Args:
-        dataset: what to describe.
-        num_rows: how many rows to show.
+        dataset: the dataset to describe.
+        num_rows: number of rows to include.
     """
     manifest, stats = dataset.manifest, dataset.stats
     reasons = Counter(f"{reject.stage}: {reject.reason}" for reject in dataset.rejects())
@@ -66,7 +68,7 @@ def describe(dataset: Dataset, num_rows: int) -> dict[str, Any]:
 
 
 def render(described: dict[str, Any]) -> str:
-    """Lay out what `describe` gave, for a terminal."""
+    """Return the result of `describe` as text for a terminal."""
     text = StringIO()
     console = Console(file=text, width=100, highlight=False)
     contract = described["contract"]
@@ -120,5 +122,5 @@ def _print_table(console: Console, title: str, names: tuple[str, ...], rows: Any
 
 
 def _plain(value: object) -> Text:
-    """Show a value as it is: a caption is neither Rich's markup nor a command to the terminal."""
+    """Return a value as literal text, so that a caption is not read as markup or terminal codes."""
     return Text(one_line(str(value)))

@@ -1,7 +1,7 @@
-"""Where latents lie in data files, found and checked without reading them.
+"""Find and check the position of latents in data files without reading the latents.
 
-A loader copies latents from memory-mapped files by address. So all that an address follows from is
-checked here, before one is made: the footer, the row groups of all files of a bucket, and the
+A loader copies latents from memory-mapped files by address. So everything that an address is
+computed from is checked here first: the footer, the row groups of all files of a bucket, and the
 header of the page that holds the latents of a row group.
 """
 
@@ -20,14 +20,16 @@ from latentcache.dataset.parse import Count, check, load_json
 from latentcache.errors import DatasetError
 from latentcache.parquet_footer import ColumnChunk, DamagedFooter, Footer, read_page_header
 
-# Row groups of 8 to 32 MiB stream well and are read whole; 1,024 rows bound a shuffle window.
+# Row groups of 8 to 32 MiB stream well and are read whole. At most 1,024 rows keep a shuffle
+# window small.
 ROW_GROUP_BYTES = 16 * 2**20
 ROW_GROUP_ROWS = 1024
 
-# The longest header that a page without statistics has is far below this.
+# A page header without statistics is much shorter than this.
 _PAGE_HEADER_BYTES = 256
 
-# A codec, a physical type and encodings of parquet.thrift: PLAIN, and RLE for levels.
+# A codec, a physical type and encodings of parquet.thrift. The encodings are PLAIN, and RLE for
+# levels.
 _UNCOMPRESSED, _BYTE_ARRAY = 0, 6
 _PLAIN_ENCODINGS = {0, 3}
 
@@ -40,59 +42,72 @@ TORCH_DTYPES = {
 SAFETENSORS_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "int8": "I8"}
 
 
-File: TypeAlias = BinaryIO  # or pyarrow's, which has no types
+File: TypeAlias = BinaryIO  # or a pyarrow file, which has no type annotations
 
 
 def row_group_rows(contract: Contract, bucket: tuple[int, int]) -> int:
-    """Rows of a whole row group; the last one of a file may have fewer."""
+    """Return the number of rows of a row group; the last one of a file may have fewer.
+
+    Args:
+        contract: the contract of the dataset.
+        bucket: (width, height) in pixels.
+    """
     return max(1, min(ROW_GROUP_ROWS, ROW_GROUP_BYTES // row_bytes(contract, bucket)))
 
 
 def row_bytes(contract: Contract, bucket: tuple[int, int]) -> int:
-    """Bytes of one stored latent."""
+    """Return the size of one stored latent in bytes.
+
+    Args:
+        contract: the contract of the dataset.
+        bucket: (width, height) in pixels.
+    """
     return math.prod(contract.latent_shape(bucket)) * TORCH_DTYPES[contract.latents.dtype].itemsize
 
 
 def latent_offsets(
     files: Sequence[File], contract: Contract, bucket: tuple[int, int], num_rows: int
 ) -> list[int]:
-    """Find where latents lie in a bucket's files, so that they can be read without a reader.
+    """Return the byte offsets of the latents in a bucket's files.
+
+    With them, latents can be read without a Parquet or safetensors reader.
 
     Args:
-        files: the open Parquet file, or safetensors and its rows.
-        contract: what they were written under.
+        files: the open Parquet file, or the safetensors file and its Parquet file of rows.
+        contract: the contract of the dataset.
         bucket: (width, height) in pixels.
-        num_rows: that they are said to hold.
+        num_rows: number of rows according to the receipt.
 
     Returns:
-        For each row group (of `row_group_rows` rows, the last one fewer), the byte of the first
-        file at which its first latent begins. The next ones follow at a stride of `row_bytes`, in
-        Parquet 4 more, for the length that stands before each. All of them lie within the file.
+        For each row group, the byte offset of its first latent in the first file. A row group has
+        `row_group_rows` rows; the last one may have fewer. The next latents follow at a stride of
+        `row_bytes`. In Parquet the stride is 4 bytes longer, because a length precedes each latent.
+        All latents lie within the file.
 
     Raises:
-        DatasetError: a file is damaged, has another number of rows, or another layout.
+        DatasetError: a file is damaged, has another number of rows, or has another layout.
     """
     size, group_rows = row_bytes(contract, bucket), row_group_rows(contract, bucket)
     footer = checked_footer(files[-1])
     if footer.num_rows != num_rows:
-        raise DatasetError(f"it holds {footer.num_rows} rows, the receipt says {num_rows}")
+        raise DatasetError(f"it holds {footer.num_rows} rows, but the receipt says {num_rows}")
     expected = [min(group_rows, num_rows - first) for first in range(0, num_rows, group_rows)]
     if [group.num_rows for group in footer.row_groups] != expected:
         raise DatasetError(
-            f"it has {footer.num_rows} rows in {len(footer.row_groups)} row groups; expected are "
+            f"it has {footer.num_rows} rows in {len(footer.row_groups)} row groups; expected "
             f"{num_rows} rows in groups of {group_rows}"
         )
     if contract.latents.format == "safetensors":
         tensor = SafetensorsRows(files[0])
-        found = (tensor.num_rows, *tensor.shape, tensor.dtype)
-        if found != (num_rows, *contract.latent_shape(bucket), contract.latents.dtype):
+        kind = (tensor.num_rows, *tensor.shape, tensor.dtype)
+        if kind != (num_rows, *contract.latent_shape(bucket), contract.latents.dtype):
             raise DatasetError(f"latents are {tensor.num_rows} {tensor.dtype} of {tensor.shape}")
         return [tensor.start + first * size for first in range(0, num_rows, group_rows)]
     offsets, end = [], 0
     for number, rows in enumerate(expected):
         chunk = _latent_chunk(footer, number)
         if chunk.start < end:
-            raise DatasetError(f"row group {number} lies within the one before")
+            raise DatasetError(f"row group {number} overlaps the one before it")
         offsets.append(_first_latent(files[0], chunk, rows, size, number))
         end = chunk.end
     return offsets
@@ -101,14 +116,14 @@ def latent_offsets(
 def _latent_chunk(footer: Footer, number: int) -> ColumnChunk:
     chunks = [c for c in footer.row_groups[number].columns if c.path == ("latent",)]
     if len(chunks) != 1:
-        raise DatasetError(f"row group {number} has {len(chunks)} columns `latent`, not one")
+        raise DatasetError(f"row group {number} has {len(chunks)} columns `latent`; expected one")
     return chunks[0]
 
 
 def _first_latent(file: File, chunk: ColumnChunk, rows: int, size: int, number: int) -> int:
-    """Check that a chunk is one plain page of latents; return the byte at which the first begins.
+    """Check that a chunk is one plain page of latents; return the byte offset of the first latent.
 
-    The page's header has to say so, and to end exactly where the lengths and latents begin.
+    The page header must describe such a page, and must end exactly where lengths and latents begin.
     """
     file.seek(chunk.data_page_offset)
     data = file.read(_PAGE_HEADER_BYTES)
@@ -129,25 +144,31 @@ def _first_latent(file: File, chunk: ColumnChunk, rows: int, size: int, number: 
         and set(chunk.encodings) <= _PLAIN_ENCODINGS
     )
     if header is None or not is_plain:
-        raise DatasetError(f"row group {number} has another layout than docs/format.md says")
+        raise DatasetError(f"row group {number} does not have the layout of docs/format.md")
     first = chunk.data_page_offset + header.header_size
     file.seek(first)
     if int.from_bytes(file.read(4), "little") != size:
-        raise DatasetError(f"row group {number} has another layout than docs/format.md says")
+        raise DatasetError(f"row group {number} does not have the layout of docs/format.md")
     return first + 4
 
 
 def tensor_from_bytes(data: bytes, dtype: str, shape: Sequence[int]) -> torch.Tensor:
-    """Make a tensor of one row's bytes."""
-    # bytearray: torch warns about memory that it must not write to.
+    """Return a tensor with the bytes of one row.
+
+    Args:
+        data: the little-endian bytes of the elements.
+        dtype: a key of `TORCH_DTYPES`.
+        shape: the shape of the tensor.
+    """
+    # A bytearray is writable: torch warns about memory that it must not write to.
     return torch.frombuffer(bytearray(data), dtype=TORCH_DTYPES[dtype]).reshape(list(shape))
 
 
 class SafetensorsRows:
-    """Rows of the stacked tensor of a safetensors file, read one range at a time.
+    """The rows of the stacked tensor of a safetensors file, each read on its own.
 
     Raises:
-        DatasetError: the header is damaged or names no tensor `latents`.
+        DatasetError: the header is damaged or does not list a tensor `latents`.
     """
 
     def __init__(self, file: File) -> None:
@@ -156,7 +177,7 @@ class SafetensorsRows:
         try:
             length = int.from_bytes(file.read(8), "little")
             if length > 2**20:
-                raise ValueError("header too long")
+                raise ValueError("it is longer than 1 MiB")
             entry = load_json(file.read(length))["latents"]
             names = {code: name for name, code in SAFETENSORS_DTYPES.items()}
             self.dtype = names[entry["dtype"]]
@@ -166,7 +187,7 @@ class SafetensorsRows:
             if (start, end) != (0, self.num_rows * row_bytes):
                 raise ValueError(f"{self.num_rows} rows of {self.shape} from {start} to {end}")
             if file.seek(0, os.SEEK_END) != 8 + length + end:
-                raise ValueError("the file ends elsewhere")
+                raise ValueError("the size of the file does not match it")
         except (ValueError, KeyError, TypeError) as error:
             raise DatasetError(f"damaged safetensors header: {error}") from error
         self.start = 8 + length

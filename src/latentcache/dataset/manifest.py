@@ -1,8 +1,9 @@
-"""Manifests: numbered snapshots of which committed units make up the dataset.
+"""Manifests: numbered snapshots that define which committed units make up the dataset.
 
-Manifest N+1 is a function of manifest N, one listing of the source, and the receipts. Receipts hold
-what was done; a manifest says which of it counts. It names its units through segments, immutable
-Parquet files with one row per unit, less the names in `removed`; a new manifest adds one segment.
+Manifest N+1 is a function of manifest N, one snapshot of the source, and the receipts. Receipts
+record what was committed; a manifest defines which of it counts. A manifest lists segments:
+immutable Parquet files with one row per unit. Units named in `removed` do not count. A new manifest
+adds one segment.
 """
 
 from __future__ import annotations
@@ -47,19 +48,19 @@ MANIFESTS = "manifests"
 MAX_MANIFEST = 99_999_999
 
 ManifestName: TypeAlias = int | Literal["published"]
-"""Which manifest: its number, or the one that `published.json` names."""
+"""The number of a manifest, or "published" for the one that `published.json` names."""
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
     """A numbered snapshot of the dataset.
 
-    `removed` names the units (`<unit>-<generation>`) that never count again, in this manifest and
-    in those after it: units of its segments, and receipts of older versions of a source that no
-    manifest named. `stale` names the sources whose listed version is not encoded yet and whose
-    older rows stand in for it. `columns` are the kept columns that its rows are to have. `complete`
-    says that every listed source is encoded at its listed version, that its rows have these
-    columns, and that there is at least one row.
+    `removed` names the units (`<unit>-<generation>`) that do not count in this or any later
+    manifest: units of its segments, and receipts of older versions of a source that no manifest
+    listed. `stale` names the sources whose listed version is not encoded yet, so that rows of an
+    older version count instead. `columns` are the kept columns that the rows should have.
+    `complete` is true if every listed source is encoded at its listed version, its rows have these
+    columns, and there is at least one row.
     """
 
     number: Annotated[int, Range(0, MAX_MANIFEST)]
@@ -82,12 +83,12 @@ class Manifest:
 
     @property
     def path(self) -> str:
-        """Where the manifest lies."""
+        """The path of the manifest in the output."""
         return f"{MANIFESTS}/{self.number:08d}.json"
 
     @property
     def totals(self) -> Totals:
-        """What the units of the manifest come to."""
+        """The sums over the units of the manifest."""
         return Totals(
             self.num_units,
             self.num_samples,
@@ -100,17 +101,21 @@ class Manifest:
         )
 
     def to_bytes(self) -> bytes:
-        """Give the manifest as JSON."""
+        """Return the manifest as JSON."""
         tree = asdict(replace(self, statistics=None))  # type: ignore[arg-type]
         tree["statistics"] = self.statistics.to_json()
         return json.dumps(tree, sort_keys=True, indent=1).encode()
 
     @classmethod
     def from_bytes(cls, data: bytes, url: str) -> Manifest:
-        """Read what `to_bytes` gave; `url` is for the error.
+        """Parse the result of `to_bytes`.
+
+        Args:
+            data: the JSON.
+            url: URL of the manifest, for error messages.
 
         Raises:
-            DatasetError: it is damaged or of another format version.
+            DatasetError: the manifest is damaged or has another format version.
         """
         try:
             tree = load_json(data)
@@ -125,18 +130,17 @@ class Manifest:
 
 
 def put_manifest(store: Store, manifest: Manifest, valid_until: float = math.inf) -> bool:
-    """Put a manifest.
-
-    `gc` deletes old ones: that a number is free does not say that it is the next one.
+    """Put a manifest, unless its number or a higher one exists.
 
     Args:
         store: the output.
-        manifest: has the next number.
-        valid_until: as in `Store.put_if_absent`.
+        manifest: the manifest, with the next number.
+        valid_until: deadline, as in `Store.put_if_absent`.
 
     Returns:
-        False if another came first, or if it is too late.
+        Whether the manifest was put. False if another writer was faster or the deadline passed.
     """
+    # `gc` deletes old manifests, so a free number is not always the next one.
     if any(number >= manifest.number for number in list_manifests(store)):
         return False
     try:
@@ -146,22 +150,28 @@ def put_manifest(store: Store, manifest: Manifest, valid_until: float = math.inf
 
 
 def list_manifests(store: Store) -> list[int]:
-    """List the numbers of all manifests, oldest first."""
+    """Return the numbers of all manifests, oldest first."""
     matches = (re.fullmatch(rf"{MANIFESTS}/(\d{{8}})\.json", i.path) for i in store.list(MANIFESTS))
     return [int(match[1]) for match in matches if match]
 
 
 def read_manifest(store: Store, number: int) -> Manifest:
-    """Read one manifest.
+    """Return one manifest.
+
+    Args:
+        store: the output.
+        number: number of the manifest.
 
     Raises:
-        DatasetError: there is none of that number, or it is damaged.
+        DatasetError: there is no manifest of that number, or it is damaged.
     """
     path = f"{MANIFESTS}/{number:08d}.json"
     try:
         manifest = Manifest.from_bytes(store.read_bytes(path), store.url_of(path))
         if manifest.number != number:
-            raise DatasetError(f"{store.url_of(path)} says that it is manifest {manifest.number}")
+            raise DatasetError(
+                f"{store.url_of(path)} is damaged: it has the number {manifest.number}"
+            )
         return manifest
     except ObjectNotFound as error:
         known = list_manifests(store)
@@ -170,13 +180,17 @@ def read_manifest(store: Store, number: int) -> Manifest:
 
 
 def newest_manifest(store: Store) -> Manifest | None:
-    """Read the newest manifest, complete or not; None where there is none."""
+    """Return the newest manifest, complete or not, or None if there is none."""
     numbers = list_manifests(store)
     return read_manifest(store, numbers[-1]) if numbers else None
 
 
 def read_records(store: Store, manifest: Manifest) -> UnitRecords:
-    """Read the units that count in a manifest, in the order of their sources.
+    """Return the records of the units that count in a manifest, sorted by source.
+
+    Args:
+        store: the output.
+        manifest: the manifest.
 
     Raises:
         DatasetError: a segment is missing or damaged.
@@ -186,10 +200,16 @@ def read_records(store: Store, manifest: Manifest) -> UnitRecords:
 
 
 def read_files(store: Store, manifest: Manifest) -> pa.Table:
-    """Read the data files of a manifest's units, in the order of `read_records`.
+    """Return a table of the data files of a manifest's units, in the order of `read_records`.
 
-    Columns are `unit` (its id) and those of `DataFile`. Millions of files take no Python object
-    each, as records would.
+    The table needs no Python object for each of millions of files, as records would.
+
+    Args:
+        store: the output.
+        manifest: the manifest.
+
+    Returns:
+        A table with the column `unit` (the unit's id) and the fields of `DataFile`.
 
     Raises:
         DatasetError: a segment is missing or damaged.
@@ -207,7 +227,7 @@ def read_files(store: Store, manifest: Manifest) -> pa.Table:
 
 
 def _live_units(store: Store, manifest: Manifest, columns: Sequence[str]) -> pa.Table:
-    """Read the segments' rows that count, and refuse a unit that would count twice."""
+    """Return the rows of the segments that count; raise `DatasetError` if a unit counts twice."""
     tables = read_segments(store, manifest.segments, f"manifest {manifest.number}", columns)
     empty = SEGMENT_SCHEMA.empty_table().select(columns)
     live = pa.concat_tables([*(without(table, manifest.removed) for table in tables), empty])
@@ -215,5 +235,5 @@ def _live_units(store: Store, manifest: Manifest, columns: Sequence[str]) -> pa.
     num_rows = pc.struct_field(pc.list_flatten(live["files"].combine_chunks()), "num_rows")
     num_rows = pc.sum(num_rows.cast(pa.float64()), min_count=0).as_py()
     if pc.count_distinct(ids).as_py() < len(ids) or num_rows > MAX_COUNT:
-        raise DatasetError(f"{store.url_of(manifest.path)} names a unit twice, or too many rows")
+        raise DatasetError(f"{store.url_of(manifest.path)} lists a unit twice, or too many rows")
     return live

@@ -1,6 +1,7 @@
-"""Reading a dataset's Parquet files, whose footers are checked before pyarrow sees them.
+"""Read Parquet files of a dataset, after a check of their footers.
 
-pyarrow aborts the process for some damaged footers; see `parquet_footer.py`.
+The check comes first because pyarrow aborts the process for some damaged footers; see
+`parquet_footer.py`.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from latentcache.storage import Store
 
 
 def checked_footer(file: BinaryIO | pa.NativeFile) -> Footer:
-    """Read the footer of an open Parquet file; leaves the file at its start.
+    """Return the checked footer of an open Parquet file, and seek to the start of the file.
 
     Raises:
-        DatasetError: it is damaged.
+        DatasetError: the footer is damaged.
     """
     try:
         file_size = file.seek(0, os.SEEK_END)
@@ -43,9 +44,16 @@ def checked_footer(file: BinaryIO | pa.NativeFile) -> Footer:
 
 @contextmanager
 def naming_damage(store: Store, path: str) -> Iterator[None]:
-    """Name the object in an error of what decodes it: `DatasetError`.
+    """Turn errors of code that decodes an object into a `DatasetError` that names the object.
 
-    What the store itself raises passes: to read from it raises no `OSError`.
+    Errors of the store pass through unchanged: reading from it raises no `OSError`.
+
+    Args:
+        store: the store of the object.
+        path: path of the object in the store.
+
+    Raises:
+        DatasetError: the object cannot be decoded.
     """
     try:
         yield
@@ -57,12 +65,12 @@ def naming_damage(store: Store, path: str) -> Iterator[None]:
 def open_parquet(source: Any) -> pq.ParquetFile:
     """Open a Parquet file: a path, an open file or an Arrow buffer.
 
-    Read from it with `use_threads=False`. It reads nothing ahead either (`pre_buffer`). Threads of
-    Arrow's that hold a Python file or buffer may outlive the process's interpreter, and then abort
-    it at its end, now and then (apache/arrow#34314, #50482).
+    Callers must read with `use_threads=False`; for the same reason, `pre_buffer` is off. Arrow's
+    threads that hold a Python file or buffer may outlive the interpreter. They then sometimes abort
+    the process at exit (apache/arrow#34314, #50482).
 
     Raises:
-        DatasetError: its footer is damaged.
+        DatasetError: the footer is damaged.
     """
     if isinstance(source, Path):
         with source.open("rb") as file:
@@ -73,30 +81,46 @@ def open_parquet(source: Any) -> pq.ParquetFile:
 
 
 def read_table(source: Any, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read a Parquet file: a path, a file object or an Arrow buffer; all columns, or some.
+    """Return the table in a Parquet file.
 
-    Arrow's function of this name scans on threads; see `open_parquet`.
+    Use it instead of Arrow's function of this name, which scans on threads; see `open_parquet`.
+
+    Args:
+        source: a path, a file object or an Arrow buffer.
+        columns: names of the columns to read; None reads all.
 
     Raises:
-        DatasetError: the file is damaged.
+        DatasetError: the footer is damaged.
     """
     with open_parquet(source) as file:
         return file.read(columns=columns, use_threads=False)
 
 
 def read_rows(source: Any, column: str, values: Collection[str]) -> pa.Table:
-    """Read the rows in which a text column has one of some values, and no other row groups."""
-    wanted = pa.array(values, pa.string())
+    """Return the rows in which a text column has one of some values.
+
+    Of row groups without such a row, only this column is read.
+
+    Args:
+        source: a path, a file object or an Arrow buffer.
+        column: name of the text column.
+        values: the values to select.
+
+    Raises:
+        DatasetError: the footer is damaged.
+    """
+    value_set = pa.array(values, pa.string())
     with open_parquet(source) as file:
         groups = [
             number
             for number in range(file.num_row_groups)
             if pc.any(
-                pc.is_in(_read_group(file, number, [column])[column], value_set=wanted), min_count=0
+                pc.is_in(_read_group(file, number, [column])[column], value_set=value_set),
+                min_count=0,
             ).as_py()
         ]
         table = file.read_row_groups(groups, use_threads=False)
-    return table.filter(pc.is_in(table[column], value_set=wanted))
+    return table.filter(pc.is_in(table[column], value_set=value_set))
 
 
 def _read_group(file: pq.ParquetFile, number: int, columns: Sequence[str]) -> pa.Table:

@@ -1,9 +1,9 @@
-"""Parse and check what a dataset says of itself: JSON, paths, hashes and counts.
+"""Parse and check the metadata of a dataset: JSON, paths, hashes and counts.
 
-A dataset may be damaged or made to deceive, and its hashes may agree all the same. So every object
-is held against the annotations of its dataclass before any code uses it, and every path and hash
-has to have the form that a writer gives it. All functions raise `ValueError`; the caller names the
-file in a `DatasetError`.
+A dataset may be damaged or malicious, and its hashes may match nevertheless. So every object is
+checked against the annotations of its dataclass before any code uses it, and every path and hash
+must have the form that a writer gives it. All functions raise `ValueError`; the caller raises a
+`DatasetError` that names the file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ T = TypeVar("T")
 MAX_OBJECT_BYTES = 5 * 2**40
 MAX_COUNT = 2**53
 
-# RE2 and Python's `re` agree on these; `fullmatch` or `^(?:…)$` is up to the caller.
+# These patterns mean the same in RE2 and in Python's `re`. The caller matches whole strings, with
+# `fullmatch` or `^(?:…)$`.
 UNIT_ID = "[0-9a-f]{32}"
 SHA256 = "[0-9a-f]{64}"
 UNIT_NAME = rf"{UNIT_ID}-[0-9]{{1,9}}"
@@ -35,24 +36,24 @@ QA_PATH = rf"qa/{_ATTEMPT}\.parquet"
 
 
 class Pattern:
-    """Marks text that a regular expression has to match as a whole."""
+    """An annotation of text that a regular expression has to match as a whole."""
 
     def __init__(self, pattern: str) -> None:
         self._compiled = re.compile(pattern, re.ASCII)
 
     def __call__(self, value: str) -> bool:
-        """Tell whether a text has the form."""
+        """Return whether the expression matches a text."""
         return self._compiled.fullmatch(value) is not None
 
 
 class Range:
-    """Marks a number with a lower and an upper bound, both included."""
+    """An annotation of a number with a lower and an upper bound, both inclusive."""
 
     def __init__(self, low: float, high: float) -> None:
         self._low, self._high = low, high
 
     def __call__(self, value: float) -> bool:
-        """Tell whether a number lies within."""
+        """Return whether a number lies within the bounds."""
         return self._low <= value <= self._high
 
 
@@ -67,47 +68,49 @@ FilePath = Annotated[str, Pattern(f"{DATA_PATH}|{REJECTS_PATH}|{QA_PATH}")]
 
 
 def load_json(data: bytes | str) -> Any:
-    """Parse JSON as this package writes it: UTF-8, no NaN, no lone surrogates, not deeply nested.
+    """Return parsed JSON of the kind that this package writes.
+
+    It is UTF-8 without NaN, lone surrogates or deep nesting.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: `data` is not such JSON.
     """
     try:
         text = data.decode() if isinstance(data, bytes) else data
         tree = json.loads(text, parse_constant=_refuse_constant)
         if "\\u" in text:
-            json.dumps(tree, ensure_ascii=False).encode()  # fails for a lone surrogate
+            json.dumps(tree, ensure_ascii=False).encode()  # raises for a lone surrogate
     except RecursionError:
-        raise ValueError("it is nested too deep") from None
+        raise ValueError("it is nested too deeply") from None
     return tree
 
 
 def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not a number that JSON has")
+    raise ValueError(f"{name} is not valid JSON")
 
 
 def build(cls: type[T], tree: Any, *, ignore_unknown: bool = False) -> T:
-    """Make an object of a dataclass from parsed JSON, checked against the class's annotations.
+    """Build an instance of a dataclass from parsed JSON, and check it against the annotations.
 
-    Values keep their types: an integer may stand for a `float` and remains one. Lists become
-    tuples where the annotation says so. A class with a method `from_json` parses itself.
+    Values keep their types: a field annotated as `float` may hold an integer. Lists become tuples
+    where the annotation is a tuple. A class with a method `from_json` parses itself.
 
     Args:
         cls: a dataclass.
-        tree: what `load_json` returned.
-        ignore_unknown: leave out fields that the class does not have; else they are an error.
+        tree: the result of `load_json`.
+        ignore_unknown: ignore fields that the class does not have, instead of raising an error.
 
     Raises:
-        ValueError: a field is missing, unknown, or of another type or range; the message names it.
+        ValueError: a field is missing, unknown, or has another type or range; the message names it.
     """
-    found = _build(cls, tree, "", ignore_unknown)
-    assert isinstance(found, cls)
-    return found
+    instance = _build(cls, tree, "", ignore_unknown)
+    assert isinstance(instance, cls)
+    return instance
 
 
 @lru_cache
 def _hints(cls: type) -> dict[str, tuple[Any, bool]]:
-    """Map a dataclass's fields to their annotations, and to whether they have no default."""
+    """Return, by field of a dataclass, its annotation and whether it has no default."""
     hints = get_type_hints(cls, include_extras=True)
     return {
         f.name: (hints[f.name], f.default is MISSING and f.default_factory is MISSING)
@@ -136,10 +139,15 @@ def _below(at: str, name: Any) -> str:
 
 
 def check(hint: Any, value: Any, at: str) -> Any:
-    """Check one value against an annotation and return it, with lists as what is annotated.
+    """Check one value against an annotation, and return it with its lists as the annotated types.
+
+    Args:
+        hint: the annotation.
+        value: the value, as `load_json` returns it.
+        at: name of the value in error messages.
 
     Raises:
-        ValueError: it is something else; `at` is what the message calls it.
+        ValueError: the value does not match the annotation.
     """
     origin, args = get_origin(hint), get_args(hint)
     if origin is Annotated:
@@ -151,7 +159,7 @@ def check(hint: Any, value: Any, at: str) -> Any:
         return _check_union(args, value, at)
     if origin is Literal:
         if not any(value == arg and type(value) is type(arg) for arg in args):
-            raise ValueError(f"{at} is {_short(value)}, none of {', '.join(map(str, args))}")
+            raise ValueError(f"{at} is {_short(value)}, not one of {', '.join(map(str, args))}")
         return value
     if origin in (tuple, list):
         return _check_items(origin, args, value, at)
@@ -186,7 +194,7 @@ def _check_items(origin: type, args: tuple[Any, ...], value: Any, at: str) -> An
 
 
 def _check_plain(hint: type, value: Any, at: str) -> Any:
-    """Check text, a number, a truth value or None."""
+    """Check a string, a number, a boolean or None."""
     kinds: tuple[type, ...] = (int, float) if hint is float else (hint,)
     if not isinstance(value, kinds) or (isinstance(value, bool) and hint is not bool):
         raise ValueError(f"{at} is {_short(value)}")

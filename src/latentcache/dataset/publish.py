@@ -1,6 +1,7 @@
-"""`published.json`: the one pointer that moves, to the manifest that training is to read.
+"""`published.json`: a pointer to the manifest that training should read.
 
-It is replaced whole, so that a reader sees the old one or the new one.
+It is the only pointer of a dataset that changes. It is replaced as a whole, so that a reader sees
+either the old or the new content.
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ PUBLISHED_PATH = "published.json"
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """What `published.json` says: the number of a manifest, and when it was published (ISO 8601).
+    """The content of `published.json`.
 
-    `contract` is the fingerprint of the dataset's contract.
+    `manifest` is a manifest's number, `published_at` the time of publication (ISO 8601), and
+    `contract` the fingerprint of the dataset's contract.
     """
 
     manifest: Annotated[int, Range(0, MAX_MANIFEST)]
@@ -47,27 +49,31 @@ def publish(
     force: bool = False,
     storage: StorageOptions | None = None,
 ) -> Published:
-    """Let `published.json` name a manifest. If it does already, nothing is written.
+    """Point `published.json` to a manifest; write nothing if it already does.
 
-    One publisher at a time: of two, the later write stands.
+    Run one publisher at a time: if two run at once, the later write wins.
 
     Args:
-        url: the dataset.
-        number: of the manifest; None takes the newest complete one.
-        force: publish a manifest that is older than the one published now.
-        storage: how to reach the store.
+        url: URL of the dataset.
+        number: number of the manifest; None takes the newest complete one.
+        force: allow a manifest that is older than the published one.
+        storage: options of the store.
+
+    Returns:
+        The content of `published.json`.
 
     Raises:
         CheckFailed: the manifest is not complete, or has no rows.
-        ConfigError: it is older than the published one.
-        DatasetError: there is no dataset, no such manifest, or no complete one.
+        ConfigError: the manifest is older than the published one.
+        DatasetError: there is no dataset, no such manifest, or no complete manifest.
     """
     store = Store(url, storage or StorageOptions())
     require_contract(store)
     manifest = newest_complete(store) if number is None else read_manifest(store, number)
     if not manifest.complete:
         raise CheckFailed(
-            f"manifest {manifest.number} of {store.url} is not complete: finish the run first"
+            f"manifest {manifest.number} of {store.url} is not complete: finish the run, then "
+            "publish"
         )
     if not manifest.num_rows:
         raise CheckFailed(f"manifest {manifest.number} of {store.url} has no rows to publish")
@@ -77,13 +83,13 @@ def publish(
     if now and now.manifest > manifest.number and not force:
         raise ConfigError(
             f"{store.url} has manifest {now.manifest} published, which is newer than "
-            f"{manifest.number}; --force goes back"
+            f"{manifest.number}: use --force to publish the older one"
         )
     published = Published(manifest.number, datetime.now(UTC).isoformat(), manifest.contract)
     _put(store, published)
     try:
         read_manifest(store, manifest.number)
-    except DatasetError:  # `gc` deleted it before it could see this
+    except DatasetError:  # `gc` deleted the manifest before it saw the new pointer
         if now:
             _put(store, now)
         raise
@@ -95,10 +101,10 @@ def _put(store: Store, published: Published) -> None:
 
 
 def read_published(store: Store) -> Published | None:
-    """Read what is published; None where nothing is.
+    """Return the content of `published.json`, or None if nothing is published.
 
     Raises:
-        DatasetError: `published.json` is damaged or of another format version.
+        DatasetError: `published.json` is damaged or has another format version.
     """
     try:
         data = store.read_bytes(PUBLISHED_PATH)
@@ -113,10 +119,14 @@ def read_published(store: Store) -> Published | None:
 
 
 def find_manifest(store: Store, name: ManifestName | None) -> Manifest:
-    """Read the manifest of a number, the published one, or (None) the newest complete one.
+    """Return a manifest by name.
+
+    Args:
+        store: the output.
+        name: number of a manifest, or "published"; None takes the newest complete one.
 
     Raises:
-        ConfigError: that is not what a manifest is called.
+        ConfigError: `name` is something else.
         DatasetError: there is no such manifest, or it is damaged.
     """
     if name is None:
@@ -124,7 +134,7 @@ def find_manifest(store: Store, name: ManifestName | None) -> Manifest:
     if isinstance(name, int):
         return read_manifest(store, name)
     if name != "published":
-        raise ConfigError(f"manifest is {name!r}; give its number, or 'published'")
+        raise ConfigError(f"manifest is {name!r}: give its number, or 'published'")
     return _read_published(store)
 
 
@@ -136,26 +146,26 @@ def _read_published(store: Store) -> Manifest:
         try:
             return read_manifest(store, published.manifest)
         except DatasetError:
-            # It may have moved on, and the old one be deleted, between the two reads.
+            # Between the two reads, another manifest may be published and the old one deleted.
             before, published = published, read_published(store)
             if published is None or published == before:
                 raise
 
 
 def newest_complete(store: Store) -> Manifest:
-    """Read the newest complete manifest.
+    """Return the newest complete manifest.
 
     Raises:
-        DatasetError: there is none.
+        DatasetError: no manifest is complete.
     """
     numbers = list_manifests(store)
     for number in reversed(numbers):
-        found = read_manifest(store, number)
-        if found.complete:
-            return found
+        manifest = read_manifest(store, number)
+        if manifest.complete:
+            return manifest
     if not numbers:
-        raise DatasetError(f"{store.url} has no manifest yet: no run has got that far")
+        raise DatasetError(f"{store.url} has no manifest yet: wait for a run to write one")
     raise DatasetError(
-        f"{store.url} has no complete manifest yet; finish the run, or ask for manifest "
-        f"{numbers[-1]} to read what is there"
+        f"{store.url} has no complete manifest yet: finish the run, or name manifest "
+        f"{numbers[-1]} to read the rows that it has"
     )

@@ -1,9 +1,9 @@
-"""From latents to the dtype in which they are stored, and back: the one home of int8's arithmetic.
+"""Convert latents to the dtype in which they are stored, and back.
 
-Each stored channel of an int8 dataset has a scale (the step from one value to the next, a float32
-number) and a zero point (a whole number), and `value = (q - zero_point) * scale` in float32, with q
-from -127 to 127. The subtraction is exact and the product rounds once, so that any reader gets the
-same bits. -128 is never stored: it stands for what is not finite until a writer has left that out.
+Each stored channel of an int8 dataset has a scale (the step between two values, a float32 number)
+and a zero point (an integer). A stored `q` from -127 to 127 means `(q - zero_point) * scale` in
+float32. The subtraction is exact and the product rounds once, so that every reader computes the
+same bits. -128 is never stored: it marks values that are not finite until a writer drops them.
 """
 
 from __future__ import annotations
@@ -20,27 +20,28 @@ from latentcache.dataset.statistics import Float64
 _MAX_Q = 127
 _NOT_FINITE = -128
 
-# A step is no finer than a channel's largest value over this, so that float32 tells neighbours
-# apart; it decides only where a channel hardly varies.
+# A step is at least a channel's largest absolute value divided by this, so that neighbouring values
+# differ in float32. This bound matters only for a channel that hardly varies.
 _MAX_STEPS = 2**22
 
 
 def fit(spec: QuantizationContract, values: torch.Tensor) -> QuantizationContract:
-    """Choose each channel's scale and zero point for the least squared error over a sample.
+    """Return a quantization whose scales and zero points minimize the squared error over values.
 
-    A wide range has a large step, a narrow one cuts the tails. Rounding to a step costs its square
-    over 12 (Bennett 1948); what cutting costs is counted. The ends are chosen from a hundred parts
-    of the way from the median to the smallest and to the largest value.
+    A wide range has a large step; a narrow range clamps the tails. The mean squared error of
+    rounding is the squared step divided by 12 (Bennett 1948); the error of clamping is computed.
+    Each end of a channel's range is searched on a grid of 101 points, from the median to the
+    smallest or largest value.
 
     Args:
-        spec: what the sample was drawn by.
-        values: [C, n] of the stored channels, n ≥ 1.
+        spec: the calibration settings that the values were drawn with.
+        values: [C, n], values of the stored channels, n ≥ 1.
     """
     ranges = np.array([_best_range(channel.double().numpy()) for channel in values])
     low, high = ranges.T
     step = np.maximum((high - low) / (2 * _MAX_Q), np.abs(ranges).max(axis=1) / _MAX_STEPS)
     scale = step.astype(np.float32)
-    scale[scale < np.finfo(np.float32).tiny] = 1.0  # a channel of nothing but zeros
+    scale[scale < np.finfo(np.float32).tiny] = 1.0  # the channel holds only zeros
     zero_point = np.rint(-(low + high) / 2 / scale).astype(np.int64)
     return replace(spec, scale=tuple(scale.tolist()), zero_point=tuple(zero_point.tolist()))
 
@@ -51,13 +52,13 @@ def _best_range(values: Float64) -> tuple[float, float]:
     parts = np.linspace(0, 1, 101)
     low, high = parts * min(ordered[0], 0.0), parts * max(ordered[-1], 0.0)
     rounding = np.square((high[None] - low[:, None]) / (2 * _MAX_Q)) / 12
-    cutting = _cost_below(ordered, low)[:, None] + _cost_below(-ordered[::-1], -high)[None]
-    at_low, at_high = np.unravel_index(np.argmin(rounding + cutting), rounding.shape)
+    clamping = _cost_below(ordered, low)[:, None] + _cost_below(-ordered[::-1], -high)[None]
+    at_low, at_high = np.unravel_index(np.argmin(rounding + clamping), rounding.shape)
     return float(median + low[at_low]), float(median + high[at_high])
 
 
 def _cost_below(ordered: Float64, ends: Float64) -> Float64:
-    """Mean over all values of the squared distance of those below an end to it, for each end."""
+    """Return, for each end, the mean squared error of clamping values below that end to it."""
     sums, squares = (np.concatenate([[0.0], np.cumsum(v)]) for v in (ordered, np.square(ordered)))
     num = np.searchsorted(ordered, ends)
     cost: Float64 = (num * np.square(ends) - 2 * ends * sums[num] + squares[num]) / len(ordered)
@@ -65,22 +66,23 @@ def _cost_below(ordered: Float64, ends: Float64) -> Float64:
 
 
 def zero_and_scale(quantization: QuantizationContract) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give zero points and scales as float64 [C, 1, 1], which stand against [..., C, H, W]."""
+    """Return zero points and scales as float64 [C, 1, 1], which broadcast to [..., C, H, W]."""
     pair = quantization.zero_point, quantization.scale
     zero, scale = (torch.tensor(part, dtype=torch.float64)[:, None, None] for part in pair)
     return zero, scale
 
 
 def to_stored(values: torch.Tensor, terms: LatentContract) -> tuple[torch.Tensor, torch.Tensor]:
-    """Bring latents to the stored dtype: for int8 the nearest value, ties to even.
+    """Convert latents to the stored dtype; int8 rounds to the nearest value, ties to even.
 
     Args:
         values: float32 [N, C, H, W].
-        terms: the contract's.
+        terms: the `latents` of the contract.
 
     Returns:
-        [N, C, H, W] in the stored dtype (`is_finite` tells what it cannot hold), and int64 [N], how
-        many values of each latent lay beyond int8's range, whose ends took their place.
+        The latents [N, C, H, W] in the stored dtype, and int64 [N], the number of values of each
+        latent that were clamped to int8's range. `is_finite` finds values that the stored dtype
+        cannot hold.
     """
     dtype = TORCH_DTYPES[terms.dtype]
     if terms.quantization is None:
@@ -94,7 +96,12 @@ def to_stored(values: torch.Tensor, terms: LatentContract) -> tuple[torch.Tensor
 
 
 def to_values(stored: torch.Tensor, terms: LatentContract) -> torch.Tensor:
-    """Give the float32 values that stored latents [..., C, H, W] stand for."""
+    """Return the float32 values of stored latents.
+
+    Args:
+        stored: [..., C, H, W] in the stored dtype.
+        terms: the `latents` of the contract.
+    """
     if terms.quantization is None:
         return stored.float()
     zero, scale = zero_and_scale(terms.quantization)
@@ -102,5 +109,5 @@ def to_values(stored: torch.Tensor, terms: LatentContract) -> torch.Tensor:
 
 
 def is_finite(stored: torch.Tensor) -> torch.Tensor:
-    """Tell where stored latents are numbers: bool of the same shape."""
+    """Return where stored latents are finite: bool of the same shape."""
     return stored != _NOT_FINITE if stored.dtype == torch.int8 else stored.isfinite()

@@ -1,4 +1,4 @@
-"""Reading a latent dataset back: `open_dataset`."""
+"""Read a latent dataset: `open_dataset`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ from latentcache.errors import DatasetError
 from latentcache.storage import Store
 from latentcache.storage_options import StorageOptions
 
-# Row groups are at most 32 MiB: a sequential read keeps the one it is in, a random one a few.
+# Row groups are at most 32 MiB. A sequential read needs only the current one, random reads reuse a
+# few.
 _CACHED_ROW_GROUPS = 4
 _CACHED_FILES = 16
 
@@ -39,12 +40,12 @@ _READ_THREADS = 16
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One sample that became a latent.
+    """One sample and its latent.
 
-    `latent` is [C, H, W] in the stored dtype, unscaled: a diffusion model wants
-    `(latent - shift_factor) * scaling_factor`. Stored as int8, it is given as the float32 values
-    that the bytes stand for. Sizes and crop offsets are in pixels, the offsets within the resized
-    image. (`unit`, `key`) names the row.
+    `latent` is [C, H, W] in the stored dtype, unscaled: a diffusion model expects
+    `(latent - shift_factor) * scaling_factor`. A latent stored as int8 is dequantized to float32.
+    Sizes and crop offsets are in pixels; the offsets are positions in the resized image. The pair
+    (`unit`, `key`) identifies the row.
     """
 
     unit: str
@@ -58,17 +59,17 @@ class Row:
 
     @property
     def caption(self) -> str | None:
-        """Give the sample's `txt` field, if it was kept and there was one."""
+        """The sample's `txt` field; None if it was not kept or the sample has none."""
         return self.columns.get("caption")
 
 
 @dataclass(frozen=True, slots=True)
 class RejectedRow:
-    """A sample that was left out, where it came from, and why.
+    """A reject: a sample that has no latent, with its source and the reason.
 
-    `key` is None where the shard as a whole is meant, such as one that ends early. `stage` and
-    `reason` are stable words, `message` is for people. `thumbnail` is a small JPEG of the first few
-    samples of a reason in a unit, if they could be decoded.
+    `key` is None where the reject stands for the whole shard, such as a truncated one. `stage` and
+    `reason` are stable identifiers, `message` is text for users. `thumbnail` is a small JPEG; only
+    the first few samples of a unit with the same reason have one, if they could be decoded.
     """
 
     unit: str
@@ -82,7 +83,7 @@ class RejectedRow:
 
 @dataclass(frozen=True, slots=True)
 class _Shard:
-    """The files that hold the same rows: one Parquet file, or safetensors and its rows."""
+    """The files that hold the same rows: a Parquet file, alone or beside a safetensors file."""
 
     unit: str
     rows: DataFile
@@ -90,13 +91,13 @@ class _Shard:
 
 
 class Dataset(Sequence[Row]):
-    """A latent dataset as one manifest names it; see `open_dataset`.
+    """The rows of a latent dataset that count in one manifest; see `open_dataset`.
 
-    `columns` names the kept columns; a row of a unit that was not rewritten with them yet, as in a
-    manifest that is not complete, has None in those that it lacks.
+    `columns` lists the names of the kept columns. If the manifest is not complete, units may not
+    be rewritten with these columns yet. Their rows have None in the columns that they lack.
 
-    Rows are in the order of their source shards, within one by bucket. Reading one row reads its
-    row group; neighbours are then at hand.
+    Rows are sorted by source shard, then by bucket. Reading one row reads and caches its row group,
+    so that reading its neighbours is fast.
     """
 
     def __init__(self, store: Store, contract: Contract, manifest: Manifest) -> None:
@@ -107,27 +108,27 @@ class Dataset(Sequence[Row]):
         self.columns = [column.name for column in manifest.columns]
         units = read_records(store, manifest)
         self.units: Sequence[UnitRecord] = units
-        # [S], by shard: its unit's index, and the number of rows up to its end.
+        # By shard, int64 [num_shards]: the index of its unit, and the number of rows up to its end.
         self._unit_of, num_rows = units.shards()
         self._ends = np.cumsum(num_rows)
         self._caches: _Caches | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # Open files go nowhere: a spawned process opens them for itself.
+        # Open files cannot be pickled: a spawned process opens them itself.
         return {**self.__dict__, "_caches": None}
 
     @property
     def _cached(self) -> _Caches:
-        """This process's caches: one that was forked shares no open file with its parent."""
+        """The caches of this process: a forked process shares no open file with its parent."""
         if self._caches is None or self._caches.pid != os.getpid():
             self._caches = _Caches(self)
         return self._caches
 
     @property
     def stats(self) -> Statistics:
-        """Per-channel statistics of the stored latents, unscaled, merged over all units.
+        """The per-channel statistics of the stored latents, unscaled, over all units.
 
-        What whitening needs: `(latent - mean) / std` of all rows has mean 0 and deviation 1.
+        Use them for whitening: over all rows, `(latent - mean) / std` has mean 0 and deviation 1.
         """
         return self.manifest.statistics
 
@@ -141,7 +142,7 @@ class Dataset(Sequence[Row]):
     def __getitem__(self, index: slice) -> list[Row]: ...
 
     def __getitem__(self, index: SupportsIndex | slice) -> Row | list[Row]:
-        """Read one row, or a list of those of a slice, which are all in memory then."""
+        """Return one row, or the rows of a slice as a list, which holds all of them in memory."""
         if isinstance(index, slice):
             return [self[position] for position in range(*index.indices(len(self)))]
         position = row_position(index, len(self))
@@ -168,7 +169,7 @@ class Dataset(Sequence[Row]):
             dtype, shape = columns.pop("latent_dtype"), columns.pop("latent_shape")
             bucket = Bucket.parse(shard.rows.bucket)
             if (dtype, shape) != self._latent_kind(bucket):
-                raise DatasetError(f"row {columns['key']!r} has a latent of another kind")
+                raise DatasetError(f"row {columns['key']!r} has a latent of another dtype or shape")
             if tensors is None or shard.tensors is None:
                 latent = tensor_from_bytes(columns.pop("latent"), dtype, shape)
         if tensors is not None and shard.tensors is not None:
@@ -217,10 +218,10 @@ class Dataset(Sequence[Row]):
         return table
 
     def rejects(self) -> Iterator[RejectedRow]:
-        """Give every sample that was left out."""
+        """Yield every reject."""
         records = (record for record in self.units if record.rejects)
         with ThreadPoolExecutor(_READ_THREADS) as pool:
-            # So many at a time: of a million units, few are in memory.
+            # Batches bound the memory: there may be a million units.
             while some := list(islice(records, _READ_THREADS)):
                 for rows in pool.map(self._read_rejects, some):
                     yield from rows
@@ -240,7 +241,7 @@ class Dataset(Sequence[Row]):
 
 
 class _Caches:
-    """What a dataset keeps open and in memory, in one process."""
+    """The open files and row groups that a dataset caches in one process."""
 
     def __init__(self, dataset: Dataset) -> None:
         self.pid = os.getpid()
@@ -252,17 +253,21 @@ class _Caches:
 
 
 def row_position(index: SupportsIndex, num_rows: int) -> int:
-    """Return the position of a row, of which a negative index counts from the end.
+    """Return the position of a row, from 0.
+
+    Args:
+        index: index of the row; a negative index counts from the end.
+        num_rows: number of rows.
 
     Raises:
         IndexError: there is no such row.
-        TypeError: the index is not a whole number.
+        TypeError: the index is not an integer.
     """
     try:
         number = operator.index(index)
     except TypeError:
         raise TypeError(
-            f"rows are numbered from 0: give a whole number or a slice, not {index!r:.60}"
+            f"rows are numbered from 0: give an integer or a slice, not {index!r:.60}"
         ) from None
     if not -num_rows <= number < num_rows:
         raise IndexError(f"row {number} of {num_rows}")
@@ -285,12 +290,12 @@ def open_dataset(
     """Open a latent dataset.
 
     Args:
-        url: the `output.url` of the run that made it.
-        manifest: the number of a manifest, or "published"; None takes the newest complete one.
-        storage: how to reach the store.
+        url: the `output.url` of the run that made the dataset.
+        manifest: number of a manifest, or "published"; None takes the newest complete one.
+        storage: options of the store.
 
     Raises:
-        DatasetError: there is no dataset, or no such manifest, or no complete one.
+        DatasetError: there is no dataset, no such manifest, or no complete manifest.
         StorageError: the store cannot be reached.
     """
     return Dataset(*open_manifest(url, manifest, storage=storage))
@@ -302,12 +307,26 @@ def open_manifest(
     *,
     storage: StorageOptions | None = None,
 ) -> tuple[Store, Contract, Manifest]:
-    """Find a dataset's contract and a manifest of it; see `open_dataset`."""
+    """Return a dataset's store, its contract and a manifest.
+
+    Args:
+        url: the `output.url` of the run that made the dataset.
+        manifest: number of a manifest, or "published"; None takes the newest complete one.
+        storage: options of the store.
+
+    Raises:
+        DatasetError: there is no dataset, no such manifest, or no complete manifest, or contract
+            and manifest do not match.
+        StorageError: the store cannot be reached.
+    """
     store = Store(url, storage or StorageOptions())
     contract = require_contract(store)
-    found = find_manifest(store, manifest)
-    if found.contract != contract.fingerprint:
-        raise DatasetError(f"{store.url_of(found.path)} is of another contract.json")
-    if len(found.statistics.mean) != contract.stored_channels:
-        raise DatasetError(f"{store.url_of(found.path)} has statistics of other channels")
-    return store, contract, found
+    opened = find_manifest(store, manifest)
+    if opened.contract != contract.fingerprint:
+        raise DatasetError(f"{store.url_of(opened.path)} belongs to another contract.json")
+    if len(opened.statistics.mean) != contract.stored_channels:
+        raise DatasetError(
+            f"{store.url_of(opened.path)} has statistics of {len(opened.statistics.mean)} "
+            f"channels, but latents have {contract.stored_channels}"
+        )
+    return store, contract, opened

@@ -1,7 +1,7 @@
-"""Receipts: the records that commit units, and the hints that units leave when they fail.
+"""Receipts, which commit units, and failure hints, which record that a unit failed.
 
-A unit's rows exist from the moment its receipt does. The receipt of its highest generation counts,
-unless the newest manifest has that name in `removed`.
+A unit's rows exist once its receipt exists. The receipt of the highest generation counts, unless
+the newest manifest lists its name in `removed`.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ COMMITS = "commits"
 FAILURES = "failures"
 
 PUT_WITHIN_S = 86400.0
-"""A driver puts what names an uploaded file within this time of the upload, or not at all. `gc`
-relies on it: a file that is older than two days, and that nothing names, stays unnamed."""
+"""How long after the upload of a file a driver may still put an object that names it. `gc` relies
+on this limit: an unreferenced file that is older than two days stays unreferenced."""
 
 MAX_FIELDS = 64
-"""How many names of fields a receipt holds at most."""
+"""The maximum number of field names in a receipt."""
 
 _READ_THREADS = 16
 
@@ -51,15 +51,15 @@ _RECEIPT = re.compile(rf"{COMMITS}/({UNIT_NAME})\.json")
 _PartName = Annotated[str, Pattern(r"[0-9]{1,9}/[1-9][0-9]{0,8}")]
 
 _log = logging.getLogger(__name__)
-_warned_of: set[str] = set()  # hints that cannot be read, each told of once
+_warned_of: set[str] = set()  # URLs of unreadable hints, each of which is logged once
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """One piece of work: a source shard in one version, to be encoded under one contract.
+    """A piece of work: one version of a source shard, to be encoded under one contract.
 
-    With a `range`, `k/n`, it is a part of the source, of which it shares size and version with the
-    others: the k-th of n, counted from 0.
+    A `range` `k/n` means the k-th of n parts of the source, counted from 0; `size_bytes` and
+    `version` are those of the whole source.
     """
 
     id: UnitId
@@ -77,25 +77,31 @@ class Unit:
         contract_fingerprint: str,
         range: str | None = None,
     ) -> Unit:
-        """Name the unit: its id is a hash (128 bits, hex) of all that decides its rows."""
+        """Return the unit; its id is a hash (128 bits, hex) of everything that decides its rows.
+
+        Args:
+            source, size_bytes, version: URL, size and version of the source shard.
+            contract_fingerprint: fingerprint of the contract.
+            range: `k/n` for the k-th of n parts, counted from 0; None for the whole shard.
+        """
         parts = [source, size_bytes, version, range, contract_fingerprint]
         digest = hashlib.sha256(canonical_json(parts)).hexdigest()
         return cls(digest[:32], source, size_bytes, version, range)
 
     @property
     def title(self) -> str:
-        """What a person calls it: its source, and the range of it."""
+        """The name of the unit in messages: its source, and its range in brackets."""
         return f"{self.source} [{self.range}]" if self.range else self.source
 
     @property
     def num_bytes(self) -> int:
-        """How many bytes of the source are its own, about."""
+        """The approximate number of source bytes that belong to the unit."""
         num_parts = int(self.range.partition("/")[2]) if self.range else 1
         return self.size_bytes // num_parts
 
 
 def new_attempt() -> str:
-    """Name one attempt at a unit: 128 random bits, hex, so that no two ever share a file."""
+    """Return the name of a new attempt: 128 random bits in hex, so that no two share a file."""
     return secrets.token_hex(16)
 
 
@@ -112,10 +118,7 @@ class DataFile:
 
 @dataclass(frozen=True, slots=True)
 class QaFile:
-    """A unit's QA rows, and what they come to: enough to hold a run against its gates.
-
-    `num_rows` counts them by bucket; see `qa.qa_files.Measured` for the two figures.
-    """
+    """A unit's QA file, with its number of rows by bucket and figures of `qa.qa_files.Measured`."""
 
     file: DataFile
     num_rows: dict[BucketName, Count]
@@ -125,12 +128,12 @@ class QaFile:
 
 @dataclass(frozen=True, slots=True)
 class UnitRecord:
-    """What a committed unit holds: all that a manifest repeats of its receipt.
+    """The part of a unit's receipt that a segment repeats.
 
     `num_images` counts the image files or members of the shard: rows, rejects with an image, and
-    `num_extra_images`, which are further images of a sample, such as masks.
-    `columns` are the kept columns of its rows, `absent_fields` those of their fields that no sample
-    of the unit has, and `reject_reasons` counts the rejects by `stage/reason`.
+    `num_extra_images`, which are additional images of a sample, such as masks. `columns` are the
+    kept columns of the rows, `absent_fields` the fields of these columns that no sample of the unit
+    has. `reject_reasons` counts the rejects by `stage/reason`.
     """
 
     unit: Unit
@@ -150,13 +153,13 @@ class UnitRecord:
 
     @property
     def name(self) -> str:
-        """The receipt's own name, `<unit>-<generation>`."""
+        """The name of the receipt, `<unit>-<generation>`."""
         return f"{self.unit.id}-{self.generation}"
 
 
 @dataclass(frozen=True, slots=True)
 class QaSummary:
-    """What gates ask of a unit's QA: see `QaFile`."""
+    """The QA figures of a unit that gates need: see `QaFile`."""
 
     num_rows: dict[BucketName, Count]
     mean_psnr_db: float
@@ -165,10 +168,9 @@ class QaSummary:
 
 @dataclass(frozen=True, slots=True)
 class UnitSummary:
-    """What planning needs of a unit, and all of it that a driver keeps: a few hundred bytes.
+    """The part of a unit's record that planning needs and a driver keeps: a few hundred bytes.
 
-    `segment` is the position of the segment that names it among those of the newest manifest; None
-    while no segment does.
+    `segment` is the index of the unit's segment in the newest manifest; None if it has none yet.
     """
 
     unit_id: str
@@ -187,7 +189,12 @@ class UnitSummary:
 
     @classmethod
     def of(cls, record: UnitRecord, *, segment: int | None = None) -> UnitSummary:
-        """Keep of a record what planning needs."""
+        """Return the summary of a record.
+
+        Args:
+            record: the record of the unit.
+            segment: as the attribute.
+        """
         qa = record.qa
         return cls(
             unit_id=record.unit.id,
@@ -207,7 +214,7 @@ class UnitSummary:
 
     @property
     def name(self) -> str:
-        """The name of the receipt that it is of, `<unit>-<generation>`."""
+        """The name of the unit's receipt, `<unit>-<generation>`."""
         return f"{self.unit_id}-{self.generation}"
 
 
@@ -215,11 +222,11 @@ class UnitSummary:
 class Receipt:
     """The record that commits a unit.
 
-    `stages` holds busy seconds, wait seconds and threads by stage, `elapsed_s` how long the attempt
-    took, `versions` what encoded it; `notes` counts what is worth knowing: latents that were not
-    finite and were encoded again in fp32, and with int8 the values that lay outside its range.
-    `extra_image_fields` names fields that hold further images of samples.
-    `fields` names fields that samples of the unit have, at most `MAX_FIELDS` of them.
+    `stages` holds busy seconds, wait seconds and the number of threads by stage, `elapsed_s` is the
+    duration of the attempt, and `versions` are those of the software that encoded the unit.
+    `notes` counts latents that were not finite and were encoded again in fp32, and with int8 the
+    values outside its range. `extra_image_fields` lists the fields that hold additional images of
+    samples. `fields` lists fields that samples of the unit have, at most `MAX_FIELDS` of them.
     """
 
     record: UnitRecord
@@ -234,21 +241,21 @@ class Receipt:
 
     @property
     def path(self) -> str:
-        """Where the receipt lies."""
+        """The path of the receipt in the output."""
         return f"{COMMITS}/{self.record.name}.json"
 
     def to_bytes(self) -> bytes:
-        """Give the receipt as JSON."""
+        """Return the receipt as canonical JSON."""
         tree = asdict(replace(self, statistics=None))  # type: ignore[arg-type]
         tree["statistics"] = self.statistics.to_json()
         return canonical_json(tree)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Receipt:
-        """Read what `to_bytes` gave.
+        """Parse the result of `to_bytes`.
 
         Raises:
-            DatasetError: it is not a receipt.
+            DatasetError: `data` is not a receipt.
         """
         try:
             receipt = build(cls, load_json(data))
@@ -260,18 +267,18 @@ class Receipt:
 
 
 def _require_own_files(record: UnitRecord) -> None:
-    """Raise `ValueError` if a record names files of another unit or kind, or one twice."""
+    """Raise `ValueError` if a record lists files of another unit or kind, or a file twice."""
     files = {"data": list(record.files)}
     files |= {"rejects": [record.rejects] if record.rejects else []}
     files |= {"qa": [record.qa.file] if record.qa else []}
     for folder, members in files.items():
         for file in members:
             if not file.path.startswith(f"{folder}/{record.unit.id}/"):
-                raise ValueError(f"{file.path} is no file of {folder}/{record.unit.id}")
+                raise ValueError(f"{file.path} is not a file in {folder}/{record.unit.id}")
             if bool(file.bucket) != (folder == "data"):
                 raise ValueError(f"{file.path} has bucket {file.bucket!r}")
     if len({file.path for file in record.files}) < len(record.files):
-        raise ValueError("it names a file twice")
+        raise ValueError("it lists a file twice")
 
 
 def read_receipts(store: Store, names: Iterable[str], *, missing_ok: bool = False) -> list[Receipt]:
@@ -279,15 +286,15 @@ def read_receipts(store: Store, names: Iterable[str], *, missing_ok: bool = Fals
 
     Args:
         store: the output.
-        names: `<unit>-<generation>` of each.
-        missing_ok: leave out those that do not exist.
+        names: the names of the receipts, `<unit>-<generation>`.
+        missing_ok: leave out receipts that do not exist.
 
     Returns:
-        The receipts, in the order of their names.
+        The receipts, in the order of `names`.
 
     Raises:
-        DatasetError: one is damaged; the message names it.
-        ObjectNotFound: one does not exist, without `missing_ok`.
+        DatasetError: a receipt is damaged; the message names it.
+        ObjectNotFound: a receipt does not exist, and `missing_ok` is false.
     """
 
     def read(name: str) -> Receipt | None:
@@ -309,50 +316,65 @@ def read_receipts(store: Store, names: Iterable[str], *, missing_ok: bool = Fals
 
 
 def list_receipts(store: Store) -> dict[str, ObjectInfo]:
-    """List all receipts by name. A listing is a hint: one it misses costs work, not rows."""
+    """Return all receipts by name. A listing may miss a receipt; this costs work, but no rows."""
     matches = ((_RECEIPT.fullmatch(info.path), info) for info in store.list(COMMITS))
     return {match[1]: info for match, info in matches if match}
 
 
 def list_receipt_names(store: Store) -> list[str]:
-    """List the names of all receipts; see `list_receipts`."""
+    """Return the names of all receipts; see `list_receipts`."""
     return list(list_receipts(store))
 
 
 def put_failure(store: Store, unit: Unit, attempt: str, message: str) -> None:
-    """Leave a hint that a unit failed, and how; the next plan tells it."""
+    """Put a hint that a unit failed, which the next plan shows.
+
+    Args:
+        store: the output.
+        unit: the unit that failed.
+        attempt: name of the attempt.
+        message: the error.
+    """
     tree = {"unit": asdict(unit), "attempt": attempt, "message": message}
     store.put(f"{FAILURES}/{unit.id}-{attempt}.json", canonical_json(tree))
 
 
 def list_failures(store: Store) -> list[ObjectInfo]:
-    """List the failure hints, the latest last."""
+    """Return the failure hints, sorted by time of modification, the latest last."""
     return sorted(store.list(FAILURES), key=lambda info: info.modified_at or 0.0)
 
 
 def failed_unit(path: str) -> str:
-    """Tell from a hint's path the id of its unit."""
+    """Return the id of the unit of a hint, from the hint's path."""
     return path.rpartition("/")[2].partition("-")[0]
 
 
 @dataclass(frozen=True, slots=True)
 class _Hint:
-    """What a hint holds."""
+    """The content of a failure hint."""
 
     unit: Unit
     message: str
 
 
 def read_failures(store: Store, paths: Iterable[str]) -> dict[str, str]:
-    """Read failure hints: unit id to its last one's message. See `read_failed_units`."""
+    """Return the message of each unit's last failure hint by unit id; see `read_failed_units`.
+
+    Args:
+        store: the output.
+        paths: paths of the hints, the latest last.
+    """
     return {hint.unit.id: hint.message for hint in _read_hints(store, paths)}
 
 
 def read_failed_units(store: Store, paths: Iterable[str]) -> list[Unit]:
-    """Read which units some failure hints are of.
+    """Return the units of failure hints.
 
-    A hint that cannot be parsed is left out, with one warning that names it: it is of another
-    release, or damaged, and no more than a hint.
+    A hint that cannot be parsed is left out, with one warning: nothing depends on a hint.
+
+    Args:
+        store: the output.
+        paths: paths of the hints.
     """
     return [hint.unit for hint in _read_hints(store, paths)]
 
@@ -364,12 +386,12 @@ def _read_hints(store: Store, paths: Iterable[str]) -> Iterator[_Hint]:
             if hint.unit.id != failed_unit(path):
                 raise ValueError(f"it is of unit {hint.unit.id}")
             return hint
-        except ObjectNotFound:  # `gc` deletes old ones, beside whoever plans or asks for the status
+        except ObjectNotFound:  # `gc` may delete old hints during `plan` and `status`
             return None
         except ValueError as error:
             if (url := store.url_of(path)) not in _warned_of:
                 _warned_of.add(url)
-                _log.warning("%s is left out: %s; delete it if it stays", url, error)
+                _log.warning("%s is ignored: %s; delete it if this warning repeats", url, error)
             return None
 
     with ThreadPoolExecutor(_READ_THREADS) as pool:

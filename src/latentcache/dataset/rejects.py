@@ -1,4 +1,4 @@
-"""Why samples were left out: the most frequent reasons, each with an example."""
+"""Summarize rejects: the most frequent reasons, each with an example."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _MESSAGE_CHARS = 300
 
 @dataclass(frozen=True, slots=True)
 class RejectReason:
-    """A reason for which samples were left out, and one of them.
+    """A reason of rejects, and one reject as an example.
 
-    `reason` is `stage/reason`, `num_rejects` counts the samples. `source`, `key` and `message` are
-    of the example; None where its file could not be read, and `key` also where no sample could be
-    named.
+    `reason` is `stage/reason`, and `num_rejects` counts the rejects. `source`, `key` and `message`
+    describe the example. They are None if its file could not be read; `key` is also None if the
+    reject has no key.
     """
 
     reason: str
@@ -35,12 +35,12 @@ class RejectReason:
     message: str | None = None
 
     def to_text(self) -> str:
-        """Say it in one line."""
+        """Return the reason, its count and the example as one line of text."""
         text = f"{self.num_rejects} x {self.reason}"
         if self.source is None:
             return text
         key = "" if self.key is None else f", key {self.key}"
-        return f"{text}, such as {self.source}{key}: {self.message}"
+        return f"{text}, for example {self.source}{key}: {self.message}"
 
 
 def count_reasons(rejects: Iterable[RejectRow]) -> dict[str, int]:
@@ -49,18 +49,25 @@ def count_reasons(rejects: Iterable[RejectRow]) -> dict[str, int]:
 
 
 def most_frequent(store: Store, units: Iterable[UnitSummary]) -> list[RejectReason]:
-    """Return the most frequent reasons of some units, at most `MAX_REASONS`, the first one first.
+    """Return the most frequent reject reasons of units, the most frequent first.
 
-    For each it reads a receipt and a file of rejects. One that cannot be read gives no example.
+    For each reason it reads a receipt and a rejects file. If that fails, the reason has no example.
+
+    Args:
+        store: the output.
+        units: the units whose rejects are counted.
+
+    Returns:
+        At most `MAX_REASONS` reasons.
     """
     counts: Counter[str] = Counter()
-    of: dict[str, UnitSummary] = {}
+    first_units: dict[str, UnitSummary] = {}
     for unit in units:
         for reason, number in unit.reject_reasons.items():
             counts[reason] += number
-            of.setdefault(reason, unit)
+            first_units.setdefault(reason, unit)
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    return [_with_example(store, r, n, of[r]) for r, n in ordered[:MAX_REASONS]]
+    return [_with_example(store, r, n, first_units[r]) for r, n in ordered[:MAX_REASONS]]
 
 
 def _with_example(store: Store, reason: str, number: int, unit: UnitSummary) -> RejectReason:
@@ -73,7 +80,7 @@ def _with_example(store: Store, reason: str, number: int, unit: UnitSummary) -> 
 
 
 def _find(store: Store, record: UnitRecord, reason: str) -> tuple[str | None, str]:
-    """Find the first reject of a reason in a unit: its key and its message."""
+    """Return the key and the message of a unit's first reject with a reason."""
     if record.rejects is None:
         raise ValueError(f"unit {record.name} has no rejects")
     with store.open(record.rejects.path) as file:

@@ -1,6 +1,6 @@
-"""Check a segment's rows column by column, which takes a second for some hundred thousand units.
+"""Check the rows of a segment column by column: about a second for a few hundred thousand units.
 
-The form of every field is that of `receipts.UnitRecord`, of which a segment repeats the values.
+Every field has the form that `receipts.UnitRecord` declares, because a segment repeats records.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _ID_LENGTH = 32
 
 
 def check_segment(table: pa.Table, schema: pa.Schema, columns: Sequence[str] | None) -> None:
-    """Raise `ValueError` if a segment is not as a run writes it.
+    """Raise `ValueError` if a segment does not have the form in which a run writes it.
 
     Args:
-        table: what was read.
-        schema: of a whole segment.
-        columns: those that were asked for; None for all.
+        table: the rows that were read.
+        schema: the schema of a whole segment.
+        columns: names of the columns that were requested; None for all.
     """
     for name in schema.names if columns is None else columns:
         if (
@@ -39,7 +39,7 @@ def check_segment(table: pa.Table, schema: pa.Schema, columns: Sequence[str] | N
             or table.schema.field(name).type != schema.field(name).type
         ):
             raise ValueError(f"it has no column {name} of type {schema.field(name).type}")
-    table.validate(full=True)  # also that text is UTF-8
+    table.validate(full=True)  # this also checks that text is UTF-8
     arrays = {name: table[name].combine_chunks() for name in table.column_names}
     _check_units(arrays["unit"])
     for name in set(table.column_names) & set(_COUNTS):
@@ -55,10 +55,10 @@ def check_segment(table: pa.Table, schema: pa.Schema, columns: Sequence[str] | N
     if "files" in arrays:
         _check_files(arrays["files"], ids)
     if "rejects" in arrays:
-        is_there = arrays["rejects"].is_valid()
-        rejects = arrays["rejects"].filter(is_there)
+        has_rejects = arrays["rejects"].is_valid()
+        rejects = arrays["rejects"].filter(has_rejects)
         _check_file_fields(rejects, "rejects", REJECTS_PATH, "")
-        _check_owner(pc.struct_field(rejects, "path"), "rejects", ids.filter(is_there))
+        _check_owner(pc.struct_field(rejects, "path"), "rejects", ids.filter(has_rejects))
 
 
 def _check_units(units: pa.StructArray) -> None:
@@ -79,7 +79,7 @@ def _check_files(lists: pa.ListArray, ids: pa.Array) -> None:
     paths = pc.struct_field(files, "path")
     _check_owner(paths, "data", ids.take(pc.list_parent_indices(lists)))
     if pc.count_distinct(paths).as_py() < len(paths):
-        raise ValueError("files names a file twice")
+        raise ValueError("files lists a file twice")
 
 
 def _check_file_fields(files: pa.StructArray, name: str, path: str, bucket: str) -> None:
@@ -94,7 +94,7 @@ def _check_owner(paths: pa.Array, folder: str, ids: pa.Array) -> None:
     start = len(folder) + 1
     owners = pc.utf8_slice_codeunits(paths, start, start + _ID_LENGTH)
     if not _all(pc.equal(owners, ids)):
-        raise ValueError(f"a unit names a file of another unit in {folder}/")
+        raise ValueError(f"a unit lists a file of another unit in {folder}/")
 
 
 def _check_text(array: pa.Array, name: str, pattern: str) -> None:
@@ -105,8 +105,8 @@ def _check_text(array: pa.Array, name: str, pattern: str) -> None:
 
 
 def _check_range(array: pa.Array, name: str, high: int) -> None:
-    found: dict[str, Any] = pc.min_max(array).as_py()
-    if array.null_count or (len(array) and not 0 <= found["min"] <= found["max"] <= high):
+    bounds: dict[str, Any] = pc.min_max(array).as_py()
+    if array.null_count or (len(array) and not 0 <= bounds["min"] <= bounds["max"] <= high):
         raise ValueError(f"{name} is missing, or not a number from 0 to {high}")
 
 

@@ -1,7 +1,7 @@
-"""Segments: immutable Parquet files with one row per committed unit, which manifests name.
+"""Segments: immutable Parquet files with one row per committed unit, which manifests list.
 
-They are read column by column: of hundreds of thousands of units, a reader keeps what it asks for
-in Arrow's memory, and makes Python objects of those that it looks at.
+They are read column by column. A reader of hundreds of thousands of units holds the columns that it
+needs in Arrow's memory, and creates Python objects only for the units that it accesses.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _READ_THREADS = 8
 
 _MOST_SHARED = 1024
 
-# Records made at a time, of very many.
+# How many records are created at a time, to bound memory for very many units.
 _RECORDS_AT_ONCE = 1000
 
 _FILE_TYPE = pa.struct(
@@ -117,13 +117,13 @@ class Segment:
 
 
 def segment_path(sha256: str) -> str:
-    """Return where the segment of a hash lies."""
+    """Return the path of the segment with a hash."""
     return f"{SEGMENTS}/{sha256}.parquet"
 
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """What units come to; `buckets` counts rows by bucket."""
+    """The sums over units; `buckets` counts rows by bucket."""
 
     num_units: int
     num_samples: int
@@ -136,13 +136,19 @@ class Totals:
 
     @classmethod
     def of(cls, units: Iterable[tuple[UnitRecord, Statistics]], num_channels: int) -> Totals:
-        """Add up units; `num_channels` is of a stored latent."""
+        """Return the sums over units.
+
+        Args:
+            units: the record and the statistics of each unit.
+            num_channels: number of channels of a stored latent.
+        """
         units = list(units)
         records = [record for record, _ in units]
         buckets: Counter[str] = Counter()
         for record in records:
             for file in record.files:
-                if file.path.endswith(".parquet"):  # each bucket has one: safetensors has .rows
+                # Each bucket has one Parquet file, also beside a safetensors file.
+                if file.path.endswith(".parquet"):
                     buckets[file.bucket] += file.num_rows
         return cls(
             num_units=len(records),
@@ -156,7 +162,7 @@ class Totals:
         )
 
     def merge(self, other: Totals) -> Totals:
-        """Add up two."""
+        """Return the sums of both totals."""
         return Totals(
             self.num_units + other.num_units,
             self.num_samples + other.num_samples,
@@ -170,7 +176,12 @@ class Totals:
 
 
 def put_segment(store: Store, receipts: Iterable[Receipt]) -> Segment:
-    """Write a segment of the units of some receipts, in the order of their sources."""
+    """Write a segment with the units of receipts, sorted by source.
+
+    Args:
+        store: the output.
+        receipts: the receipts of the units.
+    """
     rows: list[dict[str, Any]] = [
         {
             **asdict(r.record),
@@ -182,7 +193,8 @@ def put_segment(store: Store, receipts: Iterable[Receipt]) -> Segment:
         }
         for r in sorted(receipts, key=lambda r: r.record.unit.source)
     ]
-    # No two writers share a segment, so that one which a killed run left can be deleted.
+    # The random value makes every segment unique. So a segment that a killed run left behind
+    # belongs to no other run, and can be deleted.
     schema = SEGMENT_SCHEMA.with_metadata({"latentcache.segment": secrets.token_hex(16)})
     buffer = BytesIO()
     pq.write_table(pa.Table.from_pylist(rows, schema), buffer, compression="ZSTD")
@@ -198,16 +210,19 @@ def read_segments(
     named_by: str,
     columns: Sequence[str] | None = None,
 ) -> Iterator[pa.Table]:
-    """Read segments, a few ahead; all columns, or some.
+    """Read segments in order, and prefetch a few.
 
     Args:
         store: the output.
-        segments: which.
-        named_by: who says that they are there, for the error.
-        columns: None takes all.
+        segments: the segments to read.
+        named_by: name of the manifest that lists them, for error messages.
+        columns: names of the columns to read; None reads all.
+
+    Yields:
+        The rows of each segment.
 
     Raises:
-        DatasetError: one is gone or damaged.
+        DatasetError: a segment is missing or damaged.
     """
 
     def read(segment: Segment) -> pa.Table:
@@ -215,7 +230,7 @@ def read_segments(
             data = store.read_bytes(segment.path)
         except ObjectNotFound as error:
             raise DatasetError(
-                f"{named_by} names {store.url_of(segment.path)}, which is gone"
+                f"{named_by} lists {store.url_of(segment.path)}, which does not exist"
             ) from error
         if hashlib.sha256(data).hexdigest() != segment.sha256:
             raise DatasetError(f"{store.url_of(segment.path)} is damaged: its SHA-256 differs")
@@ -231,18 +246,24 @@ def read_segments(
             raise DatasetError(f"{store.url_of(segment.path)} is damaged: {error}") from error
         return table
 
-    left = iter(segments)
+    remaining = iter(segments)
     with ThreadPoolExecutor(_READ_THREADS) as pool:
-        ahead: deque[Future[pa.Table]] = deque()
+        futures: deque[Future[pa.Table]] = deque()
         while True:
-            ahead.extend(pool.submit(read, s) for s in islice(left, _READ_THREADS - len(ahead)))
-            if not ahead:
+            next_segments = islice(remaining, _READ_THREADS - len(futures))
+            futures.extend(pool.submit(read, s) for s in next_segments)
+            if not futures:
                 return
-            yield ahead.popleft().result()
+            yield futures.popleft().result()
 
 
 def summaries_of(table: pa.Table, number: int) -> Iterator[UnitSummary]:
-    """Give what planning needs of a segment's units; `number` is the segment's position."""
+    """Yield the summaries of a segment's units.
+
+    Args:
+        table: the rows of the segment, with `SUMMARY_COLUMNS`.
+        number: index of the segment in its manifest.
+    """
     unit = table["unit"].combine_chunks()
     columns = [pc.struct_field(unit, "id"), pc.struct_field(unit, "source")]
     columns += [table[name] for name in SUMMARY_COLUMNS[1:]]
@@ -266,7 +287,7 @@ def summaries_of(table: pa.Table, number: int) -> Iterator[UnitSummary]:
         )
 
 
-# Very many units have the same of these, and share the objects.
+# Very many units have equal values in these columns, so they share the parsed objects.
 
 
 @lru_cache(_MOST_SHARED)
@@ -288,8 +309,8 @@ def _names(text: str) -> tuple[str, ...]:
 @lru_cache(_MOST_SHARED)
 def _counts(text: str) -> dict[str, int]:
     with _parsing("reject_reasons"):
-        found: dict[str, int] = check(dict[str, Count], load_json(text), "reject_reasons")
-        return found
+        counts: dict[str, int] = check(dict[str, Count], load_json(text), "reject_reasons")
+        return counts
 
 
 @contextmanager
@@ -306,26 +327,36 @@ def _qa_summary(text: str) -> QaSummary | None:
 
 
 def names_of(table: pa.Table) -> pa.Array:
-    """Give the names of a segment's units, `<unit>-<generation>`: strings [num_units]."""
+    """Return the names of a segment's units, `<unit>-<generation>`: strings [num_units]."""
     ids = pc.struct_field(table["unit"].combine_chunks(), "id")
     generations = table["generation"].combine_chunks().cast(pa.string())
     return pc.binary_join_element_wise(ids, generations, "-")
 
 
 def without(table: pa.Table, removed: Collection[str]) -> pa.Table:
-    """Leave out the units of these names."""
+    """Return the rows of a segment without those of removed units.
+
+    Args:
+        table: the rows of the segment.
+        removed: names of the removed units, `<unit>-<generation>`.
+    """
     gone = pc.is_in(names_of(table), value_set=pa.array(removed, pa.string()))
     return table.filter(pc.invert(gone))
 
 
 def totals_of(table: pa.Table, num_channels: int) -> Totals:
-    """Add up the units of a segment that was read whole."""
+    """Return the sums over the units of a segment.
+
+    Args:
+        table: the rows of the segment, with all columns.
+        num_channels: number of channels of a stored latent.
+    """
     parts = (_statistics(text) for text in table["statistics"].to_pylist())
     return Totals.of(zip(records_of(table), parts, strict=True), num_channels)
 
 
 def records_of(table: pa.Table) -> list[UnitRecord]:
-    """Make records of a segment's rows."""
+    """Return the records of a segment's rows."""
     columns = {name: table[name].combine_chunks() for name in table.column_names}
     units = map(Unit, *_fields(columns["unit"]))
     files = map(DataFile, *_fields(columns["files"].flatten()))
@@ -376,11 +407,12 @@ _SHARED: dict[str, Callable[[str], Any]] = {
 
 
 class UnitRecords(Sequence[UnitRecord]):
-    """The records of very many units: columns of text and numbers, of which records are made as
-    they are asked for.
+    """The records of very many units, stored as columns; each record is created when accessed.
+
+    Records are sorted by source.
 
     Args:
-        table: rows of segments, in any order; they are given by source.
+        table: rows of segments, in any order.
     """
 
     def __init__(self, table: pa.Table) -> None:
@@ -392,8 +424,12 @@ class UnitRecords(Sequence[UnitRecord]):
         self._table = table.combine_chunks().take(order)
 
     def shards(self) -> tuple[Ints, Ints]:
-        """Of each file of rows, of which a bucket of a unit has one, in the order of the units:
-        the unit's index, and the number of rows; int64 [num_shards] both.
+        """Return the unit and the number of rows of each Parquet file of rows.
+
+        Each bucket of a unit has one such file. Files are in the order of the units.
+
+        Returns:
+            The indices of the units, and the numbers of rows: both int64 [num_shards].
         """
         lists = self._table["files"].combine_chunks()
         files = pc.list_flatten(lists)

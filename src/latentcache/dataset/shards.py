@@ -1,7 +1,8 @@
-"""The data files of a unit: rows of one bucket, as Parquet or as safetensors beside Parquet.
+"""Write and read the data files of a unit: the rows of one bucket.
 
-A file is written on local disk, closed, opened again and checked before it is uploaded, so that
-what a receipt names has been read back once.
+They are one Parquet file, or a safetensors file of latents and a Parquet file of the rest. A file
+is written to local disk, closed, opened again and checked before it is uploaded. So every file that
+a receipt lists has been read back once.
 """
 
 from __future__ import annotations
@@ -35,15 +36,15 @@ from latentcache.dataset.parquet import open_parquet
 from latentcache.dataset.receipts import DataFile
 from latentcache.errors import DatasetError
 
-# Room for the safetensors header, which is written last: its row count is not known before.
+# Space for the safetensors header, which is written last because it contains the row count.
 _SAFETENSORS_HEADER_BYTES = 248
 
-# What pyarrow and torch raise for values that are not as the schema says.
+# What pyarrow and torch raise for values that do not match the schema.
 _UNREADABLE = (ValueError, RuntimeError, KeyError, TypeError)
 
 REJECT_SCHEMA = pa.schema(
     [
-        pa.field("key", pa.string()),  # null where no sample could be named
+        pa.field("key", pa.string()),  # null if the reject stands for a whole shard
         pa.field("stage", pa.string(), nullable=False),
         pa.field("reason", pa.string(), nullable=False),
         pa.field("message", pa.string(), nullable=False),
@@ -54,7 +55,7 @@ REJECT_SCHEMA = pa.schema(
 
 @dataclass(frozen=True, slots=True)
 class RowMeta:
-    """All of a row but its latent. Sizes and crop offsets are in pixels."""
+    """The fields of a row other than its latent. Sizes and crop offsets are in pixels."""
 
     key: str
     original_width: int
@@ -66,10 +67,10 @@ class RowMeta:
 
 @dataclass(frozen=True, slots=True)
 class RejectRow:
-    """A sample left out: `key` is None where no sample could be named.
+    """A reject. `key` is None if the reject stands for a whole shard.
 
-    `thumbnail` is a small JPEG of the first few of a reason that could be decoded, else None.
-    `has_image` says whether the reject stands for an image; it is not stored.
+    `thumbnail` is a small JPEG for the first few rejects of a reason that could be decoded, else
+    None. `has_image` says whether the reject stands for an image; it is not stored.
     """
 
     key: str | None
@@ -81,12 +82,20 @@ class RejectRow:
 
 
 def column_type(name: str) -> pa.DataType:
-    """Arrow type of a kept column: `cls` is a class number, all others are text."""
+    """Return the Arrow type of a kept column: `cls` is a class index, all others are text."""
     return pa.int64() if name == "cls" else pa.string()
 
 
 def row_schema(contract: Contract, columns: Columns, unit_id: str) -> pa.Schema:
-    """Schema of a data file; `latent` stands second, and is absent beside safetensors."""
+    """Return the schema of a Parquet data file.
+
+    The column `latent` comes second; it is absent if latents are in a safetensors file.
+
+    Args:
+        contract: the contract of the dataset.
+        columns: the kept columns.
+        unit_id: id of the unit, for the metadata.
+    """
     kept = (pa.field(column.name, column_type(column.name)) for column in columns)
     metadata = {"latentcache.unit": unit_id, "latentcache.contract": contract.fingerprint}
     return pa.schema([*_fixed_fields(contract), *kept], metadata=metadata)
@@ -111,28 +120,34 @@ def _fixed_fields(contract: Contract) -> list[pa.Field]:
 def check_schema(schema: pa.Schema, contract: Contract) -> None:
     """Check the columns of a data file.
 
+    Args:
+        schema: the schema of the file.
+        contract: the contract of the dataset.
+
     Raises:
-        DatasetError: one that every data file has is missing, one has another type, or two have one
-            name.
+        DatasetError: a mandatory column is missing, a column has another type, or two columns have
+            the same name.
     """
     fixed = _fixed_fields(contract)
     if [*schema][: len(fixed)] != fixed:
         raise DatasetError(f"its columns do not begin with {', '.join(f.name for f in fixed)}")
     if len(set(schema.names)) < len(schema.names):
-        raise DatasetError("it has two columns of one name")
+        raise DatasetError("it has two columns of the same name")
     for field in [*schema][len(fixed) :]:
         if field.type != column_type(field.name):
-            raise DatasetError(f"column {field.name!r} is {field.type}")
+            raise DatasetError(
+                f"column {field.name!r} is {field.type}, not {column_type(field.name)}"
+            )
 
 
 class BucketWriter:
-    """Writes the rows of one bucket of one unit to local disk.
+    """A writer of the rows of one bucket of one unit to local disk.
 
     Args:
-        stem: the path without its ending; the folder exists.
-        contract: names dtype and format.
+        stem: path of the files without their suffixes; the folder exists.
+        contract: the contract of the dataset, which decides dtype and format.
         columns: the kept columns.
-        unit_id: recorded in the file.
+        unit_id: id of the unit, for the metadata of the file.
         bucket: (width, height) in pixels.
     """
 
@@ -167,7 +182,8 @@ class BucketWriter:
             },
             use_dictionary=["latent_shape.list.element", "latent_dtype"],
             write_statistics=plain,
-            # One page a row group, so that latents lie at one stride: docs/format.md promises it.
+            # Each row group has one page of latents, so that latents lie at a constant stride, as
+            # docs/format.md promises.
             data_page_size=2 * ROW_GROUP_BYTES,
             write_batch_size=ROW_GROUP_ROWS,
         )
@@ -177,7 +193,12 @@ class BucketWriter:
             self._tensor_file.write(bytes(8 + _SAFETENSORS_HEADER_BYTES))
 
     def append(self, latents: torch.Tensor, rows: Sequence[RowMeta]) -> None:
-        """Append latents [N, C, H, W] in the stored dtype, and their N rows."""
+        """Append rows.
+
+        Args:
+            latents: [N, C, H, W] in the stored dtype.
+            rows: the other fields of the N rows.
+        """
         assert tuple(latents.shape) == (len(rows), *self._shape), latents.shape
         data = tensor_bytes(latents)
         size = self._latent_bytes
@@ -207,7 +228,7 @@ class BucketWriter:
         self._pending.clear()
 
     def close(self) -> None:
-        """Write what is pending and close the files."""
+        """Write the pending rows and close the files."""
         if self._pending:
             self._flush()
         self._parquet.close()
@@ -227,15 +248,15 @@ class BucketWriter:
 
     def abandon(self) -> None:
         """Close the files without finishing them; they are never uploaded."""
-        self._parquet.is_open = False  # closing would write, and there may be no room
+        self._parquet.is_open = False  # closing would write, and the disk may be full
         if self._tensor_file:
             self._tensor_file.close()
 
     def check(self) -> None:
-        """Open the closed files again and hold them against what was appended.
+        """Open the closed files again and compare them with the rows that were appended.
 
         Raises:
-            DatasetError: a file is not what was written: the disk lost or changed bytes.
+            DatasetError: a file differs from what was written: the disk lost or changed bytes.
         """
         with open_parquet(self.paths[-1]) as file:
             if file.metadata.num_rows != self.num_rows or not file.schema_arrow.equals(
@@ -248,25 +269,40 @@ class BucketWriter:
 
 
 def write_rejects(path: Path, rejects: Sequence[RejectRow]) -> None:
-    """Write the rejects file of a unit."""
+    """Write the rejects file of a unit to local disk.
+
+    Args:
+        path: path of the file.
+        rejects: the rejects of the unit.
+    """
     columns = {name: [getattr(reject, name) for reject in rejects] for name in REJECT_SCHEMA.names}
     pq.write_table(pa.table(columns, REJECT_SCHEMA), path, compression="ZSTD")
 
 
 def describe_file(local: Path, path: str, num_rows: int, bucket: str) -> DataFile:
-    """Hash a closed local file: the entry that a receipt has of it."""
+    """Return a receipt's entry for a closed local file, with its size and SHA-256.
+
+    Args:
+        local: the local file.
+        path: path of the file in the output.
+        num_rows: number of rows in the file.
+        bucket: name of the bucket; empty for rejects.
+    """
     with local.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return DataFile(path, local.stat().st_size, digest, num_rows, bucket)
 
 
 def tensor_bytes(tensor: torch.Tensor) -> bytes:
-    """Little-endian C-order bytes of a tensor (every platform torch runs on is little-endian)."""
+    """Return the bytes of a tensor: little-endian, as on every platform of torch, in C order."""
     return tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def iterate_latents(files: Sequence[Path]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Read (key, latent) of all rows of one bucket's local files, in order.
+    """Yield (key, latent [C, H, W] in the stored dtype) of all rows of one bucket, in order.
+
+    Args:
+        files: the local Parquet file, or the safetensors file and its Parquet file of rows.
 
     Raises:
         DatasetError: the files are damaged.
@@ -290,32 +326,35 @@ def iterate_latents(files: Sequence[Path]) -> Iterator[tuple[str, torch.Tensor]]
 
 
 def read_latents(files: Sequence[BinaryIO], keys: Collection[str]) -> dict[str, torch.Tensor]:
-    """Read the latents of some rows of one bucket's files; a key that is not there is left out.
+    """Return the latents of some rows of one bucket's files.
 
     Args:
-        files: the open Parquet file, or safetensors and its rows.
-        keys: of the rows.
+        files: the open Parquet file, or the safetensors file and its Parquet file of rows.
+        keys: keys of the rows.
+
+    Returns:
+        Latents [C, H, W] in the stored dtype by key, without the keys that the files do not have.
 
     Raises:
         DatasetError: the files are damaged.
     """
-    found: dict[str, torch.Tensor] = {}
+    latents: dict[str, torch.Tensor] = {}
     try:
         with open_parquet(files[-1]) as rows:
             tensors = SafetensorsRows(files[0]) if len(files) > 1 else None
             first = 0
             for number in range(rows.num_row_groups):
-                there = rows.read_row_group(number, ["key"], use_threads=False)["key"].to_pylist()
-                wanted = [index for index, key in enumerate(there) if key in keys]
+                names = rows.read_row_group(number, ["key"], use_threads=False)["key"].to_pylist()
+                indices = [index for index, key in enumerate(names) if key in keys]
                 if tensors:
-                    found |= {there[index]: tensors[first + index] for index in wanted}
-                elif wanted:
+                    latents |= {names[index]: tensors[first + index] for index in indices}
+                elif indices:
                     columns = ["latent", "latent_dtype", "latent_shape"]
                     group = rows.read_row_group(number, columns, use_threads=False)
-                    group = group.take(wanted)
-                    for index, row in zip(wanted, group.to_pylist(), strict=True):
-                        found[there[index]] = tensor_from_bytes(*(row[name] for name in columns))
-                first += len(there)
+                    group = group.take(indices)
+                    for index, row in zip(indices, group.to_pylist(), strict=True):
+                        latents[names[index]] = tensor_from_bytes(*(row[name] for name in columns))
+                first += len(names)
     except (DatasetError, pa.ArrowException, OSError, *_UNREADABLE) as error:
         raise DatasetError(f"cannot read latents: {error}") from error
-    return found
+    return latents

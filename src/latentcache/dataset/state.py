@@ -1,7 +1,7 @@
-"""Which units count: from a manifest, a listing of the source and receipts to the next manifest.
+"""Compute the next manifest from the newest one, a source snapshot and receipts.
 
-During a run that is asked every thousand units, of hundreds of thousands. So a `State` keeps little
-of each unit, and looks again only at what may have changed.
+A run does so after every thousand of its hundreds of thousands of units. So a `State` keeps little
+of each unit, and checks only the sources that may have changed.
 """
 
 from __future__ import annotations
@@ -38,28 +38,27 @@ from latentcache.dataset.segments import (
 from latentcache.errors import DatasetError, IncompleteRun, SourceError
 from latentcache.storage import Store
 
-# `on_missing: drop` refuses to believe a listing in which more of the sources than this are gone.
+# `on_missing: drop` rejects a source snapshot that lacks more than this share of the sources.
 MAX_MISSING_SHARE = 0.1
 
 # How often `remove_units` tries again after another writer put a manifest first.
 _MAX_TRIES = 5
 
 SourceSnapshot = Mapping[str, Sequence[Unit]]
-"""Each source URL that is listed now, with its units at the listed version; once given, it does not
-change."""
+"""The units of each listed source URL, at the listed version. A snapshot is never modified."""
 
 
 class State:
-    """All that is known of an output: its newest manifest, and receipts that it does not name.
+    """The state of an output: its newest manifest, and the receipts that no segment contains yet.
 
-    Of each unit it keeps a summary, and of a receipt everything until a manifest names it: then its
-    segment has it. `live` holds, by source, the units that count in the newest manifest; `outside`,
-    by unit, the receipts of the highest generation that are in no segment. A unit that the manifest
-    has in `removed` never counts again: if its source is listed again, it gets a new generation.
+    It keeps a summary of each unit, and a whole receipt only until a segment contains it. `live`
+    holds, by source, the units that count in the newest manifest. `outside` holds, by unit id, the
+    receipt of the highest generation if no segment contains it. A unit in the manifest's `removed`
+    never counts again: if its source is listed again, the unit gets a new generation.
 
     Args:
         store: the output.
-        receipts: names of the receipts to take in, where they have been listed already.
+        receipts: names of the receipts, if the caller has listed them; None lists them.
     """
 
     def __init__(self, store: Store, receipts: Iterable[str] | None = None) -> None:
@@ -69,18 +68,18 @@ class State:
         self.outside: dict[str, Receipt] = {}
         self._latest: dict[str, UnitSummary] = {}
         self._removed: set[str] = set()
-        self._totals: dict[int, Totals] = {}  # by position of the segment, as far as they were read
-        self._weighed: SnapshotDiff | None = None
-        self._touched: set[str] = set()  # sources of the receipts that came since
+        self._totals: dict[int, Totals] = {}  # by index of the segment, for segments that were read
+        self._last_diff: SnapshotDiff | None = None
+        self._touched: set[str] = set()  # sources of the receipts added since that diff
         named = self._read_segments(self.manifest) if self.manifest else set()
         listed = list_receipt_names(store) if receipts is None else receipts
         unknown = (name for name in listed if name not in named)
-        # One that was listed and is gone now was superseded: `gc` deletes no other.
+        # A receipt that was listed but no longer exists was superseded: `gc` deletes no others.
         for receipt in read_receipts(store, unknown, missing_ok=True):
             self.add(receipt)
 
     def _read_segments(self, manifest: Manifest) -> set[str]:
-        """Take in what a manifest says, and give the names of all receipts that it knows."""
+        """Add the units of a manifest; return the names of all receipts that it lists."""
         named: set[str] = set()
         self._removed.update(manifest.removed)
         tables = read_segments(
@@ -90,21 +89,21 @@ class State:
             for unit in summaries_of(table, number):
                 if unit.name in named:
                     raise DatasetError(
-                        f"{self.store.url_of(manifest.path)} names unit {unit.name} twice"
+                        f"{self.store.url_of(manifest.path)} lists unit {unit.name} twice"
                     )
                 named.add(unit.name)
                 if unit.name not in self._removed:
                     self.live[unit.source] = _in_order((*self.live.get(unit.source, ()), unit))
                 if unit.generation > self.generation(unit.unit_id):
                     self._latest[unit.unit_id] = unit
-        for name in self._removed - named:  # no segment has them, but the generation is taken
+        for name in self._removed - named:  # in no segment, but their generations are used
             unit_id, _, generation = name.rpartition("-")
             if int(generation) > self.generation(unit_id):
                 self._latest[unit_id] = UnitSummary(unit_id, "", int(generation), 0, 0, 0)
         return named | self._removed
 
     def add(self, receipt: Receipt) -> None:
-        """Take in one more receipt."""
+        """Add a receipt, unless its unit has one of the same or a higher generation."""
         record = receipt.record
         if record.generation > self.generation(record.unit.id):
             unit = UnitSummary.of(record)
@@ -113,49 +112,49 @@ class State:
             self._touched.add(unit.source)
 
     def generation(self, unit_id: str) -> int:
-        """Return a unit's highest generation, removed or not; -1 where it never had a receipt."""
+        """Return the highest generation of a unit, removed or not; -1 if it has no receipt."""
         unit = self._latest.get(unit_id)
         return unit.generation if unit else -1
 
     def current(self, unit_id: str) -> UnitSummary | None:
-        """Return the summary of a unit that counts; None where it is to be encoded."""
+        """Return the summary of a unit that counts; None if the unit has to be encoded."""
         unit = self._latest.get(unit_id)
         return None if unit is None or unit.name in self._removed else unit
 
     def num_stored_bytes(self, unit_ids: AbstractSet[str]) -> int:
-        """Sum up the sizes in bytes of the row files that some units have now; reads segments."""
+        """Return the total size of the current row files of units in bytes; reads segments."""
         outside = [r.record for unit, r in self.outside.items() if unit in unit_ids]
         num_bytes = sum(file.size_bytes for record in outside for file in record.files)
-        left = unit_ids - self.outside.keys()
-        if self.manifest and left:
+        remaining = unit_ids - self.outside.keys()
+        if self.manifest and remaining:
             files = read_files(self.store, self.manifest)
-            is_of = pc.is_in(files["unit"], value_set=pa.array(left, pa.string()))
+            is_of = pc.is_in(files["unit"], value_set=pa.array(remaining, pa.string()))
             num_bytes += pc.sum(files.filter(is_of)["size_bytes"]).as_py() or 0
         return num_bytes
 
     @property
     def sources(self) -> set[str]:
-        """Every source that has been encoded in some version."""
+        """The sources that have been encoded in any version."""
         return {unit.source for unit in self._latest.values() if unit.source}
 
     def diff_snapshot(
         self, listing: SourceSnapshot, on_missing: str, columns: Columns
     ) -> SnapshotDiff:
-        """Decide which units the next manifest names.
+        """Decide which units count in the next manifest.
 
-        A source whose units at its listed version are all committed contributes exactly those. One
-        that changed and is unfinished keeps the units that the manifest has of it and is named in
-        `stale`. A unit whose rows have other columns than `columns` counts, but leaves its source
-        unfinished. A source that is no longer listed keeps its units, or loses them with
-        `on_missing="drop"`.
+        If all units of a source at its listed version are committed, exactly those count. If the
+        source changed and some are not committed, its units in the newest manifest still count, and
+        it is `stale`. A unit with other columns counts, but its source is unfinished.
 
-        After a first time with a listing, only sources of new receipts can have moved, and only
-        those are looked at.
+        Args:
+            listing: the source snapshot; the same object again costs only checks of new receipts.
+            on_missing: `keep` or `drop` the units of sources that are not listed any more.
+            columns: the kept columns that the rows should have.
 
         Raises:
-            SourceError: `drop`, but more than a tenth of the sources are gone.
+            SourceError: `on_missing` is `drop`, but more than a tenth of the sources are missing.
         """
-        last = self._weighed
+        last = self._last_diff
         terms = (on_missing, columns)
         if last and last.listing is listing and (last.on_missing, last.columns) == terms:
             diff = replace(last, changes={})
@@ -187,15 +186,24 @@ class State:
     def put_next(
         self, diff: SnapshotDiff, complete: bool, contract: str, num_channels: int
     ) -> Manifest | None:
-        """Put the manifest that was decided on; None if its number is taken by now, or if a day has
-        passed since, in which `gc` may have deleted the new segment.
+        """Put the next manifest.
+
+        Args:
+            diff: the units that change, from `diff_snapshot`.
+            complete: whether the manifest is complete.
+            contract: fingerprint of the contract.
+            num_channels: number of channels of a stored latent.
+
+        Returns:
+            The manifest; None if another driver used its number, or if putting it took more than a
+            day, so that `gc` may have deleted the new segment.
         """
         newest, valid_until = self.manifest, clock.boot_time_s() + PUT_WITHIN_S
         after = {unit.name: unit for units in diff.changes.values() for unit in units}
         before = {unit.name: unit for source in diff.changes for unit in self.live.get(source, ())}
         fresh = [self.outside[u.unit_id] for u in after.values() if u.segment is None]
         gone = [before[name] for name in before.keys() - after.keys()]
-        # Receipts of older versions of these sources, which no manifest named in time.
+        # Receipts of older versions of these sources that no manifest listed.
         outdated = [
             receipt.record
             for receipt in self.outside.values()
@@ -238,15 +246,15 @@ class State:
     def _add(
         self, added: Totals, changed: AbstractSet[int | None], removed: set[str], num_channels: int
     ) -> tuple[dict[int, Totals], Totals]:
-        """Add up the next manifest: a new segment, and those of the newest, less `removed`.
+        """Sum up the next manifest: the newest one's segments without `removed`, and a new one.
 
-        `changed` are the segments that lose units. Returns the totals of segments, as far as they
-        are known, and of all together.
+        `changed` are the indices of the segments that lose units. Returns the totals of segments,
+        as far as known, and of the manifest.
         """
         newest = self.manifest
         parts = {number: part for number, part in self._totals.items() if number not in changed}
         earlier = [newest.totals] if newest else []
-        if changed:  # minima and histograms cannot be taken back: add up anew what still counts
+        if changed:  # minima cannot be subtracted: sum up all units that still count
             self._read_totals(parts, removed, num_channels)
             earlier = list(parts.values())
         if added.num_units:
@@ -254,7 +262,7 @@ class State:
         return parts, reduce(Totals.merge, earlier, added)
 
     def _read_totals(self, parts: dict[int, Totals], removed: set[str], num_channels: int) -> None:
-        """Add up the units that count in those segments of the manifest that `parts` lacks."""
+        """Sum up the units that count, for each segment of the manifest that `parts` lacks."""
         assert self.manifest
         missing = [n for n in range(len(self.manifest.segments)) if n not in parts]
         segments = [self.manifest.segments[number] for number in missing]
@@ -263,7 +271,7 @@ class State:
             parts[number] = totals_of(without(table, removed), num_channels)
 
     def _set_live(self, source: str, units: tuple[UnitSummary, ...], newest_segment: int) -> None:
-        """Take down which units of a source the manifest just written shows."""
+        """Record which units of a source count in the manifest that was just put."""
         self.live.pop(source, None)
         for unit in units:
             if unit.segment is None:
@@ -273,18 +281,18 @@ class State:
             self.live[source] = (*self.live.get(source, ()), unit)
 
     def accept(self, diff: SnapshotDiff) -> None:
-        """Take the newest manifest to be what a listing comes to."""
-        self._weighed = diff
+        """Record that the newest manifest includes the changes of a diff."""
+        self._last_diff = diff
         self._touched.clear()
 
 
 @dataclass(frozen=True, slots=True)
 class SnapshotDiff:
-    """What a listing comes to, beside the newest manifest.
+    """The difference between a source snapshot and the newest manifest.
 
-    `changes` holds, by source, the units of the next manifest where they are others; `unfinished`
-    are the sources that are not all encoded at their listed version with `columns`, and `stale`
-    those of them that older units stand in for.
+    `changes` holds, for each source that changes, its units in the next manifest. `unfinished` are
+    the sources that are not completely encoded at their listed version with `columns`. `stale` are
+    those of them whose older units still count.
     """
 
     listing: SourceSnapshot
@@ -300,12 +308,20 @@ def _in_order(units: Iterable[UnitSummary]) -> tuple[UnitSummary, ...]:
 
 
 def require_few(missing: AbstractSet[str], num_sources: int) -> None:
-    """Refuse to drop more than a tenth of the sources; see `State.diff_snapshot`."""
+    """Raise an error if too many sources are missing to drop their rows.
+
+    Args:
+        missing: the sources that are not listed any more.
+        num_sources: number of sources in the newest manifest.
+
+    Raises:
+        SourceError: more than a tenth of the sources are missing.
+    """
     if len(missing) > MAX_MISSING_SHARE * num_sources:
         raise SourceError(
             f"{len(missing)} of {num_sources} sources are no longer listed, such as "
-            f"{min(missing)}: too many to drop their rows; check what the config's `source` names, "
-            "or set `source.on_missing: keep`"
+            f"{min(missing)}: too many to drop their rows; check the URLs of the config's "
+            "`source`, or set `source.on_missing: keep`"
         )
 
 
@@ -321,19 +337,18 @@ def write_next(
 ) -> tuple[State, Manifest | None]:
     """Write the next manifest if it would differ from the newest one.
 
-    A listing that was given before, the very same object, costs time by the receipts that are new.
-
     Args:
-        state: what is known of the output; given back, read anew if another driver was faster.
+        state: the state of the output.
         contract: fingerprint of the dataset's contract.
-        num_channels: channels of a stored latent.
-        listing: gives the source's listing; called again after a lost race.
+        num_channels: number of channels of a stored latent.
+        listing: returns the source snapshot; called again if another driver put a manifest first.
         on_missing: see `State.diff_snapshot`.
-        columns: the kept columns that the rows are to have.
-        may_complete: False holds `complete` back, after a check failed.
+        columns: the kept columns that the rows should have.
+        may_complete: False keeps the manifest from being complete, after a check failed.
 
     Returns:
-        The state, and the newest manifest (None where there is nothing to name yet).
+        The state, read again if another driver put a manifest first, and the newest manifest (None
+        if nothing is committed yet).
     """
     while True:
         diff = state.diff_snapshot(listing(), on_missing, columns)
@@ -353,20 +368,19 @@ def write_next(
 
 
 def remove_units(store: Store, names: AbstractSet[str]) -> set[str]:
-    """Put a manifest without some units, so that the next run encodes them again.
+    """Put an incomplete manifest without some units, so that the next run encodes them again.
 
-    It is not complete, and may be put beside a run: whichever of the two finds the number taken
-    reads everything again.
+    This is safe during a run: if one of the two puts a manifest first, the other reads again.
 
     Args:
         store: the output.
-        names: `<unit>-<generation>`; those that the newest manifest does not name are ignored.
+        names: `<unit>-<generation>`; names that are not in the newest manifest are ignored.
 
     Returns:
-        The names that were removed; with none, no manifest was put.
+        The names that were removed. If there are none, no manifest was put.
 
     Raises:
-        IncompleteRun: other manifests came first, again and again.
+        IncompleteRun: another process put a manifest first, several times in a row.
     """
     for _ in range(_MAX_TRIES):
         state = State(store, receipts=())
@@ -383,4 +397,4 @@ def remove_units(store: Store, names: AbstractSet[str]) -> set[str]:
         diff = SnapshotDiff({}, "keep", newest.columns, changes, stale=stale)
         if state.put_next(diff, False, newest.contract, len(newest.statistics.mean)):
             return gone
-    raise IncompleteRun(f"others put manifests to {store.url} all the time: try again later")
+    raise IncompleteRun(f"other processes keep putting manifests to {store.url}: try again later")

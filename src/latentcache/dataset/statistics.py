@@ -1,4 +1,4 @@
-"""Per-channel statistics of latents that merge exactly: unit by unit into a dataset."""
+"""Per-channel statistics of latents, which merge from units to a whole dataset."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import numpy.typing as npt
 from latentcache.dataset.parse import Count, check
 from latentcache.errors import DatasetError
 
-# Fixed edges, so that histograms of different units add up. Unscaled KL-f8 latents have a standard
-# deviation of 1 to 6 and log-variances lie in [-30, 20]; what falls outside is counted at the ends.
+# The edges are fixed, so that histograms of different units can be added. Unscaled KL-f8 latents
+# have a standard deviation of 1 to 6, and log-variances lie in [-30, 20]. The first and last bin
+# count the values outside.
 HISTOGRAM_EDGES = np.linspace(-32.0, 32.0, 129)
-_STEP = 0.5  # between two edges: a power of two, by which dividing is exact
+_STEP = 0.5  # between two edges; dividing by a power of two is exact
 _NUM_BINS = len(HISTOGRAM_EDGES) + 1
 
 Float64 = npt.NDArray[np.float64]
@@ -24,12 +25,12 @@ Int64 = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """What is known of `count` values in each of C channels.
+    """The statistics of `count` values in each of C channels.
 
     `mean`, `m2` (the sum of squared deviations from the mean), `minimum` and `maximum` are float64
-    [C]; `histogram` is int64 [C, 130]: below the first of `HISTOGRAM_EDGES`, between each two, and
-    above the last. All are of the stored values, after the cast to the stored dtype; of int8, of
-    the values that it stands for.
+    [C]. `histogram` is int64 [C, 130]: the number of values below the first of `HISTOGRAM_EDGES`,
+    between each two, and above the last. The values are those of stored latents, after the cast to
+    the stored dtype; int8 is dequantized.
     """
 
     count: int
@@ -41,7 +42,7 @@ class Statistics:
 
     @classmethod
     def empty(cls, num_channels: int) -> Statistics:
-        """Statistics of no values."""
+        """Return the statistics of no values."""
         return cls(
             count=0,
             mean=np.zeros(num_channels),
@@ -53,12 +54,13 @@ class Statistics:
 
     @classmethod
     def of(cls, latents: npt.NDArray[np.float32]) -> Statistics:
-        """Statistics of a batch: float32 [N, C, H, W], N ≥ 1."""
+        """Return the statistics of a batch: float32 [N, C, H, W], N ≥ 1."""
         num_channels = latents.shape[1]
         channels = latents.transpose(1, 0, 2, 3).reshape(num_channels, -1)
         mean = channels.mean(axis=1, dtype=np.float64)
         deviation = channels - mean[:, None]
-        # Bins of equal width need no search; each channel counts in a stretch of its own.
+        # Bins have equal width, so their index is computed without a search. Each channel has its
+        # own range of bins, so that one `bincount` counts all channels.
         bins = np.floor(channels / _STEP) - HISTOGRAM_EDGES[0] / _STEP + 1
         bins = bins.clip(0, _NUM_BINS - 1).astype(np.intp)
         bins += _NUM_BINS * np.arange(num_channels)[:, None]
@@ -73,14 +75,16 @@ class Statistics:
         )
 
     def merge(self, other: Statistics) -> Statistics:
-        """Statistics of both sets of values (Chan, Golub and LeVeque 1979, pairwise update).
+        """Return the statistics of both sets of values.
+
+        The formula is the pairwise update of Chan, Golub and LeVeque (1979).
 
         Raises:
-            DatasetError: they are of other numbers of channels.
+            DatasetError: the numbers of channels differ.
         """
         if self.mean.shape != other.mean.shape:
             raise DatasetError(
-                f"statistics are of {len(self.mean)} channels here and {len(other.mean)} there: "
+                f"cannot merge statistics of {len(self.mean)} and {len(other.mean)} channels: "
                 "run `latentcache verify`"
             )
         count = self.count + other.count
@@ -98,11 +102,11 @@ class Statistics:
 
     @property
     def std(self) -> Float64:
-        """Population standard deviation, float64 [C]; zero where there are no values."""
+        """The population standard deviation, float64 [C]; zero if there are no values."""
         return np.sqrt(self.m2 / max(self.count, 1))
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON; `minimum` and `maximum` are null where there are no values."""
+        """Return the statistics as plain JSON; `min` and `max` are null if there are no values."""
         empty = self.count == 0
         return {
             "count": self.count,
@@ -115,20 +119,20 @@ class Statistics:
 
     @classmethod
     def from_json(cls, tree: dict[str, Any]) -> Statistics:
-        """Read what `to_json` gave.
+        """Build statistics from the result of `to_json`.
 
         Raises:
-            ValueError: it is something else.
+            ValueError: `tree` is something else.
         """
         names = {"count", "mean", "m2", "min", "max", "histogram"}
         if not isinstance(tree, dict) or tree.keys() != names:
-            raise ValueError(f"statistics are not an object of {', '.join(sorted(names))}")
+            raise ValueError(f"statistics are not an object with {', '.join(sorted(names))}")
         count = check(Count, tree["count"], "statistics.count")
         mean = _array(tree, "mean", "if", (-1,))
         num_channels = len(mean)
         if count == 0:
             return cls.empty(num_channels)
-        found = cls(
+        statistics = cls(
             count=count,
             mean=mean.astype(np.float64),
             m2=_array(tree, "m2", "if", (num_channels,)).astype(np.float64),
@@ -136,13 +140,13 @@ class Statistics:
             maximum=_array(tree, "max", "if", (num_channels,)).astype(np.float64),
             histogram=_array(tree, "histogram", "i", (num_channels, _NUM_BINS)),
         )
-        if found.m2.min() < 0 or found.histogram.min() < 0:
-            raise ValueError("statistics have a negative square or count")
-        return found
+        if statistics.m2.min() < 0 or statistics.histogram.min() < 0:
+            raise ValueError("statistics have a negative sum of squares or a negative count")
+        return statistics
 
 
 def _array(tree: dict[str, Any], name: str, kinds: str, shape: tuple[int, ...]) -> Any:
-    """Return a list of finite numbers as an array; `shape` begins with -1 for any size."""
+    """Return a list of finite numbers as an array; the shape (-1,) allows any length."""
     value = tree[name]
     array = np.array(value) if isinstance(value, list) else np.empty(0)
     is_fit = len(array.shape) == len(shape) and shape in (array.shape, (-1,)) and array.size
@@ -152,7 +156,12 @@ def _array(tree: dict[str, Any], name: str, kinds: str, shape: tuple[int, ...]) 
 
 
 def merge_all(parts: Iterable[Statistics], num_channels: int) -> Statistics:
-    """Merge any number of statistics."""
+    """Return the statistics of all sets of values.
+
+    Args:
+        parts: the statistics of each set.
+        num_channels: number of channels, for the case of no parts.
+    """
     total = Statistics.empty(num_channels)
     for part in parts:
         total = total.merge(part)

@@ -1,4 +1,4 @@
-"""Hold a manifest against the objects that it names."""
+"""Check that the objects of a dataset match its manifest."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from latentcache.storage_options import StorageOptions
 
 _THREADS = 8
 
-# Of very many units, so many records are in memory.
+# How many unit records are in memory at a time, because there may be very many units.
 _UNITS_AT_ONCE = 1000
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Something that is not as the manifest says."""
+    """A difference between an object and the manifest, or a damaged object."""
 
     unit: str
     source: str
@@ -47,7 +47,10 @@ class Problem:
 
 @dataclass(slots=True)
 class Verification:
-    """What was looked at and what was found; `repaired` units wait to be encoded again."""
+    """The result of `verify`: counts of what was checked, and the problems.
+
+    `repaired` lists the ids of units that were removed, so that the next run encodes them again.
+    """
 
     ok: bool
     manifest: int
@@ -68,23 +71,23 @@ def verify(
     repair: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Verification:
-    """Check every object of a dataset: that it exists, its size, SHA-256, rows and finite latents.
+    """Check every object of a dataset: existence, size, SHA-256, rows, and finite latents.
 
     Args:
-        url: the dataset.
-        manifest: its number, or "published"; None takes the newest complete one.
-        storage: how to reach it.
-        quick: only that objects exist in the right size.
+        url: URL of the dataset.
+        manifest: number of a manifest, or "published"; None takes the newest complete one.
+        storage: options of the store.
+        quick: check only that objects exist and have the right size.
         repair: put a manifest without the bad units, so that the next run encodes them again.
-        progress: told (units done, units in all).
+        progress: called with the number of units checked and the number of all units.
 
     Raises:
         DatasetError: there is no manifest to check.
-        IncompleteRun: `repair` found other manifests put first, again and again.
+        IncompleteRun: `repair` failed because another process put manifests first, several times.
     """
     dataset = open_dataset(url, manifest, storage=storage)
     store = Store(url, storage or StorageOptions())
-    found = Verification(ok=True, manifest=dataset.manifest.number, num_units=len(dataset.units))
+    result = Verification(ok=True, manifest=dataset.manifest.number, num_units=len(dataset.units))
 
     def check(record: UnitRecord) -> tuple[UnitRecord, list[Problem]]:
         return record, list(_check_unit(store, dataset.contract, record, quick))
@@ -92,30 +95,30 @@ def verify(
     with ThreadPoolExecutor(_THREADS) as pool:
         checked = chain.from_iterable(pool.map(check, some) for some in _batches(dataset.units))
         for done, (record, problems) in enumerate(checked, start=1):
-            found.num_files += len(record.files)
-            found.num_files += (record.rejects is not None) + (record.qa is not None)
-            found.num_rows += record.num_rows
-            found.num_rejects += record.num_rejects
-            found.problems += problems
+            result.num_files += len(record.files)
+            result.num_files += (record.rejects is not None) + (record.qa is not None)
+            result.num_rows += record.num_rows
+            result.num_rejects += record.num_rejects
+            result.problems += problems
             if progress:
                 progress(done, len(dataset.units))
     totals = dataset.manifest.totals
-    there = (found.num_units, found.num_rows, found.num_rejects)
-    if there != (totals.num_units, totals.num_rows, totals.num_rejects):
+    counts = (result.num_units, result.num_rows, result.num_rejects)
+    if counts != (totals.num_units, totals.num_rows, totals.num_rejects):
         message = "its totals of units, rows and rejects are not those of its units"
-        found.problems.append(Problem("", "", dataset.manifest.path, message))
-    found.ok = not found.problems
+        result.problems.append(Problem("", "", dataset.manifest.path, message))
+    result.ok = not result.problems
     if repair:
-        bad = {problem.unit for problem in found.problems}
+        bad = {problem.unit for problem in result.problems}
         names = {record.name for record in dataset.units if record.unit.id in bad}
         removed = remove_units(store, names) if names else set()
-        found.repaired = sorted(name.rpartition("-")[0] for name in removed)
-    return found
+        result.repaired = sorted(name.rpartition("-")[0] for name in removed)
+    return result
 
 
 def _batches(units: Iterable[UnitRecord]) -> Iterator[list[UnitRecord]]:
-    left = iter(units)
-    while some := list(islice(left, _UNITS_AT_ONCE)):
+    remaining = iter(units)
+    while some := list(islice(remaining, _UNITS_AT_ONCE)):
         yield some
 
 
@@ -130,7 +133,7 @@ def _check_unit(
         groups.setdefault(file.bucket, []).append(file)
     num_rows = sum(files[-1].num_rows for files in groups.values())
     if num_rows != record.num_rows:
-        yield problem("", f"the files hold {num_rows} rows, the receipt says {record.num_rows}")
+        yield problem("", f"the files hold {num_rows} rows, but the receipt says {record.num_rows}")
     keys: set[str] = set()
     with tempfile.TemporaryDirectory(prefix="latentcache-") as folder:
         for files in (*groups.values(), *([[record.rejects]] if record.rejects else [])):
@@ -159,7 +162,7 @@ def _check_unit(
 
 
 def _check_object(store: Store, file: DataFile, target: Path | None) -> str | None:
-    """Say what is wrong with one object, None if nothing; copies it to `target`."""
+    """Return the problem of one object, or None; copy the object to `target` if that is given."""
     try:
         info = store.info(file.path)
         if info.size_bytes != file.size_bytes:
@@ -184,15 +187,15 @@ def _check_rejects(local: Path, num_rejects: int) -> str | None:
     if not table.schema.equals(REJECT_SCHEMA):
         return "has another schema"
     if table.num_rows != num_rejects:
-        return f"holds {table.num_rows} rejects, the receipt says {num_rejects}"
+        return f"holds {table.num_rows} rejects, but the receipt says {num_rejects}"
     return None
 
 
 def _check_columns(path: Path, contract: Contract) -> None:
-    """Decode all columns of a file of rows but the latents.
+    """Decode all columns of a Parquet file of rows except the latents.
 
     Raises:
-        DatasetError: a column is not there, or damaged.
+        DatasetError: a column is missing or damaged.
     """
     try:
         with open_parquet(path) as file:
@@ -221,7 +224,7 @@ def _check_rows(
         for key, latent in iterate_latents(local):
             num_rows += 1
             if key in keys:
-                yield f"row {key!r} is there twice"
+                yield f"row {key!r} occurs twice"
             keys.add(key)
             if tuple(latent.shape) != shape or latent.dtype != dtype:
                 yield f"row {key!r} is {latent.dtype} {list(latent.shape)}, not {dtype} {shape}"
@@ -230,4 +233,4 @@ def _check_rows(
     except DatasetError as error:
         yield f"cannot be read: {error}"
     if num_rows != file.num_rows:
-        yield f"holds {num_rows} rows, the receipt says {file.num_rows}"
+        yield f"holds {num_rows} rows, but the receipt says {file.num_rows}"

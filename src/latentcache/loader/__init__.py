@@ -1,1 +1,1 @@
-"""From a latent dataset to the batches of a training loop."""
+"""Load batches of a latent dataset for a training loop."""

@@ -1,4 +1,4 @@
-"""Batches: the rows of one step, read and made ready for the model."""
+"""Batches: the rows of one step, read and prepared for the model."""
 
 from __future__ import annotations
 
@@ -22,20 +22,21 @@ from latentcache.loader.permutation import Ints, make_key
 from latentcache.loader.prefetch import Memory
 from latentcache.loader.rows import FoundRows, RowReader
 
-_NOISE = 4  # what a key is for, beside those of order.py
+_NOISE = 4  # the purpose of a key; order.py has the other ones
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
     """One rank's slice of a global batch: b rows, all of one bucket.
 
-    `latents` is [b, C, h, w]. Sizes are in pixels, [b, 2] int64, height or top first, as SDXL's
-    micro-conditioning has them: `original_size` of the image, `crop_top_left` where the crop begins
-    in the resized image, `target_size` of the crop, which is the bucket's. `columns` holds what was
-    asked for: lists of b values (None where a sample had none), for class numbers [b] int64 (-1),
-    for a join's numbers and vectors tensors. `bucket` is (width, height) in pixels.
+    `latents` is [b, C, h, w]. `original_size`, `crop_top_left` and `target_size` are [b, 2] int64
+    in pixels, height or top first, as in SDXL's micro-conditioning: the size of the image, the
+    offset of the crop in the resized image, and the size of the crop, which is the bucket's.
+    `columns` holds the requested columns. A column is a list of b values, with None for a missing
+    value; class indices are [b] int64, with -1 for a missing value; numbers and vectors of a join
+    are tensors. `bucket` is (width, height) in pixels.
 
-    The memory of a batch is used again only when no tensor of it is alive.
+    The memory of a batch is reused only after all of its tensors are freed.
     """
 
     epoch: int
@@ -52,15 +53,16 @@ class Batch:
 
     @property
     def time_ids(self) -> torch.Tensor:
-        """SDXL's `add_time_ids`, [b, 6] int64: original size, crop's top left, target size."""
+        """The `add_time_ids` of SDXL, [b, 6] int64: original size, crop top left, target size."""
         return torch.cat([self.original_size, self.crop_top_left, self.target_size], dim=1)
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A batch that is all there but its latents.
+    """A batch of which everything but the latents has been read.
 
-    [b] are: `sources`, which dataset a row is of; `numbers`, of the rows in all files.
+    By row, int64 [b]: `sources` is the index of the dataset, `numbers` the index among the rows of
+    all files.
     """
 
     epoch: int
@@ -72,15 +74,15 @@ class Plan:
 
 
 class BatchReader:
-    """Plans and reads batches.
+    """A reader that plans and reads batches.
 
     Args:
-        files: what there is.
-        joined: which rows and columns of it.
-        rows: reads the files.
-        finish: makes the latents.
-        device: where to.
-        seed: of draws from the posterior.
+        files: the data files.
+        joined: the rows and columns to read.
+        rows: the reader of the files.
+        finish: the conversion of stored latents.
+        device: the device of the batches.
+        seed: seed of draws from the posterior.
     """
 
     def __init__(
@@ -97,34 +99,43 @@ class BatchReader:
         self.rows = rows
         self._finish = finish
         self._device = device
-        self._noise_key = make_key(seed, _NOISE) - 2**63  # torch has no unsigned arithmetic
+        self._noise_key = make_key(seed, _NOISE) - 2**63  # torch lacks unsigned arithmetic
         self._memory = Memory()
         self._target_sizes = {(w, h): torch.tensor([[h, w]]) for w, h in files.buckets}
-        # On a GPU, copies and arithmetic keep out of the training's way on a stream of their own.
+        # On a GPU, copies and arithmetic run on a separate stream, so that they overlap training.
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def plan(self, epoch: int, group: Sequence[BatchRows]) -> list[Plan]:
-        """Find the rows of batches of one bucket and read all but the latents.
+        """Find the rows of batches, and read everything but the latents.
 
-        For one thread at a time. Several batches cost hardly more than one.
+        Planning several batches costs hardly more than planning one. One thread may call this at
+        a time.
+
+        Args:
+            epoch: number of the epoch.
+            group: the rows of each batch, all of one bucket.
         """
         files = np.concatenate([chosen.files for chosen in group])
         rows, partners = self._joined.find(files, np.concatenate([chosen.rows for chosen in group]))
         sources, numbers = self._files.source_of[files], self._files.first_row[files] + rows
-        found = self.rows.find(group[0].bucket, files, rows)
+        located = self.rows.find(group[0].bucket, files, rows)
         plans, end = [], 0
         for chosen in group:
             mine = slice(end, end := end + len(chosen.files))
-            part = found.part(mine)
+            part = located.part(mine)
             columns = {name: _tensor(name, values) for name, values in part.columns.items()}
             columns |= self._joined.read(partners[mine])
             plans.append(Plan(epoch, chosen, part, sources[mine], numbers[mine], columns))
         return plans
 
     def read(self, plan: Plan) -> tuple[Batch, torch.cuda.Event | None]:
-        """Read what was planned; on a GPU, the event says when it is there."""
+        """Read a planned batch.
+
+        Returns:
+            The batch, and on a GPU an event that is recorded once the batch is complete.
+        """
         chosen, sizes = plan.chosen, plan.found.sizes
         target_size = self._target_sizes[chosen.bucket].expand(len(sizes), 2)
         shape = (len(sizes), *self._files.contract.latent_shape(chosen.bucket))
@@ -172,10 +183,15 @@ class BatchReader:
 
 
 def hand_over(batch: Batch, event: torch.cuda.Event) -> None:
-    """Let the current stream use a batch that another stream made."""
+    """Make a batch that another CUDA stream computed safe to use on the current stream.
+
+    Args:
+        batch: the batch.
+        event: the event from `BatchReader.read`.
+    """
     stream = torch.cuda.current_stream(batch.latents.device)
     stream.wait_event(event)
-    # torch must not give this memory to the other stream again before this one is done with it.
+    # torch must not reuse this memory on the other stream before the current stream is done.
     sizes = (batch.original_size, batch.crop_top_left, batch.target_size)
     for tensor in (batch.latents, *sizes, *batch.columns.values()):
         if isinstance(tensor, torch.Tensor):
@@ -183,5 +199,5 @@ def hand_over(batch: Batch, event: torch.cuda.Event) -> None:
 
 
 def _tensor(name: str, values: list[Any]) -> Any:
-    """Give class numbers as a tensor, other columns as they are."""
+    """Return class indices as a tensor, and other columns unchanged."""
     return torch.tensor(values, dtype=torch.int64) if column_type(name) == pa.int64() else values

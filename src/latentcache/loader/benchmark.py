@@ -1,4 +1,4 @@
-"""How fast a loader is on this machine: what `latentcache bench-loader` prints."""
+"""Measure the speed of a loader on this machine, for `latentcache bench-loader`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from latentcache.loader.loader import LatentLoader
 
 @dataclass(frozen=True, slots=True)
 class LoaderSpeed:
-    """What was measured, by a consumer that does nothing with a batch.
+    """The speed of a loader, measured by a consumer that does nothing with a batch.
 
-    Rates are of this rank and leave out the first batch. `open_s` is the time to read the manifest,
-    `first_batch_s` from there to the first batch, `resume_s` from nothing to the batch after a
-    state's, in the middle of an epoch. `step_p50_ms` and `step_p99_ms` are times between batches.
+    Rates are per rank and exclude the first batch. `open_s` is the time to read the manifest, and
+    `first_batch_s` the time from then to the first batch. `resume_s` is the time to create a loader
+    and resume it at a state in the middle of an epoch, up to its first batch. `step_p50_ms` and
+    `step_p99_ms` are percentiles of the time between batches.
     """
 
     num_steps: int
@@ -38,12 +39,12 @@ def measure_loader(
     seconds: float,
     progress: Callable[[float], None] = lambda elapsed_s: None,
 ) -> LoaderSpeed:
-    """Take batches for some seconds, through as many epochs as that takes.
+    """Measure a loader over as many epochs as fit the time.
 
     Args:
-        make: makes the loader; called twice, the second time to resume.
-        seconds: how long to go on after the first batch.
-        progress: told the seconds that have passed.
+        make: creates the loader; called twice, the second time to resume.
+        seconds: duration of the measurement after the first batch.
+        progress: called with the elapsed seconds.
     """
     begun = time.perf_counter()
     loader = make()

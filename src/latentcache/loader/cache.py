@@ -1,12 +1,13 @@
-"""Copies of remote files on a node's own disk, for all of a user's processes and datasets.
+"""Cache remote files on a node's local disk, for all processes and datasets of a user.
 
-    <folder>/<sha256>                   a whole file that had this hash
-    <folder>/<sha256>.<size>.part       one on its way, or what a killed process left of one
+    <folder>/<sha256>                   a complete file with this hash
+    <folder>/<sha256>.<size>.part       a file that is downloading, or the rest of a killed download
 
-The folder is all there is: no daemon, no index, no shared memory. Files are locked with flock, and
-such a lock dies with its process. Who fetches a file has its part locked exclusively; who is about
-to map a file has it locked shared; who needs room deletes only what nobody has locked. Parts alone
-are waited for longer than a moment, and never by one who fetches: nobody waits in a circle.
+There is no daemon, index or shared memory besides the folder. Files are locked with flock, and the
+system releases such a lock when its process ends. A process locks a part exclusively while it
+fetches the file, and locks a file shared while it maps the file. A process that needs space deletes
+only files that are not locked. Only a lock on a part may be held for long, and a process that
+fetches a file never waits for one, so there is no deadlock.
 """
 
 from __future__ import annotations
@@ -33,21 +34,22 @@ from latentcache.storage.failures import named_local
 
 _OURS = re.compile(r"[0-9a-f]{64}(\.(?P<size_bytes>\d+)(\.[0-9a-f]+)?\.part)?")
 
-# The time of change that a file gets once it has been checked: with another one, somebody has
-# changed it since. (A whole, even second, which every file system can store.)
+# The modification time that a file gets after it has been checked. Another time means that the file
+# was changed since. It is a whole, even second, which every file system can store.
 _CHECKED_NS = 1_000_000_000 * 10**9
 
-# Another may delete or fail to fetch a file just when we want it, but hardly this many times.
+# Another process may delete a file, or fail to fetch it, just when it is needed, but hardly this
+# many times.
 _MAX_TRIES = 10
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:(?:([kmgt])(i?))?b)?", re.IGNORECASE)
 
 
 def parse_bytes(size: int | str) -> int:
-    """Read a size in bytes: `65536`, `"100gb"`, `"1.5 MiB"`; kb to tb are decimal.
+    """Return a size in bytes from text such as `"100gb"` or `"1.5 MiB"`; kb to tb are decimal.
 
     Raises:
-        ConfigError: it is not a size.
+        ConfigError: `size` is not a size.
     """
     match = _SIZE.fullmatch(str(size).strip())
     if match is None:
@@ -58,12 +60,12 @@ def parse_bytes(size: int | str) -> int:
 
 
 def default_cache_dir() -> Path:
-    """Make `latentcache-<uid>` in the temporary folder.
+    """Create `latentcache-<uid>` in the temporary folder, and return its path.
 
-    TMPDIR is what clusters point at a node's own disk; homes are often on the network.
+    Clusters usually set TMPDIR to a node's local disk, while home folders are often on the network.
 
     Raises:
-        ConfigError: the name is taken by another user, whose files are not to be trusted.
+        ConfigError: the folder belongs to another user, whose files cannot be trusted.
     """
     folder = Path(tempfile.gettempdir()) / f"latentcache-{os.getuid()}"
     with named_local(folder):
@@ -76,11 +78,11 @@ def default_cache_dir() -> Path:
 
 @dataclass(frozen=True, slots=True)
 class FileCache:
-    """A folder of cached files, the least recently used of which make room for new ones.
+    """A folder of cached files, from which the least recently used files are evicted.
 
-    All that lies in it stays within `max_bytes`, downloads counted in full from their start, unless
-    what is in use alone exceeds that: a file larger than `max_bytes` is served all the same. Disk
-    space of a deleted file comes free when its last mapping ends.
+    The files stay within `max_bytes` in total, where a download counts with its full size from its
+    start. Files in use may exceed the limit: a file larger than `max_bytes` is cached as well. The
+    disk space of an evicted file is freed when its last mapping ends.
     """
 
     folder: Path
@@ -88,16 +90,20 @@ class FileCache:
 
     @contextmanager
     def open(self, store: Store, file: DataFile, given_up: Event | None = None) -> Iterator[Path]:
-        """Give the path of a local copy, which stays there inside the context: map it there.
+        """Provide the path of a local copy, which exists inside the context: map it there.
 
-        Of those who want a file at the same time one downloads it, the others wait for it. A copy
-        that was changed or cut since it was cached is fetched again. Once `given_up` is set, a
-        store that fails is not tried again.
+        If several processes need a file, one downloads it and the others wait. A copy that was
+        changed or truncated since it was cached is fetched again.
+
+        Args:
+            store: the store of the file.
+            file: the file.
+            given_up: once it is set, a failing store is not tried again.
 
         Raises:
-            DatasetError: the object is gone, or differs from its receipt, twice.
+            DatasetError: the object does not exist, or differs from its receipt, twice.
             StorageError: the store cannot be read, or the folder cannot be used.
-            DiskFull: there is no room.
+            DiskFull: there is not enough disk space.
         """
         if not re.fullmatch(SHA256, file.sha256):  # it becomes the name of a local file
             raise DatasetError(f"{store.url_of(file.path)} has the hash {file.sha256!a:.80}")
@@ -115,22 +121,23 @@ class FileCache:
                     held = _hold_cached(path, file) or self._hold_fetched(fetch, file, path, part)
                     if held:
                         return held
-                    # Who fetched it has failed. From here on each tries for itself, or all would
-                    # learn one after the other, minutes apart, that a store is down.
+                    # Another process failed to fetch the file. From here on each process fetches
+                    # it itself. Otherwise, if a store is down, the processes would fail one after
+                    # the other, minutes apart.
                     part = path.with_name(f"{stem}.{secrets.token_hex(8)}.part")
         except DiskFull as error:
             raise DiskFull(f"{error}, lower cache_bytes, or set cache_dir") from error
-        raise StorageError(f"{path} is deleted as soon as it is there: set cache_dir")
+        raise StorageError(f"{path} is deleted as soon as it is cached: set cache_dir")
 
     def _hold_fetched(
         self, fetch: Callable[[Path], None], file: DataFile, path: Path, part: Path
     ) -> ExitStack | None:
-        """Fetch the file, or wait for who does; None if that did not bring it."""
+        """Fetch the file, or wait for the process that does; return None if that failed."""
         with ExitStack() as stack:
             part_fd = stack.enter_context(_opened(part, os.O_RDWR | os.O_CREAT))
             if _try_lock(part_fd) and _is_at(part_fd, part):
                 try:
-                    if held := _hold_cached(path, file):  # it has come since we looked
+                    if held := _hold_cached(path, file):  # cached since the last check
                         return held
                     self._make_room()
                     fetch(part)
@@ -144,7 +151,7 @@ class FileCache:
             return stack.pop_all() if _is_at(part_fd, path) else None
 
     def _commit(self, file: DataFile, part: Path, path: Path) -> None:
-        """Rename the part, but not over a copy that is right: another may be about to map that."""
+        """Rename the part, but not over a correct copy, which another process may be mapping."""
         with _opened(self.folder, os.O_RDONLY) as folder_fd:
             fcntl.flock(folder_fd, fcntl.LOCK_EX)
             if held := _hold_cached(path, file):
@@ -153,15 +160,15 @@ class FileCache:
                 part.rename(path)
 
     def _make_room(self) -> None:
-        """Delete what nobody holds until all is within bounds: parts first, then by last use."""
+        """Delete unlocked files until the limit is met: parts first, then by time of last use."""
         files = []
         with os.scandir(self.folder) as entries:
             for entry in entries:
                 if (match := _OURS.fullmatch(entry.name)) and entry.is_file(follow_symlinks=False):
                     with suppress(FileNotFoundError):
-                        status, promised = entry.stat(follow_symlinks=False), match["size_bytes"]
-                        size_bytes = int(promised or status.st_size)
-                        files.append((not promised, status.st_atime_ns, size_bytes, entry.path))
+                        status, part_size = entry.stat(follow_symlinks=False), match["size_bytes"]
+                        size_bytes = int(part_size or status.st_size)
+                        files.append((not part_size, status.st_atime_ns, size_bytes, entry.path))
         excess_bytes = sum(size_bytes for _, _, size_bytes, _ in files) - self.max_bytes
         for _, _, size_bytes, name in sorted(files):
             if excess_bytes <= 0:
@@ -172,20 +179,20 @@ class FileCache:
 
 def _fetch(store: Store, file: DataFile, given_up: Event | None, part: Path) -> None:
     url = store.url_of(file.path)
-    mend = "run `latentcache verify --repair`, then the run again"
+    fix = "run `latentcache verify --repair`, then the run again"
     for _ in range(2):
         try:
             store.get_file(file.path, part, file.size_bytes, given_up)
         except ObjectNotFound as error:
-            raise DatasetError(f"{error}, but the manifest names it: {mend}") from error
+            raise DatasetError(f"{error}, but the manifest lists it: {fix}") from error
         with part.open("rb") as copy:
             if hashlib.file_digest(copy, "sha256").hexdigest() == file.sha256:
                 return
-    raise DatasetError(f"{url} is damaged: its SHA-256 is not its receipt's: {mend}")
+    raise DatasetError(f"{url} is damaged: its SHA-256 differs from its receipt's: {fix}")
 
 
 def _hold_cached(path: Path, file: DataFile) -> ExitStack | None:
-    """Lock the cached copy against eviction; None if there is none, or not as it was cached."""
+    """Lock the cached copy against eviction; return None if there is none, or it was changed."""
     with ExitStack() as stack:
         try:
             fd = stack.enter_context(_opened(path))
@@ -197,13 +204,13 @@ def _hold_cached(path: Path, file: DataFile) -> ExitStack | None:
             return None
         if not _is_at(fd, path):
             return None
-        # Set by hand, because file systems are often mounted without times of access.
+        # Set explicitly, because file systems are often mounted without access times.
         os.utime(fd, ns=(time.time_ns(), _CHECKED_NS))
         return stack.pop_all()
 
 
 def _evict(path: Path) -> bool:
-    """Delete a file unless somebody holds it; True if it is gone."""
+    """Delete a file unless it is locked; return whether it is deleted."""
     with suppress(FileNotFoundError), _opened(path) as fd:
         if not _try_lock(fd):
             return False
@@ -218,7 +225,7 @@ def _opened(path: Path, flags: int = os.O_RDWR) -> Iterator[int]:
     try:
         yield fd
     finally:
-        # To close it is not enough: a process forked in between has it open too.
+        # Closing is not enough: a process that was forked in between has the file open, too.
         fcntl.flock(fd, fcntl.LOCK_UN)
         os.close(fd)
 
@@ -232,7 +239,7 @@ def _try_lock(fd: int) -> bool:
 
 
 def _is_at(fd: int, path: Path) -> bool:
-    """Whether the open file still is the one at the path: it may be renamed or deleted by now."""
+    """Return whether the open file still is the one at the path, not renamed or deleted."""
     try:
         return os.path.samestat(os.fstat(fd), path.lstat())
     except FileNotFoundError:

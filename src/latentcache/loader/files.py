@@ -1,4 +1,4 @@
-"""The data files of one or more datasets, numbered: what the order and the reader share."""
+"""Number the data files of one or more datasets, for the order and the row reader."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from latentcache.loader.permutation import Ints
 from latentcache.storage import Store
 from latentcache.storage_options import StorageOptions
 
-# What must agree between datasets that are mixed: these decide what a tensor of latents means. How
-# int8 was calibrated may differ, for each row is brought back by its own dataset's numbers.
+# The contract fields that must agree between mixed datasets, because they decide what a tensor of
+# latents means. The calibration of int8 may differ: each row is dequantized with its own dataset's.
 _MUST_AGREE = ("format_version:", "vae.", "latents.posterior:", "latents.dtype:")
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One dataset, as one manifest names it."""
+    """One manifest of a dataset."""
 
     store: Store
     contract: Contract
@@ -39,25 +39,27 @@ class Source:
 
     @property
     def columns(self) -> list[str]:
-        """Name the kept columns of its rows."""
+        """The names of the kept columns of the rows."""
         return [column.name for column in self.manifest.columns]
 
     @property
     def url(self) -> str:
-        """Where it lies."""
+        """The URL of the dataset."""
         return self.store.url
 
 
 class Files:
-    """The files that hold rows, numbered from 0 through all datasets.
+    """The files that hold rows, numbered from 0 across all datasets.
 
-    [F] are: `num_rows`, `size_bytes`, `source_of`, `bucket_of` (index into `buckets`), `first_row`.
+    By file, int64 [F]: `num_rows`, `size_bytes` (of the file with latents), `source_of` (index into
+    `sources`), `bucket_of` (index into `buckets`), and `first_row` (index among all rows).
     """
 
     def __init__(self, sources: Sequence[Source]) -> None:
         self.sources = sources
         tables = [read_files(source.store, source.manifest) for source in sources]
-        # A bucket of a unit has one Parquet file; beside it safetensors has one with the latents.
+        # A bucket of a unit has one Parquet file. With the format safetensors it has another file,
+        # which holds the latents.
         rows = [t.filter(pc.ends_with(t["path"], ".parquet")) for t in tables]
         latents = [
             t.filter(pc.ends_with(t["path"], ".safetensors"))
@@ -86,9 +88,9 @@ class Files:
         return len(self.num_rows)
 
     def _check(self) -> None:
-        """Refuse buckets that no contract has, and files too small for their rows.
+        """Raise `DatasetError` for buckets that no contract has, or files too small for their rows.
 
-        What is allocated by the number of rows is thereby bounded by the size of the files.
+        So memory that is allocated per row is bounded by the size of the files.
         """
         for number, source in enumerate(self.sources):
             mine = self.source_of == number
@@ -106,41 +108,41 @@ class Files:
                 if (self.num_rows[chosen] > least).any():
                     raise DatasetError(
                         f"{source.url} has files that are too small for the rows that manifest "
-                        f"{source.manifest.number} names: run `latentcache verify`"
+                        f"{source.manifest.number} lists: run `latentcache verify`"
                     )
 
     @property
     def contract(self) -> Contract:
-        """Give the first dataset's contract; the others agree with it in what latents are."""
+        """The first dataset's contract; the others agree with it about the meaning of latents."""
         return self.sources[0].contract
 
     @property
     def contracts(self) -> list[Contract]:
-        """Give each dataset's contract, as `source_of` counts them."""
+        """The contract of each dataset, in the order of `sources`."""
         return [source.contract for source in self.sources]
 
     def contract_of(self, file: int) -> Contract:
-        """Give the contract that a file was written under."""
+        """Return the contract of a file's dataset."""
         return self.sources[int(self.source_of[file])].contract
 
     def store_of(self, file: int) -> Store:
-        """Give the store that holds a file."""
+        """Return the store that holds a file."""
         return self.sources[int(self.source_of[file])].store
 
     def rows_file(self, file: int) -> DataFile:
-        """Give the Parquet file with the keys and columns."""
+        """Return the entry of the Parquet file with the keys and columns."""
         return _data_file(self._rows, file)
 
     def latents_file(self, file: int) -> DataFile:
-        """Give the file with the latents: the same one, unless the format is safetensors."""
+        """Return the entry of the file with latents: the same file unless it is safetensors."""
         return _data_file(self._latents, file)
 
     def bucket(self, file: int) -> Bucket:
-        """Give the bucket of a file's rows."""
+        """Return the bucket of a file's rows."""
         return self.buckets[int(self.bucket_of[file])]
 
     def unit(self, file: int) -> str:
-        """Give the id of the unit that a file belongs to."""
+        """Return the id of the unit that a file belongs to."""
         unit: str = self._rows["unit"][file].as_py()
         return unit
 
@@ -148,20 +150,21 @@ class Files:
         """Group the files by dataset and bucket, for the order.
 
         Args:
-            num_rows: [F] rows of each that count; files without any are left out.
+            num_rows: int64 [F], the number of rows of each file that count; files without such
+                rows are left out.
         """
-        found = []
+        streams = []
         for index, source in enumerate(self.sources):
             for number, bucket in enumerate(self.buckets):
                 chosen = (self.source_of == index) & (self.bucket_of == number) & (num_rows > 0)
                 files = np.flatnonzero(chosen)
                 if len(files):
                     group_rows = row_group_rows(source.contract, bucket)
-                    found.append(Stream(index, bucket, files, num_rows[files], group_rows))
-        return found
+                    streams.append(Stream(index, bucket, files, num_rows[files], group_rows))
+        return streams
 
     def fingerprint(self) -> str:
-        """Hash of which rows there are and in which order, hex."""
+        """Return a hash (hex) of everything that decides which rows exist and in which order."""
         parts = [
             [s.contract.fingerprint, [g.sha256 for g in s.manifest.segments], s.manifest.removed]
             for s in self.sources
@@ -179,22 +182,24 @@ def open_sources(
     manifests: Mapping[str, ManifestName] | ManifestName | None,
     storage: StorageOptions | None,
 ) -> list[Source]:
-    """Open datasets that are to be read together.
+    """Open datasets to read them together.
 
     Args:
-        urls: where they lie.
-        manifests: the number of a manifest or "published", or one for each URL; None takes the
-            newest complete.
-        storage: how to reach all of them.
+        urls: URLs of the datasets.
+        manifests: number of a manifest or "published", or one of these by URL; None takes the
+            newest complete one.
+        storage: options of all stores.
 
     Raises:
-        ConfigError: `manifests` names a URL that is not among them, or one number for several.
-        ContractMismatch: their latents do not mean the same; the message names each field.
-        DatasetError: there is no dataset, or no such manifest, or no complete one.
+        ConfigError: `manifests` has a URL that is not in `urls`, or is one number for several
+            datasets.
+        ContractMismatch: the latents of the datasets differ in meaning; the message names each
+            field that differs.
+        DatasetError: there is no dataset, no such manifest, or no complete manifest.
     """
     if isinstance(manifests, int | str):
         if isinstance(manifests, int) and len(urls) > 1:
-            raise ConfigError("manifest must be {url: number} where several datasets are mixed")
+            raise ConfigError("manifest must be {url: number} if several datasets are mixed")
         manifests = dict.fromkeys(urls, manifests)
     manifests = {os.fspath(url): name for url, name in (manifests or {}).items()}
     if unknown := manifests.keys() - set(urls):

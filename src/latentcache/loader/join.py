@@ -1,6 +1,6 @@
-"""More columns for a dataset's rows, from a Parquet file keyed by (unit, key).
+"""Add columns to a dataset's rows from a Parquet file keyed by (unit, key).
 
-New captions or embeddings then need no new encoding.
+So new captions or embeddings do not require encoding again.
 """
 
 from __future__ import annotations
@@ -33,14 +33,15 @@ _IS_TEXT = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_vie
 
 @dataclass(frozen=True, slots=True)
 class Join:
-    """Rows of a Parquet file that go with a dataset's rows of the same `unit` and `key`.
+    """The rows of a Parquet file, joined to a dataset's rows with the same `unit` and `key`.
 
     Args:
-        url: a Parquet file, or a folder of them. It is held in memory, by each rank.
-        columns: which of its columns; None takes all but `unit` and `key`. One that the dataset
-            has too takes its place.
-        missing: what a row without a partner is: an `error`, or to be left out (`drop`).
-        storage: how to reach it.
+        url: URL of a Parquet file, or of a folder of them. Each rank holds the rows in memory.
+        columns: names of the columns to read; None takes all but `unit` and `key`. A joined column
+            replaces a column of the dataset with the same name.
+        missing: what happens to a row of the dataset without a partner: it is an `error`, or the
+            row is left out (`drop`).
+        storage: options of the store.
     """
 
     url: str
@@ -50,23 +51,23 @@ class Join:
 
     def __post_init__(self) -> None:
         if self.missing not in ("error", "drop"):
-            raise ConfigError(f"missing is {self.missing!r}; it must be 'error' or 'drop'")
+            raise ConfigError(f"missing is {self.missing!r}: it must be 'error' or 'drop'")
 
 
 class Joined:
-    """Which rows of the files count, and the columns that they have beside their own.
+    """The rows of the files that count, and their joined columns.
 
-    `num_rows` is [F], `columns` the names to read from the files, `fingerprint` a hash of which
-    rows there are.
+    `num_rows` is int64 [F], the number of rows of each file that count. `columns` lists the names
+    of the columns to read from the files. `fingerprint` is a hash of the rows that count.
 
     Args:
-        files: the datasets.
-        join: what to join, or where it lies; None for nothing.
-        columns: the datasets' columns that are wanted; None takes those that all of them have.
+        files: the files of the datasets.
+        join: the join, or its URL; None for no join.
+        columns: names of the datasets' columns to read; None takes those that all datasets have.
 
     Raises:
-        ConfigError: a dataset has no such column, or the join lacks one.
-        DatasetError: a row has no partner, or a partner occurs twice.
+        ConfigError: a dataset or the join lacks a column.
+        DatasetError: a row has no partner, or several.
     """
 
     def __init__(
@@ -99,7 +100,7 @@ class Joined:
         within = np.arange(len(partners)) - np.repeat(files.first_row, files.num_rows)
         self._rows = within[partners >= 0]
         self._partners = partners[partners >= 0]
-        if len(self._partners) < len(partners):  # else the order is that without a join
+        if len(self._partners) < len(partners):  # otherwise the order is the same as without a join
             self.fingerprint = hashlib.sha256(
                 self.fingerprint.encode() + self._rows.tobytes() + self.num_rows.tobytes()
             ).hexdigest()
@@ -111,14 +112,27 @@ class Joined:
         self.columns = [name for name in self.columns if name not in self._values]
 
     def find(self, files: Ints, rows: Ints) -> tuple[Ints, Ints]:
-        """Find the rows that count: their place in their files, and in the join."""
+        """Return the positions of rows in their files and in the join.
+
+        Args:
+            files: int64 [m], the file of each row.
+            rows: int64 [m], the index of each row among the rows of its file that count.
+
+        Returns:
+            The indices of the rows in their files, and of their partners in the join: both
+            int64 [m]. Without a join, the second has no meaning.
+        """
         if self._partners is None:
             return rows, rows
         numbers = self._first_row[files] + rows
         return self._rows[numbers], self._partners[numbers]
 
     def read(self, partners: Ints) -> dict[str, Any]:
-        """Read the join's columns of [m] rows: lists of text, tensors of numbers or vectors."""
+        """Return the joined columns of rows: lists of text, tensors of numbers or vectors.
+
+        Args:
+            partners: int64 [m], the indices of the rows in the join.
+        """
         return {
             name: values[torch.from_numpy(partners)]
             if isinstance(values, torch.Tensor)
@@ -128,7 +142,7 @@ class Joined:
 
 
 def _read_table(join: Join) -> pa.Table:
-    """Read all of a join: `unit` and `key` as text, then its columns."""
+    """Return all rows of a join: `unit` and `key` as text, then its columns."""
     options = join.storage or StorageOptions()
     if join.url.endswith(".parquet"):
         folder, name = split_url(join.url)
@@ -143,8 +157,8 @@ def _read_table(join: Join) -> pa.Table:
         tables.append(_read_file(store, path, join.columns))
         if set(tables[-1].column_names) != set(tables[0].column_names):
             raise ConfigError(
-                f"join: {store.url_of(path)} has columns {tables[-1].column_names}, another file "
-                f"{tables[0].column_names}: choose with Join(…, columns=[…])"
+                f"join: {store.url_of(path)} has columns {tables[-1].column_names}, but another "
+                f"file has {tables[0].column_names}: select columns with Join(…, columns=[…])"
             )
     try:
         return pa.concat_tables(tables, promote_options="permissive")
@@ -157,19 +171,19 @@ def _read_file(store: Store, path: str, columns: Sequence[str] | None) -> pa.Tab
     try:
         file = open_parquet(pa.BufferReader(store.read_bytes(path)))
         known = file.schema_arrow.names
-        wanted = [name for name in (known if columns is None else columns) if name not in _IDENTITY]
-        for name in (*_IDENTITY, *wanted):
+        names = [name for name in (known if columns is None else columns) if name not in _IDENTITY]
+        for name in (*_IDENTITY, *names):
             if name not in known:
                 raise ConfigError(f"join: {url} has no column {name!r}; it has {known}")
-        table = file.read([*_IDENTITY, *wanted], use_threads=False)
+        table = file.read([*_IDENTITY, *names], use_threads=False)
     except (pa.ArrowException, OSError, DatasetError) as error:
         raise ConfigError(f"join: {url} is not Parquet: {error}") from error
     identity = {name: _as_text(table[name], f"column {name!r} of {url}") for name in _IDENTITY}
-    return pa.table(identity | {name: table[name] for name in wanted})
+    return pa.table(identity | {name: table[name] for name in names})
 
 
 def _as_text(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
-    """Give units or keys, which pandas and Polars have other types of text for."""
+    """Return units or keys as large strings; pandas and Polars write other types of text."""
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
     if not any(is_text(kind) for is_text in _IS_TEXT):
         raise ConfigError(f"join: {name} is {kind}, not text")
@@ -179,30 +193,33 @@ def _as_text(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
 
 
 def _find_partners(files: Files, table: pa.Table, join: Join) -> Ints:
-    """Find each row's partner in the table: [rows of all files], -1 where it has none."""
+    """Return the index in the table of the partner of each row of all files, -1 if it has none."""
     units = table["unit"].dictionary_encode().combine_chunks()
     by_unit = np.argsort(units.indices.to_numpy(), kind="stable")
     ends = np.cumsum(np.bincount(units.indices.to_numpy(), minlength=len(units.dictionary)))
     starts = dict(zip(units.dictionary.to_pylist(), [0, *ends.tolist()], strict=False))
     stops = dict(zip(units.dictionary.to_pylist(), ends.tolist(), strict=True))
-    theirs = table["key"].combine_chunks()
+    table_keys = table["key"].combine_chunks()
 
     def find(file: int) -> Ints:
         unit = files.unit(file)
         keys = _read_keys(files, file)
-        places = by_unit[starts.get(unit, 0) : stops.get(unit, 0)]
-        candidates = theirs.take(pa.array(places))
-        if pc.count_distinct(candidates).as_py() < len(places):
-            raise DatasetError(f"join: {join.url} has several rows of one key in unit {unit}")
-        found = pc.index_in(keys, value_set=candidates)
-        if found.null_count and join.missing == "error":
-            key = keys.filter(pc.is_null(found))[0].as_py()
+        positions = by_unit[starts.get(unit, 0) : stops.get(unit, 0)]
+        candidates = table_keys.take(pa.array(positions))
+        if pc.count_distinct(candidates).as_py() < len(positions):
             raise DatasetError(
-                f"join: {join.url} has no row for unit {unit}, key {key!r}; mend it, or leave such "
-                "rows out with Join(…, missing='drop')"
+                f"join: {join.url} has several rows with the same key in unit {unit}: remove the "
+                "duplicates"
             )
-        indices = found.fill_null(-1).to_numpy()
-        return np.where(indices < 0, -1, np.append(places, -1)[indices])
+        matches = pc.index_in(keys, value_set=candidates)
+        if matches.null_count and join.missing == "error":
+            key = keys.filter(pc.is_null(matches))[0].as_py()
+            raise DatasetError(
+                f"join: {join.url} has no row for unit {unit}, key {key!r}: add it, or leave out "
+                "rows without a partner with Join(…, missing='drop')"
+            )
+        indices = matches.fill_null(-1).to_numpy()
+        return np.where(indices < 0, -1, np.append(positions, -1)[indices])
 
     with ThreadPoolExecutor(_READ_THREADS) as pool:
         return np.concatenate([np.zeros(0, np.int64), *pool.map(find, range(len(files)))])
@@ -215,24 +232,24 @@ def _read_keys(files: Files, file: int) -> pa.Array:
 
 
 def _values(column: pa.ChunkedArray, name: str) -> pa.Array | torch.Tensor:
-    """Give a column in the form that batches are taken from: numbers and vectors as a tensor.
+    """Return a column as a tensor if it holds numbers or vectors, else as an Arrow array.
 
-    Vectors, lists of numbers of one length, are [N, length].
+    Vectors are lists of numbers of one length; their tensor is [N, length].
     """
     kind, width = column.type, None
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         lengths = set(pc.list_value_length(column).unique().to_pylist())
         if len(lengths) > 1:
-            raise ConfigError(f"{name} holds lists of several lengths, or none; vectors need one")
+            raise ConfigError(f"{name} holds lists of several lengths, or nulls: use one length")
         width = lengths.pop() if lengths else 0
     elif pa.types.is_fixed_size_list(kind):
         width = kind.list_size
     numbers = column if width is None else pc.list_flatten(column)
     if not (pa.types.is_integer(numbers.type) or pa.types.is_floating(numbers.type)):
-        # All rows' texts together may exceed the 2 GiB of the smaller type.
+        # The texts of all rows together may exceed the 2 GiB of the small string type.
         texts = column.cast(pa.large_string()) if pa.types.is_string(kind) else column
         return texts.combine_chunks()
     if column.null_count or numbers.null_count:
-        raise ConfigError(f"{name} has rows without a value; a tensor has no place for them")
+        raise ConfigError(f"{name} has rows without a value, which a tensor cannot hold: fill them")
     tensor = torch.from_numpy(np.require(numbers.to_numpy(), requirements="W"))
     return tensor if width is None else tensor.reshape(len(column), width)

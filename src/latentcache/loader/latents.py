@@ -1,4 +1,4 @@
-"""From stored latents to those a model is trained on."""
+"""Convert stored latents to the latents that a model is trained on."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from latentcache.errors import ConfigError
 from latentcache.loader.permutation import Ints
 
 Noise = Callable[[int], torch.Tensor]
-"""Gives standard normal numbers, [b, count] float32."""
+"""A function that returns `count` standard normal numbers per row: float32 [b, count]."""
 
 
 def _make_first_calls() -> None:
-    """Call what MKL prepares at the first call of each function, before there are threads.
+    """Call functions that MKL initializes at their first call, before other threads exist.
 
-    Two threads that both make that call may get twelve good bits instead of twenty-four
+    If two threads make the first call at once, results may have 12 instead of 24 correct bits
     (pytorch/pytorch#188792).
     """
     for function in (torch.exp, torch.log, torch.sqrt, torch.sin, torch.cos):
@@ -27,31 +27,32 @@ def _make_first_calls() -> None:
 
 
 class LatentFinish:
-    """Brings latents back from int8, draws them from moments, normalises and converts them.
+    """The conversion of stored latents: dequantize, draw from moments, normalize, cast.
 
-    A model is trained on `(z - shift_factor) * scaling_factor`; where an autoencoder has statistics
-    by channel, as Playground v2.5's, on `(z - latents_mean) / latents_std * scaling_factor`. As
-    int8's `(q - zero_point) * scale` is of the same form, both become one shift and one scale.
+    A model is trained on `(z - shift_factor) * scaling_factor`, or on
+    `(z - latents_mean) / latents_std * scaling_factor` if the autoencoder has statistics per
+    channel, as Playground v2.5's. Dequantization of int8 is `(q - zero_point) * scale`, so both
+    steps are combined into one shift and one scale.
 
     Args:
-        contracts: what is stored in each dataset; they differ in int8's numbers at most.
-        dtype: of the result.
-        normalize: False leaves latents as the encoder gave them.
+        contracts: the contracts of the datasets, which differ at most in int8's quantization.
+        dtype: dtype of the result.
+        normalize: False leaves latents as the encoder returned them.
 
     Raises:
-        ConfigError: dtype is not a floating-point type.
+        ConfigError: `dtype` is not a floating-point type.
     """
 
     def __init__(self, contracts: Sequence[Contract], dtype: torch.dtype, normalize: bool) -> None:
         if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise ConfigError(f"dtype is {dtype!r}; latents need a floating-point type")
+            raise ConfigError(f"dtype is {dtype!r}: use a floating-point torch.dtype")
         _make_first_calls()
         vae, terms = contracts[0].vae, contracts[0].latents
         self.stored = TORCH_DTYPES[terms.dtype]
         self.dtype = dtype
         self.is_moments = terms.posterior == "moments"
         self.is_in_place = self.stored == dtype and not self.is_moments
-        """Whether stored latents may be finished where they lie."""
+        """Whether stored latents may be converted in place."""
         shift, scale = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
         if normalize:
             mean, std = vae.latents_mean or [vae.shift_factor], vae.latents_std or [1.0]
@@ -61,10 +62,10 @@ class LatentFinish:
         self._moments: tuple[torch.Tensor, torch.Tensor] | None = None
         quantizations = [c.latents.quantization for c in contracts if c.latents.quantization]
         if quantizations:
-            # By dataset and channel: [S, C, 1, 1].
+            # By dataset and channel, [S, C, 1, 1].
             pairs = [zero_and_scale(quantization) for quantization in quantizations]
             zero, step = (torch.stack(parts) for parts in zip(*pairs, strict=True))
-            if self.is_moments:  # these are exponentials and noise away from normalisation
+            if self.is_moments:  # drawing comes between dequantization and normalization
                 self._moments = zero.float(), step.float()
             else:
                 shift, scale = zero + shift / step, scale * step
@@ -75,17 +76,20 @@ class LatentFinish:
         self._rounds_last = not is_wide and (self._shifts or dtype != self.stored)
 
     def undo(self, latents: torch.Tensor) -> torch.Tensor:
-        """Undo the normalisation of [b, C, h, w] latents: float32, as the encoder gives them."""
+        """Return latents [b, C, h, w] without normalization, in float32 on their device."""
         shift, scale = (part.to(latents.device) for part in self._undo)
         return latents.float() / scale + shift
 
     def __call__(
         self, stored: torch.Tensor, out: torch.Tensor, noise: Noise, sources: Ints
     ) -> None:
-        """Finish [b, C or 2C, h, w] stored latents into `out`, [b, C, h, w].
+        """Convert stored latents and write them to `out`.
 
-        `out` may be `stored` itself where `is_in_place`. `sources` [b] says by number which dataset
-        each row is of.
+        Args:
+            stored: [b, C, h, w] in the stored dtype, or [b, 2C, h, w] for moments.
+            out: [b, C, h, w] in the result's dtype; may be `stored` itself if `is_in_place`.
+            noise: the source of random numbers for drawing from moments.
+            sources: int64 [b], the index of each row's dataset.
         """
 
         def of_rows(part: torch.Tensor) -> torch.Tensor:
@@ -103,7 +107,7 @@ class LatentFinish:
             latents = drawn.mul_(logvar.mul_(0.5).exp_()).add_(mean)
         elif self._rounds_last:
             latents = stored.float()
-        else:  # in float32, or in a narrower type in which one multiplication rounds once
+        else:  # in a wide dtype, or in a narrower one in which one multiplication rounds once
             latents = out.copy_(stored)
         if self._shifts:
             latents.sub_(shift)

@@ -1,4 +1,4 @@
-"""`LatentLoader`: from a latent dataset to the batches of a training loop."""
+"""`LatentLoader`: batches of a latent dataset for a training loop."""
 
 from __future__ import annotations
 
@@ -34,49 +34,50 @@ _STATE_VERSION = 1
 
 _log = logging.getLogger(__name__)
 
-# Batches that are planned together, because NumPy's cost is mostly by call.
+# How many batches are planned together, because NumPy's cost is mostly per call.
 _MAX_GROUP = 32
 
 
 class LatentLoader:
     """Batches of latents for training, in an order that is a function of the arguments.
 
-    Iterating gives one epoch. The next iteration gives the next epoch, also when the one before was
-    left early; after `load_state_dict` the first one continues at exactly the batch that was next.
-    The sequence of global batches is the same for any number of ranks, and every rank has the same
-    number of steps.
+    Each iteration yields one epoch. The next iteration yields the next epoch, even if the previous
+    one was not finished. After `load_state_dict`, the first iteration continues at exactly the
+    batch that was next. The sequence of global batches is the same for any number of ranks, and
+    every rank has the same number of steps.
 
     Args:
-        url: the dataset, or {url: weight} for several: each then has a share of its weight in an
-            epoch's rows, of which there are as many as the datasets have together.
-        batch_size: rows of a global batch. A rank gets its slice of it.
-        seed: of the order, and of draws from the posterior.
-        rank, world_size: of this process. Left out, they are those of `torch.distributed` where
-            that is initialised, else the environment variables RANK and WORLD_SIZE, else 0 and 1.
-        manifest: its number or "published", or {url: number}; the newest complete one if left
-            out.
+        url: URL of the dataset, or {url: weight} to mix several. The weights are each dataset's
+            share of an epoch's rows; an epoch has as many rows as all datasets together.
+        batch_size: number of rows of a global batch. Each rank gets a slice of it.
+        seed: seed of the order and of draws from the posterior.
+        rank, world_size: rank of this process and number of ranks. If both are None, they are those
+            of `torch.distributed` if it is initialized, else of the environment variables RANK and
+            WORLD_SIZE, else 0 and 1.
+        manifest: number of a manifest or "published", or {url: one of these}; None takes the newest
+            complete one.
         shuffle: False reads in the order of the source shards, bucket after bucket.
-        window_rows: rows of a bucket that are shuffled among each other; see `loader/order.py`.
-        block_rows: neighbours that stay together before that; None takes a row group.
-        tail: what becomes of rows that do not fill a batch of their bucket: `drop` leaves them out
-            of the epoch (other ones in each), `pad` repeats rows, `short` gives a smaller batch.
-        dtype: of the latents.
-        normalize: give `(z - shift) * scale`; False gives what the encoder gave.
-        device: where batches lie. On a CPU beside a GPU they are pinned.
-        columns: which of the dataset's columns to read; None takes all. `unit` and `key` can be
-            asked for.
+        window_rows: how many rows of a bucket are shuffled together; see `loader/order.py`.
+        block_rows: size in rows of the blocks that are shuffled before; None takes a row group.
+        tail: what happens to the rows of a bucket that do not fill a batch. `drop` leaves them out
+            of the epoch (different rows in each epoch), `pad` repeats rows, `short` yields a
+            smaller batch.
+        dtype: dtype of the latents.
+        normalize: return `(z - shift) * scale`; False returns the encoder's values.
+        device: device of the batches. Batches on the CPU are pinned if there is a GPU.
+        columns: names of the columns to read, also `unit` and `key`; None takes all kept columns.
         join: a Parquet file with more columns, by `unit` and `key`; see `Join`.
-        cache_dir: where files of remote stores are kept; shared by the ranks of a node.
-        cache_bytes: how much of them, as a number or like "100gb".
-        prefetch_bytes: how many latents to have ready in advance.
-        storage: how to reach the store.
+        cache_dir: folder for cached files of remote stores; the ranks of a node share it.
+        cache_bytes: maximum size of the cached files, as a number or as text like "100gb".
+        prefetch_bytes: size of the latents to prefetch, likewise.
+        storage: options of the store.
 
     Raises:
-        ConfigError: an argument is wrong, or there is not one whole batch.
-        ContractMismatch: datasets that are to be mixed differ in what their latents are.
-        DatasetError: there is no such dataset or manifest, or a file is gone or damaged. Iterating
-            raises it too.
-        StorageError: a store cannot be reached, after retries. Iterating raises it too.
+        ConfigError: an argument is wrong, or no bucket fills a batch.
+        ContractMismatch: the latents of mixed datasets differ in meaning.
+        DatasetError: there is no such dataset or manifest, or a file is missing or damaged.
+            Iterating may raise it, too.
+        StorageError: a store cannot be reached, after retries. Iterating may raise it, too.
     """
 
     def __init__(
@@ -128,14 +129,14 @@ class LatentLoader:
         self._identity = self._describe(list(weights.values()))
         self._epoch, self._step = 0, 0
         self._is_begun = False
-        self._idle: list[tuple[int, BatchReader]] = []  # with the process that each belongs to
+        self._idle: list[tuple[int, BatchReader]] = []  # each with the id of its process
 
     def __getstate__(self) -> dict[str, Any]:
-        # A spawned process maps files for itself.
+        # A spawned process maps files itself.
         return {**self.__dict__, "_idle": []}
 
     def _describe(self, weights: Sequence[float]) -> dict[str, Any]:
-        """All that the order depends on: a state of another order is refused by it."""
+        """Return everything that the order depends on, to reject states of another order."""
         numbers = [source.manifest.number for source in self._files.sources]
         mixed = len(numbers) > 1
         return {
@@ -147,37 +148,37 @@ class LatentLoader:
         }
 
     def __len__(self) -> int:
-        """Count the steps of an epoch, the same on every rank."""
+        """Return the number of steps of an epoch, which is the same on every rank."""
         return len(self._order)
 
     @property
     def num_rows(self) -> int:
-        """Rows of the dataset (with a join: those that have a partner)."""
+        """The number of rows of the datasets; with a join, only rows that have a partner count."""
         return int(self._joined.num_rows.sum())
 
     @property
     def epoch(self) -> int:
-        """The epoch of the batch that is next."""
+        """The epoch of the next batch."""
         return self._epoch
 
     @property
     def buckets(self) -> dict[Bucket, int]:
-        """Steps of an epoch by bucket, (width, height) in pixels."""
+        """The number of steps of an epoch by bucket, (width, height) in pixels."""
         return self._order.buckets
 
     def denormalize(self, latents: torch.Tensor) -> torch.Tensor:
-        """Undo the normalisation of [b, C, h, w] latents: float32, as a decoder takes them."""
+        """Return latents [b, C, h, w] without normalization, in float32, as a decoder expects."""
         return self._finish.undo(latents)
 
     def state_dict(self) -> dict[str, Any]:
-        """Say which batch is next, as a few JSON values; the same on every rank."""
+        """Return the position of the next batch as a few JSON values, the same on every rank."""
         return {**self._identity, "epoch": self._epoch, "step": self._step}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue at the batch that was next when `state_dict` was called, at any world size.
 
         Raises:
-            ConfigError: the state is of another order; the message names the field.
+            ConfigError: the state belongs to another order; the message names the field.
         """
         epoch, step = _epoch_and_step(state, self._identity, len(self))
         self._epoch, self._step = epoch, step
@@ -193,7 +194,7 @@ class LatentLoader:
         return self._iterate(self._epoch, self._step)
 
     def _iterate(self, epoch: int, step: int) -> Iterator[Batch]:
-        # Files stay mapped from epoch to epoch, unless two iterators are at work.
+        # Files stay mapped from epoch to epoch, unless two iterators are active.
         pid = os.getpid()
         self._idle = [idle for idle in self._idle if idle[0] == pid]
         reader = self._idle.pop()[1] if self._idle else self._make_reader()
@@ -213,7 +214,7 @@ class LatentLoader:
 
     @property
     def _num_ahead(self) -> int:
-        """Batches to have ready: as many as `prefetch_bytes` hold."""
+        """The number of batches to prefetch: as many as fit into `prefetch_bytes`."""
         most = max(prod(self.contract.latent_shape(bucket)) for bucket in self._order.buckets)
         num_rows = self._order.options.batch_size // self.world_size
         num_bytes = num_rows * most * self._finish.dtype.itemsize
@@ -232,7 +233,7 @@ class LatentLoader:
         for group in _grouped(_look_ahead(order, reader.rows, most, most_bytes)):
             try:
                 plans = reader.plan(epoch, group)
-            except LatentCacheError:  # of one of them: those before it are good
+            except LatentCacheError:  # of one batch: yield those before it, then raise it again
                 for chosen in group:
                     yield from reader.plan(epoch, [chosen])
                 raise
@@ -242,42 +243,42 @@ class LatentLoader:
 def _look_ahead(
     order: Iterator[BatchRows], rows: RowReader, most: int, most_bytes: int
 ) -> Iterator[BatchRows]:
-    """Have files fetched and opened before they are needed.
+    """Yield batches in order, after their files have been scheduled for opening in advance.
 
     Args:
-        order: the batches.
-        rows: opens their files.
-        most: rows that may wait.
-        most_bytes: bytes of files that may be open and not needed yet.
+        order: the rows of the batches.
+        rows: the reader that opens the files.
+        most: number of rows of batches that may be scheduled in advance.
+        most_bytes: size of the files that may be opened in advance.
     """
-    ahead: deque[BatchRows] = deque()
+    pending: deque[BatchRows] = deque()
     num_rows = 0
     for chosen in order:
         rows.prepare(chosen.files)
-        ahead.append(chosen)
+        pending.append(chosen)
         num_rows += len(chosen.files)
-        while ahead and (num_rows > most or rows.num_bytes_ahead > most_bytes):
-            num_rows -= len(ahead[0].files)
-            yield ahead.popleft()
-    yield from ahead
+        while pending and (num_rows > most or rows.num_bytes_ahead > most_bytes):
+            num_rows -= len(pending[0].files)
+            yield pending.popleft()
+    yield from pending
 
 
 def _epoch_and_step(
     state: Mapping[str, Any], identity: Mapping[str, Any], num_steps: int
 ) -> tuple[int, int]:
-    """Read a state of a loader; see `LatentLoader.load_state_dict`.
+    """Return the epoch and step of a state; see `LatentLoader.load_state_dict`.
 
     Args:
-        state: what `state_dict` gave.
-        identity: what the order of this loader depends on.
-        num_steps: of an epoch.
+        state: the result of `state_dict`.
+        identity: everything that the order of this loader depends on.
+        num_steps: number of steps of an epoch.
     """
-    for name, wanted in identity.items():
+    for name, value in identity.items():
         if name not in state:
             raise ConfigError(f"not a state of a LatentLoader: it has no {name!r}")
-        if state[name] != wanted:
+        if state[name] != value:
             raise ConfigError(
-                f"the state is of {name} {state[name]}, this loader has {name} {wanted}: "
+                f"the state has {name} {state[name]}, this loader has {name} {value}: "
                 f"{_fix_of(name)}"
             )
     epoch, step = state.get("epoch"), state.get("step")
@@ -285,13 +286,14 @@ def _epoch_and_step(
         raise ConfigError("not a state of a LatentLoader: it has no epoch and step")
     if epoch < 0 or not 0 <= step < num_steps:
         raise ConfigError(
-            f"the state names step {step} of epoch {epoch}; epochs have {num_steps} steps"
+            f"the state has step {step} of epoch {epoch}, but epochs have {num_steps} steps: use a "
+            "state of this dataset and order"
         )
     return epoch, step
 
 
 def _grouped(batches: Iterator[BatchRows]) -> Iterator[list[BatchRows]]:
-    """Group neighbours of one bucket: few at first, so that the first batch is soon there."""
+    """Group consecutive batches of one bucket; the first groups are small, for a fast start."""
     size, group = 1, list[BatchRows]()
     for chosen in batches:
         if group and (len(group) == size or group[0].bucket != chosen.bucket):
@@ -303,45 +305,45 @@ def _grouped(batches: Iterator[BatchRows]) -> Iterator[list[BatchRows]]:
 
 
 def _device(device: torch.device | str) -> torch.device:
-    """Return a device that batches can be moved to."""
+    """Return the device, checked to be available."""
     try:
-        found = torch.device(device)
-        is_cuda = found.type == "cuda"
+        checked = torch.device(device)
+        is_cuda = checked.type == "cuda"
     except (RuntimeError, TypeError) as error:
         raise ConfigError(f"device is {device!r}: {first_line(error)}") from error
-    if is_cuda and (found.index or 0) >= torch.cuda.device_count():
+    if is_cuda and (checked.index or 0) >= torch.cuda.device_count():
         num = torch.cuda.device_count()
-        raise ConfigError(f"device is {str(device)!r}, and torch sees {num} GPUs: use 'cpu'")
-    return found
+        raise ConfigError(f"device is {str(device)!r}, but torch finds {num} GPUs: use 'cpu'")
+    return checked
 
 
 def _check_rows(files: Files, num_rows: Ints, urls: Sequence[str]) -> None:
-    """Refuse a dataset without rows."""
+    """Raise `DatasetError` for a dataset without rows."""
     for number, url in enumerate(urls):
         if not num_rows[files.source_of == number].any():
             raise DatasetError(f"{url} has no rows")
 
 
 def _check_order(order: Order, num_rows: int, urls: Sequence[str]) -> None:
-    """Refuse a dataset without one batch; say aloud which buckets are never seen."""
+    """Raise `ConfigError` if an epoch has no batch; warn of buckets that have none."""
     options = order.options
     if not len(order):
         raise ConfigError(
-            f"{urls[0]} has {num_rows} rows, and no bucket of it a whole batch of "
-            f"{options.batch_size}; lower batch_size, or set tail to 'pad' or 'short'"
+            f"{urls[0]} has {num_rows} rows, but no bucket has a whole batch of "
+            f"{options.batch_size}: lower batch_size, or set tail to 'pad' or 'short'"
         )
-    never = {bucket: order.left_out[bucket] for bucket, num in order.buckets.items() if not num}
-    if never:
-        names = ", ".join(f"{Bucket(*bucket).name} ({num} rows)" for bucket, num in never.items())
+    unused = {bucket: order.left_out[bucket] for bucket, num in order.buckets.items() if not num}
+    if unused:
+        names = ", ".join(f"{Bucket(*bucket).name} ({num} rows)" for bucket, num in unused.items())
         warnings.warn(
             f"these buckets have fewer rows than batch_size {options.batch_size} and are never "
-            f"seen: {names}; set tail to 'pad' or 'short' to train on them",
+            f"used: {names}; set tail to 'pad' or 'short' to train on them",
             stacklevel=3,
         )
 
 
 def _check_cache(files: Files, options: OrderOptions, max_bytes: int, world_size: int) -> None:
-    """Say aloud if a window's files do not fit the cache, for they would be fetched over and over.
+    """Warn if a window's files do not fit into the cache, because they would be fetched repeatedly.
 
     A node reads its ranks' share of each window.
     """
@@ -356,16 +358,16 @@ def _check_cache(files: Files, options: OrderOptions, max_bytes: int, world_size
     if num_bytes > max_bytes / 2:
         whole = int(files.num_rows.max())
         warnings.warn(
-            f"a window of {options.window_rows} rows reads {num_files:.0f} files of together "
-            f"{num_bytes / 1e9:.1f} GB, too much for a cache of {max_bytes / 1e9:.1f} GB: raise "
-            f"cache_bytes, lower window_rows, or keep files whole with block_rows={whole}",
+            f"a window of {options.window_rows} rows reads {num_files:.0f} files of "
+            f"{num_bytes / 1e9:.1f} GB in total, too much for a cache of {max_bytes / 1e9:.1f} GB: "
+            f"raise cache_bytes, lower window_rows, or keep files whole with block_rows={whole}",
             stacklevel=3,
         )
 
 
 def _fix_of(field: str) -> str:
     if field == "manifest":
-        return "give `manifest` the number of the state to go on with the same rows"
+        return "set `manifest` to the number in the state to continue with the same rows"
     if field in ("version", "dataset"):
-        return "it cannot be continued here"
-    return f"give {field} as it was"
+        return "this loader cannot continue from it"
+    return f"set {field} to the value in the state"

@@ -1,4 +1,4 @@
-"""`LatentDataset`: rows by index, for those who bring their own sampler and `DataLoader`."""
+"""`LatentDataset`: rows by index, for a custom sampler and PyTorch's `DataLoader`."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from latentcache.storage_options import StorageOptions
 
 
 class LatentDataset(torch.utils.data.Dataset[dict[str, Any]]):
-    """Rows of a latent dataset by index, in the order of `open_dataset`.
+    """The rows of a latent dataset by index, in the order of `open_dataset`.
 
-    A row is a dict: `latents` [C, h, w]; `original_size`, `crop_top_left` and `target_size`, [2]
-    int64, height or top first; and the columns. Text that a sample lacks is "" and a class number
-    -1, because PyTorch's default collate function refuses None. PyTorch's `DataLoader` fetches
-    whole batches (`__getitems__`) and may fork or spawn workers. To be stacked, the latents of a
-    batch must be of one bucket: `bucket_of` tells.
+    A row is a dict with `latents` [C, h, w], with `original_size`, `crop_top_left` and
+    `target_size` (int64 [2] in pixels, height or top first), and with the columns. Missing text is
+    "" and a missing class index is -1, because PyTorch's default collate function rejects None.
+    PyTorch's `DataLoader` fetches whole batches (`__getitems__`), and may fork or spawn workers. To
+    stack latents, a batch must have one bucket: a sampler groups rows by `bucket_of`.
 
-    Where moments are stored, a draw takes its numbers from torch's own generator, which a
-    `DataLoader` seeds in each worker.
+    Draws from stored moments use torch's global generator, which a `DataLoader` seeds in each
+    worker.
 
     Args:
-        url, manifest, dtype, normalize, columns, join, cache_dir, cache_bytes, storage: as those of
+        url, manifest, dtype, normalize, columns, join, cache_dir, cache_bytes, storage: as for
             `LatentLoader`, for one dataset.
 
     Raises:
         ConfigError: an argument is wrong.
-        DatasetError: there is no such dataset or manifest, or a file is gone or damaged. Reading
-            raises it too.
-        StorageError: a store cannot be reached, after retries. Reading raises it too.
+        DatasetError: there is no such dataset or manifest, or a file is missing or damaged. Reading
+            rows may raise it, too.
+        StorageError: a store cannot be reached, after retries. Reading rows may raise it, too.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class LatentDataset(torch.utils.data.Dataset[dict[str, Any]]):
         self._rows: tuple[int, RowReader] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # A spawned worker maps files for itself.
+        # A spawned worker maps files itself.
         return {**self.__dict__, "_rows": None}
 
     def __len__(self) -> int:
@@ -74,12 +74,12 @@ class LatentDataset(torch.utils.data.Dataset[dict[str, Any]]):
 
     @property
     def buckets(self) -> list[Bucket]:
-        """The buckets, (width, height) in pixels, that `bucket_of` counts."""
+        """The buckets, (width, height) in pixels, to which `bucket_of` refers."""
         return self._files.buckets
 
     @property
     def bucket_of(self) -> torch.Tensor:
-        """Index of each row's bucket in `buckets`, [len] int64: a sampler groups rows by it."""
+        """The index of each row's bucket in `buckets`, int64 [num_rows], for samplers."""
         return torch.from_numpy(np.repeat(self._files.bucket_of, self._joined.num_rows))
 
     @overload
@@ -89,13 +89,13 @@ class LatentDataset(torch.utils.data.Dataset[dict[str, Any]]):
     def __getitem__(self, index: slice) -> list[dict[str, Any]]: ...
 
     def __getitem__(self, index: SupportsIndex | slice) -> dict[str, Any] | list[dict[str, Any]]:
-        """Read one row, or a list of those of a slice."""
+        """Return one row, or the rows of a slice as a list."""
         if isinstance(index, slice):
             return self.__getitems__(range(*index.indices(len(self))))
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[SupportsIndex]) -> list[dict[str, Any]]:
-        """Read many rows at once; PyTorch's `DataLoader` calls this."""
+        """Return many rows, read at once; PyTorch's `DataLoader` calls this."""
         num_rows = len(self)
         positions = np.array([row_position(index, num_rows) for index in indices], np.int64)
         files = np.searchsorted(self._ends, positions, "right")
@@ -103,27 +103,27 @@ class LatentDataset(torch.utils.data.Dataset[dict[str, Any]]):
             files, positions - (self._ends - self._joined.num_rows)[files]
         )
         joined = self._joined.read(partners)
-        found: list[dict[str, Any]] = [{} for _ in indices]
+        result: list[dict[str, Any]] = [{} for _ in indices]
         for bucket in np.unique(self._files.bucket_of[files]).tolist():
-            places = np.flatnonzero(self._files.bucket_of[files] == bucket)
-            read = self._read(self._files.buckets[bucket], files[places], rows[places])
-            for number, place in enumerate(places.tolist()):
-                found[place] = {name: values[number] for name, values in read.items()}
-                found[place] |= {name: values[place] for name, values in joined.items()}
+            chosen = np.flatnonzero(self._files.bucket_of[files] == bucket)
+            read = self._read(self._files.buckets[bucket], files[chosen], rows[chosen])
+            for number, index in enumerate(chosen.tolist()):
+                result[index] = {name: values[number] for name, values in read.items()}
+                result[index] |= {name: values[index] for name, values in joined.items()}
         return [
-            {name: "" if value is None else value for name, value in row.items()} for row in found
+            {name: "" if value is None else value for name, value in row.items()} for row in result
         ]
 
     def _read(self, bucket: Bucket, files: Ints, rows: Ints) -> dict[str, Any]:
-        """Read rows of one bucket: tensors and lists of as many values."""
+        """Return the fields of rows of one bucket, as tensors and lists of one value per row."""
         reader = self._reader()
         try:
-            found = reader.find(bucket, files, rows)
+            located = reader.find(bucket, files, rows)
         finally:
             reader.clear()
         channels, height, width = self.contract.latent_shape(bucket)
         stored = torch.empty((len(rows), channels, height, width), dtype=self._finish.stored)
-        found.gather(stored.view(torch.uint8).flatten(1))
+        located.gather(stored.view(torch.uint8).flatten(1))
         latents = stored
         if not self._finish.is_in_place:
             channels = channels // 2 if self._finish.is_moments else channels
@@ -132,14 +132,14 @@ class LatentDataset(torch.utils.data.Dataset[dict[str, Any]]):
         self._finish(stored, latents, lambda count: torch.randn(len(rows), count), sources)
         return {
             "latents": latents,
-            "original_size": found.sizes[:, :2],
-            "crop_top_left": found.sizes[:, 2:],
+            "original_size": located.sizes[:, :2],
+            "crop_top_left": located.sizes[:, 2:],
             "target_size": torch.tensor([[bucket[1], bucket[0]]]).expand(len(rows), 2),
-            **found.columns,
+            **located.columns,
         }
 
     def _reader(self) -> RowReader:
-        """Give this process's reader: one that was forked has no threads."""
+        """Return this process's reader: a reader that was forked has no threads."""
         if self._rows is None or self._rows[0] != os.getpid():
             self._rows = os.getpid(), RowReader(self._files, self._joined.columns, self._cache)
         return self._rows[1]

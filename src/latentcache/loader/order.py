@@ -1,13 +1,13 @@
-"""Which rows make up which batch: arithmetic over row counts, the same on every machine.
+"""Compute which rows make up which batch, with arithmetic that is the same on every machine.
 
-An epoch is a list of global batches, each of one bucket. Which rows a batch has follows from the
-row counts of the files, the options and the epoch's number alone: there is no generator whose state
-could be lost, and the number of ranks does not occur, except that rank r of W takes the r-th slice
-of each batch. Any step of any epoch is found without going through those before it.
+An epoch is a list of global batches, each of one bucket. The rows of a batch depend only on the row
+counts of the files, the options and the epoch's number. There is no generator whose state could be
+lost, and the number of ranks matters only because rank r of W takes the r-th slice of each batch.
+Any step of any epoch is computed without the steps before it.
 
-A bucket's rows are shuffled in two steps. Its blocks (row groups) are permuted; then rows are
-permuted within windows of `window_rows`, so that a batch mixes hundreds of blocks while reading
-stays near them.
+A bucket's rows are shuffled in two steps. First its blocks (row groups) are permuted. Then rows are
+permuted within windows of `window_rows`. So a batch mixes rows of hundreds of blocks, while reads
+stay within one window.
 """
 
 from __future__ import annotations
@@ -30,35 +30,33 @@ Tail = Literal["drop", "pad", "short"]
 
 DEFAULT_WINDOW_ROWS = 262_144
 
-# Buckets take turns, and so do mixed datasets, with exact shares in every section of about this
-# many steps or rows.
+# Buckets and mixed datasets are interleaved with exact shares in sections of about this length.
 _SECTION = 4096
 
-# A place in a window is told as a fraction of this many bits.
+# The number of bits of a position in a window, as a fraction of the window.
 _PLACE_BITS = 24
 
-
-# What a key is for, so that no two permutations share one.
+# The purposes of keys, so that no two permutations share a key.
 _BUCKETS, _MIXING, _BLOCKS, _ROWS = range(4)
 
 
 @dataclass(frozen=True, slots=True)
 class OrderOptions:
-    """What the order depends on, besides the rows.
+    """The options that the order depends on, besides the rows.
 
     Args:
-        batch_size: rows of a global batch.
-        seed: of every permutation.
+        batch_size: number of rows of a global batch.
+        seed: seed of every permutation.
         shuffle: False reads the files in the manifest's order, bucket after bucket.
-        window_rows: rows of a bucket that are shuffled among each other.
-        block_rows: neighbours in a file that stay together in the first of the two permutations;
-            None takes a row group. A dataset that exceeds the cache wants whole files here.
-        tail: what becomes of a bucket's last rows that do not fill a batch: `drop` leaves them out
-            of this epoch, `pad` fills the batch with the bucket's first rows, `short` gives a
+        window_rows: number of rows of a bucket that are shuffled among each other.
+        block_rows: number of neighbouring rows of a file that stay together in the first of the two
+            permutations; None takes a row group. Use whole files if the dataset exceeds the cache.
+        tail: what happens to a bucket's last rows that do not fill a batch. `drop` leaves them out
+            of the epoch, `pad` fills the batch with the bucket's first rows, `short` yields a
             smaller batch.
 
     Raises:
-        ConfigError: a number is out of range.
+        ConfigError: an option is out of range.
     """
 
     batch_size: int
@@ -71,12 +69,12 @@ class OrderOptions:
     def __post_init__(self) -> None:
         for name in ("batch_size", "seed", "window_rows", "block_rows"):
             value = getattr(self, name)
-            if value is not None:  # NumPy's integers would not become JSON
+            if value is not None:  # NumPy integers cannot be written as JSON
                 object.__setattr__(self, name, int(value))
             if name != "seed" and value is not None and value < 1:
-                raise ConfigError(f"{name} is {value}; it must be at least 1")
+                raise ConfigError(f"{name} is {value}: it must be at least 1")
         if self.tail not in ("drop", "pad", "short"):
-            raise ConfigError(f"tail is {self.tail!r}; it must be 'drop', 'pad' or 'short'")
+            raise ConfigError(f"tail is {self.tail!r}: it must be 'drop', 'pad' or 'short'")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +82,11 @@ class Stream:
     """The files that hold one dataset's rows of one bucket.
 
     Args:
-        dataset: index of the dataset, 0 where there is one.
+        dataset: index of the dataset, 0 if there is only one.
         bucket: (width, height) in pixels.
-        files: [F] numbers that the batches name the files by.
-        num_rows: [F] rows of each.
-        group_rows: rows of a whole row group.
+        files: int64 [F], the numbers by which batches name the files.
+        num_rows: int64 [F], the number of rows of each file.
+        group_rows: number of rows of a whole row group.
     """
 
     dataset: int
@@ -102,8 +100,8 @@ class Stream:
 class BatchRows:
     """One rank's slice of a global batch: row `rows[i]` of file `files[i]`.
 
-    `passes[i]` counts how often that row's dataset has been gone through before: the epoch, unless
-    datasets are mixed.
+    `passes[i]` is the number of previous complete passes over that row's dataset. It equals the
+    epoch unless datasets are mixed.
     """
 
     step: int
@@ -117,14 +115,14 @@ class Order:
     """The batches of every epoch.
 
     Args:
-        streams: at most one for each dataset and bucket.
-        options: see there.
-        weights: each dataset's share of the rows of an epoch, which has as many rows as the
-            datasets have together. One dataset alone is gone through once an epoch, whatever its
-            weight. With several, each goes on in the next epoch where it stopped in this.
+        streams: at most one stream for each dataset and bucket.
+        options: the options.
+        weights: each dataset's share of the rows of an epoch, which has as many rows as all
+            datasets together. A single dataset is read once per epoch, whatever its weight. Each of
+            several datasets continues in the next epoch where it stopped.
 
     Raises:
-        ConfigError: a weight is not positive, or a dataset of several has no rows.
+        ConfigError: a weight is not positive, or one of several datasets has no rows.
     """
 
     def __init__(
@@ -145,25 +143,31 @@ class Order:
         self._turns = _Turns([bucket.num_batches for bucket in self._buckets], options.shuffle)
 
     def __len__(self) -> int:
-        """Count the steps of an epoch, the same on every rank."""
+        """Return the number of steps of an epoch, which is the same on every rank."""
         return self._turns.total
 
     @property
     def left_out(self) -> dict[Bucket, int]:
-        """Rows of each bucket that an epoch leaves out, where there are any."""
+        """The number of rows that an epoch leaves out, for each bucket with such rows."""
         counts = {bucket.bucket: bucket.num_left_out for bucket in self._buckets}
         return {bucket: count for bucket, count in counts.items() if count}
 
     @property
     def buckets(self) -> dict[Bucket, int]:
-        """Steps of an epoch by bucket."""
+        """The number of steps of an epoch by bucket."""
         return {bucket.bucket: bucket.num_batches for bucket in self._buckets}
 
     def batches(
         self, epoch: int, start: int = 0, *, rank: int = 0, world_size: int = 1
     ) -> Iterator[BatchRows]:
-        """Give the rank's slices of an epoch's batches, from step `start` to the last."""
-        # Many batches at a time: NumPy's cost per call is then spread over them.
+        """Yield a rank's slices of an epoch's batches.
+
+        Args:
+            epoch: number of the epoch.
+            start: the first step.
+            rank, world_size: the rank, and the number of ranks.
+        """
+        # Many batches are computed at a time to share NumPy's cost per call.
         num_steps = max(1, 16_384 // self.options.batch_size)
         for first in range(start, len(self), num_steps):
             last = min(first + num_steps, len(self))
@@ -176,7 +180,7 @@ class Order:
         turns, numbers = self._turns.take(first, last, key)
         slices: dict[int, Iterator[tuple[Ints, Ints, Ints]]] = {}
         for turn in np.unique(turns).tolist():
-            mine = numbers[turns == turn]  # consecutive: a bucket's batches come in their order
+            mine = numbers[turns == turn]  # consecutive numbers, in order
             bucket = self._buckets[turn]
             slices[turn] = bucket.slices(epoch, int(mine[0]), len(mine), rank, world_size)
         for step, turn in enumerate(turns.tolist(), start=first):
@@ -184,7 +188,7 @@ class Order:
 
 
 class _BucketOrder:
-    """The batches of one bucket: its streams' rows, mixed, cut into batches."""
+    """The batches of one bucket: the interleaved rows of its streams, split into batches."""
 
     def __init__(
         self, parts: Sequence[_Shuffled], quotas: Sequence[int], options: OrderOptions
@@ -202,45 +206,51 @@ class _BucketOrder:
     def slices(
         self, epoch: int, first: int, count: int, rank: int, world_size: int
     ) -> Iterator[tuple[Ints, Ints, Ints]]:
-        """Give the rank's slices of `count` batches from number `first`: files, rows, passes."""
+        """Yield a rank's slices of batches: files, rows and passes, int64 [b] each.
+
+        Args:
+            epoch: number of the epoch.
+            first, count: number of the first batch, and how many batches.
+            rank, world_size: the rank, and the number of ranks.
+        """
         size, total = self._options.batch_size, self._turns.total
         start, stop = first * size, (first + count) * size
         if self._options.tail != "pad":
             stop = min(stop, total)
-        found: list[tuple[Ints, ...]] = []
-        while start < stop:  # once, but where padding begins again at the bucket's first row
+        pieces: list[tuple[Ints, ...]] = []
+        while start < stop:  # once, unless padding continues at the bucket's first row
             low = start % total
             high = min(low + stop - start, total)
-            found.append(self._find(epoch, low, high))
+            pieces.append(self._find(epoch, low, high))
             start += high - low
-        files, rows, passes, places = (np.concatenate(p) for p in zip(*found, strict=True))
-        # Within a batch by place in the window: a rank then reads only its own part of the blocks,
-        # which are in random order themselves. With the index below, keys are unique, so that any
-        # sort gives the same.
+        files, rows, passes, positions = (np.concatenate(p) for p in zip(*pieces, strict=True))
+        # Sort each batch by position in the window, so that a rank reads only its own part of the
+        # blocks, which are in random order. The index makes keys unique, so that any sorting
+        # algorithm has the same result.
         index = np.arange(num := len(files))
-        keys = (((index // size) << _PLACE_BITS) + places) * num + index
-        by_place = np.sort(keys) % num
-        files, rows, passes = files[by_place], rows[by_place], passes[by_place]
+        keys = (((index // size) << _PLACE_BITS) + positions) * num + index
+        by_position = np.sort(keys) % num
+        files, rows, passes = files[by_position], rows[by_position], passes[by_position]
         for low in range(0, num, size):
             high = min(low + size, num)
             first, last = (low + part * (high - low) // world_size for part in (rank, rank + 1))
             yield files[first:last], rows[first:last], passes[first:last]
 
     def _find(self, epoch: int, start: int, stop: int) -> tuple[Ints, ...]:
-        """Find rows start to stop of an epoch: files, rows, passes, places in their windows."""
+        """Return files, rows, passes and window positions of rows start to stop of an epoch."""
         key = make_key(self._options.seed, epoch, _MIXING, *self.bucket)
         turns, numbers = self._turns.take(start, stop, key)
         if len(self._parts) == 1:
             return self._parts[0].find(epoch * self._quotas[0] + numbers)
-        found = tuple(np.empty(len(turns), np.int64) for _ in range(4))
+        outputs = tuple(np.empty(len(turns), np.int64) for _ in range(4))
         for turn, (part, quota) in enumerate(zip(self._parts, self._quotas, strict=True)):
             where = turns == turn
             if where.any():
-                for into, values in zip(
-                    found, part.find(epoch * quota + numbers[where]), strict=True
+                for output, values in zip(
+                    outputs, part.find(epoch * quota + numbers[where]), strict=True
                 ):
-                    into[where] = values
-        return found
+                    output[where] = values
+        return outputs
 
 
 class _Shuffled:
@@ -255,7 +265,7 @@ class _Shuffled:
         self._first_block = np.concatenate([[0], ends])  # of each file
         self._first_row = np.concatenate([[0], np.cumsum(stream.num_rows)])
         self._file_of_block = np.repeat(np.arange(len(ends)), np.diff(self._first_block))
-        # Two passes: a range of rows may reach from one into the next.
+        # Two passes, because a range of rows may extend from one pass into the next.
         self._blocks = lru_cache(2)(self._permute_blocks)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -266,23 +276,23 @@ class _Shuffled:
         self._blocks = lru_cache(2)(self._permute_blocks)
 
     def find(self, numbers: Ints) -> tuple[Ints, ...]:
-        """Find rows by number, counted through all passes: files, rows, passes, places."""
-        passes, places = np.divmod(numbers, self._num_rows)
+        """Return files, rows, passes and window positions by ascending row number in all passes."""
+        passes, positions = np.divmod(numbers, self._num_rows)
         if not self._options.shuffle:
-            files = np.searchsorted(self._first_row, places, "right") - 1
-            rows = places - self._first_row[files]
-            return self.stream.files[files], rows, passes, np.zeros_like(places)
-        files, rows = np.empty_like(places), np.empty_like(places)
-        fractions = np.empty_like(places)
+            files = np.searchsorted(self._first_row, positions, "right") - 1
+            rows = positions - self._first_row[files]
+            return self.stream.files[files], rows, passes, np.zeros_like(positions)
+        files, rows = np.empty_like(positions), np.empty_like(positions)
+        fractions = np.empty_like(positions)
         window_rows = self._options.window_rows
-        windows = passes * (-(-self._num_rows // window_rows)) + places // window_rows
-        for window in range(int(windows[0]), int(windows[-1]) + 1):  # numbers go up
+        windows = passes * (-(-self._num_rows // window_rows)) + positions // window_rows
+        for window in range(int(windows[0]), int(windows[-1]) + 1):  # numbers are ascending
             where = windows == window
             one_pass = int(passes[where][0])
-            start = int(places[where][0]) // window_rows * window_rows
+            start = int(positions[where][0]) // window_rows * window_rows
             size = min(window_rows, self._num_rows - start)
             key = self._key(one_pass, _ROWS, start)
-            within = permute(places[where] - start, size, key)
+            within = permute(positions[where] - start, size, key)
             files[where], rows[where] = self._locate(one_pass, start + within)
             fractions[where] = (within / size * 2**_PLACE_BITS).astype(np.int64)
         return self.stream.files[files], rows, passes, fractions
@@ -292,7 +302,7 @@ class _Shuffled:
         return make_key(self._options.seed, one_pass, *parts, stream.dataset, *stream.bucket)
 
     def _permute_blocks(self, one_pass: int) -> tuple[Ints, Ints]:
-        """Give the blocks in a pass's order, and the number of rows before each."""
+        """Return the blocks in the order of a pass, and the number of rows before each."""
         count = int(self._first_block[-1])
         blocks = permute(np.arange(count), count, self._key(one_pass, _BLOCKS))
         sizes = np.full(count, self._block_rows)
@@ -301,22 +311,22 @@ class _Shuffled:
         before -= sizes[blocks]
         return blocks, before
 
-    def _locate(self, one_pass: int, places: Ints) -> tuple[Ints, Ints]:
-        """Find index of file and row in it for places in the order of permuted blocks."""
+    def _locate(self, one_pass: int, positions: Ints) -> tuple[Ints, Ints]:
+        """Return the index of the file, and the row in it, of positions in the permuted blocks."""
         blocks, before = self._blocks(one_pass)
-        slots = np.searchsorted(before, places, "right") - 1
+        slots = np.searchsorted(before, positions, "right") - 1
         chosen = blocks[slots]
         files = self._file_of_block[chosen]
         within = (chosen - self._first_block[files]) * self._block_rows
-        return files, within + places - before[slots]
+        return files, within + positions - before[slots]
 
 
 class _Turns:
-    """Who comes when, where several take turns with fixed quotas.
+    """The order in which several participants with fixed quotas take turns.
 
-    The whole is cut into equal sections, of which each gets its exact share of every quota, rounded
-    by accumulation; within a section the turns are shuffled. Without shuffling, one comes after the
-    other.
+    The turns are split into equal sections. Each section has its exact share of every quota, where
+    rounding errors do not accumulate. Turns are shuffled within a section. Without shuffling, the
+    participants follow one after the other.
     """
 
     def __init__(self, quotas: Sequence[int], shuffle: bool) -> None:
@@ -330,22 +340,27 @@ class _Turns:
         return [quota * section // self._num_sections for quota in self._quotas]
 
     def take(self, start: int, stop: int, key: int) -> tuple[Ints, Ints]:
-        """Give whose turn places start to stop are, and the how manieth of its own each is."""
-        places = np.arange(start, stop)
+        """Return the participant of each turn, and the index of the turn among its own turns.
+
+        Args:
+            start, stop: the range of turns.
+            key: the key of the permutations.
+        """
+        positions = np.arange(start, stop)
         if not self._shuffle:
-            turns = np.searchsorted(self._firsts, places, "right") - 1
-            return turns, places - self._firsts[turns]
+            turns = np.searchsorted(self._firsts, positions, "right") - 1
+            return turns, positions - self._firsts[turns]
         section = -1 + bisect_right(
             range(self._num_sections), start, key=lambda index: sum(self._before(index))
         )
         first = sum(self._before(section))
-        found: list[tuple[Ints, Ints]] = []
+        sections: list[tuple[Ints, Ints]] = []
         end = first
         while end < stop:
-            found.append(self._section(section, key))
-            end += len(found[-1][0])
+            sections.append(self._section(section, key))
+            end += len(sections[-1][0])
             section += 1
-        turns, numbers = (np.concatenate(pieces) for pieces in zip(*found, strict=True))
+        turns, numbers = (np.concatenate(pieces) for pieces in zip(*sections, strict=True))
         return turns[start - first : stop - first], numbers[start - first : stop - first]
 
     def _section(self, section: int, key: int) -> tuple[Ints, Ints]:
@@ -354,30 +369,30 @@ class _Turns:
         total = int(counts.sum())
         in_turn = np.repeat(np.arange(len(counts)), counts)
         own = np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts)
-        # Turns are permuted; each one's own numbers go up in the order that results.
-        places = (
+        # Turns are permuted. In the resulting order, each participant's own numbers ascend.
+        positions = (
             np.sort(permute(np.arange(total), total, make_key(key, section)) + in_turn * total)
             - in_turn * total
         )
         turns, numbers = np.empty(total, np.int64), np.empty(total, np.int64)
-        turns[places] = in_turn
-        numbers[places] = before[in_turn] + own
+        turns[positions] = in_turn
+        numbers[positions] = before[in_turn] + own
         return turns, numbers
 
 
 def _row_quotas(streams: Sequence[Stream], weights: Sequence[float]) -> list[int]:
-    """Rows that each stream gives in an epoch."""
+    """Return the number of rows of each stream in an epoch."""
     sizes = [int(stream.num_rows.sum()) for stream in streams]
     if len(weights) == 1:
         return sizes
     quotas = [0] * len(streams)
     if not all(0 < weight < inf for weight in weights):
-        raise ConfigError(f"weights are {list(weights)}; each must be above 0, and finite")
+        raise ConfigError(f"weights are {list(weights)}: each must be above 0, and finite")
     shares = apportion(sum(sizes), [Fraction(weight) for weight in weights])
     for dataset, share in enumerate(shares):
         mine = [i for i, stream in enumerate(streams) if stream.dataset == dataset]
         if not sum(sizes[i] for i in mine):
-            raise ConfigError(f"dataset {dataset} of those mixed has no rows")
+            raise ConfigError(f"mixed dataset {dataset}, counted from 0, has no rows: leave it out")
         parts = apportion(share, [Fraction(sizes[i]) for i in mine])
         for i, part in zip(mine, parts, strict=True):
             quotas[i] = part

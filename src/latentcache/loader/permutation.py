@@ -1,4 +1,4 @@
-"""Random permutations of any size that are computed, not stored, and exact shares."""
+"""Random permutations of any size that are computed instead of stored, and exact shares."""
 
 from __future__ import annotations
 
@@ -11,14 +11,22 @@ import numpy.typing as npt
 
 Ints = npt.NDArray[np.int64]
 
-_FEISTEL_ROUNDS = 4  # of two halves each; with three, small sizes are seen not to be uniform
+_FEISTEL_ROUNDS = 4  # of two halves each; with three, small sizes are measurably not uniform
 
 
 _MASK = 2**64 - 1
 
 
 def apportion(total: int, shares: Sequence[Fraction]) -> list[int]:
-    """Divide a number by shares, exactly: by largest remainder (Hamilton's method)."""
+    """Divide a number by shares with the largest remainder method (Hamilton's method).
+
+    Args:
+        total: the number to divide.
+        shares: the relative shares.
+
+    Returns:
+        One integer for each share; their sum is exactly `total`.
+    """
     whole = sum(shares)
     exact = [total * share / whole for share in shares]
     floors = [int(value) for value in exact]
@@ -29,7 +37,7 @@ def apportion(total: int, shares: Sequence[Fraction]) -> list[int]:
 
 
 def make_key(*parts: int) -> int:
-    """Hash integers to 64 bits: the finaliser of splitmix64 (Steele, Lea and Flood, 2014)."""
+    """Hash integers to 64 bits with the finalizer of splitmix64 (Steele, Lea and Flood, 2014)."""
     state = 0
     for part in parts:
         state = (state + part + 0x9E3779B97F4A7C15) & _MASK
@@ -40,11 +48,19 @@ def make_key(*parts: int) -> int:
 
 
 def permute(index: Ints, size: int, key: int) -> Ints:
-    """Permute range(size): give where each index goes, one to one, for a 64-bit key.
+    """Return the images of indices under a random permutation of range(size).
 
-    A Feistel network over pairs (left, right) of about √size values each, with addition in place of
-    XOR so that any size will do; what lands beyond the size goes round again (Black and Rogaway,
-    "Ciphers with Arbitrary Finite Domains", 2002).
+    The permutation is a Feistel network over pairs (left, right) of about √size values each.
+    Addition instead of XOR makes it work for any size. Values beyond the size are permuted again
+    (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
+
+    Args:
+        index: int64 [n], the indices.
+        size: size of the range.
+        key: 64-bit key that selects the permutation.
+
+    Returns:
+        int64 [n].
     """
     rights = isqrt(max(size, 1) - 1) + 1
     lefts = -(-size // rights)
@@ -54,15 +70,15 @@ def permute(index: Ints, size: int, key: int) -> Ints:
         left -= lefts * (left >= lefts)
         right = right + _hash_below(left, rights, make_key(key, 2 * number + 1))
         right -= rights * (right >= rights)
-    found = left * rights + right
-    outside = found >= size
+    images = left * rights + right
+    outside = images >= size
     if outside.any():
-        found[outside] = permute(found[outside], size, key)
-    return found
+        images[outside] = permute(images[outside], size, key)
+    return images
 
 
 def _hash_below(values: Ints, bound: int, key: int) -> Ints:
-    """Hash to range(bound), bound below 2³², as `make_key` does."""
+    """Hash values to range(bound) as `make_key` does; `bound` is below 2³²."""
     state = values.astype(np.uint64) + np.uint64(key)
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

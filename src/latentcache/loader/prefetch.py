@@ -1,4 +1,4 @@
-"""Work done ahead on a thread, and memory for its results that is used again."""
+"""Prefetch results on threads, and reuse memory for them."""
 
 from __future__ import annotations
 
@@ -32,15 +32,20 @@ def prefetch(
     depth: int,
     cancel: Callable[[], None],
 ) -> Iterator[T]:
-    """Work at most `depth` items ahead of whoever takes the results, in order.
+    """Yield the results of `work` in order, at most `depth` items prefetched on threads.
 
-    Two threads take turns: while one makes the next plan, the other does the work of the last, most
-    of which is copying, without the interpreter lock. What they raise is raised here, in its turn.
-    `plans` is closed when this iterator is; `cancel` is called before, to let work that waits end.
+    Two threads alternate: while one makes the next plan, the other does the work of the previous
+    plan. Most of the work is copying, without the interpreter lock. An error of a thread is raised
+    here, in order. Closing this iterator calls `cancel`, and then closes `plans`.
+
+    Args:
+        plans: the generator of plans; one thread at a time advances it.
+        work: computes the result of a plan.
+        depth: maximum number of items to prefetch.
+        cancel: makes work that waits end early.
 
     Raises:
-        ConfigError: a process that was forked while this iterator was at work goes on with it. The
-            threads are the parent's.
+        ConfigError: a forked process continues the parent's iterator, whose threads it lacks.
     """
     pid = os.getpid()
     pool = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="latentcache-prefetch")
@@ -58,22 +63,22 @@ def prefetch(
                 turn.notify_all()
         return None if plan is None else work(plan)
 
-    ahead: deque[Future[T | None]] = deque()
-    # Also at the interpreter's end, which would otherwise find this iterator without its modules.
-    stop = weakref.finalize(ahead, _shut_down, pool, pid)
+    futures: deque[Future[T | None]] = deque()
+    # The finalizer also runs at the interpreter's exit, after which modules are missing.
+    stop = weakref.finalize(futures, _shut_down, pool, pid)
     try:
-        # In here: after a Ctrl-C while a thread starts, the pool does not know of it.
-        ahead.extend(pool.submit(run, next(tickets)) for _ in range(depth))
-        while (item := ahead.popleft().result()) is not None:
-            ahead.append(pool.submit(run, next(tickets)))
+        # Inside `try`, because after a Ctrl-C while a thread starts, the pool does not know it.
+        futures.extend(pool.submit(run, next(tickets)) for _ in range(depth))
+        while (item := futures.popleft().result()) is not None:
+            futures.append(pool.submit(run, next(tickets)))
             yield item
             if os.getpid() != pid:
                 raise ConfigError(
-                    "this iterator of a LatentLoader belongs to the process that was forked: in "
-                    "the new process, iterate over the loader anew"
+                    "this iterator of a LatentLoader belongs to the parent process: in the forked "
+                    "process, iterate over the loader again"
                 )
     finally:
-        if os.getpid() == pid:  # the locks of another process may never be free here
+        if os.getpid() == pid:  # in a forked process, the parent's locks may stay locked forever
             cancel()
             stop()
             with turn:
@@ -86,21 +91,26 @@ def _shut_down(pool: ThreadPoolExecutor, pid: int) -> None:
 
 
 class Memory:
-    """Memory for tensors on the CPU: fresh pages for each batch would cost half the speed.
+    """A pool of memory for tensors on the CPU; new pages for each batch would halve the speed.
 
-    A buffer is used again once no tensor of it is alive, be it a view, which the reference count of
-    the array beneath it shows. Beside a GPU torch's allocator of pinned memory does the same, and
-    waits for copies that are under way.
+    A buffer is reused once no tensor or view of it is alive, which the reference count of its array
+    shows. With a GPU, torch's allocator of pinned memory does the same, and also waits for copies
+    in progress.
     """
 
     def __init__(self) -> None:
         self._buffers: list[np.ndarray[tuple[int], np.dtype[np.uint8]]] = []
         self._lock = threading.Lock()
-        # CUDA cannot be used in a process that was forked.
+        # CUDA cannot be used in a forked process.
         self._is_pinned = torch.cuda.is_available() and os.getpid() == _FIRST_PID
 
     def take(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """Give a tensor that shares memory with no other that is alive; its values are any."""
+        """Return an uninitialized tensor that shares no memory with any other live tensor.
+
+        Args:
+            shape: the shape of the tensor.
+            dtype: the dtype of the tensor.
+        """
         if self._is_pinned:
             return torch.empty(tuple(shape), dtype=dtype, pin_memory=True)
         size = prod(shape) * dtype.itemsize

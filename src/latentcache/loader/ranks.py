@@ -1,4 +1,4 @@
-"""The ranks of a training job, and how many of them share a node."""
+"""Determine the rank of this process, and the number of ranks on its node."""
 
 from __future__ import annotations
 
@@ -13,28 +13,39 @@ _log = logging.getLogger(__name__)
 
 
 def num_ranks_here() -> int:
-    """Count the ranks on this node, which share its cache, as torchrun and its like tell it."""
+    """Return the number of ranks on this node, which share its cache, as launchers set it."""
     return max(1, environment_number("LOCAL_WORLD_SIZE") or 1)
 
 
 def environment_number(name: str) -> int | None:
-    """Read a whole number from an environment variable; None where it is not set.
+    """Return the integer in an environment variable, or None if it is not set.
 
     Raises:
-        ConfigError: it is not a whole number of at least 0.
+        ConfigError: the value is not an integer of at least 0.
     """
     text = os.environ.get(name, "").strip()
     if not text:
         return None
     if not (text.isascii() and text.isdigit() and len(text) < 10):
-        raise ConfigError(f"the environment variable {name} is {text!r:.60}, not a whole number")
+        raise ConfigError(
+            f"the environment variable {name} is {text!r:.60}: set it to an integer of at least 0"
+        )
     return int(text)
 
 
 def place(rank: int | None, world_size: int | None, batch_size: int) -> tuple[int, int]:
-    """Say which rank of how many this process is."""
+    """Return the rank of this process and the number of ranks.
+
+    Args:
+        rank: the rank, if the caller knows it.
+        world_size: the number of ranks, if the caller knows it.
+        batch_size: number of rows of a global batch.
+
+    Raises:
+        ConfigError: the values contradict each other, or ranks cannot share a batch evenly.
+    """
     if (rank is None) != (world_size is None):
-        raise ConfigError("rank and world_size go together: give both, or neither")
+        raise ConfigError("only one of rank and world_size is given: give both, or neither")
     if rank is None or world_size is None:
         rank, world_size = 0, 1
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -42,28 +53,28 @@ def place(rank: int | None, world_size: int | None, batch_size: int) -> tuple[in
         else:
             rank, world_size = _place_of_environment()
     if not 0 <= rank < world_size:
-        raise ConfigError(f"rank {rank} is not one of {world_size}")
+        raise ConfigError(f"rank {rank} is not one of {world_size} ranks, which count from 0")
     if batch_size % world_size:
         raise ConfigError(
-            f"batch_size {batch_size} is that of all ranks together; {world_size} ranks cannot "
-            "share it evenly"
+            f"batch_size is {batch_size}, for all ranks together, but {world_size} ranks cannot "
+            f"share it evenly: use a multiple of {world_size}"
         )
     return rank, world_size
 
 
 def _place_of_environment() -> tuple[int, int]:
-    """Return the rank and world size that torchrun and its like set; (0, 1) where there are none.
+    """Return the rank and world size that launchers such as torchrun set, else (0, 1).
 
     Raises:
-        ConfigError: one is set without the other, or they are no rank and world size.
+        ConfigError: only one of the two is set, or they contradict each other.
     """
     rank, world_size = environment_number("RANK"), environment_number("WORLD_SIZE")
     if rank is None and world_size is None:
         return 0, 1
     if rank is None or world_size is None or rank >= world_size:
         raise ConfigError(
-            f"the environment has RANK {rank} and WORLD_SIZE {world_size}, which do not go "
-            "together: correct them, or give rank and world_size"
+            f"the environment has RANK {rank} and WORLD_SIZE {world_size}, which contradict each "
+            "other: correct them, or give rank and world_size"
         )
     _log.info("rank %d of %d, from RANK and WORLD_SIZE", rank, world_size)
     return rank, world_size

@@ -1,8 +1,8 @@
-"""Reading rows at random: latents straight from memory maps, columns by row group.
+"""Read rows in random order: latents from memory maps, columns by row group.
 
-Files are mapped, not read. A row's latent then has an address, which follows from the file's, and a
-whole batch is gathered by one call, however many files its rows lie in. That holds for Parquet too,
-since its latents are stored plain, at one stride (docs/format.md).
+Files are mapped, not read. So a row's latent has an address, which is computed from the file's, and
+one call gathers a whole batch from any number of files. This works for Parquet, too, because its
+latents are stored plain and at a constant stride (docs/format.md).
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from latentcache.storage import Store
 SIZES = ("original_height", "original_width", "crop_top", "crop_left")
 
 MAX_AHEAD = 64
-"""How many batches may be found and not gathered yet."""
+"""How many batches may be found but not gathered yet."""
 
-# Maps cost address space only, but a process may have no more than about 65,000.
+# Maps cost only address space, but Linux limits a process to about 65,000.
 _MAX_OPEN_FILES = 8192
 _MAX_COLUMNS_BYTES = 512 * 2**20
 _OPENING_THREADS = 8
@@ -45,10 +45,7 @@ _OPENING_THREADS = 8
 
 @dataclass(frozen=True, slots=True)
 class FoundRows:
-    """Rows [m] of one bucket: where their latents lie, and all else about them.
-
-    `sizes` is [m, 4] int64, as in `SIZES`.
-    """
+    """The addresses of latents and other fields of m rows; `sizes` is int64 [m, 4] of `SIZES`."""
 
     span: torch.Tensor
     index: torch.Tensor
@@ -56,18 +53,18 @@ class FoundRows:
     columns: dict[str, list[Any]]
 
     def part(self, rows: slice) -> FoundRows:
-        """Give some of the rows."""
+        """Return a slice of the rows."""
         columns = {name: values[rows] for name, values in self.columns.items()}
         return FoundRows(self.span, self.index[rows], self.sizes[rows], columns)
 
     def gather(self, out: torch.Tensor) -> None:
-        """Copy the stored bytes of the latents into `out`, [m, row bytes] uint8."""
+        """Copy the stored bytes of the latents into `out`, uint8 [m, row bytes]."""
         torch.index_select(self.span, 0, self.index, out=out)
 
 
 @dataclass(frozen=True, slots=True)
 class _Open:
-    """A mapped file: its bytes, those of its rows, and where each row group's latents begin."""
+    """A mapped file: its bytes, its Parquet file's bytes, and the offset of each row group."""
 
     latents: torch.Tensor
     rows: torch.Tensor
@@ -77,7 +74,7 @@ class _Open:
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """The columns of a row group; `sizes` is [n, 4] int64, as in `SIZES`."""
+    """The columns of a row group; `sizes` is int64 [n, 4], as in `SIZES`."""
 
     sizes: torch.Tensor
     columns: dict[str, list[Any]]
@@ -85,10 +82,10 @@ class _Group:
 
 
 class _Gather:
-    """Rows that lie anywhere in this process's memory, to be copied in one call.
+    """A way to copy rows from any regions of this process's memory in one call.
 
-    `torch.index_select` copies slices of a tensor. Given one that spans the address range of all
-    regions at a stride of one byte, the index of a row is its address.
+    `torch.index_select` copies slices of a tensor. Here the tensor spans the address range of all
+    regions at a stride of one byte, so that the index of a row is its address.
     """
 
     def __init__(self) -> None:
@@ -96,7 +93,7 @@ class _Gather:
         self._views: dict[int, torch.Tensor] = {}
 
     def add(self, region: torch.Tensor) -> int:
-        """Take in a region, which must stay alive while its rows are gathered; its address."""
+        """Add a region, which must stay alive while its rows are gathered; return its address."""
         address = region.data_ptr()
         low, high = min(self._low, address), max(self._high, address + region.nbytes)
         if (low, high) != (self._low, self._high):
@@ -105,7 +102,12 @@ class _Gather:
         return address
 
     def find(self, addresses: Ints, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Give what to select from, by which index, for the `size` bytes at [m] addresses."""
+        """Return the tensor to select from, and the index, to copy bytes at addresses.
+
+        Args:
+            addresses: int64 [m].
+            size: number of bytes at each address.
+        """
         if not len(addresses):
             return torch.empty((0, size), dtype=torch.uint8), torch.empty(0, dtype=torch.int64)
         if size not in self._views:
@@ -117,14 +119,14 @@ class _Gather:
 
 
 class RowReader:
-    """Reads rows of numbered files; for one thread, in the process that made it.
+    """A reader of rows of numbered files, for one thread in the process that created it.
 
-    A forked process needs another one: threads and locks of its parent do not work in it.
+    A forked process needs its own reader: threads and locks of the parent do not work in it.
 
     Args:
-        files: what there is.
-        columns: names to read, which all datasets have; `unit` and `key` may be among them.
-        cache: keeps files of remote stores; None where there are none.
+        files: the files.
+        columns: names of the columns to read, which all datasets have, or `unit` or `key`.
+        cache: the cache for files of remote stores; None if all stores are local.
     """
 
     def __init__(self, files: Files, columns: Sequence[str], cache: FileCache | None) -> None:
@@ -148,7 +150,7 @@ class RowReader:
         self._open: dict[int, _Open] = {}
         self._opening: dict[int, Future[_Open]] = {}
         self._given_up = Event()
-        self._is_wanted = np.zeros(len(files), bool)  # open, or being opened
+        self._is_requested = np.zeros(len(files), bool)  # open, or being opened
         self._is_open = np.zeros(len(files), bool)
         self._file_used = np.zeros(len(files), np.int64)
         self._latents = _Gather()
@@ -162,40 +164,44 @@ class RowReader:
 
     @property
     def num_bytes_ahead(self) -> int:
-        """Bytes of the files that are being opened, or are open and not wanted yet."""
+        """The size in bytes of the files that are being opened, or are open but not needed yet."""
         return int(self._files.size_bytes[list(self._opening)].sum())
 
     def prepare(self, files: Ints) -> None:
-        """Begin to open files that will be wanted, in that order."""
-        for file in files[~self._is_wanted[files]].tolist():
+        """Start to open files that will be needed, in order."""
+        for file in files[~self._is_requested[files]].tolist():
             if file not in self._opening:
                 self._opening[file] = self._pool.submit(self._open_file, file)
-        self._is_wanted[files] = True
+        self._is_requested[files] = True
 
     def cancel(self) -> None:
-        """Let threads that wait for a store to come back end, until `clear`."""
+        """Make threads that wait for a failing store end; this lasts until `clear`."""
         self._given_up.set()
 
     def clear(self) -> None:
-        """Give up opening files that nobody has wanted yet, and forget which could not be."""
+        """Stop opening files in advance, and allow files that failed to be opened again."""
         self.cancel()
         self._given_up = Event()
         for file, opening in self._opening.items():
             opening.cancel()
-            self._is_wanted[file] = False
+            self._is_requested[file] = False
         self._opening.clear()
 
     def find(self, bucket: Bucket, files: Ints, rows: Ints) -> FoundRows:
-        """Find row `rows[i]` of file `files[i]`, all of one bucket.
+        """Find row `rows[i]` of file `files[i]`, for all i.
 
-        Other threads may gather what the last `MAX_AHEAD` calls found, and no older ones. A file
-        that cannot be opened is not tried again before `clear`.
+        Other threads may gather the results of the last `MAX_AHEAD` calls, but no older ones. A
+        file that cannot be opened is not tried again before `clear`.
+
+        Args:
+            bucket: the bucket of all rows.
+            files, rows: int64 [m].
 
         Raises:
-            DatasetError: a file is gone, damaged, or not what the manifest names.
+            DatasetError: a file is missing, damaged, or differs from the manifest.
             StorageError: a store cannot be reached.
         """
-        assert (rows < self._files.num_rows[files]).all()  # else we copy from anywhere
+        assert (rows < self._files.num_rows[files]).all()  # else it would copy other memory
         self._clock += 1
         self._open_all(files)
         group_rows = self._group_rows[files]
@@ -218,9 +224,9 @@ class RowReader:
         sizes = torch.index_select(span, 0, index).view(torch.int64)
         columns: dict[str, list[Any]] = {}
         if self._names:
-            found = [self._groups[group].columns for group in groups.tolist()]
-            places = list(zip(found, within.tolist(), strict=True))
-            columns = {name: [of[name][row] for of, row in places] for name in self._names}
+            groups_columns = [self._groups[group].columns for group in groups.tolist()]
+            pairs = list(zip(groups_columns, within.tolist(), strict=True))
+            columns = {name: [values[name][row] for values, row in pairs] for name in self._names}
         if self._wants_unit:
             columns["unit"] = [self._files.unit(file) for file in files.tolist()]
         return sizes, columns
@@ -246,7 +252,7 @@ class RowReader:
         )
 
     def _close_files(self) -> None:
-        """Let go of the files used longest ago, when too much is open."""
+        """Close the least recently used files if too many files or bytes are open."""
         num_bytes = int(self._files.size_bytes[self._is_open].sum())
         if len(self._open) <= _MAX_OPEN_FILES and num_bytes <= self._max_open_bytes:
             return
@@ -255,7 +261,7 @@ class RowReader:
                 break
             if self._file_used[file] < self._clock - MAX_AHEAD:
                 del self._open[file]
-                self._is_open[file] = self._is_wanted[file] = False
+                self._is_open[file] = self._is_requested[file] = False
                 num_bytes -= int(self._files.size_bytes[file])
 
     def _open_file(self, file: int) -> _Open:
@@ -268,7 +274,7 @@ class RowReader:
             rows = self._map(store, self._files.rows_file(file))
             mapped.append(rows)
             with naming_damage(store, self._files.rows_file(file).path):
-                checked_footer(_reader(rows))  # first, so that the right file is named
+                checked_footer(_reader(rows))  # first, so that an error names the right file
         with naming_damage(store, described.path):
             readers = [_reader(region) for region in mapped]
             offsets = latent_offsets(readers, contract, bucket, described.num_rows)
@@ -292,18 +298,18 @@ class RowReader:
         return min(group_rows, int(self._files.num_rows[file]) - number * group_rows)
 
     def _forget_groups(self) -> None:
-        """Let go of the columns used longest ago, when they take too much memory."""
+        """Drop the least recently used columns if they take too much memory."""
         if self._groups_bytes <= _MAX_COLUMNS_BYTES:
             return
         for group in sorted(self._groups, key=lambda group: int(self._group_used[group])):
             if self._groups_bytes <= _MAX_COLUMNS_BYTES * 7 // 8:
                 break
-            if self._group_used[group] < self._clock:  # columns are copied at once
+            if self._group_used[group] < self._clock:  # columns are copied immediately
                 self._sizes_address[group] = 0
                 self._groups_bytes -= self._groups.pop(group).num_bytes
 
     def _map(self, store: Store, file: DataFile) -> torch.Tensor:
-        """Map a file: its bytes, uint8. No descriptor stays open."""
+        """Return the mapped bytes of a file, uint8; no file descriptor stays open."""
         if local := store.local_path(file.path):
             _check_local(store, file)
             return _map_path(local, file)
@@ -313,50 +319,47 @@ class RowReader:
 
 
 def _read_group(opened: _Open, number: int, names: Sequence[str], num_rows: int) -> _Group:
-    """Read the sizes and columns of a row group.
+    """Return the sizes and columns of a row group.
 
     Raises:
-        DatasetError: it has another number of rows; or what Arrow raises of a damaged one.
+        DatasetError: it has another number of rows. Arrow's errors for damaged data pass through.
     """
     parquet = pq.ParquetFile(_reader(opened.rows), metadata=opened.metadata, pre_buffer=False)
-    # A unit that was not rewritten yet may lack a column that the dataset has.
-    there = set(opened.metadata.schema.to_arrow_schema().names)
-    read = [*SIZES, *(name for name in names if name in there)]
+    # A unit that is not rewritten yet may lack a column of the dataset.
+    stored = set(opened.metadata.schema.to_arrow_schema().names)
+    read = [*SIZES, *(name for name in names if name in stored)]
     table = parquet.read_row_group(number, columns=read, use_threads=False)
     table.validate(full=True)
     if table.num_rows != num_rows:
-        raise DatasetError(f"row group {number} has {table.num_rows} rows")
+        raise DatasetError(f"row group {number} has {table.num_rows} rows, not {num_rows}")
     sizes = np.stack([table[name].to_numpy() for name in SIZES], axis=1, dtype=np.int64)
     columns = {
-        name: _to_list(table[name]) if name in there else _no_values(name, num_rows)
+        name: _to_list(table[name]) if name in stored else _no_values(name, num_rows)
         for name in names
     }
-    # A Python string takes about 50 bytes besides its text.
+    # A Python string takes about 50 bytes in addition to its text.
     num_bytes = sizes.nbytes + table.nbytes + 50 * len(names) * num_rows
     return _Group(torch.from_numpy(sizes), columns, num_bytes)
 
 
 def _share_of_cache(files: Files, cache: FileCache | None) -> int:
-    """Bytes of files that this rank may have open.
-
-    A file that the cache has let go of keeps its disk space for as long as it is mapped.
-    """
+    """Return how many bytes of files this rank may map; a mapped file takes space if evicted."""
     if cache is None or files.size_bytes.sum() <= cache.max_bytes:
         return 2**63
     return cache.max_bytes // 2 // num_ranks_here()
 
 
 def _check_local(store: Store, file: DataFile) -> None:
-    """Hold a local file against its receipt by size; `latentcache verify` hashes."""
+    """Compare the size of a local file with its receipt; `latentcache verify` compares hashes."""
     try:
         size_bytes = store.info(file.path).size_bytes
         if size_bytes == file.size_bytes:
             return
-        found = f"has {size_bytes} bytes, not {file.size_bytes}"
+        problem = f"has {size_bytes} bytes, not {file.size_bytes}"
     except ObjectNotFound:
-        found = "is gone"
+        problem = "is gone"
     raise DatasetError(
-        f"{store.url_of(file.path)}, which the manifest names, {found}; run `latentcache verify "
+        f"{store.url_of(file.path)}, which the manifest lists, {problem}: run `latentcache verify "
         "--repair`, then the config again"
     )
 
@@ -373,19 +376,24 @@ def _reader(region: torch.Tensor) -> pa.BufferReader:
 
 
 def _to_list(column: pa.ChunkedArray) -> list[Any]:
-    """Convert to Python, strings much faster than `to_pylist`; a missing class number is -1."""
+    """Return Python values, much faster than `to_pylist`; a missing class index is -1."""
     if pa.types.is_integer(column.type):
         return column.fill_null(-1).to_numpy().tolist()  # type: ignore[no-any-return]
     return column.to_numpy().tolist()  # type: ignore[no-any-return]
 
 
 def _no_values(name: str, num_rows: int) -> list[Any]:
-    """Return a column that a file lacks, as `_to_list` does."""
+    """Return the values of a column that a file lacks, as `_to_list` would."""
     return _to_list(pa.chunked_array([pa.nulls(num_rows, column_type(name))]))
 
 
 def open_cache(files: Files, folder: str | Path | None, max_bytes: int | str) -> FileCache | None:
-    """Make the cache that files of remote stores need; None where all are local."""
+    """Return the cache for files of remote stores; None if all stores are local.
+
+    Args:
+        files: the files.
+        folder, max_bytes: its folder (None takes `default_cache_dir`), and its size limit.
+    """
     limit = parse_bytes(max_bytes)
     if all(source.store.is_local for source in files.sources):
         return None
