@@ -45,7 +45,7 @@ _BYTES_AHEAD = 64 * 2**20
 
 
 def is_slot(source: str) -> bool:
-    """Whether the source of a unit is a folder's slot."""
+    """Return whether the source of a unit is a folder's slot."""
     return _SLOT.fullmatch(source) is not None
 
 

@@ -225,7 +225,7 @@ def _is_short_bmp(data: bytes) -> bool:
 
 
 def _is_short_iso(data: bytes) -> bool:
-    """Whether a box at the top runs beyond the end."""
+    """Return whether a box at the top runs beyond the end."""
     position = 0
     for _ in range(1024):
         size = int.from_bytes(data[position : position + 4], "big")

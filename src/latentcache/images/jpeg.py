@@ -144,7 +144,7 @@ def require_few_scans(data: bytes, num_pixels: int) -> None:
 
 
 def _is_single_scan(data: bytes) -> bool:
-    """Whether libjpeg stops after the first scan: it is sequential and has all components."""
+    """Return whether libjpeg stops after the first scan: it is sequential and has all components."""
     num_components, end = 0, 2
     for marker, start, end in _segments(data):  # noqa: B007  (the last end is used)
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):

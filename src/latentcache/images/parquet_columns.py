@@ -125,7 +125,7 @@ def plain(array: pa.Array) -> pa.Array:
 
 
 def has_path(kind: pa.DataType) -> bool:
-    """Whether a column is of structs with the path of an image, as Hugging Face's are."""
+    """Return whether a column is of structs with the path of an image, as Hugging Face's are."""
     if isinstance(kind, pa.BaseExtensionType):
         kind = kind.storage_type
     if not pt.is_struct(kind) or kind.get_field_index("path") < 0:

@@ -80,7 +80,7 @@ def strip_chunks(data: bytes) -> tuple[bytes, bytes | None]:
 
 
 def _is_kept(data: bytes, kind: bytes, start: int, length: int, other_bytes: int) -> bool:
-    """Whether a whole ancillary chunk may stay; `start` is where its content begins."""
+    """Return whether a whole ancillary chunk may stay; `start` is where its content begins."""
     if kind in _ANIMATION or length > _MAX_INFLATED_BYTES:
         return False
     if length < _MIN_BYTES.get(kind, 0) or not _is_checksum_right(data, start, length):
@@ -107,7 +107,7 @@ def _is_checksum_right(data: bytes, start: int, length: int) -> bool:
 
 
 def _is_small_text(kind: bytes, rest: bytes) -> bool:
-    """Whether what follows a text's keyword stays within Pillow's limit when it is inflated."""
+    """Return whether what follows a text's keyword stays within Pillow's limit when it is inflated."""
     if kind == b"tEXt" or (kind == b"iTXt" and rest[:1] == b"\0"):
         return True
     if kind == b"zTXt":

@@ -285,7 +285,7 @@ def _key_fault(key: str) -> Reject | None:
 
 
 def is_utf8(name: str) -> bool:
-    """Whether a name's bytes were UTF-8, in which stores and Parquet hold names."""
+    """Return whether a name's bytes were UTF-8, in which stores and Parquet hold names."""
     try:
         name.encode()
     except UnicodeEncodeError:

@@ -92,7 +92,7 @@ class NamedSources:
                 self._urls.add(Store(url).url)
 
     def __contains__(self, source: str) -> bool:
-        """Whether a unit's source is one of them."""
+        """Return whether a unit's source is one of them."""
         if is_slot(source):
             source = source.rpartition("#")[0]
         if source in self._urls:
