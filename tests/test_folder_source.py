@@ -232,7 +232,7 @@ def test_a_slot_that_lost_its_files_is_told(tmp_path: Path):
     for file in shards[0].files:
         (tmp_path / file.path).unlink()
     assert listed(tmp_path, 64) == shards[1:], "a slot without files is not listed"
-    with pytest.raises(SourceError, match="has no files any more"):
+    with pytest.raises(SourceError, match="no longer has files"):
         list_again(shards[0].url, OPTIONS)
 
 
