@@ -1,4 +1,4 @@
-"""The options for reaching a store. They are no Pydantic model, so readers need no Pydantic."""
+"""The options for reaching a store, as a dataclass, so that readers do not need Pydantic."""
 
 from __future__ import annotations
 

@@ -161,15 +161,15 @@ def check_endpoint(url: str) -> None:
     if not re.match(r"https?://", url):
         example = "https://minio.example.com" if ":" not in url else "http://localhost:9000"
         raise ConfigError(
-            f"{shown(url)!r} is no endpoint: begin it with http:// or https://, such as {example}; "
-            "leave it out for AWS itself"
+            f"{shown(url)!r} is not an endpoint: begin it with http:// or https://, such as "
+            f"{example}; leave it out for AWS itself"
         )
     check_url(url)
     host = urlsplit(url).hostname or ""
     if not _HOST.fullmatch(host):
         raise ConfigError(
-            f"{shown(url)}: {host!r} is no host name, which has letters, digits, '-' and '.' only; "
-            "give the server another name, or its address"
+            f"{shown(url)}: {host!r} is not a host name, which has only letters, digits, '-' and "
+            "'.': use another name of the server, or its address"
         )
 
 

@@ -123,7 +123,7 @@ def _refuse_stand_ins(head: bytes, name: str) -> None:
 
 
 def _map(file: BinaryIO) -> memoryview:
-    """Map a whole file into memory. Writes, of which there are none, would not reach the file."""
+    """Map a whole file into memory, copy-on-write, so that no write can reach the file."""
     return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
 
 

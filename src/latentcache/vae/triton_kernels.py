@@ -2,6 +2,16 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 """The Triton kernels that `kernels.py` launches.
 
+Parameters of `sum_kernel` and `normalise_kernel`:
+
+- x: [B, num_pixels, C] in any float dtype. h is another map of this form, read if HAS_H.
+- bias: float32 [C], read if HAS_BIAS. weight and shift: float32 [C].
+- out: a map like x, for the result. `sum_kernel` writes it if WRITES.
+- statistics: float32 [B, num_chunks, 2, GP], the means and the scatters of the groups of a chunk.
+- num_pixels: the pixels of an image. chunk_pixels: those of a chunk, a multiple of BLOCK.
+- num_chunks: the chunks of an image. CHUNKS is this number, rounded up to a power of two.
+- eps: added to the variance. SILU: whether SiLU follows.
+
 Constants of all kernels: C channels in G groups. A group of D = C / G channels has DP lanes and G
 groups have GP lanes, both rounded up to powers of two. BLOCK is the number of pixels of a tile, or
 of elements for rows of scores.
@@ -76,20 +86,7 @@ def sum_kernel(
     HAS_BIAS: tl.constexpr,
     WRITES: tl.constexpr,
 ):
-    """Add the bias and another map, and compute the statistics of each group in a chunk.
-
-    Args:
-        x: [B, num_pixels, C] in any float dtype.
-        h: a map like x, read if HAS_H.
-        bias: float32 [C], read if HAS_BIAS.
-        out: a map like x for the sum, written if WRITES.
-        statistics: float32 [B, num_chunks, 2, GP] for the means and the scatters.
-        num_pixels: the pixels of an image.
-        chunk_pixels: the pixels of a chunk; a multiple of BLOCK.
-        num_chunks: the chunks of an image.
-        C, G, GP, DP, BLOCK: see the module.
-        HAS_H, HAS_BIAS, WRITES: see above.
-    """
+    """Add the bias and a map, compute the statistics of each group in a chunk. Args: see above."""
     LANES: tl.constexpr = GP * DP
     chunk = tl.program_id(0)
     image = tl.program_id(1).to(tl.int64)
@@ -100,8 +97,7 @@ def sum_kernel(
     if HAS_BIAS:
         add = tl.load(bias + channel, mask=exists, other=0.0)
 
-    # Differences from the chunk's first pixel keep the precision that squares of values far from
-    # zero would lose.
+    # Differences from the chunk's first pixel stay precise if the values are far from zero.
     start = (image * num_pixels + first) * C
     origin = tl.load(x + start + channel, mask=exists, other=0.0).to(tl.float32) + add
     if HAS_H:
@@ -126,8 +122,7 @@ def sum_kernel(
         sums += difference
         squares += difference * difference
 
-    # First for each channel, then for its group, whose variance includes the differences between
-    # its channels.
+    # Each channel first, then its group: its variance includes the differences between channels.
     count = (last - first).to(tl.float32)
     total = tl.sum(sums, axis=0)
     mean = tl.reshape(origin + total / count, (GP, DP))
@@ -162,23 +157,7 @@ def normalise_kernel(
     HAS_BIAS: tl.constexpr,
     SILU: tl.constexpr,
 ):
-    """Merge the statistics of the chunks, normalise, and apply SiLU if SILU.
-
-    Args:
-        x: [B, num_pixels, C] in any float dtype.
-        bias: float32 [C], added to x if HAS_BIAS.
-        statistics: from `sum_kernel`.
-        weight: float32 [C].
-        shift: float32 [C].
-        out: a map like x.
-        num_pixels: the pixels of an image.
-        chunk_pixels: the pixels of a chunk.
-        num_chunks: the chunks of an image.
-        eps: added to the variance.
-        C, G, GP, DP, BLOCK: see the module.
-        CHUNKS: num_chunks, rounded up to a power of two.
-        HAS_BIAS, SILU: see above.
-    """
+    """Merge the statistics of the chunks, normalise, and apply SiLU. Args: see above."""
     LANES: tl.constexpr = GP * DP
     D: tl.constexpr = C // G
     image = tl.program_id(1).to(tl.int64)
