@@ -448,7 +448,7 @@ def test_a_decoder_of_another_family_is_refused(tree: dict[str, Any], tmp_path: 
 def test_a_decoder_of_another_encoder_is_refused(tree: dict[str, Any], tmp_path: Path):
     other = write_diffusers_folder(tmp_path / "other", TINY_KL_F8 | {"latent_channels": 16})
     tree["models"][1]["checkpoint"] = str(other)
-    with pytest.raises(ConfigError, match=r"noisy belongs to another encoder.* 50 dB are asked"):
+    with pytest.raises(ConfigError, match=r"noisy belongs to another encoder.* 50 dB are required"):
         evaluated(tree)
     worse = write_copy(tmp_path / "worse", 0.05, half="encoder.")
     tree["models"][1]["checkpoint"] = str(worse)

@@ -202,7 +202,9 @@ def test_a_folder_without_images_is_told(tmp_path: Path):
         with pytest.raises(SourceError, match="holds no image files"):
             listed(folder)
     fill(tmp_path, {"a.txt": b"a caption alone", "README.md": b""})
-    with pytest.raises(SourceError, match=r"source\.image says end in jpg, jpeg, .*source\.folder"):
+    with pytest.raises(
+        SourceError, match=r"extension of source\.image \(jpg, jpeg, .*source\.folder"
+    ):
         listed(tmp_path)
 
 
