@@ -421,7 +421,7 @@ def test_the_schema_describes_every_section(schema: dict[str, Any]):
 def test_a_setting_that_stands_twice_is_refused(tmp_path: Path):
     path = tmp_path / "config.yaml"
     path.write_text("name: a\nsource: {shards: x.tar}\nname: b\n")
-    with pytest.raises(ConfigError, match=r"'name' stands here twice.*line 3"):
+    with pytest.raises(ConfigError, match=r"'name' is set twice.*line 3"):
         load_config(path)
 
 

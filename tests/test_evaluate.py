@@ -243,9 +243,9 @@ def test_what_is_written_is_what_was_found(made: Made, reconstructions: dict[str
     ]
     assert [row[1] for row in others] == ["", "0"]
     assert table[6:] == [
-        "- 2 samples were left out: decode: not_an_image (1), read: no_image (1).",
-        "- rFID is that of 9 images, fewer than its 2048 features: it is too high, and compares "
-        "with nothing but the same images.",
+        "- 2 samples were rejected: decode: not_an_image (1), read: no_image (1).",
+        "- rFID is from 9 images, fewer than its 2048 features: it is too high, and comparable "
+        "only on the same images.",
     ]
 
     # Four rows over three shards: one, one and two of their first images.
@@ -339,7 +339,7 @@ def test_one_image_has_no_rfid(tree: dict[str, Any]):
     found = evaluated(tree | {"max_images": 1})
     assert found.models[0].rfid is None
     assert found.models[0].psnr_db.std == 0
-    assert "rFID is empty: it takes two images at least." in found.notes
+    assert "rFID is empty: it needs at least two images." in found.notes
 
 
 def test_progress_is_told_piece_by_piece(tree: dict[str, Any]):
@@ -448,7 +448,7 @@ def test_a_decoder_of_another_family_is_refused(tree: dict[str, Any], tmp_path: 
 def test_a_decoder_of_another_encoder_is_refused(tree: dict[str, Any], tmp_path: Path):
     other = write_diffusers_folder(tmp_path / "other", TINY_KL_F8 | {"latent_channels": 16})
     tree["models"][1]["checkpoint"] = str(other)
-    with pytest.raises(ConfigError, match=r"noisy belongs to another encoder.* 50 dB are asked"):
+    with pytest.raises(ConfigError, match=r"noisy belongs to another encoder.* 50 dB are required"):
         evaluated(tree)
     worse = write_copy(tmp_path / "worse", 0.05, half="encoder.")
     tree["models"][1]["checkpoint"] = str(worse)
@@ -462,7 +462,7 @@ def test_a_decoder_whose_encoder_agrees_is_accepted_and_named(tree: dict[str, An
     del tree["networks"]
     found = evaluated(tree)
     (note,) = (note for note in found.notes if "encoder" in note)
-    assert note.startswith("near has an encoder of its own, which agrees with that of `vae` to ")
+    assert note.startswith("near has its own encoder, which agrees with that of `vae` to ")
     assert found.models[0].psnr_db == found.models[1].psnr_db, "the decoders are the same"
 
 
@@ -471,7 +471,7 @@ def test_a_decoder_that_gives_nan_is_told(tree: dict[str, Any], tmp_path: Path):
     state["decoder.conv_in.weight"] = torch.full_like(state["decoder.conv_in.weight"].float(), 3e38)
     broken = write_folder(tmp_path / "x", json.loads((DEMO / "config.json").read_text()), state)
     tree["models"][1]["checkpoint"] = str(broken)
-    with pytest.raises(CheckpointError, match="noisy decodes to NaN"):
+    with pytest.raises(CheckpointError, match="noisy decodes to values that are not finite"):
         evaluated(tree)
 
 

@@ -405,9 +405,9 @@ def test_null_columns_are_fields_that_a_sample_lacks(tmp_path: Path):
     ("columns", "keep", "key", "told"),
     [
         ({"picture": [b"x"]}, [], None, "source.image names jpg, image, the file has picture"),
-        ({"image": ["x"]}, [], None, "column 'image' is string, no image"),
-        ({"image": [[b"x"]]}, [], None, "column 'image' is list.*, no image"),
-        ({"image": [{"data": b"x"}]}, [], None, "column 'image' is struct.*, no image"),
+        ({"image": ["x"]}, [], None, "column 'image' is string and not an image"),
+        ({"image": [[b"x"]]}, [], None, "column 'image' is list.* and not an image"),
+        ({"image": [{"data": b"x"}]}, [], None, "column 'image' is struct.* and not an image"),
         ({"image": [b"x"]}, ["txt"], None, "no column 'txt', which source.keep names; it has im"),
         (
             {"image": [b"x"], "txt": [{"a": 1}]},

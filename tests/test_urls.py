@@ -234,7 +234,7 @@ def test_variables_and_home_are_expanded_in_every_url(
             "$NO_SUCH": "variable NO_SUCH is not set",
             "${}/x": "write a variable as",
             "${SRC": "write a variable as",
-            "$AWS_SECRET_ACCESS_KEY": "a secret by its name",
+            "$AWS_SECRET_ACCESS_KEY": "the name of a secret",
         }.items():
             with pytest.raises(ConfigError, match=rf"{path}: .*{told}"):
                 parse_config(config(tmp_path, path, written))

@@ -1,15 +1,15 @@
-"""A clock that goes on while the process, or its whole machine, is suspended."""
+"""A clock that also counts the time in which the process or the machine is suspended."""
 
 from __future__ import annotations
 
 import time
 
-# macOS has no CLOCK_BOOTTIME; its monotonic clock includes the time asleep.
+# macOS has no CLOCK_BOOTTIME. Its monotonic clock includes the time asleep.
 _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 
 def boot_time_s() -> float:
-    """Return the seconds since the machine booted, those in which it was suspended included.
+    """Return the seconds since the machine booted, including the time it was suspended.
 
     Callers compare two readings of one process. Call it as `clock.boot_time_s()`, so that a test
     can replace it.

@@ -1,39 +1,39 @@
-"""Every error that latentcache raises on purpose.
+"""The exceptions that latentcache raises on purpose, and the redaction of their messages.
 
     LatentCacheError                exit code 1
      ├── ConfigError                2   the config, an option or an argument is wrong
      │    └── CheckpointError       2   a VAE checkpoint cannot be used
-     ├── ContractMismatch           2   the output holds latents made another way
+     ├── ContractMismatch           2   the output holds latents of another contract
      ├── StorageError               1   a store cannot be reached, read or written
-     │    ├── ObjectNotFound        1   nothing lies at that URL
+     │    ├── ObjectNotFound        1   no object exists at that URL
      │    ├── AccessDenied          1   credentials or file permissions do not allow it
-     │    └── DiskFull              1   the disk or bucket has no room left: the whole run stops
+     │    └── DiskFull              1   the disk or bucket is full: the whole run stops
      ├── DeadlinePassed             1   a put came so late that gc may have deleted the files
      ├── SourceError                1   a source shard cannot be listed or read
-     │    ├── FieldMissing          1   a file has no column for a field that is to be kept
-     │    └── SourceChanged         1   a source shard was overwritten: its unit is planned anew
-     ├── DatasetError               1   what lies on disk is not a readable latent dataset
-     ├── ClusterError               1   Ray cannot give what the config asks for
-     ├── IncompleteRun              1   a run ended with units left to do
+     │    ├── FieldMissing          1   a file has no column for a field of `source.keep`
+     │    └── SourceChanged         1   a source shard was overwritten: its unit is planned again
+     ├── DatasetError               1   the files at the URL are not a readable latent dataset
+     ├── ClusterError               1   Ray cannot provide what the config requests
+     ├── IncompleteRun              1   a run ended before all of its units were done
      └── CheckFailed                3   a verification, the reject budget or a gate failed
 
-The message is one line that names the thing and says the mend; `cli/` prints it and exits with
-`exit_code`. A sample that cannot become a latent is not an error: it is a `Reject`, which the unit
-turns into a row of the rejects file.
+A message is one line. It says what is wrong, where, and how to fix it. `cli/` prints it and exits
+with `exit_code`. A sample that cannot become a latent is not an error: it is a `Reject`, which the
+unit writes as a row of the rejects file.
 """
 
 from __future__ import annotations
 
 import re
 
-# What stands for a secret in a message.
+# Replaces a secret in a message.
 REDACTED = "***"
 
-# `scheme://user:password@`; a port after a host is none, nor is `container@account` of Azure.
+# `scheme://user:password@`. It does not match a port after a host, or Azure's `container@account`.
 _USERINFO = re.compile(r"([a-z][a-z0-9+.-]*:/{1,2})(?!/)(?![^\s/@:]*:\d*/)[^\s/@]*:[^\s@]*@", re.I)
 _HTTP_USER = re.compile(r"(https?:/{1,2})(?!/)[^\s/@]+@", re.I)
 
-# Parameters of signed URLs, and headers and tokens as clients repeat them in their messages.
+# The parameters of signed URLs, and the headers and tokens that clients repeat in their messages.
 CREDENTIAL_WORDS = "sig|token|secret|pass|pwd|cred|key|auth|policy|jwt|session|sas"
 _PARAMETER = re.compile(
     rf"((?:[?&;#]|, ?)[\w.%~-]{{0,60}}(?:{CREDENTIAL_WORDS})[\w.%~-]{{0,60}}=)[^&;\s\"'<>]+", re.I
@@ -43,10 +43,10 @@ _HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
 
 
 def one_line(text: str) -> str:
-    """Return `text` fit for one line of a terminal or a log: redacted, visible characters only.
+    """Return `text` as one redacted line of visible characters, for a terminal or a log.
 
-    White space becomes spaces. What a terminal would act on (escapes, C1 controls, marks that turn
-    the direction of writing) and what is not UTF-8 is written as a Python escape.
+    White space becomes spaces. Characters that a terminal acts on (escapes, C1 controls, marks of
+    writing direction) and characters that are not UTF-8 become Python escapes.
     """
     return "".join(
         c if c.isprintable() else " " if c.isspace() else ascii(c)[1:-1] for c in redact(text)
@@ -54,20 +54,20 @@ def one_line(text: str) -> str:
 
 
 def redact(text: str) -> str:
-    """Return `text` with every credential that a URL or a client's message holds as `***`."""
+    """Return `text` with `***` in place of every credential of a URL or a client's message."""
     text = _HTTP_USER.sub(rf"\1{REDACTED}@", _USERINFO.sub(rf"\1{REDACTED}@", text))
     text = _PARAMETER.sub(rf"\1{REDACTED}", text)
     return _HUB_TOKEN.sub(REDACTED, _BEARER.sub(rf"\1{REDACTED}", text))
 
 
 class LatentCacheError(Exception):
-    """The root: catch this to catch every error that latentcache raises on purpose.
+    """The base class of every error that latentcache raises on purpose.
 
-    Messages go to terminals, logs and failure records. So each line of one is what `one_line` makes
-    of it: whatever a file is called, it neither steers a terminal nor looks like a further message.
+    Messages go to terminals, logs and failure records. `one_line` therefore cleans each line: a
+    file name can neither control a terminal nor look like a second message.
 
     Args:
-        lines: of the message, one as a rule.
+        lines: the lines of the message, usually one.
     """
 
     exit_code = 1
@@ -86,7 +86,7 @@ class ConfigError(LatentCacheError):
 
 
 class CheckpointError(ConfigError):
-    """A VAE checkpoint is missing, damaged, or of an architecture this package does not know."""
+    """A VAE checkpoint is missing, damaged, or has an unsupported architecture."""
 
 
 class ContractMismatch(LatentCacheError):
@@ -100,19 +100,19 @@ class StorageError(LatentCacheError):
 
 
 class ObjectNotFound(StorageError):
-    """Nothing lies at that URL."""
+    """No object exists at that URL."""
 
 
 class AccessDenied(StorageError):
-    """Credentials are missing, or they or a file's permissions do not allow what was asked."""
+    """Credentials are missing, or the credentials or file permissions forbid the operation."""
 
 
 class DiskFull(StorageError):
-    """The local disk or the output store has no room left; no retry can help."""
+    """The local disk or the output store is full. A retry cannot succeed."""
 
 
 class DeadlinePassed(LatentCacheError):
-    """A put was not tried, because what it would name may be deleted by now."""
+    """A put was not tried, because gc may have deleted the files that the object names."""
 
 
 class SourceError(LatentCacheError):
@@ -124,19 +124,19 @@ class FieldMissing(SourceError):
 
 
 class SourceChanged(SourceError):
-    """A source shard is no longer the version that was listed; what was read of it is discarded."""
+    """A source shard is no longer the listed version. Data that was read from it is discarded."""
 
 
 class DatasetError(LatentCacheError):
-    """What lies at the URL is not a readable latent dataset, or has been damaged."""
+    """The files at the URL are not a readable latent dataset, or they are damaged."""
 
 
 class ClusterError(LatentCacheError):
-    """Ray cannot be started or cannot give what the config asks for."""
+    """Ray cannot be started or cannot provide what the config requests."""
 
 
 class IncompleteRun(LatentCacheError):
-    """A run ended with units left to do; the same command takes it up again."""
+    """A run ended before all of its units were done. The same command resumes it."""
 
 
 class CheckFailed(LatentCacheError):
@@ -146,13 +146,14 @@ class CheckFailed(LatentCacheError):
 
 
 class Reject(Exception):
-    """Why one sample is left out: raised by the stage that finds it, recorded by the unit.
+    """The reason why one sample has no latent: raised by a stage, recorded by the unit.
 
-    An outcome of that sample, not an error of the program, so it stands outside the tree.
+    It is an outcome of that sample and not an error of the program, so it is not a
+    `LatentCacheError`.
 
     Args:
-        stage: where it was found: `read`, `decode`, `transform` or `encode`.
-        reason: a stable snake_case word that tools may count by, such as `truncated_image`.
+        stage: the stage that raises it: `read`, `decode`, `transform` or `encode`.
+        reason: a stable snake_case identifier that tools may count by, such as `truncated_image`.
         message: one line for a person.
     """
 
@@ -164,6 +165,6 @@ class Reject(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """Give what an exception says, in one line, redacted; of one that says nothing, its kind."""
+    """Return the first line of an exception's message, redacted; its type name if it has none."""
     text = redact(str(error).strip())
     return text.splitlines()[0] if text else type(error).__name__

@@ -1,4 +1,4 @@
-"""Lines on stderr: plain ones for people, or one JSON object each for a log collector."""
+"""Lines on stderr: plain text for people, or one JSON object a line for a log collector."""
 
 from __future__ import annotations
 
@@ -18,13 +18,19 @@ _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def write_json(event: str, message: str, level: Level = "info", **fields: Any) -> None:
-    """Write one object, in ASCII: what `event` (a name that stays), `message` and `fields` say.
+    """Write one JSON object in ASCII to stderr, with the time and the arguments.
 
-    Credentials in any of them are redacted.
+    Credentials in any of the arguments are redacted.
+
+    Args:
+        event: a stable name of the event.
+        message: one line for people.
+        level: the severity.
+        fields: further members of the object.
     """
     time = datetime.now(UTC).isoformat(timespec="milliseconds")
     tree = {"time": time, "level": level, "event": event, "message": message, **fields}
-    # In one call, so that lines of several threads do not mix.
+    # One call writes the whole line, so that the lines of several threads do not mix.
     sys.stderr.write(json.dumps(redacted(tree)) + "\n")
     sys.stderr.flush()
 
@@ -41,7 +47,7 @@ def redacted(tree: Any) -> Any:
 
 
 def write_libraries_as_json() -> None:
-    """Let what libraries warn of or print, in this process, be objects too: event `library`."""
+    """Write the warnings and prints of libraries in this process as objects of event `library`."""
     logging.basicConfig(handlers=[_JsonHandler()], level=logging.WARNING, force=True)
     logging.captureWarnings(True)
     sys.stdout = _Prints()
@@ -54,7 +60,7 @@ class _JsonHandler(logging.Handler):
 
 
 class _Prints(io.TextIOBase):
-    """Stands for stdout, where Ray prints, in colours, what it has to say of lost workers."""
+    """A replacement of stdout, on which Ray prints coloured messages about lost workers."""
 
     def write(self, text: str) -> int:
         for line in _COLOURS.sub("", text).splitlines():
@@ -64,7 +70,7 @@ class _Prints(io.TextIOBase):
 
 
 def size_text(num_bytes: int) -> str:
-    """Write a number of bytes for people: `1.5 MiB`."""
+    """Return a number of bytes as text for people: `1.5 MiB`."""
     size, unit = float(num_bytes), "B"
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if size < 1024 or unit == "TiB":

@@ -1,4 +1,4 @@
-"""How to reach a store: a class of its own, so that reading a dataset needs no Pydantic."""
+"""The options for reaching a store, as a dataclass, so that readers do not need Pydantic."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any, ClassVar
 
 @dataclass(frozen=True, slots=True)
 class StorageOptions:
-    """How to reach a store. Credentials come from the environment or from the named profile.
+    """The options for reaching a store.
+
+    Credentials come from the environment or from the named profile.
 
     Args:
         endpoint_url: an S3-compatible server other than AWS, with http:// or https://.
@@ -17,7 +19,7 @@ class StorageOptions:
         requester_pays: accept the charges of a requester-pays bucket.
     """
 
-    # Pydantic reads this where the class is a section of a config.
+    # Pydantic reads this when the class is a section of a config.
     __pydantic_config__: ClassVar[dict[str, Any]] = {
         "extra": "forbid",
         "hide_input_in_errors": True,

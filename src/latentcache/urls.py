@@ -1,8 +1,8 @@
-"""URLs: which ones are accepted, and what a config may write in one.
+"""Validation of URLs, and the variables that a URL in a config may have.
 
-`check_url` is the only gate: every `Store` passes through it, and a config calls it earlier, so
-that the error names the setting. A URL is recorded in datasets and printed in logs. So one that
-holds a credential is refused, and no message here repeats the credential.
+`check_url` is the only validation. Every `Store` calls it. A config calls it earlier, so that the
+error names the setting. URLs are recorded in datasets and printed in logs. A URL that holds a
+credential is therefore refused, and no message here repeats the credential.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from latentcache.errors import CREDENTIAL_WORDS, REDACTED, ConfigError, one_line
 SCHEMES = frozenset(
     {"file", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf", "http", "https"}
 )
-"""Schemes that are accepted. All others are refused, because fsspec has many more: some run
-commands, read archives inside archives, or answer with data that the URL itself holds."""
+"""The accepted schemes. All others are refused: fsspec has many more, some of which run commands,
+read archives inside archives, or return data that the URL itself holds."""
 
 _LISTED = "file, s3, gs, az, abfs, hf, http and https"
 
 _SCHEME = re.compile(r"([^/:]+)://")
 _ALMOST_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+._-]+):")
-# Words that are a scheme even where no '//' follows; another word before a colon is a file's name.
+# Words that are a scheme even without '//'. Any other word before a colon is part of a file name.
 _SCHEME_WORDS = SCHEMES | {"data", "ftp", "github", "local", "memory", "pipe", "sftp", "zip"}
 _CHAIN = re.compile(r"^[a-z][a-z0-9+.-]*::|::[a-z][a-z0-9+.-]*://", re.I)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _SIGNED = re.compile(rf"\?(?:[^/]*[&;])?(versionid|[^=/&;]*(?:{CREDENTIAL_WORDS})[^=/&;]*)=", re.I)
 _VARIABLE = re.compile(r"\$(?:\$|\{(\w*)(\}?)|([A-Za-z_]\w*))", re.ASCII)
 _SECRET_NAME = re.compile("secret|token|passw|credential|_key", re.I)
-# A host or an address of IPv6 in brackets, and perhaps a port.
-_PLACE = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\[\]:]+)(:\d*)?", re.ASCII)
-# What botocore takes for the host of an endpoint.
+# A host or an IPv6 address in brackets, with an optional port.
+_HOST_AND_PORT = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\[\]:]+)(:\d*)?", re.ASCII)
+# The hosts that botocore accepts in an endpoint.
 _LABEL = r"(?!-)[A-Za-z0-9-]{1,63}(?<!-)"
 _HOST = re.compile(rf"({_LABEL}\.)*{_LABEL}\.?|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*")
 
@@ -44,15 +44,15 @@ _USE_PROFILE = (
 
 
 def check_url(url: str) -> str:
-    """Refuse a URL or local path that this package does not open, or must not record.
+    """Raise an error for a URL or local path that cannot be opened or must not be recorded.
 
     Returns:
         The scheme; `file` for a local path.
 
     Raises:
-        ConfigError: it is empty; has a control character or is not UTF-8; has a scheme that is not
-            in `SCHEMES`, in upper case, or without `//`; is a chain (`::`); names no bucket or
-            host; or holds a credential or a query.
+        ConfigError: the URL is empty; has a control character; is not UTF-8; has a scheme that is
+            not in `SCHEMES`, is in upper case, or has no `//`; is a chain (`::`); names no bucket
+            or host; or holds a credential or a query.
     """
     if not url.strip():
         raise ConfigError("the URL is empty: give a path or a URL")
@@ -75,7 +75,7 @@ def check_url(url: str) -> str:
 
 
 def _scheme_of(url: str) -> str | None:
-    """Return the scheme, which is allowed; None for a local path."""
+    """Return the scheme, after checking that it is allowed; None for a local path."""
     match = _SCHEME.match(url)
     if match is None:
         if url.startswith("://"):
@@ -112,20 +112,20 @@ def _check_path(path: str, *, is_url: bool = False) -> None:
 
 
 def _check_remote(url: str, scheme: str) -> None:
-    place, slash, path = url[len(scheme) + 3 :].partition("/")
+    authority, slash, path = url[len(scheme) + 3 :].partition("/")
     is_http = scheme in ("http", "https")
-    user, at, host = place.rpartition("@")
-    # `container@account` is how Azure writes a host, `repository@revision` how the Hub does.
+    user, at, host = authority.rpartition("@")
+    # Azure writes a host as `container@account`; the Hub writes `repository@revision`.
     may_have_at = scheme in ("abfs", "abfss", "az", "hf")
     if at and (":" in user or not may_have_at):
         raise ConfigError(f"{shown(url)} holds a user name or password: {_USE_PROFILE}")
-    if not (host if is_http else place).strip() or place in (".", ".."):
+    if not (host if is_http else authority).strip() or authority in (".", ".."):
         kind = "host" if is_http else "repository" if scheme == "hf" else "bucket"
         raise ConfigError(f"{shown(url)} names no {kind}: write {scheme}://{kind.upper()}/…")
-    if any(c.isspace() for c in place):
+    if any(c.isspace() for c in authority):
         raise ConfigError(f"{shown(url)} has a space before its first '/'")
     if is_http:
-        _check_port(url, place)
+        _check_port(url, authority)
         if "?" in url or "#" in url:
             raise ConfigError(
                 f"{shown(url)} has a query or a fragment, as signed URLs do: a URL is recorded in "
@@ -142,9 +142,9 @@ def _check_remote(url: str, scheme: str) -> None:
         raise ConfigError(f"{shown(url)} is signed (it has {redact(name)}=…): {_USE_PROFILE}")
 
 
-def _check_port(url: str, place: str) -> None:
+def _check_port(url: str, authority: str) -> None:
     try:
-        is_valid = _PLACE.fullmatch(place) and (urlsplit(url).port or 1) > 0
+        is_valid = _HOST_AND_PORT.fullmatch(authority) and (urlsplit(url).port or 1) > 0
     except ValueError:
         is_valid = False
     if not is_valid:
@@ -152,34 +152,38 @@ def _check_port(url: str, place: str) -> None:
 
 
 def check_endpoint(url: str) -> None:
-    """Refuse an `endpoint_url` that S3's client would not take.
+    """Raise an error for an `endpoint_url` that the S3 client does not accept.
 
     Raises:
-        ConfigError: it has no `http://` or `https://`, no valid host, a path with a query, or a
-            credential.
+        ConfigError: the URL has no `http://` or `https://`, no valid host, a path with a query, or
+            a credential.
     """
     if not re.match(r"https?://", url):
         example = "https://minio.example.com" if ":" not in url else "http://localhost:9000"
         raise ConfigError(
-            f"{shown(url)!r} is no endpoint: begin it with http:// or https://, such as {example}; "
-            "leave it out for AWS itself"
+            f"{shown(url)!r} is not an endpoint: begin it with http:// or https://, such as "
+            f"{example}; leave it out for AWS itself"
         )
     check_url(url)
     host = urlsplit(url).hostname or ""
     if not _HOST.fullmatch(host):
         raise ConfigError(
-            f"{shown(url)}: {host!r} is no host name, which has letters, digits, '-' and '.' only; "
-            "give the server another name, or its address"
+            f"{shown(url)}: {host!r} is not a host name, which has only letters, digits, '-' and "
+            "'.': use another name of the server, or its address"
         )
 
 
 def expand(url: str, environment: Mapping[str, str] = os.environ) -> str:
     """Replace `$NAME` and `${NAME}` by environment variables, and a leading `~` by the home folder.
 
-    `$$` stands for a dollar sign. A `$` that no name follows stays as it is.
+    `$$` stands for a dollar sign. A `$` without a name after it is kept.
+
+    Args:
+        url: a URL or a path.
+        environment: the variables.
 
     Raises:
-        ConfigError: a variable is not set, or its name says that it is a secret.
+        ConfigError: a variable is not set, or its name is the name of a secret.
     """
 
     def value_of(match: re.Match[str]) -> str:
@@ -191,7 +195,7 @@ def expand(url: str, environment: Mapping[str, str] = os.environ) -> str:
                 f"{shown(url)}: write a variable as ${{NAME}}, and '$' itself as '$$'"
             )
         if _SECRET_NAME.search(name):
-            raise ConfigError(f"{shown(url)}: ${name} is a secret by its name: {_USE_PROFILE}")
+            raise ConfigError(f"{shown(url)}: ${name} is the name of a secret: {_USE_PROFILE}")
         if name not in environment:
             raise ConfigError(
                 f"{shown(url)}: the environment variable {name} is not set: set it, or write '$$' "
@@ -204,10 +208,10 @@ def expand(url: str, environment: Mapping[str, str] = os.environ) -> str:
 
 
 def shown(url: str) -> str:
-    """Return a URL as a message may repeat it: without credentials, on one line, 200 characters.
+    """Return a URL for a message: one line without credentials, of at most 200 characters.
 
-    Where an `@` or a query says that there may be one, more is left out than `errors.redact` does,
-    because what is refused may break the syntax by which a credential is found.
+    If an `@` or a query shows that there may be a credential, this function removes more than
+    `errors.redact` does, because a refused URL may break the syntax that `redact` looks for.
     """
     text = redact(url)
     scheme, mark, rest = text.partition("://")

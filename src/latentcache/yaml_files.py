@@ -1,7 +1,8 @@
-"""YAML that people write, read in bounded time and memory: plain data, or a `ConfigError`.
+"""Read YAML files that users write, in bounded time and memory.
 
-YAML's own safe loader executes nothing, but it lets aliases multiply a small file into gigabytes,
-lets the second of two settings of one name win, and raises errors of many kinds.
+PyYAML's safe loader executes no code. But its aliases can expand a small file into gigabytes, it
+accepts two settings of one name (the second one wins), and it raises exceptions of many types. The
+functions here return plain data or raise `ConfigError`.
 """
 
 from __future__ import annotations
@@ -14,19 +15,19 @@ import yaml
 
 from latentcache.errors import ConfigError, first_line
 
-# A config of a million characters would be a list of URLs, which braces or a glob write in a line.
+# A larger config would be a list of URLs, which braces or a glob can express in one line.
 _MAX_BYTES = 2**20
 _MAX_DEPTH = 32
-_MAX_NODES = 200_000  # with each alias counted as the nodes that it stands for
+_MAX_NODES = 200_000  # an alias counts as many nodes as it expands to
 
 _MERGE_TAG = "tag:yaml.org,2002:merge"
 
-# libyaml's parser, where PyYAML was built with it: twenty times as fast.
+# The parser of libyaml, if PyYAML was built with it, is twenty times as fast.
 _Safe: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class _Loader(_Safe):  # type: ignore[misc]
-    """The safe loader, with one kind of error and without settings of one name."""
+    """The safe loader, with one exception type and without duplicate settings."""
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
@@ -34,24 +35,24 @@ class _Loader(_Safe):  # type: ignore[misc]
         except yaml.YAMLError:
             raise
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            # Of a date such as 2001-13-45, or of `!!int x`: each of the constructors has its own.
-            raise _wrong(f"this value is not what its form or tag says ({error})", node) from error
+            # Each constructor raises its own type, for a date such as 2001-13-45 or for `!!int x`.
+            raise _error(f"this value does not match its form or tag ({error})", node) from error
 
     def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict[Hashable, Any]:
         if isinstance(node, yaml.MappingNode):
             seen = set()
             for key, _ in node.value:
                 if not isinstance(key, yaml.ScalarNode):
-                    raise _wrong("a name in a mapping is a list or a mapping", key)
+                    raise _error("a name in a mapping is a list or a mapping", key)
                 if key.value in seen and key.tag != _MERGE_TAG:
-                    raise _wrong(f"{key.value[:60]!r} stands here twice", key)
+                    raise _error(f"{key.value[:60]!r} is set twice", key)
                 seen.add(key.value)
         result: dict[Hashable, Any] = super().construct_mapping(node, deep)
         return result
 
 
-def _wrong(problem: str, place: yaml.Node | yaml.Event) -> yaml.MarkedYAMLError:
-    mark: Any = place.start_mark  # libyaml's marks are a class of their own
+def _error(problem: str, source: yaml.Node | yaml.Event) -> yaml.MarkedYAMLError:
+    mark: Any = source.start_mark  # libyaml has its own class of marks
     return yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
 
 
@@ -59,7 +60,7 @@ def read_yaml(path: str | Path) -> Any:
     """Read a YAML file.
 
     Raises:
-        ConfigError: it cannot be read, is larger than 1 MiB, or as `parse_yaml`.
+        ConfigError: the file cannot be read or is larger than 1 MiB; or see `parse_yaml`.
     """
     try:
         with Path(path).open("rb") as file:
@@ -82,11 +83,11 @@ def parse_yaml(text: str, origin: str) -> Any:
 
     Args:
         text: one YAML document.
-        origin: what errors call it.
+        origin: the name of the text in errors.
 
     Raises:
-        ConfigError: it is not valid YAML, or holds two settings of one name, more than 32 levels,
-            or more than 200,000 values once its aliases are expanded.
+        ConfigError: the text is not valid YAML, has two settings of one name, has more than 32
+            levels, or has more than 200,000 values after its aliases are expanded.
     """
     try:
         _require_small(text)
@@ -94,20 +95,20 @@ def parse_yaml(text: str, origin: str) -> Any:
     except yaml.YAMLError as error:
         problem = " ".join(str(error).split())
         raise ConfigError(f"{origin} is not valid YAML: {problem}") from error
-    except (ValueError, TypeError) as error:  # of the parser, such as a surrogate
+    except (ValueError, TypeError) as error:  # raised by the parser, for a surrogate for example
         raise ConfigError(f"{origin} is not valid YAML: {first_line(error)}") from error
 
 
 def _require_small(text: str) -> None:
-    """Count the nodes that a document comes to, and its levels, without building it."""
-    sizes: dict[str, int] = {}  # of the anchors whose node has ended
-    totals, anchors = [0], [""]  # of each open node; the first stands for the document
+    """Count the expanded nodes and the levels of a document, without building it."""
+    sizes: dict[str, int] = {}  # the sizes of the anchors whose node has ended
+    totals, anchors = [0], [""]  # of each open node; the first entry is the document
     for event in yaml.parse(text, _Safe):
         size = 0
         if isinstance(event, yaml.AliasEvent):
             if event.anchor not in sizes:
-                message = f"the alias {event.anchor!r:.60} stands before its anchor ends"
-                raise _wrong(message, event)
+                message = f"the alias {event.anchor!r:.60} is used before its anchor ends"
+                raise _error(message, event)
             size = sizes[event.anchor]
         elif isinstance(event, yaml.CollectionStartEvent):
             totals.append(1)
@@ -121,4 +122,4 @@ def _require_small(text: str) -> None:
         totals[-1] += size
         if len(totals) > _MAX_DEPTH or totals[-1] > _MAX_NODES:
             most = f"more than {_MAX_DEPTH} levels, or {_MAX_NODES} values with aliases expanded"
-            raise _wrong(most, event)
+            raise _error(most, event)

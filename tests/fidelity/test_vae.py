@@ -107,14 +107,14 @@ def test_computes_in_its_dtype_and_returns_float32(tmp_path: Path) -> None:
     ids=["odd-size", "empty", "no-batch", "gray", "float"],
 )
 def test_refuses_other_images(images: Tensor) -> None:
-    with pytest.raises(ConfigError, match="encode wants"):
+    with pytest.raises(ConfigError, match="encode needs"):
         load_vae("demo", decoder=False).encode(images)
 
 
 def test_refuses_to_decode_what_it_cannot() -> None:
     with pytest.raises(ConfigError, match="without its decoder"):
         load_vae("demo", decoder=False).decode(torch.zeros(1, 16, 4, 4))
-    with pytest.raises(ConfigError, match="decode wants"):
+    with pytest.raises(ConfigError, match="decode needs"):
         load_vae("demo").decode(torch.zeros(1, 4, 4, 4))
 
 

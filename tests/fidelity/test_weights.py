@@ -285,7 +285,7 @@ def test_names_what_is_missing(tmp_path: Path) -> None:
         load_vae(f"{tmp_path}/nothing.ckpt")
     folder = write_folder(tmp_path, CONFIG, STATE)
     (folder / "config.json").rename(folder / "other.json")
-    with pytest.raises(CheckpointError, match=r"needs its config\.json beside it"):
+    with pytest.raises(CheckpointError, match=r"put its config\.json beside it"):
         load_vae(f"{folder}/diffusion_pytorch_model.safetensors")
     (folder / "config.json").write_text("<html>")
     with pytest.raises(CheckpointError, match=r"config\.json is not JSON"):

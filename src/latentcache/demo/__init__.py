@@ -1,1 +1,1 @@
-"""Drawn images and the weights of a small autoencoder, to try everything on."""
+"""Synthetic images and the weights of a small VAE, for demos and tests."""

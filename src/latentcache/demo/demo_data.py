@@ -1,4 +1,4 @@
-"""WebDataset shards to try everything on: drawn pictures in all the forms that images come in."""
+"""WebDataset shards for demos and tests: synthetic pictures in many image formats."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from latentcache.demo.draw import draw_image
 
 Fields = dict[str, bytes]
 
-# Square root of the pixel count, and the longest side over the shortest.
+# The range of the square root of the pixel count, and the longest side over the shortest.
 _MEAN_SIDE_PX = (240, 360)
 _MAX_RATIO = 2.0
 
-# What a picture is stored as, in turn: mostly what the web has most of, and one of each oddity.
+# The formats of the pictures of a shard, in turn: mostly the common ones, and one of each rare one.
 _FORMS = (
     *("jpeg", "jpeg", "rotated", "webp", "jpeg", "gray"),
     *("jpeg", "png", "cmyk", "alpha", "palette", "gray16"),
 )
 
-# How the last sample of each shard is broken, in turn, by the reason it is rejected for.
-# `too_small` is one only where `min_side_px` or `max_upscale` says so.
+# The faults of the last sample of each shard, in turn, named by their reject reason. `too_small` is
+# rejected only if `min_side_px` or `max_upscale` is set.
 _FAULTS = ("truncated_image", "no_image", "duplicate_key", "not_an_image", "too_small")
 
 
 @dataclass(frozen=True, slots=True)
 class DemoData:
-    """What was written; `num_by_reason` counts the broken samples by their reject reason."""
+    """The counts of the written shards; `num_by_reason` counts broken samples by reject reason."""
 
     num_shards: int
     num_samples: int
@@ -50,19 +50,19 @@ def write_demo_data(
     seed: int = 0,
     broken: bool = True,
 ) -> DemoData:
-    """Draw shards `demo-000000.tar`, … of pictures with captions (`txt`) and metadata (`json`).
+    """Write shards `demo-000000.tar`, … of pictures with captions (`txt`) and metadata (`json`).
 
-    Sizes and aspect ratios vary; the images are JPEG, PNG and WebP, some of them rotated by EXIF,
-    gray, CMYK, with a palette, with transparency, or of 16 bits. The same arguments give the same
-    bytes; a shard depends on the seed and its own number alone.
+    Sizes and aspect ratios vary. The images are JPEG, PNG and WebP. Some are rotated by EXIF, gray,
+    CMYK, 16-bit, or have a palette or transparency. The same arguments give the same bytes. A shard
+    depends only on the seed and its own number.
 
     Args:
-        folder: where to write; made if it is not there.
-        num_shards: how many tars.
-        samples_per_shard: samples in each.
-        seed: draws other pictures.
-        broken: whether the last sample of each shard is broken, each in another way than the one
-            before; a shard of one sample has none.
+        folder: the output folder; created if it does not exist.
+        num_shards: the number of tars.
+        samples_per_shard: the number of samples in each tar.
+        seed: the seed of the pictures.
+        broken: whether the last sample of each shard is broken, with a fault that changes from
+            shard to shard. A shard of one sample has no broken sample.
     """
     folder.mkdir(parents=True, exist_ok=True)
     faults = [_FAULTS[i % len(_FAULTS)] for i in range(num_shards)]
@@ -98,7 +98,7 @@ def _draw_sample(rng: np.random.Generator, form: str) -> Fields:
 
 
 def _encode(pixels: NDArray[np.uint8], form: str) -> tuple[str, bytes]:
-    """Give a field name and the image's bytes."""
+    """Return a field name and the image's bytes."""
     image = Image.fromarray(pixels)
     match form:
         case "png":
@@ -108,7 +108,7 @@ def _encode(pixels: NDArray[np.uint8], form: str) -> tuple[str, bytes]:
         case "palette":
             return "png", _save(image.quantize(256), "PNG")
         case "alpha":
-            # Opaque but for one corner, which fades out.
+            # Opaque except for one corner, which fades out.
             ramp = np.add.outer(*(np.linspace(0, 4, side) for side in pixels.shape[:2]))
             image.putalpha(Image.fromarray((255 * ramp.clip(0, 1)).astype(np.uint8)))
             return "png", _save(image, "PNG")
@@ -139,7 +139,7 @@ def _break(rng: np.random.Generator, fields: Fields, fault: str) -> Fields:
         case "truncated_image":
             return {**texts, "jpg": jpeg[: len(jpeg) // 2]}
         case "not_an_image":
-            return {**texts, "jpg": b"This is a text that somebody saved as .jpg.\n"}
+            return {**texts, "jpg": b"This is a text that was saved as .jpg.\n"}
         case "too_small":
             return {**texts, "jpg": _encode(pixels[:9, :12], "jpeg")[1]}
         case _:

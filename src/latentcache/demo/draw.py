@@ -1,10 +1,10 @@
 """Synthetic pictures with the statistics of photographs, drawn from a seed.
 
-The demo VAE is trained on them and `latentcache demo-data` fills its shards with them, so neither
-needs anybody's photographs. What they share with photographs: occlusion of objects whose sizes
-follow a power law (the dead-leaves model: Lee, Mumford and Huang, "Occlusion models for natural
-images", 2001), 1/f spectra, smooth shading, and colours that vary most in luminance, then from
-warm to cool, least from green to magenta (Ruderman et al., 1998).
+The demo VAE is trained on them, and `latentcache demo-data` fills its shards with them, so neither
+needs photographs. The pictures share these properties with photographs: occlusion of objects whose
+sizes follow a power law (the dead-leaves model: Lee, Mumford and Huang, "Occlusion models for
+natural images", 2001), 1/f spectra, smooth shading, and colours that vary most in luminance, less
+from warm to cool, and least from green to magenta (Ruderman et al., 1998).
 """
 
 from __future__ import annotations
@@ -27,10 +27,15 @@ _SYLLABLES = "ka lo mi tra ven sul do pe ri chan ost ber ly qua zin for gu hem".
 def draw_image(
     rng: np.random.Generator, width_px: int, height_px: int
 ) -> tuple[NDArray[np.uint8], str]:
-    """Draw one picture; the same generator state and size give the same picture.
+    """Draw one picture. The same generator state and size give the same picture.
+
+    Args:
+        rng: the generator.
+        width_px: the width.
+        height_px: the height.
 
     Returns:
-        uint8 [height_px, width_px, 3] and a caption.
+        The pixels, uint8 [height_px, width_px, 3], and a caption.
     """
     canvas, caption = _draw_scene(rng, width_px, height_px)
     canvas = _adjust_tones(rng, canvas)
@@ -44,7 +49,7 @@ def draw_image(
 
 
 def _draw_scene(rng: np.random.Generator, width: int, height: int) -> Layer:
-    """One layer, or two joined along a ragged or a soft edge."""
+    """Draw one layer, or two layers joined along a ragged or a soft edge."""
     layers: list[Callable[[np.random.Generator, int, int], Layer]]
     layers = [_leaves, _texture, _gradient, _bands]
     chances = [0.7, 0.16, 0.06, 0.08]
@@ -57,10 +62,10 @@ def _draw_scene(rng: np.random.Generator, width: int, height: int) -> Layer:
 
 
 def _leaves(rng: np.random.Generator, width: int, height: int) -> Layer:
-    """Dead leaves: shapes over shapes, their sizes drawn from a power law.
+    """Draw dead leaves: overlapping shapes whose sizes follow a power law.
 
-    Shapes are painted as numbers into an index map at twice the size; colour, shading and stripes
-    then come from tables over those numbers, and halving the map smooths the edges.
+    Shapes are painted as numbers into an index map of twice the size. Tables map these numbers to
+    colour, shading and stripes. Halving the map smooths the edges.
     """
     num_leaves = int(np.exp(rng.uniform(np.log(30), np.log(700))))
     index, kind = _index_map(rng, 2 * width, 2 * height, num_leaves)
@@ -88,14 +93,14 @@ def _leaves(rng: np.random.Generator, width: int, height: int) -> Layer:
 def _index_map(
     rng: np.random.Generator, width: int, height: int, num_leaves: int
 ) -> tuple[NDArray[np.int32], str]:
-    """Int32 [height, width]: the number of the shape on top, 0 where there is none."""
+    """Draw the number of the topmost shape at each pixel: int32 [height, width], 0 for no shape."""
     kind = str(rng.choice(["discs", "shards", "boxes", "shapes"], p=[0.2, 0.3, 0.2, 0.3]))
     side = min(width, height)
     low, high = rng.uniform(0.008, 0.03) * side, rng.uniform(0.2, 0.6) * side
     # Inverse of the cumulative distribution of a density r^-3 between low and high.
     u = rng.random(num_leaves)
     radii = (low**-2 + u * (high**-2 - low**-2)) ** -0.5
-    if rng.random() < 0.6:  # large ones behind, so that small ones are seen
+    if rng.random() < 0.6:  # large shapes behind, so that small ones are visible
         radii = np.sort(radii)[::-1]
     centres = rng.random((num_leaves, 2)) * (width, height)
 
@@ -120,7 +125,7 @@ def _index_map(
 
 
 def _texture(rng: np.random.Generator, width: int, height: int) -> Layer:
-    """Coloured noise with a power-law spectrum, such as clouds, stone, grass or fur."""
+    """Draw coloured noise with a power-law spectrum, such as clouds, stone, grass or fur."""
     slope = rng.uniform(0.8, 1.9)
     stretch = float(np.exp(rng.normal(0.0, 0.6)))
     luminance = _power_noise(rng, width, height, slope=slope, stretch=stretch)
@@ -132,7 +137,7 @@ def _texture(rng: np.random.Generator, width: int, height: int) -> Layer:
 
 
 def _gradient(rng: np.random.Generator, width: int, height: int) -> Layer:
-    """Four corner colours, blended, as of a sky or a wall."""
+    """Draw a blend of four corner colours, such as a sky or a wall."""
     y, x = _grid(width, height)
     a, b, c, d = _palette(rng, 4)
     u, v = x[..., None] + 0.5, y[..., None] + 0.5
@@ -140,7 +145,7 @@ def _gradient(rng: np.random.Generator, width: int, height: int) -> Layer:
 
 
 def _bands(rng: np.random.Generator, width: int, height: int) -> Layer:
-    """Wavy bands, soft or hard, as of cloth, dunes or fences."""
+    """Draw soft or hard wavy bands, such as cloth, dunes or fences."""
     y, x = _grid(width, height)
     angle = rng.uniform(0.0, np.pi)
     bend = _power_noise(rng, width, height, slope=2.0) * rng.uniform(0.0, 1.5)
@@ -153,7 +158,7 @@ def _bands(rng: np.random.Generator, width: int, height: int) -> Layer:
 
 
 def _mask(rng: np.random.Generator, width: int, height: int) -> Floats:
-    """Zeros and ones with an edge between them: a horizon, or blobs."""
+    """Draw a mask of zeros and ones with an edge between them: a horizon, or blobs."""
     y, x = _grid(width, height)
     field = _power_noise(rng, width, height, slope=2.0)
     if rng.random() < 0.5:
@@ -164,7 +169,7 @@ def _mask(rng: np.random.Generator, width: int, height: int) -> Floats:
 
 
 def _palette(rng: np.random.Generator, num_colours: int) -> Floats:
-    """Related colours, [num_colours, 3]: most of their spread is in luminance."""
+    """Draw related colours, [num_colours, 3]. Most of their spread is in luminance."""
     centre = rng.normal((rng.uniform(0.25, 0.65), 0.0, 0.0), (0.0, 0.08, 0.04))
     spread = np.array([rng.uniform(0.08, 0.32), rng.uniform(0.01, 0.12), rng.uniform(0.005, 0.05)])
     colours = rng.normal(centre, spread, (num_colours, 3)).astype(np.float32) @ _OPPONENT_AXES
@@ -179,7 +184,7 @@ def _palette(rng: np.random.Generator, num_colours: int) -> Floats:
 def _power_noise(
     rng: np.random.Generator, width: int, height: int, *, slope: float, stretch: float = 1.0
 ) -> Floats:
-    """Noise [H, W] of mean 0 and deviation 1 whose amplitude falls as 1/f**slope."""
+    """Draw noise [H, W] of mean 0 and standard deviation 1 with an amplitude of 1/f**slope."""
     fy = np.fft.fftfreq(height)[:, None].astype(np.float32) * height
     fx = np.fft.rfftfreq(width)[None, :].astype(np.float32) * width
     radius = np.sqrt((fx * stretch) ** 2 + (fy / stretch) ** 2)
@@ -191,7 +196,7 @@ def _power_noise(
 
 
 def _adjust_tones(rng: np.random.Generator, canvas: Floats) -> Floats:
-    """Shade across the picture, then a contrast curve, as light and a camera would."""
+    """Apply shading and a contrast curve, as light and a camera do."""
     height, width = canvas.shape[:2]
     if rng.random() < 0.5:
         y, x = _grid(width, height)
@@ -203,7 +208,7 @@ def _adjust_tones(rng: np.random.Generator, canvas: Floats) -> Floats:
 
 
 def _grain(rng: np.random.Generator, width: int, height: int) -> Floats:
-    """Sensor noise, [H, W, 1], up to about 5 of 255 levels."""
+    """Draw sensor noise, [H, W, 1], of up to about 5 of 255 levels."""
     amplitude = np.float32(rng.uniform(0.0, 0.02))
     return amplitude * rng.standard_normal((height, width, 1), dtype=np.float32)
 
@@ -211,7 +216,7 @@ def _grain(rng: np.random.Generator, width: int, height: int) -> Floats:
 def _write_text(
     rng: np.random.Generator, pixels: NDArray[np.uint8]
 ) -> tuple[NDArray[np.uint8], str]:
-    """Some invented words in Pillow's own font, in one colour."""
+    """Write some invented words in Pillow's default font and one colour."""
     height, width = pixels.shape[:2]
     image = Image.fromarray(pixels)
     pen = ImageDraw.Draw(image)
@@ -223,13 +228,13 @@ def _write_text(
     colour = tuple(int(value) for value in _palette(rng, 1)[0] * 255)
     if rng.random() < 0.5:
         colour = (255, 255, 255) if rng.random() < 0.5 else (0, 0, 0)
-    where = (rng.uniform(-0.1, 0.6) * width, rng.uniform(0.0, 0.9) * height)
-    pen.text(where, words, fill=colour, font=ImageFont.load_default(size_px))
+    position = (rng.uniform(-0.1, 0.6) * width, rng.uniform(0.0, 0.9) * height)
+    pen.text(position, words, fill=colour, font=ImageFont.load_default(size_px))
     return np.asarray(image), words
 
 
 def _blur(canvas: Floats, radius_px: float) -> Floats:
-    """Gaussian blur of [H, W, 3] by its spectrum (the picture wraps around)."""
+    """Blur [H, W, 3] with a Gaussian, by its spectrum (the picture wraps around)."""
     fy = np.fft.fftfreq(canvas.shape[0])[:, None, None]
     fx = np.fft.rfftfreq(canvas.shape[1])[None, :, None]
     response = np.exp(-2.0 * (np.pi * radius_px) ** 2 * (fx**2 + fy**2)).astype(np.float32)
@@ -239,14 +244,14 @@ def _blur(canvas: Floats, radius_px: float) -> Floats:
 
 
 def _grid(width: int, height: int) -> tuple[Floats, Floats]:
-    """Row and column coordinates, each [H, W], from -0.5 to 0.5."""
+    """Return the row and column coordinates, each [H, W], from -0.5 to 0.5."""
     y = np.linspace(-0.5, 0.5, height, dtype=np.float32)[:, None]
     x = np.linspace(-0.5, 0.5, width, dtype=np.float32)[None, :]
     return np.broadcast_to(y, (height, width)), np.broadcast_to(x, (height, width))
 
 
 def _halve(canvas: Floats) -> Floats:
-    """Mean of 2×2 pixels."""
+    """Return the mean of each 2×2 pixels."""
     half: Floats = 0.25 * (
         canvas[::2, ::2] + canvas[1::2, ::2] + canvas[::2, 1::2] + canvas[1::2, 1::2]
     )

@@ -1,1 +1,1 @@
-"""Decoders compared over the same latents: the table of a model card."""
+"""Compare decoders on the same latents, and write the table of a model card."""

@@ -1,4 +1,4 @@
-"""What an evaluation found, laid out as on the model card of `sd-vae-ft-mse`."""
+"""The results of an evaluation, in the table format of the model card of `sd-vae-ft-mse`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class ModelResult:
-    """One row: None where nothing was measured, which the notes explain."""
+    """One row of the table. A field is None if it was not measured; the notes say why."""
 
     name: str
     train_steps: int | None
@@ -45,10 +45,10 @@ class ModelResult:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Several decoders over the same latents.
+    """The results of several decoders on the same latents.
 
-    `rejects` counts samples left out by `stage: reason`, `picture_keys` names the rows of the
-    picture, and `notes` says what a reader of the figures must know.
+    `rejects` counts the rejected samples by `stage: reason`, `picture_keys` are the keys of the
+    rows of the picture, and `notes` are lines that a reader of the figures must know.
     """
 
     name: str
@@ -63,14 +63,14 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """An image and what each model made of it: uint8 [1 + models, 3, H, W]."""
+    """An image and its reconstruction by each model: uint8 [1 + models, 3, H, W]."""
 
     key: str
     panels: npt.NDArray[np.uint8]
 
 
 def render_card(found: Evaluation) -> str:
-    """Lay out the table and the notes, as Markdown; its figures have the card's digits."""
+    """Return the table and the notes as Markdown, with the card's number of digits."""
     rows = [_COLUMNS, *(_cells(model) for model in found.models)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
     rows.insert(1, tuple("-" * width for width in widths))
@@ -94,7 +94,7 @@ def _cells(model: ModelResult) -> tuple[str, ...]:
         model.link,
         model.comments,
     )
-    # What the config says must not end a cell or a row.
+    # Texts of the config must not end a cell or a row.
     return tuple(" ".join(cell.split()).replace("|", r"\|") for cell in cells)
 
 
@@ -103,16 +103,19 @@ def _spread(value: Spread | None, digits: int) -> str:
 
 
 def draw_side_by_side(models: Sequence[str], pictures: Sequence[Picture]) -> bytes:
-    """Draw one row for each picture, the source image first, then each model; PNG.
+    """Draw one row for each picture: the source image, then the image of each model.
 
     Args:
-        models: their names, which stand above their columns.
-        pictures: at least one, all of one size.
+        models: the names above the columns.
+        pictures: at least one picture; all have the same size.
+
+    Returns:
+        A PNG file.
     """
     labels = ("source image", *models)
     *_, height, width = pictures[0].panels.shape
     font = ImageFont.load_default(size=max(9, min(18, width // 14)))
-    assert isinstance(font, ImageFont.FreeTypeFont)  # a size was asked for
+    assert isinstance(font, ImageFont.FreeTypeFont)  # because a size was given
     top = 2 * _GAP_PX + sum(font.getmetrics())
     step_x, step_y = width + _GAP_PX, height + _GAP_PX
     size = (len(labels) * step_x + _GAP_PX, top + len(pictures) * step_y)
@@ -131,7 +134,7 @@ def draw_side_by_side(models: Sequence[str], pictures: Sequence[Picture]) -> byt
 
 
 def _shortened(text: str, font: ImageFont.FreeTypeFont, width_px: int) -> str:
-    """Cut a text at its end until it fits."""
+    """Cut the end off a text until it fits."""
     short = text
     while text and font.getlength(short) > width_px:
         text = text[:-1]

@@ -1,7 +1,7 @@
-"""Evaluation as on the model card: one set of latents, several decoders, one table.
+"""Evaluate several decoders on one set of latents, as on a model card.
 
-The work is cut into pieces, a source shard each, which any callable like `map` may run: in this
-process, or in the actors of a cluster.
+The work is divided into pieces of one source shard each. Any callable like `map` may run them: in
+this process, or in the actors of a cluster.
 """
 
 from __future__ import annotations
@@ -42,15 +42,20 @@ _NETWORKS = {"inception": "rFID", "lpips": "LPIPS", "vgg16": "PSIM"}
 
 
 class Map(Protocol):
-    """What runs the pieces: like the built-in `map`, results in the order of the items."""
+    """A callable like the built-in `map`, with results in the order of the items."""
 
     def __call__(self, function: Callable[[A], B], items: Iterable[A], /) -> Iterator[B]:
-        """Call the function on each item."""
+        """Yield the result of the function for each item.
+
+        Args:
+            function: the function.
+            items: its arguments.
+        """
 
 
 @dataclass(frozen=True, slots=True)
 class EvalPlan:
-    """All that is known before anything is loaded."""
+    """The plan of an evaluation, made before any model or image is loaded."""
 
     config: EvalConfig
     job: EvalJob
@@ -59,10 +64,10 @@ class EvalPlan:
 
 
 def plan_evaluation(config: EvalConfig) -> EvalPlan:
-    """Find the shards, share out what is wanted of them, and see that the output can be written.
+    """List the shards, divide the images among them, and check that the output can be written.
 
     Raises:
-        ConfigError: the source is named wrongly.
+        ConfigError: the `source` section is wrong.
         SourceError: a named shard is missing, or a glob matches nothing.
         StorageError: a store cannot be reached or written.
     """
@@ -74,7 +79,7 @@ def plan_evaluation(config: EvalConfig) -> EvalPlan:
         limits = _shares(config.max_images, len(shards))
     pieces = map(Piece, shards, limits, pictures)
     output = Store(config.output.url, config.output.storage)
-    # Hours of work must not end at a folder that nobody may write.
+    # Missing permissions must be found before hours of work.
     output.put("evaluation.probe", b"")
     output.delete("evaluation.probe")
     job = EvalJob(
@@ -96,12 +101,12 @@ def plan_evaluation(config: EvalConfig) -> EvalPlan:
 
 
 def _absolute(network: Network | None) -> Network | None:
-    """Name a network as a process with another working directory can find it."""
+    """Make the URL of a network absolute, for processes with another working directory."""
     return network and network.model_copy(update={"url": Store(network.url).url})
 
 
 def _shares(total: int, num_parts: int) -> list[int]:
-    """Share a number out as evenly as may be."""
+    """Divide a number into parts that differ by at most one."""
     return [
         total * (index + 1) // num_parts - total * index // num_parts for index in range(num_parts)
     ]
@@ -112,20 +117,20 @@ def evaluate(
     run: Map = map,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
-    """Encode the images once, decode them with each model, measure, and write up the result.
+    """Encode the images once, decode them with each model, measure, and write the results.
 
-    Into the output go `evaluation.md` (the card's table), `evaluation.json` (the same with all
-    digits) and `evaluation.png` (the images side by side), over what lies there.
+    The output gets `evaluation.md` (the card's table), `evaluation.json` (the same with all digits)
+    and `evaluation.png` (the images side by side). Existing files are replaced.
 
     Args:
         plan: from `plan_evaluation`.
         run: runs the pieces.
-        progress: told (pieces done, pieces in all).
+        progress: called with (pieces done, pieces in total).
 
     Raises:
-        ConfigError: a model is of another family than the VAE, or belongs to another encoder; a
+        ConfigError: a model is of another family than the VAE, or belongs to another encoder; or a
             checkpoint or a network cannot be used.
-        SourceError: not one image could be read.
+        SourceError: no image could be read.
         StorageError: a store failed.
     """
     config, job, pieces = plan.config, plan.job, plan.pieces
@@ -136,7 +141,7 @@ def evaluate(
         progress(done, len(pieces))
     if not sums.num_images:
         raise SourceError(f"none of the source's images could be read: {_counts(sums.rejects)}")
-    found = Evaluation(
+    evaluation = Evaluation(
         name=config.name,
         resolution_px=config.resolution_px,
         num_images=sums.num_images,
@@ -152,9 +157,9 @@ def evaluate(
     if sums.pictures:
         names = [model.name for model in config.models]
         plan.output.put("evaluation.png", draw_side_by_side(names, sums.pictures))
-    plan.output.put("evaluation.md", f"{render_card(found)}\n".encode())
-    plan.output.put("evaluation.json", json.dumps(asdict(found), indent=1).encode())
-    return found
+    plan.output.put("evaluation.md", f"{render_card(evaluation)}\n".encode())
+    plan.output.put("evaluation.json", json.dumps(asdict(evaluation), indent=1).encode())
+    return evaluation
 
 
 def _result(
@@ -181,21 +186,21 @@ def _has_rfid(job: EvalJob, originals: FeatureStatistics) -> bool:
 
 def _notes(job: EvalJob, sums: EvalSums) -> Iterator[str]:
     if sums.rejects:
-        yield f"{sums.rejects.total()} samples were left out: {_counts(sums.rejects)}."
+        yield f"{sums.rejects.total()} samples were rejected: {_counts(sums.rejects)}."
     for name, column in _NETWORKS.items():
         if getattr(job.networks, name) is None:
             yield f"{column} is empty: networks.{name} is not given."
     if job.num_features and not _has_rfid(job, sums.features):
-        yield "rFID is empty: it takes two images at least."
+        yield "rFID is empty: it needs at least two images."
     elif sums.num_images < job.num_features:
         yield (
-            f"rFID is that of {sums.num_images} images, fewer than its {job.num_features} "
-            "features: it is too high, and compares with nothing but the same images."
+            f"rFID is from {sums.num_images} images, fewer than its {job.num_features} features: "
+            "it is too high, and comparable only on the same images."
         )
     for model, model_sums in zip(job.models, sums.models, strict=True):
         if model_sums.agreement_db is not None:
             yield (
-                f"{model.name} has an encoder of its own, which agrees with that of `vae` to "
+                f"{model.name} has its own encoder, which agrees with that of `vae` to "
                 f"{model_sums.agreement_db:.0f} dB: its decoder was accepted."
             )
 

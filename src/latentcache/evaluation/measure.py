@@ -1,7 +1,7 @@
-"""Several decoders over the same latents: what is measured of the images of one shard.
+"""Measure several decoders on the images of one shard.
 
-This is what a worker does for `evaluate.py`. What it gives are sums that merge, so that memory
-stays bounded whatever the number of images.
+Workers run this for `evaluate.py`. The results are sums that merge, so memory does not grow with
+the number of images.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ from latentcache.vae.encoder import prepare_device
 from latentcache.vae.model import KLAutoencoder, to_uint8
 from latentcache.vae.weights import encoder_fingerprint, load_vae
 
-# To hold a model's own encoder against the one that is used.
+# The number of images on which a model's own encoder is compared with the encoder in use.
 _AGREEMENT_IMAGES = 8
 
-# Images whose features are held before they become part of a covariance of 2,048².
+# The number of images whose features are merged into the 2,048² covariance at once.
 _CHUNK_IMAGES = 256
 
 
 @dataclass(frozen=True, slots=True)
 class EvalJob:
-    """What all pieces have in common; a process loads its models once for a job."""
+    """The settings that all pieces share; a process loads the models of a job once."""
 
     source: SourceContract
     source_storage: StorageOptions
@@ -62,20 +62,20 @@ class EvalJob:
 
     @property
     def measures(self) -> tuple[str, ...]:
-        """What is measured of each image, in the order of the columns of `ModelSums.measures`."""
+        """The names of the measures, in the order of the columns of `ModelSums.measures`."""
         psim = ("psim",) if self.networks.vgg16 else ()
         lpips = ("lpips",) if self.networks.lpips else ()
         return ("psnr_db", "ssim", *psim, *lpips)
 
     @property
     def num_features(self) -> int:
-        """Inception features of an image."""
+        """The number of Inception features of an image; 0 without that network."""
         return NUM_INCEPTION_FEATURES if self.networks.inception else 0
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A shard, how many of its images count (None: all), and how many of them are shown."""
+    """A shard, the number of its images to measure (None: all), and the number to show."""
 
     shard: SourceShard
     max_images: int | None
@@ -84,10 +84,10 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class ModelSums:
-    """What a model did: `EvalJob.measures` of each image, and features of its reconstructions.
+    """The sums of one model: `EvalJob.measures`, and the features of its reconstructions.
 
-    `agreement_db` is the least drift of its own encoder from the one that was used; None where it
-    is the same encoder.
+    `agreement_db` is the lowest agreement of its own encoder with the encoder in use; None if they
+    are the same.
     """
 
     measures: FeatureStatistics
@@ -95,7 +95,7 @@ class ModelSums:
     agreement_db: float | None
 
     def merge(self, other: ModelSums) -> ModelSums:
-        """Sums over both sets of images."""
+        """Return the sums over both sets of images."""
         agreements = [x.agreement_db for x in (self, other) if x.agreement_db is not None]
         return ModelSums(
             self.measures.merge(other.measures),
@@ -106,7 +106,7 @@ class ModelSums:
 
 @dataclass(frozen=True, slots=True)
 class EvalSums:
-    """What is known of some images; `features` are those of the images themselves."""
+    """The sums over a set of images; `features` are those of the images themselves."""
 
     models: tuple[ModelSums, ...]
     features: FeatureStatistics
@@ -115,18 +115,18 @@ class EvalSums:
 
     @classmethod
     def empty(cls, job: EvalJob) -> EvalSums:
-        """Sums over no images."""
+        """Return the sums over no images."""
         features = FeatureStatistics.empty(job.num_features)
         model = ModelSums(FeatureStatistics.empty(len(job.measures)), features, None)
         return cls((model,) * len(job.models), features, Counter(), ())
 
     @property
     def num_images(self) -> int:
-        """How many images these are sums of."""
+        """The number of images."""
         return self.models[0].measures.count
 
     def merge(self, other: EvalSums) -> EvalSums:
-        """Sums over both sets of images."""
+        """Return the sums over both sets of images."""
         return EvalSums(
             tuple(a.merge(b) for a, b in zip(self.models, other.models, strict=True)),
             self.features.merge(other.features),
@@ -137,7 +137,7 @@ class EvalSums:
 
 @dataclass(frozen=True, slots=True)
 class _Model:
-    """A decoder; `has_own_encoder` says that its encoder is not the one that is used."""
+    """A decoder; `has_own_encoder` says whether its encoder differs from the encoder in use."""
 
     name: str
     vae: KLAutoencoder
@@ -145,8 +145,8 @@ class _Model:
 
 
 @dataclass(frozen=True, slots=True)
-class _Bench:
-    """What this process measures with; `distances` are those of `EvalJob.measures`."""
+class _LoadedModels:
+    """The models of a job in this process; `distances` are those of `EvalJob.measures`."""
 
     encoder: KLAutoencoder
     models: tuple[_Model, ...]
@@ -155,11 +155,11 @@ class _Bench:
 
 
 @lru_cache(maxsize=1)
-def _load(job: EvalJob) -> _Bench:
+def _load(job: EvalJob) -> _LoadedModels:
     prepare_device(job.device)
     networks, options, device = job.networks, job.networks.storage, job.device
     features, distances = None, []
-    # The networks first: a wrong hash is told in seconds.
+    # The networks are loaded first, because a wrong hash is then reported within seconds.
     if inception := networks.inception:
         features = load_inception(inception.url, inception.sha256, options, device)
     if vgg16 := networks.vgg16:
@@ -169,7 +169,7 @@ def _load(job: EvalJob) -> _Bench:
     options = job.vae.storage
     encoder = load_vae(job.vae.checkpoint, device=device, decoder=False, options=options)
     models = tuple(_load_model(job, model, encoder) for model in job.models)
-    return _Bench(encoder, models, features, tuple(distances))
+    return _LoadedModels(encoder, models, features, tuple(distances))
 
 
 def _load_model(job: EvalJob, model: EvalModel, encoder: KLAutoencoder) -> _Model:
@@ -182,20 +182,24 @@ def _load_model(job: EvalJob, model: EvalModel, encoder: KLAutoencoder) -> _Mode
 def evaluate_piece(job: EvalJob, piece: Piece) -> EvalSums:
     """Measure the images of one shard.
 
+    Args:
+        job: the settings of all pieces.
+        piece: the shard.
+
     Raises:
         ConfigError: a model is of another family than the VAE, or belongs to another encoder; a
-            checkpoint or a network cannot be used; a batch does not fit into the GPU's memory.
-        CheckpointError: a model gives values that are not finite.
+            checkpoint or a network cannot be used; or a batch does not fit into the GPU's memory.
+        CheckpointError: a model returns values that are not finite.
         SourceChanged: the shard is no longer the listed version.
         StorageError: the store cannot be read.
     """
-    bench, sums = _load(job), EvalSums.empty(job)
+    loaded, sums = _load(job), EvalSums.empty(job)
     rejects: Counter[str] = Counter()
     images = islice(_images(job, piece.shard, rejects), piece.max_images)
-    num_pictures = piece.num_pictures  # never more than a chunk has
+    num_pictures = piece.num_pictures  # at most the size of a chunk
     try:
         while chunk := list(islice(images, _CHUNK_IMAGES)):
-            sums = sums.merge(_measure(job, bench, chunk, num_pictures))
+            sums = sums.merge(_measure(job, loaded, chunk, num_pictures))
             num_pictures = 0
     except torch.OutOfMemoryError as error:
         raise ConfigError(
@@ -208,7 +212,7 @@ def evaluate_piece(job: EvalJob, piece: Piece) -> EvalSums:
 def _images(
     job: EvalJob, shard: SourceShard, rejects: Counter[str]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Give a shard's images by key, uint8 [3, side, side]; counts the samples left out."""
+    """Yield the key and the image (uint8 [3, side, side]) of each sample; count the rejects."""
     side = Bucket(job.resolution_px, job.resolution_px)
     spec = TransformSpec((side,), min_side_px=None, max_upscale=None, max_pixels=MAX_PIXELS)
     for sample in read_images(shard, job.source, job.source_storage):
@@ -224,36 +228,36 @@ def _images(
 
 @torch.inference_mode()
 def _measure(
-    job: EvalJob, bench: _Bench, chunk: Sequence[tuple[str, Tensor]], num_pictures: int
+    job: EvalJob, loaded: _LoadedModels, chunk: Sequence[tuple[str, Tensor]], num_pictures: int
 ) -> EvalSums:
     """Measure up to `_CHUNK_IMAGES` images, `batch_size` at a time."""
     keys, images = [key for key, _ in chunk], torch.stack([pixels for _, pixels in chunk])
     batches = torch.split(images, job.batch_size)
-    latents = [_encode(bench.encoder, batch) for batch in batches]
+    latents = [_encode(loaded.encoder, batch) for batch in batches]
     models, panels = [], [images[:num_pictures]]
-    for model in bench.models:
+    for model in loaded.models:
         agreement_db = _agreement_db(model, batches[0], latents[0])
         measures, features, shown = [], [], []
         for batch, z in zip(batches, latents, strict=True):
             originals, decoded = batch.to(job.device), _decode(model, z)
-            measures.append(_measures(bench, decoded, originals))
-            features.append(_features(bench, decoded))
+            measures.append(_measures(loaded, decoded, originals))
+            features.append(_features(loaded, decoded))
             shown.append(decoded.cpu())
         models.append(ModelSums(_statistics(measures), _statistics(features), agreement_db))
         panels.append(torch.cat(shown)[:num_pictures])
-    originals_features = _statistics([_features(bench, batch) for batch in batches])
+    originals_features = _statistics([_features(loaded, batch) for batch in batches])
     by_image = torch.stack(panels, dim=1).numpy()
     pictures = map(Picture, keys, by_image)
     return EvalSums(tuple(models), originals_features, Counter(), tuple(pictures))
 
 
 def _encode(vae: KLAutoencoder, images: Tensor) -> Tensor:
-    """Give the posterior's mean, [B, C, h, w] on the VAE's device."""
+    """Return the posterior's mean, [B, C, h, w] on the VAE's device."""
     return vae.encode(images.to(vae.device))[:, : vae.architecture.latent_channels]
 
 
 def _agreement_db(model: _Model, images: Tensor, latents: Tensor) -> float | None:
-    """Hold a model's own encoder, if it has one, against the latents that it is to decode."""
+    """Compare a model's own encoder, if it has one, with the latents that the model decodes."""
     if not model.has_own_encoder:
         return None
     few = slice(_AGREEMENT_IMAGES)
@@ -263,23 +267,25 @@ def _agreement_db(model: _Model, images: Tensor, latents: Tensor) -> float | Non
 def _decode(model: _Model, latents: Tensor) -> Tensor:
     decoded = model.vae.decode(latents)
     if not decoded.isfinite().all():
-        raise CheckpointError(f"{model.name} decodes to NaN; check its checkpoint")
+        raise CheckpointError(
+            f"{model.name} decodes to values that are not finite: check its checkpoint"
+        )
     return to_uint8(decoded)
 
 
-def _measures(bench: _Bench, decoded: Tensor, originals: Tensor) -> npt.NDArray[np.float64]:
-    """What `EvalJob.measures` names, [B, measures]; equal images count `MAX_DB`, not infinity."""
+def _measures(loaded: _LoadedModels, decoded: Tensor, originals: Tensor) -> npt.NDArray[np.float64]:
+    """Return `EvalJob.measures` as [B, measures]; equal images have `MAX_DB` and not infinity."""
     columns = [psnr_db(decoded, originals).clamp(MIN_DB, MAX_DB), ssim(decoded, originals)]
-    columns += [distance(decoded, originals) for distance in bench.distances]
-    found: npt.NDArray[np.float64] = torch.stack(columns, dim=1).cpu().numpy()
-    return found
+    columns += [distance(decoded, originals) for distance in loaded.distances]
+    measures: npt.NDArray[np.float64] = torch.stack(columns, dim=1).cpu().numpy()
+    return measures
 
 
-def _features(bench: _Bench, images: Tensor) -> npt.NDArray[np.float32]:
-    if bench.features is None:
+def _features(loaded: _LoadedModels, images: Tensor) -> npt.NDArray[np.float32]:
+    if loaded.features is None:
         return np.zeros((len(images), 0), np.float32)
-    found: npt.NDArray[np.float32] = bench.features(images).float().cpu().numpy()
-    return found
+    features: npt.NDArray[np.float32] = loaded.features(images).float().cpu().numpy()
+    return features
 
 
 def _statistics(batches: Sequence[npt.NDArray[np.floating]]) -> FeatureStatistics:

@@ -1,1 +1,1 @@
-"""From source shards to the pixels that are encoded: read, decode, transform."""
+"""Read, decode and transform the images of source shards."""

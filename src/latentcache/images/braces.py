@@ -1,4 +1,4 @@
-"""Brace ranges and lists in URLs of shards, `{000000..000099}` and `{a,b}`, expanded in bounds."""
+"""Expand brace ranges and lists in shard URLs, `{000000..000099}` and `{a,b}`, within limits."""
 
 from __future__ import annotations
 
@@ -21,17 +21,21 @@ _MAX_DEPTH = 8
 
 _COMMAND = re.compile(r"^pipe:|^-$|[|`<>\n]|\$[({]|&&")
 _BRACES = re.compile(r"[{}\\]")
-# As braceexpand reads them.
+# The ranges that braceexpand recognises.
 _INTEGERS = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?")
 _LETTERS = re.compile(r"[A-Za-z]\.\.[A-Za-z](?:\.\.-?\d+)?")
 _MAX_DIGITS = 18
 
 
 def named_urls(shards: str | Sequence[str], options: StorageOptions) -> list[str]:
-    """Expand `shards` as `expand_urls` does, except where a file has the name as it is written.
+    """Expand `shards` as `expand_urls` does, but keep a URL with braces if a file has that name.
+
+    Args:
+        shards: one URL or several.
+        options: how to reach the stores.
 
     Raises:
-        ConfigError: as `expand_urls`.
+        ConfigError: a URL is not accepted; see `expand_urls`.
         StorageError: a store cannot be reached.
     """
     patterns = [shards] if isinstance(shards, str) else list(shards)
@@ -42,25 +46,25 @@ def named_urls(shards: str | Sequence[str], options: StorageOptions) -> list[str
 
 def _is_file(url: str, options: StorageOptions) -> bool:
     _check_pattern(url)
-    if url.startswith("http"):  # whose servers answer anything for a name that is not there
+    if url.startswith("http"):  # HTTP servers may answer for a name that does not exist
         return False
     folder, name = split_url(url)
     try:
         Store(folder, options).info(name)
     except StorageError as error:
-        if is_final(error):  # not there, or no right to know
+        if is_final(error):  # the file does not exist, or access is denied
             return False
         raise
     return True
 
 
 def expand_urls(shards: str | Sequence[str]) -> list[str]:
-    """Expand brace ranges and lists; globs stay as they are.
+    """Expand brace ranges and lists. Globs are kept.
 
     Raises:
-        ConfigError: a shell command or standard input, which WebDataset would run or read; a URL
-            that `urls.check_url` refuses; unbalanced braces; more than two million names; a URL
-            named twice; no URL at all.
+        ConfigError: a pattern is a shell command or standard input, which WebDataset would run or
+            read; `urls.check_url` refuses a URL; braces are unbalanced; there are more than two
+            million names; a URL is named twice; or there is no URL.
     """
     patterns = [shards] if isinstance(shards, str) else shards
     num_names = num_characters = 0
@@ -70,15 +74,15 @@ def expand_urls(shards: str | Sequence[str]) -> list[str]:
         num_characters += num_here * len(pattern)
         if num_names > _MAX_NAMES or num_characters > _MAX_CHARACTERS:
             raise ConfigError(
-                f"source.shards: {shown(pattern)} comes to more than {_MAX_NAMES} names: split the "
-                "source over several datasets, or use larger shards"
+                f"source.shards: {shown(pattern)} expands to more than {_MAX_NAMES} names: split "
+                "the source into several datasets, or use larger shards"
             )
     try:
         urls = [url for pattern in patterns for url in expand_braces(pattern)]
     except ValueError as error:
         raise ConfigError(f"source.shards: {error}") from error
     if not all(urls) or not urls:
-        raise ConfigError("source.shards: names no shard; give at least one URL")
+        raise ConfigError("source.shards names no shard: give at least one URL")
     require_distinct(urls)
     return urls
 
@@ -93,20 +97,20 @@ def _check_pattern(pattern: str) -> None:
 
 
 def require_distinct(urls: Sequence[str]) -> None:
-    """Refuse a URL that is named twice.
+    """Raise an error if a URL is named twice.
 
     Raises:
-        ConfigError: one is.
+        ConfigError: a URL is named twice.
     """
     seen: set[str] = set()
     for url in urls:
         if url in seen:
-            raise ConfigError(f"source.shards: {url} is named twice")
+            raise ConfigError(f"source.shards: {url} is named twice: name it once")
         seen.add(url)
 
 
 def count_names(pattern: str) -> int:
-    """Return into how many names braces expand, at least, without making them.
+    """Return a lower bound of the number of names that braces expand to, without expanding them.
 
     Counting stops above two million.
 
@@ -117,7 +121,8 @@ def count_names(pattern: str) -> int:
         raise ConfigError(
             f"source.shards: a URL with braces is longer than {_MAX_PATTERN} characters"
         )
-    # Of each open brace: names of the alternatives before, of the current one, where it began.
+    # For each open brace: the number of names of the earlier alternatives, the number of names of
+    # the current alternative, and the position after the brace.
     opened = [(0, 1, 0)]
     index = 0
     while index < len(pattern):
@@ -137,7 +142,7 @@ def count_names(pattern: str) -> int:
             case "}":
                 break
         if len(opened) > _MAX_DEPTH:
-            raise ConfigError(f"source.shards: {shown(pattern)} nests braces too deep")
+            raise ConfigError(f"source.shards: {shown(pattern)} nests braces too deeply")
         index += 1
     if len(opened) > 1 or index < len(pattern):
         raise ConfigError(f"source.shards: {shown(pattern)} has unbalanced braces")
@@ -145,7 +150,7 @@ def count_names(pattern: str) -> int:
 
 
 def _range_size(text: str) -> int:
-    """Count a range's names; 0 where the text is no range."""
+    """Return the number of names of a range; 0 if the text is not a range."""
     if match := _INTEGERS.fullmatch(text):
         if max(len(part or "") for part in match.groups()) > _MAX_DIGITS:
             return _MAX_NAMES + 1

@@ -1,7 +1,8 @@
-"""Image bytes to RGB pixels: what a person would see in a viewer, or a reason why not.
+"""Decode image bytes to the RGB pixels that a viewer shows, or raise a reject.
 
-Thread-safe. Pillow and simplejpeg release the GIL while they decode, so threads are enough to use
-all cores. JPEGs are decoded by simplejpeg (jpeg.py), and by Pillow what that leaves (formats.py).
+The functions are thread-safe. Pillow and simplejpeg release the GIL while they decode, so threads
+are enough to use all cores. simplejpeg decodes JPEGs (jpeg.py). Pillow decodes all other formats
+and the JPEGs that simplejpeg does not accept (formats.py).
 """
 
 from __future__ import annotations
@@ -22,32 +23,32 @@ from latentcache.errors import Reject, first_line
 from latentcache.images.formats import JPEG, Format, format_of
 from latentcache.images.jpeg import decode_jpeg, read_plain_size, require_few_scans
 
-# Modes that Pillow brings to 8 bits a channel; others have no white that could be known.
+# The modes that Pillow converts to 8 bits a channel. In other modes the value of white is unknown.
 _MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"}
 _GRAY16_MODES = {"I;16", "I;16B", "I;16L", "I;16N"}
 
-# Larger colour profiles are converted from, but not kept for the next image.
+# The transforms of larger colour profiles are used but not cached for the next image.
 _MAX_CACHED_PROFILE_BYTES = 2**20
 
-# Bytes a pixel at the peak of decoding, as measured. simplejpeg writes the array and no more, save
-# for progressive files, of which libjpeg holds all coefficients until the last scan.
-# Pillow has the picture in four bytes and gathers its bytes twice before the array is made; where
-# a mode or a colour profile is converted or transparency laid out, there are copies.
+# Measured bytes per pixel at the peak of decoding. simplejpeg writes only the array. For
+# progressive files, libjpeg also holds all coefficients until the last scan. Pillow stores a pixel
+# in four bytes and collects the bytes twice before the array is made. Conversions of modes, colour
+# profiles and transparency make further copies.
 _PEAK_BYTES = 3
 _COEFFICIENT_BYTES = 6
 _CONVERTED_PEAK_BYTES = 22
 
-# EXIF orientations as steps through rows and columns; those from 5 on swap the two thereafter.
+# EXIF orientations as steps through rows and columns. Orientations from 5 on then swap the sides.
 _FLIPS = {2: (1, -1), 3: (-1, -1), 4: (-1, 1), 5: (1, 1), 6: (-1, 1), 7: (-1, -1), 8: (1, -1)}
 
 
 Reserve = Callable[[int], None]
-"""Told how many bytes decoding takes from now on, before it takes them; may wait for them."""
+"""Called with the bytes that decoding takes from now on, before it takes them. It may wait."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scaled:
-    """An image as `decode_scaled` gives it, with the size (upright) that it has in full.
+    """An image from `decode_scaled`, with its full upright size.
 
     `pixels` is uint8 [ceil(height / denominator), ceil(width / denominator), 3].
     """
@@ -61,30 +62,31 @@ class Scaled:
 def decode_image(
     data: bytes, *, max_pixels: int, reserve: Reserve | None = None
 ) -> NDArray[np.uint8]:
-    """Decode an image to sRGB; the content decides on the format, not the name.
+    """Decode an image to sRGB. The content determines the format, not the name.
 
-    JPEG, PNG, WebP, AVIF, GIF, BMP and TIFF are read, and with the extra `images` JPEG XL and HEIC.
+    The formats are JPEG, PNG, WebP, AVIF, GIF, BMP and TIFF, and with the extra `images` also
+    JPEG XL and HEIC.
 
-    The EXIF orientation is applied. An embedded ICC profile is converted to sRGB; a profile that
-    cannot be used is ignored, and so is unreadable EXIF, as viewers do. CMYK without a profile is
-    converted by complement. Transparency is laid over white. 16-bit gray is scaled by 1/257; of
-    16-bit colour Pillow keeps the high byte, which is within one level of that. Of an animation
-    the first frame counts, of a file of several pages the first page.
+    The EXIF orientation is applied. An embedded ICC profile is converted to sRGB. Unusable profiles
+    and unreadable EXIF are ignored, as in viewers. CMYK without a profile is converted by
+    complement. Transparency is composited over white. 16-bit gray is scaled by 1/257. For 16-bit
+    colour, Pillow keeps the high byte, which is within one level of that. Only the first frame of
+    an animation and the first page of a document are used.
 
     Args:
         data: the whole file.
-        max_pixels: refuse larger images from their header, before any pixel is decoded.
-        reserve: is told of the memory that decoding takes, and may wait for it.
+        max_pixels: larger images are rejected from their header, before any pixel is decoded.
+        reserve: called with the bytes that decoding takes, before it takes them; may wait.
 
     Returns:
-        uint8 [height, width, 3], writable. Where the orientation swaps the sides it is the columns
-        that lie one after another in memory, else the rows (C order).
+        uint8 [height, width, 3], writable. If the orientation swaps the sides, the columns are
+        contiguous in memory, otherwise the rows (C order).
 
     Raises:
         Reject: stage `decode`; `empty`, `not_an_image`, `unsupported_format`, `too_many_pixels`,
-            `too_many_scans`, `truncated_image` or `corrupt_image`. The last two stand for whatever
-            a decoder raises, and their message has the exception's name.
-        MemoryError: memory is exhausted; so does an OSError of ENOMEM.
+            `too_many_scans`, `truncated_image` or `corrupt_image`. The last two cover every
+            exception of a decoder, and their message has the exception's name.
+        MemoryError: memory is exhausted. An OSError of ENOMEM means the same.
     """
     return decode_scaled(data, _in_full, max_pixels=max_pixels, reserve=reserve).pixels
 
@@ -102,39 +104,43 @@ def decode_scaled(
 
     Args:
         data: the whole file.
-        choose: given width and height (upright, in full), by what to divide them: 1, 2, 4 or 8.
-            What only Pillow decodes is not divided.
-        max_pixels: of the image in full.
-        reserve: as for `decode_image`.
+        choose: maps the full upright width and height to the denominator of the fraction: 1, 2, 4
+            or 8. Images that Pillow decodes keep their size.
+        max_pixels: the limit of the full size.
+        reserve: see `decode_image`.
+
+    Raises:
+        Reject: see `decode_image`.
+        MemoryError: see `decode_image`.
     """
-    found_format = format_of(data)
+    image_format = format_of(data)
     try:
-        return _decode(data, found_format, choose, max_pixels, reserve)
+        return _decode(data, image_format, choose, max_pixels, reserve)
     except (Reject, MemoryError):
         raise
     except Image.DecompressionBombError as error:
         raise Reject("decode", "too_many_pixels", first_line(error)) from error
     except Exception as error:
-        raise _reject_of(error, data, found_format) from error
+        raise _reject_of(error, data, image_format) from error
     except BaseException as error:
-        # A plugin in Rust raises this where it fails; it is no `Exception`.
+        # Plugins in Rust raise this exception, which is not an `Exception`.
         if type(error).__name__ != "PanicException":
             raise
-        raise _reject_of(error, data, found_format) from error
+        raise _reject_of(error, data, image_format) from error
 
 
-def _reject_of(error: BaseException, data: bytes, found_format: Format) -> Reject:
-    """Make a reject of whatever a decoder raises for one image.
+def _reject_of(error: BaseException, data: bytes, image_format: Format) -> Reject:
+    """Return the reject for an exception of a decoder.
 
     Raises:
-        OSError: it says that memory is exhausted, which is not the image's doing.
+        OSError: memory is exhausted, which is not a fault of the image.
     """
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         raise error
-    name, text = found_format.name, type(error).__name__
+    name, text = image_format.name, type(error).__name__
     if str(error).strip():
         text += f": {first_line(error)}"
-    if found_format.is_cut(data) or "truncated" in text:
+    if image_format.is_cut(data) or "truncated" in text:
         message = f"{name} ends early, after {len(data)} bytes: {text}"
         return Reject("decode", "truncated_image", message)
     return Reject("decode", "corrupt_image", f"{name} is damaged: {text}")
@@ -142,33 +148,33 @@ def _reject_of(error: BaseException, data: bytes, found_format: Format) -> Rejec
 
 def _decode(
     data: bytes,
-    found_format: Format,
+    image_format: Format,
     choose: Callable[[int, int], int],
     max_pixels: int,
     reserve: Reserve | None,
 ) -> Scaled:
-    image, is_jpeg = None, found_format is JPEG
-    size = read_plain_size(data) if is_jpeg else found_format.read_size(data)
+    image, is_jpeg = None, image_format is JPEG
+    size = read_plain_size(data) if is_jpeg else image_format.read_size(data)
     if size is not None:
         _require_few_pixels(size, max_pixels)
     if size is None or not is_jpeg:
         if reserve and size is not None:
-            reserve(math.prod(size) * found_format.open_bytes)
-        image = found_format.open(data)
+            reserve(math.prod(size) * image_format.open_bytes)
+        image = image_format.open(data)
         size = image.size
         _require_few_pixels(size, max_pixels)
     if is_jpeg:
         if image is not None:
             require_few_scans(data, math.prod(size))
         if image is None or image.mode in ("L", "RGB"):
-            found = _decode_jpeg(data, size, image, choose, reserve)
-            if found:
-                return found
+            scaled = _decode_jpeg(data, size, image, choose, reserve)
+            if scaled:
+                return scaled
     if image is None:
-        image = found_format.open(data)
+        image = image_format.open(data)
     if min(image.size) < 1:
         raise ValueError("it has no pixels")
-    return _decode_by_pillow(image, found_format, reserve)
+    return _decode_by_pillow(image, image_format, reserve)
 
 
 def _require_few_pixels(size: tuple[int, int], max_pixels: int) -> None:
@@ -192,9 +198,9 @@ def _decode_jpeg(
     choose: Callable[[int, int], int],
     reserve: Reserve | None,
 ) -> Scaled | None:
-    """Decode by simplejpeg; None if that is for Pillow to do.
+    """Decode with simplejpeg; return None if Pillow must decode.
 
-    `image` is what Pillow read of the header: None for one that says nothing but the size.
+    `image` has the header as read by Pillow; None for a header with nothing but the size.
     """
     orientation, to_srgb, is_gray, is_progressive = 1, None, False, False
     if image is not None:
@@ -203,7 +209,8 @@ def _decode_jpeg(
     upright = size[::-1] if orientation > 4 else size
     denominator = choose(*upright)
     down, across = _FLIPS.get(orientation, (1, 1))
-    # Where a side does not divide, its last pixel stands for fewer, and has to stay the last.
+    # If a side is not divisible, its last pixel covers fewer source pixels and must stay the last,
+    # so such a side must not be flipped.
     while (down < 0 and size[1] % denominator) or (across < 0 and size[0] % denominator):
         denominator //= 2
     if reserve:
@@ -219,15 +226,15 @@ def _decode_jpeg(
 
 
 def _decode_by_pillow(
-    image: ImageFile.ImageFile, found_format: Format, reserve: Reserve | None
+    image: ImageFile.ImageFile, image_format: Format, reserve: Reserve | None
 ) -> Scaled:
     is_gray16 = image.mode in _GRAY16_MODES
     if image.mode not in _MODES and not is_gray16:
-        message = f"{found_format.name} of mode {image.mode} is not read: its white is unknown"
+        message = f"{image_format.name} of mode {image.mode} is not read: its white is unknown"
         raise Reject("decode", "unsupported_format", message)
     if reserve:
         is_plain = image.mode == "RGB" and "icc_profile" not in image.info
-        per_pixel = found_format.open_bytes + found_format.load_bytes
+        per_pixel = image_format.open_bytes + image_format.load_bytes
         per_pixel = per_pixel if is_plain else max(per_pixel, _CONVERTED_PEAK_BYTES)
         reserve(image.width * image.height * per_pixel)
     image.load()
@@ -245,11 +252,11 @@ def _decode_by_pillow(
 
 
 def _turn(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
-    """Bring an image upright by its EXIF orientation."""
+    """Return an image turned upright according to its EXIF orientation."""
     if orientation not in _FLIPS:
         return pixels
     down, across = _FLIPS[orientation]
-    # As elements of three bytes, which NumPy copies faster than three elements of one.
+    # NumPy copies elements of three bytes faster than three elements of one byte.
     turned = np.ascontiguousarray(pixels.view("V3")[::down, ::across]).view(np.uint8)
     return turned.swapaxes(0, 1) if orientation > 4 else turned
 
@@ -267,17 +274,17 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
         return image if image.has_transparency_data else image.convert("L")
     if image.mode in _GRAY16_MODES:
         tags = getattr(image, "tag_v2", {})
-        # A TIFF of 12 bits (tag 258) has this mode, too.
+        # A TIFF of 12 bits (tag 258) also has this mode.
         white = 4095 if tags.get(258) == (12,) else 65535
         levels = np.asarray(image).astype(np.uint32)
         gray = ((levels * 255 + white // 2) // white).astype(np.uint8)
-        # Pillow inverts a TIFF whose 0 is white (tag 262) in all modes but this one.
+        # Pillow inverts a TIFF whose 0 is white (tag 262) in all modes except this one.
         return Image.fromarray(255 - gray if tags.get(262) == 0 else gray)
     return image
 
 
 def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """Split into L, RGB or CMYK, and the alpha channel if there is one."""
+    """Split an image into L, RGB or CMYK, and the alpha channel if there is one."""
     if image.has_transparency_data:
         if image.mode not in ("LA", "RGBA"):
             image = image.convert("RGBA")
@@ -289,7 +296,7 @@ def _to_srgb_from(image: Image.Image, info: dict[Any, Any]) -> ImageCms.ImageCms
     profile = info.get("icc_profile")
     if not isinstance(profile, bytes) or not profile:
         return None
-    # Padding is not part of it: a profile begins with its size.
+    # A profile begins with its size. Padding after it is dropped.
     profile = profile[: int.from_bytes(profile[:4], "big")] or profile
     if len(profile) > _MAX_CACHED_PROFILE_BYTES:
         return _srgb_transform.__wrapped__(profile, image.mode)
@@ -298,7 +305,7 @@ def _to_srgb_from(image: Image.Image, info: dict[Any, Any]) -> ImageCms.ImageCms
 
 @lru_cache(maxsize=32)
 def _srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """Build the conversion from a profile to sRGB; None if it is broken, or sRGB itself."""
+    """Build the transform from a profile to sRGB; None if the profile is broken or is sRGB."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         target = ImageCms.createProfile("sRGB")
@@ -306,8 +313,8 @@ def _srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | N
     except Exception:  # noqa: BLE001  (a damaged profile costs the colours, not the image)
         return None
     if mode == "RGB":
-        # Most profiles in the wild are sRGB under some name: they move no colour of a 16³ grid by
-        # more than a level of rounding, and the conversion takes longer than decoding.
+        # Most profiles in practice are sRGB under various names. They change no colour of a 16³
+        # grid by more than one level of rounding, and the conversion takes longer than decoding.
         grid = np.stack(np.meshgrid(*[np.arange(0, 256, 17)] * 3), -1).reshape(64, 64, 3)
         moved = np.asarray(to_srgb.apply(Image.fromarray(grid.astype(np.uint8)))) - grid
         if np.abs(moved).max() <= 1:

@@ -1,8 +1,8 @@
-"""Folders of image files, with files beside them: `0001.jpg`, `0001.txt`, `0001.json`.
+"""Folders of image files and accompanying files: `0001.jpg`, `0001.txt`, `0001.json`.
 
-Samples are spread over a fixed number of slots by the hash of their keys, and a slot is a unit. So
-a file that is new, replaced or deleted touches one slot, however many files there are. A slot is a
-source of its own, `<folder>#<slot>/<slots>`: it changes by itself, and none waits for another.
+Samples are spread over a fixed number of slots by the hash of their keys. A slot is a unit. A new,
+replaced or deleted file therefore affects one slot, whatever the number of files. Each slot is its
+own source, `<folder>#<slot>/<slots>`, so slots change independently of each other.
 """
 
 from __future__ import annotations
@@ -33,51 +33,56 @@ from latentcache.images.samples import (
 from latentcache.storage import DANGLING, ObjectInfo, Store
 from latentcache.storage_options import StorageOptions
 
-# Slots of a folder, where neither the config nor the output says otherwise.
+# The number of slots of a folder if neither the config nor the output sets it.
 NUM_SLOTS = 64
 
 _SLOT = re.compile(r"(?P<folder>.*)#(?P<slot>\d+)/(?P<num_slots>\d+)", re.DOTALL)
 
-# Files are fetched ahead of the one that is wanted next: so many at once, and as many bytes.
+# Limits of the files that are fetched ahead of the next sample.
 _THREADS = 8
 _FILES_AHEAD = 32
 _BYTES_AHEAD = 64 * 2**20
 
 
 def is_slot(source: str) -> bool:
-    """Whether the source of a unit is a folder's slot."""
+    """Return whether the source of a unit is a folder's slot."""
     return _SLOT.fullmatch(source) is not None
 
 
 def slots_of(url: str, wanted: int | None, known: Collection[str]) -> int:
-    """Decide into how many slots a folder is cut: once cut, it stays so.
+    """Return the number of slots of a folder, which never changes for one output.
 
     Args:
-        url: the folder's, canonical.
-        wanted: what the config says, None where it says nothing.
-        known: the sources that the output has units of.
+        url: the canonical URL of the folder.
+        wanted: the number in the config; None if it sets none.
+        known: the sources of the output's units.
 
     Raises:
-        ConfigError: the config wants another number than the output has.
+        ConfigError: the config and the output have different numbers.
     """
-    found = (_SLOT.fullmatch(source) for source in known if source.startswith(f"{url}#"))
-    there = {int(match["num_slots"]) for match in found if match and match["folder"] == url}
-    others = there - {wanted}
+    matches = (_SLOT.fullmatch(source) for source in known if source.startswith(f"{url}#"))
+    existing = {int(match["num_slots"]) for match in matches if match and match["folder"] == url}
+    others = existing - {wanted}
     if wanted and others:
         raise ConfigError(
             f"source.num_units is {wanted}, but the output holds {url} in {min(others)} units: "
             "leave it out, or give this config another output.url"
         )
-    return wanted or max(there, default=NUM_SLOTS)
+    return wanted or max(existing, default=NUM_SLOTS)
 
 
 def list_folder(url: str, num_slots: int, options: StorageOptions) -> list[SourceShard]:
-    """List the slots of a folder that have files, in order; one recursive listing of the store.
+    """List the slots of a folder that have files, in order, with one recursive listing.
 
-    Files and folders with a leading dot are passed over, and files without a dot in their name.
+    Files and folders with a leading dot, and files without a dot in their name, are ignored.
+
+    Args:
+        url: the folder.
+        num_slots: the number of its slots.
+        options: how to reach the store.
 
     Raises:
-        SourceError: it has no file that a sample could have.
+        SourceError: the folder has no file that can belong to a sample.
         StorageError: the store cannot be reached.
     """
     store = Store(url, options)
@@ -92,10 +97,14 @@ def list_folder(url: str, num_slots: int, options: StorageOptions) -> list[Sourc
 
 
 def list_slot(source: str, options: StorageOptions) -> SourceShard:
-    """List one slot again, by the name of its source.
+    """List one slot again.
+
+    Args:
+        source: the slot, `<folder>#<slot>/<slots>`.
+        options: how to reach the store.
 
     Raises:
-        SourceError: it has no files any more.
+        SourceError: the slot no longer has files.
         StorageError: the store cannot be reached.
     """
     match = _SLOT.fullmatch(source)
@@ -103,7 +112,7 @@ def list_slot(source: str, options: StorageOptions) -> SourceShard:
     for shard in list_folder(match["folder"], int(match["num_slots"]), options):
         if shard.url == source:
             return shard
-    raise SourceError(f"{source} has no files any more: check source.folder")
+    raise SourceError(f"{source} no longer has files: check source.folder")
 
 
 def _slot_of(key: str, num_slots: int) -> int:
@@ -112,7 +121,7 @@ def _slot_of(key: str, num_slots: int) -> int:
 
 
 def _shard(source: str, files: list[tuple[str, ObjectInfo]]) -> SourceShard:
-    # By key first: a folder's name may sort between the files of one sample.
+    # Sorted by key first, because a folder's name may sort between the files of one sample.
     files.sort(key=lambda file: (file[0], file[1].path))
     infos = tuple(info for _, info in files)
     listing = sorted((_utf8(info.path), info.size_bytes, info.version) for info in infos)
@@ -121,7 +130,7 @@ def _shard(source: str, files: list[tuple[str, ObjectInfo]]) -> SourceShard:
 
 
 def _utf8(path: str) -> str:
-    """Write a name that is not UTF-8 as JSON can hold it."""
+    """Return a name with escapes in place of bytes that are not UTF-8, so that JSON can hold it."""
     return path.encode("utf-8", "backslashreplace").decode()
 
 
@@ -132,12 +141,19 @@ def read_slot(
     on_read: OnRead,
     reserve: ReserveSample,
 ) -> Iterator[Sample | RejectedSample]:
-    """Stream the samples of a folder's slot, by key; see `images.source.read_shard`.
+    """Stream the samples of a folder's slot, sorted by key; see `images.source.read_shard`.
 
-    Files with the same path up to the last dot of the file name are one sample, and the
-    lower-cased rest is the field. Of several images the first in order of preference is the
-    sample's; each other one is a reject `duplicate_key`. A link whose target does not exist is a
-    reject `broken_link` if it names an image.
+    Files with the same path up to the last dot of the file name are one sample. The rest of the
+    name, in lower case, is the field. If a sample has several images, the first in order of
+    preference is used, and each other one is a reject `duplicate_key`. An image that is a link to a
+    missing file is a reject `broken_link`.
+
+    Args:
+        shard: the listed slot.
+        wanted: the fields to read.
+        options: how to reach the store.
+        on_read: called with the number of bytes of each file.
+        reserve: called before a sample's files are read, with their bytes.
     """
     match = _SLOT.fullmatch(shard.url)
     assert match
@@ -157,7 +173,7 @@ def read_slot(
 
 @dataclass(slots=True)
 class _Files:
-    """The files of one sample: those to read, by field, and rejects for its other images."""
+    """The files of one sample: those to read, by field, and the rejects of its other images."""
 
     group: Group
     found: dict[str, ObjectInfo]
@@ -205,9 +221,9 @@ def _files_of(key: str, members: Sequence[ObjectInfo], wanted: Wanted) -> _Files
 def _fetch(
     store: Store, groups: Iterable[_Files], reserve: ReserveSample
 ) -> Generator[tuple[_Files, dict[str, bytes]], None, None]:
-    """Yield groups with the contents of their files, in order, fetched ahead by some threads.
+    """Yield groups with the contents of their files, in order. Threads fetch files ahead.
 
-    A sample that alone is larger than `_BYTES_AHEAD` is fetched when no other is held.
+    A sample that is larger than `_BYTES_AHEAD` is fetched while no other sample is in memory.
     """
     ahead: deque[tuple[_Files, dict[str, Future[bytes]]]] = deque()
     num_files = num_bytes = 0
@@ -241,11 +257,11 @@ def _fetch(
 
 
 def _read(store: Store, listed: ObjectInfo) -> bytes:
-    """Read a file, and see that it is the one that was listed.
+    """Read a file, and check that it is the listed version.
 
     Raises:
-        SourceChanged: it is another, or gone.
-        StorageError: it cannot be read.
+        SourceChanged: the file is another version, or is gone.
+        StorageError: the file cannot be read.
     """
     try:
         data = store.read_bytes(listed.path)

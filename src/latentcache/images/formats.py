@@ -1,7 +1,7 @@
-"""The image formats that are read: how each is recognised, opened, and found to be cut.
+"""The supported image formats: how to recognise and open each one, and how to detect a cut file.
 
-All are opened by Pillow's class for the format, never by `Image.open`: its check for decompression
-bombs warns, and has a limit of its own.
+Each format is opened with Pillow's class for it and never with `Image.open`, whose check for
+decompression bombs warns and has its own limit.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ _INSTALL = "pip install 'latentcache[images]'"
 
 _MAX_READS = 4_000_000
 
-# Tags of TIFF: the sides of a tile; the EXIF, GPS and interoperability directories.
+# TIFF tags: the sides of a tile, and the EXIF, GPS and interoperability directories.
 _TIFF_TILE = (322, 323)
 _TIFF_METADATA = (0x8769, 0x8825, 0xA005)
 _MAX_TILE_PIXELS = 2**22
-_MAX_TIFF_LAYERS = 6  # channels that Pillow reads at most
+_MAX_TIFF_LAYERS = 6  # the maximum number of channels that Pillow reads
 
-# What JPEG keeps of metadata where all of it together cannot be read.
+# The metadata that a JPEG keeps if it cannot be opened with all of its metadata.
 _JPEG_METADATA = (b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0", b"ICC_PROFILE\0")
 
 _ISO_BRANDS = {b"avif": "AVIF", b"avis": "AVIF"}
 _ISO_BRANDS |= dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx"), "HEIC")
 
-# Formats that a sample may plausibly hold but that are not read, by their first bytes.
+# Unsupported formats that samples may plausibly have, by their first bytes.
 _NOT_READ = {b"\0\0\0\x0cjP  ": "JPEG 2000", b"%PDF": "PDF", b"8BPS": "PSD", b"qoif": "QOI"}
 
 
@@ -52,13 +52,13 @@ class Format:
     """One image format.
 
     Attributes:
-        name: for messages.
-        open: reads the header by Pillow; the pixels may be read as well.
-        is_cut: whether the end of a file is missing.
-        read_size: reads width and height before `open` allocates memory for them; None where
-            `open` allocates none, or where the header does not say.
-        open_bytes: bytes a pixel that `open` takes.
-        load_bytes: bytes a pixel that loading takes at least, as measured.
+        name: the name in messages.
+        open: reads the header with Pillow; it may also read the pixels.
+        is_cut: returns whether the end of a file is missing.
+        read_size: reads width and height before `open` allocates memory for them; returns None if
+            `open` allocates none or the header has no size.
+        open_bytes: bytes per pixel that `open` allocates.
+        load_bytes: measured minimum of the bytes per pixel that loading allocates.
     """
 
     name: str
@@ -70,16 +70,16 @@ class Format:
 
 
 def format_of(data: bytes) -> Format:
-    """Recognise a format by the first bytes.
+    """Return the format of a file, by its first bytes.
 
     Raises:
         Reject: stage `decode`; `empty`, `not_an_image` or `unsupported_format`.
     """
     if not data:
         raise Reject("decode", "empty", "the image field holds no bytes")
-    for magic, found in _BY_MAGIC.items():
+    for magic, image_format in _BY_MAGIC.items():
         if data.startswith(magic):
-            return found
+            return image_format
     name = next((name for magic, name in _NOT_READ.items() if data.startswith(magic)), None)
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         return _WEBP
@@ -96,7 +96,7 @@ def format_of(data: bytes) -> Format:
 
 
 def _iso_format(data: bytes) -> str:
-    """Name the format of an ISO base media file by its brands, the major one first."""
+    """Return the name of an ISO base media file's format, by its brands, the major one first."""
     end = min(int.from_bytes(data[:4], "big"), 256)
     brands = [data[8:12], *(data[i : i + 4] for i in range(16, end, 4))]
     found = next((_ISO_BRANDS[brand] for brand in brands if brand in _ISO_BRANDS), None)
@@ -130,12 +130,12 @@ def _open_webp(data: bytes) -> ImageFile.ImageFile:
 
 
 def _open_avif(data: bytes) -> ImageFile.ImageFile:
-    # One thread each: the decode threads use all cores together.
+    # One thread for each image, because the decode threads together use all cores.
     AvifImagePlugin.DEFAULT_MAX_THREADS = 1
     try:
         return AvifImagePlugin.AvifImageFile(io.BytesIO(data))
-    except Exception:  # noqa: BLE001  (EXIF that cannot be parsed; what else is damaged raises again)
-        # An item of unknown type is ignored, as libavif itself ignores them.
+    except Exception:  # noqa: BLE001  (unreadable EXIF; any other damage raises again below)
+        # The EXIF item gets an unknown type, which libavif ignores.
         size = int.from_bytes(data[:4], "big")
         meta = slice(size, size + int.from_bytes(data[size : size + 4], "big"))
         hidden = data[: meta.start] + data[meta].replace(b"Exif", b"none") + data[meta.stop :]
@@ -143,7 +143,7 @@ def _open_avif(data: bytes) -> ImageFile.ImageFile:
 
 
 class _BoundedReads(io.BytesIO):
-    """A file for parsers in Python that read a few bytes at a time, in a loop that data decides."""
+    """A file with a limited number of reads, for Python parsers whose loops depend on the data."""
 
     _num_left = _MAX_READS
 
@@ -165,16 +165,16 @@ def _open_bmp(data: bytes) -> ImageFile.ImageFile:
 def _open_tiff(data: bytes) -> ImageFile.ImageFile:
     image = TiffImagePlugin.TiffImageFile(io.BytesIO(data))
     num_pixels = image.width * image.height
-    # libtiff has a buffer for a whole tile, which may be larger than the image.
+    # libtiff allocates a buffer for a whole tile, which may be larger than the image.
     width, height = (int(image.tag_v2.get(tag, 0)) for tag in _TIFF_TILE)
     if width * height > max(4 * num_pixels, _MAX_TILE_PIXELS):
         raise ValueError(f"its tiles of {width}x{height} exceed the image by far")
-    # Without compression Pillow copies each strip that is listed, however many overlap. There are
-    # as many layers as channels where those are stored one by one.
+    # Without compression, Pillow copies each listed strip, even if strips overlap. There are as
+    # many layers as channels if the channels are stored separately.
     tiles = [tile.extents for tile in image.tile if tile.extents]
     if sum((x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in tiles) > _MAX_TIFF_LAYERS * num_pixels:
         raise ValueError("its strips overlap")
-    # Loading would read them, and fail where they are damaged.
+    # Loading would read these directories, and fail if they are damaged.
     exif = image.getexif()
     for tag in _TIFF_METADATA:
         exif.pop(tag, None)
@@ -193,7 +193,7 @@ def _open_jxl(data: bytes) -> ImageFile.ImageFile:
     module.DECODE_THREADS = 0
     image: ImageFile.ImageFile = module.JXLImageFile(io.BytesIO(data))
     if not image.jpeg:  # type: ignore[attr-defined]
-        # libjxl has applied the orientation, which EXIF repeats.
+        # libjxl has already applied the orientation, which EXIF repeats.
         image.info.pop("exif", None)
     return image
 
@@ -208,7 +208,7 @@ def _plugin(module: str, name: str) -> Any:
 
 
 def _ends_with(mark: bytes) -> Callable[[bytes], bool]:
-    """Judge by an end mark, behind which some padding may follow."""
+    """Return a check for a missing end mark, after which some padding may follow."""
     return lambda data: mark not in data[-64:]
 
 
@@ -225,7 +225,7 @@ def _is_short_bmp(data: bytes) -> bool:
 
 
 def _is_short_iso(data: bytes) -> bool:
-    """Whether a box at the top runs beyond the end."""
+    """Return whether a top-level box extends beyond the end of the file."""
     position = 0
     for _ in range(1024):
         size = int.from_bytes(data[position : position + 4], "big")

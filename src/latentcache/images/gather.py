@@ -1,9 +1,9 @@
-"""Tars whose samples are scattered, or that hold links: three passes in bounded memory.
+"""Read tars with links or scattered samples, in three passes and bounded memory.
 
-The usual reader (`images.tar`) sees each member once, so it cannot join a caption to an image that
-came 10,000 members earlier, and the data of a hard link lies in an earlier member. Here the first
-pass lists the members, the second collects the kept fields, which are small, and the third streams
-the images. Samples come in the order of their images.
+The usual reader (`images.tar_source`) reads each member once. It cannot join a caption to an image
+that came 10,000 members earlier, and it cannot read a hard link, whose data is in an earlier
+member. Here the first pass lists the members, the second collects the kept fields, which are small,
+and the third streams the images. Samples have the order of their images.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from latentcache.images.samples import (
 )
 from latentcache.images.tarstream import TarEnds, TarStream
 
-# Members that are listed, at about 300 bytes each.
+# The maximum number of listed members, which take about 300 bytes each.
 MAX_MEMBERS = 250_000
 
-# Kept fields that are held between the second pass and the third.
+# The maximum size of the kept fields in memory between the second and the third pass.
 WINDOW_BYTES = 64 * 2**20
 
 OpenPass = Callable[[], AbstractContextManager[TarStream]]
 
 
 def member_fault(member: tarfile.TarInfo) -> Reject | None:
-    """Return why a member that is no link cannot be read; None if it can."""
+    """Return the reject of a member that is not a link and cannot be read; None if it can."""
     if not member.isreg():
         message = f"{escaped(member.name)} is a device or a pipe, not a file"
         return Reject("read", "not_a_file", message)
@@ -49,17 +49,17 @@ def member_fault(member: tarfile.TarInfo) -> Reject | None:
 
 @dataclass(slots=True)
 class _Sample:
-    """A sample as the first pass finds it."""
+    """A sample that the first pass finds."""
 
     group: Group
-    sources: dict[str, int] = field(default_factory=dict)  # field -> number of the member with it
+    sources: dict[str, int] = field(default_factory=dict)  # field -> number of its member
     image: str | None = None  # the field that becomes the row
     duplicates: list[str] = field(default_factory=list)  # paths of further images of one field
 
 
 @dataclass
 class _Index:
-    """What the first pass finds; members are numbered in their order."""
+    """The result of the first pass; members are numbered in their order."""
 
     samples: dict[str, _Sample] = field(default_factory=dict)
     links: list[tuple[_Sample, str, tarfile.TarInfo, int]] = field(default_factory=list)
@@ -71,15 +71,18 @@ class _Index:
 def gather_samples(
     open_pass: OpenPass, wanted: Wanted, reserve: ReserveSample
 ) -> Generator[Sample | RejectedSample, None, RejectedSample | None]:
-    """Yield the samples of a tar in three passes; return what is wrong with the tar as a whole.
+    """Yield the samples of a tar in three passes; return the problem of the tar as a whole.
 
-    Rejects: `link_target` (a link whose target is no readable member), `not_grouped` (a sample
-    whose kept fields do not fit into `WINDOW_BYTES` together with those of the others).
+    The rejects are `link_target` (the target of a link is not a readable member) and `not_grouped`
+    (the kept fields of the sample do not fit into `WINDOW_BYTES` with those of the others).
 
     Args:
         open_pass: opens the tar at its first byte.
-        wanted: what is read of a sample.
-        reserve: called before an image is read.
+        wanted: the fields to read.
+        reserve: called before an image is read, with the bytes that its sample then holds.
+
+    Returns:
+        The keyless reject of the tar, or None.
     """
     index = _Index()
     with open_pass() as tar:
@@ -94,7 +97,7 @@ def gather_samples(
         _collect_fields(tar, wanted, index)
     with open_pass() as tar:
         yield from _stream_images(tar, wanted, index, reserve)
-    for sample in index.samples.values():  # those without an image that can be read
+    for sample in index.samples.values():  # samples without a readable image
         yield sample_of(sample.group, wanted, ())
         yield from _duplicates(sample)
     return index.trouble
@@ -155,7 +158,7 @@ def _resolve_links(index: _Index, wanted: Wanted) -> None:
                 break
             if path in seen or path not in links:
                 message = f"{escaped(member.name)} links to {escaped(member.linkname)}, which "
-                message += "is no file in the archive"
+                message += "is not a file in the archive"
                 sample.group.refuse(Reject("read", "link_target", message))
                 break
             seen.add(path)
@@ -168,7 +171,7 @@ def _resolve_links(index: _Index, wanted: Wanted) -> None:
 
 
 def _users(index: _Index, is_used: Callable[[_Sample, str], bool]) -> dict[int, list[_Use]]:
-    """Return for each member the samples that read it, and as which field."""
+    """Return for each member the samples that read it, with the name of the field."""
     users: dict[int, list[_Use]] = {}
     for sample in index.samples.values():
         for name, number in sample.sources.items():
@@ -181,7 +184,7 @@ _Use = tuple[_Sample, str]
 
 
 def _collect_fields(tar: TarStream, wanted: Wanted, index: _Index) -> None:
-    """Read the kept fields that are not images, as many as fit into the window."""
+    """Read the kept fields that are not images, as far as they fit into `WINDOW_BYTES`."""
     users = _users(index, lambda sample, name: name in wanted.keep and name != sample.image)
     num_bytes = 0
     for number, member in _members(tar, users):
@@ -204,7 +207,7 @@ def _collect_fields(tar: TarStream, wanted: Wanted, index: _Index) -> None:
 def _stream_images(
     tar: TarStream, wanted: Wanted, index: _Index, reserve: ReserveSample
 ) -> Generator[Sample | RejectedSample, None, None]:
-    """Yield each sample at its image, and take it out of the index."""
+    """Yield each sample at its image, and remove it from the index."""
     users = _users(index, lambda sample, name: name == sample.image)
     for number, member in _members(tar, users):
         reserve(max(sample.group.num_bytes for sample, _ in users[number]))
@@ -228,7 +231,7 @@ def _duplicates(sample: _Sample) -> Generator[RejectedSample, None, None]:
 def _members(
     tar: TarStream, users: dict[int, list[_Use]]
 ) -> Generator[tuple[int, tarfile.TarInfo], None, None]:
-    """Yield the members that are read, with their numbers."""
+    """Yield the members in `users`, with their numbers."""
     try:
         for number, member in enumerate(tar):
             if number in users:

@@ -1,7 +1,8 @@
-"""JPEG pixels by libjpeg-turbo, wherever it has nothing to say against the file.
+"""Decode JPEGs with libjpeg-turbo through simplejpeg.
 
-Pillow has the same library inside and gives the same pixels; simplejpeg spares its copies. Being
-strict here, it refuses whatever libjpeg warns of. Pillow overlooks some of that, and is to judge.
+Pillow uses the same library and gives the same pixels, but makes copies that simplejpeg avoids.
+simplejpeg is used in strict mode: it refuses every file for which libjpeg warns. Pillow tolerates
+some of these warnings, so it decodes the refused files.
 """
 
 from __future__ import annotations
@@ -16,38 +17,39 @@ from numpy.typing import NDArray
 from latentcache.errors import Reject
 
 _START_OF_SCAN = 0xDA
-# Segments that change no pixel and say nothing of them: JFIF, what applications keep for
-# themselves, comments; then tables and the sequential frame headers.
+# Segments that do not affect the interpretation of pixels (JFIF, private segments of applications,
+# comments), then tables and the headers of sequential frames.
 _PLAIN = {0xE0, *range(0xE3, 0xF0), 0xFE, 0xDB, 0xC4, 0xDD, 0xC0, 0xC1}
 _FRAMES = (0xC0, 0xC1)
 
-# A progressive file is decoded scan by scan, and each scan passes over all coefficients, though it
-# may take no more than a dozen bytes. libjpeg's own script has 10 scans, and no encoder in use
-# writes more than about 20. Up to 20 are always decoded, more while scans times pixels stay below
-# 1e9 (about 5 s of one core), and never more than 500, where libjpeg-turbo's fuzzers and djpeg's
-# example of `-maxscans` stop.
+# A progressive file is decoded scan by scan. Each scan passes over all coefficients, even if it has
+# only a dozen bytes. libjpeg's default script has 10 scans, and no common encoder writes more than
+# about 20. Up to 20 scans are always decoded. More are decoded if scans times pixels is below 1e9
+# (about 5 s of one core), but never more than 500, the limit of libjpeg-turbo's fuzzers and of
+# djpeg's example of `-maxscans`.
 _MIN_SCANS = 20
 _MAX_SCANS = 500
 _MAX_SCANNED_PIXELS = 10**9
 
-# Metadata of a header beyond that is dropped before Pillow sees it, which joins segments by copying
-# all of them for each. A colour profile of a printing press has 3 MB.
+# Metadata of a header beyond this limit is dropped before Pillow reads the file, because Pillow
+# joins segments by copying all of them for each new one. A printing press's colour profile has
+# 3 MB.
 _MAX_METADATA_BYTES = 4 * 2**20
 _MAX_SEGMENTS = 65_536
 
 _METADATA = {*range(0xE0, 0xF0), 0xFE}
-_ADOBE = 0xEE  # says how colours are coded
+_ADOBE = 0xEE  # the coding of colours
 
-# A marker in the data of a scan: not a stuffed 0xFF, a restart or a filling byte.
+# A marker in the data of a scan that is not a stuffed 0xFF, a restart marker or a fill byte.
 _MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])")
 
 
 def read_plain_size(data: bytes) -> tuple[int, int] | None:
-    """Read width and height where these are all that matters of the header.
+    """Return width and height if the header has no other information that decoding needs.
 
-    None for a progressive file or CMYK, for one with EXIF, XMP or an ICC profile (their segments,
-    APP1 and APP2, may hold other things as well), for one of several scans, and for one with
-    anything unusual.
+    Returns:
+        None for a file that is progressive, CMYK or unusual, for one with several scans, and for
+        one with segments APP1 or APP2, which hold EXIF, XMP and ICC profiles.
     """
     position, num_components = 2, 0
     try:
@@ -60,7 +62,7 @@ def read_plain_size(data: bytes) -> tuple[int, int] | None:
         if data[position : position + 2] != bytes((0xFF, _START_OF_SCAN)):
             return None
         if data[position + 4] != num_components:
-            return None  # the other components have scans of their own
+            return None  # the other components have their own scans
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
     except (IndexError, ValueError):
         return None
@@ -68,7 +70,7 @@ def read_plain_size(data: bytes) -> tuple[int, int] | None:
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """Give marker, start and end of each segment up to the first scan, or to what is none.
+    """Yield marker, start and end of each segment before the first scan or the first non-segment.
 
     Raises:
         ValueError: the header has an absurd number of segments.
@@ -89,7 +91,7 @@ def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
 
 
 def strip_large_metadata(data: bytes) -> bytes:
-    """Drop metadata from where it exceeds 4 MiB; `data` itself where it does not."""
+    """Drop the metadata segments beyond the first 4 MiB; return `data` itself if there are none."""
     if len(data) <= _MAX_METADATA_BYTES:
         return data
     num_bytes, dropped = 0, []
@@ -102,10 +104,14 @@ def strip_large_metadata(data: bytes) -> bytes:
 
 
 def strip_metadata(data: bytes, keep: tuple[bytes, ...] = ()) -> bytes:
-    """Drop all metadata but Adobe's marker of colours and what begins with one of `keep`.
+    """Drop all metadata except Adobe's colour marker and the segments to keep.
+
+    Args:
+        data: the whole file.
+        keep: segments are kept if their content begins with one of these.
 
     Returns:
-        `data` itself where nothing is dropped.
+        The file without metadata; `data` itself if nothing is dropped.
     """
     dropped = []
     for marker, start, end in _segments(data):
@@ -126,7 +132,11 @@ def _without(data: bytes, ranges: list[tuple[int, int]]) -> bytes:
 
 
 def require_few_scans(data: bytes, num_pixels: int) -> None:
-    """Refuse a file whose many scans would occupy a thread for long.
+    """Reject a file whose scans would occupy a thread for too long.
+
+    Args:
+        data: the whole file.
+        num_pixels: the pixels of the image.
 
     Raises:
         Reject: stage `decode`, `too_many_scans`.
@@ -144,7 +154,10 @@ def require_few_scans(data: bytes, num_pixels: int) -> None:
 
 
 def _is_single_scan(data: bytes) -> bool:
-    """Whether libjpeg stops after the first scan: it is sequential and has all components."""
+    """Return whether libjpeg stops after the first scan.
+
+    It does if the file is sequential and the scan has all components.
+    """
     num_components, end = 0, 2
     for marker, start, end in _segments(data):  # noqa: B007  (the last end is used)
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
@@ -156,22 +169,22 @@ def _is_single_scan(data: bytes) -> bool:
 
 
 def _bound_scans(data: bytes) -> int:
-    """Count what may begin a scan: thumbnails and pictures behind the first have some as well.
+    """Return an upper bound of the scans, which includes those of thumbnails and later pictures.
 
-    `bytes.count` takes a tenth of the time that decoding does; comparing arrays, a hundredth.
+    `bytes.count` takes a tenth of the time of decoding. Comparing arrays takes a hundredth.
     """
-    found, view = 0, np.frombuffer(data, np.uint8)
+    num_marks, view = 0, np.frombuffer(data, np.uint8)
     for start in range(0, len(data), 2**20):
         block = view[start : start + 2**20 + 1]
-        found += int(np.count_nonzero((block[:-1] == 0xFF) & (block[1:] == _START_OF_SCAN)))
-    return found
+        num_marks += int(np.count_nonzero((block[:-1] == 0xFF) & (block[1:] == _START_OF_SCAN)))
+    return num_marks
 
 
 def _count_scans(data: bytes, enough: int) -> int:
-    """Count the scans up to the end mark, or to one more than `enough`."""
+    """Return the number of scans before the end mark; stop at one more than `enough`."""
     position, num_scans = 2, 0
-    while num_scans <= enough and (found := _MARKER.search(data, position)):
-        marker, position = found[1][0], found.end()
+    while num_scans <= enough and (match := _MARKER.search(data, position)):
+        marker, position = match[1][0], match.end()
         if marker == 0xD9:
             break
         if marker != 0x01 and marker != 0xD8:
@@ -187,12 +200,12 @@ def decode_jpeg(
 
     Args:
         data: the whole file.
-        size: its width and height. If libjpeg sees another size, the file is damaged.
-        colorspace: of the result, `RGB` or `GRAY`.
+        size: its width and height. If libjpeg reads another size, the file is damaged.
+        colorspace: the colour space of the result, `RGB` or `GRAY`.
         denominator: 1, 2, 4 or 8.
 
     Returns:
-        A new array; None where Pillow is to judge.
+        A new array; None if simplejpeg refuses the file, so that Pillow must decode it.
     """
     width, height = size
     try:
@@ -201,7 +214,7 @@ def decode_jpeg(
         pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(
             data,
             colorspace,
-            # It takes the smallest of libjpeg's fractions (eighths) that is no smaller than this.
+            # simplejpeg uses the smallest fraction of libjpeg (in eighths) that is at least this.
             min_height=-(-height // denominator),
             min_width=-(-width // denominator),
         )

@@ -1,6 +1,6 @@
-"""The size that the header of a JPEG XL file states.
+"""Read the size in the header of a JPEG XL file.
 
-The plugin for Pillow decodes a file as soon as it is opened, so the size has to be known before.
+The Pillow plugin decodes a file when it is opened, so the size must be known before.
 """
 
 from __future__ import annotations
@@ -8,14 +8,15 @@ from __future__ import annotations
 CONTAINER = b"\0\0\0\x0cJXL \r\n\x87\n"
 CODESTREAM = b"\xff\x0a"
 
-# Bits of a side that is not small (ISO/IEC 18181-1, SizeHeader), and ratios of width to height.
+# The bit lengths of a side that is not small (ISO/IEC 18181-1, SizeHeader), and the ratios of width
+# to height.
 _SIDE_BITS = (9, 13, 18, 30)
 _RATIOS = ((1, 1), (12, 10), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))
 _MAX_BOXES = 1024
 
 
 def read_jxl_size(data: bytes) -> tuple[int, int]:
-    """Read width and height; the orientation is not applied.
+    """Return width and height, before the orientation is applied.
 
     Raises:
         ValueError: the file has no codestream.
@@ -34,15 +35,15 @@ def read_jxl_size(data: bytes) -> tuple[int, int]:
 
 
 class _Bits:
-    """A number that is read from its low bits upwards."""
+    """A number whose bits are read from the lowest upwards."""
 
     def __init__(self, number: int) -> None:
         self.number = number
 
     def take(self, num_bits: int) -> int:
-        found = self.number & ((1 << num_bits) - 1)
+        bits = self.number & ((1 << num_bits) - 1)
         self.number >>= num_bits
-        return found
+        return bits
 
 
 def _read_side(bits: _Bits, is_small: int) -> int:
@@ -52,7 +53,7 @@ def _read_side(bits: _Bits, is_small: int) -> int:
 
 
 def _find_codestream(data: bytes) -> int:
-    """Find where the first box of the codestream begins its content."""
+    """Return the offset of the content of the first codestream box."""
     position = 0
     for _ in range(_MAX_BOXES):
         size = int.from_bytes(data[position : position + 4], "big")

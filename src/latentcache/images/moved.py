@@ -1,9 +1,9 @@
-"""Sources that moved: the URL that a dataset knows one by, and the URL at which it lies now.
+"""Moved sources: the URL that the dataset records, and the URL that is read now.
 
-A unit is named by its source's URL. So a folder that was renamed, mounted elsewhere or copied to
-another store would be encoded again, and all its rows would be in the dataset twice. The config's
-`source.moved_from` names the old folder: then units and records keep the old URLs, and only what
-reads takes the new ones.
+A unit is identified by its source's URL. If a folder is renamed, mounted elsewhere or copied to
+another store, its files look like new sources: all of them would be encoded again, and the dataset
+would have their rows twice. The config's `source.moved_from` names the old folder. Units and
+records then keep the old URLs, and only readers use the new ones.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from latentcache.storage_options import StorageOptions
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """The folder that a dataset knows, and the one that is read in its place; canonical URLs.
+    """The folder that the dataset records (`before`) and the folder that is read (`now`).
 
-    Without `before` nothing moved.
+    Both are canonical URLs. If `before` is None, nothing moved.
     """
 
     before: str | None = None
     now: str = ""
 
     def identity(self, url: str) -> str:
-        """Return by which URL the dataset knows what lies at `url` (a file, or a folder's slot)."""
+        """Return the URL that the dataset records for a file or a folder's slot at `url`."""
         return _rebased(url, self.now, self.before) if self.before else url
 
     def location(self, source: str) -> str:
-        """Return where the source lies that the dataset knows as `source`."""
+        """Return the present URL of a source that the dataset records as `source`."""
         return _rebased(source, self.before, self.now) if self.before else source
 
 
@@ -49,7 +49,7 @@ def _rebased(url: str, old: str, new: str) -> str:
 
 
 def moved_of(source: Images) -> Moved:
-    """Read off a config what moved where; for files, from the folder that all of them are below."""
+    """Return the move that a config's `source` section describes."""
     before = source.moved_from if isinstance(source, Source) else None
     if before is None:
         return NOT_MOVED
@@ -58,7 +58,12 @@ def moved_of(source: Images) -> Moved:
 
 
 def root_of(source: Images, options: StorageOptions) -> str:
-    """Return the URL of the folder that all of a source is below."""
+    """Return the URL of the common folder of all files of a source.
+
+    Args:
+        source: the section of the config.
+        options: how to reach the store.
+    """
     if source.folder is not None:
         return Store(source.folder, options).url
     assert source.shards is not None
@@ -69,14 +74,14 @@ def root_of(source: Images, options: StorageOptions) -> str:
 
 
 def old_folder(pairs: Iterable[tuple[str, str]], root: str) -> str | None:
-    """Return the folder that, named in `source.moved_from`, would explain where sources lie now.
+    """Return the value of `source.moved_from` that explains the present URLs of sources.
 
     Args:
-        pairs: (URL now, URL that the dataset knows) of sources that look the same.
-        root: the folder that all sources are below now.
+        pairs: (present URL, recorded URL) of sources that look the same.
+        root: the present common folder of all sources.
 
     Returns:
-        Its URL; None where the sources did not move together.
+        The URL of the old folder; None if the sources did not move together.
     """
     folders = set()
     for now, before in pairs:
@@ -86,7 +91,7 @@ def old_folder(pairs: Iterable[tuple[str, str]], root: str) -> str | None:
 
 
 def same_names(names: Collection[str]) -> dict[str, list[str]]:
-    """Group sources by the last part of their names, which a move keeps."""
+    """Group sources by the last part of their names, which a move does not change."""
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(last_part(name), []).append(name)
@@ -94,6 +99,6 @@ def same_names(names: Collection[str]) -> dict[str, list[str]]:
 
 
 def last_part(source: str) -> str:
-    """Return the name of a source's file, or of a folder's slot."""
+    """Return the name of a source's file, or the `#k/n` of a folder's slot."""
     slot = _SLOT.search(source)
     return slot[0] if slot else source.rpartition("/")[2]

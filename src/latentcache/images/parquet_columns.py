@@ -1,4 +1,4 @@
-"""Which columns of a Parquet file samples are made of, and their values as bytes."""
+"""The columns of a Parquet file from which samples are made, and their values as bytes."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from latentcache.images.samples import (
 
 @dataclass(frozen=True, slots=True)
 class SampleColumns:
-    """The columns to read: `images` that the file has, `texts` that are kept, and the key's.
+    """The columns to read: the file's image columns, the kept text columns, and the key's column.
 
-    `path` names the image column whose `path` is the key; None takes the number of the row.
+    If `key` is None, `path` is the image column whose `path` is the key. If both are None, the
+    number of the row is the key.
     """
 
     images: Sequence[str]
@@ -29,27 +30,28 @@ class SampleColumns:
 
     @property
     def names(self) -> list[str]:
-        """All of them, each once."""
+        """The names of all columns, each once."""
         return list(dict.fromkeys([*self.images, *self.texts, *([self.key] if self.key else [])]))
 
 
 def find_columns(schema: pa.Schema, wanted: Wanted, url: str) -> SampleColumns:
-    """Find the columns that samples are made of.
+    """Return the columns from which samples are made.
 
     Args:
-        schema: of the file.
+        schema: the schema of the file.
         wanted: the fields that the config names.
-        url: of the file, for errors.
+        url: the URL of the file, for errors.
 
     Raises:
-        FieldMissing: the file lacks a column that is kept, or the key's.
-        SourceError: no column holds an image, or one has a type that cannot be read.
+        FieldMissing: the file lacks a kept column.
+        SourceError: the file lacks the key's column, no column holds an image, or a column has a
+            type that cannot be read.
     """
     names = [name for name in wanted.image if name in schema.names]
     if not names:
         raise SourceError(
             f"{url}: no column holds the image: source.image names {', '.join(wanted.image)}, the "
-            f"file has {', '.join(schema.names)}"
+            f"file has {', '.join(schema.names)}: correct source.image"
         )
     for name in names:
         kind = _type_of(schema, name, url, "image")
@@ -58,8 +60,8 @@ def find_columns(schema: pa.Schema, wanted: Wanted, url: str) -> SampleColumns:
             kind = kind.field("bytes").type if has_bytes else pa.int8()
         if not (_is_binary(kind) or pt.is_null(kind)):
             raise SourceError(
-                f"{url}: column {name!r} is {schema.field(name).type}, no image: that is binary, "
-                "or struct<bytes: binary, path: string>"
+                f"{url}: column {name!r} is {schema.field(name).type} and not an image: images are "
+                "binary, or struct<bytes: binary, path: string>"
             )
     for setting, texts in (("keep", wanted.keep), ("key", [wanted.key] if wanted.key else [])):
         for name in texts:
@@ -73,7 +75,7 @@ def find_columns(schema: pa.Schema, wanted: Wanted, url: str) -> SampleColumns:
 
 
 def _type_of(schema: pa.Schema, name: str, url: str, setting: str) -> pa.DataType:
-    """Return a column's type, below what wraps it."""
+    """Return a column's type, without extension types and dictionaries around it."""
     indices = schema.get_all_field_indices(name)
     if len(indices) != 1:
         has = f"two columns {name!r}" if indices else f"no column {name!r}"
@@ -100,7 +102,7 @@ def _is_list(kind: pa.DataType) -> bool:
 
 
 def _is_readable(kind: pa.DataType, *, is_key: bool) -> bool:
-    """Return whether values of a type can become text."""
+    """Return whether values of a type can be converted to text."""
     if _is_text(kind) or pt.is_integer(kind):
         return True
     if is_key:
@@ -118,14 +120,14 @@ def _is_readable(kind: pa.DataType, *, is_key: bool) -> bool:
 
 
 def plain(array: pa.Array) -> pa.Array:
-    """Take a column out of what wraps it: an extension type, a dictionary."""
+    """Return a column without extension types and dictionaries around it."""
     if isinstance(array, pa.ExtensionArray):
         array = array.storage
     return array.dictionary_decode() if pt.is_dictionary(array.type) else array
 
 
 def has_path(kind: pa.DataType) -> bool:
-    """Whether a column is of structs with the path of an image, as Hugging Face's are."""
+    """Return whether a column has structs with the path of an image, as in Hugging Face's files."""
     if isinstance(kind, pa.BaseExtensionType):
         kind = kind.storage_type
     if not pt.is_struct(kind) or kind.get_field_index("path") < 0:
@@ -134,10 +136,15 @@ def has_path(kind: pa.DataType) -> bool:
 
 
 def texts_of(column: pa.Array, list_index: int) -> list[bytes | None]:
-    """Return the values of a column as text: strings and binary as the bytes that are stored.
+    """Return the values of a column as text.
 
-    Integers, floats, decimals and booleans are written as JSON writes them, dates and times in ISO
-    8601. Of a list the element `list_index` is taken; None if the list is shorter.
+    Strings and binary are returned as stored. Integers, floats, decimals and booleans have the form
+    of JSON, dates and times that of ISO 8601.
+
+    Args:
+        column: the column.
+        list_index: the index of the element to use if values are lists. The value is None if a list
+            is shorter.
     """
     array = plain(column)
     if _is_list(array.type):
@@ -150,8 +157,8 @@ def texts_of(column: pa.Array, list_index: int) -> list[bytes | None]:
         ]
     if _is_text(array.type):
         array = array.cast(pa.large_string()).cast(pa.large_binary())
-    found: list[Any] = array.to_pylist()
-    return [None if value is None else _as_text(value) for value in found]
+    values: list[Any] = array.to_pylist()
+    return [None if value is None else _as_text(value) for value in values]
 
 
 def _as_text(value: Any) -> bytes:

@@ -1,4 +1,4 @@
-"""The bytes of a Parquet file on their way to Arrow: whole reads, and pages of a bounded size."""
+"""A file object for Arrow that checks the pages of a Parquet file before Arrow reads them."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from latentcache.parquet_footer import (
 )
 from latentcache.storage import Store
 
-# Most page headers take less than this.
+# Most page headers are smaller than this.
 _HEADER_GUESS_BYTES = 256
 
 
 class OversizedPage(Exception):
-    """A page would take more memory than a sample may."""
+    """A page would take more memory than a sample may take."""
 
 
 class ParquetBytes:
-    """A file as Arrow reads it: a read returns all that was asked for, or raises.
+    """A file object for Arrow. A read returns all requested bytes or raises.
 
-    Arrow may replace what is raised by an error of its own. `failure` keeps an error of the store,
-    and `damage` what is wrong with a page.
+    Arrow may replace the raised exception with its own. `failure` keeps an error of the store, and
+    `damage` keeps the problem of a page.
 
     Args:
-        store: where the file lies.
-        name: of the file in the store.
-        file: opened for reading.
-        size_bytes: of the file, as listed.
+        store: the store of the file.
+        name: the file's name in the store.
+        file: the file, opened for reading.
+        size_bytes: the listed size of the file.
     """
 
     closed = False
@@ -51,7 +51,7 @@ class ParquetBytes:
         self.damage: Exception | None = None
 
     def read(self, size: int = -1) -> bytes:
-        """Read at the current position, and check the page headers that were read."""
+        """Read at the current position, and check the page headers in the bytes."""
         left = max(0, self._size_bytes - self._position)
         size = left if size < 0 else min(size, left)
         position, data = self._position, self._read_at(self._position, size)
@@ -80,7 +80,12 @@ class ParquetBytes:
         return data
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        """Move the position, as files do."""
+        """Set the position; see `io.IOBase.seek`.
+
+        Args:
+            offset: bytes.
+            whence: what the offset counts from.
+        """
         self._position = (0, self._position, self._size_bytes)[whence] + offset
         return self._position
 
@@ -89,7 +94,7 @@ class ParquetBytes:
         return self._position
 
     def close(self) -> None:
-        """Leave the file open: its owner closes it."""
+        """Do nothing, because the owner of the file closes it."""
 
     def read_footer(self) -> Footer:
         """Read and check the footer.
@@ -110,9 +115,9 @@ class ParquetBytes:
         """Check each page header of some columns before Arrow sees it.
 
         Args:
-            footer: of the file.
-            columns: names of top-level columns.
-            max_bytes: a page that takes more makes reads of its row group fail.
+            footer: the footer of the file.
+            columns: the names of top-level columns.
+            max_bytes: the limit of a page's size. Reads of a row group with a larger page fail.
             reserve: called with the bytes of each page.
         """
         for group in footer.row_groups:
@@ -124,7 +129,7 @@ class ParquetBytes:
         """Return the bytes of a column chunk's dictionary; 0 if it has none.
 
         Raises:
-            DamagedFooter: it has no readable header.
+            DamagedFooter: the dictionary has no readable header.
         """
         if chunk.dictionary_page_offset is None or not chunk.num_values:
             return 0
@@ -133,8 +138,12 @@ class ParquetBytes:
     def page_header(self, position: int, end: int) -> PageHeader:
         """Read the page header at a position of the file.
 
+        Args:
+            position: the start of the header.
+            end: the end of the column chunk.
+
         Raises:
-            DamagedFooter: there is none before `end`.
+            DamagedFooter: there is no header before `end`.
         """
         for most in (_HEADER_GUESS_BYTES, MAX_PAGE_HEADER_BYTES):
             header = read_page_header(self._read_at(position, min(most, end - position)))
@@ -144,7 +153,7 @@ class ParquetBytes:
 
 
 class _PageWalk:
-    """Follows the pages of a column chunk while they are read."""
+    """The check of the pages of a column chunk while they are read."""
 
     def __init__(
         self, file: ParquetBytes, chunk: ColumnChunk, max_bytes: int, reserve: ReserveSample
@@ -155,6 +164,10 @@ class _PageWalk:
 
     def check(self, position: int, data: bytes) -> None:
         """Check the headers of all pages that begin before the end of `data`.
+
+        Args:
+            position: the position of `data` in the file.
+            data: the bytes that were read.
 
         Raises:
             OversizedPage: a page takes too much memory.

@@ -1,12 +1,12 @@
-"""Parquet files of images, as Hugging Face lays them out: `struct<bytes: binary, path: string>`.
+"""Parquet files of images in Hugging Face's layout: `struct<bytes: binary, path: string>`.
 
-A row is a sample, and the columns in which it is not null are its fields. A large file is cut into
-several units by its size alone, so that listing opens nothing: part k of n holds the row groups
-whose first byte lies in [k·size/n, (k+1)·size/n), which the reader finds in the footer.
+A row is a sample, and its columns that are not null are the fields. A large file is split into
+several units by its size alone, so that listing opens no file. Part k of n has the row groups whose
+first byte is in [k·size/n, (k+1)·size/n). The reader finds them in the footer.
 
-pyarrow aborts the process on some damaged footers, and allocates what a page header claims. So the
-footer is checked by `latentcache.parquet_footer` first, and each page header as it passes
-(`images.parquet_file`).
+pyarrow aborts the process on some damaged footers, and allocates the size that a page header
+claims. Therefore `latentcache.parquet_footer` checks the footer first, and `images.parquet_file`
+checks each page header before Arrow reads it.
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ from latentcache.parquet_footer import DamagedFooter, Footer, RowGroup
 from latentcache.storage import Store, split_url
 from latentcache.storage_options import StorageOptions
 
-# A part of a file, about. Units are named by it: docs/format.md says so.
+# The approximate size of a part of a file. Units are identified by parts; see docs/format.md.
 PART_BYTES = 256 * 2**20
 
-# Asked of the store at a time; Arrow would else fetch all images of a row group at once.
+# The size of a read from the store. Without it Arrow fetches all images of a row group at once.
 _BUFFER_BYTES = 8 * 2**20
 
-# Rows made of Arrow's columns at a time: as many as have so many bytes together, or one.
+# The limits of a batch of rows. A batch has at least one row.
 _BATCH_BYTES = 8 * 2**20
 _BATCH_ROWS = 64
 
-# Paths of images are read this many at a time to see whether they can be keys.
+# The number of image paths that are read at a time to check whether they can be keys.
 _PATHS_AT_ONCE = 1024
 
 _Damage = (pa.ArrowException, OSError, UnicodeDecodeError, DamagedFooter)
@@ -67,7 +67,7 @@ def is_parquet(url: str) -> bool:
 
 
 def split_file(shard: SourceShard) -> list[SourceShard]:
-    """Cut a Parquet file into the parts that are units; a small one stays whole, with no range."""
+    """Split a Parquet file into the parts that are units; a small file is one unit, no range."""
     num_parts = max(1, round(shard.size_bytes / PART_BYTES))
     if num_parts == 1:
         return [shard]
@@ -83,17 +83,25 @@ def read_parquet(
 ) -> Iterator[Sample | RejectedSample]:
     """Stream the rows of a part of a Parquet file, in order; see `images.source.read_shard`.
 
-    The key is the column `wanted.key`, where that is given. Otherwise it is the image's `path` less
-    its extension, if the paths of all rows of the file are there, unique and safe as keys; else the
-    row's number in the file, of 9 digits.
+    If `wanted.key` is given, the key is the value of that column. Otherwise the key is the image's
+    `path` without its extension, if the paths of all rows of the file exist, are unique and are
+    safe as keys. If they are not, the key is the row's number in the file, with 9 digits.
 
-    Rejects beside those of all sources: `no_key` (nothing in the column `wanted.key`; the row's
-    number stands for it), and without a key `empty_shard`, `not_parquet` (no footer that can be
-    read) and `corrupt_shard` (damage in row groups, or a page above `wanted.max_sample_bytes`: it
-    says which, and how many rows are lost).
+    Parquet files have these reject reasons in addition to those of all sources. With a key:
+    `no_key` (the column `wanted.key` is null or empty; the row's number is used in its place).
+    Without a key: `empty_shard`, `not_parquet` (no readable footer) and `corrupt_shard` (damage in
+    row groups, or a page above `wanted.max_sample_bytes`; the message has the row groups and the
+    numbers of lost rows).
+
+    Args:
+        shard: the listed shard.
+        wanted: the fields to read.
+        options: how to reach the store.
+        on_read: called with the number of bytes of each row's fields.
+        reserve: called before a page is read, with its bytes.
 
     Raises:
-        SourceError: a column that is named is not there, or of no type that can be used.
+        SourceError: a named column does not exist, or has an unsupported type.
     """
     folder, name = split_url(shard.url)
     store = Store(folder, options)
@@ -106,7 +114,7 @@ def read_parquet(
                 file = ParquetBytes(store, name, opened, shard.size_bytes)
                 trouble = yield from _read_rows(file, shard, wanted, on_read, reserve)
     except (StorageError, SourceError):
-        # What was replaced or deleted may show as anything.
+        # A replaced or deleted file may cause any of these errors.
         shard.require_unchanged(store, name)
         raise
     shard.require_unchanged(store, name)
@@ -125,7 +133,7 @@ def _read_rows(
     on_read: OnRead,
     reserve: ReserveSample,
 ) -> Generator[Sample | RejectedSample, None, RejectedSample | None]:
-    """Yield the samples; return what is wrong with the file as a whole."""
+    """Yield the samples; return the problem of the file as a whole."""
     try:
         footer = file.read_footer()
         parquet = pq.ParquetFile(
@@ -171,7 +179,7 @@ def _read_rows(
 
 
 def _row_groups(footer: Footer, shard: SourceShard) -> Iterator[tuple[int, int]]:
-    """Yield the shard's row groups, each with the number that its first row has in the file.
+    """Yield the index of each row group of the shard, and the number of its first row in the file.
 
     Every row group belongs to exactly one part.
     """
@@ -185,20 +193,25 @@ def _row_groups(footer: Footer, shard: SourceShard) -> Iterator[tuple[int, int]]
 
 
 class _Reader:
-    """Reads row groups in batches whose bytes are bounded, whatever the file claims."""
+    """A reader of row groups in batches of bounded size, even if the file is malicious."""
 
     def __init__(self, file: ParquetBytes, parquet: pq.ParquetFile, footer: Footer) -> None:
         self._file, self._parquet, self.footer = file, parquet, footer
 
     @property
     def failure(self) -> StorageError | None:
-        """What the store raised, if it failed."""
+        """The error of the store, if it failed."""
         return self._file.failure
 
     def batches(
         self, number: int, columns: Sequence[str], most: int = _BATCH_ROWS
     ) -> Iterator[pa.RecordBatch]:
-        """Yield the rows of a row group, at most `most` at a time.
+        """Yield the rows of a row group in batches.
+
+        Args:
+            number: the index of the row group.
+            columns: the names of the columns to read.
+            most: the maximum number of rows of a batch.
 
         Raises:
             OversizedPage: a page holds more bytes than a sample may.
@@ -206,13 +219,13 @@ class _Reader:
         """
         group = self.footer.row_groups[number]
         size = max(1, min(most, self._num_fitting(group, columns)))
-        # Without Arrow's threads, which may outlive the process: dataset/parquet.py.
+        # Arrow's threads may outlive the process, so they are not used; see dataset/parquet.py.
         batches = self._parquet.iter_batches(size, [number], list(columns), use_threads=False)
         while True:
             try:
                 batch = next(batches, None)
             except (pa.ArrowException, OSError) as error:
-                if self._file.damage:  # which Arrow may have replaced by an error of its own
+                if self._file.damage:  # Arrow may have replaced it with its own error
                     raise self._file.damage from error
                 raise
             if batch is None:
@@ -220,11 +233,11 @@ class _Reader:
             yield batch
 
     def _num_fitting(self, group: RowGroup, columns: Sequence[str]) -> int:
-        """Return how many rows surely fit into `_BATCH_BYTES`, by what their values may hold."""
+        """Return a number of rows that fits into `_BATCH_BYTES` for any possible values."""
         fitting = _BATCH_BYTES * group.num_rows // max(1, group.total_byte_size)
         for chunk in group.columns:
             if not {chunk.path[0], ".".join(chunk.path)}.isdisjoint(columns):
-                # Each row may repeat one value that is as large as the dictionary or the page.
+                # Every row may repeat one value that is as large as the dictionary or the page.
                 repeated = self._file.dictionary_size(chunk)
                 if chunk.may_expand:
                     repeated = max(repeated, chunk.total_uncompressed_size)
@@ -233,7 +246,7 @@ class _Reader:
 
 
 def _path_column(reader: _Reader, schema: pa.Schema, columns: SampleColumns) -> str | None:
-    """Return the image column whose paths are the keys; None if they cannot be."""
+    """Return the image column whose paths are the keys; None if paths cannot be keys."""
     name = next((name for name in columns.images if has_path(schema.field(name).type)), None)
     if name is None:
         return None
@@ -251,7 +264,7 @@ def _path_column(reader: _Reader, schema: pa.Schema, columns: SampleColumns) -> 
         except (OversizedPage, *_Damage) as error:
             if reader.failure:
                 raise reader.failure from error
-            continue  # the rows of this row group are lost as well
+            continue  # the rows of this row group cannot be read either
     return name
 
 
@@ -262,7 +275,7 @@ def _key_of(path: bytes) -> str:
 def _groups(
     batch: pa.RecordBatch, columns: SampleColumns, wanted: Wanted, first: int
 ) -> Iterator[Group]:
-    """Yield the fields of each row; of a key that is null, an empty one."""
+    """Yield the fields of each row; the key is empty if it is null."""
     images = {name: plain(batch.column(name)) for name in columns.images}
     blobs = {
         name: pc.struct_field(array, "bytes") if pt.is_struct(array.type) else array
@@ -272,15 +285,15 @@ def _groups(
     texts = {name: texts_of(batch.column(name), wanted.caption_index) for name in columns.texts}
     keys = texts_of(batch.column(columns.key), 0) if columns.key else []
     for index in range(batch.num_rows):
-        path = next((found[index] for found in paths if found[index]), None)
+        path = next((column[index] for column in paths if column[index]), None)
         if columns.key:
             key = (keys[index] or b"").decode("utf-8", "surrogateescape")
         else:
             key = _key_of(path) if path and columns.path else f"{first + index:09d}"
         group = Group(key)
-        found: list[tuple[str, Any]] = [(name, blobs[name][index].as_py()) for name in blobs]
-        found += [(name, values[index]) for name, values in texts.items()]
-        for name, value in found:
+        fields: list[tuple[str, Any]] = [(name, blobs[name][index].as_py()) for name in blobs]
+        fields += [(name, values[index]) for name, values in texts.items()]
+        for name, value in fields:
             if value is not None and group.add(name, len(value), wanted):
                 group.fields[name] = value
         if path:

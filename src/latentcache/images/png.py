@@ -1,8 +1,8 @@
-"""PNG without the chunks that may keep Pillow from reading the pixels.
+"""Remove the PNG chunks that may keep Pillow from reading the pixels.
 
-Ancillary chunks carry metadata. Pillow refuses the whole file where one is damaged or large: a text
-of more than 1 MiB, a wrong checksum, a chunk that is too short. A viewer ignores such a chunk, and
-so does `strip_chunks`. Critical chunks and tRNS decide the pixels; they are left to Pillow.
+Ancillary chunks carry metadata. Pillow refuses the whole file if one of them is damaged or large: a
+text of more than 1 MiB, a wrong checksum, a chunk that is too short. Viewers ignore such chunks,
+and `strip_chunks` drops them. Critical chunks and tRNS determine the pixels and are kept.
 """
 
 from __future__ import annotations
@@ -12,38 +12,38 @@ import zlib
 
 _SIGNATURE_BYTES = 8
 
-# Pillow's own limit (`PngImagePlugin.MAX_TEXT_CHUNK`) on what one chunk decompresses to.
+# Pillow's limit of the decompressed size of one chunk (`PngImagePlugin.MAX_TEXT_CHUNK`).
 _MAX_INFLATED_BYTES = 2**20
 
-# A larger colour profile is ignored. Those of printing presses reach 3 MB.
+# Larger colour profiles are ignored. Those of printing presses have up to 3 MB.
 _MAX_PROFILE_BYTES = 4 * 2**20
 
-# Other metadata stays in place up to so many bytes in all, so that an ordinary file is not copied.
+# Other metadata is kept up to this total size, so that an ordinary file is not copied.
 _MAX_OTHER_BYTES = 64 * 2**10
 
-# More chunks than that are an attack on the time that it takes to walk them. Encoders write IDAT
-# chunks of 8 KiB or more.
+# A file with more chunks is an attack that wastes time. Encoders write IDAT chunks of 8 KiB or
+# more.
 _MAX_CHUNKS = 65_536
 
-# Chunks that Pillow refuses when they are shorter.
+# Pillow refuses a file if one of these chunks is shorter.
 _MIN_BYTES = {b"gAMA": 4, b"cHRM": 32, b"sRGB": 1, b"pHYs": 9}
 
-# Of an animation the image in IDAT counts, which needs none of these.
+# Only the image in IDAT is used of an animation, and it needs none of these chunks.
 _ANIMATION = (b"acTL", b"fcTL", b"fdAT")
 
-# Keywords of texts that Pillow reads the orientation from.
+# The keywords of texts from which Pillow reads the orientation.
 _ORIENTATION_TEXTS = (b"exif", b"Raw profile type exif", b"XML:com.adobe.xmp")
 
 
 def strip_chunks(data: bytes) -> tuple[bytes, bytes | None]:
-    """Drop the ancillary chunks that are damaged, large, or of an animation.
+    """Drop the ancillary chunks that are damaged, are large, or belong to an animation.
 
     Args:
         data: the whole file.
 
     Returns:
-        The file without them, which is `data` itself where nothing is dropped; and the colour
-        profile of a dropped iCCP chunk, if that is intact and at most 4 MiB.
+        The file without these chunks, which is `data` itself if nothing is dropped; and the colour
+        profile of a dropped iCCP chunk, if it is intact and at most 4 MiB.
 
     Raises:
         ValueError: the file has an absurd number of chunks.
@@ -80,7 +80,7 @@ def strip_chunks(data: bytes) -> tuple[bytes, bytes | None]:
 
 
 def _is_kept(data: bytes, kind: bytes, start: int, length: int, other_bytes: int) -> bool:
-    """Whether a whole ancillary chunk may stay; `start` is where its content begins."""
+    """Return whether to keep a complete ancillary chunk whose content begins at `start`."""
     if kind in _ANIMATION or length > _MAX_INFLATED_BYTES:
         return False
     if length < _MIN_BYTES.get(kind, 0) or not _is_checksum_right(data, start, length):
@@ -94,8 +94,8 @@ def _is_kept(data: bytes, kind: bytes, start: int, length: int, other_bytes: int
         keyword, _, rest = data[start : start + length].partition(b"\0")
         if keyword in _ORIENTATION_TEXTS:
             return _is_small_text(kind, rest)
-        # Pillow keeps texts beside its own findings, whose names are in lower case: a text called
-        # `transparency` would be taken for the image's.
+        # Pillow stores texts in one dict with its own values, whose names are in lower case. A text
+        # named `transparency` would replace the transparency of the image.
         if kind != b"tEXt" or keyword.islower():
             return False
     return other_bytes + length <= _MAX_OTHER_BYTES
@@ -107,7 +107,7 @@ def _is_checksum_right(data: bytes, start: int, length: int) -> bool:
 
 
 def _is_small_text(kind: bytes, rest: bytes) -> bool:
-    """Whether what follows a text's keyword stays within Pillow's limit when it is inflated."""
+    """Return whether a text without its keyword inflates to at most Pillow's limit."""
     if kind == b"tEXt" or (kind == b"iTXt" and rest[:1] == b"\0"):
         return True
     if kind == b"zTXt":
@@ -122,7 +122,7 @@ def _packed_profile(content: bytes) -> bytes | None:
 
 
 def _profile_of(data: bytes, start: int, length: int) -> bytes | None:
-    """Inflate the profile of an iCCP chunk that Pillow would refuse for its size."""
+    """Inflate the profile of an iCCP chunk that is too large for Pillow."""
     if length > _MAX_PROFILE_BYTES or not _is_checksum_right(data, start, length):
         return None
     packed = _packed_profile(data[start : start + length])
@@ -132,13 +132,13 @@ def _profile_of(data: bytes, start: int, length: int) -> bytes | None:
         profile = zlib.decompressobj().decompress(packed, _MAX_PROFILE_BYTES)
     except zlib.error:
         return None
-    # Padding is not part of it: a profile begins with its size.
+    # A profile begins with its size. Padding after it is dropped.
     size = int.from_bytes(profile[:4], "big")
     return profile[:size] if size <= len(profile) else None
 
 
 def _inflate(packed: bytes, max_bytes: int) -> bytes | None:
-    """Inflate a zlib stream; None if it is damaged or gives more than `max_bytes`."""
+    """Inflate a zlib stream; None if it is damaged or inflates to more than `max_bytes`."""
     inflater = zlib.decompressobj()
     try:
         content = inflater.decompress(packed, max_bytes)

@@ -1,7 +1,7 @@
-"""What sources are read as: shards as they were listed, and the samples in them.
+"""Listed shards, the samples in them, and the rules that all kinds of sources share.
 
-Tars, Parquet files and folders have the rules for keys and fields in common, which are
-WebDataset's, and the reasons for which a sample is left out.
+Tars, Parquet files and folders share WebDataset's rules for keys and fields, and the reasons for
+rejecting a sample.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ ReserveSample = Callable[[int], None]
 
 @dataclass(frozen=True, slots=True)
 class SourceShard:
-    """What one unit reads, as it was listed: canonical absolute URL, size and version.
+    """The listed source of one unit: canonical absolute URL, size and version.
 
-    The version is an ETag or the like. `range` is `k/n` for the k-th of n parts of a Parquet file,
-    counted from 0. `files` are those of a folder's slot (`images/folder_source.py`), below the
-    folder and in the order of their keys; size and version are those of all. `identity` is the URL
-    that the dataset knows the source by, where that is another (`images/moved.py`).
+    The version is an ETag or the store's equivalent. `range` is `k/n` for the k-th of n parts of a
+    Parquet file, counted from 0. `files` are the files of a folder's slot
+    (`images/folder_source.py`), relative to the folder and sorted by key; size and version then
+    cover all of them. `identity` is the URL that the dataset records, if it differs from `url`
+    (`images/moved.py`).
     """
 
     url: str
@@ -45,19 +46,24 @@ class SourceShard:
 
     @property
     def source(self) -> str:
-        """The URL that units and records name."""
+        """The URL that units and records have."""
         return self.identity or self.url
 
     def require_unchanged(self, store: Store, name: str) -> None:
-        """See that the file behind the shard is still the one that was listed.
+        """Check that the file of the shard is still the listed version.
+
+        Args:
+            store: the folder of the file.
+            name: the file's name.
 
         Raises:
-            SourceChanged: it is another, or gone.
+            SourceChanged: the file is another version, or is gone.
         """
         require_version(store, ObjectInfo(name, self.size_bytes, self.version, None))
 
 
-# Endings by which a file or a field counts as an image, whether or not `source.image` names it.
+# A file or a field with one of these extensions counts as an image, even if `source.image` does not
+# name it.
 IMAGE_ENDINGS = frozenset(
     [
         *("avif", "bmp", "gif", "heic", "heif", "jfif", "j2k", "jp2", "jpe", "jpeg", "jpg"),
@@ -68,15 +74,15 @@ IMAGE_ENDINGS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What is read of a sample: the first of the fields `image` that it has, and `keep`.
+    """The fields to read of a sample: the first field of `image` that it has, and `keep`.
 
     Attributes:
-        image: fields that may hold the image, in order of preference; lower case for tars and
-            folders.
+        image: the fields that may hold the image, in order of preference; in lower case for tars
+            and folders.
         keep: further fields.
         key: the column of Parquet files that holds the key; None derives the key.
-        max_sample_bytes: a sample whose wanted fields together hold more bytes is a reject.
-        caption_index: the element that is taken where a text column of Parquet holds lists.
+        max_sample_bytes: a sample whose fields to read together hold more bytes is a reject.
+        caption_index: the index of the element to use if a text column of Parquet holds lists.
     """
 
     image: Sequence[str]
@@ -86,7 +92,7 @@ class Wanted:
     caption_index: int = 0
 
     def is_image(self, name: str) -> bool:
-        """Return whether a field holds an image: by `image`, or by its ending."""
+        """Return whether a field holds an image, according to `image` or its extension."""
         return name in self.image or name.rpartition(".")[2] in IMAGE_ENDINGS
 
     def is_relevant(self, name: str) -> bool:
@@ -96,14 +102,15 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One sample: the bytes of its image, and those of the fields asked for that it has.
+    """One sample: the bytes of its image and of its kept fields.
 
     Attributes:
-        key: unique within the shard.
+        key: the key, unique within the shard.
         image: the encoded image.
-        fields: kept fields by name; a field that the sample lacks is absent.
-        extra_images: names of its further image fields, such as masks, which are not read.
-        names: all fields that it has; those of a Parquet file's row are the file's columns.
+        fields: the kept fields by name; a field that the sample lacks is absent.
+        extra_images: the names of further image fields, such as masks, which are not read.
+        names: the names of all fields of the sample; for a row of a Parquet file, the file's
+            columns.
     """
 
     key: str
@@ -114,22 +121,22 @@ class Sample:
 
     @property
     def num_images(self) -> int:
-        """Image files or members of the sample."""
+        """The number of image files or members of the sample."""
         return 1 + len(self.extra_images)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all fields together."""
+        """The bytes of all fields together."""
         return len(self.image) + sum(map(len, self.fields.values()))
 
 
 @dataclass(frozen=True, slots=True)
 class RejectedSample:
-    """A sample left out (stage `read`), or, without a key, what is wrong with the whole shard.
+    """A rejected sample (stage `read`), or, without a key, a problem of the whole shard.
 
-    `num_images` counts the image files or members that the reject stands for. The first is the
-    reject's own, and the others count as extra images. `names` are all fields that the sample has,
-    as in `Sample`.
+    `num_images` is the number of image files or members that the reject stands for. The first is
+    the reject's own, and the others count as extra images. `names` are the names of all fields of
+    the sample, as in `Sample`.
     """
 
     key: str | None
@@ -141,15 +148,19 @@ class RejectedSample:
 class NotGrouped(SourceError):
     """A tar must be read in gather mode: its samples are scattered, or it holds links.
 
-    Raised after samples were yielded: discard them and read again with `gather=True`.
+    It may be raised after samples were yielded: discard them and read again with `gather=True`.
     """
 
 
 def require_version(store: Store, listed: ObjectInfo) -> None:
-    """See that an object still has the size and the version that were listed.
+    """Check that an object still has the listed size and version.
+
+    Args:
+        store: the store of the object.
+        listed: the listed size and version.
 
     Raises:
-        SourceChanged: it has others, or is gone.
+        SourceChanged: the object has another size or version, or is gone.
     """
     url = store.url_of(listed.path)
     try:
@@ -162,7 +173,7 @@ def require_version(store: Store, listed: ObjectInfo) -> None:
 
 @dataclass(slots=True)
 class Group:
-    """The fields of one sample while they are read; `names` are all fields that it has."""
+    """The fields of one sample while it is read; `names` are the names of all its fields."""
 
     key: str
     names: set[str] = field(default_factory=set)
@@ -171,12 +182,18 @@ class Group:
     fault: Reject | None = None
 
     def add(self, name: str, size_bytes: int, wanted: Wanted) -> bool:
-        """Record a field of the sample, and return whether to read it."""
+        """Record a field of the sample, and return whether to read it.
+
+        Args:
+            name: the field.
+            size_bytes: its size.
+            wanted: the fields to read.
+        """
         self.names.add(name)
         if self.fault or (name not in wanted.image and name not in wanted.keep):
             return False
         if name in wanted.image and name not in wanted.keep:
-            # Of several images only the first in order of preference is read.
+            # If there are several images, only the first in order of preference is read.
             rank = wanted.image.index
             read = [other for other in self.fields if other in wanted.image]
             if any(rank(other) < rank(name) for other in read):
@@ -190,13 +207,18 @@ class Group:
         return self.fault is None
 
     def refuse(self, fault: Reject) -> None:
-        """Make the sample a reject, and free what was read of it."""
+        """Make the sample a reject, and free its fields."""
         self.fields.clear()
         self.fault = self.fault or fault
 
 
 def oversized(num_bytes: int, wanted: Wanted) -> Reject:
-    """Return the reject of a sample that is too large to read."""
+    """Return the reject of a sample that is too large to read.
+
+    Args:
+        num_bytes: a lower bound of its size.
+        wanted: the fields to read, with the limit.
+    """
     message = (
         f"its fields hold {num_bytes} bytes or more, above source.max_sample_bytes "
         f"({wanted.max_sample_bytes})"
@@ -210,25 +232,27 @@ def is_hidden(path: str) -> bool:
 
 
 def key_and_field(path: str) -> tuple[str | None, str]:
-    """Split a path as WebDataset does: up to the first dot of the file name, and the rest.
+    """Split a path as WebDataset does, into the key and the field.
 
-    The field is in lower case. The key is None for what is no part of any sample: names without a
-    dot, hidden files and folders at any depth, and `__metadata__`.
+    The key is the path up to the first dot of the file name. The field is the rest in lower case.
+    The key is None for files that belong to no sample: names without a dot, hidden files and
+    folders at any depth, and `__metadata__`.
     """
     if _METADATA.match(path) or is_hidden(path):
         return None, ""
     key, name = base_plus_ext(path)
     if key is None:
-        # The pattern of `base_plus_ext` ends at a line break; such a name must not be lost.
+        # The pattern of `base_plus_ext` stops at a line break, and such a file must not be lost.
         return (path, path.rpartition(".")[2].lower()) if "\n" in path else (None, "")
     return key, name.lower()
 
 
 def file_key_and_field(path: str) -> tuple[str | None, str]:
-    """Split the path of a file in a folder: up to the last dot of the file name, and the rest.
+    """Split the path of a file in a folder into the key and the field.
 
-    Names with further dots, such as `Screenshot 10.30.15.jpg`, are common among files. The field
-    is in lower case. The key is None for the same names as in `key_and_field`.
+    The key is the path up to the last dot of the file name, because names with further dots, such
+    as `Screenshot 10.30.15.jpg`, are common among files. The field is the rest in lower case. The
+    key is None for the same names as in `key_and_field`.
     """
     folder, slash, name = path.rpartition("/")
     stem, dot, ending = name.rpartition(".")
@@ -238,12 +262,12 @@ def file_key_and_field(path: str) -> tuple[str | None, str]:
 
 
 def sample_of(group: Group, wanted: Wanted, seen: Container[str]) -> Sample | RejectedSample:
-    """Make a sample of the fields that were read, or a reject that says why there is none.
+    """Return a sample with the fields that were read, or a reject with the reason.
 
     Args:
         group: the fields.
-        wanted: what was to be read.
-        seen: keys of earlier samples of the shard.
+        wanted: the fields to read.
+        seen: the keys of earlier samples of the shard.
     """
     images = [name for name in wanted.image if name in group.names]
     extra = [name for name in group.names if wanted.is_image(name) and name not in images[:1]]
@@ -285,7 +309,7 @@ def _key_fault(key: str) -> Reject | None:
 
 
 def is_utf8(name: str) -> bool:
-    """Whether a name's bytes were UTF-8, in which stores and Parquet hold names."""
+    """Return whether the bytes of a name were UTF-8, the encoding of stores and Parquet."""
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -294,6 +318,6 @@ def is_utf8(name: str) -> bool:
 
 
 def escaped(key: str) -> str:
-    """Write bytes that are not UTF-8, and control characters, as `\\xNN`."""
+    """Return a key with `\\xNN` in place of control characters and bytes that are not UTF-8."""
     text = key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)

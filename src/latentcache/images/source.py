@@ -1,10 +1,10 @@
-"""Sources: find image shards in any store, and stream their samples.
+"""Sources: list image shards in any store, and stream their samples.
 
-Three kinds of source have one shape: WebDataset tars (`tar.py`), Parquet files (`parquet.py`) and
-folders of images (`folder.py`). Whatever is wrong with one comes out in one of two ways. What is
-wrong with its content becomes a `RejectedSample`, so that its other samples are kept and nothing is
-lost in silence. What is wrong with the transport, or a source that is not the listed version, is an
-exception, after which all that was read must be discarded.
+There are three kinds of sources with one interface: WebDataset tars (`tar_source.py`), Parquet
+files (`parquet_source.py`) and folders of images (`folder_source.py`). Problems appear in one of
+two ways. A problem of the content becomes a `RejectedSample`: the other samples are kept, and every
+loss is recorded. A problem of the transport, or a source that is not the listed version, raises an
+exception. All data that was read before must then be discarded.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ __all__ = [
     "source_contract",
 ]
 
-# From so many shards in one folder on, one listing of it is cheaper than asking for each.
+# For this many shards in one folder or more, one listing is cheaper than a request for each.
 _LIST_FROM = 16
 
 _GLOB = re.compile(r"[*?\[]")
@@ -62,7 +62,7 @@ _TAR_ENDINGS = (".tar", ".tar.gz", ".tgz")
 
 
 def source_contract(source: Images) -> SourceContract:
-    """Return how a config's `source` section says that samples are read."""
+    """Return the contract for reading samples that a config's `source` section describes."""
     return SourceContract(
         tuple(source.image), source.key, source.max_sample_bytes, source.caption_index
     )
@@ -71,16 +71,17 @@ def source_contract(source: Images) -> SourceContract:
 def list_source(
     source: Images, num_units: int | None = None, known: Collection[str] = ()
 ) -> list[SourceShard]:
-    """Find what a config's `source` names, sorted by URL; what comes of each is a unit.
+    """List the shards that a config's `source` section names, sorted by URL. Each becomes a unit.
 
     Args:
         source: the section of the config.
-        num_units: into how many units it wants a folder to be cut, if it says so.
+        num_units: the number of units for a folder, if the config sets it.
         known: the sources of units that the output has already.
 
     Raises:
-        ConfigError: as `list_shards` and `folder.slots_of`; `key` without a Parquet file.
-        SourceError: a shard is missing, or a glob or a folder holds nothing.
+        ConfigError: the names are wrong (see `list_shards`), the number of units is wrong (see
+            `folder_source.slots_of`), or `key` is set and there is no Parquet file.
+        SourceError: a shard is missing, a glob matches nothing, or a folder has no image.
         StorageError: a store cannot be reached or refuses access.
     """
     options, moved = source.storage, moved_of(source)
@@ -91,10 +92,10 @@ def list_source(
         files = (file for slot in slots for file in slot.files)
         endings = _lower(source.image)
         if not any(file_key_and_field(file.path)[1] in endings for file in files):
-            # Captions that were left without their images would take the place of all rows.
+            # If only captions were left in the folder, a run would remove all rows.
             raise SourceError(
-                f"{url} holds no image files, which source.image says end in "
-                f"{', '.join(source.image)}: check source.folder"
+                f"{url} holds no image files with an extension of source.image "
+                f"({', '.join(source.image)}): check source.folder"
             )
         return _identified(slots, moved)
     assert source.shards is not None
@@ -102,30 +103,35 @@ def list_source(
     if source.key and not any(is_parquet(shard.url) for shard in shards):
         raise ConfigError(
             f"source.key names the column {source.key!r} of Parquet files, and source.shards has "
-            "none; a tar's samples have the names of its files as keys"
+            "none: remove it; the keys of a tar's samples are the names of its files"
         )
     return _identified(shards, moved)
 
 
 def _identified(shards: list[SourceShard], moved: Moved) -> list[SourceShard]:
-    """Let shards that moved keep the URLs that the dataset knows."""
+    """Return shards with the URLs that the dataset records as their identity."""
     if moved.before is None:
         return shards
-    found = [replace(shard, identity=moved.identity(shard.url)) for shard in shards]
-    names = {(shard.source, shard.range) for shard in found}
-    if len(names) < len(found):
+    identified = [replace(shard, identity=moved.identity(shard.url)) for shard in shards]
+    names = {(shard.source, shard.range) for shard in identified}
+    if len(names) < len(identified):
         raise ConfigError(
             f"source.moved_from is {moved.before}, and source.shards names files in it as well as "
             f"in {moved.now}: name each file once"
         )
-    return sorted(found, key=lambda shard: shard.source)
+    return sorted(identified, key=lambda shard: shard.source)
 
 
 def list_again(source: str, options: StorageOptions, moved: Moved = NOT_MOVED) -> list[SourceShard]:
-    """List the shards of one source (the URL of a file, or a folder's slot) as they are now.
+    """List the current shards of one source.
+
+    Args:
+        source: the URL of a file, or a folder's slot.
+        options: how to reach the store.
+        moved: the move of the source, if it moved.
 
     Raises:
-        SourceError: it is gone.
+        SourceError: the source no longer exists.
         StorageError: the store cannot be reached.
     """
     url = moved.location(source)
@@ -135,36 +141,45 @@ def list_again(source: str, options: StorageOptions, moved: Moved = NOT_MOVED) -
     store = Store(folder, options)
     info = _ask(store, name)
     if info is None:
-        raise SourceError(f"{url} does not exist any more: check source.shards")
+        raise SourceError(f"{url} no longer exists: check source.shards")
     return _identified(_shards_of(_shard(store, info)), moved)
 
 
 def shard_of(unit: Unit, options: StorageOptions, moved: Moved = NOT_MOVED) -> SourceShard:
-    """Make of a unit the shard that it was made from; a folder's slot is listed again for it.
+    """Return the shard that a unit was made from. A folder's slot is listed again.
+
+    Args:
+        unit: the unit.
+        options: how to reach the store.
+        moved: the move of the source, if it moved.
 
     Raises:
-        SourceChanged: the slot has other files by now.
-        SourceError: it has none.
+        SourceChanged: the slot now has other files.
+        SourceError: the slot has no files.
     """
     url = moved.location(unit.source)
     if not is_slot(url):
         return SourceShard(url, unit.size_bytes, unit.version, unit.range, identity=unit.source)
     shard = list_slot(url, options)
     if (shard.size_bytes, shard.version) != (unit.size_bytes, unit.version):
-        raise SourceChanged(f"{url} has other files than when it was encoded")
+        raise SourceChanged(f"{url} has other files than when it was encoded: run again")
     return shard
 
 
 def list_shards(shards: str | Sequence[str], options: StorageOptions) -> list[SourceShard]:
-    """Find tars and Parquet files, sorted by URL, each once; a large Parquet file in its parts.
+    """List tars and Parquet files, each once, sorted by URL; split large Parquet files into parts.
 
-    A glob (`*`, `?`, `[...]`) may stand in the last part of a URL and costs one listing of its
-    folder, as do many URLs in one folder; a few URLs are asked for one by one. A file whose name is
-    what is written comes before what the glob or the braces in it would match.
+    The last part of a URL may have a glob (`*`, `?`, `[...]`), which costs one listing of its
+    folder, as do many URLs in one folder. A few URLs cost one request each. If a file's name equals
+    the pattern itself, that file is used, and its glob or braces are not expanded.
+
+    Args:
+        shards: one URL or several.
+        options: how to reach the stores.
 
     Raises:
-        ConfigError: as `expand_urls`; a glob in a folder's name; a file that is neither a tar nor
-            a Parquet file by its ending.
+        ConfigError: a URL is not accepted (see `expand_urls`), a glob is in a folder's name, or the
+            extension of a file is not that of a tar or a Parquet file.
         SourceError: a shard is missing, or a glob matches nothing.
         StorageError: a store cannot be reached or refuses access.
     """
@@ -172,14 +187,14 @@ def list_shards(shards: str | Sequence[str], options: StorageOptions) -> list[So
     for url in named_urls(shards, options):
         folder, name = split_url(url)
         if folder.endswith(":/") or name.endswith(":"):
-            raise ConfigError(f"source.shards: {shown(url)!r} names no file; add one, or '/*.tar'")
+            raise ConfigError(f"source.shards: {shown(url)!r} names no file: add one, or '/*.tar'")
         by_folder.setdefault(folder, []).append(name)
 
     named: list[SourceShard] = []
     matched: list[SourceShard] = []
     for folder, names in by_folder.items():
-        found, globbed = _find(Store(folder, options), names)
-        named += found
+        exact, globbed = _find(Store(folder, options), names)
+        named += exact
         matched += globbed
     require_distinct([shard.url for shard in named])
     by_url = {shard.url: shard for shard in (*named, *matched)}
@@ -187,7 +202,7 @@ def list_shards(shards: str | Sequence[str], options: StorageOptions) -> list[So
 
 
 def _find(store: Store, names: Sequence[str]) -> tuple[list[SourceShard], list[SourceShard]]:
-    """Find the files of those names in one folder, and what globs among the names match."""
+    """Return the files with these names in one folder, and the files that their globs match."""
     named: list[SourceShard] = []
     matched: list[SourceShard] = []
     missing: list[str] = []
@@ -212,7 +227,7 @@ def _find(store: Store, names: Sequence[str]) -> tuple[list[SourceShard], list[S
 
 
 def _refuse_glob(folder: str) -> None:
-    """Explain a folder in which nothing was found by the glob in its name."""
+    """Raise an error if a folder in which nothing was found has a glob in its name."""
     if _GLOB.search(folder):
         raise ConfigError(
             f"source.shards: {folder!r} has a glob before its last '/', and no folder of that name "
@@ -221,11 +236,11 @@ def _refuse_glob(folder: str) -> None:
 
 
 def _shard(store: Store, info: ObjectInfo, glob: str | None = None) -> SourceShard:
-    """Make a shard of a file that was found, by the glob if there is one.
+    """Return the shard of a listed file, which `glob` matched if it is given.
 
     Raises:
-        ConfigError: its ending says that it is neither a tar nor a Parquet file.
-        SourceError: no unit could be named by it.
+        ConfigError: the file's extension is not that of a tar or a Parquet file.
+        SourceError: the file's name cannot identify a unit.
     """
     url = store.url_of(info.path)
     if not is_utf8(url):
@@ -235,9 +250,9 @@ def _shard(store: Store, info: ObjectInfo, glob: str | None = None) -> SourceSha
     if not (is_parquet(url) or url.lower().endswith(_TAR_ENDINGS)):
         by_glob = f"{store.url_of(glob)} matches " if glob else ""
         raise ConfigError(
-            f"source.shards: {by_glob}{url}, which is neither a tar ({', '.join(_TAR_ENDINGS)}) "
-            "nor a .parquet file by its ending; name only such files, and a folder of images in "
-            "source.folder"
+            f"source.shards: {by_glob}{url}, which has neither the extension of a tar "
+            f"({', '.join(_TAR_ENDINGS)}) nor .parquet: name only such files, and name a folder of "
+            "images in source.folder"
         )
     return SourceShard(url, info.size_bytes, info.version)
 
@@ -271,37 +286,38 @@ def read_shard(
     on_read: Callable[[int], None] = lambda num_bytes: None,
     reserve: Callable[[int], None] = lambda num_bytes: None,
 ) -> Iterator[Sample | RejectedSample]:
-    """Stream a shard's samples: a tar's in its order, a Parquet file's by row, a folder's by key.
+    """Stream a shard's samples: a tar in its order, a Parquet file by row, a folder by key.
 
-    Reasons of the rejects, all of stage `read`. With a key: `no_image` (none of the fields in
-    `image`), `duplicate_key` (an earlier sample has the key), `unsafe_key` (an absolute path, a
-    `..`, a control character), `key_not_utf8`, `oversized_sample` (above `max_sample_bytes`); bytes
-    that cannot stand in a key are escaped with a backslash. Without a key, and at most once: what
-    is wrong with the whole shard. The readers of tars, folders and Parquet files name further ones.
+    All rejects have the stage `read`. Their reasons with a key are: `no_image` (none of the fields
+    in `image`), `duplicate_key` (an earlier sample has the key), `unsafe_key` (an absolute path, a
+    `..`, a control character), `key_not_utf8`, and `oversized_sample` (above `max_sample_bytes`).
+    Bytes that are not allowed in a key are escaped with a backslash. At most one reject has no key:
+    it describes a problem of the whole shard. The readers of tars, folders and Parquet files
+    document further reasons.
 
-    Each image file or member of the shard is a `Sample`, or counted in its `extra_images`, or in
-    the `num_images` of a reject.
+    Each image file or member of the shard is a `Sample`, or is counted in the `extra_images` of a
+    sample or in the `num_images` of a reject.
 
     Args:
-        shard: what was listed.
-        image: fields that may hold the image; of several the first named is taken. Tars and folders
-            compare them without case.
+        shard: the listed shard.
+        image: the fields that may hold the image, in order of preference. Tars and folders compare
+            them without case.
         keep: further fields to return.
         options: how to reach the store.
         key: the column of Parquet files that holds the key.
         max_sample_bytes: a sample whose fields together hold more bytes is a reject.
-        caption_index: the element that is taken where a text column of Parquet holds lists.
+        caption_index: the index of the element to use if a text column of Parquet holds lists.
         gather: read a tar whose samples are scattered, or that holds links.
-        on_read: called with the number of bytes of each read: of a tar those of the archive, of the
-            others those of the fields.
+        on_read: called with the number of bytes of each read: the bytes of the archive for a tar,
+            the bytes of the fields for the other kinds.
         reserve: called before a field is read, with the bytes that its sample then holds.
 
     Raises:
-        NotGrouped: without `gather`, the tar needs it. This and the next two may come after samples
-            were yielded: discard them all.
+        NotGrouped: the tar needs `gather`. Like the next two errors, it may be raised after samples
+            were yielded: discard all of them.
         SourceChanged: the shard is no longer the listed version.
         StorageError: the store cannot be read, or cut the connection.
-        SourceError: the shard is compressed in a way that is not read, or lacks a column.
+        SourceError: the compression of the shard is not supported, or it lacks a column.
     """
     if is_parquet(shard.url) and not shard.files:
         wanted = Wanted(tuple(image), tuple(keep), key, max_sample_bytes, caption_index)
@@ -326,7 +342,17 @@ def read_samples(
     on_read: Callable[[int], None] = lambda num_bytes: None,
     reserve: Callable[[int], None] = lambda num_bytes: None,
 ) -> Iterator[Sample | RejectedSample]:
-    """Stream a shard's samples as a contract says that they are read; see `read_shard`."""
+    """Stream a shard's samples with the settings of a contract; see `read_shard`.
+
+    Args:
+        shard: the listed shard.
+        source: the contract for reading samples.
+        keep: further fields to return.
+        options: how to reach the store.
+        gather: read a tar whose samples are scattered, or that holds links.
+        on_read: called with the number of bytes of each read.
+        reserve: called before a field is read, with the bytes that its sample then holds.
+    """
     return read_shard(
         shard,
         image=source.image_fields,
@@ -344,12 +370,17 @@ def read_samples(
 def read_images(
     shard: SourceShard, source: SourceContract, options: StorageOptions
 ) -> Iterator[Sample | RejectedSample]:
-    """Stream a shard's samples without kept fields, for callers that use each at once.
+    """Stream a shard's samples without kept fields, for callers that process each one at once.
+
+    Args:
+        shard: the listed shard.
+        source: the contract for reading samples.
+        options: how to reach the store.
 
     Raises:
         SourceChanged: the shard is no longer the listed version.
         StorageError: the store cannot be read, or cut the connection.
-        SourceError: the shard is compressed in a way that is not read, or lacks a column.
+        SourceError: the compression of the shard is not supported, or it lacks a column.
     """
     keys = set()
     try:

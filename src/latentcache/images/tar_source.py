@@ -1,4 +1,4 @@
-"""WebDataset tars, plain or gzipped: read from front to back, and never held in memory."""
+"""WebDataset tars, plain or gzipped, streamed from front to back."""
 
 from __future__ import annotations
 
@@ -46,20 +46,29 @@ def read_tar(
 ) -> Iterator[Sample | RejectedSample]:
     """Stream a tar's samples; see `images.source.read_shard`.
 
-    Members are grouped as WebDataset does it: neighbors with the same path up to the first dot of
-    the file name are one sample, and the lower-cased rest is the field. Directories, devices,
-    `__metadata__` files, hidden files and files without a dot are no part of any sample.
+    Members are grouped as in WebDataset: adjacent members with the same path up to the first dot of
+    the file name are one sample, and the rest of the name in lower case is the field. Directories,
+    devices, `__metadata__` files, hidden files and files without a dot belong to no sample.
 
-    A tar that holds links, or whose samples are scattered, raises `NotGrouped` as soon as that
-    shows. With `gather` it is read in three passes: see `images.gather`.
+    A tar that holds links, or whose samples are scattered, raises `NotGrouped` as soon as this is
+    detected. With `gather` it is read in three passes; see `images.gather`.
 
-    Rejects beside those of all sources: `sparse_member`. Without a key: `empty_shard`, `not_a_tar`,
-    `truncated_shard` (its bytes end too soon), `corrupt_shard` (a damaged header or gzip stream:
-    what follows it cannot be read), `trailing_data` (bytes after the end mark, such as a second
-    tar).
+    Tars have these reject reasons in addition to those of all sources. With a key: `sparse_member`.
+    Without a key: `empty_shard`, `not_a_tar`, `truncated_shard` (the bytes end too soon),
+    `corrupt_shard` (a damaged header or gzip stream: the rest cannot be read), and `trailing_data`
+    (bytes after the end mark, such as a second tar).
 
-    Where a shard ends too soon, a sample counts with the members that came whole. Only if the cut
-    falls within one of its members is it lost, into the keyless reject, which names it either way.
+    If a shard ends too soon, its last sample keeps its complete members. If the cut is within a
+    member of that sample, the sample is lost and counted in the keyless reject. The keyless reject
+    names the sample in both cases.
+
+    Args:
+        shard: the listed shard.
+        wanted: the fields to read.
+        options: how to reach the store.
+        on_read: called with the number of bytes of each read of the archive.
+        reserve: called before a field is read, with the bytes that its sample then holds.
+        gather: whether to read in three passes.
     """
     folder, name = split_url(shard.url)
     store = Store(folder, options)
@@ -77,7 +86,7 @@ def read_tar(
             if trouble is not None and trouble.reject.reason == "not_a_tar":
                 _refuse_compression(store, name)
         except StorageError:
-            # An object replaced or deleted may show as fewer bytes or as a failed read.
+            # A replaced or deleted object may appear as missing bytes or as a failed read.
             shard.require_unchanged(store, name)
             raise
     shard.require_unchanged(store, name)
@@ -103,7 +112,7 @@ def _open_pass(store: Store, shard: SourceShard, name: str, on_read: OnRead) -> 
 
 
 class _CountedFile:
-    """A shard's bytes as they come from the store, counted."""
+    """A file that counts the bytes read from it."""
 
     def __init__(self, file: BinaryIO, on_read: OnRead) -> None:
         self._file, self._on_read = file, on_read
@@ -136,10 +145,10 @@ def _refuse_compression(store: Store, name: str) -> None:
 def _read_samples(
     tar: TarStream, wanted: Wanted, reserve: ReserveSample, url: str
 ) -> Generator[Sample | RejectedSample, None, RejectedSample | None]:
-    """Yield the samples of a tar whose samples are neighbors; return what is wrong with it."""
-    seen: dict[str, tuple[str, ...]] = {}  # the fields of each sample before this one
+    """Yield the samples of a tar whose samples are not scattered; return the tar's problem."""
+    seen: dict[str, tuple[str, ...]] = {}  # the fields of each earlier sample
     group: Group | None = None
-    is_of_group = False  # the member last met
+    is_of_group = False  # whether the last member belongs to the group
     num_images_lost = 0
     try:
         for member in tar:
@@ -184,5 +193,5 @@ def _read_samples(
 
 @lru_cache(maxsize=1024)
 def _shared(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Return one object for equal tuples: most samples of a shard have the same fields."""
+    """Return one object for equal tuples, because most samples of a shard have the same fields."""
     return names

@@ -1,7 +1,7 @@
-"""A tar read strictly forwards, in which neither a cut nor damage can pass for the end.
+"""Read a tar strictly forwards, and distinguish its end from a cut or damage.
 
-tarfile parses the headers. By itself it takes a damaged header, a missing one and the end of the
-bytes for the end of the archive, and would so drop the rest in silence; here each is told apart.
+tarfile parses the headers. On its own it treats a damaged header, a missing header and the end of
+the bytes as the end of the archive, and silently drops the rest. This module reports each case.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import zlib
 from collections.abc import Iterator
 from typing import IO, Any, Protocol, cast
 
-# tarfile reads a header's extensions (PAX records, long names) into memory. Honest ones hold paths
-# and times, a few KiB; the bound also holds for all global PAX records together.
+# tarfile reads the extensions of a header (PAX records, long names) into memory. Ordinary ones hold
+# paths and times, a few KiB. The limit also applies to all global PAX records together.
 MAX_HEADER_BYTES = 2**20
 
 # POSIX ends an archive with two blocks of zeros.
@@ -23,15 +23,15 @@ _CHUNK_BYTES = 2**20
 
 
 class Readable(Protocol):
-    """What has a `read`."""
+    """An object with a `read` method."""
 
     def read(self, size: int, /) -> bytes:
-        """Read at most so many bytes."""
+        """Read at most `size` bytes."""
         ...
 
 
 class TarEnds(Exception):
-    """The archive cannot be read beyond this point, and this is not its proper end.
+    """The archive cannot be read beyond this point, which is not its regular end.
 
     Args:
         reason: `not_a_tar`, `truncated_shard`, `corrupt_shard` or `trailing_data`.
@@ -45,10 +45,11 @@ class TarEnds(Exception):
 
 
 class TarStream:
-    """Iterates over the members of a tar, plain or gzipped.
+    """The members of a tar, plain or gzipped.
 
     Args:
-        file: its `read` gives no bytes only at the end. What it raises passes through.
+        file: the archive. Its `read` returns no bytes only at the end. Its exceptions are not
+            caught.
         is_gzip: whether the bytes are a gzipped tar.
     """
 
@@ -57,10 +58,10 @@ class TarStream:
         self._tar: tarfile.TarFile | None = None
 
     def __iter__(self) -> Iterator[tarfile.TarInfo]:
-        """Yield each member; names that are not UTF-8 hold surrogate escapes.
+        """Yield each member. Names that are not UTF-8 have surrogate escapes.
 
         Raises:
-            TarEnds: the archive ends before or after its proper end.
+            TarEnds: the archive ends too soon, is damaged, or has data after its end.
         """
         try:
             self._tar = tarfile.TarFile(
@@ -70,7 +71,7 @@ class TarStream:
                 errors="surrogateescape",
             )
             while (member := self._next()) is not None:
-                self._tar.members = []  # type: ignore[attr-defined]  # else it keeps every member
+                self._tar.members = []  # type: ignore[attr-defined]  # it would keep every member
                 self._check_global_headers()
                 yield member
         except tarfile.ReadError as error:
@@ -89,10 +90,10 @@ class TarStream:
             raise TarEnds("corrupt_shard", message)
 
     def read(self, member: tarfile.TarInfo) -> bytes:
-        """Read the data of the member last yielded, which must be a regular file.
+        """Read the data of the member that was yielded last, which must be a regular file.
 
         Raises:
-            TarEnds: it is cut or damaged.
+            TarEnds: the data is cut or damaged.
         """
         self._stream.seek(member.offset_data)
         data = self._stream.read_data(member.size)
@@ -102,15 +103,15 @@ class TarStream:
 
     @property
     def is_in_member(self) -> bool:
-        """Whether reading stopped within the member last given, before its last block's end."""
-        # tarfile keeps in `offset` where the next header begins.
+        """Whether reading stopped within the member that was yielded last or its padding."""
+        # tarfile's `offset` is the start of the next header.
         return self._tar is not None and self._stream.tell() < cast(Any, self._tar).offset
 
     def _cut(self) -> TarEnds:
         return TarEnds("truncated_shard", f"ends within a file, at byte {self._stream.tell()}")
 
     def _check_end(self) -> None:
-        """Read on from the first block of zeros: nothing but zeros may follow, and one block."""
+        """Read from the first block of zeros to the end: only zeros, at least one block, follow."""
         start = self._stream.tell()
         has_data = False
         while chunk := self._stream.read_data(_CHUNK_BYTES):
@@ -124,10 +125,10 @@ class TarStream:
 
 
 class _Header(tarfile.TarInfo):
-    """A member's header; damage to it does not look like the archive's end.
+    """A member's header, whose damage is not mistaken for the archive's end.
 
-    The maps of sparse members are skipped and not parsed: such members are refused (`is_sparse`),
-    and a small map can claim any number of entries and any size.
+    The maps of sparse members are skipped and not parsed: such members are rejected
+    (`sparse_member`), and a small map can claim any number of entries and any size.
     """
 
     @classmethod
@@ -174,22 +175,22 @@ class _Header(tarfile.TarInfo):
 
 
 class _ForwardFile:
-    """As much of a file as tarfile needs to read forwards."""
+    """The part of the file interface that tarfile needs to read forwards."""
 
     def __init__(self, file: Readable, is_gzip: bool) -> None:
         self._read_some = file.read
         if is_gzip:
-            # read1, because read would drop the good bytes in front of a cut.
+            # read1, because read would drop the good bytes before a cut.
             self._read_some = gzip.GzipFile(fileobj=cast(IO[bytes], file), mode="rb").read1
         self._position = 0
         self.at_end = False
-        self.num_header_bytes = 0  # of the member at hand, with all its extensions
+        self.num_header_bytes = 0  # of the current member, with all its extensions
 
     def tell(self) -> int:
         return self._position
 
     def read(self, size: int) -> bytes:
-        """Read bytes of a header for tarfile; fewer than `size` only at the end."""
+        """Read `size` bytes of a header for tarfile; fewer only at the end."""
         self.num_header_bytes += size
         if self.num_header_bytes > MAX_HEADER_BYTES:
             message = f"a header of more than {MAX_HEADER_BYTES} bytes at byte {self._position}"
@@ -197,7 +198,7 @@ class _ForwardFile:
         return self.read_data(size)
 
     def read_data(self, size: int) -> bytes:
-        """Read `size` bytes, fewer only at the end."""
+        """Read `size` bytes; fewer only at the end."""
         pieces = []
         while size > 0 and (piece := self._read_piece(size)):
             pieces.append(piece)

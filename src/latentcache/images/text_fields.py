@@ -1,4 +1,4 @@
-"""The text fields of a sample as column values: `text_rules` 1 of the contract (docs/format.md)."""
+"""Convert the text fields of a sample to column values: `text_rules` 1 (docs/format.md)."""
 
 from __future__ import annotations
 
@@ -9,46 +9,46 @@ from collections import Counter
 from latentcache.dataset.columns import Columns
 from latentcache.errors import Reject
 
-# An int64 has 19 digits at most. `int()` would also take "1_000" and other scripts' digits, and
-# raises an error of its own from 4,300 digits on.
+# An int64 has at most 19 digits. `int()` would also accept "1_000" and the digits of other scripts,
+# and raises another error for 4,300 digits or more.
 _INTEGER = re.compile(r"([+-]?)0*([0-9]{1,19})")
 _INT64 = range(-(2**63), 2**63)
 
-_MAX_SHOWN = 40  # characters of a bad value that a message repeats
+_MAX_SHOWN = 40  # characters of a bad value in a message
 
 
 def read_columns(
     fields: dict[str, bytes], columns: Columns, notes: Counter[str] | None = None
 ) -> dict[str, str | int | None]:
-    """Read the kept columns of a sample; a column whose field the sample lacks is None.
+    """Return the kept columns of a sample. A column is None if the sample lacks its field.
 
     Args:
         fields: the bytes of each field by name.
         columns: the kept columns.
-        notes: counts the fields that were decoded by a fallback, as `text_as_utf16` and
+        notes: gets the number of fields that were decoded by a fallback, as `text_as_utf16` and
             `text_as_cp1252`.
 
     Raises:
         Reject: stage `read`, `bad_field`: a field is not text, or `cls` is not an int64.
     """
-    found: dict[str, str | int | None] = {}
+    values: dict[str, str | int | None] = {}
     for column in columns:
         data = fields.get(column.field)
         if data is None:
-            found[column.name] = None
+            values[column.name] = None
             continue
         try:
             text, fallback = _decode(data)
-            found[column.name] = _to_int64(text) if column.name == "cls" else text
+            values[column.name] = _to_int64(text) if column.name == "cls" else text
         except ValueError as error:  # UnicodeDecodeError is one
             raise Reject("read", "bad_field", f"field {column.field!r}: {error}") from error
         if fallback and notes is not None:
             notes[f"text_as_{fallback}"] += 1
-    return found
+    return values
 
 
 def _decode(data: bytes) -> tuple[str, str | None]:
-    """Decode text, and name the fallback that it took."""
+    """Decode text; return it with the name of the fallback encoding, if one was used."""
     fallback = None
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         text, fallback = data.decode("utf-16"), "utf16"

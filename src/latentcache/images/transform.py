@@ -1,6 +1,6 @@
-"""Pixels of any size to pixels of one of a few sizes: choose a bucket, resize, crop.
+"""Fit images to buckets: choose a bucket, resize, crop.
 
-The rules here decide which pixels a latent stands for. They are part of the dataset's contract, so
+These rules determine which pixels a latent represents. They are part of the dataset's contract, so
 a change to any of them makes every existing cache stale.
 """
 
@@ -20,26 +20,27 @@ from latentcache.errors import ConfigError, Reject
 from latentcache.images.decode import Reserve, decode_image, decode_scaled
 from latentcache.images.resize import Side, resize
 
-# A picture whose resized form holds more than this many times its bucket's pixels is rejected: the
-# crop would throw nearly all of it away, and a strip of 1 × 60,000 would need gigabytes on the way.
+# An image is rejected if its resized form has more than this many times the pixels of its bucket:
+# the crop would drop nearly all of it, and a strip of 1 × 60,000 would need gigabytes of memory.
 MAX_CROP_FACTOR = 16
 
-# A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size where that is at least so many times the size
-# that it is resized to. The decoder's box-like scaling is then 48 dB from the full decode, hidden
-# by the resize; at the target's own size it would be 30 dB.
+# A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size if that is at least this many times the size
+# that it is resized to. After the resize, the decoder's box-like scaling then differs from the full
+# decode by 48 dB. At the target size itself it would be 30 dB.
 DCT_HEADROOM = 2
 
 
 @dataclass(frozen=True, slots=True)
 class TransformSpec:
-    """What becomes of an image.
+    """The parameters of the transform.
 
     Args:
         buckets: the sizes to choose from, at least one.
-        min_side_px: reject images with a shorter side; None accepts all.
-        max_upscale: reject images that would be enlarged by more than this; None accepts all.
-        max_pixels: reject images of more pixels (`decode_image` does, before it decodes).
-        dct_scaling: decode large JPEGs at a fraction of their size (`load_image` does).
+        min_side_px: images with a shorter side are rejected; None accepts all.
+        max_upscale: images that would be enlarged by a larger factor are rejected; None accepts
+            all.
+        max_pixels: images of more pixels are rejected (by `decode_image`, before it decodes).
+        dct_scaling: whether large JPEGs are decoded at a fraction of their size (by `load_image`).
     """
 
     buckets: tuple[Bucket, ...]
@@ -51,13 +52,12 @@ class TransformSpec:
 
 @dataclass(frozen=True, slots=True)
 class Transformed:
-    """An image brought to its bucket.
+    """An image resized and cropped to its bucket.
 
-    `pixels` is uint8 [3, height_px, width_px], RGB; in memory the channels of a pixel lie together
-    (channels-last), as decoders give them and fast encoders take them. The offsets say where the
-    crop begins, in pixels of the resized image, and the sizes are those of the image as it came
-    (after its EXIF orientation): what SDXL's micro-conditioning asks for (Podell et al. 2023,
-    section 2.2).
+    `pixels` is uint8 [3, height_px, width_px], RGB. Its memory format is channels-last, which is
+    the output of decoders and the input of fast encoders. The offsets are the start of the crop in
+    pixels of the resized image. The sizes are those of the original image after its EXIF
+    orientation. SDXL's micro-conditioning needs both (Podell et al. 2023, section 2.2).
     """
 
     pixels: torch.Tensor
@@ -69,18 +69,23 @@ class Transformed:
 
 
 def ratio_buckets(resolution_px: int, max_ratio: float, step_px: int) -> tuple[Bucket, ...]:
-    """List sizes of about `resolution_px` squared pixels, by width.
+    """Return sizes of about `resolution_px**2` pixels, sorted by width.
 
     For every long side that is a multiple of `step_px`, from `resolution_px` upwards, the short
-    side is the multiple of `step_px` nearest to `resolution_px**2 / long`. Sizes stay while long
-    over short is at most `max_ratio`, and each stands in both orientations.
+    side is the multiple of `step_px` nearest to `resolution_px**2 / long`. Sizes are included in
+    both orientations as long as long over short is at most `max_ratio`.
+
+    Args:
+        resolution_px: the side of the square size.
+        max_ratio: the maximum of long over short.
+        step_px: the divisor of all sides.
 
     Raises:
-        ConfigError: `resolution_px` is no multiple of `step_px`, so there would be no square.
+        ConfigError: `resolution_px` is not a multiple of `step_px`, so there is no square size.
     """
     if resolution_px % step_px:
         raise ConfigError(
-            f"transform.resolution_px {resolution_px} is no multiple of "
+            f"transform.resolution_px {resolution_px} is not a multiple of "
             f"transform.buckets.step_px {step_px}: change one of them"
         )
     sizes = set()
@@ -94,7 +99,7 @@ def ratio_buckets(resolution_px: int, max_ratio: float, step_px: int) -> tuple[B
 
 
 def transform_spec(contract: Contract) -> TransformSpec:
-    """Read the transform off a contract."""
+    """Return the parameters of the transform in a contract."""
     terms = contract.transform
     return TransformSpec(
         buckets=tuple(Bucket(*size) for size in terms.buckets),
@@ -106,14 +111,19 @@ def transform_spec(contract: Contract) -> TransformSpec:
 
 
 def choose_bucket(width_px: int, height_px: int, buckets: Sequence[Bucket]) -> Bucket:
-    """Find the bucket whose aspect ratio is nearest, compared as logarithms.
+    """Return the bucket with the nearest aspect ratio; ratios are compared as logarithms.
 
-    Of equally near ones it takes the one of most pixels, and then the widest; the order in which
-    the buckets are given does not matter.
+    Of equally near buckets, the one with the most pixels is chosen, then the widest one. The order
+    of the buckets does not matter.
+
+    Args:
+        width_px: the width of the image.
+        height_px: the height of the image.
+        buckets: the buckets, at least one.
     """
 
     def distance(bucket: Bucket) -> tuple[float, int, int]:
-        # |log a - log b| is ordered as max(a, b) / min(a, b), which needs no rounding logarithm.
+        # max(a, b) / min(a, b) has the same order as |log a - log b|, without a rounded logarithm.
         a, b = width_px * bucket.height_px, height_px * bucket.width_px
         return max(a, b) / min(a, b), -bucket.num_pixels, -bucket.width_px
 
@@ -121,15 +131,15 @@ def choose_bucket(width_px: int, height_px: int, buckets: Sequence[Bucket]) -> B
 
 
 def load_image(data: bytes, spec: TransformSpec, reserve: Reserve | None = None) -> Transformed:
-    """Decode the bytes of an image, and bring it to its bucket.
+    """Decode the bytes of an image, and resize and crop it to its bucket.
 
     Args:
         data: the whole file.
-        spec: the buckets and what to reject.
-        reserve: as for `decode_image`.
+        spec: the parameters.
+        reserve: see `decode_image`.
 
     Raises:
-        Reject: of stage `decode` as `decode_image` does, of stage `transform` as `transform` does.
+        Reject: stage `decode` (see `decode_image`) or `transform` (see `transform`).
     """
     if not spec.dct_scaling:
         image = decode_image(data, max_pixels=spec.max_pixels, reserve=reserve)
@@ -141,14 +151,14 @@ def load_image(data: bytes, spec: TransformSpec, reserve: Reserve | None = None)
 
 
 def transform(image: NDArray[np.uint8], spec: TransformSpec) -> Transformed:
-    """Bring an image to its bucket: resize it to cover the bucket, then crop the centre.
+    """Resize an image to cover its bucket, and crop the centre.
 
-    The resize is antialiased bicubic at the smallest scale that covers the bucket; the side that
-    does not fit exactly is rounded to the nearest pixel, half up, hence never below the bucket.
+    The resize is antialiased bicubic at the smallest scale that covers the bucket. The side that
+    does not fit exactly is rounded to the nearest pixel, half up, so it is never below the bucket.
 
     Args:
         image: uint8 [height, width, 3], writable.
-        spec: the buckets and what to reject.
+        spec: the parameters.
 
     Raises:
         Reject: stage `transform`; `too_small`, `upscaled` or `aspect_ratio` (the resized image
@@ -159,7 +169,7 @@ def transform(image: NDArray[np.uint8], spec: TransformSpec) -> Transformed:
 
 @dataclass(frozen=True, slots=True)
 class _Placement:
-    """Where an image of some size goes."""
+    """The bucket and the resized size of an image."""
 
     bucket: Bucket
     width: int

@@ -1,23 +1,24 @@
-"""What of a WebP is to be known before libwebp sees it: its size, and damaged metadata."""
+"""Read the size of a WebP and remove damaged metadata, before libwebp opens the file."""
 
 from __future__ import annotations
 
 import struct
 
-# RIFF, a size, WEBP; then chunks of a name, a size and content, padded to an even length.
+# The header is RIFF, a size, WEBP. Then follow chunks of a name, a size and content, padded to an
+# even length.
 _HEADER_BYTES = 12
 _METADATA = (b"ICCP", b"EXIF", b"XMP ")
 _MAX_CHUNKS = 65_536
 
-# Metadata beyond that is dropped. A colour profile of a printing press has 3 MB.
+# Larger metadata is dropped. The colour profile of a printing press has 3 MB.
 _MAX_METADATA_BYTES = 4 * 2**20
 
 
 def read_webp_size(data: bytes) -> tuple[int, int] | None:
-    """Read width and height from the first chunk; None if that says nothing.
+    """Return width and height from the first chunk; None if it has no size.
 
-    Layouts: RFC 9649, sections 2.5 to 2.7. libwebp has buffers for the whole canvas from the
-    moment on that a file is opened.
+    The layouts are in RFC 9649, sections 2.5 to 2.7. The size is read before libwebp opens the
+    file, because libwebp then allocates buffers for the whole canvas.
     """
     kind, content = data[12:16], data[20:30]
     if len(content) < 10:
@@ -36,17 +37,17 @@ def read_webp_size(data: bytes) -> tuple[int, int] | None:
 
 
 def strip_metadata(data: bytes) -> bytes:
-    """Drop metadata chunks that are large or run beyond the end of the file.
+    """Drop metadata chunks that are large or extend beyond the end of the file.
 
     Returns:
-        `data` itself where nothing is dropped.
+        The file without these chunks; `data` itself if nothing is dropped.
 
     Raises:
         ValueError: the file has an absurd number of chunks.
     """
     riff_end = 8 + int.from_bytes(data[4:8], "little")
     if riff_end > len(data):
-        return data  # the end is missing, which libwebp says
+        return data  # the end is missing, which libwebp reports
     parts: list[bytes] = []
     position, run_start = _HEADER_BYTES, _HEADER_BYTES
     for _ in range(_MAX_CHUNKS + len(data) // 1024):

@@ -1,8 +1,8 @@
-"""What may be opened of what a dataset names.
+"""The rules for opening the checkpoints and sources that a dataset names.
 
-A dataset may come from anybody. The checkpoint in its `contract.json` and the sources in its
-receipts are text that its writer chose: opened without asking, they would read any file or URL with
-the credentials of the reader. So they are used only where the user names them as well.
+A dataset may come from an untrusted party. Its writer chose the checkpoint in its `contract.json`
+and the sources in its receipts. If QA opened them without asking, they could make it read any file
+or URL with the user's credentials. So they are used only if the user names them too.
 """
 
 from __future__ import annotations
@@ -26,14 +26,17 @@ _MAX_SHOWN_CHARS = 300
 
 
 def find_checkpoint(dataset: Dataset, decoder: str | None = None) -> str:
-    """Find the VAE of a dataset that the user did not name as such.
+    """Return the checkpoint of a dataset's VAE if the user named no VAE.
 
     Args:
-        dataset: whose VAE is wanted; of the checkpoint that it names, only `demo` is used.
+        dataset: the dataset. The checkpoint that it names is used only if it is `demo`.
         decoder: the checkpoint that the user named as decoder; it may hold the same encoder.
 
+    Returns:
+        `demo` if the dataset names it, otherwise `decoder`.
+
     Raises:
-        ConfigError: the dataset names another checkpoint or none, and the user named none.
+        ConfigError: the dataset does not name `demo`, and the user named no decoder.
     """
     named = read_provenance(dataset.store).get("checkpoint")
     if named == DEMO:
@@ -45,7 +48,7 @@ def find_checkpoint(dataset: Dataset, decoder: str | None = None) -> str:
             f"{dataset.url} does not say which VAE encoded it: name its checkpoint, "
             "--decoder CHECKPOINT"
         )
-    # Quoted, because people copy it into a shell.
+    # Quoted, because users copy it into a shell.
     raise ConfigError(
         f"{dataset.url} says that {shown(named)} encoded it, but a checkpoint that only a dataset "
         f"names is not opened: if you trust it, pass --decoder {shlex.quote(shown(named))}, or "
@@ -54,9 +57,9 @@ def find_checkpoint(dataset: Dataset, decoder: str | None = None) -> str:
 
 
 def shown(url: str) -> str:
-    """Write a URL that a dataset names in one line: without its credentials, and cut to a length.
+    """Return a URL of a dataset for a message: one line, without credentials, cut to a length.
 
-    What stands before `@` or behind `?` may be a password or a signature.
+    The text before `@` or after `?` may be a password or a signature, so it is left out.
     """
     text = re.sub(r"(?<=://)[^/@]*@", "", url)
     text = one_line(text.partition("?")[0] + ("?…" if "?" in text else ""))
@@ -64,7 +67,7 @@ def shown(url: str) -> str:
 
 
 def source_urls(source: Images) -> tuple[str, ...]:
-    """Return what a config's `source` section names: its shards, or its folder."""
+    """Return the URLs in a config's `source` section: its shards, or its folder."""
     if source.folder is not None:
         return (source.folder,)
     assert source.shards is not None
@@ -72,13 +75,13 @@ def source_urls(source: Images) -> tuple[str, ...]:
 
 
 class NamedSources:
-    """The sources that the user names: shards, globs, and folders with all that lies in them.
+    """The sources that the user names: shards, globs, and folders with everything in them.
 
     Args:
-        urls: as `source.shards` or `source.folder` of a config takes them.
+        urls: values as in `source.shards` or `source.folder` of a config.
 
     Raises:
-        ConfigError: one is not a URL, as `expand_urls` says.
+        ConfigError: a URL is not accepted; see `expand_urls`.
     """
 
     def __init__(self, urls: Sequence[str]) -> None:
@@ -92,18 +95,18 @@ class NamedSources:
                 self._urls.add(Store(url).url)
 
     def __contains__(self, source: str) -> bool:
-        """Whether a unit's source is one of them."""
+        """Return whether the user named a unit's source."""
         if is_slot(source):
             source = source.rpartition("#")[0]
         if source in self._urls:
             return True
         scheme, _, path = source.partition("://")
-        # fsspec would take another URL out of such a name, or leave the folder.
+        # fsspec would read another URL from such a name, or leave the folder.
         parts = path.lstrip("/").split("/")
         if "::" in source or "://" in path or "%" in path or {"", ".", ".."} & set(parts):
             return False
         folder, _, name = source.rpartition("/")
-        if any(folder == where and fnmatchcase(name, glob) for where, glob in self._globs):
+        if any(folder == parent and fnmatchcase(name, glob) for parent, glob in self._globs):
             return True
         while len(folder) > len(scheme) + len("://"):
             if folder in self._urls:

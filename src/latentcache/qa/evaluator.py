@@ -1,4 +1,4 @@
-"""How good stored latents are: decoded, and held against the crops that they came from."""
+"""The quality of stored latents: they are decoded and compared with the crops they came from."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from latentcache.vae.encoder import draw_latents
 from latentcache.vae.model import KLAutoencoder, to_uint8
 from latentcache.vae.weights import encoder_fingerprint, load_vae
 
-# Decoding takes several times the memory of encoding: few images at once.
+# Decoding takes several times the memory of encoding, so a batch has few images.
 _BATCH_PIXELS = 4 * 256 * 256
 
 
 @dataclass(frozen=True, slots=True)
 class QaModels:
-    """What measures, besides the dataset's own VAE.
+    """The models of an evaluation in addition to the dataset's VAE.
 
     Args:
-        decoder: a checkpoint whose decoder is used; None takes the dataset's VAE.
-        lpips: a network's (URL, SHA-256); None leaves LPIPS out.
+        decoder: a checkpoint whose decoder is used; None uses the dataset's VAE.
+        lpips: the LPIPS network's (URL, SHA-256); None leaves LPIPS out.
         decoder_storage: how to reach the decoder.
         lpips_storage: how to reach the network.
     """
@@ -46,16 +46,17 @@ class QaModels:
 
 
 def load_evaluator(contract: Contract, encoder: KLAutoencoder, models: QaModels) -> QaEvaluator:
-    """Load what measures rows of a dataset, onto the device of its VAE.
+    """Load the evaluator of a dataset's rows onto the device of its VAE.
 
     Args:
-        contract: of the dataset.
-        encoder: its VAE; it needs a decoder only where `models` names none.
-        models: what else is loaded.
+        contract: the dataset's contract.
+        encoder: the dataset's VAE. It needs a decoder only if `models` names none.
+        models: the other models to load.
 
     Raises:
         CheckpointError: the decoder's checkpoint cannot be used.
-        ConfigError: as `QaEvaluator`; or the LPIPS network is not the named file.
+        ConfigError: the models do not fit (see `QaEvaluator`), or the LPIPS network is not the
+            named file.
         StorageError: a file cannot be read.
     """
     decoder, lpips = encoder, None
@@ -67,13 +68,13 @@ def load_evaluator(contract: Contract, encoder: KLAutoencoder, models: QaModels)
 
 
 class QaEvaluator:
-    """Measures rows of one dataset. All modules are in fp32, on one device.
+    """The evaluator of one dataset's rows. All modules are in fp32 on one device.
 
     Args:
-        contract: of the dataset.
-        encoder: its VAE; the decoder is not used.
-        decoder: the VAE that decodes; may be the same.
-        lpips: measures LPIPS; None leaves it out.
+        contract: the dataset's contract.
+        encoder: the dataset's VAE; its decoder is not used.
+        decoder: the VAE that decodes; may be `encoder`.
+        lpips: the LPIPS network; None leaves LPIPS out.
 
     Raises:
         ConfigError: the encoder is not the dataset's, or the decoder is of another family.
@@ -86,19 +87,19 @@ class QaEvaluator:
         decoder: KLAutoencoder,
         lpips: Distance | None = None,
     ) -> None:
-        there = contract.vae
-        if encoder_fingerprint(encoder) != there.encoder_fingerprint:
+        vae = contract.vae
+        if encoder_fingerprint(encoder) != vae.encoder_fingerprint:
             raise ConfigError("the encoder is not the one that made these latents")
-        require_family(decoder, "the decoder", there)
+        require_family(decoder, "the decoder", vae)
         self._contract = contract
         self._encoder = encoder
         self._decoder = decoder
         self._lpips = lpips
         self._is_trusted = encoder is decoder or (
-            encoder_fingerprint(decoder) == there.encoder_fingerprint
+            encoder_fingerprint(decoder) == vae.encoder_fingerprint
         )
         self.agreement_db: float | None = None
-        """How well the decoder's own encoder agrees with the dataset's, where it is another one."""
+        """Agreement of the decoder's encoder with the dataset's, in dB; None if not compared."""
 
     @torch.inference_mode()
     def evaluate(
@@ -114,15 +115,17 @@ class QaEvaluator:
         Args:
             unit: the unit's id.
             bucket: the bucket's name.
-            crops: the pixels that were encoded, as PNG by key.
-            stored: what was stored, by key and as it was: [C, h, w], or [2C, h, w] for moments.
-            signal: variance of the dataset's latents, averaged over its C channels, for the drift.
+            crops: the encoded pixels as PNG, by key.
+            stored: the stored tensors by key, in the stored dtype: [C, h, w], or [2C, h, w] for
+                moments.
+            signal: the variance of the dataset's latents, averaged over its C channels; used for
+                the drift.
 
         Returns:
-            The rows of `crops` that `stored` has too, in their order.
+            The rows of `crops` that `stored` has too, in the order of `crops`.
 
         Raises:
-            ConfigError: the decoder's own encoder is another one and does not agree.
+            ConfigError: the decoder's own encoder differs from the dataset's and does not agree.
             ValueError: a crop is not a PNG of the bucket's size.
         """
         width_px, height_px = Bucket.parse(bucket)
@@ -154,12 +157,12 @@ class QaEvaluator:
     def _measure_in_turn(
         self, unit: str, keys: Sequence[str], images: Tensor, stored: Tensor, signal: float
     ) -> tuple[list[Measured], Tensor]:
-        """Measure a batch at once, or row by row where the GPU has no room for it."""
+        """Measure a batch at once, or row by row if the GPU's memory is too small for it."""
         try:
             return self._measure(unit, keys, images, stored, signal)
         except torch.OutOfMemoryError:
             pass
-        # Out here, where the error no longer holds on to the tensors that it met.
+        # Outside the handler, because the error holds references to the tensors.
         torch.cuda.empty_cache()
         try:
             parts = [
@@ -176,7 +179,7 @@ class QaEvaluator:
     def _measure(
         self, unit: str, keys: Sequence[str], images: Tensor, stored: Tensor, signal: float
     ) -> tuple[list[Measured], Tensor]:
-        """Measure a batch; gives its reconstructions too, uint8 [B, 3, H, W] on the CPU."""
+        """Measure a batch; also return its reconstructions, uint8 [B, 3, H, W] on the CPU."""
         pixels = images.to(self._decoder.device)
         latents = to_values(stored, self._contract.latents)
         moments = self._encoder.encode(pixels)
@@ -204,7 +207,7 @@ class QaEvaluator:
         return to_uint8(self._decoder.decode(latents.to(self._decoder.device)))
 
     def _require_agreement(self, pixels: Tensor, moments: Tensor) -> None:
-        """Hold the decoder's own encoder against the dataset's, on the first images."""
+        """Compare the decoder's own encoder with the dataset's, on the first images."""
         if not self._is_trusted:
             channels = self._contract.vae.latent_channels
             own = self._decoder.encode(pixels)[:, :channels]
@@ -213,27 +216,27 @@ class QaEvaluator:
 
 
 def _row_drift_db(latents: Tensor, reference: Tensor, channels: int, signal: float) -> list[float]:
-    """Give each row's drift: signal over the mean squared error of what training draws, in dB.
+    """Return each row's drift in dB: signal over the mean squared error of the training samples.
 
-    Of moments, training draws `mean + exp(logvar / 2) * n` with standard normal n, so that the
-    expected squared error is that of the mean plus that of the standard deviation.
+    From moments, training draws `mean + exp(logvar / 2) * n` with a standard normal n. The expected
+    squared error is therefore that of the mean plus that of the standard deviation.
     """
     latents, reference = latents.double(), reference.double()
     error = (latents[:, :channels] - reference[:, :channels]).square()
     if latents.shape[1] > channels:
-        std, wanted = ((0.5 * z[:, channels:]).exp() for z in (latents, reference))
-        error = error + (std - wanted).square()
+        std, reference_std = ((0.5 * z[:, channels:]).exp() for z in (latents, reference))
+        error = error + (std - reference_std).square()
     means = error.mean(dim=(1, 2, 3))
     decibels = torch.where(means == 0, math.inf, 10 * torch.log10(signal / means))
     return [_limited(value) for value in decibels.tolist()]
 
 
 def _within_limits(decibels: Tensor, finite: Tensor) -> Tensor:
-    """Bound decibels; rows that are not finite get the lower bound."""
+    """Clamp decibels to the limits; rows with non-finite latents get the lower limit."""
     bounded = decibels.cpu().clamp(MIN_DB, MAX_DB)
     return torch.where(finite, bounded, torch.full_like(bounded, MIN_DB))
 
 
 def _limited(decibels: float) -> float:
-    # Written so that a value which is not a number comes out as the lower bound.
+    # In this order of arguments, NaN becomes the lower limit.
     return min(max(MIN_DB, decibels), MAX_DB)

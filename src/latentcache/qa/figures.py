@@ -1,6 +1,6 @@
-"""The figures of a report: what a dataset's QA rows, statistics, rejects and receipts come to.
+"""The figures of a report, from a dataset's QA rows, statistics, rejects and receipts.
 
-Everything here gives plain JSON. Keys say the unit; counts begin with `num_`.
+All functions return plain JSON. Keys end with the unit of measurement; counts begin with `num_`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from latentcache.dataset.receipts import read_receipts
 from latentcache.dataset.statistics import HISTOGRAM_EDGES, Statistics
 from latentcache.qa.qa_files import MEASURES
 
-# `scaling_factor` is there to bring latents to unit variance. Off by more than this, something is
-# wrong, or the images are unlike those that it was measured on.
+# `scaling_factor` should bring latents to unit variance. A larger relative error means a mistake,
+# or images unlike those that the factor was measured on.
 _MAX_SCALING_ERROR = 0.2
 
 _MAX_RECEIPTS = 1000
@@ -32,7 +32,12 @@ Float64 = npt.NDArray[np.float64]
 
 
 def totals(dataset: Dataset, measures: pa.Table) -> dict[str, Any]:
-    """Count what the dataset holds, and give the two figures that gates are held against."""
+    """Count the contents of a dataset, and compute the two figures that gates check.
+
+    Args:
+        dataset: the dataset.
+        measures: the measures of its QA rows; see `read_measures`.
+    """
     manifest = dataset.manifest
     return {
         "num_units": manifest.num_units,
@@ -49,12 +54,12 @@ def totals(dataset: Dataset, measures: pa.Table) -> dict[str, Any]:
 
 
 def distributions(measures: pa.Table) -> dict[str, Any]:
-    """Summarise each measure of QA rows that was taken; `measures` is of `read_measures`."""
-    found = {}
+    """Summarise each measure that QA rows have; `measures` is from `read_measures`."""
+    summaries = {}
     for name in MEASURES:
         values = measures[name].drop_null().to_numpy()
         if values.size:
-            found[name] = {
+            summaries[name] = {
                 "count": values.size,
                 "mean": float(values.mean()),
                 "std": float(values.std()),
@@ -62,11 +67,11 @@ def distributions(measures: pa.Table) -> dict[str, Any]:
                 "max": float(values.max()),
                 "histogram": _histogram(values),
             }
-    return found
+    return summaries
 
 
 def _histogram(values: Float64) -> dict[str, list[Any]]:
-    """Count values in bins over where most of them lie; the outer bins hold the rest too."""
+    """Count values in bins over the range of most values; the outer bins also hold the rest."""
     low, first, last, high = np.quantile(values, [0, 0.01, 0.99, 1])
     low, high = max(low, 2 * first - last), min(high, 2 * last - first)
     if high <= low:
@@ -77,14 +82,19 @@ def _histogram(values: Float64) -> dict[str, list[Any]]:
 
 
 def buckets(num_rows: dict[str, int], measures: pa.Table) -> list[dict[str, Any]]:
-    """Say of each bucket how many rows it has, how many were looked at, and how good they are."""
+    """Return for each bucket its number of rows and of QA rows, and the quality of the QA rows.
+
+    Args:
+        num_rows: the number of rows by bucket.
+        measures: the measures of the QA rows; see `read_measures`.
+    """
     figures = [("psnr_db", "mean"), ("psnr_db", "min"), ("ssim", "mean"), ("drift_db", "min")]
     grouped = measures.group_by("bucket").aggregate([("key", "count"), *figures]).to_pylist()
     by_bucket = {row["bucket"]: row for row in grouped}
-    found = []
+    result = []
     for bucket in sorted(num_rows.keys() | by_bucket.keys(), key=_area_and_width):
         row = by_bucket.get(bucket, {})
-        found.append(
+        result.append(
             {
                 "bucket": bucket,
                 "num_rows": num_rows.get(bucket, 0),
@@ -92,7 +102,7 @@ def buckets(num_rows: dict[str, int], measures: pa.Table) -> list[dict[str, Any]
                 **{f"{how}_{name}": row.get(f"{name}_{how}") for name, how in figures},
             }
         )
-    return found
+    return result
 
 
 def _area_and_width(bucket: str) -> tuple[int, int]:
@@ -101,12 +111,17 @@ def _area_and_width(bucket: str) -> tuple[int, int]:
 
 
 def latents(contract: Contract, stats: Statistics) -> dict[str, Any]:
-    """Give per-channel statistics of the stored latents, and what they say of `scaling_factor`."""
+    """Return per-channel statistics of the stored latents, and a check of `scaling_factor`.
+
+    Args:
+        contract: the dataset's contract.
+        stats: the statistics of its latents.
+    """
     if not stats.count:
         return {"channels": [], "scaling": None}
     num = contract.vae.latent_channels
     names = [*map(str, range(num)), *(f"logvar {index}" for index in range(num))]
-    step = HISTOGRAM_EDGES[1] - HISTOGRAM_EDGES[0]  # the width given to all that lies beyond
+    step = HISTOGRAM_EDGES[1] - HISTOGRAM_EDGES[0]  # also the shown width of the two outer bins
     edges = np.array([HISTOGRAM_EDGES[0] - step, *HISTOGRAM_EDGES, HISTOGRAM_EDGES[-1] + step])
     channels = []
     for index, counts in enumerate(stats.histogram):
@@ -129,12 +144,12 @@ def latents(contract: Contract, stats: Statistics) -> dict[str, Any]:
 
 
 def _scaling(contract: Contract, stats: Statistics) -> dict[str, Any]:
-    """Hold `scaling_factor` against 1 / std of the latents.
+    """Compare `scaling_factor` with the factor that the latents' standard deviation requires.
 
-    Latents are rescaled to unit standard deviation over all their values together, the differences
-    between channels included (Rombach et al. 2022, appendix G). A model gets
-    `(z - shift) * scaling_factor / latents_std`. `wanted` is the factor that would bring exactly
-    that to a standard deviation of one: where there is no `latents_std`, it is 1 / std.
+    Latents are rescaled to unit standard deviation over all their values together, including the
+    differences between channels (Rombach et al. 2022, appendix G). A model gets
+    `(z - shift) * scaling_factor / latents_std`. `wanted` is the factor that brings this expression
+    to a standard deviation of one. Without `latents_std` it is 1 / std.
     """
     vae = contract.vae
     mean, std = stats.mean[: vae.latent_channels], stats.std[: vae.latent_channels]
@@ -156,14 +171,14 @@ def _scaling(contract: Contract, stats: Statistics) -> dict[str, Any]:
 
 
 def _joint(mean: Float64, std: Float64) -> tuple[float, float]:
-    """Mean and standard deviation of channels of equal size together."""
+    """Return the joint mean and standard deviation of channels of equal size."""
     joint = mean.mean()
     return float(joint), float(np.sqrt((std**2 + (mean - joint) ** 2).mean()))
 
 
 @dataclass(slots=True)
 class _Reason:
-    """The rejects of one reason: how many, and the first of them; pictures go before others."""
+    """The rejects of one reason: their number and the first examples with and without a picture."""
 
     num_rejects: int = 0
     pictured: list[RejectedRow] = field(default_factory=list)
@@ -185,17 +200,17 @@ def rejects(dataset: Dataset) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
     reasons: dict[tuple[str, str], _Reason] = {}
     for reject in dataset.rejects():
         reasons.setdefault((reject.stage, reject.reason), _Reason()).add(reject)
-    found: list[dict[str, Any]] = []
+    result: list[dict[str, Any]] = []
     thumbnails = {}
     for (stage, reason), group in sorted(reasons.items(), key=lambda item: -item[1].num_rejects):
         examples: list[dict[str, Any]] = []
         for reject in (group.pictured + group.others)[:_NUM_REJECT_EXAMPLES]:
-            name = f"reject-{len(found)}-{len(examples)}"
+            name = f"reject-{len(result)}-{len(examples)}"
             if reject.thumbnail:
                 thumbnails[name] = reject.thumbnail
-            about = ("unit", "source", "key", "message")
-            examples.append({"id": name, **{what: getattr(reject, what) for what in about}})
-        found.append(
+            fields = ("unit", "source", "key", "message")
+            examples.append({"id": name, **{f: getattr(reject, f) for f in fields}})
+        result.append(
             {
                 "stage": stage,
                 "reason": reason,
@@ -203,11 +218,11 @@ def rejects(dataset: Dataset) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
                 "examples": examples,
             }
         )
-    return found, thumbnails
+    return result, thumbnails
 
 
 def throughput(dataset: Dataset) -> dict[str, Any]:
-    """Sum what receipts say of each stage; of very many receipts, a thousand spread evenly."""
+    """Sum the times of each stage over the receipts, or over a thousand evenly spaced receipts."""
     num_units = len(dataset.units)
     num_read = min(num_units, _MAX_RECEIPTS)
     records = [dataset.units[index * num_units // num_read] for index in range(num_read)]

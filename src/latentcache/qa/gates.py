@@ -1,4 +1,4 @@
-"""The QA of many units added up, and held against the gates of a config."""
+"""The QA totals of many units, checked against the gates of a config."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from dataclasses import dataclass
 from latentcache.config import Qa
 from latentcache.dataset.receipts import UnitSummary
 
-# Of fewer QA rows than this, a mean PSNR says too little to stop a run that is still at work.
+# The mean PSNR of fewer QA rows than this is too uncertain to stop an active run.
 _MIN_ROWS_TO_JUDGE = 32
 
 
 @dataclass(frozen=True, slots=True)
 class Gates:
-    """What a dataset must be to pass; None lets anything pass.
+    """The limits that a dataset must satisfy; None means no limit.
 
-    `min_psnr_db` is of the mean over all QA rows, `min_drift_db` of each of them, and `max_rejects`
-    of the number of samples left out.
+    `min_psnr_db` limits the mean over all QA rows, `min_drift_db` limits each QA row, and
+    `max_rejects` limits the number of rejected samples.
     """
 
     min_psnr_db: float | None = None
@@ -28,12 +28,17 @@ class Gates:
 
     @classmethod
     def of(cls, qa: Qa | None) -> Gates:
-        """Return the gates of a config; one without `qa` has none."""
+        """Return the gates of a config's `qa` section; no limits if there is no such section."""
         return cls(qa.min_psnr_db, qa.min_drift_db, qa.max_rejects) if qa else cls()
 
 
 class QaTotals:
-    """What the QA of many units comes to, held against gates."""
+    """The QA totals of many units and their gates.
+
+    Args:
+        gates: the limits.
+        units: the first units to add.
+    """
 
     def __init__(self, gates: Gates, units: Iterable[UnitSummary] = ()) -> None:
         self.gates = gates
@@ -45,7 +50,12 @@ class QaTotals:
             self.add(unit)
 
     def add(self, unit: UnitSummary, before: UnitSummary | None = None) -> None:
-        """Take in one more unit, in place of what it was before."""
+        """Add a unit to the totals.
+
+        Args:
+            unit: the unit.
+            before: the same unit as it was added before; it is subtracted.
+        """
         self._count(unit, 1)
         if before:
             self._count(before, -1)
@@ -62,31 +72,35 @@ class QaTotals:
 
     @property
     def mean_psnr_db(self) -> float | None:
-        """Mean over all QA rows; None where there are none."""
+        """Mean PSNR over all QA rows; None if there are none."""
         num_rows = self.num_rows.total()
         return self._sum_psnr_db / num_rows if num_rows else None
 
     def breaches(self, *, at_work: bool = False) -> list[str]:
-        """Say which gates are not passed, one line each; `at_work` while more rows may come."""
-        found = []
+        """Return a line for each gate that fails.
+
+        Args:
+            at_work: whether the run is still active, so that more rows may follow.
+        """
+        lines = []
         gates, mean, num_rows = self.gates, self.mean_psnr_db, self.num_rows.total()
         is_judged = num_rows >= (_MIN_ROWS_TO_JUDGE if at_work else 1)
         min_psnr_db = -math.inf if gates.min_psnr_db is None else gates.min_psnr_db
         if is_judged and mean is not None and mean < min_psnr_db:
-            found.append(
+            lines.append(
                 f"the mean PSNR of {num_rows} QA rows is {mean:.2f} dB, below qa.min_psnr_db "
                 f"{min_psnr_db:g}"
             )
         if self._drifted:
             worst_db, source = min(self._drifted.values())
-            found.append(
+            lines.append(
                 f"{len(self._drifted)} units have latents that are not what their images encode "
                 f"to: {worst_db:.1f} dB in {source}, below qa.min_drift_db "
                 f"{gates.min_drift_db:g}"
             )
         if gates.max_rejects is not None and self.num_rejects > gates.max_rejects:
-            found.append(
+            lines.append(
                 f"{self.num_rejects} samples were rejected, more than qa.max_rejects "
                 f"{gates.max_rejects}"
             )
-        return found
+        return lines

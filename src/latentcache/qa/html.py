@@ -1,7 +1,7 @@
-"""A report as one HTML file: `templates/report.html` and its CSS, filled in with Jinja.
+"""Render a report as one HTML file from `templates/report.html` and its CSS, with Jinja.
 
-Keys, messages and URLs come from strangers: Jinja escapes all that is put in. The page allows
-itself neither scripts nor requests (its content security policy), and its pictures lie in it.
+Keys, messages and URLs are untrusted, so Jinja escapes every value. The page's content security
+policy allows neither scripts nor requests. Its pictures are embedded.
 """
 
 from __future__ import annotations
@@ -29,7 +29,13 @@ from latentcache.qa.row_pictures import (
 def render(
     tree: dict[str, Any], pictures: dict[str, RowPictures], thumbnails: dict[str, bytes]
 ) -> str:
-    """Lay out a report; the arguments are the fields of `Report`."""
+    """Return a report as HTML.
+
+    Args:
+        tree: the text and figures; see `Report.tree`.
+        pictures: the pictures of QA rows by the row's `id`.
+        thumbnails: the JPEG thumbnails of rejects by the reject's `id`.
+    """
     rows = tree["rows"]
     page = _template().render(
         report=tree,
@@ -71,12 +77,12 @@ def _template() -> jinja2.Template:
 
 
 def _fixed(value: float | None, digits: int = 2) -> str:
-    """Show a number with so many digits after the point; a dash where there is none."""
+    """Return a number with `digits` decimal places; a dash for None."""
     return "—" if value is None else f"{value:,.{digits}f}"
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Give each field of a contract by its dotted name, as text."""
+    """Yield the dotted name and the text of each field of a contract."""
     for name, value in tree.items():
         if isinstance(value, dict):
             yield from _leaves(value, f"{prefix}{name}.")

@@ -1,8 +1,8 @@
-"""QA rows: a sample of a unit's rows with their source crops, kept beside the latents.
+"""QA files: a sample of a unit's rows with their source crops, stored beside the latents.
 
-A QA file stands by itself: the crop that was encoded, the latent as it was stored, what a decoder
-made of it, and how far both are from what they should be. Reports are written from these files
-alone, without a model, and the crops serve to measure again when the source images are gone.
+A QA file is self-contained. Each row has the encoded crop, the stored latent, its reconstruction
+and its measures. Reports need only these files and no model. The crops allow another evaluation
+after the source images are deleted.
 """
 
 from __future__ import annotations
@@ -50,11 +50,12 @@ MEASURES = ("psnr_db", "ssim", "lpips", "drift_db", "psnr_cost_db")
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """How good one row is; decibels lie in [`metrics.MIN_DB`, `metrics.MAX_DB`].
+    """The measures of one row; decibels are in [`metrics.MIN_DB`, `metrics.MAX_DB`].
 
     `psnr_db`, `ssim` and `lpips` (None without its network) compare the decoded latent with the
-    crop, `drift_db` the stored latent with an fp32 encode of the crop. `psnr_cost_db` is what
-    quantisation took: the PSNR of that fp32 encode less `psnr_db`; None where nothing is quantised.
+    crop. `drift_db` compares the stored latent with an fp32 encode of the crop. `psnr_cost_db` is
+    the cost of quantisation: the PSNR of that fp32 encode minus `psnr_db`; None without
+    quantisation.
     """
 
     psnr_db: float
@@ -66,10 +67,10 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class QaRow:
-    """One row that was looked at.
+    """One evaluated row.
 
-    `image` and `reconstruction` are PNG files of the bucket's size; `latent` is float32
-    [C, h, w] as little-endian C-order bytes: the stored mean or sample, unscaled.
+    `image` and `reconstruction` are PNG files of the bucket's size. `latent` is the stored mean or
+    sample, unscaled: float32 [C, h, w] as little-endian C-order bytes.
     """
 
     key: str
@@ -83,23 +84,24 @@ class QaRow:
 
 @dataclass(frozen=True, slots=True)
 class QaFiles:
-    """A dataset's units with the QA files to report on, and the store that these lie in."""
+    """A dataset's units with the QA files to report on, and the store of these files."""
 
     store: Store
     records: Sequence[UnitRecord]
 
 
 def write_qa(local: Path, path: str, rows: Iterable[QaRow], decoder: str) -> QaFile | None:
-    """Write QA rows as they come.
+    """Write QA rows to a Parquet file as they arrive.
 
     Args:
         local: the file to write.
-        path: where it will lie in the dataset.
-        rows: any number; a few are held at once.
-        decoder: the checkpoint that decoded them.
+        path: the file's later path in the dataset.
+        rows: any number of rows; memory holds a few at a time.
+        decoder: the checkpoint that decoded the rows.
 
     Returns:
-        What a receipt says of the file; None, and no file, where there is no row.
+        The description of the file for a receipt. None if there are no rows; then no file is
+        written.
     """
     num_rows: Counter[str] = Counter()
     psnrs_db: list[float] = []
@@ -107,9 +109,9 @@ def write_qa(local: Path, path: str, rows: Iterable[QaRow], decoder: str) -> QaF
     left = iter(rows)
     with ExitStack() as stack:
         writer: pq.ParquetWriter | None = None
-        # Small groups, so that a report reads few pictures that it does not show.
+        # Row groups are small, so that a report reads few pictures that it does not show.
         while group := list(islice(left, _GROUP_ROWS)):
-            if writer is None:  # pictures are compressed already
+            if writer is None:  # no compression, because pictures are compressed already
                 writer = stack.enter_context(pq.ParquetWriter(local, _SCHEMA, compression="NONE"))
             writer.write_table(_table(group))
             num_rows.update(row.bucket for row in group)
@@ -136,13 +138,17 @@ def _table(rows: Sequence[QaRow]) -> pa.Table:
 
 
 def read_measures(store: Store, records: Iterable[UnitRecord]) -> pa.Table:
-    """Read what is known of all QA rows, without their pictures.
+    """Read the measures of all QA rows, without their pictures.
+
+    Args:
+        store: the store of the QA files.
+        records: the units.
 
     Returns:
         A table of `unit`, `key`, `bucket` and `MEASURES`, in the order of the units.
 
     Raises:
-        DatasetError: a QA file is gone or damaged.
+        DatasetError: a QA file is missing or damaged.
     """
 
     columns = ["key", "bucket", *MEASURES]
@@ -162,10 +168,15 @@ def read_measures(store: Store, records: Iterable[UnitRecord]) -> pa.Table:
 def read_qa_rows(
     store: Store, record: UnitRecord, keys: Iterable[str] | None = None
 ) -> list[QaRow]:
-    """Read a unit's QA rows with their pictures, all or those of some keys.
+    """Read a unit's QA rows with their pictures.
+
+    Args:
+        store: the store of the QA file.
+        record: the unit.
+        keys: the keys of the rows to read; None reads all.
 
     Raises:
-        DatasetError: the QA file is gone or damaged.
+        DatasetError: the QA file is missing or damaged.
     """
     with _open(store, record) as file:
         table = read_table(file) if keys is None else read_rows(file, "key", list(keys))

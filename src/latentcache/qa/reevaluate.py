@@ -1,7 +1,7 @@
-"""Looking at a dataset again: its stored latents against their images, decoded and compared.
+"""Evaluate the stored latents of a dataset again: decode them and compare them with their images.
 
-The images are the crops that the run kept, or those of a few units whose shards are fetched once
-more. What comes of it has the form of the run's own QA files, so that one report serves both.
+The images are the crops that the run kept, or those of a few units whose source shards are read
+again. The results have the format of the run's own QA files, so that one report serves both.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ Crops = dict[str, dict[str, bytes]]
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """What to look at: `num_rows` rows in all, drawn by `seed` and spread over the buckets.
+    """The rows to evaluate: `num_rows` in total, drawn with `seed` and spread over the buckets.
 
-    With `num_units` they come from as many units, whose source shards are read again with
-    `source_storage`, at the places to which they `moved`; else from the crops that the run kept.
-    Only shards that lie in `sources` are read: URLs, globs and folders that the user names, as
-    `source.shards` of a config takes them.
+    If `num_units` is 0, the images are the crops that the run kept. Otherwise the rows come from
+    that many units, whose source shards are read again with `source_storage`, at the URLs to which
+    they `moved`. Only shards in `sources` are read: URLs, globs and folders that the user names, in
+    the form of `source.shards` of a config.
     """
 
     num_rows: int = 256
@@ -65,11 +65,11 @@ class Selection:
 
 @dataclass(slots=True)
 class QaResult:
-    """What was measured.
+    """The result of an evaluation.
 
-    `decoder` is the checkpoint that decoded, and `files` are the fresh QA files. `breaches` says
-    which gates are not passed, and what no gate is needed to refuse; `notes` what to know of the
-    figures.
+    `decoder` is the checkpoint that decoded, and `files` are the new QA files. `breaches` has a
+    line for each gate that fails, and for each problem that is a failure without any gate. `notes`
+    has lines that explain the figures.
     """
 
     decoder: str
@@ -89,44 +89,46 @@ def reevaluate(
     checkpoint_storage: StorageOptions = StorageOptions(),
     progress: Callable[[int, int], None] | None = None,
 ) -> QaResult:
-    """Measure rows of a dataset anew, and hold them against gates.
+    """Measure rows of a dataset again, on a GPU if there is one, and check them against gates.
 
     Args:
-        dataset: what to look at.
-        models: what measures besides the dataset's VAE, on a GPU if there is one.
-        selection: which rows.
-        gates: what they must pass.
-        folder: an empty local folder for the fresh QA files.
-        checkpoint: the dataset's VAE; None takes `demo` where that encoded it, else the decoder.
+        dataset: the dataset.
+        models: the models in addition to the dataset's VAE.
+        selection: the rows to measure.
+        gates: the limits to check.
+        folder: an empty local folder for the new QA files.
+        checkpoint: the dataset's VAE; None uses `demo` if that encoded the dataset, otherwise the
+            decoder.
         checkpoint_storage: how to reach the VAE.
-        progress: told (rows done, rows in all).
+        progress: called with (rows done, rows in total).
 
     Raises:
         CheckpointError: a checkpoint cannot be used.
-        ConfigError: it is not the dataset's, or the decoder does not belong to it; only the dataset
-            names a checkpoint or the source shards, and the user does not.
+        ConfigError: the VAE is not the dataset's, or the decoder does not belong to it; or the
+            dataset names a checkpoint or source shards that the user does not name.
         DatasetError: no crops were kept and no shard can be read again; or a file is damaged.
     """
     sources = NamedSources(selection.sources)
     _require_sources(dataset, selection)
     evaluator, decoder = _load_evaluator(dataset, models, checkpoint, checkpoint_storage)
     result = QaResult(decoder, QaFiles(Store(str(folder)), ()))
-    fresh: dict[str, UnitRecord] = {}
+    new_records: dict[str, UnitRecord] = {}
     num_rows = 0
     for record, crops in _images(dataset, selection, sources, result):
-        local = folder / f"{len(fresh)}.parquet"  # a dataset names no local file
+        # The dataset must not choose the name of a local file.
+        local = folder / f"{len(new_records)}.parquet"
         rows = _evaluate(dataset, evaluator, record, crops)
         qa = write_qa(local, local.name, rows, decoder)
-        fresh[record.unit.id] = replace(record, qa=qa)
+        new_records[record.unit.id] = replace(record, qa=qa)
         num_rows += qa.file.num_rows if qa else 0
         if progress:
             progress(num_rows, selection.num_rows)
     if not num_rows and not result.breaches:
         why = "; ".join(result.notes) or "the run kept no crops, because its config has no `qa:`"
         raise DatasetError(
-            f"{dataset.url}: nothing to look at: {why}; `--units 2` reads shards again"
+            f"{dataset.url} has no rows to evaluate: {why}; `--units 2` reads shards again"
         )
-    records = [fresh.get(r.unit.id) or replace(r, qa=None) for r in dataset.units]
+    records = [new_records.get(r.unit.id) or replace(r, qa=None) for r in dataset.units]
     result.files = replace(result.files, records=records)
     result.breaches += QaTotals(gates, map(UnitSummary.of, records)).breaches()
     if evaluator.agreement_db is not None:
@@ -141,15 +143,15 @@ def _require_sources(dataset: Dataset, selection: Selection) -> None:
     if selection.num_units and not selection.sources and dataset.units:
         raise ConfigError(
             f"--units reads source shards again, and only {dataset.url} names them, such as "
-            f"{shown(dataset.units[0].unit.source)}: pass --source with their URL, a glob or the "
-            "folder that they lie in, or the config of the run"
+            f"{shown(dataset.units[0].unit.source)}: pass --source with their URL, a glob or their "
+            "folder, or pass the config of the run"
         )
 
 
 def _load_evaluator(
     dataset: Dataset, models: QaModels, checkpoint: str | None, options: StorageOptions
 ) -> tuple[QaEvaluator, str]:
-    """Load what measures, and return it with the checkpoint whose decoder is used."""
+    """Load the evaluator; return it with the checkpoint whose decoder is used."""
     require_fp32()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     checkpoint = checkpoint or find_checkpoint(dataset, models.decoder)
@@ -167,7 +169,7 @@ def _load_evaluator(
 def _images(
     dataset: Dataset, selection: Selection, sources: NamedSources, result: QaResult
 ) -> Iterator[tuple[UnitRecord, Crops]]:
-    """Give the units to look at and their images, as far as they are to be had."""
+    """Yield the units to evaluate with their images, as far as the images are available."""
     num_fetched = 0
     drawn = sorted(dataset.units, key=lambda record: _draw(selection.seed, record.unit.id))
     for record in islice((r for r in drawn if r.num_rows), selection.num_units):
@@ -190,7 +192,7 @@ def _images(
 
 
 def _kept(dataset: Dataset, selection: Selection) -> Iterator[tuple[UnitRecord, Crops]]:
-    """Give crops that the run kept: of each bucket as many, as far as there are."""
+    """Yield crops that the run kept, equally many of each bucket if there are enough."""
     buckets = {Bucket(*size).name for size in dataset.contract.transform.buckets}
     by_bucket: dict[str, list[tuple[str, str]]] = {}
     for row in (
@@ -198,7 +200,7 @@ def _kept(dataset: Dataset, selection: Selection) -> Iterator[tuple[UnitRecord, 
     ):
         if row["bucket"] not in buckets:
             raise DatasetError(
-                f"{dataset.url} has a QA row of {shown(row['bucket'])}, which is none of its "
+                f"{dataset.url} has a QA row of {shown(row['bucket'])}, which is not one of its "
                 "buckets; run `latentcache verify`"
             )
         by_bucket.setdefault(row["bucket"], []).append((row["unit"], row["key"]))
@@ -217,7 +219,7 @@ def _kept(dataset: Dataset, selection: Selection) -> Iterator[tuple[UnitRecord, 
 
 
 def _fetch(dataset: Dataset, record: UnitRecord, selection: Selection, result: QaResult) -> Crops:
-    """Read a unit's shard again, and bring rows of it to their buckets once more."""
+    """Read a unit's shard again, and crop the images of some rows to their buckets again."""
     rows = _read_rows(dataset.store, record)
     drawn = sorted(rows, key=lambda key: _draw(selection.seed, record.unit.id, key))
     missing = set(drawn[: -(-selection.num_rows // selection.num_units)])
@@ -233,7 +235,7 @@ def _fetch(dataset: Dataset, record: UnitRecord, selection: Selection, result: Q
             done = load_image(sample.image, spec)
         except Reject as reject:
             result.breaches.append(
-                f"row {sample.key!r} of {unit.title} is there, but its image is rejected now: "
+                f"row {sample.key!r} of {unit.title} exists, but its image is rejected now: "
                 f"{reject.message}"
             )
             continue
@@ -254,23 +256,23 @@ _Placed = tuple[str, int, int, int, int]
 
 
 def _read_rows(store: Store, record: UnitRecord) -> dict[str, _Placed]:
-    """Read where a unit's rows come from: bucket, original width and height, crop top and left."""
+    """Read the geometry of a unit's rows: bucket, original width and height, crop top and left."""
     names = ["key", "original_width", "original_height", "crop_top", "crop_left"]
-    found: dict[str, _Placed] = {}
+    rows: dict[str, _Placed] = {}
     for file in record.files:
         if file.path.endswith(".parquet"):
             with naming_damage(store, file.path), store.open(file.path) as opened:
                 table = read_table(opened, names)
             for row in table.to_pylist():
                 key, *placed = (row[name] for name in names)
-                found[key] = (file.bucket, *placed)
-    return found
+                rows[key] = (file.bucket, *placed)
+    return rows
 
 
 def _evaluate(
     dataset: Dataset, evaluator: QaEvaluator, record: UnitRecord, crops: Crops
 ) -> Iterator[QaRow]:
-    """Measure rows of a unit as they lie in its data files."""
+    """Measure rows of a unit with the latents of its data files."""
     num_channels = dataset.contract.vae.latent_channels
     signal = float(np.square(dataset.stats.std[:num_channels]).mean())
     for bucket, images in crops.items():
@@ -279,8 +281,8 @@ def _evaluate(
             stack.enter_context(naming_damage(dataset.store, paths[-1]))
             files = [stack.enter_context(dataset.store.open(path)) for path in paths]
             stored = read_latents(files, images)
-        if lost := images.keys() - stored.keys():
-            raise DatasetError(f"{dataset.store.url_of(paths[-1])} has no row {min(lost)!r}")
+        if missing := images.keys() - stored.keys():
+            raise DatasetError(f"{dataset.store.url_of(paths[-1])} has no row {min(missing)!r}")
         try:
             yield from evaluator.evaluate(record.unit.id, bucket, images, stored, signal)
         except ValueError as error:
@@ -288,5 +290,5 @@ def _evaluate(
 
 
 def _draw(seed: int, *names: str) -> bytes:
-    """Give a number that no other row has, the same each time."""
+    """Return a pseudorandom sort key of a unit or row: the same for each call, and unique."""
     return hashlib.sha256("\0".join((str(seed), *names)).encode()).digest()

@@ -1,9 +1,8 @@
-"""The QA report: what a dataset keeps of itself, gathered for people to look at.
+"""The QA report of a dataset.
 
-What it says is one tree of plain JSON (`figures.py`); `html.py` lays out that tree with pictures
-(`row_pictures.py`). All of it comes from the dataset: no model and no source image is needed.
-However large the dataset, the report stays small: it shows a few rows, and reads the pictures of no
-others.
+The content is one tree of plain JSON (`figures.py`). `html.py` renders that tree with pictures
+(`row_pictures.py`). All data comes from the dataset; no model and no source image is needed. The
+report of a large dataset is small too: it shows a few rows, and only their pictures are read.
 """
 
 from __future__ import annotations
@@ -42,9 +41,9 @@ _LABELS = {
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a report says (`tree`, plain JSON), and the pictures that it shows.
+    """The content of a report (`tree`, plain JSON) and its pictures.
 
-    `pictures` are by the `id` of a row in the tree, `thumbnails` (JPEG) by that of a reject.
+    `pictures` has the `id` of a row in the tree as key; `thumbnails` (JPEG) has that of a reject.
     """
 
     tree: dict[str, Any]
@@ -52,27 +51,27 @@ class Report:
     thumbnails: dict[str, bytes]
 
     def to_json(self) -> dict[str, Any]:
-        """Give all that the report says, without pictures."""
+        """Return the content of the report, without pictures."""
         return self.tree
 
     def to_text(self) -> str:
-        """Give the verdict and the figures in a few lines, for a terminal."""
+        """Return the verdict and the figures in a few lines, for a terminal."""
         verdict, totals = self.tree["verdict"], self.tree["totals"]
         lines = [
             f"{verdict['status'].replace('_', ' ')}: {totals['num_qa_rows']} of "
-            f"{totals['num_rows']} rows of manifest {self.tree['manifest']} looked at at"
+            f"{totals['num_rows']} rows of manifest {self.tree['manifest']} evaluated"
         ]
-        for name, found in self.tree["measures"].items():
+        for name, measure in self.tree["measures"].items():
             label, unit = _LABELS[name]
             lines.append(
-                f"{label:10} {found['mean']:8.3f} ± {found['std']:.3f}{unit}, "
-                f"from {found['min']:.3f} to {found['max']:.3f}"
+                f"{label:10} {measure['mean']:8.3f} ± {measure['std']:.3f}{unit}, "
+                f"from {measure['min']:.3f} to {measure['max']:.3f}"
             )
         return "\n".join([*lines, *self.worst_rows])
 
     @property
     def worst_rows(self) -> list[str]:
-        """Name the worst rows, a line each."""
+        """The worst rows, one line each."""
         return [
             one_line(
                 f"worst: PSNR {row['psnr_db']:.2f} dB, drift {row['drift_db']:.1f} dB: "
@@ -83,7 +82,7 @@ class Report:
         ]
 
     def to_html(self) -> str:
-        """Lay it out as one HTML file that needs nothing else: no network, no script, no font."""
+        """Return the report as one self-contained HTML file: no network, no script, no font."""
         return html.render(self.tree, self.pictures, self.thumbnails)
 
 
@@ -98,21 +97,21 @@ def build_report(
     num_shown: int = 12,
     seed: int = 0,
 ) -> Report:
-    """Gather the report of a dataset from its QA files.
+    """Build the report of a dataset from its QA files.
 
     Args:
-        dataset: what to report on.
-        breaches: which gates are not passed, one line each; see `QaTotals.breaches`.
-        gates: what the figures were held against.
-        notes: what else a reader should know, one line each.
-        decoder: what decoded the QA rows; None takes the checkpoint that encoded them.
-        files: QA rows to report on in place of those that the run kept.
-        num_shown: QA rows of the random draw; half as many of the worst are shown before it, and of
-            those that drift too far at most as many again.
-        seed: draws other rows.
+        dataset: the dataset.
+        breaches: a line for each gate that fails; see `QaTotals.breaches`.
+        gates: the limits that were checked.
+        notes: further lines for the reader.
+        decoder: the checkpoint that decoded the QA rows; None means the one that encoded them.
+        files: the QA files to report on; None means those of the run.
+        num_shown: the number of randomly drawn QA rows. Half as many of the worst rows are shown
+            before them, and at most half as many of the rows below the drift limit.
+        seed: the seed of the random draw.
 
     Raises:
-        DatasetError: a QA file, a rejects file or a receipt is gone or damaged.
+        DatasetError: a QA file, a rejects file or a receipt is missing or damaged.
         StorageError: the store cannot be reached.
     """
     manifest = dataset.manifest
@@ -149,19 +148,26 @@ def build_report(
 
 
 def report_path(dataset: Dataset) -> str:
-    """Say where the report on a manifest lies in its dataset; the JSON lies beside it."""
+    """Return the path of a manifest's HTML report in its dataset; the JSON is beside it."""
     return f"qa/report-{dataset.manifest.number:08d}.html"
 
 
 def write_report(report: Report, dataset: Dataset) -> None:
-    """Put a report into its dataset, in place of an older one of the same manifest."""
+    """Put a report into its dataset, replacing an older one of the same manifest.
+
+    Args:
+        report: the report.
+        dataset: its dataset.
+    """
     path = report_path(dataset)
     dataset.store.put(path.replace(".html", ".json"), _json_bytes(report))
     dataset.store.put(path, report.to_html().encode())
 
 
 def require_writable(target: Path) -> None:
-    """Refuse, before the work, a local file that a report cannot be written to; see `save_report`.
+    """Raise an error if a report cannot be written to a local file; see `save_report`.
+
+    Callers use it before long work.
 
     Raises:
         ConfigError: the name ends with neither `.html` nor `.json`.
@@ -176,8 +182,13 @@ def require_writable(target: Path) -> None:
 def save_report(report: Report, target: Path) -> None:
     """Write a report to a local file: HTML, or JSON if its name ends with `.json`.
 
+    Args:
+        report: the report.
+        target: the file.
+
     Raises:
-        ConfigError, StorageError: as `require_writable`.
+        ConfigError: the name ends with neither `.html` nor `.json`.
+        StorageError: the file cannot be written.
     """
     require_writable(target)
     data = _json_bytes(report) if target.suffix == ".json" else report.to_html().encode()
@@ -190,7 +201,7 @@ def _json_bytes(report: Report) -> bytes:
 
 
 def _choose(measures: pa.Table, gates: Gates, num_shown: int, seed: int) -> dict[int, list[str]]:
-    """Choose the QA rows to show: index to the reasons why, worst first, each row once."""
+    """Choose the QA rows to show: a dict from index to reasons, the worst rows first."""
     psnr_db, drift_db = measures["psnr_db"].to_numpy(), measures["drift_db"].to_numpy()
     num_worst = (num_shown + 1) // 2
     least_db = -np.inf if gates.min_drift_db is None else gates.min_drift_db
@@ -213,30 +224,31 @@ def _rows(
     dataset: Dataset, measures: pa.Table, chosen: dict[int, list[str]]
 ) -> list[dict[str, Any]]:
     sources = {record.unit.id: record.unit.source for record in dataset.units}
-    found = measures.take(pa.array(chosen, pa.int64())).to_pylist()
+    rows = measures.take(pa.array(chosen, pa.int64())).to_pylist()
     return [
         {"id": f"row-{number}", "shown_as": reasons, "source": sources[row["unit"]], **row}
-        for number, (row, reasons) in enumerate(zip(found, chosen.values(), strict=True))
+        for number, (row, reasons) in enumerate(zip(rows, chosen.values(), strict=True))
     ]
 
 
 def _draw_rows(
     dataset: Dataset, files: QaFiles, rows: Sequence[dict[str, Any]]
 ) -> dict[str, RowPictures]:
-    """Read and draw the rows that are shown, unit by unit."""
+    """Read and draw the rows to show, unit by unit."""
     records = {record.unit.id: record for record in files.records}
-    wanted: dict[str, dict[str, str]] = {}
+    ids_by_unit: dict[str, dict[str, str]] = {}
     for row in rows:
-        wanted.setdefault(row["unit"], {})[row["key"]] = row["id"]
+        ids_by_unit.setdefault(row["unit"], {})[row["key"]] = row["id"]
     num_channels = dataset.contract.vae.latent_channels
     mean, std = dataset.stats.mean[:num_channels], dataset.stats.std[:num_channels]
 
     def draw(unit: str) -> dict[str, RowPictures]:
-        record, ids = records[unit], wanted[unit]
+        record, ids = records[unit], ids_by_unit[unit]
         assert record.qa
-        found = read_qa_rows(files.store, record, ids)
+        qa_rows = read_qa_rows(files.store, record, ids)
         with naming_damage(files.store, record.qa.file.path):
-            return {ids[row.key]: draw_row(row, mean.tolist(), std.tolist()) for row in found}
+            return {ids[row.key]: draw_row(row, mean.tolist(), std.tolist()) for row in qa_rows}
 
     with ThreadPoolExecutor(_READ_THREADS) as pool:
-        return {name: drawn for part in pool.map(draw, wanted) for name, drawn in part.items()}
+        parts = pool.map(draw, ids_by_unit)
+        return {name: drawn for part in parts for name, drawn in part.items()}

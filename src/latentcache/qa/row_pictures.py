@@ -1,4 +1,4 @@
-"""The pictures of a report, as `data:` URIs, which need no file beside them."""
+"""The pictures of a report as `data:` URIs, so that the report is one file."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ from latentcache.dataset.bucket import Bucket
 from latentcache.image_files import open_png
 from latentcache.qa.qa_files import QaRow
 
-# What a report shows of a larger picture; its QA file keeps the whole.
+# A report scales larger pictures down to this side; the QA file keeps the full size.
 MAX_SIDE_PX = 512
 
-# An error of this many of the 255 levels, and all above, has the last colour: in every report.
+# Errors of this many of the 255 levels or more have the last colour. The scale is the same in
+# every report.
 MAX_ERROR_LEVELS = 64
 
-# A latent this many standard deviations from its channel's mean has the last colour.
+# Latents this many standard deviations or more from the mean of their channel have the first or
+# the last colour.
 MAX_SIGMAS = 3.0
 
-# Equally spaced colours; between them, linear in sRGB.
+# Equally spaced colours, interpolated linearly in sRGB.
 ERROR_COLOURS = ("#08081c", "#54196f", "#bb3654", "#f58a3c", "#fdf3b4")
 LATENT_COLOURS = ("#1f4e9c", "#8fb3dd", "#f6f4ef", "#e3a08b", "#a3262a")
 
@@ -36,10 +38,10 @@ _JPEG_QUALITY = 90
 
 @dataclass(frozen=True, slots=True)
 class RowPictures:
-    """A QA row as `data:` URIs; `width_px` and `height_px` are of its bucket.
+    """The pictures of a QA row as `data:` URIs; `width_px` and `height_px` are its bucket's size.
 
-    `error` is a heat map of the mean absolute difference over RGB; `channels` has one picture for
-    each channel of the latent, a pixel for each of its values.
+    `error` is a heat map of the mean absolute difference over RGB. `channels` has one picture for
+    each channel of the latent, with one pixel for each value.
     """
 
     width_px: int
@@ -54,12 +56,12 @@ def draw_row(row: QaRow, mean: Sequence[float], std: Sequence[float]) -> RowPict
     """Draw a QA row.
 
     Args:
-        row: with its pictures.
-        mean: of each channel over the whole dataset, which gets the middle colour.
-        std: of each channel over the whole dataset, the unit of the colours.
+        row: the row with its pictures.
+        mean: each channel's mean over the dataset; it gets the middle colour.
+        std: each channel's standard deviation over the dataset; it scales the colours.
 
     Raises:
-        ValueError: a picture of the row cannot be decoded, or its parts do not fit each other.
+        ValueError: a picture of the row cannot be decoded, or the shapes do not match.
     """
     width_px, height_px = Bucket.parse(row.bucket)
     original, reconstruction = (
@@ -83,15 +85,20 @@ def draw_row(row: QaRow, mean: Sequence[float], std: Sequence[float]) -> RowPict
 
 
 def data_uri(data: bytes, kind: str) -> str:
-    """Give an image file (`kind`: png or jpeg) as a URI that holds it."""
+    """Return an image file as a `data:` URI.
+
+    Args:
+        data: the file's content.
+        kind: `png` or `jpeg`.
+    """
     return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
 
 
 def _colour(values: npt.NDArray[np.floating[Any]], colours: Sequence[str]) -> Image.Image:
-    """Colour values from 0 (the first colour) to 1 (the last), as a palette image."""
+    """Return values as a palette image: 0 has the first colour, 1 has the last."""
     stops = np.array([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in colours])
-    at, shades = np.linspace(0, 1, len(stops)), np.linspace(0, 1, _NUM_SHADES)
-    palette = np.stack([np.interp(shades, at, stops[:, i]) for i in range(3)], axis=1)
+    positions, shades = np.linspace(0, 1, len(stops)), np.linspace(0, 1, _NUM_SHADES)
+    palette = np.stack([np.interp(shades, positions, stops[:, i]) for i in range(3)], axis=1)
     indices = (values.clip(0, 1) * (_NUM_SHADES - 1)).round().astype(np.uint8)
     image = Image.fromarray(indices)
     image.putpalette(palette.round().astype(np.uint8).tobytes())
@@ -99,7 +106,7 @@ def _colour(values: npt.NDArray[np.floating[Any]], colours: Sequence[str]) -> Im
 
 
 def _jpeg_uri(image: Image.Image) -> str:
-    # A copy: thumbnail() works in place.
+    # Copied, because thumbnail() works in place.
     small = image.copy()
     small.thumbnail((MAX_SIDE_PX, MAX_SIDE_PX))
     file = BytesIO()

@@ -1,4 +1,4 @@
-"""Which rows of a unit QA looks at, and what it sees."""
+"""The rows of a unit that QA evaluates during a run."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from latentcache.qa.qa_files import QaRow
 
 Submit = Callable[[Callable[[], list[QaRow]]], list[QaRow]]
 
-# Rows examined between two looks at what else waits for the encoder.
+# Rows evaluated in one job. Between two jobs, other work may use the encoder's thread.
 _ROWS_AT_ONCE = 16
 
 
 @dataclass(frozen=True, slots=True)
 class SampleSpec:
-    """A share of all rows, drawn by a seed."""
+    """The fraction of all rows to draw, and the seed of the draw."""
 
     fraction: float
     seed: int
@@ -35,7 +35,7 @@ class SampleSpec:
 
 @dataclass(frozen=True, slots=True, order=True)
 class _Chosen:
-    """A row that is kept; the highest draw comes first in a heap."""
+    """A kept row. In a heap, the row with the highest draw comes first."""
 
     minus_draw: float
     index: int
@@ -44,16 +44,17 @@ class _Chosen:
 
 
 class QaSample:
-    """Chooses rows of one unit, and keeps their crops as PNG files until the unit is written.
+    """The QA sample of one unit, with its crops as PNG files until the unit is written.
 
-    Every row draws a number in [0, 1) from (seed, unit, key). Those below the fraction are chosen;
-    where that gives a bucket fewer rows than wanted, its next lowest make up the number.
+    Every row draws a number in [0, 1) from (seed, unit, key). Rows below the fraction are chosen.
+    If a bucket then has fewer rows than its minimum, the rows with the next lowest numbers are
+    added.
 
     Args:
-        spec: the share and the seed.
-        wanted: rows wanted at least, by bucket.
-        unit_id: of the unit.
-        folder: where crops are kept; it exists.
+        spec: the fraction and the seed.
+        wanted: the minimum number of rows, by bucket.
+        unit_id: the unit's id.
+        folder: an existing folder for the crops.
     """
 
     def __init__(
@@ -68,7 +69,13 @@ class QaSample:
         self._spare: defaultdict[str, list[_Chosen]] = defaultdict(list)
 
     def offer(self, bucket: str, key: str, pixels: torch.Tensor) -> None:
-        """Show a row that is about to be encoded: uint8 [3, H, W]."""
+        """Draw a number for a row that will be encoded, and keep its crop if the row is chosen.
+
+        Args:
+            bucket: the bucket's name.
+            key: the row's key.
+            pixels: the crop, uint8 [3, H, W].
+        """
         chosen, spare = self._chosen[bucket], self._spare[bucket]
         index = next(self._indices)
         text = f"{self._spec.seed}\0{self._unit_id}\0{key}".encode()
@@ -88,13 +95,13 @@ class QaSample:
     def evaluate(
         self, writers: Iterable[BucketWriter], evaluator: QaEvaluator, signal: float, submit: Submit
     ) -> Iterator[QaRow]:
-        """Look at the rows that were kept, as they lie in the closed files, in their order.
+        """Evaluate the kept rows as stored in the closed files, in the order they were offered.
 
         Args:
-            writers: one for each bucket.
-            evaluator: measures them.
+            writers: the writer of each bucket.
+            evaluator: the evaluator.
             signal: see `QaEvaluator.evaluate`.
-            submit: runs a job on the thread that the evaluator belongs to.
+            submit: runs a job on the evaluator's thread and returns its result.
         """
         for writer in writers:
             bucket = writer.bucket.name

@@ -1,4 +1,4 @@
-"""A contact sheet: some rows of a dataset decoded, side by side in one picture."""
+"""A contact sheet: decoded rows of a dataset side by side in one picture."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _WIDTH_PX = 1440
 _TILE_HEIGHT_PX = 200
 _GAP_PX = 12
 _FONT_PX = 13
-_LABEL_PX = 2 * _FONT_PX + 10  # key and bucket, each a line
+_LABEL_PX = 2 * _FONT_PX + 10  # one line for the key and one for the bucket
 
 _PAPER, _INK, _PALE_INK = "#ffffff", "#1b1c1e", "#6b6e74"
 
@@ -42,18 +42,18 @@ class Tile:
 def load_decoder(
     dataset: Dataset, url: str | None = None, options: StorageOptions = StorageOptions()
 ) -> tuple[KLAutoencoder, list[str]]:
-    """Load a VAE whose decoder takes a dataset's latents.
+    """Load a VAE whose decoder accepts a dataset's latents.
 
     Args:
-        dataset: whose latents are to be decoded.
-        url: a checkpoint, as `load_vae` takes it; None takes `demo`, where that encoded them.
-        options: how to reach it.
+        dataset: the dataset.
+        url: a checkpoint as for `load_vae`; None uses `demo` if that encoded the dataset.
+        options: how to reach the checkpoint.
 
     Returns:
         The VAE, on the GPU if there is one, and notes for the user, one line each.
 
     Raises:
-        ConfigError: there is no usable checkpoint, its latents are of another shape, or only the
+        ConfigError: there is no usable checkpoint, its latents have another shape, or only the
             dataset names it; see `qa/access.py`.
     """
     checkpoint = url or find_checkpoint(dataset)
@@ -61,10 +61,10 @@ def load_decoder(
         vae = load_vae(checkpoint, options=options)
     except (CheckpointError, StorageError) as error:
         raise ConfigError(f"no decoder at {checkpoint}: {error}") from error
-    wanted = dataset.contract.vae
-    require_family(vae, checkpoint, wanted)
+    vae_contract = dataset.contract.vae
+    require_family(vae, checkpoint, vae_contract)
     notes = []
-    if encoder_fingerprint(vae) != wanted.encoder_fingerprint:
+    if encoder_fingerprint(vae) != vae_contract.encoder_fingerprint:
         notes.append(f"{checkpoint} has another encoder than the one that made these latents")
     return vae.to("cuda" if torch.cuda.is_available() else "cpu"), notes
 
@@ -81,18 +81,18 @@ def save_sheet(
     """Write a contact sheet of rows drawn at random.
 
     Args:
-        dataset: whose rows are decoded.
-        vae: what decodes them; see `load_decoder`.
-        target: a PNG, JPEG or any other file that Pillow writes, by its ending.
-        num_rows: how many, if there are as many.
-        seed: draws other rows.
-        progress: told (rows decoded, rows in all).
+        dataset: the dataset.
+        vae: the VAE that decodes; see `load_decoder`.
+        target: a file with the suffix of PNG, JPEG or any other format that Pillow writes.
+        num_rows: the number of rows; all rows if the dataset has fewer.
+        seed: the seed of the random draw.
+        progress: called with (rows decoded, rows in total).
 
     Returns:
-        How many rows are in the picture.
+        The number of rows in the picture.
 
     Raises:
-        ConfigError: Pillow knows no such ending.
+        ConfigError: Pillow does not know the suffix of `target`.
         DatasetError: the dataset has no rows, or is damaged.
         StorageError: the file cannot be written.
     """
@@ -102,7 +102,7 @@ def save_sheet(
     if not num_rows:
         raise DatasetError(f"{dataset.url} has no rows to show")
     with named_local(target), target.open("ab"):
-        pass  # so that a path that cannot be written is told before the decoding
+        pass  # a path that cannot be written is reported before the decoding
     drawn = np.random.default_rng(seed).choice(len(dataset), num_rows, replace=False)
     tiles = []
     for tile in _decode(dataset, vae, np.sort(drawn).tolist()):
@@ -119,7 +119,7 @@ def _decode(dataset: Dataset, vae: KLAutoencoder, indices: Iterable[int]) -> Ite
     num_channels = dataset.contract.vae.latent_channels
     for index in indices:
         row = dataset[index]
-        # Of moments, the first half is the mean.
+        # The first half of moments is the mean.
         latent = row.latent[:num_channels].float().to(vae.device)
         with torch.inference_mode():
             (pixels,) = to_uint8(vae.decode(latent[None]))
@@ -127,7 +127,7 @@ def _decode(dataset: Dataset, vae: KLAutoencoder, indices: Iterable[int]) -> Ite
 
 
 def draw_sheet(tiles: Sequence[Tile]) -> Image.Image:
-    """Lay out tiles in lines of about equal width, each picture above its key and bucket."""
+    """Draw tiles in lines of about equal width, each picture above its key and bucket."""
     lines = list(_break_lines(tiles))
     widths_px = [sum(width_px + _GAP_PX for _, width_px in line) for line, _ in lines]
     heights_px = [height_px + _LABEL_PX + _GAP_PX for _, height_px in lines]
@@ -149,11 +149,11 @@ def draw_sheet(tiles: Sequence[Tile]) -> Image.Image:
 
 
 _Line = tuple[list[tuple[Tile, int]], int]
-"""Tiles with their widths, and the height of all of them."""
+"""Tiles with their widths in pixels, and their common height in pixels."""
 
 
 def _break_lines(tiles: Sequence[Tile]) -> Iterator[_Line]:
-    """Break tiles into lines: as many as it takes to fill one at no more than the usual height."""
+    """Break tiles into lines; a line is full once it fits the width at the usual height."""
     line: list[Tile] = []
     for tile in tiles:
         line.append(tile)
@@ -173,8 +173,8 @@ def _size(line: list[Tile], height_px: float) -> _Line:
 
 
 def _shorten(pen: ImageDraw.ImageDraw, key: str, width_px: int) -> str:
-    """Cut a key to a width; its end, which tells it from its neighbours, stays."""
-    # Pillow would take a line break for two lines.
+    """Cut the beginning off a key until it fits a width; keys differ mostly at their ends."""
+    # Pillow would draw a key with a line break as two lines.
     text = "".join(c if c.isprintable() else "?" for c in key)
     if pen.textlength(text) <= width_px:
         return text

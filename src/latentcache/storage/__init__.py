@@ -1,4 +1,4 @@
-"""Object stores and local folders behind one small class: read, list, and put exactly once."""
+"""One small class for object stores and local folders: read, list, and put exactly once."""
 
 from latentcache.storage.backend import DANGLING, ObjectInfo, Upload
 from latentcache.storage.store import Store, split_url

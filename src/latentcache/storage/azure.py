@@ -1,4 +1,4 @@
-"""Azure Blob Storage, by adlfs."""
+"""Azure Blob Storage, through adlfs."""
 
 from __future__ import annotations
 

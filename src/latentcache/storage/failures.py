@@ -1,4 +1,4 @@
-"""The errors of stores and disks that every protocol has in common."""
+"""The errors of stores and disks that all protocols share."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 class FinalStorageError(StorageError):
-    """A `StorageError` that trying again cannot fix."""
+    """A `StorageError` that a retry cannot fix."""
 
 
 def is_final(error: StorageError) -> bool:
-    """Whether trying again is in vain."""
+    """Return whether a retry cannot fix an error."""
     return isinstance(error, FinalStorageError | AccessDenied | ObjectNotFound | DiskFull)
 
 
 @contextmanager
 def named_local(path: Path) -> Iterator[None]:
-    """Turn an `OSError` inside into a `StorageError` that names a local file or folder."""
+    """Raise an `OSError` of the block as a `StorageError` that names a local file or folder."""
     try:
         yield
     except OSError as error:
@@ -34,7 +34,7 @@ def named_local(path: Path) -> Iterator[None]:
 
 
 def chain_of(error: BaseException) -> list[BaseException]:
-    """Return an error and what caused it, the error first."""
+    """Return an error followed by its causes."""
     chain: list[BaseException] = []
     current: BaseException | None = error
     while current is not None and current not in chain:
@@ -44,7 +44,11 @@ def chain_of(error: BaseException) -> list[BaseException]:
 
 
 def http_status(error: BaseException) -> int | None:
-    """Read the HTTP status off an exception of botocore, gcsfs, aiohttp or azure-core."""
+    """Return the HTTP status of an exception of botocore, gcsfs, aiohttp or azure-core.
+
+    Returns:
+        None if the exception has no status.
+    """
     response: Any = getattr(error, "response", None)
     if isinstance(response, dict):
         status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")

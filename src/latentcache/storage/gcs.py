@@ -1,4 +1,4 @@
-"""Google Cloud Storage, by gcsfs."""
+"""Google Cloud Storage, through gcsfs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class GcsBackend(Backend):
     extra = "gcs"
     transports = Backend.transports | {"gcsfs", "google"}
     denied = frozenset({"DefaultCredentialsError", "RefreshError"})
-    # The ETag changes with an object's metadata too.
+    # The ETag also changes with an object's metadata.
     versions = ("generation",)
 
     @classmethod
@@ -29,7 +29,14 @@ class GcsBackend(Backend):
         } | ({"token": "anon"} if options.anon else {})
 
     def explain(self, error: BaseException, url: str) -> StorageError:
-        """Say what a foreign exception means; gcsfs words a refusal in an `OSError`."""
+        """Return the error of this package for an exception of the client.
+
+        gcsfs raises a refusal as an `OSError` that begins with "Forbidden: ".
+
+        Args:
+            error: what the client raised.
+            url: the object's URL.
+        """
         if str(error).startswith("Forbidden: "):
             return AccessDenied(
                 f"access to {url} denied: {first_line(error)}; check the credentials"
@@ -37,8 +44,11 @@ class GcsBackend(Backend):
         return super().explain(error, url)
 
     def is_precondition_failure(self, error: BaseException) -> bool:
-        """Whether a conditional put was refused: of a 412 alone gcsfs raises `FileExistsError`."""
+        """Return whether an error means that a conditional put was refused.
+
+        gcsfs raises `FileExistsError` for status 412 only.
+        """
         chain = chain_of(error)
-        if all(http_status(found) is None for found in chain):
-            return any(isinstance(found, FileExistsError) for found in chain)
+        if all(http_status(link) is None for link in chain):
+            return any(isinstance(link, FileExistsError) for link in chain)
         return super().is_precondition_failure(error)

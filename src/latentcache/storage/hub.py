@@ -1,4 +1,4 @@
-"""Repositories on the Hugging Face Hub."""
+"""Repositories on the Hugging Face Hub, through huggingface_hub."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ class HubBackend(Backend):
     transports = Backend.transports | {"huggingface_hub"}
     denied = frozenset({"GatedRepoError", "LocalTokenNotFoundError"})
     invalid = frozenset({"HFValidationError", "RepositoryNotFoundError"})
-    # Of the two kinds of repositories.
+    # One for each of the two kinds of repositories.
     versions = ("blob_id", "xet_hash")
-    # The client else answers from its last listing, and a fresh answer has no version in it.
+    # Without `refresh` the client answers from its last listing. Without `expand_info` a fresh
+    # answer has no version.
     info_options = {"refresh": True, "expand_info": True}  # noqa: RUF012  (never changed)

@@ -21,7 +21,7 @@ from latentcache.storage.local_files import (
 )
 from latentcache.storage_options import StorageOptions
 
-# What a mounted or local disk answers that another try does not change.
+# The error numbers of local and mounted disks that a retry cannot fix.
 _FINAL = {
     errno.EEXIST, errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.EMLINK, errno.ENAMETOOLONG,
     errno.ENODEV, errno.ENOTEMPTY, errno.ENOTSUP, errno.ENXIO, errno.EOPNOTSUPP, errno.EROFS,
@@ -43,18 +43,19 @@ class LocalBackend(Backend):
         return f"{self.root.rstrip('/')}/{path}" if path else self.root
 
     def info(self, path: str) -> ObjectInfo | None:
-        """Ask for a file's size and version; None where a folder lies at the path."""
+        """Return a file's size and version; None if the path is a folder."""
         status = os.stat(self.full(path))
         return None if stat.S_ISDIR(status.st_mode) else _info(path, status)
 
     def entries(self, folder: str) -> Entries:
-        """List what lies directly in a folder."""
+        """List the files and folders directly in a folder."""
         prefix = f"{folder}/" if folder else ""
         infos: list[ObjectInfo] = []
         folders: list[str] = []
         with os.scandir(self.full(prefix)) as entries:
             for entry in entries:
-                # Others write here: what is half written does not count, nor what is gone by now.
+                # Other processes write here. Half-written files and files deleted since the scan
+                # are not listed.
                 with suppress(FileNotFoundError):
                     if entry.is_dir(follow_symlinks=False):
                         folders.append(prefix + entry.name)
@@ -67,35 +68,58 @@ class LocalBackend(Backend):
         return infos, folders
 
     def put_file(self, local: Path, path: str) -> None:
-        """Copy a file."""
+        """Copy a local file into the store.
+
+        Args:
+            local: the file to copy.
+            path: its path in the store.
+        """
         with named_local(local):
             source = local.open("rb")
         with source:
             replace_file(self.full(path), source)
 
     def put(self, path: str, data: bytes) -> None:
-        """Write a small file, replacing what is there."""
+        """Write a small file, replacing any file at its path.
+
+        Args:
+            path: the path in the store.
+            data: the content.
+        """
         replace_file(self.full(path), io.BytesIO(data))
 
     def create_exclusively(self, path: str, data: bytes) -> bool:
-        """Write a small file where none lies yet; return whether `data` lies there now."""
+        """Write a small file if its path is free.
+
+        Args:
+            path: the path in the store.
+            data: the content.
+
+        Returns:
+            Whether the file at the path now holds `data`.
+        """
         return create_file(self.full(path), io.BytesIO(data))
 
     def can_create_exclusively(self) -> bool:
-        """Whether `create_exclusively` decides between writers on different hosts."""
+        """Return whether `create_exclusively` decides between writers on different hosts."""
         return can_create_exclusively(self.root)
 
     def temp_files(self) -> Iterator[ObjectInfo]:
-        """Return the files that are half written, or were when a writer died."""
+        """Yield the temporary files: those being written, and those left by a killed writer."""
         for folder, _, names in os.walk(self.root):
             for name in names:
                 path = os.path.join(folder, name)
                 if name.startswith(TEMP_PREFIX):
-                    with suppress(FileNotFoundError):  # its writer was at work, and is done
+                    with suppress(FileNotFoundError):  # its writer has finished by now
                         yield _info(os.path.relpath(path, self.root), os.stat(path))
 
     def explain(self, error: BaseException, url: str) -> StorageError:
-        """Say what an `OSError` means for a file, and how to fix it."""
+        """Return the error of this package for an `OSError`, with how to fix it.
+
+        Args:
+            error: what the operating system raised.
+            url: the file's URL.
+        """
         if isinstance(error, PermissionError):
             who = f"user {os.geteuid()}" if hasattr(os, "geteuid") else "this user"
             return AccessDenied(
@@ -109,10 +133,10 @@ class LocalBackend(Backend):
 
 
 def _is_dangling(entry: os.DirEntry[str]) -> bool:
-    """Return whether an entry is a link to nothing, or to itself."""
+    """Return whether an entry is a link to itself or to a path that does not exist."""
     return entry.is_symlink() and not os.path.exists(entry.path)
 
 
 def _info(path: str, status: os.stat_result) -> ObjectInfo:
-    # Nanoseconds: two writes within a second must not look the same.
+    # The version has nanoseconds, so that two writes within a second have different versions.
     return ObjectInfo(path, status.st_size, f"{status.st_mtime_ns}", status.st_mtime)

@@ -1,7 +1,7 @@
-"""Files on local and mounted disks: written whole, and put only where nothing lies.
+"""Atomic writes on local and mounted disks: replace a file, or create it if its name is free.
 
-A reader never sees a half-written file: data is written to a file with a temporary name, synced,
-and then given its name. Each step may be cut off by a kill, which leaves a temporary file at most.
+A reader never sees a half-written file. Data is written to a temporary file, which is synced and
+then renamed. A kill during any of these steps leaves at most a temporary file.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import BinaryIO
 
 TEMP_PREFIX = ".tmp-"
 
-# What link(2) and renameat2(2) answer where the file system or the kernel does not have them:
-# exFAT, FUSE mounts (gcsfuse, Drive, s3fs), 9p, SMB, and file systems that limit links.
+# The error numbers of link(2) and renameat2(2) if the file system or the kernel does not support
+# them: exFAT, FUSE mounts (gcsfuse, Drive, s3fs), 9p, SMB, and file systems that limit links.
 _UNSUPPORTED = {
     errno.EACCES, errno.EINVAL, errno.EMLINK, errno.ENOSYS, errno.ENOTSUP, errno.ENOTTY,
     errno.EOPNOTSUPP, errno.EPERM, errno.EXDEV,
@@ -31,23 +31,33 @@ _RENAME_NOREPLACE = 1
 
 
 def replace_file(target: str, source: BinaryIO) -> None:
-    """Write a file, replacing what lies at its name."""
+    """Write a file, replacing any file of that name.
+
+    Args:
+        target: the file's path.
+        source: the content, read from its start.
+    """
     with _temp_file(target, source) as temp:
         os.replace(temp, target)
 
 
 def create_file(target: str, source: BinaryIO) -> bool:
-    """Write a file where none lies yet.
+    """Write a file if its name is free.
+
+    Args:
+        target: the file's path.
+        source: the content, read from its start.
 
     Returns:
-        Whether the file lies there now with the bytes of `source`: False if another was first.
+        Whether the file at `target` now holds the bytes of `source`. False if another writer was
+        first.
     """
     with _temp_file(target, source) as temp:
         try:
             _name_if_free(temp, target)
         except OSError:
-            # An NFS server may have done it although the answer was lost, and any other client may
-            # have been first. What lies there decides.
+            # An NFS server may have created the file although its answer was lost, or another
+            # client may have been first. The content of the file decides.
             if not os.path.isfile(target):
                 raise
             source.seek(0)
@@ -57,10 +67,10 @@ def create_file(target: str, source: BinaryIO) -> bool:
 
 
 def can_create_exclusively(folder: str) -> bool:
-    """Find out whether `create_file` decides between writers on different hosts.
+    """Return whether `create_file` is exclusive between writers on different hosts.
 
-    It does where the file system has hard links or `RENAME_NOREPLACE`. Elsewhere a lock decides,
-    which on most FUSE mounts only the processes of one host see.
+    It is if the file system supports hard links or `RENAME_NOREPLACE`. Otherwise a lock decides,
+    and on most FUSE mounts only processes of the same host see that lock.
     """
     os.makedirs(folder, exist_ok=True)
     temp, other = (os.path.join(folder, _temp_name()) for _ in range(2))
@@ -74,7 +84,11 @@ def can_create_exclusively(folder: str) -> bool:
 
 
 def _name_if_free(temp: str, target: str) -> None:
-    """Give a finished file its name; `FileExistsError` if the name is taken."""
+    """Rename a finished file to a free name.
+
+    Raises:
+        FileExistsError: the name is taken.
+    """
     if _link(temp, target) or _rename(temp, target):
         return
     with _locked(os.path.dirname(target)):
@@ -84,7 +98,7 @@ def _name_if_free(temp: str, target: str) -> None:
 
 
 def _link(temp: str, target: str) -> bool:
-    """Link a file to a free name. link(2) decides between hosts, on NFS too."""
+    """Link a file to a free name. link(2) is exclusive between hosts, also on NFS."""
     try:
         os.link(temp, target)
     except OSError as error:
@@ -95,7 +109,7 @@ def _link(temp: str, target: str) -> bool:
 
 
 def _rename(temp: str, target: str) -> bool:
-    """Move a file to a free name, as one step of the kernel."""
+    """Move a file to a free name in one atomic step of the kernel."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is None:  # macOS, and C libraries without it
         return False
@@ -111,10 +125,10 @@ def _rename(temp: str, target: str) -> bool:
 
 @contextmanager
 def _locked(folder: str) -> Iterator[None]:
-    """Hold the lock of a folder, which the kernel releases when its holder dies."""
+    """Hold the lock of a folder. The kernel releases it if the process dies."""
     handle = os.open(folder, os.O_RDONLY)
     try:
-        # Where there are no locks either, a run's lease keeps others away.
+        # If the file system has no locks either, the lease of the run keeps other runs away.
         with suppress(OSError):
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
@@ -124,7 +138,7 @@ def _locked(folder: str) -> Iterator[None]:
 
 @contextmanager
 def _temp_file(target: str, source: BinaryIO) -> Iterator[str]:
-    """Write all of `source` to a synced file beside the target; delete what is left of it."""
+    """Write `source` to a synced temporary file beside the target, and delete it afterwards."""
     folder = os.path.dirname(target)
     os.makedirs(folder, exist_ok=True)
     temp = os.path.join(folder, _temp_name())
@@ -145,5 +159,5 @@ def _temp_name() -> str:
 
 
 def _create(path: str) -> int:
-    # Its mode follows the umask. A later chmod is refused on mounts whose files belong to another.
+    # The mode follows the umask. A later chmod fails on mounts whose files another user owns.
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)

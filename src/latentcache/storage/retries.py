@@ -1,4 +1,4 @@
-"""Access to a folder: every answer is named in errors, and asked for again after a failure."""
+"""Access to a folder of a store: failed operations are retried, and errors name the URL."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ from latentcache.urls import check_endpoint, check_url
 
 T = TypeVar("T")
 
-# Pauses between tries, each of which is up to three of botocore's own, about 1.5 s together. A
-# store that never answered is probably a mistyped endpoint, which should be told within ten
-# seconds; one that did is down for a while, and hours of work may hang on waiting two minutes.
+# Pauses between tries. Each try is up to three tries of botocore, about 1.5 s in total. A store
+# that never answered is probably a mistyped endpoint, which should be reported within ten seconds.
+# A store that has answered before is down for a while, and a wait of two minutes may save hours of
+# work.
 _NUM_PAUSES_AT_FIRST = 2
 _PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 30.0, 30.0)
 
@@ -39,7 +40,7 @@ _BACKENDS: dict[str, type[Backend]] = {
 
 
 class Access:
-    """A folder whose every answer is named and tried again; `Store` says what is asked."""
+    """A folder of a store, with retries and with URLs in errors; `Store` adds the operations."""
 
     def __init__(self, url: str | os.PathLike[str], options: StorageOptions) -> None:
         self.options, url = options, os.fspath(url)
@@ -55,12 +56,12 @@ class Access:
         self._has_answered = False
 
     def url_of(self, path: str) -> str:
-        """Give the absolute URL of a path."""
+        """Return the absolute URL of a path."""
         return f"{self.url}/{path}" if path else self.url
 
     @contextmanager
     def named(self, path: str) -> Iterator[None]:
-        """Turn what fsspec and its transports raise inside into a `StorageError` naming the URL."""
+        """Raise an exception of fsspec or its transports as a `StorageError` with the URL."""
         try:
             yield
         except Exception as error:
@@ -69,7 +70,7 @@ class Access:
             raise self._backend.explain(error, self.url_of(path)) from error
 
     def _pauses_s(self) -> Iterator[float]:
-        """Wait between tries; ends when it is time to give up."""
+        """Yield the pauses between tries; end when no further try should be made."""
         for index, pause_s in enumerate(_PAUSES_S):
             if index >= _NUM_PAUSES_AT_FIRST and not self._has_answered:
                 return
@@ -92,7 +93,7 @@ class Access:
 
 
 class StoreFile(io.RawIOBase):
-    """An open object whose reads raise `StorageError`."""
+    """An open object. Its reads raise `StorageError`."""
 
     def __init__(self, store: Access, path: str, file: Any) -> None:
         self._store, self._path, self._file = store, path, file
@@ -103,7 +104,12 @@ class StoreFile(io.RawIOBase):
             return cast(bytes, self._file.read(size))
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """See `io.RawIOBase`."""
+        """See `io.RawIOBase`.
+
+        Args:
+            offset: bytes.
+            whence: what the offset counts from.
+        """
         with self._store.named(self._path):
             return int(self._file.seek(offset, whence))
 

@@ -1,4 +1,4 @@
-"""S3 and stores that speak its protocol, by s3fs."""
+"""S3 and S3-compatible stores, through s3fs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,13 @@ from latentcache.storage.backend import Backend, ObjectInfo, Upload
 from latentcache.storage.failures import FinalStorageError
 from latentcache.storage_options import StorageOptions
 
-# What S3 stores say when they are full: Ceph, MinIO, and those that pass on what their disk said.
-_SAYS_FULL = ("(QuotaExceeded)", "StorageFull)", "no space left on device", "disk quota exceeded")
+# The messages of full S3 stores: Ceph, MinIO, and stores that repeat the message of their disk.
+_FULL_MESSAGES = (
+    "(QuotaExceeded)",
+    "StorageFull)",
+    "no space left on device",
+    "disk quota exceeded",
+)
 
 
 class S3Backend(Backend):
@@ -31,14 +36,15 @@ class S3Backend(Backend):
             "endpoint_url": options.endpoint_url,
             "profile": options.profile,
             "requester_pays": options.requester_pays,
-            # Another process writes here too: a cached listing would lie.
+            # Other processes write to the store too, so a cached listing would be stale.
             "use_listings_cache": False,
             "config_kwargs": {
                 "connect_timeout": 10,
                 "read_timeout": 60,
-                # The default of five tries times ours times s3fs's would take a minute to fail.
+                # The default of five tries, multiplied by the tries of `retries.py` and of s3fs,
+                # would take a minute to fail.
                 "retries": {"mode": "standard", "total_max_attempts": 3},
-                # Stores that are not AWS send no checksums, or wrong ones for ranges.
+                # Some stores other than AWS send no checksums, or wrong ones for ranges.
                 "response_checksum_validation": "when_required",
                 "request_checksum_calculation": "when_required",
             },
@@ -49,7 +55,7 @@ class S3Backend(Backend):
         return bucket, f"{key}/" if key else ""
 
     def now(self) -> float:
-        """Return the time by the store's clock, in seconds since 1970, if it tells it."""
+        """Return the store's time in seconds since 1970; the host's time if S3 sends no date."""
         bucket, _ = self._bucket_and_prefix()
         reply = self.client.call_s3("head_bucket", Bucket=bucket)
         date = reply["ResponseMetadata"]["HTTPHeaders"].get("date")
@@ -59,11 +65,11 @@ class S3Backend(Backend):
         """List up to `page_size` objects below a folder, at any depth.
 
         Args:
-            folder: where they lie.
-            token: of the page before; None for the first.
+            folder: the folder.
+            token: the token of the page, from the previous call; None for the first page.
 
         Returns:
-            The objects, and the token of the next page; None where there is none.
+            The objects, and the token of the next page; None after the last page.
         """
         bucket, prefix = self._bucket_and_prefix(folder)
         request: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix, "MaxKeys": self.page_size}
@@ -72,33 +78,33 @@ class S3Backend(Backend):
         page = self.client.call_s3("list_objects_v2", **request)
         infos = []
         for entry in page.get("Contents", ()):
-            if not entry["Key"].endswith("/"):  # what consoles put to show a folder
+            if not entry["Key"].endswith("/"):  # consoles put such objects to show a folder
                 below = entry["Key"].removeprefix(prefix)
                 path = f"{folder}/{below}" if folder else below
                 infos.append(self.info_of(path, {**entry, "size": entry["Size"]}))
         return infos, page["NextContinuationToken"] if page.get("IsTruncated") else None
 
     def delete_page(self, paths: Sequence[str]) -> Sequence[str]:
-        """Delete up to `page_size` objects with one request; return those that it left."""
+        """Delete up to `page_size` objects with one request; return those that still exist."""
         keys = {self.client.split_path(self.full(path))[1]: path for path in paths}
         bucket, _ = self._bucket_and_prefix()
-        wanted = {"Objects": [{"Key": key} for key in keys], "Quiet": True}
-        reply = self.client.call_s3("delete_objects", Bucket=bucket, Delete=wanted)
+        request = {"Objects": [{"Key": key} for key in keys], "Quiet": True}
+        reply = self.client.call_s3("delete_objects", Bucket=bucket, Delete=request)
         return [keys[error["Key"]] for error in reply.get("Errors", ())]
 
     def uploads(self, after: dict[str, str]) -> tuple[Sequence[Upload], dict[str, str] | None]:
-        """List some multipart uploads that are under way or were left.
+        """List one page of the unfinished multipart uploads, whether active or abandoned.
 
         Args:
-            after: where the page before ended; empty for the first.
+            after: the end of the previous page; empty for the first page.
 
         Returns:
-            The uploads, and where the page ends; None where there is no other.
+            The uploads, and the end of the page; None after the last page.
         """
         bucket, prefix = self._bucket_and_prefix()
         request = {"Bucket": bucket, "Prefix": prefix, "MaxUploads": self.page_size, **after}
         page = self.client.call_s3("list_multipart_uploads", **request)
-        found = [
+        uploads = [
             Upload(
                 entry["Key"].removeprefix(prefix),
                 entry["UploadId"],
@@ -107,31 +113,36 @@ class S3Backend(Backend):
             for entry in page.get("Uploads", ())
         ]
         if not page.get("IsTruncated"):
-            return found, None
+            return uploads, None
         end = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
-        return found, end
+        return uploads, end
 
     def abort_upload(self, upload: Upload) -> None:
-        """Give up a multipart upload."""
+        """Abort a multipart upload."""
         bucket, key, _ = self.client.split_path(self.full(upload.path))
         self.client.call_s3("abort_multipart_upload", Bucket=bucket, Key=key, UploadId=upload.id)
 
     def is_foreign(self, error: Exception) -> bool:
-        """Whether an exception is a store's doing, and not a mistake of ours."""
+        """Return whether an exception comes from the store and not from a bug of this package."""
         return super().is_foreign(error) or _is_bad_endpoint(error)
 
     def explain(self, error: BaseException, url: str) -> StorageError:
-        """Say what a foreign exception means for a URL, and how to fix it."""
+        """Return the error of this package for an exception of the client, with how to fix it.
+
+        Args:
+            error: what the client raised.
+            url: the object's URL.
+        """
         from botocore.exceptions import (
             NoCredentialsError,
             PartialCredentialsError,
             ProfileNotFound,
         )
 
-        said = f"{error} {error.__cause__}"
+        message = f"{error} {error.__cause__}"
         if isinstance(error, StorageError):
             return error
-        if any(words in said for words in _SAYS_FULL):
+        if any(words in message for words in _FULL_MESSAGES):
             return self.full_error(url)
         if "NoSuchBucket" in str(error.__cause__):
             return FinalStorageError(f"cannot use {url}: there is no such bucket{self.where}")
@@ -148,7 +159,7 @@ class S3Backend(Backend):
         if isinstance(error, ProfileNotFound):
             return AccessDenied(f"cannot open {url}: {first_line(error)}")
         if "RequestTimeTooSkewed" in str(error.__cause__):
-            return AccessDenied(f"{url} refuses the time of this machine: set its clock")
+            return AccessDenied(f"{url} rejects the time of this machine: set its clock")
         return super().explain(error, url)
 
 

@@ -1,7 +1,7 @@
-"""Everything the package reads or writes goes through a `Store`.
+"""`Store`: all reads and writes of this package.
 
-So retries, the names in error messages and the put-if-absent protocol have one home. A backend for
-each protocol does the rest; see `backend.py`.
+The store adds retries, URLs in error messages and the put-if-absent protocol. A backend for each
+protocol does the rest; see `backend.py`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def split_url(url: str) -> tuple[str, str]:
     """Split a URL into its folder and its name: `s3://b/d/x.tar` into `s3://b/d` and `x.tar`.
 
     Raises:
-        ConfigError: as `urls.check_url`.
+        ConfigError: the URL is not accepted; see `urls.check_url`.
     """
     check_url(url)
     folder, _, name = url.rstrip("/").rpartition("/")
@@ -41,15 +41,15 @@ def split_url(url: str) -> tuple[str, str]:
 
 
 class _Reading(Access):
-    """What is read of a folder, and listed."""
+    """The operations that read and list a folder."""
 
     @property
     def is_local(self) -> bool:
-        """Whether it is a folder on a disk."""
+        """Whether the store is a folder on a disk."""
         return self._backend.is_local
 
     def local_path(self, path: str) -> Path | None:
-        """Give the file that holds a path, or None where the store is remote."""
+        """Return the local file of a path; None if the store is remote."""
         return Path(self._backend.full(path)) if self.is_local else None
 
     def read_bytes(self, path: str) -> bytes:
@@ -57,10 +57,14 @@ class _Reading(Access):
         return self._retry(path, lambda: self._backend.read(path))
 
     def open(self, path: str, *, readahead: bool = True) -> BinaryIO:
-        """Open an object for reading; opening and every read raise `StorageError`, no `OSError`.
+        """Open an object for reading.
 
-        So an `OSError` of what decodes the bytes, such as Arrow, is damage and not the store's
-        doing. Without `readahead`, each read asks a remote store for just those bytes.
+        Opening and every read raise `StorageError` and never `OSError`. An `OSError` of the code
+        that decodes the bytes, such as Arrow, therefore means damaged data.
+
+        Args:
+            path: the path in the store.
+            readahead: whether a read from a remote store may fetch more than the requested bytes.
         """
         file = self._retry(path, lambda: self._open(path, readahead))
         return cast(BinaryIO, StoreFile(self, path, file))
@@ -71,12 +75,19 @@ class _Reading(Access):
     def get_file(
         self, path: str, local: Path, size_bytes: int, given_up: Event | None = None
     ) -> None:
-        """Download an object, whole, to a local path; what lies there is written over, in place.
+        """Download a whole object to a local path, overwriting an existing file in place.
 
-        An object of another size is not the one that is meant: `ObjectNotFound`. Fewer or more
-        bytes than `size_bytes` for one that has the size are a cut connection, and tried again.
-        What is wrong with the local disk is told with the local path. Once `given_up` is set, a
-        failure is not waited out any more.
+        Errors of the local disk name the local path.
+
+        Args:
+            path: the path in the store.
+            local: the file to write.
+            size_bytes: the object's size. If the object has this size and the store sends another
+                number of bytes, the connection was cut, and the download is retried.
+            given_up: once this event is set, a failure is not retried.
+
+        Raises:
+            ObjectNotFound: there is no such object, or it has another size.
         """
         self._retry(path, lambda: self._get_file(path, local, size_bytes), given_up)
 
@@ -100,14 +111,14 @@ class _Reading(Access):
             )
 
     def info(self, path: str) -> ObjectInfo:
-        """Ask for an object's size and version."""
+        """Return an object's size and version."""
         info = self._retry(path, lambda: self._backend.info(path))
         if info is None:
             raise ObjectNotFound(f"{self.url_of(path)} is a folder, not a file")
         return info
 
     def exists(self, path: str) -> bool:
-        """Whether an object lies at that path."""
+        """Return whether there is an object at a path."""
         try:
             self.info(path)
         except ObjectNotFound:
@@ -115,7 +126,7 @@ class _Reading(Access):
         return True
 
     def list(self, folder: str = "") -> list[ObjectInfo]:
-        """List the objects directly in a folder, by path; an empty list where there is none."""
+        """List the objects directly in a folder, sorted by path; none if it does not exist."""
         infos, _ = self._entries(folder)
         return sorted(infos, key=lambda info: info.path)
 
@@ -126,10 +137,10 @@ class _Reading(Access):
             return [], []
 
     def iterate(self, folder: str = "") -> Iterator[ObjectInfo]:
-        """Give the objects below a folder, at any depth and in any order, as pages of them come.
+        """Yield the objects below a folder, at any depth and in any order, page by page.
 
-        S3 lists a thousand objects a request; elsewhere each folder takes one. On a local disk,
-        links to files count as files, and links to folders are not followed.
+        S3 lists a thousand objects in one request. Other stores need one request for each folder.
+        On a local disk, links to files count as files, and links to folders are not followed.
         """
         if isinstance(self._backend, S3Backend):
             token: str | None = None
@@ -148,49 +159,50 @@ class _Reading(Access):
                     left += folders
 
     def walk(self, folder: str = "") -> Sequence[ObjectInfo]:
-        """List the objects below a folder, at any depth, by path; none where there is none."""
+        """List the objects below a folder, at any depth, sorted by path; none if it is missing."""
         return sorted(self.iterate(folder), key=lambda info: info.path)
 
     def list_uploads(self) -> Sequence[Upload]:
-        """List the multipart uploads that are under way or were left; only S3 has such."""
+        """List the unfinished multipart uploads, active or abandoned; only S3 has them."""
         if not isinstance(self._backend, S3Backend):
             return []
         uploads: list[Upload] = []
         after: dict[str, str] | None = {}
         while after is not None:
             try:
-                found, after = self._retry("", partial(self._backend.uploads, after))
-            except ObjectNotFound:  # rclone's way of saying that there are none
+                page, after = self._retry("", partial(self._backend.uploads, after))
+            except ObjectNotFound:  # rclone's answer if there are none
                 break
-            uploads += found
+            uploads += page
         return uploads
 
     def temp_files(self) -> Iterator[ObjectInfo]:
-        """Give the files on a local disk that are half written, or were when a writer died."""
+        """Yield the temporary files on a local disk: active ones, and those of killed writers."""
         if isinstance(self._backend, LocalBackend):
             yield from self._backend.temp_files()
 
     def now(self) -> float:
-        """Tell the time by the store's own clock, in seconds since 1970.
+        """Return the time of the store's clock, in seconds since 1970.
 
-        S3 tells it; of disks and other stores this host's clock has to do.
+        S3 sends its time. For disks and other stores, the clock of this host is used.
         """
         return self._retry("", self._backend.now)
 
 
 class Store(_Reading):
-    """One folder, local or remote, and what lies below it.
+    """One local or remote folder and the objects below it.
 
-    Paths are relative to that folder and use `/`. Methods raise `ObjectNotFound` where nothing lies
-    at a path, `DiskFull` where there is no room, and `StorageError` for all else, after retries.
+    Paths are relative to that folder and use `/`. Methods raise `ObjectNotFound` if there is no
+    object at a path, `DiskFull` if the store is full, and `StorageError` for all other errors,
+    after retries.
 
     Args:
         url: a local path or a URL (`s3://bucket/folder`, `hf://org/repo`, …).
-        options: how to reach it; ignored by local folders.
+        options: how to reach the store; ignored for local folders.
 
     Raises:
-        ConfigError: as `urls.check_url` and `urls.check_endpoint`; or the package that reaches such
-            a store is not installed.
+        ConfigError: the URL or the endpoint is not accepted (see `urls.check_url` and
+            `urls.check_endpoint`), or the client of the protocol is not installed.
     """
 
     def __init__(
@@ -198,18 +210,28 @@ class Store(_Reading):
     ) -> None:
         super().__init__(url, options)
         self.conditional: Literal["yes", "no", "unknown"] = "yes"
-        """Whether the store itself refuses a second put; `probe_conditional` finds out."""
+        """Whether the store itself refuses a second put; set by `probe_conditional`."""
 
     def put_file(self, local: Path, path: str) -> None:
-        """Upload a closed local file, whole, under a path that nobody else writes."""
+        """Upload a whole, closed local file.
+
+        Args:
+            local: the file to upload.
+            path: its path in the store, which no other process writes.
+        """
         self._retry(path, lambda: self._backend.put_file(local, path))
 
     def put(self, path: str, data: bytes) -> None:
-        """Write a small object, replacing what is there (leases and pointers only)."""
+        """Write a small object, replacing any object at its path (leases and pointers only).
+
+        Args:
+            path: the path in the store.
+            data: the content.
+        """
         self._retry(path, lambda: self._backend.put(path, data))
 
     def delete(self, path: str) -> None:
-        """Delete an object; it is no error if it is gone already."""
+        """Delete an object. A missing object is not an error."""
         try:
             self._retry(path, lambda: self._backend.delete(path))
         except ObjectNotFound:
@@ -218,7 +240,12 @@ class Store(_Reading):
     def delete_many(
         self, paths: Sequence[str], progress: Callable[[int], object] = lambda num_deleted: None
     ) -> None:
-        """Delete objects as `delete` does, many at a time; `progress` is told how many more."""
+        """Delete objects as `delete` does, many at a time.
+
+        Args:
+            paths: the objects.
+            progress: called after each batch with the number of objects in it.
+        """
         is_paged = isinstance(self._backend, S3Backend)
         size = S3Backend.page_size if is_paged else _THREADS
         batches = [paths[first : first + size] for first in range(0, len(paths), size)]
@@ -229,7 +256,7 @@ class Store(_Reading):
     def _delete_batch(self, paths: Sequence[str]) -> int:
         left: Sequence[str] = paths
         if isinstance(self._backend, S3Backend):
-            # A store that cannot, or is busy: then one by one.
+            # If the store is busy or does not support this request, delete one by one.
             with suppress(StorageError), self.named(paths[0]):
                 left = self._backend.delete_page(paths)
         for path in left:
@@ -237,24 +264,27 @@ class Store(_Reading):
         return len(paths)
 
     def abort_upload(self, upload: Upload) -> None:
-        """Give up a multipart upload and free its parts; it is no error if it has ended."""
+        """Abort a multipart upload and free its parts. A finished upload is not an error."""
         if isinstance(self._backend, S3Backend):
             with suppress(ObjectNotFound):
                 self._retry(upload.path, partial(self._backend.abort_upload, upload))
 
     def put_if_absent(self, path: str, data: bytes, *, valid_until: float = math.inf) -> bool:
-        """Put a small object only if nothing lies at the path yet. True if `data` lies there now.
+        """Put a small object only if there is no object at the path yet.
 
-        One PUT, never multipart. Any error of it leaves open whether the bytes were stored, even
-        "exists already", which a retried request gets for its own first try. So the object is read
-        back: these bytes are a win, others a loss, and none means trying again. `data` must
-        therefore differ between writers that may not both win.
+        This is one PUT, never a multipart upload. After any error, it is unknown whether the bytes
+        were stored. Even "exists already" may be the answer to a retry whose first try succeeded.
+        The object is therefore read back: the same bytes are a win, other bytes are a loss, and no
+        object means another try. `data` must differ between writers of which only one may win.
 
         Args:
-            path: where.
-            data: the bytes.
+            path: the path in the store.
+            data: the content.
             valid_until: the time of `clock.boot_time_s` after which no try begins. It is checked
-                before each try, so that a process that was frozen between two of them puts nothing.
+                before each try, so that a process that was frozen between two tries puts nothing.
+
+        Returns:
+            Whether the object at the path now holds `data`.
 
         Raises:
             DeadlinePassed: it is later than `valid_until`.
@@ -268,9 +298,10 @@ class Store(_Reading):
                 return backend.create_exclusively(path, data)
             return self._create(path, data)
 
-        # Looking first decides nothing, but a store without conditional writes would replace it.
-        if not self.is_local and (found := self._read_or_none(path)) is not None:
-            return found == data
+        # This read decides nothing on a store with conditional writes. A store without them would
+        # replace the object.
+        if not self.is_local and (current := self._read_or_none(path)) is not None:
+            return current == data
         return self._retry(path, create)
 
     def _create(self, path: str, data: bytes) -> bool:
@@ -278,27 +309,30 @@ class Store(_Reading):
             with self.named(path):
                 self._backend.create(path, data)
         except StorageError:
-            found = self._read_or_none(path)
-            if found is None:
+            current = self._read_or_none(path)
+            if current is None:
                 raise
-            return found == data
+            return current == data
         return True
 
     @property
     def is_conditional(self) -> bool:
-        """Whether put-if-absent is the store's own doing, as far as is known."""
+        """Whether the store itself is known to enforce put-if-absent."""
         return self.conditional == "yes"
 
     def probe_conditional(self, path: str, data: bytes) -> bool:
-        """Find out whether the store refuses a second put, and remember the answer.
+        """Test whether the store refuses a second put, and keep the answer in `conditional`.
 
-        Only an answer that means "precondition failed" shows it. After any other error the answer
-        is `unknown`, which callers must take for a no.
+        Only the answer "precondition failed" proves it. After any other error `conditional` is
+        `unknown`, which callers must treat as a no.
 
         Args:
-            path: an object that holds `data` already: a store without conditional writes replaces
-                it by itself, which does no harm.
-            data: its bytes.
+            path: an object that already holds `data`. A store without conditional writes replaces
+                it with the same bytes, which does no harm.
+            data: the content of the object.
+
+        Returns:
+            Whether the store refuses a second put.
         """
         if isinstance(self._backend, LocalBackend):
             is_exclusive = self._retry("", self._backend.can_create_exclusively)

@@ -1,4 +1,4 @@
-"""The architecture of a KL autoencoder: what a config.json says of it, checked."""
+"""The architecture of a KL autoencoder, read from a config.json and validated."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from latentcache.errors import CheckpointError
 
 FAMILY = "AutoencoderKL"
 
-# Far above any published autoencoder; a config or a file must not ask for a model without bound.
+# Far above any published autoencoder. Without limits, a config or a file could request a model of
+# any size.
 _MAX_BLOCKS, _MAX_LAYERS, _MAX_CHANNELS = 8, 32, 2**14
 
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """What a diffusers `config.json` says of an `AutoencoderKL`; absent fields take its defaults.
+    """The fields of a diffusers `config.json` of an `AutoencoderKL`, with diffusers' defaults.
 
-    `force_upcast` is only the publisher's hint that float16 overflows. Latents are stored as the
-    encoder gives them; `scaling_factor`, `shift_factor` (`(z - shift) * scale`) or the per-channel
-    `latents_mean` and `latents_std` are what a diffusion model expects to be applied to them. A
-    file without a config may not say its `scaling_factor`, which is None then.
+    `force_upcast` is only the publisher's hint that float16 overflows. Latents are stored unscaled.
+    Diffusion models expect `scaling_factor` and `shift_factor` (`(z - shift) * scale`) or the
+    per-channel `latents_mean` and `latents_std` to be applied to them. `scaling_factor` is None if
+    a file without a config does not determine it.
     """
 
     block_out_channels: tuple[int, ...] = (64,)
@@ -41,12 +42,12 @@ class Architecture:
 
     @property
     def downsample_factor(self) -> int:
-        """Image pixels per latent pixel along one side: each block but the last halves the side."""
+        """Image pixels per latent pixel along one side. All blocks except the last halve it."""
         return int(2 ** (len(self.block_out_channels) - 1))
 
     @property
     def encoder_fields(self) -> dict[str, Any]:
-        """The fields that shape the encoder, as plain JSON; the others do not move a latent."""
+        """The fields that determine the encoder, as plain JSON; others do not affect latents."""
         return {
             "block_out_channels": list(self.block_out_channels),
             "layers_per_block": self.layers_per_block,
@@ -58,10 +59,14 @@ class Architecture:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], name: str = "config.json") -> Architecture:
-        """Read a diffusers config; `name` is how errors call it.
+        """Read a diffusers config.
+
+        Args:
+            config: the content of the config.
+            name: the name of the config in errors.
 
         Raises:
-            CheckpointError: another family of autoencoder, or a field with an unusable value.
+            CheckpointError: the autoencoder is of another family, or a field has an unusable value.
         """
         fields = _Fields(config, name)
         fields.require_family()
@@ -92,7 +97,7 @@ class Architecture:
 
 
 class _Fields:
-    """Typed reads from a JSON object, each failure a CheckpointError that names the field."""
+    """Typed reads from a JSON object; a failure raises a CheckpointError that names the field."""
 
     def __init__(self, config: Mapping[str, Any], name: str) -> None:
         self.config = config
@@ -103,7 +108,7 @@ class _Fields:
         return CheckpointError(f"{self.name}: {field} = {value} {problem}")
 
     def require_family(self) -> None:
-        """Refuse what is not an AutoencoderKL built from the blocks in this file."""
+        """Raise an error if the config is not an AutoencoderKL with the blocks of `model.py`."""
         if self.config.get("_class_name", FAMILY) != FAMILY:
             raise self.error("_class_name", "is not supported: only AutoencoderKL is")
         for field, known in (
@@ -126,7 +131,7 @@ class _Fields:
         if type(value) is not int or value < 1:
             raise self.error(field, "is not a positive integer")
         if value > largest:
-            raise self.error(field, f"is more than {largest}, the most that is supported")
+            raise self.error(field, f"is more than {largest}, the supported maximum")
         return value
 
     def integers(self, field: str, default: tuple[int, ...]) -> tuple[int, ...]:
@@ -172,7 +177,7 @@ class _Fields:
     def _finite(self, field: str, value: object, problem: str) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise self.error(field, problem)
-        # An integer that no float holds is as little use as infinity.
+        # An integer that does not fit into a float is as unusable as infinity.
         if not math.isfinite(value) if isinstance(value, float) else abs(value) > 2**64:
             raise self.error(field, "is not finite")
         return float(value)

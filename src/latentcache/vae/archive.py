@@ -1,9 +1,9 @@
-"""The directory of a zip file, read on one strict view of its bytes.
+"""Read the directory of a zip file with one strict interpretation of its bytes.
 
-Zip readers differ in which central directory they take, so one file can show different members to
+Zip readers differ in which central directory they use, so one file can show different members to
 different readers. Here the end record, the central directory and every local header must agree, and
-they must fill the file as a writer lays them out: members, directory, end records. Everything else
-is refused. Layout and field names: PKWARE's APPNOTE.TXT, sections 4.3 and 4.5.3.
+they must fill the file in the order of a writer: members, directory, end records. Every other file
+is refused. The layout and the field names are from PKWARE's APPNOTE.TXT, sections 4.3 and 4.5.3.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from latentcache.errors import one_line
 
-# PyTorch writes a member for each storage; the largest checkpoints have a few thousand.
+# PyTorch writes one member for each storage. The largest checkpoints have a few thousand.
 MAX_MEMBERS = 50_000
 
 _END = struct.Struct("<4s4H2IH")
@@ -30,12 +30,12 @@ _SATURATED_16, _SATURATED_32 = 0xFFFF, 0xFFFFFFFF
 
 
 class Malformed(ValueError):
-    """A checkpoint's container or pickle is not as its format demands; the message says how."""
+    """A checkpoint's container or pickle violates its format; the message describes the problem."""
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One file in a zip: its bytes lie at `start`, `packed_size` of them, in the zip's file."""
+    """One file in a zip. Its `packed_size` bytes are at `start` of the zip file."""
 
     name: str
     start: int
@@ -59,25 +59,27 @@ class _Entry:
 
 
 def read_directory(data: memoryview) -> dict[str, Member]:
-    """Read the directory of a zip file; folders are left out.
+    """Return the members of a zip file by name, without folders.
 
     Args:
         data: the whole file.
 
     Raises:
-        Malformed: the parts of the archive do not agree, members overlap or share a name, or one is
-            encrypted or packed by a method other than deflate.
+        Malformed: the parts of the archive do not agree, members overlap or share a name, or a
+            member is encrypted or packed with a method other than deflate.
     """
     num_entries, directory_at, directory_size = _read_end(data)
     entries = list(_read_entries(data[directory_at : directory_at + directory_size]))
     if len(entries) != num_entries:
-        raise Malformed(f"its zip directory has {len(entries)} members and counts {num_entries}")
+        raise Malformed(
+            f"its zip directory has {len(entries)} members, but its count is {num_entries}"
+        )
     members: dict[str, Member] = {}
     names: set[bytes] = set()
     previous_end = 0
     for entry in sorted(entries, key=lambda entry: entry.header_at):
         if entry.raw_name in names:
-            raise Malformed(f"two members are called {_shown(entry.raw_name)}")
+            raise Malformed(f"two members have the name {_shown(entry.raw_name)}")
         names.add(entry.raw_name)
         member = _locate(data[:directory_at], entry)
         if entry.header_at < previous_end:
@@ -86,12 +88,12 @@ def read_directory(data: memoryview) -> dict[str, Member]:
         if not member.name.endswith("/"):
             members[member.name] = member
     if len(members) != sum(not name.endswith(b"/") for name in names):
-        raise Malformed("two members have one name")
+        raise Malformed("two members have the same name")
     return members
 
 
 def _read_end(data: memoryview) -> tuple[int, int, int]:
-    """Read the end records: number of entries, offset and size of the central directory."""
+    """Return the number of entries, and the offset and size of the central directory."""
     end_at = bytes(data[-(_END.size + _SATURATED_16) :]).rfind(b"PK\x05\x06")
     end_at += max(0, len(data) - (_END.size + _SATURATED_16))
     if end_at < 0 or len(data) - end_at < _END.size:
@@ -112,7 +114,7 @@ def _read_end(data: memoryview) -> tuple[int, int, int]:
             _END_64.unpack_from(data, stop)
         )
         if magic != b"PK\x06\x06" or record_size != _END_64.size - 12:
-            raise Malformed("its zip64 end record is not one")
+            raise Malformed("its zip64 end record is damaged")
         for short, long, saturated in (
             (disk, disk_64, _SATURATED_16),
             (first_disk, first_64, _SATURATED_16),
@@ -128,7 +130,7 @@ def _read_end(data: memoryview) -> tuple[int, int, int]:
     if disk or first_disk or here != total or offset + size != stop:
         raise Malformed("its zip end record does not fit its directory")
     if total > MAX_MEMBERS:
-        raise Malformed(f"it has {total} members, and {MAX_MEMBERS} are the most that are read")
+        raise Malformed(f"it has {total} members, more than {MAX_MEMBERS}")
     return total, offset, size
 
 
@@ -154,12 +156,12 @@ def _read_entries(directory: memoryview) -> Iterator[_Entry]:
         if flags & _IS_ENCRYPTED or method not in (_STORED, _DEFLATED) or disk:
             raise Malformed(f"the member {_shown(name)} is encrypted, or packed unusually")
         if method == _STORED and packed != size:
-            raise Malformed(f"the member {_shown(name)} is stored, and has two sizes")
+            raise Malformed(f"the member {_shown(name)} is not compressed, but has two sizes")
         yield _Entry(name, flags, method, crc32, packed, size, header_at)
 
 
 def _widen(extra: memoryview, *values: int) -> list[int]:
-    """Replace saturated 32-bit fields by the 64-bit ones in the extra field, in their order."""
+    """Replace saturated 32-bit fields with the 64-bit ones of the extra field, in their order."""
     widened = list(values)
     saturated = [index for index, value in enumerate(values) if value == _SATURATED_32]
     at = 0
@@ -180,7 +182,7 @@ def _widen(extra: memoryview, *values: int) -> list[int]:
 
 
 def _locate(members: memoryview, entry: _Entry) -> Member:
-    """Check a local header against the directory's entry, and find the member's bytes."""
+    """Check a local header against the directory's entry, and locate the member's bytes."""
     shown = _shown(entry.raw_name)
     at = entry.header_at
     if at + _LOCAL.size > len(members) or bytes(members[at : at + 4]) != b"PK\x03\x04":
@@ -193,7 +195,7 @@ def _locate(members: memoryview, entry: _Entry) -> Member:
     extra = members[name_at + name_size : start]
     if start + entry.packed_size > len(members):
         raise Malformed(f"the member {shown} does not fit into the file")
-    # With a descriptor behind the bytes, the local header may leave size and checksum at zero.
+    # If a descriptor follows the bytes, size and checksum may be zero in the local header.
     is_empty = flags & _HAS_DESCRIPTOR and not (crc32 or packed or size)
     if not is_empty:
         size, packed = _widen(extra, size, packed)

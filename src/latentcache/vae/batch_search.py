@@ -1,7 +1,7 @@
-"""How many images a GPU takes at once: tried once for each size of image, and then remembered.
+"""Find the batch size of a GPU: measured once for each image size, and then cached.
 
-The rate rises with the batch until the GPU is full; what is more costs memory, which QA wants too,
-and gains nothing. So the smallest batch that is about as fast as the best is taken.
+The rate rises with the batch size until the GPU is fully used. A larger batch gains nothing and
+costs memory that QA needs. So the smallest batch size with about the best rate is used.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import torch
 
 _MAX_IMAGES = 128
 
-# One more would make 2**31 values of 128 channels, which the widest maps have: more than cuDNN's
-# indices hold, so that torch would split the batch; and 4 GiB in 16 bits.
+# The largest feature maps have 128 channels. One pixel more would make 2**31 values, which exceeds
+# cuDNN's indices, so torch would split the batch; and it would take 4 GiB in 16 bits.
 _MAX_PIXELS = 2**24 - 1
 
 _GOOD_ENOUGH = 0.97
@@ -27,15 +27,15 @@ _MAX_IDLE_DOUBLINGS = 2
 
 
 def find_batch_size(measure: Callable[[int], float], most: int) -> int:
-    """Find the smallest power of two that comes within 3% of the best rate.
+    """Return the smallest power of two whose rate is within 3% of the best.
 
     Args:
-        measure: gives images/s at a batch size; may raise `torch.OutOfMemoryError`, and is then
-            asked for no larger one.
+        measure: returns images/s at a batch size. If it raises `torch.OutOfMemoryError`, no larger
+            size is tried.
         most: the largest size to try.
 
     Returns:
-        A batch size; 1 if not even that could be measured.
+        A batch size; 1 if no size could be measured.
     """
     rates: dict[int, float] = {}
     best, num_idle, size = 0.0, 0, 1
@@ -53,28 +53,29 @@ def find_batch_size(measure: Callable[[int], float], most: int) -> int:
 def remembered_batch_size(
     encoder: str, width_px: int, height_px: int, measure: Callable[[int], float]
 ) -> int:
-    """Look up the batch size for an encoder and a bucket, or find it and write it down.
+    """Return the cached batch size of an encoder and a bucket, or find it and cache it.
 
-    It is kept in `$XDG_CACHE_HOME/latentcache/batch_sizes.json`, or below `~/.cache`. A damaged
-    file, or one that cannot be written, costs a search and nothing else. Buckets of about the same
-    area share an entry: their shape hardly moves the rate, and a run may have forty of them.
+    The cache is `$XDG_CACHE_HOME/latentcache/batch_sizes.json`, or below `~/.cache`. If the file is
+    damaged or cannot be written, the only consequence is another search. Buckets of about the same
+    area share an entry, because their shape hardly affects the rate, and a run may have forty.
 
     Args:
-        encoder: what else the rate depends on: device, software, precision, the network's sizes.
-        width_px: of the images.
-        height_px: of the images.
-        measure: as in `find_batch_size`.
+        encoder: a description of everything else that affects the rate: device, software,
+            precision, and the sizes of the network.
+        width_px: the width of the images.
+        height_px: the height of the images.
+        measure: see `find_batch_size`.
     """
     path = _cache_home() / "latentcache" / "batch_sizes.json"
     num_pixels = width_px * height_px
     key = f"{encoder}, about {2 ** round(math.log2(num_pixels))} px"
-    found = _read(path).get(key)
-    if type(found) is not int or found < 1:
+    size = _read(path).get(key)
+    if type(size) is not int or size < 1:
         most = max(1, min(_MAX_IMAGES, _MAX_PIXELS // num_pixels))
-        found = find_batch_size(measure, most)
+        size = find_batch_size(measure, most)
         with contextlib.suppress(OSError):
-            _write(path, {**_read(path), key: found})
-    return found
+            _write(path, {**_read(path), key: size})
+    return size
 
 
 def _cache_home() -> Path:
@@ -90,7 +91,7 @@ def _read(path: Path) -> dict[str, object]:
 
 
 def _write(path: Path, sizes: dict[str, object]) -> None:
-    """Replace the file in one step, for others on this machine read and write it too."""
+    """Replace the file atomically, because other processes of this machine use it too."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
         file.write(json.dumps(sizes, indent=1, sort_keys=True) + "\n")

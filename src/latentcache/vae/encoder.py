@@ -1,4 +1,4 @@
-"""From uint8 batches to latents: precision, batch size, streams, memory back-off, finite checks."""
+"""Encode uint8 batches: precision, batch size, streams, memory back-off, checks for non-finite."""
 
 from __future__ import annotations
 
@@ -26,35 +26,37 @@ _Part = Callable[[], tuple[Tensor, float]]  # waits for moments and the device's
 
 PRECISION_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
-# Storing float16 alone costs about 70 dB; an encode this close to fp32 costs training nothing.
+# Storing latents in float16 has a drift of about 70 dB. An encode with this drift from fp32 has no
+# effect on training.
 MIN_DRIFT_DB = 55.0
 
-# Pixels that a CPU thread encodes at once with `batch_size: auto`: one image of 256 px. On two
-# cores with the demo VAE, two threads with an image each made 77 images/s, and torch's own two
-# threads 67 with one image, 73 with two, 60 with four and 48 with eight: larger batches leave the
-# cache (bench/results/encoder.json).
+# The pixels that a CPU thread encodes at once with `batch_size: auto`: one image of 256 px. On two
+# cores with the demo VAE, two threads with one image each encoded 77 images/s. torch's own two
+# threads encoded 67 with one image, 73 with two, 60 with four and 48 with eight, because larger
+# batches do not fit into the cache (bench/results/encoder.json).
 _CPU_BATCH_PIXELS = 256 * 256
 
-# What the images that a CPU encodes at once may take together, at four maps of the first block's
-# width each: all threads of a small actor have one, until the images or the network are large.
+# The memory limit of the images that a CPU encodes at once. Each image needs four maps of the first
+# block's width. Every thread of a small actor can encode an image, unless the images or the network
+# are large.
 _CPU_BYTES = 2**30
 _MAPS_AT_ONCE = 4
 
-# Batches that a GPU has in hand: one that it works on, one that is copied to it, one that waits.
+# The batches of a GPU in progress: one is encoded, one is copied to the GPU, and one waits.
 _MAX_IN_FLIGHT = 3
 
 
 def require_fp32() -> None:
-    """Make fp32 mean fp32 in this process.
+    """Disable TF32 for float32 convolutions in this process.
 
-    By default cuDNN computes convolutions of float32 in TF32, whose ten bits are those of float16:
-    no reference for it, and no way out where float16 fails.
+    By default cuDNN computes float32 convolutions in TF32. It has ten bits of mantissa, like
+    float16, so it is neither a reference for float16 nor a fallback if float16 fails.
     """
     torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
 
 
 def prepare_device(device: str) -> None:
-    """Make sure that a worker can use its device, and that fp32 means fp32 there.
+    """Check that a worker can use its device, and disable TF32 there.
 
     Raises:
         ClusterError: the device is a GPU that torch cannot use.
@@ -69,11 +71,11 @@ def prepare_device(device: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Moments of one batch: float32 [B, 2C, H, W] on the CPU, mean then log-variance.
+    """The moments of one batch: float32 [B, 2C, H, W] on the CPU, mean then log-variance.
 
-    `num_in_fp32` latents were not finite and were encoded again in fp32; those listed in `bad` are
-    still not finite. The device worked on it for `busy_s`, and `start` took `start_s`, which are
-    the same on a CPU.
+    `num_in_fp32` latents were not finite and were encoded again in fp32. The latents with indices
+    in `bad` are still not finite. `busy_s` is the time of the device, and `start_s` is the time of
+    `start`. They are equal on a CPU.
     """
 
     moments: Tensor
@@ -84,18 +86,19 @@ class Encoded:
 
 
 class LatentEncoder:
-    """Encodes batches on one device.
+    """An encoder of batches on one device.
 
-    On a GPU one thread starts batches and another collects them. Pixels go from pinned memory to
-    the device on a stream of their own, moments come back on a third, and nothing waits but
-    `start`, for the batch before the last two, and who collects. On a CPU several threads may start
-    batches at once, and a batch is encoded by the thread that starts it.
+    On a GPU, one thread starts batches and another collects them. Pixels are copied from pinned
+    memory to the device on a second stream, and moments are copied back on a third. Only two calls
+    block: `start` waits for the batch before the last two, and the collecting thread waits for its
+    batch. On a CPU, several threads may start batches at once, and each thread encodes the batch
+    that it starts.
 
     Args:
-        vae: in fp32 on its device; its decoder is not used.
+        vae: the VAE in fp32 on its device; its decoder is not used.
         precision: `fp32`, `fp16` or `bf16`.
-        batch_size: images at once, or None to choose by bucket and device.
-        encode: encodes a batch on the device, in that precision; None takes the fastest way.
+        batch_size: the images of a batch; None chooses by bucket and device.
+        encode: encodes a batch on the device in `precision`; None uses `fastest_encode`.
     """
 
     def __init__(
@@ -117,14 +120,14 @@ class LatentEncoder:
 
     @property
     def triton(self) -> str | None:
-        """Which triton encodes here, if any; see `triton_version`."""
+        """The version of triton that encodes, if any; see `triton_version`."""
         return triton_version(self._device)
 
     def num_threads(self, num_pixels: int) -> int:
-        """How many threads should start batches at once, of images of so many pixels at most.
+        """Return how many threads should start batches of images of up to `num_pixels` at once.
 
-        On a CPU these are as many as torch has, if there is memory enough; torch itself should then
-        have that many times fewer (`torch.set_num_threads`).
+        On a CPU this is torch's number of threads, if memory suffices. The caller should then
+        divide torch's own number of threads by it (`torch.set_num_threads`).
         """
         if self._gpu:
             return 1
@@ -134,7 +137,12 @@ class LatentEncoder:
         return max(1, min(torch.get_num_threads(), _CPU_BYTES // num_bytes))
 
     def batch_size(self, width_px: int, height_px: int) -> int:
-        """How many images of that bucket to bring at once; a GPU may have to try some sizes."""
+        """Return the batch size of a bucket. On a GPU, the first call may measure several sizes.
+
+        Args:
+            width_px: the width of the bucket.
+            height_px: the height of the bucket.
+        """
         bucket = (width_px, height_px)
         with self._choosing:
             if bucket not in self._limits:
@@ -142,19 +150,19 @@ class LatentEncoder:
             return self._limits[bucket]
 
     def encode(self, images: Tensor) -> Encoded:
-        """Encode uint8 [B, 3, H, W] from the CPU; what `start` says of errors holds here too."""
+        """Encode uint8 [B, 3, H, W] from the CPU; `start` documents the errors."""
         return self.start(images)()
 
     def start(self, images: Tensor) -> Callable[[], Encoded]:
-        """Begin to encode uint8 [B, 3, H, W] from the CPU, which must not change from then on.
+        """Start to encode uint8 [B, 3, H, W] from the CPU. The images must not change afterwards.
 
-        Running out of GPU memory halves the batch size of this bucket from then on.
+        If the GPU runs out of memory, the batch size of this bucket is halved permanently.
 
         Returns:
-            What waits for the moments and gives them, to be called once, by any thread.
+            A function that waits for the moments and returns them. Any thread may call it, once.
 
         Raises:
-            torch.OutOfMemoryError: not even one image fits.
+            torch.OutOfMemoryError: a single image does not fit.
         """
         began = time.perf_counter()
         with torch.inference_mode():
@@ -171,8 +179,9 @@ class LatentEncoder:
                 continue
             except torch.OutOfMemoryError as error:
                 problem = error.with_traceback(None)
-            # Out here, where the traceback no longer holds on to the tensors that it met.
-            if not (self._gpu and self._gpu.finish()):  # else again, with what those batches held
+            # Outside the handler, because the traceback holds references to the tensors. If batches
+            # were in progress, their memory is free now, and the same size is tried again.
+            if not (self._gpu and self._gpu.finish()):
                 if full == 1:
                     raise problem
                 self._limits[width_px, height_px] = full // 2
@@ -188,9 +197,9 @@ class LatentEncoder:
 
     @torch.inference_mode()
     def _collect(self, images: Tensor, parts: Sequence[_Part], start_s: float) -> Encoded:
-        found = [part() for part in parts]
-        moments = torch.cat([moments for moments, _ in found])
-        busy_s = sum(busy_s for _, busy_s in found)
+        results = [part() for part in parts]
+        moments = torch.cat([moments for moments, _ in results])
+        busy_s = sum(busy_s for _, busy_s in results)
         again = (~moments.isfinite().all(dim=(1, 2, 3))).nonzero().flatten().tolist()
         for index in again:
             moments[index] = self._encode_in_fp32(images[index : index + 1])[0]
@@ -198,7 +207,7 @@ class LatentEncoder:
         return Encoded(moments, len(again) - len(bad), bad, busy_s, start_s)
 
     def _encode_in_fp32(self, images: Tensor) -> Tensor:
-        """Encode by the reference, on the stream of the batches and after those in flight."""
+        """Encode with the reference, on the stream of the batches and after those in progress."""
         try:
             return self._reference.encode(images.to(self._device)).cpu()
         except torch.OutOfMemoryError:
@@ -218,10 +227,10 @@ class LatentEncoder:
 
 
 class _Gpu:
-    """A GPU's streams, and the batches that it has in hand.
+    """The streams of a GPU, and its batches in progress.
 
-    Compute runs on the current stream, which is the same for all threads of the process: what is
-    not a batch, such as QA, takes its turn there, and memory goes round among them.
+    Compute runs on the current stream, which is the same for all threads of the process. Other
+    work, such as QA, is queued on the same stream and reuses the same memory.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -233,17 +242,22 @@ class _Gpu:
 
     @property
     def name(self) -> str:
-        """What a batch size depends on besides the encoder."""
+        """The description of the device and of torch, on which a batch size depends."""
         device = torch.cuda.get_device_properties(self._device)
         gib = round(device.total_memory / 2**30)
         return f"{device.name} with {gib} GiB, torch {torch.__version__}"
 
     def start(self, encode: Encode, images: Tensor, full: int) -> _Part:
-        """Enqueue one batch, padded to `full` images, and give what waits for its moments.
+        """Enqueue one batch, and return a function that waits for its moments.
 
-        Every tensor is freed before it has been used. That is sound: pinned memory is given out
-        again only after the copies from and to it, and a GPU's memory only after what was enqueued
-        before on its own stream, and on those that it was recorded on.
+        Every tensor is freed before the GPU has used it. This is safe. torch reuses pinned memory
+        only after the copies from and to it are done. It reuses a GPU's memory only after the work
+        that was enqueued before on its own stream and on the streams that it was recorded on.
+
+        Args:
+            encode: encodes a batch on the device.
+            images: uint8 [B, 3, H, W] on the CPU, at most `full` images.
+            full: the number of images to which the batch is padded.
         """
         num_images = len(images)
         with self._lock, torch.cuda.device(self._device), _autotuned():
@@ -252,7 +266,7 @@ class _Gpu:
             compute = torch.cuda.current_stream()
             pinned = torch.empty((full, *images.shape[1:]), dtype=torch.uint8, pin_memory=True)
             pinned[:num_images] = images
-            # One shape per bucket: cuDNN picks its kernels once, and a tail runs like any batch.
+            # One shape for each bucket, so that cuDNN selects its kernels once.
             pinned[num_images:] = images[-1]
             with torch.cuda.stream(self._copy_in):
                 pixels = pinned.to(self._device, non_blocking=True)
@@ -263,22 +277,22 @@ class _Gpu:
             moments = encode(pixels)
             ended.record()
             self._copy_out.wait_event(ended)
-            found = torch.empty(moments.shape, dtype=moments.dtype, pin_memory=True)
+            result = torch.empty(moments.shape, dtype=moments.dtype, pin_memory=True)
             with torch.cuda.stream(self._copy_out):
-                found.copy_(moments, non_blocking=True)
+                result.copy_(moments, non_blocking=True)
             moments.record_stream(self._copy_out)
-            done = _event(blocking=True)  # who waits sleeps, and does not spin
+            done = _event(blocking=True)  # a waiting thread sleeps and does not spin
             done.record(self._copy_out)
             self._in_flight.append(done)
 
         def wait() -> tuple[Tensor, float]:
             done.synchronize()
-            return found[:num_images], began.elapsed_time(ended) / 1e3
+            return result[:num_images], began.elapsed_time(ended) / 1e3
 
         return wait
 
     def finish(self) -> bool:
-        """Wait for the batches in hand; says whether there were any."""
+        """Wait for the batches in progress, and return whether there were any."""
         with self._lock:
             num_waited = len(self._in_flight)
             while self._in_flight:
@@ -287,7 +301,14 @@ class _Gpu:
 
     @torch.inference_mode()
     def measure(self, encode: Encode, width_px: int, height_px: int, batch_size: int) -> float:
-        """Give images/s of noise, when nothing else runs; the first rounds only choose kernels."""
+        """Return the rate in images/s of encoding noise; the first rounds only select kernels.
+
+        Args:
+            encode: encodes a batch on the device.
+            width_px: the width of the images.
+            height_px: the height of the images.
+            batch_size: the images of a batch.
+        """
         shape = (batch_size, 3, height_px, width_px)
         with self._lock, torch.cuda.device(self._device), _autotuned():
             self.finish()
@@ -310,7 +331,7 @@ def _event(*, enable_timing: bool = False, blocking: bool = False) -> torch.cuda
 
 @contextmanager
 def _autotuned() -> Iterator[None]:
-    """Have cuDNN try its kernels at each new shape; only the shapes of batches are worth that."""
+    """Let cuDNN benchmark kernels for new shapes; only the shapes of batches recur often enough."""
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True
     try:
@@ -322,11 +343,15 @@ def _autotuned() -> Iterator[None]:
 def draw_latents(
     moments: torch.Tensor, posterior: str, unit_id: str, keys: Sequence[str]
 ) -> torch.Tensor:
-    """Take what is stored from moments, float32 [B, 2C, H, W].
+    """Return the latents to store, computed from moments.
 
-    `mean` is the first half of the channels, `moments` all of them, and `sample` is drawn from
-    N(mean, exp(logvar)) with noise that depends on (unit, key) alone: Philox, keyed by their
-    SHA-256, so that every attempt draws the same.
+    Args:
+        moments: float32 [B, 2C, H, W], mean then log-variance.
+        posterior: `mean` returns the first half of the channels, `moments` all of them. `sample`
+            draws from N(mean, exp(logvar)) with Philox noise. The noise depends only on (unit, key)
+            through their SHA-256, so every attempt draws the same latents.
+        unit_id: the unit's id.
+        keys: the keys of the B rows.
 
     Returns:
         float32 [B, C, H, W], or [B, 2C, H, W] for `moments`.
@@ -347,20 +372,20 @@ def draw_latents(
 
 @torch.inference_mode()
 def resolve_precision(vae: KLAutoencoder, images: Sequence[Tensor]) -> str:
-    """Choose the fastest precision that stays `MIN_DRIFT_DB` from fp32 on real images.
+    """Return the fastest precision whose drift from fp32 on real images is at least `MIN_DRIFT_DB`.
 
-    A CPU is told fp32 without a look. Its bfloat16 would be twice as fast, but has eight bits: it
-    stays 46 dB from fp32 with the demo VAE and 31 dB with a random kl-f8, and can never reach 55.
-    Its float16 would reach them, and is slower than fp32.
+    On a CPU the result is always fp32. bfloat16 would be twice as fast there, but it has only eight
+    bits of precision: its drift is 46 dB with the demo VAE and 31 dB with a random kl-f8, and it
+    can never reach 55 dB. float16 would reach 55 dB, but is slower than fp32.
 
     Args:
-        vae: in fp32 on its device.
-        images: uint8 [3, H, W] each; none at all gives fp32.
+        vae: the VAE in fp32 on its device.
+        images: uint8 [3, H, W] each; without images the result is fp32.
     """
     if vae.device.type != "cuda" or not images:
         return "fp32"
     channels = vae.architecture.latent_channels
-    # float16 is as fast as bfloat16 and has three more bits, but can overflow.
+    # float16 is as fast as bfloat16 and has three more bits of precision, but can overflow.
     for precision in ("fp16", "bf16"):
         if precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
             continue

@@ -1,16 +1,17 @@
-"""The encoder of `model.py` as fast as the device allows: the same function, another order of work.
+"""The encoder of `model.py`, optimised for the device: the same function with fused operations.
 
-Weights are converted once, to the precision and to channels-last. Maps are [B, H, W, C] throughout,
-which is what tensor cores and a CPU's vector units take. `kernels.py` on a GPU and `plain.py` on a
-CPU do what lies between the convolutions. Four things move, and none of them changes the function:
+Weights are converted once, to the precision and to channels-last. All maps are [B, H, W, C], the
+layout of tensor cores and of a CPU's vector units. `kernels.py` on a GPU and `plain.py` on a CPU
+have the operations between the convolutions. Four optimisations do not change the function:
 
-- on a GPU the bias of a convolution waits until what follows reads the map anyway;
-- the sum that ends a residual block gathers the next norm's statistics while it is written, or is
-  written with the row and column of zeros that the halving convolution wants;
-- `quant_conv`, a 1×1 convolution, is multiplied into `conv_out` before it;
-- attention has its scale in `to_q`, and the bias of `to_v` behind `to_out`: its weights sum to one.
+- On a GPU the bias of a convolution is added by the next operation that reads the map.
+- The sum at the end of a residual block also computes the statistics of the next norm, or writes
+  the row and column of zeros that the halving convolution needs.
+- `quant_conv`, a 1×1 convolution, is multiplied into `conv_out` before it.
+- The scale of attention is multiplied into `to_q`. The bias of `to_v` is added after `to_out`,
+  which is equivalent because the weights of attention sum to one.
 
-`model.py` remains the reference that this is held against.
+The tests compare this encoder with the reference `model.py`.
 """
 
 from __future__ import annotations
@@ -44,13 +45,17 @@ from latentcache.vae.model import (
 Encode = Callable[[Tensor], Tensor]
 """Encodes uint8 [B, 3, H, W] to float32 moments [B, 2C, H/f, W/f], like `KLAutoencoder.encode`."""
 
-_Map = tuple[Tensor, Tensor | None]  # [B, H, W, C], and its statistics by group where known
+_Map = tuple[Tensor, Tensor | None]  # [B, H, W, C], and its statistics by group if they are known
 
 
 def fastest_encode(vae: KLAutoencoder, dtype: torch.dtype) -> Encode:
-    """Give the fastest way to encode on the VAE's device, in that dtype; it copies the weights.
+    """Return the fastest encode function for the VAE's device; it copies the weights.
 
-    On a GPU without a working triton, which wants a C compiler, that is the reference itself.
+    On a GPU without a working triton, which needs a C compiler, it is the reference itself.
+
+    Args:
+        vae: the VAE in fp32 on its device.
+        dtype: the dtype of the computation.
     """
     if vae.device.type != "cuda":
         return FastEncoder(vae, dtype, plain)
@@ -61,9 +66,9 @@ def fastest_encode(vae: KLAutoencoder, dtype: torch.dtype) -> Encode:
 
 
 def triton_version(device: torch.device) -> str | None:
-    """Say which triton `fastest_encode` works with there: none on a CPU.
+    """Return the version of triton that `fastest_encode` uses on a device; None on a CPU.
 
-    Where a GPU's cannot be used, that is `unusable: ` and why.
+    If triton cannot be used on a GPU, the result is `unusable: ` and the reason.
     """
     if device.type != "cuda":
         return None
@@ -75,7 +80,7 @@ def triton_version(device: torch.device) -> str | None:
 
 @functools.cache
 def _working_kernels(device: torch.device) -> ModuleType | str:
-    """Load `kernels.py` and try it; where triton cannot be used, give the reason."""
+    """Load `kernels.py` and test it; return the reason if triton cannot be used."""
     try:
         kernels = importlib.import_module("latentcache.vae.kernels")
         kernels.to_input(torch.zeros((1, 3, 8, 8), dtype=torch.uint8, device=device), torch.float16)
@@ -90,11 +95,11 @@ def _working_kernels(device: torch.device) -> ModuleType | str:
 
 
 class FastEncoder:
-    """A VAE's encoder and `quant_conv`, called like `KLAutoencoder.encode`.
+    """A VAE's encoder and `quant_conv`, with the interface of `KLAutoencoder.encode`.
 
     Args:
-        vae: in fp32; its weights are converted here, once.
-        dtype: to compute in.
+        vae: the VAE in fp32; its weights are converted once, on construction.
+        dtype: the dtype of the computation.
         kernels: the module `kernels` or `plain`.
     """
 
@@ -143,7 +148,7 @@ class FastEncoder:
 
 @dataclass(frozen=True, slots=True)
 class _Target:
-    """What layers are converted to."""
+    """The target of the conversion of layers."""
 
     dtype: torch.dtype
     kernels: ModuleType
@@ -157,13 +162,18 @@ class _Target:
         return _Conv(conv.weight, conv.bias, self)
 
     def conv_in(self, conv: nn.Conv2d) -> _Conv:
-        """Convert the first convolution, for images with some channels of zeros."""
+        """Convert the first convolution, for images with additional channels of zeros."""
         assert conv.bias is not None
         num_zeros = self.kernels.NUM_INPUT_CHANNELS - conv.in_channels
         return _Conv(F.pad(conv.weight, (0, 0, 0, 0, 0, num_zeros)), conv.bias, self)
 
     def conv_out(self, conv: nn.Conv2d, quant_conv: nn.Module) -> _Conv:
-        """Convert the last convolution and what multiplies each of its pixels, as one."""
+        """Convert the last convolution and `quant_conv` to one convolution.
+
+        Args:
+            conv: the last convolution.
+            quant_conv: a 1×1 convolution, or the identity.
+        """
         assert conv.bias is not None
         weight, bias = conv.weight, conv.bias
         if isinstance(quant_conv, nn.Conv2d):
@@ -175,9 +185,9 @@ class _Target:
 
 
 class _Conv:
-    """A convolution of [B, H, W, C], of stride 1 unless its input is padded already.
+    """A convolution of [B, H, W, C], with stride 1 unless its input is already padded.
 
-    `left_bias` is what the kernels' user adds later; None where the convolution has added it.
+    `left_bias` is the bias that the next operation must add; None if the convolution adds it.
     """
 
     def __init__(
@@ -192,11 +202,11 @@ class _Conv:
     def __call__(self, x: Tensor) -> Tensor:
         x = x.permute(0, 3, 1, 2)
         x = F.conv2d(x, self._weight, self._bias, self._stride, self._padding)
-        return x.permute(0, 2, 3, 1).contiguous()  # which it is, but for degenerate shapes
+        return x.permute(0, 2, 3, 1).contiguous()  # copies only degenerate shapes
 
 
 class _Norm:
-    """A GroupNorm, with SiLU or without, of a map whose bias may be left to add."""
+    """A GroupNorm, optionally with SiLU, of a map whose bias may not be added yet."""
 
     def __init__(self, norm: nn.GroupNorm, bias: Tensor | None, kernels: ModuleType) -> None:
         self._norm, self._bias, self._kernels = norm, bias, kernels
@@ -210,7 +220,7 @@ class _Norm:
 
 
 class _Resnet:
-    """A residual block; `pads` adds the zeros that a halving convolution after it wants."""
+    """A residual block; `pads` adds the zeros that a halving convolution after it needs."""
 
     def __init__(
         self, block: ResnetBlock, bias: Tensor | None, target: _Target, *, pads: bool
@@ -235,7 +245,7 @@ class _Resnet:
         self.left_bias = self._bias if self._shortcut is not None and not pads else None
 
     def __call__(self, x: Tensor, statistics: Tensor | None) -> _Map:
-        # One step at a time: no more than three maps are alive at once.
+        # Separate statements keep at most three maps alive at once.
         h = self._norm1(x, statistics, silu=True)
         h = self._conv1(h)
         h = self._norm2(h, None, silu=True)
@@ -277,7 +287,7 @@ class _Attention:
 
 
 class _Halving:
-    """A convolution of stride 2, on a map that is padded already."""
+    """A convolution of stride 2 on a map that is already padded."""
 
     def __init__(self, layer: Downsample, target: _Target) -> None:
         assert layer.conv.bias is not None

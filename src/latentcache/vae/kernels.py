@@ -1,17 +1,17 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
-"""Triton kernels for what lies between the encoder's convolutions, on maps that are NHWC.
+"""Triton kernels for the operations between the encoder's convolutions, on NHWC maps.
 
-torch's GroupNorm goes back to NCHW and takes five passes over a map with the SiLU, the residual sum
-and the convolution's bias. Here it takes two: one that sums and gathers statistics, one that
-normalises. Channels are contiguous, and a program works through a chunk of one image's pixels, so
-that a batch of one keeps a GPU as busy as one of 64.
+torch's GroupNorm converts to NCHW. With the SiLU, the residual sum and the convolution's bias it
+makes five passes over a map. The kernels here make two: one sums and computes statistics, and one
+normalises. Channels are contiguous. A program processes a chunk of one image's pixels, so that a
+batch of one image uses a GPU as fully as a batch of 64.
 
-Statistics are float32 and sound for values far from zero: sums are taken of differences from a
-pixel of the chunk, and chunks are merged by Chan, Golub and LeVeque, "Algorithms for Computing the
-Sample Variance" (1983), equation 2.1. No atomics: the same batch gives the same bits.
+Statistics are float32 and accurate for values far from zero: sums are of differences from a pixel
+of the chunk, and chunks are merged as in Chan, Golub and LeVeque, "Algorithms for Computing the
+Sample Variance" (1983), equation 2.1. There are no atomics, so the same batch gives the same bits.
 
-Only this file and `triton_kernels.py` import triton; `fast.py` imports it where a GPU is. Under
-TRITON_INTERPRET=1 it runs on CPU tensors, which is how the tests see it.
+Only this file and `triton_kernels.py` import triton. `fast.py` imports this file if there is a GPU.
+With TRITON_INTERPRET=1 it runs on CPU tensors, which the tests use.
 """
 
 from __future__ import annotations
@@ -28,31 +28,37 @@ from latentcache.vae.triton_kernels import (
     to_input_kernel,
 )
 
-# Values of a tile, and the warps that carry them: 16 values a thread, so two reads of 16 bytes from
-# each map before the first is needed, and registers for two or three programs at once on a
-# multiprocessor of sm_90. Never measured on a GPU: bench/encoder.py tries others.
+# The values of a tile and the warps of a program. With 16 values per thread, each thread issues two
+# reads of 16 bytes from each map before it needs the first, and a multiprocessor of sm_90 has
+# registers for two or three programs at once. This was never measured on a GPU; bench/encoder.py
+# tries other values.
 TILE = 4096
 NUM_WARPS = 8
 
-# Programs that fill a large GPU several times over; and chunks of one image at most, for each
-# program that normalises reads the statistics of all of them.
+# The number of programs, which fills a large GPU several times; and the maximum number of chunks of
+# one image, which is limited because each normalising program reads the statistics of all chunks.
 NUM_PROGRAMS = 2048
 MAX_CHUNKS = 256
 
-# Convolutions leave out their bias, and what follows adds it in passing.
+# Convolutions do not add their bias. The next operation adds it.
 FOLDS_BIAS = True
 
-# Images are given this many channels, the last ones zero: 16 bytes a pixel, which tensor cores ask.
+# Images get this many channels, the last ones zero: 16 bytes per pixel, as tensor cores require.
 NUM_INPUT_CHANNELS = 8
 
-# Attention scores held at once: 512 MiB in float32, and half of that for their exponentials. One
-# image of 1024 px has twice as many, and eight of 512 px just as many.
+# The maximum number of attention scores in memory: 512 MiB in float32, and half of that for their
+# exponentials. One image of 1024 px has twice as many, and eight images of 512 px exactly as many.
 MAX_SCORES = 2**27
 _MAX_SOFTMAX_TILE = 16384
 
 
 def to_input(images: Tensor, dtype: torch.dtype) -> Tensor:
-    """Turn uint8 [B, 3, H, W] into [B, H, W, 8] of that dtype: [-1, 1] and then zeros."""
+    """Convert uint8 [B, 3, H, W] to [B, H, W, 8]: three channels in [-1, 1], then zeros.
+
+    Args:
+        images: the images.
+        dtype: the dtype of the result.
+    """
     batch, _, height, width = images.shape
     images = images.contiguous()
     out = images.new_empty((batch, height, width, NUM_INPUT_CHANNELS), dtype=dtype)
@@ -72,12 +78,12 @@ def group_norm(
     eps: float,
     silu: bool,
 ) -> Tensor:
-    """Normalise x + bias by group, with SiLU or without.
+    """Normalise x + bias by group, optionally with SiLU.
 
     Args:
         x: [B, H, W, C] in any float dtype.
-        bias: float32 [C], yet to be added to x; None is zero.
-        statistics: of x + bias, as `add` gives them; None has them gathered here.
+        bias: float32 [C], not added to x yet; None means zero.
+        statistics: the statistics of x + bias from `add`; None computes them here.
         weight: float32 [C].
         shift: float32 [C].
         num_groups: a divisor of C.
@@ -85,7 +91,7 @@ def group_norm(
         silu: whether SiLU follows.
 
     Returns:
-        Like x.
+        A tensor of x's shape and dtype.
     """
     if statistics is None:
         statistics = _sum(x, None, bias, None, num_groups)
@@ -118,20 +124,32 @@ def group_norm(
 
 
 def add(x: Tensor, h: Tensor, bias: Tensor | None, num_groups: int) -> tuple[Tensor, Tensor | None]:
-    """Sum two maps [B, H, W, C] and a float32 bias [C], and gather the sum's statistics by group.
+    """Add two maps and a bias, and compute the statistics of the sum by group.
+
+    Args:
+        x: [B, H, W, C].
+        h: a map of x's shape.
+        bias: float32 [C]; None means zero.
+        num_groups: a divisor of C.
 
     Returns:
-        The sum, like x; and its statistics for `group_norm`, float32 [B, chunks, 2, groups].
+        The sum, with x's shape and dtype; and its statistics for `group_norm`, float32
+        [B, chunks, 2, groups].
     """
     out = torch.empty_like(x)
     return out, _sum(x, h, bias, out, num_groups)
 
 
 def add_padded(x: Tensor, h: Tensor | None, bias: Tensor | None) -> Tensor:
-    """Sum like `add`, with a row of zeros below and a column of zeros at the right.
+    """Sum like `add`, and pad with a row of zeros at the bottom and a column at the right.
+
+    Args:
+        x: [B, H, W, C].
+        h: a map of x's shape; None means zero.
+        bias: float32 [C]; None means zero.
 
     Returns:
-        [B, H + 1, W + 1, C], what a stride-2 convolution of the encoder takes.
+        [B, H + 1, W + 1, C], the input of a stride-2 convolution of the encoder.
     """
     batch, height, width, channels = x.shape
     out = x.new_empty((batch, height + 1, width + 1, channels))
@@ -156,11 +174,17 @@ def add_padded(x: Tensor, h: Tensor | None, bias: Tensor | None) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Give softmax(q kᵀ) v of [B, n, C] each; the scale is in q.
+    """Return softmax(q kᵀ) v.
 
-    One head of 512 channels is more than flash attention takes (256), and what torch falls back to
-    keeps no accumulator of that width in registers. Two matrix products with float32 scores between
-    them move more bytes and are still bound by arithmetic; as many queries at once as `MAX_SCORES`.
+    One head of 512 channels exceeds the limit of flash attention (256), and torch's fallback does
+    not keep an accumulator of that width in registers. Two matrix products with float32 scores
+    between them move more bytes, but are still limited by arithmetic. `MAX_SCORES` limits the
+    queries that are computed at once.
+
+    Args:
+        q: the scaled queries, [B, n, C].
+        k: the keys, [B, n, C].
+        v: the values, [B, n, C].
     """
     batch, length, _ = q.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -177,21 +201,22 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """Multiply batches of matrices, with a float32 result whatever they are."""
+    """Multiply batches of matrices of any float dtype; the result is float32."""
     if a.is_cuda and a.dtype != torch.float32:
         return torch.bmm(a, b, out_dtype=torch.float32)
     return torch.bmm(a.float(), b.float())
 
 
 def _exponentials(scores: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Give exp(s - max) of each row, and the rows' sums: a softmax but for the division.
+    """Return exp(s - max) of each row, and the sums of the rows: a softmax without its division.
 
     Args:
         scores: float32 [..., n], contiguous.
-        dtype: of the exponentials.
+        dtype: the dtype of the exponentials.
 
     Returns:
-        Exponentials like scores, and float32 [..., 1], the sums of them as rounded.
+        The exponentials, with the shape of `scores`; and the sums of the rounded exponentials,
+        float32 [..., 1].
     """
     length = scores.shape[-1]
     out = torch.empty_like(scores, dtype=dtype)
@@ -205,26 +230,26 @@ def _exponentials(scores: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 class _Lanes:
-    """How channels are laid out over a tile: groups padded to powers of two, in both directions."""
+    """The layout of channels in a tile: the groups and their channels, padded to powers of two."""
 
     def __init__(self, channels: int, num_groups: int) -> None:
         self.groups = triton.next_power_of_2(num_groups)
         self.depth = triton.next_power_of_2(channels // num_groups)
         self.block = max(1, TILE // (self.groups * self.depth))
-        """Pixels of a tile."""
+        """The pixels of a tile."""
 
 
 def _chunks(batch: int, num_pixels: int, block: int) -> tuple[int, int]:
-    """Cut an image into chunks of whole tiles: pixels of a chunk, and how many chunks."""
-    wanted = min(MAX_CHUNKS, triton.cdiv(NUM_PROGRAMS, batch))
-    chunk_pixels = triton.cdiv(triton.cdiv(num_pixels, wanted), block) * block
+    """Split an image into chunks of whole tiles; return the pixels of a chunk and their number."""
+    max_chunks = min(MAX_CHUNKS, triton.cdiv(NUM_PROGRAMS, batch))
+    chunk_pixels = triton.cdiv(triton.cdiv(num_pixels, max_chunks), block) * block
     return chunk_pixels, triton.cdiv(num_pixels, chunk_pixels)
 
 
 def _sum(
     x: Tensor, h: Tensor | None, bias: Tensor | None, out: Tensor | None, num_groups: int
 ) -> Tensor:
-    """Gather the statistics of x + h + bias, and write the sum if there is an `out`."""
+    """Return the statistics of x + h + bias, and write the sum to `out` if it is given."""
     batch, height, width, channels = x.shape
     lanes = _Lanes(channels, num_groups)
     chunk_pixels, num_chunks = _chunks(batch, height * width, lanes.block)

@@ -1,10 +1,10 @@
-# ruff: noqa: D102  (what a forward takes and gives stands in its class's docstring)
+# ruff: noqa: D102  (the docstring of a class describes its `forward`)
 """The KL autoencoder of Stable Diffusion, SDXL, SD3 and FLUX, in plain PyTorch.
 
-This is the eager reference: every faster path is measured against it. Modules and parameters carry
-the names that diffusers' `AutoencoderKL` writes today, attention as linear layers (`to_q`, `to_k`,
-`to_v`, `to_out.0`); these are the canonical names that `weights.py` maps every checkpoint onto and
-that the encoder's fingerprint is taken over.
+This is the eager reference: every faster implementation is compared with it. Modules and parameters
+have the names of diffusers' current `AutoencoderKL`, with attention as linear layers (`to_q`,
+`to_k`, `to_v`, `to_out.0`). `weights.py` maps every checkpoint to these canonical names, and the
+encoder's fingerprint is computed over them.
 
 Architecture: Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models" (2022),
 appendix G; GroupNorm with eps 1e-6, SiLU, 3×3 convolutions, one attention head at the bottom.
@@ -28,7 +28,7 @@ def _norm(num_groups: int, channels: int) -> nn.GroupNorm:
 
 
 class ResnetBlock(nn.Module):
-    """Two pre-activated 3×3 convolutions around a shortcut, which is 1×1 if channels change."""
+    """Two pre-activated 3×3 convolutions and a shortcut, which is a 1×1 convolution if needed."""
 
     def __init__(self, in_channels: int, out_channels: int, num_groups: int) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class MidBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve the side by a strided convolution, padded at the right and bottom only."""
+    """A strided convolution that halves the sides; it pads only at the right and the bottom."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double the side by nearest neighbours and a convolution."""
+    """Nearest-neighbour upsampling that doubles the sides, then a convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class Upsample(nn.Module):
 
 
 class DownBlock(nn.Module):
-    """Residual blocks at one size of the encoder, then a halving unless it is the last."""
+    """The residual blocks at one size of the encoder, then a `Downsample` unless it is the last."""
 
     def __init__(
         self, in_channels: int, out_channels: int, *, num_layers: int, num_groups: int, last: bool
@@ -127,7 +127,7 @@ class DownBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """Residual blocks at one size of the decoder, then a doubling unless it is the last."""
+    """The residual blocks at one size of the decoder, then an `Upsample` unless it is the last."""
 
     def __init__(
         self, in_channels: int, out_channels: int, *, num_layers: int, num_groups: int, last: bool
@@ -146,7 +146,7 @@ class UpBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """[B, 3, H, W] in [-1, 1] -> [B, 2C, H/f, W/f], before `quant_conv`."""
+    """The encoder: [B, 3, H, W] in [-1, 1] -> [B, 2C, H/f, W/f], before `quant_conv`."""
 
     def __init__(self, arch: Architecture) -> None:
         super().__init__()
@@ -176,7 +176,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """[B, C, h, w] after `post_quant_conv` -> [B, 3, f*h, f*w], about [-1, 1]."""
+    """The decoder: [B, C, h, w] after `post_quant_conv` -> [B, 3, f*h, f*w], about [-1, 1]."""
 
     def __init__(self, arch: Architecture) -> None:
         super().__init__()
@@ -209,7 +209,7 @@ class KLAutoencoder(nn.Module):
 
     Args:
         architecture: the sizes.
-        decoder: False leaves the decoder out, for a job that only encodes.
+        decoder: whether to have a decoder; a job that only encodes needs none.
     """
 
     def __init__(self, architecture: Architecture, *, decoder: bool = True) -> None:
@@ -231,12 +231,12 @@ class KLAutoencoder(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the modules compute in."""
+        """The dtype of the computation."""
         return self.encoder.conv_in.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the modules lie; inputs must lie there too."""
+        """The device of the modules; inputs must be on it."""
         return self.encoder.conv_in.weight.device
 
     def encode(self, images: Tensor) -> Tensor:
@@ -250,7 +250,7 @@ class KLAutoencoder(nn.Module):
             is scaled.
 
         Raises:
-            ConfigError: another dtype or shape.
+            ConfigError: `images` has another dtype or shape.
         """
         require_images(images, self.architecture.downsample_factor)
         x = (images.float() / 127.5 - 1.0).to(self.dtype)
@@ -262,40 +262,44 @@ class KLAutoencoder(nn.Module):
         """Decode unscaled latents to images.
 
         Args:
-            latents: [B, C, h, w], as `encode` gives them: not scaled, not shifted.
+            latents: [B, C, h, w] as from `encode`, neither scaled nor shifted.
 
         Returns:
-            float32 [B, 3, f*h, f*w] in [-1, 1]; `to_uint8` makes pixels of it.
+            float32 [B, 3, f*h, f*w] in [-1, 1]; `to_uint8` converts it to pixels.
 
         Raises:
-            ConfigError: another shape, or the VAE was loaded without its decoder.
+            ConfigError: `latents` has another shape, or the VAE was loaded without its decoder.
         """
         if self.decoder is None:
             raise ConfigError("this VAE was loaded without its decoder: load it with decoder=True")
         channels = self.architecture.latent_channels
         if latents.ndim != 4 or latents.shape[1] != channels:
-            raise ConfigError(f"decode wants [B, {channels}, h, w], not {list(latents.shape)}")
+            raise ConfigError(f"decode needs [B, {channels}, h, w], not {list(latents.shape)}")
         x = self.decoder(self.post_quant_conv(latents.to(self.dtype)))
         out: Tensor = x.float().clamp(-1.0, 1.0)
         return out
 
 
 def require_images(images: Tensor, factor: int) -> None:
-    """Refuse what is not a batch of images whose sides an encoder can divide by `factor`.
+    """Raise an error if a tensor is not a batch of images that an encoder accepts.
+
+    Args:
+        images: the tensor.
+        factor: the required divisor of the sides.
 
     Raises:
-        ConfigError: not uint8 [B, 3, H, W], or H or W is no multiple of `factor`.
+        ConfigError: the tensor is not uint8 [B, 3, H, W], or H or W is not a multiple of `factor`.
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         shape = list(images.shape)
-        raise ConfigError(f"encode wants uint8 [B, 3, H, W], not {images.dtype} {shape}")
+        raise ConfigError(f"encode needs uint8 [B, 3, H, W], not {images.dtype} {shape}")
     height_px, width_px = images.shape[2:]
     if min(height_px, width_px) < factor or height_px % factor or width_px % factor:
         raise ConfigError(
-            f"encode wants sides that are multiples of {factor} px, not {width_px}x{height_px}"
+            f"encode needs sides that are multiples of {factor} px, not {width_px}x{height_px}"
         )
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Turn [-1, 1] into uint8 pixels, rounded to the nearest level, on the same device."""
+    """Convert [-1, 1] to uint8 pixels, rounded to the nearest level, on the same device."""
     return ((images.float() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)

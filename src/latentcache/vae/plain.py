@@ -1,7 +1,8 @@
-"""What `kernels.py` does, by torch's own operations: for CPUs, whose convolutions add their bias.
+"""The functions of `kernels.py` with torch's own operations, for CPUs.
 
-Maps are [B, H, W, C] here too. torch's GroupNorm keeps that order on a CPU, and SiLU works in
-place: fresh memory is what costs most there.
+Convolutions on CPUs add their bias themselves. Maps are [B, H, W, C] as in `kernels.py`. torch's
+GroupNorm keeps this order on a CPU. SiLU works in place, because new memory is the largest cost
+there.
 """
 
 from __future__ import annotations
@@ -15,7 +16,12 @@ NUM_INPUT_CHANNELS = 3
 
 
 def to_input(images: Tensor, dtype: torch.dtype) -> Tensor:
-    """Turn uint8 [B, 3, H, W] into [B, H, W, 3] in [-1, 1]."""
+    """Convert uint8 [B, 3, H, W] to [B, H, W, 3] in [-1, 1].
+
+    Args:
+        images: the images.
+        dtype: the dtype of the result.
+    """
     return images.permute(0, 2, 3, 1).float().div_(127.5).sub_(1.0).to(dtype).contiguous()
 
 
@@ -29,7 +35,21 @@ def group_norm(
     eps: float,
     silu: bool,
 ) -> Tensor:
-    """Normalise x + bias by group, with SiLU or without; torch gathers the statistics itself."""
+    """Normalise x + bias by group, optionally with SiLU.
+
+    Args:
+        x: [B, H, W, C] in any float dtype.
+        bias: float32 [C], not added to x yet; None means zero.
+        statistics: ignored, because torch computes the statistics.
+        weight: float32 [C].
+        shift: float32 [C].
+        num_groups: a divisor of C.
+        eps: added to the variance.
+        silu: whether SiLU follows.
+
+    Returns:
+        A tensor of x's shape and dtype.
+    """
     if bias is not None:
         x = x + bias.to(x.dtype)
     weight, shift = weight.to(x.dtype), shift.to(x.dtype)
@@ -44,7 +64,17 @@ def add(
     bias: Tensor | None,
     num_groups: int,
 ) -> tuple[Tensor, Tensor | None]:
-    """Sum two maps and a bias into the first; the statistics are left to `group_norm`."""
+    """Add a map and a bias to the first map in place.
+
+    Args:
+        x: [B, H, W, C], overwritten with the sum.
+        h: a map of x's shape.
+        bias: float32 [C]; None means zero.
+        num_groups: ignored.
+
+    Returns:
+        The sum, and None, because `group_norm` computes the statistics.
+    """
     x += h
     if bias is not None:
         x += bias.to(x.dtype)
@@ -52,7 +82,16 @@ def add(
 
 
 def add_padded(x: Tensor, h: Tensor | None, bias: Tensor | None) -> Tensor:
-    """Sum like `add`, with a row of zeros below and a column of zeros at the right."""
+    """Sum like `add`, and pad with a row of zeros at the bottom and a column at the right.
+
+    Args:
+        x: [B, H, W, C].
+        h: a map of x's shape; None means zero.
+        bias: float32 [C]; None means zero.
+
+    Returns:
+        [B, H + 1, W + 1, C], the input of a stride-2 convolution of the encoder.
+    """
     batch, height, width, channels = x.shape
     out = x.new_empty((batch, height + 1, width + 1, channels))
     out[:, height].zero_()
@@ -68,6 +107,12 @@ def add_padded(x: Tensor, h: Tensor | None, bias: Tensor | None) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Give softmax(q kᵀ) v of [B, n, C] each; the scale is in q."""
+    """Return softmax(q kᵀ) v.
+
+    Args:
+        q: the scaled queries, [B, n, C].
+        k: the keys, [B, n, C].
+        v: the values, [B, n, C].
+    """
     q, k, v = (tensor.unsqueeze(1) for tensor in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, scale=1.0).squeeze(1)

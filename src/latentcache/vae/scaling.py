@@ -1,7 +1,8 @@
-"""Which scaling factor the latents of a checkpoint have: of its config, its contents, or the user.
+"""Determine the scaling factor of a checkpoint's latents from its config, its tensors or the user.
 
-A diffusion model is trained on `(z - shift_factor) * scaling_factor`. A diffusers config says both.
-A file without a config does not: SDXL's autoencoder has the shapes of Stable Diffusion's.
+A diffusion model is trained on `(z - shift_factor) * scaling_factor`. A diffusers config has both
+values. A file without a config does not, and shapes do not determine them: SDXL's autoencoder has
+the same shapes as Stable Diffusion's.
 """
 
 from __future__ import annotations
@@ -26,12 +27,13 @@ _SD, _SDXL = 0.18215, 0.13025
 
 
 def recognised_factor(tensors: Mapping[str, Tensor]) -> float | None:
-    """Tell the scaling factor from the tensors of a CompVis checkpoint, where they determine it.
+    """Return the scaling factor that the tensors of a CompVis checkpoint determine, or None.
 
-    A `LatentDiffusion` that was trained with a measured factor keeps it as a buffer, `scale_factor`
-    (CompVis's `ddpm.py`). Else a whole checkpoint tells its family by the networks beside the
-    autoencoder: `conditioner` is SDXL's, but with `edm_mean` it is Playground's, which scales by
-    channel; a U-Net without it is Stable Diffusion 1 or 2. An autoencoder alone tells nothing.
+    A `LatentDiffusion` that was trained with a measured factor has it as the buffer `scale_factor`
+    (CompVis's `ddpm.py`). Otherwise the networks beside the autoencoder show the family of a whole
+    checkpoint: `conditioner` means SDXL, unless `edm_mean` shows that it is Playground's, which
+    scales by channel. A U-Net without `conditioner` means Stable Diffusion 1 or 2. An autoencoder
+    alone does not determine the factor.
     """
     if (buffer := tensors.get("scale_factor")) is not None and buffer.numel() == 1:
         factor = float(buffer)
@@ -52,36 +54,34 @@ def resolve_scaling(
     shift_factor: float | None,
     checkpoint: str,
 ) -> tuple[float, float]:
-    """Bring together what a checkpoint and a config say of the scaling and shift factors.
+    """Return the scaling factor and the shift factor that a checkpoint and a config specify.
 
     Args:
-        architecture: of the checkpoint.
-        scaling_factor: `vae.scaling_factor` of the config; None if it says nothing.
-        shift_factor: `vae.shift_factor` of the config; None if it says nothing.
-        checkpoint: its URL, for errors.
-
-    Returns:
-        The scaling factor and the shift factor.
+        architecture: the architecture of the checkpoint.
+        scaling_factor: `vae.scaling_factor` of the config; None if it is not set.
+        shift_factor: `vae.shift_factor` of the config; None if it is not set.
+        checkpoint: the URL of the checkpoint, for errors.
 
     Raises:
-        ConfigError: the two contradict each other, or neither says the scaling factor.
+        ConfigError: the checkpoint and the config contradict each other, or neither has the scaling
+            factor.
     """
     known = architecture.scaling_factor
     if known is None:
         if scaling_factor is None:
             raise ConfigError(
-                f"{checkpoint} does not say its scaling factor: set vae.scaling_factor ({_USUAL}), "
-                "or put the config.json of its diffusers version beside it"
+                f"{checkpoint} has no scaling factor: set vae.scaling_factor ({_USUAL}), or put "
+                "the config.json of its diffusers version beside it"
             )
         return scaling_factor, shift_factor or 0.0
     known_shift = architecture.shift_factor or 0.0
-    for field, given, found in (
+    for field, given, actual in (
         ("scaling_factor", scaling_factor, known),
         ("shift_factor", shift_factor, known_shift),
     ):
-        if given is not None and given != found:
+        if given is not None and given != actual:
             raise ConfigError(
-                f"vae.{field} is {given:g}, but that of {checkpoint} is {found:g}: leave "
+                f"vae.{field} is {given:g}, but that of {checkpoint} is {actual:g}: leave "
                 "vae.scaling_factor and vae.shift_factor out, or correct its config.json"
             )
     return known, known_shift

@@ -1,9 +1,9 @@
-"""A checkpoint file on disk -> its named tensors, running nothing that the file says.
+"""Read the named tensors of a checkpoint file, without executing anything in the file.
 
-Three containers: safetensors; PyTorch's zip (1.6 and later) and the older bare pickle; and a zip
-that holds one of those, as `kl-f8.zip` does. PyTorch never sees a file: it would choose a reader by
-rules of its own, and one of its readers runs TorchScript. The zip is read by `archive.py`, the
-pickle by `tensorpickle.py`, and the tensors are views of the file's own bytes.
+The containers are safetensors, PyTorch's zip (1.6 and later), the older bare pickle, and a zip with
+one of those, such as `kl-f8.zip`. PyTorch never opens a file: it would choose a reader by its own
+rules, and one of its readers runs TorchScript. `archive.py` reads the zip, `tensorpickle.py` reads
+the pickle, and the tensors are views of the file's bytes.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from latentcache.vae.tensorpickle import (
 
 SUFFIXES = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".zip")
 
-# Of a bare pickle's first two values: `torch/serialization.py`.
+# The first two values of a bare pickle; see `torch/serialization.py`.
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 
-# A tensor's entry in the header takes about 100 bytes; the largest networks have 5,000.
+# A tensor's entry in the header takes about 100 bytes. The largest networks have 5,000 tensors.
 _MAX_HEADER_BYTES = 8 * 2**20
 
-# Weights shrink by a tenth in a zip, weights that were widened from half precision to a third.
+# A zip reduces weights by a tenth, and weights that were widened from half precision to a third.
 _MAX_INFLATION = 20
 
 _CHUNK_BYTES = 2**20
 
-# What the safetensors library raises for a header that it takes and torch does not.
+# The exceptions of the safetensors library for a header that it accepts and torch does not.
 _REFUSED = (
     SafetensorError,
     ArithmeticError,
@@ -57,14 +57,15 @@ _REFUSED = (
 
 
 def read_tensors(path: Path, name: str) -> dict[str, Tensor]:
-    """Read every named tensor of a checkpoint file; most are mapped from disk, not yet read.
+    """Return every named tensor of a checkpoint file. Most are mapped from disk and not read yet.
 
     Args:
-        path: the file; its content decides how it is read, but for `.safetensors`.
-        name: how errors call it.
+        path: the file. Its content determines the container, unless its name ends with
+            `.safetensors`.
+        name: the name of the file in errors.
 
     Raises:
-        CheckpointError: not a checkpoint, damaged, or without tensors.
+        CheckpointError: the file is not a checkpoint, is damaged, or has no tensors.
         OSError: the file cannot be read.
     """
     return _read(path, name, may_hold_another=True)
@@ -89,12 +90,12 @@ def _read(path: Path, name: str, *, may_hold_another: bool) -> dict[str, Tensor]
                 tensors = _read_bare_pickle(_map(file))
             else:
                 raise CheckpointError(
-                    f"{name} is not a checkpoint: neither safetensors nor a PyTorch file; "
+                    f"{name} is not a checkpoint, neither safetensors nor a PyTorch file: "
                     "download it again"
                 )
         except Malformed as error:
             raise CheckpointError(
-                f"{name} is not a PyTorch checkpoint, cut off or damaged ({error}); "
+                f"{name} is not a PyTorch checkpoint, cut off or damaged ({error}): "
                 "download it again, or save its weights as .safetensors"
             ) from error
         except _REFUSED as error:
@@ -102,7 +103,7 @@ def _read(path: Path, name: str, *, may_hold_another: bool) -> dict[str, Tensor]
                 raise
             reason = one_line(first_line(error))[:300]
             raise CheckpointError(
-                f"{name} is cut off or damaged ({reason}); download it again"
+                f"{name} is cut off or damaged ({reason}): download it again"
             ) from error
     if not tensors:
         raise CheckpointError(f"{name} holds no named tensors: it is not a VAE checkpoint")
@@ -110,9 +111,9 @@ def _read(path: Path, name: str, *, may_hold_another: bool) -> dict[str, Tensor]
 
 
 def _refuse_stand_ins(head: bytes, name: str) -> None:
-    """Name the things that are often found where a checkpoint should be."""
+    """Raise an error for files that often replace a checkpoint by mistake."""
     if not head:
-        raise CheckpointError(f"{name} is empty; download it again")
+        raise CheckpointError(f"{name} is empty: download it again")
     if head.startswith(b"version https://git-lfs"):
         raise CheckpointError(f"{name} is a Git LFS pointer, not the file: run `git lfs pull`")
     if head.lstrip().startswith(b"<"):
@@ -122,14 +123,14 @@ def _refuse_stand_ins(head: bytes, name: str) -> None:
 
 
 def _map(file: BinaryIO) -> memoryview:
-    """Map a whole file; what is written to the memory, which nobody does, stays in memory."""
+    """Map a whole file into memory, copy-on-write, so that no write can reach the file."""
     return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
 
 
 def _read_safetensors(path: Path, head: bytes) -> dict[str, Tensor]:
-    """Let the library read the file; it checks that the tensors fill it without overlap."""
+    """Read the file with the library, which checks that the tensors fill it without overlap."""
     if len(head) >= 8 and (size := int.from_bytes(head[:8], "little")) > _MAX_HEADER_BYTES:
-        raise ValueError(f"its header takes {size} bytes, and {_MAX_HEADER_BYTES} are the most")
+        raise ValueError(f"its header takes {size} bytes, more than {_MAX_HEADER_BYTES}")
     tensors = safetensors.torch.load_file(path)
     for key in tensors:
         _check_name(key)
@@ -137,7 +138,7 @@ def _read_safetensors(path: Path, head: bytes) -> dict[str, Tensor]:
 
 
 def _find_checkpoint(members: Mapping[str, Member]) -> Member | None:
-    """Find the one checkpoint that a plain zip holds; None of a PyTorch zip, which is one."""
+    """Return the only checkpoint in a plain zip; None for a PyTorch zip, which is a checkpoint."""
     if any(name.endswith("/constants.pkl") for name in members):
         raise Malformed("it is a TorchScript archive: only weights can be read")
     if any(name.endswith("/data.pkl") for name in members):
@@ -152,7 +153,7 @@ def _read_inner(data: memoryview, member: Member, name: str) -> dict[str, Tensor
     """Unpack a checkpoint into a temporary file, and read that."""
     if member.size > _MAX_INFLATION * member.packed_size:
         raise Malformed(
-            f"a member of {member.packed_size} bytes becomes {member.size}: no weights do that"
+            f"a member of {member.packed_size} bytes unpacks to {member.size}, too many for weights"
         )
     inner_name = one_line(member.name[:200])
     with tempfile.TemporaryDirectory(prefix="latentcache-") as folder:
@@ -163,7 +164,7 @@ def _read_inner(data: memoryview, member: Member, name: str) -> dict[str, Tensor
 
 
 def _unpack(packed: memoryview, member: Member, target: BinaryIO) -> None:
-    """Write a member's bytes, no more than the directory says, and check them."""
+    """Write a member's unpacked bytes, at most its size in the directory, and check them."""
     inflater = None if member.is_stored else zlib.decompressobj(-zlib.MAX_WBITS)
     num_bytes = crc32 = 0
     for start in range(0, len(packed), _CHUNK_BYTES):
@@ -180,47 +181,50 @@ def _unpack(packed: memoryview, member: Member, target: BinaryIO) -> None:
             crc32 = zlib.crc32(chunk, crc32)
             target.write(chunk)
     if num_bytes != member.size or crc32 != member.crc32:
-        raise Malformed("a member is not what the zip directory says of it")
+        raise Malformed("a member and the zip directory disagree")
 
 
 def _read_archive(data: memoryview, members: Mapping[str, Member]) -> dict[str, Tensor]:
-    """Read a PyTorch zip: a pickle, and a member for each storage that it names."""
+    """Read a PyTorch zip: a pickle, and one member for each storage that it names."""
     pickles = [name for name in members if name.endswith("/data.pkl")]
     if len(pickles) != 1:
-        raise Malformed(f"it has {len(pickles)} members called data.pkl")
+        raise Malformed(f"it has {len(pickles)} members named data.pkl")
     folder = pickles[0].removesuffix("data.pkl")
     byte_order = members.get(f"{folder}byteorder")
     if byte_order and bytes(_bytes_of(data, byte_order)[:8]) != b"little":
         raise Malformed("it was saved on a machine of another byte order")
     pickled = members[pickles[0]]
-    # PyTorch can be asked to leave checksums out; they are 0 then.
+    # PyTorch has an option to leave checksums out. They are then 0.
     if pickled.crc32 not in (0, zlib.crc32(_bytes_of(data, pickled))):
-        raise Malformed("its data.pkl is not what its checksum says")
+        raise Malformed("its data.pkl does not match its checksum")
     reader = TensorPickle(data[: pickled.start + pickled.packed_size], pickled.start)
     tensors = _named_tensors(reader.load(), len(data))
 
     def start_of(storage: StoredStorage) -> int:
         member = members.get(f"{folder}data/{storage.key}")
         if member is None or not member.is_stored or member.size != storage.num_bytes:
-            raise Malformed(f"the storage {one_line(storage.key[:100])!r} is not as it should be")
+            raise Malformed(
+                f"the storage {one_line(storage.key[:100])!r} is missing, compressed or has "
+                "another size"
+            )
         return member.start
 
     return {key: _view(data, tensor, start_of(tensor.storage)) for key, tensor in tensors.items()}
 
 
 def _bytes_of(data: memoryview, member: Member) -> memoryview:
-    found = data[member.start : member.start + member.packed_size]
+    content = data[member.start : member.start + member.packed_size]
     if not member.is_stored:
         raise Malformed("a member is compressed, which PyTorch does not do")
-    return found
+    return content
 
 
 def _read_bare_pickle(data: memoryview) -> dict[str, Tensor]:
-    """Read PyTorch's older format: five pickles, then each storage behind its length."""
+    """Read PyTorch's older format: five pickles, then the length and the bytes of each storage."""
     reader = TensorPickle(data)
     if reader.load() != _MAGIC or reader.load() != _PROTOCOL:
-        raise Malformed("it is a pickle, but not one that PyTorch saved")
-    reader.load()  # the system that wrote it: its storages are little-endian or do not fit
+        raise Malformed("it is a pickle, but not from PyTorch")
+    reader.load()  # describes the writing system; big-endian storages fail the checks of lengths
     tensors = _named_tensors(reader.load(), len(data))
     keys = reader.load()
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
@@ -230,22 +234,22 @@ def _read_bare_pickle(data: memoryview) -> dict[str, Tensor]:
     for key in keys:
         storage = reader.storages.get(key)
         if storage is None or key in starts or position + 8 > len(data):
-            raise Malformed("its storages are not those that its pickle names")
+            raise Malformed("its storages and its pickle disagree")
         (num_elements,) = struct.unpack_from("<q", data, position)
         starts[key] = position + 8
         position += 8 + storage.num_bytes
         if num_elements != storage.num_elements or position > len(data):
-            raise Malformed("a storage is cut off, or of another size than its pickle says")
+            raise Malformed("a storage is cut off, or its size and its pickle disagree")
     if any(tensor.storage.key not in starts for tensor in tensors.values()):
         raise Malformed("a storage is missing")
     return {key: _view(data, tensor, starts[tensor.storage.key]) for key, tensor in tensors.items()}
 
 
 def _named_tensors(loaded: object, num_bytes: int) -> dict[str, StoredTensor]:
-    """Give the tensors of a state dict, or of a trainer's checkpoint around one.
+    """Return the tensors of a state dict, or of a trainer's checkpoint around one.
 
-    Tensors may share a storage, but all of them together take no more than twice the file: what is
-    made of them is then bounded by its size.
+    Tensors may share a storage, but all of them together may take at most twice the size of the
+    file. The memory of their copies is then bounded by the size of the file.
     """
     if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
         loaded = loaded["state_dict"]
@@ -265,7 +269,7 @@ def _check_name(key: str) -> None:
 
 
 def _view(data: memoryview, tensor: StoredTensor, start: int) -> Tensor:
-    """Make a tensor of the file's own bytes; nothing is read yet."""
+    """Return a tensor that is a view of the file's bytes; no bytes are read yet."""
     storage = tensor.storage
     if not storage.num_elements:
         return torch.empty(tensor.size, dtype=storage.dtype)

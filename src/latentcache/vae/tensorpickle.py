@@ -1,11 +1,11 @@
-"""A reader of the pickles in PyTorch files that knows tensors and nothing else.
+"""A reader of the pickles in PyTorch files that supports only tensors and simple values.
 
-It is not Python's unpickler: it imports nothing, calls nothing and sets no attribute. Of what a
-pickle may hold it knows these kinds of value: none, truth values, integers, text, tuples, lists,
-dicts, and PyTorch's storages and tensors, both only as descriptions (`StoredStorage`,
-`StoredTensor`). Everything else (other classes, sets, bytes, floats) becomes `OPAQUE`, so that a
-Lightning checkpoint with its optimizer and callbacks opens. Opcodes: CPython's `pickletools`;
-what PyTorch writes with them: `torch/serialization.py` and `torch/_utils.py`.
+It is not Python's unpickler: it imports nothing, calls nothing and sets no attribute. It supports
+these values: None, booleans, integers, text, tuples, lists, dicts, and PyTorch's storages and
+tensors, both only as descriptions (`StoredStorage`, `StoredTensor`). Every other value (of other
+classes, sets, bytes, floats) becomes `OPAQUE`, so that a Lightning checkpoint with its optimizer
+and callbacks can be read. The opcodes are documented in CPython's `pickletools`. PyTorch's use of
+them is in `torch/serialization.py` and `torch/_utils.py`.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import torch
 
 from latentcache.vae.archive import Malformed
 
-# A whole Stable Diffusion checkpoint takes 50,000 opcodes. An object takes up to 100 bytes of
-# memory and one opcode, so this bounds what a hostile pickle takes, too.
+# A whole Stable Diffusion checkpoint has 50,000 opcodes. An object needs one opcode and up to 100
+# bytes of memory, so this also limits the memory of a hostile pickle.
 MAX_OPCODES = 1_000_000
 
 MAX_NAME_CHARS = 1024
-"""Longer text is not kept: it names no tensor."""
+"""Longer text is not kept, because it is not the name of a tensor."""
 
 MAX_DIMS = 16
 _MAX_INTEGER_BYTES = 16
@@ -33,7 +33,7 @@ _MAX_GLOBAL_BYTES = 512
 
 @final
 class _Opaque:
-    """Stands for everything that is not read."""
+    """The placeholder of every unsupported value."""
 
     def __repr__(self) -> str:
         return "OPAQUE"
@@ -57,7 +57,7 @@ _STORAGE_DTYPES = {
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredStorage:
-    """A run of `num_elements` of one dtype, which lie elsewhere in the file under `key`."""
+    """A storage of `num_elements` of one dtype, elsewhere in the file under the name `key`."""
 
     key: str
     dtype: torch.dtype
@@ -65,13 +65,13 @@ class StoredStorage:
 
     @property
     def num_bytes(self) -> int:
-        """How many bytes it takes."""
+        """The size in bytes."""
         return self.num_elements * self.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredTensor:
-    """A tensor as a view of a storage, `offset` and `stride` in elements; it fits into it."""
+    """A tensor that is a view within a storage; `offset` and `stride` are in elements."""
 
     storage: StoredStorage
     offset: int
@@ -80,13 +80,13 @@ class StoredTensor:
 
     @property
     def num_bytes(self) -> int:
-        """How many bytes its elements take."""
+        """The size of the elements in bytes."""
         return math.prod(self.size) * self.storage.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Function:
-    """What a pickle may call, as a description: from the arguments to a value."""
+    """A function that a pickle may call, replaced by one that returns a description."""
 
     call: Callable[[tuple[object, ...]], object]
 
@@ -101,7 +101,7 @@ def _new_dict(arguments: tuple[object, ...]) -> object:
 
 
 def _rebuild_tensor(arguments: tuple[object, ...]) -> object:
-    """Describe what `torch._utils._rebuild_tensor_v2` would make; check that it fits."""
+    """Describe the result of `torch._utils._rebuild_tensor_v2`; check that it fits the storage."""
     if len(arguments) < 4:
         return OPAQUE
     storage, offset, size, stride = arguments[:4]
@@ -118,7 +118,7 @@ def _rebuild_tensor(arguments: tuple[object, ...]) -> object:
     num_elements = math.prod(size)
     last = offset + sum((side - 1) * step for side, step in zip(size, stride, strict=True))
     if num_elements and (last >= storage.num_elements or num_elements > storage.num_elements):
-        raise Malformed("a tensor is larger than what is stored of it")
+        raise Malformed("a tensor is larger than its storage")
     if not num_elements and max((offset, *size, *stride)) > storage.num_elements + 2**31:
         raise Malformed("an empty tensor has no usable offset, size and stride")
     return StoredTensor(storage, offset, size, stride)
@@ -141,14 +141,14 @@ _GLOBALS: dict[tuple[str, str], object] = {
 
 
 class TensorPickle:
-    """Reads one pickle after another from bytes.
+    """A reader of consecutive pickles.
 
     Args:
-        data: the bytes that hold them.
-        position: where the first begins; moves behind each that is read.
+        data: the bytes with the pickles.
+        position: the start of the first pickle. The attribute moves to the end of each one read.
 
     Attributes:
-        storages: what all of them name, by key.
+        storages: the storages of all pickles, by key.
     """
 
     def __init__(self, data: memoryview, position: int = 0) -> None:
@@ -160,7 +160,7 @@ class TensorPickle:
         self._memo: dict[int, object] = {}
 
     def load(self) -> object:
-        """Read one pickle; its value may hold itself.
+        """Read one pickle. Its value may contain itself.
 
         Raises:
             Malformed: it is cut off, too large, or has an opcode that PyTorch does not write.
@@ -172,7 +172,7 @@ class TensorPickle:
                 return self._pop()
             handler = _HANDLERS.get(opcode)
             if handler is None:
-                raise Malformed(f"its pickle has the opcode {opcode:#04x}, which is not read")
+                raise Malformed(f"its pickle has the unsupported opcode {opcode:#04x}")
             handler(self)
         raise Malformed(f"its pickle has more than {MAX_OPCODES} opcodes")
 
@@ -247,7 +247,7 @@ class TensorPickle:
             raise Malformed("its pickle is of an unknown protocol")
 
     def _frame(self) -> None:
-        self._take(8)  # its length, which only tells readers how much to read ahead
+        self._take(8)  # the length, which readers need only for reading ahead
 
     def _global(self) -> None:
         self._push_global(self._line(), self._line())
@@ -261,7 +261,7 @@ class TensorPickle:
 
     def _get(self, index: int) -> None:
         if index not in self._memo:
-            raise Malformed("its pickle takes a value from its memo that is not there")
+            raise Malformed("its pickle takes a value that is not in its memo")
         self._stack.append(self._memo[index])
 
     def _reduce(self) -> None:
@@ -272,7 +272,7 @@ class TensorPickle:
             self._stack.append(OPAQUE)
 
     def _build(self) -> None:
-        self._pop()  # the state of an object, which sets attributes: none has any here
+        self._pop()  # the state of an object, which would set attributes; it is ignored
         self._top()
 
     def _discard(self) -> None:
@@ -303,7 +303,7 @@ class TensorPickle:
         self._append([self._pop()])
 
     def _set_items(self, values: list[object]) -> None:
-        """Keep what can name tensors: the others' keys need not even be hashable."""
+        """Set the items with text keys; other keys name no tensors and may not be hashable."""
         if len(values) % 2:
             raise Malformed("its pickle has a key without a value")
         target = self._top()
@@ -318,10 +318,10 @@ class TensorPickle:
         self._set_items([key, value])
 
     def _persistent(self) -> None:
-        """Take a storage's description: ("storage", type, key, device, elements[, view])."""
+        """Read a storage's description: ("storage", type, key, device, elements[, view])."""
         pid = self._pop()
         if not isinstance(pid, tuple) or len(pid) not in (5, 6) or pid[0] != "storage":
-            raise Malformed("its pickle names something outside of it that is no storage")
+            raise Malformed("its pickle has an external reference that is not a storage")
         _, kind, key, _, num_elements, *view = pid
         if not isinstance(kind, _StorageType):
             self._stack.append(OPAQUE)

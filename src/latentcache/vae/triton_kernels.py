@@ -1,6 +1,21 @@
-# ruff: noqa: N803, N806, RET505  (constants of a kernel are written so; triton wants the else)
+# ruff: noqa: N803, N806, RET505  (kernel constants are upper case; triton needs the else)
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
-"""The kernels themselves, which `kernels.py` launches."""
+"""The Triton kernels that `kernels.py` launches.
+
+Parameters of `sum_kernel` and `normalise_kernel`:
+
+- x: [B, num_pixels, C] in any float dtype. h is another map of this form, read if HAS_H.
+- bias: float32 [C], read if HAS_BIAS. weight and shift: float32 [C].
+- out: a map like x, for the result. `sum_kernel` writes it if WRITES.
+- statistics: float32 [B, num_chunks, 2, GP], the means and the scatters of the groups of a chunk.
+- num_pixels: the pixels of an image. chunk_pixels: those of a chunk, a multiple of BLOCK.
+- num_chunks: the chunks of an image. CHUNKS is this number, rounded up to a power of two.
+- eps: added to the variance. SILU: whether SiLU follows.
+
+Constants of all kernels: C channels in G groups. A group of D = C / G channels has DP lanes and G
+groups have GP lanes, both rounded up to powers of two. BLOCK is the number of pixels of a tile, or
+of elements for rows of scores.
+"""
 
 from __future__ import annotations
 
@@ -10,22 +25,30 @@ import triton.language as tl
 
 @triton.jit
 def to_input_kernel(images, out, num_pixels, OUT: tl.constexpr, BLOCK: tl.constexpr):
-    """Turn uint8 NCHW into [-1, 1] in NHWC, the channels above three zero."""
+    """Convert uint8 NCHW to [-1, 1] in NHWC; channels after the third are zero.
+
+    Args:
+        images: uint8 [B, 3, num_pixels].
+        out: [B, num_pixels, OUT] in any float dtype.
+        num_pixels: the pixels of an image.
+        OUT: the number of output channels.
+        BLOCK: the pixels of a program.
+    """
     image = tl.program_id(1).to(tl.int64)
     pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     channel = tl.arange(0, OUT)
-    there = (pixel < num_pixels)[:, None]
+    is_pixel = (pixel < num_pixels)[:, None]
     is_colour = (channel < 3)[None, :]
     source = images + image * 3 * num_pixels + channel[None, :] * num_pixels + pixel[:, None]
-    level = tl.load(source, mask=there & is_colour, other=0).to(tl.float32)
+    level = tl.load(source, mask=is_pixel & is_colour, other=0).to(tl.float32)
     value = tl.where(is_colour, level / 127.5 - 1.0, 0.0)
     target = out + image * num_pixels * OUT + pixel[:, None] * OUT + channel[None, :]
-    tl.store(target, value.to(out.dtype.element_ty), mask=there)
+    tl.store(target, value.to(out.dtype.element_ty), mask=is_pixel)
 
 
 @triton.jit
 def _channels(C: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr):
-    """The channel of each lane, and whether there is one: a group has DP lanes and D channels."""
+    """Return the channel of each lane, and whether it exists: a group has DP lanes, D channels."""
     D: tl.constexpr = C // G
     lane = tl.arange(0, GP * DP)
     if D == DP:
@@ -36,12 +59,12 @@ def _channels(C: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, DP: tl.constex
 
 
 @triton.jit
-def _tile_mask(there, exists, C: tl.constexpr, LANES: tl.constexpr):
-    """Which pixels and channels of a tile are there; of the pixels alone where no lane is idle."""
+def _tile_mask(is_pixel, exists, C: tl.constexpr, LANES: tl.constexpr):
+    """Return the mask of the existing pixels and channels of a tile; if C == LANES, of pixels."""
     if C == LANES:
-        return there[:, None]
+        return is_pixel[:, None]
     else:
-        return there[:, None] & exists[None, :]
+        return is_pixel[:, None] & exists[None, :]
 
 
 @triton.jit
@@ -63,7 +86,7 @@ def sum_kernel(
     HAS_BIAS: tl.constexpr,
     WRITES: tl.constexpr,
 ):
-    """Add the bias and another map, and gather the statistics of each group in a chunk."""
+    """Add the bias and a map, compute the statistics of each group in a chunk. Args: see above."""
     LANES: tl.constexpr = GP * DP
     chunk = tl.program_id(0)
     image = tl.program_id(1).to(tl.int64)
@@ -74,7 +97,7 @@ def sum_kernel(
     if HAS_BIAS:
         add = tl.load(bias + channel, mask=exists, other=0.0)
 
-    # Differences from the chunk's first pixel keep what the squares would lose far from zero.
+    # Differences from the chunk's first pixel stay precise if the values are far from zero.
     start = (image * num_pixels + first) * C
     origin = tl.load(x + start + channel, mask=exists, other=0.0).to(tl.float32) + add
     if HAS_H:
@@ -99,7 +122,7 @@ def sum_kernel(
         sums += difference
         squares += difference * difference
 
-    # Of each channel, then of its group: what channels differ by belongs to the group's variance.
+    # Each channel first, then its group: its variance includes the differences between channels.
     count = (last - first).to(tl.float32)
     total = tl.sum(sums, axis=0)
     mean = tl.reshape(origin + total / count, (GP, DP))
@@ -134,18 +157,18 @@ def normalise_kernel(
     HAS_BIAS: tl.constexpr,
     SILU: tl.constexpr,
 ):
-    """Merge the chunks' statistics, normalise, and apply SiLU."""
+    """Merge the statistics of the chunks, normalise, and apply SiLU. Args: see above."""
     LANES: tl.constexpr = GP * DP
     D: tl.constexpr = C // G
     image = tl.program_id(1).to(tl.int64)
 
-    # Merge the chunks' means and scatters; again as differences, from the first chunk's mean.
+    # Merge the means and scatters of the chunks, again as differences, from the first chunk's mean.
     chunk = tl.arange(0, CHUNKS)[:, None]
     group = tl.arange(0, GP)
     source = statistics + image * num_chunks * 2 * GP
-    found = source + chunk * 2 * GP + group[None, :]
-    means = tl.load(found, mask=chunk < num_chunks, other=0.0)
-    scatters = tl.load(found + GP, mask=chunk < num_chunks, other=0.0)
+    address = source + chunk * 2 * GP + group[None, :]
+    means = tl.load(address, mask=chunk < num_chunks, other=0.0)
+    scatters = tl.load(address + GP, mask=chunk < num_chunks, other=0.0)
     left = tl.maximum(num_pixels - chunk * chunk_pixels, 0)
     counts = tl.minimum(left, chunk_pixels).to(tl.float32)
     origin = tl.load(source + group)
@@ -190,7 +213,19 @@ def pad_kernel(
     HAS_H: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
-    """Add, and pad below and to the right with zeros."""
+    """Add the bias and another map, and pad with zeros at the bottom and at the right.
+
+    Args:
+        x: [B, height, width, C] in any float dtype.
+        h: a map like x, added if HAS_H.
+        bias: float32 [C], added if HAS_BIAS.
+        out: [B, height + 1, width + 1, C].
+        height: the height of x.
+        width: the width of x.
+        C, BLOCK: see the module.
+        LANES: C, rounded up to a power of two.
+        HAS_H, HAS_BIAS: see above.
+    """
     image = tl.program_id(1).to(tl.int64)
     num_padded = (height + 1) * (width + 1)
     pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -213,12 +248,20 @@ def pad_kernel(
 
 @triton.jit
 def exponentials_kernel(scores, out, sums, length, BLOCK: tl.constexpr):
-    """Write the exponentials of a row of scores less its maximum, and their sum."""
+    """Write exp(s - max) for a row of scores, and the sum of these exponentials.
+
+    Args:
+        scores: float32 [rows, length].
+        out: [rows, length] in any float dtype, for the exponentials.
+        sums: float32 [rows], for the sums of the rounded exponentials.
+        length: the length of a row.
+        BLOCK: the elements that a program reads at once.
+    """
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     scores += row * length
     out += row * length
-    # Rows of up to a tile, the common ones, are read once; longer ones twice.
+    # Rows of at most BLOCK elements, the common case, are read once. Longer rows are read twice.
     head = tl.load(scores + column, mask=column < length, other=float("-inf"))
     highest = tl.max(head, axis=0)
     for start in range(BLOCK, length, BLOCK):

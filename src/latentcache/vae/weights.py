@@ -1,8 +1,8 @@
-"""From a checkpoint's URL to a `KLAutoencoder`, and the fingerprint of its encoder.
+"""Load a `KLAutoencoder` from a checkpoint's URL, and compute the fingerprint of its encoder.
 
-Two layouts are read: diffusers (`config.json` beside the weights, or a pipeline with a `vae/`
-folder) and the original CompVis one, alone or inside a whole Stable Diffusion checkpoint. Both are
-renamed to the names `model.py` uses.
+Two layouts are supported: diffusers (`config.json` beside the weights, or a pipeline with a `vae/`
+folder) and the original CompVis layout, alone or inside a whole Stable Diffusion checkpoint. The
+tensors of both are renamed to the names of `model.py`.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ DEMO = "demo"
 _CONFIG = "config.json"
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 
-_FIRST_STAGE = "first_stage_model."  # where a whole Stable Diffusion checkpoint keeps its VAE
-_NOT_WEIGHTS = ("loss.", "model_ema.")  # what CompVis's trainer saves beside them
+_FIRST_STAGE = "first_stage_model."  # the prefix of the VAE in a whole Stable Diffusion checkpoint
+_NOT_WEIGHTS = ("loss.", "model_ema.")  # CompVis's trainer saves these beside the weights
 _DECODER = ("decoder.", "post_quant_conv.")
 
-# CompVis does not write this down: `Normalize` in its code.
+# CompVis checkpoints do not have this number. It is in `Normalize` of CompVis's code.
 _COMPVIS_NUM_GROUPS = 32
 
 _MAX_CONFIG_BYTES = 2**20
@@ -65,7 +65,7 @@ _COMPVIS_RENAMES = (
     (r"\.nin_shortcut\.", ".conv_shortcut."),
     (r"^(encoder|decoder)\.norm_out\.", r"\1.conv_norm_out."),
 )
-_DIFFUSERS_RENAMES = (  # attention as diffusers spelt it before 0.17
+_DIFFUSERS_RENAMES = (  # the names of attention in diffusers before 0.17
     (r"\.attentions\.0\.(q)uery\.", r".attentions.0.to_\1."),
     (r"\.attentions\.0\.(k)ey\.", r".attentions.0.to_\1."),
     (r"\.attentions\.0\.(v)alue\.", r".attentions.0.to_\1."),
@@ -85,18 +85,18 @@ def load_vae(
     """Load a frozen VAE, ready to encode and decode.
 
     Args:
-        url: a local path or any fsspec URL (`hf://org/repo`, `hf://org/repo@revision/vae`,
+        url: a local path or any accepted URL (`hf://org/repo`, `hf://org/repo@revision/vae`,
             `s3://…`) of a diffusers folder, a pipeline folder with `vae/`, or one checkpoint file
             (`.safetensors`, `.bin`, `.ckpt`, `.pt`, `.pth`, or a `.zip` of one); or `demo`. A
-            `config.json` beside a file decides its architecture; a CompVis file does without, but
-            then `architecture.scaling_factor` may be None: see `scaling.py`.
-        device: where the modules go.
-        dtype: what they compute in; weights of any float type are read.
-        decoder: False leaves the decoder out, to save memory.
+            `config.json` beside a file determines its architecture. A CompVis file needs no config,
+            but then `architecture.scaling_factor` may be None; see `scaling.py`.
+        device: the device of the modules.
+        dtype: the dtype of the computation; weights of any float dtype are accepted.
+        decoder: whether to load the decoder; without it the VAE needs less memory.
         options: how to reach the store.
 
     Raises:
-        CheckpointError: nothing usable lies there.
+        CheckpointError: there is no usable checkpoint at the URL.
         StorageError: the store cannot be reached.
     """
     try:
@@ -112,27 +112,27 @@ def load_vae(
     return vae.to(device=device, dtype=dtype).eval().requires_grad_(False)
 
 
-# `organisation/model`, as the Hugging Face Hub names models.
+# `organisation/model`, the form of the names of models on the Hugging Face Hub.
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]*[A-Za-z0-9]", re.ASCII)
 
 
 def absolute_url(url: str) -> str:
-    """Give a checkpoint's URL as a process with another working directory can use it."""
+    """Return a checkpoint's URL in a form that does not depend on the working directory."""
     return url if url == DEMO else Store(url).url
 
 
 def encoder_fingerprint(vae: KLAutoencoder) -> str:
-    """Identify what an image becomes: SHA-256 in hex over the encoder and `quant_conv`.
+    """Return the SHA-256 of the encoder and `quant_conv`, in hexadecimal.
 
-    Taken over the architecture fields that shape the encoder, as canonical JSON, then each tensor's
-    name, shape and little-endian float32 values in C order, by name. The checkpoint's layout and
-    the decoder do not move it.
+    The hash covers the architecture fields that determine the encoder, as canonical JSON, then each
+    tensor's name, shape and little-endian float32 values in C order, sorted by name. The layout of
+    the checkpoint and the decoder do not affect it.
 
     Raises:
         ConfigError: the VAE was loaded in a narrower dtype, which has rounded its weights.
     """
     if vae.dtype != torch.float32:
-        raise ConfigError(f"the fingerprint wants a float32 VAE, not {vae.dtype}")
+        raise ConfigError(f"the fingerprint needs a float32 VAE, not {vae.dtype}")
     fields = {"family": FAMILY, **vae.architecture.encoder_fields}
     digest = hashlib.sha256(_canonical_json(fields))
     for name, tensor in sorted(vae.state_dict().items()):
@@ -149,7 +149,7 @@ def _canonical_json(value: object) -> bytes:
 def _read(
     url: str, options: StorageOptions
 ) -> tuple[dict[str, Any] | None, str, dict[str, Tensor]]:
-    """Find and read what a URL names: the config if there is one, the weights' URL, the tensors."""
+    """Read a checkpoint; return the config if there is one, the weights' URL, and the tensors."""
     config: dict[str, Any] | None = None
     if url == DEMO:
         demo = importlib.resources.files("latentcache.demo") / "weights"
@@ -165,20 +165,20 @@ def _read(
     if store.exists(folder + _CONFIG):
         config_url = store.url_of(folder + _CONFIG)
         if store.info(folder + _CONFIG).size_bytes > _MAX_CONFIG_BYTES:
-            raise CheckpointError(f"{config_url} is too large for a config; download it again")
+            raise CheckpointError(f"{config_url} is too large for a config: download it again")
         config = _parse_config(store.read_bytes(folder + _CONFIG), config_url)
     with store.named(name), _local_file(store, name) as path:
         return config, store.url_of(name), read_tensors(path, store.url_of(name))
 
 
 def _find_weights(store: Store, url: str) -> tuple[str, str]:
-    """Find a diffusers VAE in a folder, or in the `vae/` of a pipeline: (folder, weights)."""
+    """Return (folder, weights) of a diffusers VAE in a folder, or in the `vae/` of a pipeline."""
     for folder in ("vae/", ""):
         if store.exists(folder + _CONFIG):
             break
     else:
         if _HUB_NAME.fullmatch(url) and not Path(url).exists():
-            raise CheckpointError(f"there is no folder {url}; did you mean hf://{url}?")
+            raise CheckpointError(f"there is no folder {url}: did you mean hf://{url}?")
         raise CheckpointError(
             f"{store.url_of(_CONFIG)} does not exist, nor vae/{_CONFIG}: "
             f"give a diffusers folder, or a checkpoint file ({', '.join(SUFFIXES)})"
@@ -194,8 +194,8 @@ def _find_weights(store: Store, url: str) -> tuple[str, str]:
 
 @contextmanager
 def _local_file(store: Store, name: str) -> Iterator[Path]:
-    """Give an object as a file: itself if it is local, else a download that is removed after."""
-    store.info(name)  # a missing one is an ObjectNotFound here
+    """Yield the path of a local object, or of a temporary download of a remote one."""
+    store.info(name)  # raises ObjectNotFound if the object is missing
     local = store.local_path(name)
     if local is not None:
         yield local
@@ -212,16 +212,16 @@ def _parse_config(data: bytes, name: str) -> dict[str, Any]:
         config = json.loads(data)
     except (ValueError, RecursionError) as error:
         reason = first_line(error)
-        raise CheckpointError(f"{name} is not JSON ({reason}); download it again") from error
+        raise CheckpointError(f"{name} is not JSON ({reason}): download it again") from error
     if not isinstance(config, dict):
-        raise CheckpointError(f"{name} holds no JSON object; download it again")
+        raise CheckpointError(f"{name} holds no JSON object: download it again")
     return config
 
 
 def _recognise(
     config: Mapping[str, Any] | None, tensors: dict[str, Tensor], name: str
 ) -> tuple[Architecture, dict[str, Tensor]]:
-    """Tell the layout by its names; give the architecture and the tensors by canonical name."""
+    """Detect the layout by the names; return the architecture and the canonically named tensors."""
     scaling_factor = recognised_factor(tensors)
     if any(key.startswith(_FIRST_STAGE) for key in tensors):
         tensors = {
@@ -232,7 +232,8 @@ def _recognise(
     if not any(key.startswith("encoder.down.") for key in tensors):
         if config is None:
             raise CheckpointError(
-                f"{name} needs its config.json beside it, unless it is a CompVis checkpoint"
+                f"{name} is not a CompVis checkpoint and has no config.json: put its config.json "
+                "beside it"
             )
         named = {_rename(key, _DIFFUSERS_RENAMES): tensor for key, tensor in tensors.items()}
         return Architecture.from_config(config, name=f"the config.json of {name}"), named
@@ -252,7 +253,7 @@ def _rename(name: str, renames: Iterable[tuple[str, str]]) -> str:
 
 
 def _reverse_up_blocks(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Count the decoder's blocks from the latent's side: CompVis counts from the image's."""
+    """Number the decoder's blocks from the latent's side; CompVis numbers from the image's."""
     pattern = re.compile(r"^decoder\.up_blocks\.(\d+)\.")
     indices = [int(match[1]) for name in tensors if (match := pattern.match(name))]
     last = max(indices, default=0)
@@ -263,7 +264,7 @@ def _reverse_up_blocks(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _infer_architecture(tensors: Mapping[str, Tensor], name: str) -> Architecture:
-    """Read the sizes off the shapes of a CompVis checkpoint's tensors."""
+    """Return the architecture that the shapes of a CompVis checkpoint's tensors determine."""
 
     def out_channels(tensor: str) -> int:
         if tensor not in tensors or tensors[tensor].ndim != 4:
@@ -293,11 +294,11 @@ def _infer_architecture(tensors: Mapping[str, Tensor], name: str) -> Architectur
 def _fit(
     tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], name: str
 ) -> dict[str, Tensor]:
-    """Check the tensors against the model's; give copies as float32, attention as matrices."""
+    """Check the tensors against the model's; return float32 copies with attention as matrices."""
     if missing := wanted.keys() - tensors.keys():
-        raise CheckpointError(f"{name} lacks {_some(missing)}: not all of this VAE is there")
+        raise CheckpointError(f"{name} lacks {_some(missing)}: the VAE is incomplete")
     if surplus := tensors.keys() - wanted.keys():
-        raise CheckpointError(f"{name} has {_some(surplus)} that its architecture does not know")
+        raise CheckpointError(f"{name} has {_some(surplus)} that its architecture does not have")
     fitted, misshapen, broken = {}, [], []
     for key, target in wanted.items():
         tensor = tensors[key]
@@ -318,7 +319,7 @@ def _fit(
 
 
 def _some(names: Iterable[str]) -> str:
-    """List up to three names and count the rest."""
+    """Return up to three names and the number of the others, as text."""
     ordered = sorted(names)
     more = f" and {len(ordered) - 3} more tensors" if len(ordered) > 3 else ""
     return ", ".join(ordered[:3]) + more
