@@ -133,7 +133,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("verb", ["run", "plan", "status", "verify", "inspect"])
 def test_a_wrong_config_is_one_line_and_exit_2(cli: Cli, folder: Path, verb: str):
     result = cli(verb, folder / "c.yaml", "--set", "transform.resolution=64")
-    assert_one_complaint(result, 2, "transform.resolution: no such setting; did you mean")
+    assert_one_complaint(result, 2, "transform.resolution: unknown setting; did you mean")
     assert result.stdout == ""
 
 
