@@ -225,14 +225,25 @@ def require_sound(contract: Contract) -> None:
             raise ValueError("latents.quantization is not of the stored channels")
 
 
-def contract_diff(there: Contract, wanted: Contract) -> list[str]:
-    """Name each field that differs: `transform.crop: "center" there, "random" wanted`."""
+def contract_diff(
+    there: Contract, wanted: Contract, names: tuple[str, str] = ("dataset", "config")
+) -> list[str]:
+    """Return one line for each field that differs between two contracts.
+
+    A line reads `transform.crop: dataset has "center", config has "random"`.
+
+    Args:
+        there: the contract of the dataset.
+        wanted: the contract of the config.
+        names: what lines call the owners of the two contracts.
+    """
     before, after = dict(_leaves(there.to_json())), dict(_leaves(wanted.to_json()))
     paths = before.keys() | after.keys()
-    if there.latents.dtype != wanted.latents.dtype:  # says already that one of them has none
+    if there.latents.dtype != wanted.latents.dtype:  # the line on dtype implies these
         paths = {path for path in paths if not path.startswith("latents.quantization.")}
     return [
-        f"{path}: {json.dumps(before.get(path))} there, {json.dumps(after.get(path))} wanted"
+        f"{path}: {names[0]} has {json.dumps(before.get(path))}, "
+        f"{names[1]} has {json.dumps(after.get(path))}"
         for path in sorted(paths)
         if before.get(path) != after.get(path)
     ]
@@ -323,11 +334,23 @@ def establish_contract(store: Store, wanted: Contract, provenance: dict[str, Any
 
 
 def require_same(store: Store, there: Contract, wanted: Contract) -> None:
-    """Refuse an output whose contract differs; see `establish_contract`."""
+    """Check that the contract of an output is that of the config.
+
+    Args:
+        store: the output.
+        there: its contract.
+        wanted: the contract of the config.
+
+    Raises:
+        ContractMismatch: a field differs; the message names each field.
+    """
     if there.fingerprint != wanted.fingerprint:
         lines = (f"  {line}" for line in contract_diff(there, wanted))
-        mend = f"{store.url} holds latents made another way; give this config another `output.url`"
+        fix = "use another `output.url`"
         if not store.list("commits"):
-            contract = store.url_of(CONTRACT_PATH)
-            mend = f"nothing is committed there yet: delete {contract} to begin anew"
-        raise ContractMismatch(f"{mend}, or make these agree:", *lines)
+            fix = f"delete {store.url_of(CONTRACT_PATH)} to start over, as nothing is committed yet"
+        raise ContractMismatch(
+            f"{store.url} was created with different settings: {fix}, or change the config to "
+            "match the dataset:",
+            *lines,
+        )

@@ -21,7 +21,8 @@ class RunSummary:
     committed by this run, `num_skipped` were there already, `num_other_columns` are there with
     other kept columns than this run's. `reject_reasons` are the most frequent ones of the whole
     dataset. `num_qa_rows` rows were looked at, at a mean PSNR of `mean_psnr_db`. `bottleneck` is
-    the stage that held this run up, and what would help; None for a run that made no rows.
+    a sentence on this run's slowest stage; None for a run that made no rows or worked less than
+    10 s.
     """
 
     status: str
@@ -80,7 +81,6 @@ def summarise(
         status, exit_code = "complete", 0
     else:
         status, exit_code = stop_reason or "incomplete", 1
-    slowest = counts.loads.bottleneck
     return RunSummary(
         status=status,
         num_units=len(work.units()),
@@ -98,7 +98,7 @@ def summarise(
         reject_reasons=most_frequent(output, work.counted()),
         num_qa_rows=counts.qa_totals.num_rows.total(),
         mean_psnr_db=counts.qa_totals.mean_psnr_db,
-        bottleneck=str(slowest) if slowest and counts.num_rows else None,
+        bottleneck=counts.loads.bottleneck_text if counts.num_rows else None,
         breaches=breaches,
         failed=[{"source": s, "message": m} for s, m in sorted(failed.items())],
     )
