@@ -853,7 +853,7 @@ def test_another_contract_is_refused_with_each_field(tmp_path: Path):
     establish_contract(store, make_contract(), {})
     wanted = make_contract(dtype="float32", buckets=((128, 128),))
     with pytest.raises(
-        ContractMismatch, match="delete .* to start over, as nothing is committed yet"
+        ContractMismatch, match=r"delete .* to start over, as nothing is committed yet"
     ):
         establish_contract(store, wanted, {})
     (tmp_path / "commits").mkdir()
