@@ -136,6 +136,8 @@ def _check_docstrings(tree: ast.Module, folder: str) -> Iterator[tuple[int, str]
             yield node.lineno, f"{node.name}: begin the docstring with a verb, not {first!r}"
         parameters = [arg for arg in _arguments(node) if arg.arg not in ("self", "cls")]
         is_public = not node.name.startswith("_")
+        if _is_command(node):
+            continue  # Typer prints the docstring as help, and its options describe themselves.
         if is_public and len(parameters) > 1 and "Args:" not in text and folder == "src":
             yield node.lineno, f"{node.name}: {len(parameters)} parameters and no `Args:`"
 
@@ -145,11 +147,18 @@ def _arguments(node: ast.FunctionDef | ast.AsyncFunctionDef) -> list[ast.arg]:
 
 
 def _is_property(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    names = [
+    return not {"property", "cached_property"}.isdisjoint(_decorators(node))
+
+
+def _is_command(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    return "command" in _decorators(node)
+
+
+def _decorators(node: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
+    return [
         d.attr if isinstance(d, ast.Attribute) else getattr(d, "id", "")
         for d in node.decorator_list
     ]
-    return any(name in ("property", "cached_property") for name in names)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,9 @@ from latentcache.config_eval import EvalConfig
 
 TARGET = Path(__file__).parents[1] / "docs" / "config.md"
 
+# Sections that occur in several places; the first place has their table.
+_SHARED = ("StorageOptions", "Network")
+
 _HEADER = """\
 # Configuration reference
 
@@ -37,43 +40,60 @@ Credentials never belong in a config.
 def reference() -> str:
     """Return the text of docs/config.md."""
     parts = [_HEADER]
-    parts += _file("`latentcache run`, `plan` and the commands for a dataset", Config)
-    parts += _file("`latentcache eval`", EvalConfig)
+    shared: dict[str, str] = {}
+    parts += _file(
+        "Config of `latentcache run`, `plan` and the commands for a dataset", Config, shared
+    )
+    parts += _file("Config of `latentcache eval`", EvalConfig, shared, " of `eval`")
     return "".join(parts).rstrip("\n") + "\n"
 
 
-def _file(title: str, model: type[BaseModel]) -> Iterator[str]:
+def _file(
+    title: str, model: type[BaseModel], shared: dict[str, str], suffix: str = ""
+) -> Iterator[str]:
+    """Yield the tables of a kind of config.
+
+    Args:
+        title: the heading.
+        model: the class of the config.
+        shared: the anchors of the sections of `_SHARED` that have a table already; changed.
+        suffix: what the headings of sections end with, because headings must be distinct.
+    """
     schema = model.model_json_schema()
-    yield f"## Config of {title}\n\n"
-    yield from _section("", schema, schema["$defs"], set())
+    yield f"## {title}\n\n"
+    yield from _section("", schema, schema["$defs"], shared, suffix)
 
 
 def _section(
-    path: str, section: dict[str, Any], defs: dict[str, Any], done: set[str]
+    path: str, section: dict[str, Any], defs: dict[str, Any], shared: dict[str, str], suffix: str
 ) -> Iterator[str]:
     """Yield the table of a section, then the sections below it."""
     if path:
-        yield f"### `{path}`\n\n{_sentence(section)}\n\n"
+        yield f"### `{path}`{suffix}\n\n{_sentence(section)}\n\n"
     yield "| Field | Type | Default | Description | Example |\n| --- | --- | --- | --- | --- |\n"
     below = []
     required = section.get("required", [])
     for name, field in section["properties"].items():
         where = f"{path}.{name}" if path else name
         target = _target(field, defs)
-        if target:
-            below.append((where, target))
         default = "required" if name in required else _code(field.get("default"))
-        kind = f"[section](#{where.replace('.', '')})" if target else _type(field, defs)
-        text = _sentence(field if "description" in field else defs[target] if target else field)
-        example = "" if target else _example(where, field, name in required)
-        yield f"| `{name}` | {kind} | {'' if target else default} | {text} | {example} |\n"
+        if target:
+            anchor = shared.get(target)
+            if anchor is None:
+                anchor = f"{where}{suffix}".replace(" ", "-").replace(".", "").replace("`", "")
+                below.append((where, target))
+                if target in _SHARED:
+                    shared[target] = anchor
+            text = _sentence(field if "description" in field else defs[target])
+            default = "required" if name in required else ""
+            yield f"| `{name}` | [section](#{anchor}) | {default} | {text} | |\n"
+        else:
+            example = _example(where, field, name in required)
+            kind = _type(field, defs)
+            yield f"| `{name}` | {kind} | {default} | {_sentence(field)} | {example} |\n"
     yield "\n"
     for where, target in below:
-        if target in done:
-            continue
-        if target == "Storage":
-            done.add(target)
-        yield from _section(where, defs[target], defs, done)
+        yield from _section(where, defs[target], defs, shared, suffix)
 
 
 def _target(field: dict[str, Any], defs: dict[str, Any]) -> str | None:
@@ -97,7 +117,7 @@ def _type(field: dict[str, Any], defs: dict[str, Any]) -> str:
             return f"[{', '.join(_type(item, defs) for item in field['prefixItems'])}]"
         return f"list of {_type(field.get('items', {}), defs)}"
     bounds = [
-        f"{sign} {field[key]:g}"
+        f"{sign} {field[key]}"
         for key, sign in (
             ("exclusiveMinimum", ">"),
             ("minimum", "≥"),

@@ -24,15 +24,21 @@ def loads_of(**busy_s: float) -> PipelineLoad:
 @pytest.mark.parametrize(
     ("busy_s", "told"),
     [
-        ({"fetch": 1, "decode": 20, "encode": 6}, "encode-bound: as it should be"),
-        ({"fetch": 1, "decode": 28, "encode": 4}, "decode-bound: add 3 threads to each actor"),
-        ({"decode": 17, "encode": 4, "write": 2}, "decode-bound: add 1 thread to each actor"),
-        ({"fetch": 20, "decode": 8, "encode": 4}, "fetch-bound: "),
-        ({"decode": 20, "encode": 4, "qa": 2}, "encode-bound: "),  # one thread for both
-        ({"decode": 20, "encode": 2, "qa": 4}, "qa-bound: lower qa.fraction"),
-        ({"encode": 4, "upload": 9}, "upload-bound: "),
-        ({"encode": 4, "write": 9}, "write-bound: "),
-        ({"decode": 4.0}, "decode-bound: add 1 thread"),
+        ({"fetch": 1, "decode": 20, "encode": 6}, "bottleneck: encoder (expected)"),
+        (
+            {"fetch": 1, "decode": 28, "encode": 4},
+            "bottleneck: decoding; add 3 threads to each actor",
+        ),
+        (
+            {"decode": 17, "encode": 4, "write": 2},
+            "bottleneck: decoding; add 1 thread to each actor",
+        ),
+        ({"fetch": 20, "decode": 8, "encode": 4}, "bottleneck: reading the source"),
+        ({"decode": 20, "encode": 4, "qa": 2}, "bottleneck: encoder"),  # one thread for both
+        ({"decode": 20, "encode": 2, "qa": 4}, "bottleneck: QA; lower qa.fraction"),
+        ({"encode": 4, "upload": 9}, "bottleneck: writing to the output"),
+        ({"encode": 4, "write": 9}, "bottleneck: writing to the local disk"),
+        ({"decode": 4.0}, "bottleneck: decoding; add 1 thread"),
     ],
 )
 def test_the_stage_that_takes_longest_with_its_threads_is_named(
@@ -44,6 +50,14 @@ def test_the_stage_that_takes_longest_with_its_threads_is_named(
 def test_no_work_has_no_bottleneck():
     assert PipelineLoad().bottleneck is None
     assert loads_of(decode=0.0, encode=0.0).bottleneck is None
+
+
+def test_a_run_whose_stages_worked_less_than_ten_seconds_gets_no_advice():
+    assert loads_of(encode=4.0, write=5.9).bottleneck_text is None
+    text = loads_of(encode=4.0, write=6.0).bottleneck_text
+    assert text is not None
+    assert text.startswith("bottleneck: encoder")
+    assert PipelineLoad().bottleneck_text is None
 
 
 @given(st.floats(0.1, 1e4), st.floats(0.1, 1e4), st.floats(0.1, 1e4))
@@ -84,9 +98,9 @@ def stats(**busy_s: float) -> dict[str, float]:
 def test_between_two_polls_only_what_is_new_counts():
     before = [stats(decode=1000.0), stats(encode=3.0)]
     after = [stats(decode=1004.0, encode=8.0), stats(encode=12.0)]
-    assert bottleneck(before, after, 10.0) == "encode-bound: as it should be"
+    assert bottleneck(before, after, 10.0) == "bottleneck: encoder (expected)"
     after = [stats(decode=1040.0, encode=5.0), stats(encode=8.0, decode=30.0)]
-    assert bottleneck(before, after, 10.0).startswith("decode-bound: add 3 threads")
+    assert bottleneck(before, after, 10.0).startswith("bottleneck: decoding; add 3 threads")
 
 
 def test_who_is_idle_holds_nothing_up():

@@ -112,20 +112,20 @@ TYPOS = {
     "rejects.maxrate": "did you mean 'max_rate'",
     "compute.num_gpu": "did you mean 'num_gpus'",
     "compute.batchsize": "did you mean 'batch_size'",
-    "quux": "known here: name, source, transform, vae, latents, output, rejects, compute",
+    "quux": "this section has: name, source, transform, vae, latents, output, rejects, compute",
 }
 
 
 @pytest.mark.parametrize("path", TYPOS)
 def test_a_typo_is_told_by_its_path_and_the_nearest_name(path: str):
     (line,) = complaints(with_setting(path, 1))
-    assert line.startswith(f"config: {path}: no such setting; ")
+    assert line.startswith(f"config: {path}: unknown setting; ")
     assert TYPOS[path] in line
 
 
 def test_a_typo_inside_a_bucket_rule_is_told_too():
     (line,) = complaints(with_setting("transform.buckets", {"max_ratio": 2, "step": 64}))
-    assert line == "config: transform.buckets.step: no such setting; did you mean 'step_px'?"
+    assert line == "config: transform.buckets.step: unknown setting; did you mean 'step_px'?"
 
 
 def test_all_mistakes_are_told_at_once_one_line_each():
@@ -134,7 +134,7 @@ def test_all_mistakes_are_told_at_once_one_line_each():
     assert set(complaints(tree)) == {
         "config: vae: required, but missing",
         "config: transform.resolution_px: input should be a multiple of 8 (got 250)",
-        "config: vea: no such setting; did you mean 'vae'?",
+        "config: vea: unknown setting; did you mean 'vae'?",
     }
 
 
@@ -245,9 +245,9 @@ def test_overrides_replace_and_add_settings_as_yaml(tmp_path: Path):
         ("transform.resolution_px", "write it as a.b=value"),
         ("=3", "write it as a.b=value"),
         ("transform..x=3", "write it as a.b=value"),
-        ("name.first=x", "does not lead through sections"),
+        ("name.first=x", "is not a path through sections"),
         ("source.keep=[txt", "not valid YAML"),
-        ("transform.resolution=8", "transform.resolution: no such setting"),
+        ("transform.resolution=8", "transform.resolution: unknown setting"),
         ("compute.num_gpus=all", "compute.num_gpus: "),
     ],
 )
@@ -428,5 +428,5 @@ def test_a_setting_that_stands_twice_is_refused(tmp_path: Path):
 def test_a_section_that_is_a_value_is_told(tmp_path: Path):
     path = tmp_path / "config.yaml"
     path.write_text("name: a\nsource: x.tar\n")
-    with pytest.raises(ConfigError, match="source: should be a section with settings of its own"):
+    with pytest.raises(ConfigError, match="source: must be a section with settings"):
         load_config(path)

@@ -492,13 +492,13 @@ def test_what_cannot_be_read_or_written_is_told_before_any_work(tree: dict[str, 
 
 
 MISTAKES = {
-    "models.0.chekpoint": "no such setting; did you mean 'checkpoint'?",
-    "models.0.storage.endpoint": "no such setting; did you mean 'endpoint_url'?",
-    "networks.vgg": "no such setting; did you mean 'vgg16'?",
-    "networks.lpips.sha": "no such setting; did you mean 'sha256'?",
-    "source.keep": "no such setting; did you mean 'key'?",
-    "transform": "no such setting; known here: name, source, resolution_px, vae, models",
-    "compute.precision": "no such setting; known here: num_gpus, num_cpu_actors, batch_size",
+    "models.0.chekpoint": "unknown setting; did you mean 'checkpoint'?",
+    "models.0.storage.endpoint": "unknown setting; did you mean 'endpoint_url'?",
+    "networks.vgg": "unknown setting; did you mean 'vgg16'?",
+    "networks.lpips.sha": "unknown setting; did you mean 'sha256'?",
+    "source.keep": "unknown setting; did you mean 'key'?",
+    "transform": "unknown setting; this section has: name, source, resolution_px, vae, models",
+    "compute.precision": "unknown setting; this section has: num_gpus, num_cpu_actors, batch_size",
 }
 
 
@@ -520,7 +520,10 @@ def test_a_typo_is_told_by_its_path(tree: dict[str, Any], tmp_path: Path, path: 
     ("override", "told"),
     [
         ("models=[]", "models: "),
-        ("models=[{name: a, checkpoint: x}, {name: a, checkpoint: y}]", "two models have one name"),
+        (
+            "models=[{name: a, checkpoint: x}, {name: a, checkpoint: y}]",
+            "two models have the same name",
+        ),
         ("networks.lpips.sha256=ABC", "networks.lpips.sha256: "),
         ("max_images=0", "max_images: "),
         ("resolution_px=100", "resolution_px: "),

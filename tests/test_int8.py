@@ -204,12 +204,12 @@ def test_a_second_run_has_nothing_to_do(made: Made):
 @pytest.mark.parametrize(
     ("setting", "told"),
     [
-        ("latents.calibration.seed=1", "latents.quantization.seed: 0 there, 1 wanted"),
+        ("latents.calibration.seed=1", "latents.quantization.seed: dataset has 0, config has 1"),
         (
             "latents.calibration.num_images=9",
-            "latents.quantization.num_images: 512 there, 9 wanted",
+            "latents.quantization.num_images: dataset has 512, config has 9",
         ),
-        ("latents.dtype=float16", 'latents.dtype: "int8" there, "float16" wanted'),
+        ("latents.dtype=float16", 'latents.dtype: dataset has "int8", config has "float16"'),
     ],
 )
 def test_another_spec_is_refused_by_its_field(made: Made, setting: str, told: str):

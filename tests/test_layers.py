@@ -31,6 +31,7 @@ LAYERS = {
     "storage_options": 0.25,
     "config_types": 0.4,
     "config_files": 0.4,
+    "config_source": 0.45,
     "config": 0.5,
     "config_eval": 0.6,
     "parquet_footer": 0.5,
@@ -51,7 +52,14 @@ LAYERS = {
     "__init__": 5.0,
 }
 
-CONFIG_FILES = ("config", "config_errors", "config_eval", "config_files", "config_types")
+CONFIG_FILES = (
+    "config",
+    "config_errors",
+    "config_eval",
+    "config_files",
+    "config_source",
+    "config_types",
+)
 
 # Libraries that one place alone may know, relative to the package.
 HOMES = {

@@ -835,7 +835,7 @@ def test_every_field_moves_the_fingerprint_and_is_named_in_the_diff():
         (line,) = contract_diff(contract, other)
         assert line.startswith(f"{path}: ")
         assert line == (
-            f"{path}: {json.dumps(value)} there, {json.dumps(section[names[-1]])} wanted"
+            f"{path}: dataset has {json.dumps(value)}, config has {json.dumps(section[names[-1]])}"
         )
 
 
@@ -852,7 +852,9 @@ def test_another_contract_is_refused_with_each_field(tmp_path: Path):
     store = Store(str(tmp_path))
     establish_contract(store, make_contract(), {})
     wanted = make_contract(dtype="float32", buckets=((128, 128),))
-    with pytest.raises(ContractMismatch, match="nothing is committed there yet: delete"):
+    with pytest.raises(
+        ContractMismatch, match=r"delete .* to start over, as nothing is committed yet"
+    ):
         establish_contract(store, wanted, {})
     (tmp_path / "commits").mkdir()
     (tmp_path / "commits" / "0-0.json").touch()
@@ -863,8 +865,8 @@ def test_another_contract_is_refused_with_each_field(tmp_path: Path):
     assert store.url in first
     assert "output.url" in first
     assert [line.strip() for line in lines] == [
-        'latents.dtype: "float16" there, "float32" wanted',
-        "transform.buckets: [[64, 64]] there, [[128, 128]] wanted",
+        'latents.dtype: dataset has "float16", config has "float32"',
+        "transform.buckets: dataset has [[64, 64]], config has [[128, 128]]",
     ]
     assert caught.value.exit_code == 2
     assert tree_digest(tmp_path) == before

@@ -212,20 +212,22 @@ def test_what_is_open_is_taken_from_another_contract():
 def test_specs_are_compared_and_not_what_came_of_them():
     wanted = int8_contract(**OPEN, seed=1, num_images=64)
     assert contract_diff(int8_contract(), wanted.resolved_as(int8_contract())) == [
-        "latents.quantization.num_images: 512 there, 64 wanted",
-        "latents.quantization.seed: 0 there, 1 wanted",
+        "latents.quantization.num_images: dataset has 512, config has 64",
+        "latents.quantization.seed: dataset has 0, config has 1",
     ]
     floats = make_contract(buckets=BUCKETS)
     assert contract_diff(int8_contract(), floats) == [
-        'latents.dtype: "int8" there, "float16" wanted'
+        'latents.dtype: dataset has "int8", config has "float16"'
     ]
-    assert contract_diff(floats, wanted) == ['latents.dtype: "float16" there, "int8" wanted']
+    assert contract_diff(floats, wanted) == [
+        'latents.dtype: dataset has "float16", config has "int8"'
+    ]
 
 
 def test_other_numbers_are_another_contract(tmp_path: Path):
     store = Store(str(tmp_path))
     establish_contract(store, int8_contract(), {})
-    with pytest.raises(ContractMismatch, match=r"latents\.quantization\.scale: \["):
+    with pytest.raises(ContractMismatch, match=r"latents\.quantization\.scale: dataset has \["):
         establish_contract(store, int8_contract(scale=(1.0,) * 4), {})
 
 

@@ -271,8 +271,8 @@ def test_throughput_is_read_from_so_many_receipts_spread_evenly(
     assert found["stages"][2]["busy_s"] == sum(2.0**number for number in (0, 2, 4, 6, 8))
     assert found["stages"][2]["wait_s"] == 2.5
     assert [stage["num_threads"] for stage in found["stages"]] == [2, 4, 1, 1]
-    bound = "decode-bound: add 3 threads to each actor (compute.decode_threads: 7)"
-    assert found["bottleneck"] == bound
+    bound = "decoding; add 3 threads to each actor (compute.decode_threads: 7)"
+    assert found["bottleneck"] == f"bottleneck: {bound}"
     text = Read(build_report(made, [], GATES).to_html()).text["throughput"]
     assert "5 units spread evenly over 10" in text
     assert f"{5 * 16 / 5:.0f} samples/s" in text

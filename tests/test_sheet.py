@@ -145,8 +145,8 @@ def test_inspect_draws_it(cli: Cli, tmp_path: Path, vae: KLAutoencoder):
     assert (result.code, result.stderr) == (0, "")
     assert result.stdout == f"4 rows in {target}\n"
     for args, told in (
-        (["--decoder", "demo"], "--decoder goes with --image"),
-        (["--image", target, "--rows", "0"], "--rows 0"),
+        (["--decoder", "demo"], "--decoder needs --image"),
+        (["--image", target, "--rows", "0"], "--image needs at least one row"),
         (["--image", target, "--decoder", tmp_path / "none"], "none"),
     ):
         result = cli("inspect", url, *args)

@@ -408,7 +408,7 @@ def test_a_key_column_goes_with_parquet_files_alone(made: Made, cli: Cli):
     assert "source.key names the column 'id' of Parquet files" in refused.json["error"]
     planned = cli("plan", made.config("parquet"), "--set", "source.key=id", "--json")
     assert planned.code == 2
-    assert planned.json["contract_diff"] == ['source.key_column: null there, "id" wanted']
+    assert planned.json["contract_diff"] == ['source.key_column: dataset has null, config has "id"']
 
 
 def test_parts_are_of_about_a_quarter_of_a_gigabyte():

@@ -84,7 +84,7 @@ def test_the_bottleneck_is_that_of_the_latest_units(output: Output):
         output.write_manifest()
     found = read_status(output.url, NOWHERE)
     assert found.num_committed == 140
-    assert found.bottleneck == "encode-bound: as it should be"
+    assert found.bottleneck == "bottleneck: encoder (expected)"
 
 
 # Watching.

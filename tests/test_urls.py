@@ -260,7 +260,7 @@ def test_an_endpoint_of_the_environment_is_told_without_retries(monkeypatch: pyt
 
 
 def test_nothing_is_written_by_http(tmp_path: Path):
-    with pytest.raises(ConfigError, match=r"output\.url: .*nothing is written by http"):
+    with pytest.raises(ConfigError, match=r"output\.url: .*cannot write to http"):
         parse_config(config(tmp_path, "output.url", "https://host/x"))
 
 

@@ -9,13 +9,16 @@ from dataclasses import dataclass, field
 # In the order in which a sample passes through them.
 STAGES = ("fetch", "decode", "encode", "write", "qa", "upload")
 
-_ADVICE = {
-    "fetch": "the source is read too slowly; more actors read more shards at once",
-    "encode": "as it should be",
-    "write": "the local disk (TMPDIR) is written too slowly; use a faster one",
-    "qa": "lower qa.fraction",
-    "upload": "the output is written too slowly; more actors write more files at once",
+_TEXT = {
+    "fetch": "reading the source; more actors read more shards in parallel",
+    "encode": "encoder (expected)",
+    "write": "writing to the local disk (TMPDIR)",
+    "qa": "QA; lower qa.fraction",
+    "upload": "writing to the output; more actors write more files in parallel",
 }
+
+# Below this much work of all stages in a run, the largest times are those of starting up.
+_MIN_BUSY_S = 10.0
 
 
 @dataclass(slots=True)
@@ -63,6 +66,12 @@ class PipelineLoad:
                 self.add(stage, times["busy_s"], times["wait_s"], times["num_threads"])
 
     @property
+    def bottleneck_text(self) -> str | None:
+        """Sentence on the bottleneck of a run; None if all stages worked less than 10 s in all."""
+        busy_s = sum(load.busy_s for load in self.stages.values())
+        return str(self.bottleneck) if self.bottleneck and busy_s >= _MIN_BUSY_S else None
+
+    @property
     def bottleneck(self) -> Bottleneck | None:
         """The stage that takes longest with its threads; None if there was no work.
 
@@ -101,9 +110,10 @@ class Bottleneck:
 
     def __str__(self) -> str:
         if self.stage != "decode":
-            advice = _ADVICE.get(self.stage)
-            return f"{self.stage}-bound" + (f": {advice}" if advice else "")
+            return f"bottleneck: {_TEXT.get(self.stage, self.stage)}"
         num_short = max(1, self.num_threads_wanted - self.num_threads)
         threads = "1 thread" if num_short == 1 else f"{num_short} threads"
         total = self.num_threads + num_short
-        return f"decode-bound: add {threads} to each actor (compute.decode_threads: {total})"
+        return (
+            f"bottleneck: decoding; add {threads} to each actor (compute.decode_threads: {total})"
+        )

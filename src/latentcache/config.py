@@ -1,14 +1,15 @@
-"""The configs: what `latentcache run` and `latentcache eval` read, check and refuse.
+"""The config of `latentcache run`, section by section.
 
-Each section is a frozen Pydantic model, so that a config is valid as a whole before anything
-starts. Credentials never stand in a config: they come from the environment or a named profile.
+Each section is a frozen Pydantic model, so a config is valid as a whole before a run starts. A
+config never holds credentials. They come from the environment or from a named profile.
+`scripts/config_reference.py` writes docs/config.md from the descriptions and examples here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -19,207 +20,140 @@ from pydantic import (
 )
 
 from latentcache.config_files import parse_tree, read_config
+from latentcache.config_source import Source
 from latentcache.config_types import OutputUrl, PublicText, Section, Side, Storage, Url
 from latentcache.errors import ConfigError
 from latentcache.storage_options import StorageOptions
 
-# Names that every row has already; a kept field may not take one.
-ROW_COLUMNS = (
-    "key",
-    "latent",
-    "latent_shape",
-    "latent_dtype",
-    "original_width",
-    "original_height",
-    "crop_top",
-    "crop_left",
-)
-
-# Larger images are refused before they are decoded, where a config does not say otherwise.
+# The default of `transform.max_pixels`.
 MAX_PIXELS = 100_000_000
 
 
-class Images(Section):
-    """Which images are read."""
-
-    shards: Url | list[Url] | None = Field(
-        None,
-        description="WebDataset tars or Parquet files: a URL, with brace ranges or a glob, or a "
-        "list of such URLs.",
-    )
-    folder: Url | None = Field(
-        None, description="A folder of image files, in place of shards: its URL."
-    )
-    image: list[str] = Field(
-        [
-            *("jpg", "jpeg", "png", "webp", "avif", "gif"),
-            *("bmp", "tif", "tiff", "jxl", "heic", "heif", "image"),
-        ],
-        min_length=1,
-        description="Fields that hold the image: file name endings, in any case, or columns of "
-        "Parquet files.",
-    )
-    key: str | None = Field(
-        None, description="Column of Parquet files with the key; the image's path if left out."
-    )
-    caption_index: int = Field(
-        0, ge=0, description="Element that is kept where a text column of Parquet holds lists."
-    )
-    max_sample_bytes: int = Field(
-        256 * 2**20,
-        ge=1,
-        le=2**31 - 1,
-        description="Reject a sample whose fields together hold more bytes, before reading them.",
-    )
-    storage: Storage = StorageOptions()
-
-    @field_validator("image")
-    @classmethod
-    def _endings_are_plain(cls, image: list[str]) -> list[str]:
-        plain = [name.removeprefix(".") for name in image]
-        for name in plain:
-            if not name or "*" in name or "/" in name:
-                raise ValueError(
-                    f"{name!r} is no ending of a file name: write it without '*' and '/', such as "
-                    "'jpg'"
-                )
-        if len(set(plain)) < len(plain):
-            raise ValueError("names a field twice")
-        return plain
-
-    @model_validator(mode="after")
-    def _has_one_source(self) -> Self:
-        if (self.shards is None) == (self.folder is None):
-            raise ValueError("name either `shards` or `folder`")
-        if self.key is not None and self.shards is None:
-            raise ValueError("`key` names a column of Parquet files, and goes with `shards`")
-        return self
-
-
-class Source(Images):
-    """Which images are read, and what is kept of their samples."""
-
-    keep: list[str] = Field(
-        [], description="Fields kept as columns: text, `cls` as integer; `txt` becomes `caption`."
-    )
-    num_units: int | None = Field(
-        None,
-        ge=1,
-        le=65536,
-        description="Units that a folder is cut into; 64 if left out. It stays as it was at first.",
-    )
-    moved_from: Url | None = Field(
-        None,
-        description="The folder in which the source lay before it moved: what the output has of it "
-        "stays, under the old URLs, and only what is new is encoded.",
-    )
-    on_missing: Literal["keep", "drop"] = Field(
-        "keep", description="Whether rows stay when their shard is no longer listed."
-    )
-
-    @field_validator("keep")
-    @classmethod
-    def _keep_names_are_free(cls, keep: list[str]) -> list[str]:
-        for name in keep:
-            if name in ROW_COLUMNS:
-                raise ValueError(f"{name!r} is a column of every row already")
-        if len(set(keep)) < len(keep):
-            raise ValueError("names a field twice")
-        if {"txt", "caption"} <= set(keep):
-            raise ValueError("`txt` and `caption` would both be the column `caption`")
-        return keep
-
-    @model_validator(mode="after")
-    def _only_folders_are_cut(self) -> Self:
-        if self.num_units is not None and self.folder is None:
-            raise ValueError("`num_units` goes with `folder`: a shard is a unit by itself")
-        return self
-
-
 class RatioBuckets(Section):
-    """Aspect-ratio buckets of about `resolution_px` squared pixels."""
+    """Aspect-ratio buckets whose area is about `resolution_px` squared."""
 
-    max_ratio: float = Field(ge=1.0, le=16.0, description="Longest side over shortest, at most.")
-    step_px: Side = Field(64, description="Sides are multiples of this.")
+    max_ratio: float = Field(
+        ge=1.0,
+        le=16.0,
+        description="Largest ratio of the longer side to the shorter side.",
+        examples=[2.0],
+    )
+    step_px: Side = Field(64, description="Sides are multiples of this number, in pixels.")
 
 
 class Transform(Section):
-    """How an image becomes the pixels that are encoded."""
+    """The transform from an image to the pixels that are encoded."""
 
-    resolution_px: Side
-    crop: Literal["center"] = "center"
-    resample: Literal["bicubic"] = "bicubic"
-    buckets: RatioBuckets | list[tuple[Side, Side]] | None = Field(
-        None, description="[width, height] sizes, or a rule; none means one square."
+    resolution_px: Side = Field(
+        description="Side of the square crop, in pixels. With buckets, the square root of their "
+        "area.",
+        examples=[256],
     )
-    min_side_px: int | None = Field(None, ge=1, description="Reject images with a shorter side.")
+    crop: Literal["center"] = Field("center", description="Part of the image that is kept.")
+    resample: Literal["bicubic"] = Field("bicubic", description="Filter that resizes images.")
+    buckets: RatioBuckets | list[tuple[Side, Side]] | None = Field(
+        None,
+        description="List of [width, height] sizes in pixels, or a rule that makes them. By "
+        "default there is one square bucket.",
+        examples=[{"max_ratio": 2.0, "step_px": 64}],
+    )
+    min_side_px: int | None = Field(
+        None,
+        ge=1,
+        description="Reject an image if its shorter side is below this, in pixels.",
+        examples=[128],
+    )
     max_upscale: float | None = Field(
-        None, gt=0, description="Reject images that would be enlarged by more than this factor."
+        None,
+        gt=0,
+        description="Reject an image if it would be enlarged by more than this factor.",
+        examples=[1.5],
     )
     max_pixels: int = Field(
-        MAX_PIXELS, ge=1, description="Reject images of more pixels, before decoding them."
+        MAX_PIXELS,
+        ge=1,
+        description="Reject an image, before it is decoded, if it has more pixels than this.",
     )
     dct_scaling: bool = Field(
         False,
-        description="Decode a JPEG at 1/2, 1/4 or 1/8 of its size where that is still twice the "
-        "size wanted: faster for large photographs, and about 48 dB from the full decode.",
+        description="Decode a JPEG at 1/2, 1/4 or 1/8 of its size if the result is still at least "
+        "twice the target size. This is faster for large photographs; the PSNR to a full decode is "
+        "about 48 dB.",
     )
 
     @field_validator("buckets")
     @classmethod
     def _buckets_are_distinct(cls, buckets: Any) -> Any:
         if isinstance(buckets, list) and not buckets:
-            raise ValueError("names no size; leave it out for one square")
+            raise ValueError("names no size; leave it out to get one square bucket")
         if isinstance(buckets, list) and len(set(buckets)) < len(buckets):
             raise ValueError("names a size twice")
         return buckets
 
 
 class Autoencoder(Section):
-    """An autoencoder; it has no default, because latents of different ones do not mix."""
+    """An autoencoder. It has no default, because latents of different autoencoders do not mix."""
 
     checkpoint: Url = Field(
-        description="A diffusers folder, a single-file or CompVis checkpoint, by path or URL; "
-        "`demo` is the small one in this package, whose latents are not Stable Diffusion's."
+        description="Path or URL of a diffusers folder, a single-file checkpoint or a CompVis "
+        "checkpoint. `demo` is the small one in this package; its latents are not Stable "
+        "Diffusion's.",
+        examples=["hf://stabilityai/sd-vae-ft-mse"],
     )
-    storage: Storage = StorageOptions()
+    storage: Storage = Field(StorageOptions(), description="How to reach the checkpoint's store.")
 
 
 class Vae(Autoencoder):
-    """The autoencoder that encodes, and the numbers that a model needs to use its latents."""
+    """The autoencoder that encodes the images, and the factors that scale its latents."""
 
     scaling_factor: float | None = Field(
         None,
         gt=0,
         allow_inf_nan=False,
-        description="Needed where the checkpoint does not say it: a lone CompVis file. 0.18215 for "
-        "Stable Diffusion 1 and 2 and sd-vae-ft-*, 0.13025 for SDXL, 1.5305 for SD3, 0.3611 for "
-        "FLUX.1.",
+        description="Scaling factor of the latents. Set it if the checkpoint does not state it, as "
+        "with a lone CompVis file: 0.18215 for Stable Diffusion 1 and 2 and sd-vae-ft-*, 0.13025 "
+        "for SDXL, 1.5305 for SD3, 0.3611 for FLUX.1.",
+        examples=[0.18215],
     )
     shift_factor: float | None = Field(
         None,
         allow_inf_nan=False,
-        description="Goes with `scaling_factor`: 0.0609 for SD3, 0.1159 for FLUX.1, else 0.",
+        description="Shift of the latents, set together with `scaling_factor`: 0.0609 for SD3, "
+        "0.1159 for FLUX.1, 0 otherwise.",
+        examples=[0.0609],
     )
 
 
 class Calibration(Section):
-    """On what int8's range is measured, channel by channel, before a first run."""
+    """The images on which a first run measures the int8 range of each channel."""
 
-    num_images: int = Field(512, ge=1, le=8192, description="At most, from several shards.")
-    seed: int = Field(0, ge=0, description="Chooses other shards.")
+    num_images: int = Field(
+        512, ge=1, le=8192, description="Largest number of images, drawn from several shards."
+    )
+    seed: int = Field(0, ge=0, description="Random seed that chooses the images.")
 
 
 class Latents(Section):
-    """What is stored."""
+    """The form in which latents are stored."""
 
-    posterior: Literal["mean", "moments", "sample"] = "mean"
+    posterior: Literal["mean", "moments", "sample"] = Field(
+        "mean",
+        description="What is stored of the posterior: its mean, its moments (mean and "
+        "log-variance), or one sample.",
+    )
     dtype: Literal["float16", "bfloat16", "float32", "int8"] = Field(
         "float16",
-        description="int8 takes half the bytes of float16, at a latent SNR of 35 to 40 dB.",
+        description="Data type of stored latents. int8 takes half the bytes of float16; its "
+        "signal-to-noise ratio is 35 to 40 dB.",
     )
-    format: Literal["parquet", "safetensors"] = "parquet"
-    calibration: Calibration | None = Field(None, description="Of int8; the defaults if left out.")
+    format: Literal["parquet", "safetensors"] = Field(
+        "parquet", description="File format of stored latents."
+    )
+    calibration: Calibration | None = Field(
+        None,
+        description="Calibration of int8. By default a first run calibrates on 512 images.",
+        examples=[{"num_images": 512, "seed": 0}],
+    )
 
     @field_validator("calibration")
     @classmethod
@@ -227,84 +161,124 @@ class Latents(Section):
         cls, calibration: Calibration | None, info: ValidationInfo
     ) -> Calibration | None:
         if calibration and info.data.get("dtype", "int8") != "int8":
-            raise ValueError(f"goes with dtype int8, not with {info.data['dtype']}")
+            raise ValueError(f"needs dtype int8, not {info.data['dtype']}")
         return calibration
 
 
 class Output(Section):
-    """Where the dataset is written."""
+    """The place where the dataset is written."""
 
-    url: OutputUrl
-    storage: Storage = StorageOptions()
+    url: OutputUrl = Field(
+        description="URL or path of the dataset. It is created if it does not exist.",
+        examples=["s3://latents/photos-256"],
+    )
+    storage: Storage = Field(StorageOptions(), description="How to reach the output's store.")
 
 
 class Rejects(Section):
-    """How many samples may be left out."""
+    """The limit for samples that are left out."""
 
     max_rate: float = Field(
         0.02,
         ge=0,
         le=1,
-        description="Of the dataset's samples; judged at the end, and from 1,000 on while it runs.",
+        description="Fail if the rejects exceed this fraction of the dataset's samples. The run "
+        "checks it at its end, and also while it runs once there are 1,000 samples.",
     )
 
 
 class Compute(Section):
-    """What the run may use."""
+    """The resources that a run uses."""
 
-    num_gpus: int = Field(1, ge=0, description="One actor each; 0 encodes on CPUs.")
-    num_cpu_actors: int = Field(1, ge=1, description="Actors where `num_gpus` is 0.")
-    batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
-    decode_threads: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
-        "auto", description="Per actor; also the CPUs that the actor asks Ray for."
+    num_gpus: int = Field(
+        1, ge=0, description="Largest number of GPUs, with one actor each. 0 encodes on CPUs."
     )
-    unit_retries: int = Field(3, ge=0, description="Tries after the first, before a unit fails.")
+    num_cpu_actors: int = Field(1, ge=1, description="Number of actors if `num_gpus` is 0.")
+    batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto", description="Images per encoder batch. `auto` tries sizes once for each GPU model."
+    )
+    decode_threads: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto",
+        description="Decode threads per actor. The actor requests as many CPUs from Ray. `auto` "
+        "uses the CPUs of the nodes that are up.",
+    )
+    unit_retries: int = Field(
+        3, ge=0, description="Number of retries after a unit's first attempt fails."
+    )
     preemption_retries: int = Field(
-        20, ge=0, description="The same for a unit whose node was taken away under it."
+        20, ge=0, description="Number of retries after a unit's node is preempted."
     )
     on_busy: Literal["join", "skip", "wait"] = Field(
         "join",
-        description="While another run works on the output: work beside it, do nothing, or wait.",
+        description="What to do while another run is active on the output: `join` it, `skip` this "
+        "run (exit code 0), or `wait` until it ends.",
     )
     wait_for_gpus_s: float = Field(
-        0.0, ge=0, description="For a GPU to appear, in a cluster that has none yet."
+        0.0, ge=0, description="Seconds to wait for the first GPU of a cluster that has none yet."
     )
     precision: Literal["auto", "fp32", "fp16", "bf16"] = Field(
-        "auto", description="auto: the fastest whose first batch stays 55 dB from fp32."
+        "auto",
+        description="Precision of the encoder. `auto` chooses the fastest one whose first batch "
+        "has a signal-to-noise ratio of at least 55 dB to fp32.",
     )
 
 
 class Network(Section):
-    """A published network that a measure needs; the file counts only with this hash."""
+    """A published network that a measure needs."""
 
-    url: Url = Field(description="A path or URL.")
-    sha256: str = Field(pattern="^[0-9a-f]{64}$", description="Of the file, lower-case hex.")
+    url: Url = Field(
+        description="Path or URL of the network's file.", examples=["~/networks/vgg16.pt"]
+    )
+    sha256: str = Field(
+        pattern="^[0-9a-f]{64}$",
+        description="SHA-256 of the file, in lower-case hex. Another file is refused.",
+        examples=["0123456789abcdef" * 4],
+    )
 
 
 class Qa(Section):
-    """A look at a sample of rows while they are made; leave it out for none."""
+    """The quality check of a sample of rows during a run. Leave it out to check nothing."""
 
-    fraction: float = Field(0.001, ge=0, le=1, description="Of all rows.")
-    min_rows_per_bucket: int = Field(8, ge=0, description="More where that is fewer.")
-    seed: int = Field(0, ge=0, description="Draws other rows.")
+    fraction: float = Field(0.001, ge=0, le=1, description="Fraction of all rows to check.")
+    min_rows_per_bucket: int = Field(
+        8, ge=0, description="Smallest number of rows to check in each bucket of the dataset."
+    )
+    seed: int = Field(0, ge=0, description="Random seed that chooses the rows.")
     decoder: Url | None = Field(
-        None, description="A checkpoint whose decoder is used; `vae.checkpoint` if left out."
+        None,
+        description="Checkpoint whose decoder is used. By default it is `vae.checkpoint`.",
+        examples=["hf://stabilityai/sd-vae-ft-ema"],
     )
     lpips: Network | None = Field(
-        None, description="StyleGAN2-ADA's `vgg16.pt`; without it LPIPS is not measured."
+        None,
+        description="StyleGAN2-ADA's `vgg16.pt`. Without it LPIPS is not measured.",
+        examples=[{"url": "~/networks/vgg16.pt", "sha256": "0123456789abcdef" * 4}],
     )
-    storage: Storage = Field(StorageOptions(), description="Of the decoder and the network.")
-    min_psnr_db: float | None = Field(15.0, description="Gate: the mean over QA rows, at least.")
+    storage: Storage = Field(
+        StorageOptions(), description="How to reach the store of the decoder and the network."
+    )
+    min_psnr_db: float | None = Field(
+        15.0, description="Fail if the mean PSNR of the QA rows is below this, in dB."
+    )
     min_drift_db: float | None = Field(
-        30.0, description="Gate: every stored latent against an fp32 encode, at least."
+        30.0,
+        description="Fail if the signal-to-noise ratio of a QA row's latent to an fp32 encode is "
+        "below this, in dB.",
     )
-    max_rejects: int | None = Field(None, ge=0, description="Gate: samples left out, at most.")
+    max_rejects: int | None = Field(
+        None,
+        ge=0,
+        description="Fail if there are more rejects than this.",
+        examples=[100],
+    )
 
 
 class Config(Section):
-    """A whole config file."""
+    """The config of a run."""
 
-    name: PublicText = Field(min_length=1)
+    name: PublicText = Field(
+        min_length=1, description="Name of the dataset.", examples=["photos-256"]
+    )
     source: Source
     transform: Transform
     vae: Vae
@@ -318,7 +292,7 @@ class Config(Section):
     @classmethod
     def _is_mapping(cls, value: Any) -> Any:
         if not isinstance(value, Mapping | Config):
-            raise ValueError("a config is a mapping with `source`, `transform`, `vae`, `output`")
+            raise ValueError("a config is a mapping with `source`, `transform`, `vae` and `output`")
         return value
 
 
@@ -327,27 +301,39 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     Args:
         path: the file.
-        overrides: `a.b=c` settings that replace single values; `c` is read as YAML.
+        overrides: settings `a.b=c` that replace single values; `c` is parsed as YAML.
 
     Raises:
-        ConfigError: the file cannot be read, is not YAML, or a value is wrong; the message has one
+        ConfigError: the file cannot be read, is not YAML, or a value is wrong. The message has one
             line per mistake with its dotted path and, for an unknown name, the nearest valid one.
     """
     return read_config(Config, path, overrides)
 
 
 def parse_config(tree: Any, origin: str = "config") -> Config:
-    """Check a run's config that is already a tree of dicts and lists; see `load_config`."""
+    """Check the config of a run that is already a tree of dicts and lists.
+
+    Args:
+        tree: the config.
+        origin: the name of the config in messages.
+
+    Raises:
+        ConfigError: a value is wrong; see `load_config`.
+    """
     return parse_tree(Config, tree, origin)
 
 
 def require_kind(config: object, kind: type[BaseModel]) -> None:
-    """Refuse what is no config of that kind, such as a path.
+    """Check that an argument is a config of a kind, and not, for example, a path.
+
+    Args:
+        config: the argument.
+        kind: `Config` or `EvalConfig`.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: it is something else.
     """
     if not isinstance(config, kind):
         load = "load_config" if kind is Config else "load_eval_config"
         got = f"the path {str(config)!r}" if isinstance(config, str | Path) else type(config)
-        raise ConfigError(f"a {kind.__name__} goes here, not {got}: make one with {load}(path)")
+        raise ConfigError(f"expected a {kind.__name__}, got {got}: make one with {load}(path)")

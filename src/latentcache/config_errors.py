@@ -1,4 +1,4 @@
-"""What is wrong with a config, in the words of its settings and not of Pydantic."""
+"""Explain the mistakes in a config in terms of its settings instead of Pydantic's."""
 
 from __future__ import annotations
 
@@ -14,19 +14,24 @@ from latentcache.errors import redact
 
 
 def explain(error: ValidationError, kind: type[BaseModel]) -> Iterable[str]:
-    """One line per setting that is wrong, its dotted path first."""
+    """Yield one line per wrong setting. It begins with the setting's dotted path.
+
+    Args:
+        error: what Pydantic raised.
+        kind: `Config` or `EvalConfig`.
+    """
     reasons: dict[str, list[str]] = {}
     explained: dict[str, list[str]] = {}
     for mistake in error.errors():
         names = [str(part) for part in mistake["loc"]]
-        # Pydantic names the tried member of a union in the path; a config has no such level.
+        # Pydantic adds the attempted member of a union to the path. A config has no such level.
         dotted = ".".join(n for n in names if not _is_union_member(n)) or "(whole file)"
         into = explained if mistake["type"] == "explained" else reasons
         into.setdefault(dotted, []).append(_reason(mistake, names, kind))
-    # Where a member of a union was the one that was meant, the others' complaints do not matter.
+    # If one member of a union has an explanation, the messages of the others do not matter.
     reasons |= {dotted: list(dict.fromkeys(found)) for dotted, found in explained.items()}
     for dotted, found in reasons.items():
-        # A union complains once per member; what a deeper path says is the one that was meant.
+        # A union reports an error per member. The member with the deepest path was meant.
         if not any(other.startswith(f"{dotted}.") for other in reasons):
             yield f"{dotted}: {' or '.join(found)}"
 
@@ -38,21 +43,21 @@ def _reason(mistake: ErrorDetails, names: Sequence[str], kind: type[BaseModel]) 
         known = _field_names(names[:-1], kind)
         nearest = difflib.get_close_matches(names[-1], known, n=1, cutoff=0.5)
         if nearest:
-            return f"no such setting; did you mean {nearest[0]!r}?"
-        return f"no such setting; known here: {', '.join(known)}"
+            return f"unknown setting; did you mean {nearest[0]!r}?"
+        return f"unknown setting; this section has: {', '.join(known)}"
     if mistake["type"] in ("model_type", "dict_type", "dataclass_type"):
-        return f"should be a section with settings of its own{_got(mistake['input'], names)}"
+        return f"must be a section with settings{_got(mistake['input'], names)}"
     if mistake["type"] == "explained":
         return mistake["msg"]
     message = mistake["msg"].removeprefix("Value error, ")
-    if isinstance(mistake["input"], dict):  # how settings go together
+    if isinstance(mistake["input"], dict):  # a rule about several settings
         return message
     return f"{message[:1].lower()}{message[1:]}{_got(mistake['input'], names)}"
 
 
 def _got(value: Any, names: Sequence[str]) -> str:
-    """Repeat a wrong value, if it is short and no credential."""
-    if "storage" in names:  # where people put keys that belong elsewhere
+    """Return the wrong value for a message, if it is short and not a credential."""
+    if "storage" in names:  # users may have put credentials here
         return ""
     if isinstance(value, str):
         return f" (got {redact(value)!r:.60})"
@@ -70,7 +75,7 @@ def _is_union_member(name: str) -> bool:
 
 
 def _field_names(path: Sequence[str], kind: type[BaseModel]) -> list[str]:
-    """What may stand in the section at that path of a config file of that kind."""
+    """Return the names of the fields of the section at a path."""
     sections = [_settings(kind)]
     for name in path:
         if not name.isdigit() and not _is_union_member(name):
@@ -87,7 +92,7 @@ def _settings(kind: Any) -> dict[str, Any]:
 
 
 def _sections(annotation: Any) -> list[dict[str, Any]]:
-    """The sections that a field may hold, alone, in a list or as one of several kinds."""
+    """Return the sections that a field may hold: alone, in a list, or as one of a union."""
     if isinstance(annotation, type) and (
         issubclass(annotation, BaseModel) or dataclasses.is_dataclass(annotation)
     ):

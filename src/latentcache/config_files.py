@@ -1,4 +1,4 @@
-"""Config files: read, changed by `--set`, and checked."""
+"""Read config files, apply `--set` overrides, and check the result."""
 
 from __future__ import annotations
 
@@ -14,14 +14,23 @@ from latentcache.errors import ConfigError
 from latentcache.urls import shown
 from latentcache.yaml_files import parse_yaml, read_yaml
 
-# Names in the path of an override: no section lies as deep.
+# Largest number of names in the path of an override. No section is nested as deeply.
 _MAX_SECTIONS = 8
 
 FileT = TypeVar("FileT", bound=BaseModel)
 
 
 def read_config(kind: type[FileT], path: str | Path, overrides: Sequence[str]) -> FileT:
-    """Read a YAML file as a config of a kind; see `latentcache.config.load_config`."""
+    """Read a YAML file as a config of a kind.
+
+    Args:
+        kind: `Config` or `EvalConfig`.
+        path: the file.
+        overrides: settings `a.b=c` that replace single values; `c` is parsed as YAML.
+
+    Raises:
+        ConfigError: the file cannot be read or a value is wrong; see `load_config`.
+    """
     tree = read_yaml(path)
     for override in overrides:
         _apply(tree, override)
@@ -32,12 +41,12 @@ def parse_tree(kind: type[FileT], tree: Any, origin: str) -> FileT:
     """Check a tree of dicts and lists as a config of a kind.
 
     Args:
-        kind: of config.
-        tree: what the file holds.
-        origin: what messages call the file.
+        kind: `Config` or `EvalConfig`.
+        tree: the content of the file.
+        origin: the name of the file in messages.
 
     Raises:
-        ConfigError: a value is wrong; one line for each mistake.
+        ConfigError: a value is wrong. The message has one line for each mistake.
     """
     try:
         return kind.model_validate(tree)
@@ -55,9 +64,9 @@ def _apply(tree: Any, override: str) -> None:
     for name in names[:-1]:
         if not isinstance(tree, dict):
             break
-        # A copy: a YAML alias makes one dict of two sections, and only one of them is meant.
+        # Copy the dict, because with a YAML alias two sections share it, and only one is meant.
         tree[name] = {} if tree.get(name) is None else copy.copy(tree[name])
         tree = tree[name]
     if not isinstance(tree, dict):
-        raise ConfigError(f"--set {shown(path)} does not lead through sections of the config")
+        raise ConfigError(f"--set {shown(path)} is not a path through sections of the config")
     tree[names[-1]] = value

@@ -1,4 +1,4 @@
-"""What a config is made of: sections, sides in pixels, and texts that are checked when read."""
+"""The types of config fields: sections, sides in pixels, and texts that are checked when read."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ Side = Annotated[int, Field(ge=8, le=16384, multiple_of=8)]
 
 
 class Section(BaseModel):
-    """A section of a config: frozen, and without settings that it does not know."""
+    """A section of a config. It is frozen and refuses unknown settings."""
 
-    # The input stays out of Pydantic's own text, which tracebacks show: it may be a credential.
+    # Pydantic's own message, which tracebacks show, must not repeat the input: it may be a
+    # credential.
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True
     )
@@ -42,12 +43,12 @@ class Section(BaseModel):
 
 
 def _explained(error: ConfigError) -> PydanticCustomError:
-    # The message as a value, because braces in a template are placeholders.
+    # The message is a value and not the template, where braces would be placeholders.
     return PydanticCustomError("explained", "{why}", {"why": str(error)})
 
 
 def _setting(check: Callable[[str], str]) -> AfterValidator:
-    """Make a check that raises `ConfigError` one of a setting, whose path the message then has."""
+    """Return a validator from a check that raises `ConfigError`; Pydantic adds the path."""
 
     def validate(value: str) -> str:
         try:
@@ -67,13 +68,15 @@ def _checked_url(url: str) -> str:
 def _writable_url(url: str) -> str:
     url = expand(url)
     if check_url(url) in ("http", "https"):
-        raise ConfigError(f"{shown(url)}: nothing is written by http(s); name a folder or a bucket")
+        raise ConfigError(f"{shown(url)}: cannot write to http(s); use a folder or a bucket")
     return url
 
 
 def _public_text(text: str) -> str:
     if redact(text) != text:
-        raise ConfigError("holds a credential: remove it, because it would be in what is written")
+        raise ConfigError(
+            "holds a credential: remove it, because this text is written to the output"
+        )
     return text
 
 

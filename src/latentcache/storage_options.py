@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 
 @dataclass(frozen=True, slots=True)
 class StorageOptions:
-    """The options for reaching a store.
+    """The way to reach a store. Credentials come from the environment or from the profile."""
 
-    Credentials come from the environment or from the named profile.
-
-    Args:
-        endpoint_url: an S3-compatible server other than AWS, with http:// or https://.
-        profile: a profile of the AWS config files.
-        anon: read a public bucket without credentials.
-        requester_pays: accept the charges of a requester-pays bucket.
-    """
-
-    # Pydantic reads this when the class is a section of a config.
+    # Pydantic reads this, and the metadata of the fields, if the class is a section of a config.
     __pydantic_config__: ClassVar[dict[str, Any]] = {
         "extra": "forbid",
         "hide_input_in_errors": True,
     }
 
-    endpoint_url: str | None = None
-    profile: str | None = None
-    anon: bool = False
-    requester_pays: bool = False
+    endpoint_url: str | None = field(
+        default=None,
+        metadata={
+            "description": "URL of an S3-compatible server other than AWS, with http:// or "
+            "https://.",
+            "examples": ["https://minio.example.com"],
+        },
+    )
+    profile: str | None = field(
+        default=None,
+        metadata={
+            "description": "Profile of the AWS config files that holds the credentials.",
+            "examples": ["research"],
+        },
+    )
+    anon: bool = field(
+        default=False, metadata={"description": "Read a public bucket without credentials."}
+    )
+    requester_pays: bool = field(
+        default=False, metadata={"description": "Accept the charges of a requester-pays bucket."}
+    )

@@ -1,8 +1,8 @@
-"""The command line: parse, call, print.
+"""The command line: parse arguments, call the package, print results.
 
-Only typer is imported here at once, so that help and tab completion answer at once; each command
-imports what it needs. Results go to stdout, everything else to stderr; with `--json`, stdout gets
-exactly one JSON object, or with `status --watch` one each time.
+This package imports only typer at its top, so that help and tab completion are fast. Each command
+imports what it needs. Results go to stdout and everything else to stderr. With `--json`, stdout
+gets exactly one JSON object, or one per interval with `status --watch`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextlib import suppress
 
 from latentcache.cli.base import app
 
-# Each import adds its commands, in the order in which help tells of them.
+# Each import registers its commands, in the order in which help lists them.
 from latentcache.cli import runs, datasets, quality, tools  # noqa: F401  # isort: skip
 
 

@@ -1,4 +1,4 @@
-"""`python -m latentcache.cli`, for where no script was installed."""
+"""Run the command line as `python -m latentcache.cli`, if no script is installed."""
 
 from latentcache.cli import main
 

@@ -1,4 +1,4 @@
-"""What commands share: the options of several, and how they print, complain and fail."""
+"""What commands share: common options, printing, warnings and errors."""
 
 from __future__ import annotations
 
@@ -24,49 +24,51 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 
 app = typer.Typer(
-    help="Encode image datasets to KL-f8 latents once, and train from the result.",
+    help="Encode an image dataset to KL-f8 latents once, then train from the latents.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-ConfigPath = Annotated[Path, typer.Argument(help="The config, a YAML file.", metavar="CONFIG")]
+ConfigPath = Annotated[
+    Path, typer.Argument(help="Path of the config, a YAML file.", metavar="CONFIG")
+]
 Target = Annotated[
     str,
     typer.Argument(
-        help="The dataset's URL, or the config that made it.",
+        help="URL of a dataset, or path of the config that made it.",
         metavar="URL|CONFIG",
         show_default=False,
     ),
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="A.B=C", help="Override a setting of the config; repeatable."),
+    typer.Option("--set", metavar="A.B=C", help="Override a setting of the config. Repeatable."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 
 def manifest_name(text: str) -> int | str:
-    """Take what `--manifest` says: a number, or `published`."""
+    """Parse the value of `--manifest`: a number, or `published`."""
     if text != "published" and not text.isdecimal():
-        raise typer.BadParameter(f"{text!r} is no manifest: give its number, or `published`")
+        raise typer.BadParameter(f"{text!r} is not a manifest: use its number, or `published`")
     return text if text == "published" else int(text)
 
 
-# `Any`, for Typer takes no union; the parser gives a `ManifestName`.
+# `Any`, because Typer accepts no union. The parser returns a `ManifestName`.
 ManifestNumber = Annotated[
     Any,
     typer.Option(
         "--manifest",
         parser=manifest_name,
         metavar="N|published",
-        help="Its number; the newest complete one if left out.",
+        help="Manifest to read. Default: the newest complete one.",
     ),
 ]
 
 
 class _Stdout:
-    """The real stdout: Ray's processes write to file descriptor 1, which is stderr from here on."""
+    """The real stdout. Ray's processes write to file descriptor 1, which becomes stderr."""
 
     def __init__(self) -> None:
         sys.stdout.flush()
@@ -74,7 +76,7 @@ class _Stdout:
         os.dup2(2, 1)
 
     def print(self, text: str) -> None:
-        """Print a line; nobody reading is no error."""
+        """Print a line. A closed pipe is not an error."""
         try:
             print(text, file=self.file, flush=True)
         except BrokenPipeError:
@@ -86,7 +88,7 @@ _log_json = False
 
 
 def print_line(text: str) -> None:
-    """Print a result in one line, whatever characters the names in it have."""
+    """Print a result in one line; control characters in it are escaped."""
     from latentcache.errors import one_line
 
     assert _stdout
@@ -94,13 +96,13 @@ def print_line(text: str) -> None:
 
 
 def print_text(text: str) -> None:
-    """Print a result of several lines, in which names are made `one_line` already."""
+    """Print a result of several lines, in which names are already escaped by `one_line`."""
     for line in text.split("\n"):
         print_line(line)
 
 
 def print_json(tree: dict[str, Any]) -> None:
-    """Print a result as one line of JSON; what a terminal would not show is escaped."""
+    """Print a result as one line of JSON; characters that are not printable are escaped."""
     from latentcache.log import redacted
 
     assert _stdout
@@ -109,7 +111,7 @@ def print_json(tree: dict[str, Any]) -> None:
 
 
 def stdout_console() -> Console:
-    """A console on the real stdout."""
+    """Return a console on the real stdout."""
     from rich.console import Console
 
     assert _stdout
@@ -117,7 +119,7 @@ def stdout_console() -> Console:
 
 
 def progress_bar() -> Progress:
-    """A progress bar on stderr, where a person is looking."""
+    """Return a progress bar on stderr. It is disabled if stderr is not a terminal."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -128,7 +130,15 @@ def progress_bar() -> Progress:
 def complain(
     message: str, *more: str, event: str = "note", level: Level = "warning", **fields: Any
 ) -> None:
-    """Say what is amiss on stderr, a line each; with --log-json, with its `event` and `fields`."""
+    """Print a warning or an error on stderr; with --log-json, as one JSON object.
+
+    Args:
+        message: the first line.
+        more: further lines.
+        event: the name of the event in JSON; "error" also marks the text as an error.
+        level: the level in JSON.
+        fields: further fields of the JSON object.
+    """
     from latentcache.errors import one_line
     from latentcache.log import write_json
 
@@ -140,7 +150,7 @@ def complain(
 
 
 def command(function: Callable[P, int | None]) -> Callable[P, None]:
-    """Make a command: what it returns is the exit code; errors become one line, no traceback."""
+    """Wrap a command: its result is the exit code, and an error is one line, not a traceback."""
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -157,10 +167,10 @@ def command(function: Callable[P, int | None]) -> Callable[P, None]:
             code = function(*args, **kwargs) or 0
         except LatentCacheError as error:
             _fail(error.args, error.exit_code, as_json)
-        except OSError as error:  # of a local file that no store stands before
+        except OSError as error:  # a local file that is not read through a store
             where = f"{error.filename}: " if error.filename else ""
             _fail([f"{where}{error.strerror or error}"], 1, as_json)
-        except (KeyboardInterrupt, SystemExit):  # the latter is what Ray makes of SIGTERM
+        except (KeyboardInterrupt, SystemExit):  # Ray turns SIGTERM into the latter
             _fail(["interrupted"], 1, as_json)
         raise typer.Exit(code)
 
@@ -172,7 +182,7 @@ def _require_finite(options: dict[str, Any]) -> None:
 
     for name, value in options.items():
         if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"--{name.replace('_', '-')} is {value}: give a finite number")
+            raise ConfigError(f"--{name.replace('_', '-')} is {value}: it must be a finite number")
 
 
 def _fail(lines: Sequence[str], code: int, as_json: bool) -> NoReturn:
@@ -194,26 +204,42 @@ def _root(
 
 
 def is_config(target: str) -> bool:
-    """Tell a config's path from a dataset's URL."""
+    """Return whether a target is the path of a config, and not the URL of a dataset."""
     return target.endswith((".yaml", ".yml"))
 
 
 def locate(target: str, overrides: list[str] | None) -> tuple[str, StorageOptions]:
-    """Find the dataset that a URL or a config means."""
+    """Return the URL of a dataset and how to reach it.
+
+    Args:
+        target: the URL of the dataset, or the path of its config.
+        overrides: the `--set` options, which only a config can have.
+
+    Raises:
+        ConfigError: the config is wrong, or a URL has overrides.
+    """
     from latentcache.config import load_config
     from latentcache.errors import ConfigError
     from latentcache.storage_options import StorageOptions
 
     if not is_config(target):
         if overrides:
-            raise ConfigError("--set goes with a config, not with a dataset's URL")
+            raise ConfigError("--set needs a config, not the URL of a dataset")
         return target, StorageOptions()
     output = load_config(target, overrides or ()).output
     return output.url, output.storage
 
 
 def load(path: Path, overrides: list[str] | None) -> Config:
-    """Read a config, with its `--set` options."""
+    """Read a config.
+
+    Args:
+        path: the YAML file.
+        overrides: the `--set` options.
+
+    Raises:
+        ConfigError: the file cannot be read, or a value is wrong.
+    """
     from latentcache.config import load_config
 
     return load_config(path, overrides or ())

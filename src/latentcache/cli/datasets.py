@@ -1,4 +1,4 @@
-"""Datasets that are there: `verify`, `inspect`, `diff`, `publish`, `gc`."""
+"""Commands for existing datasets: `verify`, `inspect`, `diff`, `publish`, `gc`."""
 
 from __future__ import annotations
 
@@ -38,14 +38,19 @@ def verify_command(
     set_: Overrides = None,
     manifest: ManifestNumber = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Only that objects exist in the right size.")
+        bool,
+        typer.Option("--quick", help="Check only that each file exists and has the right size."),
     ] = False,
     repair: Annotated[
-        bool, typer.Option("--repair", help="Remove bad units; the next run encodes them again.")
+        bool,
+        typer.Option("--repair", help="Remove damaged units. The next run encodes them again."),
     ] = False,
     json_: Json = False,
 ) -> int:
-    """Hold a manifest against its objects: existence, size, SHA-256, rows, finite latents."""
+    """Check every file that a manifest references.
+
+    It checks existence, size, SHA-256, number of rows, and that latents are finite.
+    """
     from dataclasses import asdict
 
     from latentcache.dataset.verify import verify
@@ -72,9 +77,11 @@ def verify_command(
             f"files, {found.num_rows} rows, {found.num_rejects} rejects"
         )
     if found.repaired:
-        complain(f"{len(found.repaired)} units removed; run the config again to encode them")
+        complain(f"{len(found.repaired)} units removed; run `latentcache run` to encode them again")
     elif not found.ok and not repair:
-        complain("`latentcache verify --repair` removes the bad units; the next run encodes them")
+        complain(
+            "`latentcache verify --repair` removes the damaged units, and the next run encodes them"
+        )
     return 0 if found.ok else 3
 
 
@@ -86,30 +93,30 @@ def inspect_command(
     manifest: ManifestNumber = None,
     num_rows: Annotated[
         int | None,
-        typer.Option("--rows", min=0, help="How many rows to show; 5, in a picture 24."),
+        typer.Option("--rows", min=0, help="Number of rows to show. Default: 5, with --image 24."),
     ] = None,
     image: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Decode rows drawn at random into a picture, instead."),
+        typer.Option(metavar="FILE", help="Write a picture of decoded random rows instead."),
     ] = None,
     decoder: Annotated[
         str | None,
         typer.Option(
             metavar="URL",
-            help="With --image: the checkpoint that decodes; by default the config's. A dataset's "
-            "URL needs it, unless the demo VAE encoded it.",
+            help="Checkpoint whose decoder --image uses. Default: the config's. It is required "
+            "with the URL of a dataset, unless the demo VAE encoded the dataset.",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="With --image: draws other rows.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of --image.")] = 0,
     json_: Json = False,
 ) -> None:
-    """Show what a dataset is: contract, totals, buckets, statistics, a few rows and rejects."""
+    """Show the contract, totals, buckets, statistics, and some rows and rejects."""
     from latentcache.dataset.inspect import describe, render
     from latentcache.dataset.reader import open_dataset
     from latentcache.errors import ConfigError
 
     if decoder and not image:
-        raise ConfigError("--decoder goes with --image")
+        raise ConfigError("--decoder needs --image")
     url, options = locate(target, set_)
     dataset = open_dataset(url, manifest, storage=options)
     if image:
@@ -125,7 +132,7 @@ def inspect_command(
 
 
 def _named_vae(target: str, overrides: list[str] | None) -> tuple[str | None, StorageOptions]:
-    """Return the checkpoint that a config names, and how to reach it."""
+    """Return the checkpoint of a config and how to reach it; None for the URL of a dataset."""
     from latentcache.config import load_config
     from latentcache.storage_options import StorageOptions
 
@@ -148,7 +155,7 @@ def _draw_rows(
     from latentcache.qa.sheet import DEFAULT_NUM_ROWS, load_decoder, save_sheet
 
     if num_rows == 0:
-        raise ConfigError("--rows 0 leaves nothing to draw with --image")
+        raise ConfigError("--image needs at least one row: raise --rows")
     vae, notes = load_decoder(dataset, decoder, storage)
     for note in notes:
         complain(note)
@@ -174,7 +181,7 @@ def diff_command(
         typer.Argument(
             parser=manifest_name,
             metavar="N",
-            help="A manifest's number, or `published`; the complete one before M if left out.",
+            help="First manifest: a number or `published`. Default: the complete one before M.",
             show_default=False,
         ),
     ] = None,
@@ -183,14 +190,14 @@ def diff_command(
         typer.Argument(
             parser=manifest_name,
             metavar="M",
-            help="Likewise; the newest complete one if left out.",
+            help="Second manifest: a number or `published`. Default: the newest complete one.",
             show_default=False,
         ),
     ] = None,
     set_: Overrides = None,
     json_: Json = False,
 ) -> None:
-    """Say which units and rows came, went or were replaced between two manifests."""
+    """List the units that were added, replaced or removed between two manifests."""
     from dataclasses import asdict
 
     from latentcache.dataset.diff import diff_manifests
@@ -229,17 +236,17 @@ def publish_command(
         int | None,
         typer.Argument(
             metavar="N",
-            help="The manifest's number; the newest complete one if left out.",
+            help="Number of the manifest. Default: the newest complete one.",
             show_default=False,
         ),
     ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Go back to an older manifest than the published one.")
+        bool, typer.Option("--force", help="Allow a manifest older than the published one.")
     ] = False,
     set_: Overrides = None,
     json_: Json = False,
 ) -> None:
-    """Let `published.json` name a complete manifest, which readers can ask for as `published`."""
+    """Publish a complete manifest: readers open it as `published`."""
     from dataclasses import asdict
 
     from latentcache.dataset.publish import publish
@@ -258,30 +265,30 @@ def gc_command(
     target: Target,
     set_: Overrides = None,
     delete: Annotated[
-        bool, typer.Option("--delete", help="Delete them; without this, nothing is changed.")
+        bool, typer.Option("--delete", help="Delete the files. Without it, nothing is changed.")
     ] = False,
     keep_last: Annotated[
         int | None,
         typer.Option(
             min=1,
             metavar="K",
-            help="Keep no more than the K newest complete manifests, the published one, and those "
-            "that readers were given lately; all are kept if left out.",
+            help="Keep only the K newest complete manifests, the published one, and those that "
+            "readers may have opened recently. Default: keep all manifests.",
             show_default=False,
         ),
     ] = None,
     keep: Annotated[
         list[int] | None,
-        typer.Option(metavar="N", help="With --keep-last: keep this one, too; repeatable."),
+        typer.Option(metavar="N", help="Manifest that --keep-last keeps too. Repeatable."),
     ] = None,
     older_than_days: Annotated[
-        float, typer.Option(help="What is younger stays, by the store's clock; at least 2.")
+        float, typer.Option(help="Keep younger files, by the store's clock. At least 2.")
     ] = 7.0,
     json_: Json = False,
 ) -> None:
     """List unreferenced files (dry run); --delete removes them.
 
-    These are files of lost attempts and superseded units, and what killed processes left behind.
+    These are files of lost attempts and superseded units, and leftovers of killed processes.
     """
     from dataclasses import asdict
 
@@ -319,7 +326,7 @@ def _print_unreferenced(listed: Unreferenced) -> None:
             size = size_text(sum(each.size_bytes for each in objects))
             print_line(f"{len(objects):>8}  {size:>10}  {KINDS[kind]}")
     if listed.uploads:
-        print_line(f"{len(listed.uploads):>8}  {'':>10}  multipart uploads that never ended")
+        print_line(f"{len(listed.uploads):>8}  {'':>10}  unfinished multipart uploads")
     action = "deleted" if listed.is_deleted else "would delete"
     is_clean = not (listed.num_objects or listed.uploads)
     hint = "" if listed.is_deleted or is_clean else "; --delete removes them"

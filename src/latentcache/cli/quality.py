@@ -1,4 +1,4 @@
-"""What latents are worth: `qa`, `eval`."""
+"""Commands that measure quality: `qa`, `eval`."""
 
 from __future__ import annotations
 
@@ -33,52 +33,61 @@ def qa_command(
     set_: Overrides = None,
     manifest: ManifestNumber = None,
     num_rows: Annotated[
-        int, typer.Option("--rows", min=1, help="How many rows to look at, over all buckets.")
+        int, typer.Option("--rows", min=1, help="Number of rows to check, over all buckets.")
     ] = 256,
     num_units: Annotated[
         int,
         typer.Option(
-            "--units", min=0, help="Read this many source shards again, not the run's own crops."
+            "--units",
+            min=0,
+            help="Number of source shards to read again. 0 uses the crops that the run kept.",
         ),
     ] = 0,
     source: Annotated[
         list[str] | None,
         typer.Option(
             metavar="URL",
-            help="With --units and a dataset's URL: shards, a glob or a folder that may be read, "
-            "because a dataset alone does not decide that; repeatable. A config names its own.",
+            help="Shards, a glob or a folder that --units may read. It is required with the URL of "
+            "a dataset, whose own URLs are not opened. Repeatable.",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Draws other rows.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed that chooses the rows.")] = 0,
     checkpoint: Annotated[
         str | None,
-        typer.Option(help="The dataset's VAE; by default the config's, `demo`, or the decoder."),
+        typer.Option(
+            help="Checkpoint of the dataset's VAE. Default: the config's, `demo`, or the decoder."
+        ),
     ] = None,
     decoder: Annotated[
         str | None,
         typer.Option(
-            help="A checkpoint whose decoder is used; by default the VAE's. A dataset's URL needs "
-            "this or --checkpoint, unless the demo VAE encoded it."
+            help="Checkpoint whose decoder is used. Default: the VAE's. The URL of a dataset needs "
+            "this or --checkpoint, unless the demo VAE encoded the dataset."
         ),
     ] = None,
     min_psnr_db: Annotated[
-        float | None, typer.Option(help="Gate: the mean PSNR, at least.", show_default="15")
+        float | None,
+        typer.Option(help="Fail if the mean PSNR is below this, in dB.", show_default="15"),
     ] = None,
     min_drift_db: Annotated[
         float | None,
-        typer.Option(help="Gate: each latent against an fp32 encode, at least.", show_default="30"),
+        typer.Option(
+            help="Fail if a latent's signal-to-noise ratio to an fp32 encode is below this, in dB.",
+            show_default="30",
+        ),
     ] = None,
     max_rejects: Annotated[
-        int | None, typer.Option(help="Gate: samples left out, at most.", show_default="any")
+        int | None,
+        typer.Option(help="Fail if there are more rejects than this.", show_default="any"),
     ] = None,
     report: Annotated[
-        Path | None, typer.Option(help="Write the report to this .html (or .json) file.")
+        Path | None, typer.Option(help="Write the report to this .html or .json file.")
     ] = None,
     json_: Json = False,
 ) -> int:
-    """Decode stored latents and hold them against their images; a gate not passed exits 3.
+    """Decode stored latents and compare them with their images. Exits 3 if a gate fails.
 
-    A config's section `qa` says what decodes and what the gates are, unless options here do.
+    The section `qa` of a config has the decoder and the gates. Options override it.
     """
     import tempfile
 
@@ -154,7 +163,7 @@ def qa_command(
 @app.command("eval")
 @command
 def eval_command(config: ConfigPath, set_: Overrides = None, json_: Json = False) -> None:
-    """Hold decoders against each other: the model card's table, over images of your own."""
+    """Compare decoders on your images: print the table of the sd-vae-ft-mse model card."""
     from contextlib import ExitStack
     from dataclasses import asdict
 

@@ -1,4 +1,4 @@
-"""Runs: `run`, `plan`, `status`."""
+"""Commands for runs: `run`, `plan`, `status`."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def run_command(
     config: ConfigPath,
     set_: Overrides = None,
     retry_rejects: Annotated[
-        bool, typer.Option("--retry-rejects", help="Encode units with rejects again.")
+        bool, typer.Option("--retry-rejects", help="Encode units that have rejects again.")
     ] = False,
     log_json: Annotated[
-        bool, typer.Option("--log-json", help="Make each line on stderr one JSON object.")
+        bool, typer.Option("--log-json", help="Print each line on stderr as one JSON object.")
     ] = False,
     json_: Json = False,
 ) -> int:
-    """Encode what is left to do. After anything, run it again: it takes up where it stopped."""
+    """Encode the units that are not done yet. After an interruption, run it again to resume."""
     from dataclasses import asdict
 
     from latentcache.log import write_libraries_as_json
@@ -58,11 +58,14 @@ def run_command(
     from latentcache.engine.run import run
 
     summary = run(parsed, retry_rejects=retry_rejects, log_json=log_json)
-    for failure in [] if log_json else summary.failed:  # whose log has had each at its time
-        complain(f"given up: {failure['message']}", event="unit_given_up")
+    for failure in (
+        [] if log_json else summary.failed
+    ):  # with --log-json, each was logged when it happened
+        complain(f"unit given up: {failure['message']}", event="unit_given_up")
     if summary.exit_code == 1:
         again = shlex.join(_argv())
-        complain(f"{summary.status}; the same command goes on: {again}", event="incomplete")
+        status = summary.status.capitalize()
+        complain(f"{status}. To resume, run: {again}", event="incomplete")
     for breach in summary.breaches:
         complain(f"QA: {breach}", event="gate_breached", level="error")
     report = None
@@ -71,23 +74,24 @@ def run_command(
         report = _report_run(parsed, summary)
     if summary.num_other_columns:
         complain(
-            f"{summary.num_other_columns} units were committed by another run with other kept "
-            "columns: agree on source.keep, then run again",
+            f"another run committed {summary.num_other_columns} units with different kept columns: "
+            "use the same source.keep in both configs, then run again",
             event="other_columns",
             level="error",
         )
     if summary.status == "no_rows":
         complain(
-            "no rows: every sample was rejected, or the source has none; look with `latentcache "
-            f"inspect --manifest {summary.manifest}`, then correct the source or the config",
+            "no rows: every sample was rejected, or the source has no samples; to see the rejects, "
+            f"run `latentcache inspect --manifest {summary.manifest}`, then fix the source or the "
+            "config",
             event="no_rows",
             level="error",
         )
     if summary.status == "too_many_rejects":
         complain(
             f"too many rejects: {summary.num_rejects} of "
-            f"{summary.num_rows + summary.num_rejects} samples; look at them with `latentcache "
-            f"inspect --manifest {summary.manifest}`, then correct the source or raise "
+            f"{summary.num_rows + summary.num_rejects} samples; to see them, run `latentcache "
+            f"inspect --manifest {summary.manifest}`, then fix the source or raise "
             "rejects.max_rate",
             event="too_many_rejects",
             level="error",
@@ -96,15 +100,15 @@ def run_command(
         print_json(asdict(summary) | {"report": report})
     else:
         print_line(
-            f"{summary.status}: {summary.num_committed} units encoded, {summary.num_skipped} there "
-            f"already, of {summary.num_units}; {summary.num_rows} rows and {summary.num_rejects} "
+            f"{summary.status}: {summary.num_committed} units encoded, {summary.num_skipped} of "
+            f"{summary.num_units} already done; {summary.num_rows} rows and {summary.num_rejects} "
             f"rejects in manifest {summary.manifest} of {summary.output} "
             f"({summary.elapsed_s:.1f} s)"
         )
         if summary.num_extra_images:
             print_line(
-                f"{summary.num_extra_images} of {summary.num_images} images are further images of "
-                "a sample (such as masks) and were not encoded"
+                f"{summary.num_extra_images} of {summary.num_images} images are extra images of "
+                "a sample, such as masks, and were not encoded"
             )
         _print_reasons(summary.reject_reasons)
         if summary.bottleneck:
@@ -117,9 +121,9 @@ def run_command(
 
 
 def _report_run(config: Config, summary: RunSummary) -> str:
-    """Write the report on the manifest that a run ended with; after a breach, name the worst rows.
+    """Write the report on the last manifest of a run; after a breach, print the worst rows.
 
-    A report that is there stays: a manifest never changes, nor does what was seen of it.
+    An existing report stays, because neither a manifest nor its QA results ever change.
     """
     from latentcache.dataset.reader import open_dataset
     from latentcache.qa.gates import Gates
@@ -156,31 +160,35 @@ def plan_command(
     config: ConfigPath,
     set_: Overrides = None,
     retry_rejects: Annotated[
-        bool, typer.Option("--retry-rejects", help="Plan units with rejects again.")
+        bool, typer.Option("--retry-rejects", help="Plan units that have rejects again.")
     ] = False,
     calibrate: Annotated[
         int | None,
         typer.Option(
             min=1,
             metavar="N",
-            help="Encode N of the images, and say what the whole job takes: thousands on a GPU, "
-            "a hundred on a CPU.",
+            help="Encode N images and estimate the time and cost of the whole run. Use thousands "
+            "on a GPU, a hundred on a CPU.",
             show_default=False,
         ),
     ] = None,
     usd_per_gpu_hour: Annotated[
-        float | None, typer.Option(min=0, help="A price, for --calibrate.", show_default=False)
+        float | None,
+        typer.Option(min=0, help="Price of a GPU hour, for --calibrate.", show_default=False),
     ] = None,
     usd_per_cpu_hour: Annotated[
-        float | None, typer.Option(min=0, help="A price, for --calibrate.", show_default=False)
+        float | None,
+        typer.Option(min=0, help="Price of a CPU hour, for --calibrate.", show_default=False),
     ] = None,
     usd_per_gb_month: Annotated[
         float | None,
-        typer.Option(min=0, help="Price of the output's storage.", show_default=False),
+        typer.Option(
+            min=0, help="Price of storing a GB for a month, for --calibrate.", show_default=False
+        ),
     ] = None,
     json_: Json = False,
 ) -> int:
-    """Say what `run` would encode, and why. Writes nothing."""
+    """List the units that `run` would encode, and why. It writes nothing."""
     from dataclasses import asdict
 
     parsed = load(config, set_)
@@ -189,7 +197,7 @@ def plan_command(
 
     prices = (usd_per_gpu_hour, usd_per_cpu_hour, usd_per_gb_month)
     if calibrate is None and any(price is not None for price in prices):
-        raise ConfigError("prices are for --calibrate: without it nothing is known to price")
+        raise ConfigError("prices need --calibrate, which estimates the run")
     plan = make_plan(parsed, retry_rejects=retry_rejects)
     forecast = None
     if calibrate and plan.to_encode and not plan.diff:
@@ -228,11 +236,11 @@ def plan_command(
         if forecast:
             print_text(forecast.to_text())
         elif calibrate and not plan.diff:
-            print_line("nothing to calibrate on")
+            print_line("no units to calibrate on")
     if plan.twice:
         complain(plan.twice.to_text())
     if plan.diff:
-        complain("the output holds latents made another way; `run` will refuse:")
+        complain(f"{plan.output.url} was created with different settings; `run` will refuse:")
         for line in plan.diff:
             complain(f"  {line}")
         return 2
@@ -251,14 +259,14 @@ def _print_plan(plan: Plan, most: int = 20) -> None:
     newest = plan.state.manifest
     print_line(
         f"sources: {found.num_new} new, {found.num_changed} changed, {found.num_unchanged} "
-        f"unchanged, {found.num_vanished} vanished ({fate}), beside "
-        + (f"manifest {newest.number}" if newest else "no manifest yet")
+        f"unchanged, {found.num_vanished} vanished ({fate}), compared with "
+        + (f"manifest {newest.number}" if newest else "an empty dataset")
     )
     buckets = ", ".join(f"{width}x{height}" for width, height in plan.contract.transform.buckets)
     channels, *_ = plan.contract.latent_shape((8, 8))
     terms = plan.contract.latents
     num_bytes = sum(planned.unit.num_bytes for planned in plan.to_encode)
-    images = "" if plan.num_images is None else f"; {plan.num_images} image files in all"
+    images = "" if plan.num_images is None else f"; {plan.num_images} image files in total"
     _print_rewrites(plan)
     print_line(
         f"{len(plan.to_encode)} of {len(plan.units)} units to encode "
@@ -271,7 +279,7 @@ def _print_plan(plan: Plan, most: int = 20) -> None:
 
 
 def _print_rewrites(plan: Plan) -> None:
-    """Say what other kept columns cost, by the columns that the units have now."""
+    """Print what a change of `source.keep` costs, by the present columns of the units."""
     from collections import Counter
 
     from latentcache.log import size_text
@@ -279,13 +287,13 @@ def _print_rewrites(plan: Plan) -> None:
     reasons = Counter(planned.reason for planned in plan.to_rewrite)
     for reason, number in reasons.items():
         print_line(
-            f"{number} units: {reason}: rows are rewritten around the stored latents, no encoding"
+            f"{number} units: {reason}: rows are rewritten with the stored latents, not encoded"
         )
     if reasons:
         num_bytes = sum(planned.unit.num_bytes for planned in plan.to_rewrite)
         print_line(
             f"rewriting reads {size_text(num_bytes)} of source and "
-            f"{size_text(plan.num_bytes_rewritten)} of latents, which it writes again"
+            f"{size_text(plan.num_bytes_rewritten)} of latents, and writes the latents again"
         )
 
 
@@ -296,14 +304,14 @@ def status_command(
     set_: Overrides = None,
     watch_: Annotated[
         bool,
-        typer.Option("--watch", help="Go on until it is complete and no run is at work."),
+        typer.Option("--watch", help="Repeat until the dataset is complete and no run is active."),
     ] = False,
     every_s: Annotated[
-        float, typer.Option("--every", min=0.1, metavar="SECONDS", help="With --watch: how often.")
+        float, typer.Option("--every", min=0.1, metavar="SECONDS", help="Interval of --watch.")
     ] = 10.0,
     json_: Json = False,
 ) -> None:
-    """Say how far a dataset is, and who works on it."""
+    """Show the progress of a dataset and its active runs."""
     from dataclasses import asdict
 
     from latentcache.engine.status import read_status
@@ -327,7 +335,7 @@ def status_command(
     if status.published is not None:
         print_line(f"published: manifest {status.published}")
     if status.bottleneck:
-        print_line(f"its latest units: {status.bottleneck}")
+        print_line(f"{status.bottleneck} (latest units)")
     for source, message in status.failed.items():
         print_line(f"failed: {source}: {message}")
     for active in status.active_runs:
@@ -336,11 +344,11 @@ def status_command(
             f"{active.num_units} units, seen {active.age_s:.0f} s ago"
         )
     if status.gc_at_work:
-        print_line("gc is at work")
+        print_line("gc is active")
 
 
 def _show_each(found: Iterator[Watched], url: str, *, as_json: bool) -> None:
-    """Show each: in place on a terminal, elsewhere a line each. An interrupt is how one ends it."""
+    """Show each status: in place on a terminal, one line each elsewhere. Ctrl-C ends it."""
     from contextlib import suppress
 
     from rich.live import Live

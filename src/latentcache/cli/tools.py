@@ -1,4 +1,4 @@
-"""What else there is: `bench-loader`, `schema`, `demo-data`."""
+"""Other commands: `bench-loader`, `schema`, `demo-data`."""
 
 from __future__ import annotations
 
@@ -30,20 +30,26 @@ def bench_loader_command(
     target: Target,
     set_: Overrides = None,
     manifest: ManifestNumber = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a batch.")] = 256,
-    seconds: Annotated[float, typer.Option(min=0.1, help="How long to go on.")] = 10.0,
-    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
-    normalize: Annotated[bool, typer.Option(help="As a model is trained on.")] = True,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per batch.")] = 256,
+    seconds: Annotated[
+        float, typer.Option(min=0.1, help="Duration of the measurement, in seconds.")
+    ] = 10.0,
+    dtype: Annotated[
+        str, typer.Option(help="Data type of batches: float32, float16 or bfloat16.")
+    ] = "float32",
+    normalize: Annotated[
+        bool, typer.Option(help="Scale and shift latents as a model needs them.")
+    ] = True,
     columns: Annotated[
-        list[str] | None, typer.Option("--column", help="Read only these columns; repeatable.")
+        list[str] | None, typer.Option("--column", help="Read only this column. Repeatable.")
     ] = None,
     cache_dir: Annotated[
-        Path | None, typer.Option(help="Where files of a remote store are kept.")
+        Path | None, typer.Option(help="Folder that caches the files of a remote store.")
     ] = None,
-    cache_bytes: Annotated[str, typer.Option(help="How much of them.")] = "100gb",
+    cache_bytes: Annotated[str, typer.Option(help="Size limit of the cache.")] = "100gb",
     json_: Json = False,
 ) -> None:
-    """Measure how fast a training loop would get batches here, if it did nothing else."""
+    """Measure how fast `LatentLoader` reads batches on this machine, without a model."""
     from dataclasses import asdict
 
     from latentcache.dataset.layout import TORCH_DTYPES
@@ -60,7 +66,7 @@ def bench_loader_command(
         url,
         batch_size=batch_size,
         manifest=manifest,
-        tail="pad",  # else a small dataset would have no batch
+        tail="pad",  # otherwise a small dataset has no batch
         dtype=known[dtype],
         normalize=normalize,
         columns=columns,
@@ -79,8 +85,8 @@ def bench_loader_command(
         f"{speed.num_steps} steps in {speed.elapsed_s:.1f} s"
     )
     print_line(
-        f"a step of {batch_size}: {speed.step_p50_ms:.2f} ms (median), {speed.step_p99_ms:.2f} ms "
-        f"(99%)"
+        f"step of {batch_size} rows: {speed.step_p50_ms:.2f} ms (median), "
+        f"{speed.step_p99_ms:.2f} ms (99th percentile)"
     )
     print_line(
         f"first batch after {speed.first_batch_s:.2f} s, manifest read in {speed.open_s:.2f} s; "
@@ -91,7 +97,9 @@ def bench_loader_command(
 @app.command("schema")
 @command
 def schema_command(
-    eval_: Annotated[bool, typer.Option("--eval", help="Of a config of `eval`.")] = False,
+    eval_: Annotated[
+        bool, typer.Option("--eval", help="Print the schema of a config of `eval`.")
+    ] = False,
 ) -> None:
     """Print the JSON Schema of a config."""
     from latentcache.config import Config
@@ -104,14 +112,14 @@ def schema_command(
 @app.command("demo-data")
 @command
 def demo_data_command(
-    folder: Annotated[Path, typer.Argument(help="Where to write the shards.")],
-    shards: Annotated[int, typer.Option(min=1, help="How many shards.")] = 8,
-    samples: Annotated[int, typer.Option(min=1, help="Samples in each.")] = 24,
-    seed: Annotated[int, typer.Option(min=0, help="Draws other pictures.")] = 0,
-    broken: Annotated[bool, typer.Option(help="Break some samples on purpose.")] = True,
+    folder: Annotated[Path, typer.Argument(help="Folder to write the shards to.")],
+    shards: Annotated[int, typer.Option(min=1, help="Number of shards.")] = 8,
+    samples: Annotated[int, typer.Option(min=1, help="Samples per shard.")] = 24,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of the pictures.")] = 0,
+    broken: Annotated[bool, typer.Option(help="Damage some samples on purpose.")] = True,
     json_: Json = False,
 ) -> None:
-    """Draw WebDataset shards of varied pictures with captions, some broken on purpose."""
+    """Write WebDataset shards of drawn pictures with captions. Some samples are damaged."""
     from dataclasses import asdict
 
     from latentcache.demo.demo_data import write_demo_data
@@ -122,4 +130,4 @@ def demo_data_command(
     if json_:
         print_json(asdict(made))
     else:
-        print_line(f"{made.num_samples} samples, {made.num_broken} of them broken, in {folder}")
+        print_line(f"{made.num_samples} samples, {made.num_broken} of them damaged, in {folder}")

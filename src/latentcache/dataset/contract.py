@@ -238,22 +238,25 @@ def require_sound(contract: Contract) -> None:
             )
 
 
-def contract_diff(there: Contract, wanted: Contract) -> list[str]:
-    """Return a line for each field in which two contracts differ, sorted by field.
+def contract_diff(
+    there: Contract, wanted: Contract, names: tuple[str, str] = ("dataset", "config")
+) -> list[str]:
+    """Return one line for each field that differs between two contracts.
 
-    A line reads `transform.crop: "center" there, "random" wanted`.
+    A line reads `transform.crop: dataset has "center", config has "random"`.
 
     Args:
-        there: the contract of the output.
-        wanted: the contract of this run.
+        there: the contract of the dataset.
+        wanted: the contract of the config.
+        names: what lines call the owners of the two contracts.
     """
     before, after = dict(_leaves(there.to_json())), dict(_leaves(wanted.to_json()))
     paths = before.keys() | after.keys()
-    # Only int8 has a quantization, so the line about the dtype already implies these differences.
-    if there.latents.dtype != wanted.latents.dtype:
+    if there.latents.dtype != wanted.latents.dtype:  # the line on dtype implies these
         paths = {path for path in paths if not path.startswith("latents.quantization.")}
     return [
-        f"{path}: {json.dumps(before.get(path))} there, {json.dumps(after.get(path))} wanted"
+        f"{path}: {names[0]} has {json.dumps(before.get(path))}, "
+        f"{names[1]} has {json.dumps(after.get(path))}"
         for path in sorted(paths)
         if before.get(path) != after.get(path)
     ]
@@ -349,25 +352,23 @@ def establish_contract(store: Store, wanted: Contract, provenance: dict[str, Any
 
 
 def require_same(store: Store, there: Contract, wanted: Contract) -> None:
-    """Raise an error if the contract of an output differs from that of this run.
+    """Check that the contract of an output is that of the config.
 
     Args:
         store: the output.
-        there: the contract of the output.
-        wanted: the contract of this run.
+        there: its contract.
+        wanted: the contract of the config.
 
     Raises:
-        ContractMismatch: the contracts differ; the message names each field that differs.
+        ContractMismatch: a field differs; the message names each field.
     """
     if there.fingerprint != wanted.fingerprint:
         lines = (f"  {line}" for line in contract_diff(there, wanted))
-        fix = (
-            f"{store.url} holds latents of another contract: give this config another `output.url`"
-        )
+        fix = "use another `output.url`"
         if not store.list("commits"):
-            contract = store.url_of(CONTRACT_PATH)
-            fix = (
-                f"{store.url} has another contract, but nothing is committed there yet: delete "
-                f"{contract} to start over"
-            )
-        raise ContractMismatch(f"{fix}, or make these fields agree:", *lines)
+            fix = f"delete {store.url_of(CONTRACT_PATH)} to start over, as nothing is committed yet"
+        raise ContractMismatch(
+            f"{store.url} was created with different settings: {fix}, or change the config to "
+            "match the dataset:",
+            *lines,
+        )

@@ -208,7 +208,7 @@ class StatusReader:
             complete=bool(self._manifest and self._manifest.complete),
             failed=failed,
             active_runs=runs,
-            bottleneck=str(loads.bottleneck) if loads.bottleneck and num_rows else None,
+            bottleneck=loads.bottleneck_text if num_rows else None,
             published=published.manifest if published else None,
             gc_at_work=len(runs) < len(leases),
         )

@@ -25,7 +25,8 @@ class RunSummary:
         manifest: the number of the newest manifest; None if there is none.
         reject_reasons: the most frequent reasons of the whole dataset.
         num_qa_rows: rows that QA evaluated, with a mean PSNR of `mean_psnr_db`.
-        bottleneck: the slowest stage of this run and what would help; None for a run without rows.
+        bottleneck: a sentence on the slowest stage of this run; None for a run that made no rows or
+            worked less than 10 s.
         breaches: the QA gates that failed.
         failed: the source and the message of each unit that was given up.
     """
@@ -86,7 +87,6 @@ def summarise(
         status, exit_code = "complete", 0
     else:
         status, exit_code = stop_reason or "incomplete", 1
-    slowest = counts.loads.bottleneck
     return RunSummary(
         status=status,
         num_units=len(work.units()),
@@ -104,7 +104,7 @@ def summarise(
         reject_reasons=most_frequent(output, work.counted()),
         num_qa_rows=counts.qa_totals.num_rows.total(),
         mean_psnr_db=counts.qa_totals.mean_psnr_db,
-        bottleneck=str(slowest) if slowest and counts.num_rows else None,
+        bottleneck=counts.loads.bottleneck_text if counts.num_rows else None,
         breaches=breaches,
         failed=[{"source": s, "message": m} for s, m in sorted(failed.items())],
     )

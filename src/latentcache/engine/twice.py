@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from latentcache.config import Source
+from latentcache.config_source import Source
 from latentcache.dataset.contract import Contract
 from latentcache.dataset.receipts import Unit
 from latentcache.dataset.state import State

@@ -84,7 +84,7 @@ class Watched:
         add("rejects", f"{status.num_rejects:,} ({status.num_rejects / num_samples:.2%})")
         newest = str(status.manifests[-1]) if status.manifests else "none yet"
         add("manifest", newest + ("" if status.complete else ", not complete"))
-        add("bottleneck", status.bottleneck or "not known")
+        add("bottleneck", (status.bottleneck or "not known").removeprefix("bottleneck: "))
         for run in status.active_runs:
             add("run", f"{run.host}, pid {run.pid}, seen {run.age_s:.0f} s ago")
         if not status.active_runs:

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from itertools import takewhile
 
-from latentcache.config import Images, Source
+from latentcache.config_source import Images, Source
 from latentcache.images.braces import named_urls
 from latentcache.storage import Store
 from latentcache.storage_options import StorageOptions

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
-from latentcache.config import Images
+from latentcache.config_source import Images
 from latentcache.dataset.contract import MAX_SAMPLE_BYTES, SourceContract
 from latentcache.dataset.receipts import Unit
 from latentcache.errors import ConfigError, ObjectNotFound, SourceChanged, SourceError

@@ -207,7 +207,7 @@ def open_sources(
     sources = [Source(*open_manifest(url, manifests.get(url), storage=storage)) for url in urls]
     first = sources[0]
     for source in sources[1:]:
-        lines = contract_diff(first.contract, source.contract)
+        lines = contract_diff(source.contract, first.contract, ("the former", "the latter"))
         if differ := [line for line in lines if line.startswith(_MUST_AGREE)]:
             raise ContractMismatch(
                 f"{source.url} cannot be mixed with {first.url}; their latents differ in:",

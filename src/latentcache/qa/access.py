@@ -12,7 +12,7 @@ import shlex
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
-from latentcache.config import Images
+from latentcache.config_source import Images
 from latentcache.dataset.contract import read_provenance
 from latentcache.dataset.reader import Dataset
 from latentcache.errors import ConfigError, one_line

@@ -240,7 +240,7 @@ def throughput(dataset: Dataset) -> dict[str, Any]:
         "num_units": num_units,
         "num_receipts": num_receipts,
         "num_samples": num_samples,
-        "bottleneck": str(loads.bottleneck) if loads.bottleneck else None,
+        "bottleneck": loads.bottleneck_text,
         "stages": [
             {
                 "stage": stage,
