@@ -82,7 +82,7 @@ def expand_urls(shards: str | Sequence[str]) -> list[str]:
     except ValueError as error:
         raise ConfigError(f"source.shards: {error}") from error
     if not all(urls) or not urls:
-        raise ConfigError("source.shards names no shard: give at least one URL")
+        raise ConfigError("source.shards: no shard is named: give at least one URL")
     require_distinct(urls)
     return urls
 
