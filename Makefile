@@ -27,10 +27,11 @@ test: .venv/dev  ## run the tests
 test-fast: .venv/dev  ## run the tests that start no server and no Ray cluster
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m 'not system'
 
-check: .venv/dev  ## lint, format, types
+check: .venv/dev  ## lint, format, types, prose
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/python scripts/check_prose.py
 
 bench: .venv/dev  ## measure, print tables, write bench/results/
 	$(BIN)/python bench/decode.py

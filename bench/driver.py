@@ -67,7 +67,7 @@ class SleepingActor:
 
     @ray.method(concurrency_group="control")  # type: ignore[untyped-decorator]
     def stats(self) -> dict[str, float]:
-        """Say nothing much."""
+        """Return no statistics."""
         return {}
 
 
@@ -113,7 +113,7 @@ def timed(function: Callable[..., Any], seconds: list[float]) -> Callable[..., A
 
 
 def measure_ray(num_units: int) -> dict[str, float]:
-    """A run over real actors: what it loses, and what it costs the driver."""
+    """Measure a run over real actors: the units it loses, and its cost for the driver."""
     with tempfile.TemporaryDirectory() as folder:
         config = make_config(folder, num_units, RAY_ACTORS)
         plan = make_plan(config)
@@ -158,7 +158,7 @@ def measure_wait(num_calls: int) -> float:
 def measure_simulated(
     config: Config, num_actors: int, unit_s: float, costs: Costs
 ) -> dict[str, float]:
-    """A run over simulated actors, and where the driver's time went."""
+    """Measure a run over simulated actors, and how the driver spends its time."""
 
     def seconds(unit: Unit) -> float:  # 0.8 to 1.2 times the mean
         return unit_s * (0.8 + 0.4 * int(unit.id[:8], 16) / 2**32)
@@ -211,7 +211,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     real = measure_ray(arguments.ray_units)
-    # In hand, and the polls.
+    # The units in progress, and the polls.
     num_calls = (UNITS_PER_ACTOR + 1) * arguments.actors
     real["wait_ms"] = 1e3 * measure_wait(num_calls)
     real["efficiency"] = real["ideal_s"] / real["elapsed_s"]

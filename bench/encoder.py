@@ -46,7 +46,7 @@ Contenders = dict[str, Callable[[], object]]
 
 
 def make_kl_f8(device: str) -> KLAutoencoder:
-    """The published size; random weights, for none may be at hand."""
+    """Make a VAE of the published size, with random weights: a checkpoint may be missing."""
     torch.manual_seed(0)
     vae = KLAutoencoder(Architecture(**KL_F8), decoder=False)
     return vae.eval().requires_grad_(False).to(device)
@@ -62,7 +62,7 @@ def draw_images(num: int, side_px: int, device: str) -> Tensor:
 def diffusers_encode(
     vae: KLAutoencoder, dtype: torch.dtype, *, channels_last: bool, compiled: bool = False
 ) -> Callable[[Tensor], Tensor]:
-    """diffusers' encoder of the same weights; takes images in [-1, 1]."""
+    """Return the encoder of diffusers with the same weights, for images in [-1, 1]."""
     from diffusers import AutoencoderKL
 
     fields = vae.architecture.encoder_fields
@@ -117,7 +117,7 @@ def seconds_on_gpu(work: Callable[[], object]) -> float:
 
 
 def measure_ceilings() -> dict[str, float]:
-    """What this GPU does at best: TFLOP/s of a large product, TB/s of a large copy."""
+    """Measure the ceilings of this GPU: TFLOP/s of a large product, TB/s of a large copy."""
     found = {}
     for precision in ("fp16", "bf16"):
         a, b = (
@@ -132,7 +132,7 @@ def measure_ceilings() -> dict[str, float]:
 
 
 def as_graph(encode: Callable[[Tensor], Tensor], images: Tensor) -> Callable[[], object]:
-    """The same kernels without the work of launching them, which small batches wait for."""
+    """Capture the kernels in a CUDA graph: small batches wait for kernel launches otherwise."""
     for _ in range(3):
         encode(images)
     graph = torch.cuda.CUDAGraph()
@@ -142,7 +142,7 @@ def as_graph(encode: Callable[[Tensor], Tensor], images: Tensor) -> Callable[[],
 
 
 def gpu_contenders(vae: KLAutoencoder, precision: str, images: Tensor) -> dict[str, Any]:
-    """What makes each contender; made one at a time, for the memory of one may be all there is."""
+    """Return a factory for each contender. Make one at a time: memory may suffice for one only."""
     dtype = PRECISION_DTYPES[precision]
     makers: dict[str, Any] = {}
     for name, channels_last in (("diffusers", False), ("diffusers, channels_last", True)):
@@ -196,7 +196,7 @@ def measure_rates(
 
 
 def measure_compiled(vae: KLAutoencoder) -> dict[str, Any]:
-    """diffusers' encoder compiled, against ours; the compiler takes a while at each size."""
+    """Compare the compiled encoder of diffusers with ours. Each size takes a while to compile."""
     found: dict[str, Any] = {}
     for side_px, batch in ((512, 16), (1024, 8), (256, 64)):
         images = torch.randint(0, 256, (batch, 3, side_px, side_px), dtype=torch.uint8).cuda()
@@ -276,7 +276,7 @@ def measure_attention() -> dict[str, Any]:
 
 
 def profile(vae: KLAutoencoder) -> dict[str, Any]:
-    """The kernels that take longest, in milliseconds an image of 512 px."""
+    """Measure the slowest kernels, in milliseconds per image of 512 px."""
     encode = fastest_encode(vae, torch.float16)
     images = torch.randint(0, 256, (16, 3, 512, 512), dtype=torch.uint8).cuda()
     for _ in range(3):

@@ -135,7 +135,7 @@ def too_little_memory_halves_the_batch(vaes: Vaes) -> str:
     torch.cuda.set_per_process_memory_fraction(room)
     try:
         encoder = LatentEncoder(vaes.large, "fp16", batch_size=64)
-        first = encoder.start(images)  # and the next while this one is in hand
+        first = encoder.start(images)  # the next batch starts while this one is in progress
         moments = torch.cat([first().moments, encoder.encode(images).moments])
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)

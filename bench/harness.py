@@ -59,7 +59,7 @@ def write_results(name: str, found: Mapping[str, Any], packages: Sequence[str] =
     """
     git = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty", "--exclude=*"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    told = {
+    facts = {
         "command": " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
         "commit": commit,
         "machine": machine(),
@@ -71,7 +71,7 @@ def write_results(name: str, found: Mapping[str, Any], packages: Sequence[str] =
     }
     path = RESULTS / f"{name}.json"
     kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    kept |= {part: {**told, "found": tree} for part, tree in found.items()}
+    kept |= {part: {**facts, "found": tree} for part, tree in found.items()}
     RESULTS.mkdir(exist_ok=True)
     path.write_text(json.dumps(kept, indent=1) + "\n")
     print(f"written to {os.path.relpath(path)}")
@@ -85,7 +85,7 @@ def peak_mib() -> float:
 
 
 def machine() -> dict[str, Any]:
-    """Say what this ran on."""
+    """Return the processor, the number of cores and the GPU of this machine."""
     cpu_info = Path("/proc/cpuinfo")
     lines = cpu_info.read_text().splitlines() if cpu_info.exists() else []
     models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]

@@ -86,7 +86,7 @@ def write_ours(folder: Path, name: str, rows: np.ndarray[Any, np.dtype[np.float1
 
 
 def limit(rows: torch.Tensor, dtype: str) -> Callable[[], float]:
-    """Give what measures one pass of gathering shuffled rows from memory, in rows/s."""
+    """Return a function that measures a pass over shuffled rows in memory, in rows/s."""
     shuffled = torch.from_numpy(np.random.default_rng(0).permutation(len(rows)))
     num_batches = len(rows) // BATCH_SIZE
     order = list(shuffled[: num_batches * BATCH_SIZE].reshape(num_batches, BATCH_SIZE))
@@ -106,7 +106,7 @@ def limit(rows: torch.Tensor, dtype: str) -> Callable[[], float]:
 
 
 def ours(url: Path, dtype: str) -> Callable[[], float]:
-    """Give what measures our next epoch, in rows/s, its first batch included."""
+    """Return a function that measures our next epoch with its first batch, in rows/s."""
     loader = make_loader(str(url), dtype)
 
     def measure_pass() -> float:
@@ -120,8 +120,10 @@ def ours(url: Path, dtype: str) -> Callable[[], float]:
 def compare(
     folder: Path, name: str, rivals: list[str], num_batches: int, num_repetitions: int
 ) -> dict[str, dict[str, Any]]:
-    """Measure all of them on the same rows: whole passes of ours and the limit, taking turns, and
-    `num_batches` at a time of each rival's, after a whole pass to warm it.
+    """Measure all loaders on the same rows, in turns.
+
+    Ours and the limit run whole passes. Each rival runs `num_batches` at a time, after a whole
+    pass as warm-up.
     """
     rows = torch.from_numpy(np.load(folder / f"{name}.npy"))
     row_bytes = rows[0].nbytes

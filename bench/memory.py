@@ -83,7 +83,7 @@ class Watch(threading.Thread):
         self._runner = runner
 
     def run(self) -> None:
-        """Look until told that it is over."""
+        """Watch until `is_over` is set."""
         while not self.is_over:
             self.seen.append((int(self._runner.stats()["num_rows"]), resident_bytes()))
             time.sleep(0.005)
@@ -124,8 +124,8 @@ def measure(folder: Path, num_threads: int) -> dict[str, float]:
     rows, held = np.array(watch.seen).T
     windows = [held[rows // 25 == number] for number in range(int(rows.max()) // 25)]
     peaks = [(25 * number, window.max()) for number, window in enumerate(windows) if len(window)]
-    settled = np.array([peak for peak in peaks[:-1] if peak[0] >= rows.max() / 5])
-    slope = np.polyfit(settled[:, 0], settled[:, 1], 1)[0]
+    steady = np.array([peak for peak in peaks[:-1] if peak[0] >= rows.max() / 5])
+    slope = np.polyfit(steady[:, 0], steady[:, 1], 1)[0]
     return {
         "num_images": float(int(runner.stats()["num_rows"])),
         "num_decode_threads": float(num_threads),

@@ -45,13 +45,13 @@ def write(receipts: Sequence[Receipt], path: Path) -> None:
         f'<rect width="{_WIDTH}" height="{height}" fill="#fff"/>',
         f'<text class="title" x="16" y="26">{escape(str(found))}</text>',
         f'<text class="small" x="16" y="48">{num_images:,} images in {len(receipts)} units: '
-        "seconds at work, on all threads of the stage, and seconds that units waited for it</text>",
+        "busy seconds, on all threads of the stage, and seconds that units waited for it</text>",
     ]
     for number, (name, load) in enumerate(stages):
         y = _TOP + number * (_BAR + _GAP)
         lines += _bar(name, load, y, (_WIDTH - _LEFT - _RIGHT) / longest, name == found.stage)
     legend_y = height - 12
-    for x, kind, label in ((_LEFT, "busy", "at work"), (_LEFT + 90, "wait", "units waited")):
+    for x, kind, label in ((_LEFT, "busy", "busy"), (_LEFT + 90, "wait", "units waited")):
         lines += [
             f'<rect class="{kind}" x="{x}" y="{legend_y - 10}" width="12" height="12"/>',
             f'<text class="small" x="{x + 18}" y="{legend_y}">{label}</text>',

@@ -118,16 +118,16 @@ def write_shards(
 def rates(name: str, asked: Asked) -> dict[str, Any]:
     """Run a contender; gives images/s, of the work alone and with starting up."""
     shutil.rmtree(asked.out, ignore_errors=True)
-    told = run(name, asked)
-    work_s, total_s = told["working_s"], told["total_s"]
-    line = f"{NAMES[name]} {asked.settings}: {told['num_images']} images in {work_s:.1f} s"
+    measured = run(name, asked)
+    work_s, total_s = measured["working_s"], measured["total_s"]
+    line = f"{NAMES[name]} {asked.settings}: {measured['num_images']} images in {work_s:.1f} s"
     print(f"{line}, {total_s:.1f} s with start-up", file=sys.stderr)
     return {
         "settings": asked.settings,
-        "images_per_s": round(told["num_images"] / told["working_s"], 1),
-        "with_start_up": round(told["num_images"] / told["total_s"], 1),
-        "start_up_s": round(told["total_s"] - told["working_s"], 1),
-        "num_images": told["num_images"],
+        "images_per_s": round(measured["num_images"] / measured["working_s"], 1),
+        "with_start_up": round(measured["num_images"] / measured["total_s"], 1),
+        "start_up_s": round(measured["total_s"] - measured["working_s"], 1),
+        "num_images": measured["num_images"],
     }
 
 
@@ -260,7 +260,7 @@ class Alone:
 
 
 def cpu_seconds(work: Callable[[], object]) -> float:
-    """Say what a piece of work costs in CPU time, of all threads."""
+    """Return the CPU seconds that a piece of work takes, over all threads."""
     before = time.process_time()
     work()
     return time.process_time() - before

@@ -3,7 +3,7 @@
 `make bench`, or `python bench/scale.py [--units 200000]`. Makes, once, an output in bench/.data in
 which all but ten units are done: receipts and manifests as runs leave them, a manifest for every
 thousand units, and no latents. Then measures each step in a process of its own, from its start to
-its end, its peak memory too: a first plan (over an empty output), the run that takes up the last
+its end, its peak memory too: a first plan (over an empty output), the run that does the last
 ten (simulated actors; listing, plan, receipts and manifests are real), a run with nothing to do,
 `status`, `open_dataset`, and manifests in which a unit is replaced. Prints a table and writes
 bench/results/scale.json.
@@ -91,7 +91,7 @@ def step_plan(folder: Path, num_units: int) -> dict[str, Any]:
 
 
 def step_resume(folder: Path, num_units: int) -> dict[str, Any]:
-    """Take up the last ten units."""
+    """Run the last ten units."""
     return _run(folder, num_units, NUM_LEFT)
 
 
@@ -176,7 +176,7 @@ def measure(name: str, folder: Path, num_units: int) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - began, **found}
 
 
-def _told(found: dict[str, Any]) -> str:
+def _steps_text(found: dict[str, Any]) -> str:
     parts = {name: value for name, value in found.items() if name.endswith("_s")}
     return ", ".join(f"{name.removesuffix('_s')} {value:.1f} s" for name, value in parts.items())
 
@@ -201,7 +201,7 @@ def main() -> None:
         f"{arguments.units} units, {len(list((folder / 'segments').iterdir()))} segments",
         ["seconds", "peak MiB", "of which"],
         [
-            [name, f"{found['seconds']:.1f}", f"{found['peak_mib']:.0f}", _told(found)]
+            [name, f"{found['seconds']:.1f}", f"{found['peak_mib']:.0f}", _steps_text(found)]
             for name, found in results.items()
         ],
     )

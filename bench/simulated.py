@@ -54,7 +54,7 @@ urls.SCHEMES = urls.SCHEMES | {"listed"}
 
 
 def make_config(output: str, num_units: int, num_actors: int, *, qa: bool = True) -> Config:
-    """A config of so many units, for actors that need no GPU."""
+    """Make a config of `num_units` units, for actors that need no GPU."""
     tree: dict[str, Any] = {
         "name": "simulated",
         "source": {"shards": f"listed://photos/{num_units}/*.tar"},
@@ -67,7 +67,7 @@ def make_config(output: str, num_units: int, num_actors: int, *, qa: bool = True
 
 
 def make_receipt(contract: Contract, unit: Unit, generation: int, attempt: str) -> Receipt:
-    """A receipt as one of ten thousand photographs would be, with numbers of its own."""
+    """Make a receipt like that of ten thousand photographs, with numbers of its own."""
     bucket = Bucket(*contract.transform.buckets[0]).name
     stem = f"{unit.id}/{generation}-{attempt}"
     digest = unit.id * 2
@@ -127,7 +127,7 @@ class Clock:
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
-        """What is done inside takes no time."""
+        """Stop the clock inside the context."""
         began, began_cpu = self._real(), time.thread_time()
         try:
             yield
@@ -237,7 +237,7 @@ class SimulatedCluster:
         return ended
 
     def result(self, call: int, node: str | None) -> Any:
-        """Give what a call returned."""
+        """Return the result of a call."""
         self._spend(self.costs.result_s)
         with self._clock.stopped():
             return self._results.pop(call)()

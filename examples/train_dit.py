@@ -161,7 +161,7 @@ def flow_loss(model: nn.Module, batch: latentcache.Batch, t: Tensor, noise: Tens
 
 
 def describe(batch: latentcache.Batch, loss: Tensor) -> dict[str, Any]:
-    """Say what a step was, over all ranks: the mean loss, and a hash of the rows in their order."""
+    """Describe a step over all ranks: the mean loss, and a hash of the rows in their order."""
     mine = (loss.item(), list(zip(batch.columns["unit"], batch.columns["key"], strict=True)))
     ranks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(ranks, mine)
@@ -251,7 +251,7 @@ def open_log(folder: Path, num_steps: int) -> TextIO:
 
 
 def epochs(loader: latentcache.LatentLoader) -> Iterator[latentcache.Batch]:
-    """Give the batches of one epoch after the other."""
+    """Yield the batches of one epoch after another."""
     while True:
         yield from loader
 

@@ -30,8 +30,8 @@ class Browser:
 
     def __init__(self, folder: Path) -> None:
         assert EXECUTABLE
-        (reading, told), (self._answers, answering) = _pipe(), _pipe()
-        self._told = os.fdopen(told, "wb", buffering=0)
+        (reading, writing), (self._answers, answering) = _pipe(), _pipe()
+        self._commands = os.fdopen(writing, "wb", buffering=0)
         # The browser reads from 3 and writes to 4.
         start = (
             f"import os, sys; os.dup2({reading}, 3); os.dup2({answering}, 4); "
@@ -63,7 +63,7 @@ class Browser:
     def __exit__(self, *_: object) -> None:
         self.process.kill()  # its children end when it does
         self.process.wait()
-        self._told.close()
+        self._commands.close()
         os.close(self._answers)
 
     def call(self, method: str, session: str | None = None, **params: Any) -> dict[str, Any]:
@@ -73,7 +73,7 @@ class Browser:
         message: dict[str, Any] = {"id": number, "method": method, "params": params}
         if session:
             message["sessionId"] = session
-        self._told.write(json.dumps(message).encode() + b"\0")
+        self._commands.write(json.dumps(message).encode() + b"\0")
         answer = self._read_until(lambda message: message.get("id") == number)
         assert "error" not in answer, (method, answer["error"])
         result: dict[str, Any] = answer["result"]

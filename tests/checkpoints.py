@@ -24,7 +24,7 @@ TINY_KL_F8: dict[str, Any] = {"block_out_channels": [32, 32, 64, 64], "layers_pe
 
 
 def make_reference(fields: dict[str, Any], seed: int = 0) -> diffusers.AutoencoderKL:
-    """diffusers' own autoencoder with random weights; no norm is the identity."""
+    """Make an autoencoder of diffusers with random weights; no norm is the identity."""
     torch.manual_seed(seed)
     num_blocks = len(fields["block_out_channels"])
     reference = diffusers.AutoencoderKL(

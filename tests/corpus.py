@@ -51,7 +51,7 @@ def tar(members: list[Member]) -> bytes:
 def good(name: str, *, seed: int = 0, num_samples: int = 6, ballast_bytes: int = 0) -> Shard:
     """A shard of which every sample becomes a row; every third has no caption.
 
-    The ballast is a field in the middle that nobody reads, to make the shard as large as wanted.
+    The ballast is a field in the middle that no code reads, to make the shard as large as wanted.
     """
     members, rows = _samples(num_samples, seed)
     if ballast_bytes:

@@ -266,7 +266,7 @@ def tree_digest(folder: Path) -> dict[str, str]:
 
 
 def flip_byte(path: Path, offset: int | None = None) -> None:
-    """Flip the bits of one byte, in the middle if not told where."""
+    """Flip the bits of one byte, by default in the middle."""
     data = bytearray(path.read_bytes())
     data[len(data) // 2 if offset is None else offset] ^= 0xFF
     path.write_bytes(data)

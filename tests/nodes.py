@@ -25,7 +25,7 @@ class Nodes:
         """By the process id of the raylet, which is the parent of all workers of its node."""
 
     def add(self, **options: Any) -> int:
-        """Add a node, with a CPU if not told otherwise; gives the id of its raylet."""
+        """Add a node, by default with a CPU; return the id of its raylet."""
         node = self._cluster.add_node(**options)
         (raylet,) = node.all_processes["raylet"]
         self.workers[raylet.process.pid] = node
@@ -106,16 +106,17 @@ class Turnstile:
                 done = self._changed.wait_for(
                     lambda: self._is_open or exchange in self._passes, DEADLINE_S
                 )
-                assert done, "nobody opened the turnstile"
+                assert done, "the turnstile did not open in time"
         exchange.send(exchange.forward())
 
     def wait_for_actors(self, num_actors: int) -> list[int]:
-        """Wait until so many actors wait here; gives their process ids, who has most in hand
-        first.
+        """Wait until `num_actors` actors wait here; return their process ids.
+
+        The actor with the most waiting requests is first.
         """
         with self._changed:
             done = self._changed.wait_for(lambda: len(self._waiting) >= num_actors, DEADLINE_S)
-            assert done, f"only {len(self._waiting)} actors at work"
+            assert done, f"only {len(self._waiting)} actors are waiting"
             return sorted(self._waiting, key=lambda pid: -len(self._waiting[pid]))
 
     def let_one_pass(self) -> None:
@@ -128,7 +129,7 @@ class Turnstile:
             self._changed.notify_all()
 
     def forget(self, pid: int) -> int:
-        """An actor is dead: its requests go through, to nobody. Gives how many there were."""
+        """Let the requests of a dead actor pass; return how many there were."""
         with self._changed:
             self._dead.add(pid)
             requests = self._waiting.pop(pid, [])

@@ -36,7 +36,7 @@ def run_ranks(function: Callable[..., T], arguments: Sequence[tuple[Any, ...]]) 
 
 
 def keys_of_rank(url: str, meeting: str, rank: int, world_size: int) -> list[list[str]]:
-    """Join a process group, and give an epoch's keys without being told which rank one is."""
+    """Join a process group, and return an epoch's keys; the loader finds the rank itself."""
     torch.distributed.init_process_group(
         "gloo", init_method=meeting, rank=rank, world_size=world_size
     )

@@ -28,8 +28,10 @@ _NOT_COLUMNS = {"key", "latent", "latent_shape", "latent_dtype", "crop_top", "cr
 
 @dataclass(frozen=True)
 class StoredRow:
-    """One row; `latent` is [C, h, w] as stored (of int8, what it stands for), `sizes` SDXL's six
-    numbers.
+    """One row of a dataset.
+
+    `latent` is [C, h, w] as stored; int8 latents are dequantized. `sizes` holds the six numbers of
+    SDXL.
     """
 
     latent: torch.Tensor

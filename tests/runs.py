@@ -39,7 +39,7 @@ started: list[Running] = []
 
 
 class Running:
-    """A command at work. Whatever happens, it ends in time and never with a traceback."""
+    """A running command. It always ends in time and never with a traceback."""
 
     def __init__(self, command: list[str], env: dict[str, str]) -> None:
         with ExitStack() as stack:

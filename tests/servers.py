@@ -191,7 +191,7 @@ def ray_cluster(folder: Path, *options: str) -> Iterator[str]:
 
 @dataclass(frozen=True, slots=True)
 class JobServer:
-    """A cluster that takes jobs; `env` is what somebody needs who is to reach it."""
+    """A cluster that takes jobs; `env` is the environment that reaches it."""
 
     url: str
     address: str
@@ -234,7 +234,7 @@ def _processes_with(variable: str) -> list[int]:
     """Which processes have `NAME=value` in their environment."""
     found = []
     for environ in Path("/proc").glob("[0-9]*/environ"):
-        with suppress(OSError):  # of somebody else, or gone by now
+        with suppress(OSError):  # of another user, or gone by now
             if variable.encode() in environ.read_bytes().split(b"\0"):
                 found.append(int(environ.parts[2]))
     return found
@@ -469,7 +469,7 @@ def refuse(status: int, code: str, message: str = "") -> Fault:
 
 
 def overwrite(server: S3Server, bucket: str, key: str, data: bytes) -> Fault:
-    """Somebody replaces an object right after a request for it was answered."""
+    """Replace an object right after the answer to a request for it."""
 
     def fault(exchange: Exchange) -> None:
         reply = exchange.forward()
@@ -480,7 +480,7 @@ def overwrite(server: S3Server, bucket: str, key: str, data: bytes) -> Fault:
 
 
 class Gate:
-    """A fault that holds a download in its middle: whoever reads is at work until it opens."""
+    """A fault that holds a download in its middle: the reader waits until the gate opens."""
 
     def __init__(self) -> None:
         self.client_pid = 0
@@ -494,7 +494,7 @@ class Gate:
         exchange.write(reply.body[:half])
         self.client_pid = exchange.client_pid
         self._reached.set()
-        assert self._opened.wait(DEADLINE_S), "nobody opened the gate"
+        assert self._opened.wait(DEADLINE_S), "the gate did not open in time"
         exchange.write(reply.body[half:])
 
     @property

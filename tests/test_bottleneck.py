@@ -22,7 +22,7 @@ def loads_of(**busy_s: float) -> PipelineLoad:
 
 
 @pytest.mark.parametrize(
-    ("busy_s", "told"),
+    ("busy_s", "prefix"),
     [
         ({"fetch": 1, "decode": 20, "encode": 6}, "bottleneck: encoder (expected)"),
         (
@@ -42,9 +42,9 @@ def loads_of(**busy_s: float) -> PipelineLoad:
     ],
 )
 def test_the_stage_that_takes_longest_with_its_threads_is_named(
-    busy_s: dict[str, float], told: str
+    busy_s: dict[str, float], prefix: str
 ):
-    assert str(loads_of(**busy_s).bottleneck).startswith(told)
+    assert str(loads_of(**busy_s).bottleneck).startswith(prefix)
 
 
 def test_no_work_has_no_bottleneck():

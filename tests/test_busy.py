@@ -46,8 +46,8 @@ def _without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable[[], object]]:
-    """What to do once a run says a line with such words in it."""
+def reactions(monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable[[], object]]:
+    """Return actions by text; an action runs once, when a run logs a line with its text."""
     reactions: dict[str, Callable[[], object]] = {}
     said: list[str] = []
 
@@ -94,7 +94,7 @@ def test_skip_leaves_the_output_to_the_other_run(tmp_path: Path):
 
 @pytest.mark.parametrize("on_busy", ["join", "skip", "wait"])
 def test_a_run_that_starts_while_gc_works_waits_for_it(
-    tmp_path: Path, told: dict[str, Callable[[], object]], on_busy: str
+    tmp_path: Path, reactions: dict[str, Callable[[], object]], on_busy: str
 ):
     config = make_config(tmp_path, on_busy)
     lease = write_lease(Store(config.output.url), name="gc-other")
@@ -104,9 +104,9 @@ def test_a_run_that_starts_while_gc_works_waits_for_it(
         seen.append(read_status_of(config))
         lease.unlink()
 
-    told["waiting for gc to end: pid 7 on elsewhere"] = end_gc
+    reactions["waiting for gc to end: pid 7 on elsewhere"] = end_gc
     summary = latentcache.run(config)
-    assert not told
+    assert not reactions
     assert (summary.status, summary.num_committed) == ("complete", 2)
     ((num_runs, gc_at_work, num_objects),) = seen
     assert (num_runs, gc_at_work) == (1, True), "its own lease was there before it looked"
@@ -114,19 +114,21 @@ def test_a_run_that_starts_while_gc_works_waits_for_it(
 
 
 def read_status_of(config: Config) -> tuple[int, bool, int]:
-    """How many runs are at work, whether `gc` is, and how many objects there are."""
+    """Return how many runs are active, whether `gc` is, and how many objects there are."""
     store = Store(config.output.url)
     leases = active_leases(store)
     return len(active_runs(store)), any(lease.is_gc for lease in leases), len(store.walk())
 
 
-def test_a_signal_ends_the_waiting_for_gc(tmp_path: Path, told: dict[str, Callable[[], object]]):
+def test_a_signal_ends_the_waiting_for_gc(
+    tmp_path: Path, reactions: dict[str, Callable[[], object]]
+):
     config = make_config(tmp_path, "join")
     write_lease(Store(config.output.url), name="gc-other")
     before = tree_digest(tmp_path)
-    told["waiting for gc to end"] = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    reactions["waiting for gc to end"] = lambda: os.kill(os.getpid(), signal.SIGTERM)
     summary = latentcache.run(config)
-    assert not told
+    assert not reactions
     assert (summary.status, summary.exit_code) == ("interrupted", 1)
     assert tree_digest(tmp_path) == before
 
@@ -200,7 +202,7 @@ def test_a_unit_that_is_late_again_and_again_is_given_up(
 
 
 def test_a_repair_beside_a_run_is_no_complete_run(
-    tmp_path: Path, told: dict[str, Callable[[], object]]
+    tmp_path: Path, reactions: dict[str, Callable[[], object]]
 ):
     """The run loses the number of its manifest, and reads that a unit is to be encoded again."""
     latentcache.run(make_config(tmp_path, "join", num_shards=2), quiet=True)
@@ -213,7 +215,7 @@ def test_a_repair_beside_a_run_is_no_complete_run(
         next(bad.iterdir()).unlink()
         repaired.extend(latentcache.verify(config.output.url, repair=True).repaired)
 
-    told["joining another run"] = repair
+    reactions["joining another run"] = repair
     summary = latentcache.run(config)
     assert repaired == [bad.name]
     assert (summary.status, summary.num_committed) == ("incomplete", 1)
@@ -230,12 +232,14 @@ def test_a_lease_that_nobody_renews_holds_nobody_up(tmp_path: Path, on_busy: str
 
 
 def test_join_begins_nothing_that_the_other_run_has_committed(
-    tmp_path: Path, told: dict[str, Callable[[], object]]
+    tmp_path: Path, reactions: dict[str, Callable[[], object]]
 ):
     config = make_config(tmp_path, "join", num_shards=3)
     write_lease(Store(config.output.url))
     others = []
-    told["joining another run: pid 7 on elsewhere"] = lambda: others.append(latentcache.run(config))
+    reactions["joining another run: pid 7 on elsewhere"] = lambda: others.append(
+        latentcache.run(config)
+    )
     summary = latentcache.run(config)
     (other,) = others
     assert (other.status, other.num_committed) == ("complete", 3)
@@ -245,14 +249,14 @@ def test_join_begins_nothing_that_the_other_run_has_committed(
 
 
 def test_from_its_start_a_run_says_how_many_units_there_will_be(
-    tmp_path: Path, told: dict[str, Callable[[], object]]
+    tmp_path: Path, reactions: dict[str, Callable[[], object]]
 ):
     config = make_config(tmp_path, "join")
     latentcache.run(config, quiet=True)
     (tmp_path / "src/1.tar").rename(tmp_path / "src/5.tar")  # 1.tar is gone, and kept
     write_lease(Store(config.output.url))
     seen = []
-    told["joining another run"] = lambda: seen.append(
+    reactions["joining another run"] = lambda: seen.append(
         read_status(config.output.url, StorageOptions())
     )
     assert latentcache.run(config).num_committed == 1
@@ -261,7 +265,7 @@ def test_from_its_start_a_run_says_how_many_units_there_will_be(
 
 
 def test_wait_does_what_the_other_run_has_left(
-    tmp_path: Path, told: dict[str, Callable[[], object]]
+    tmp_path: Path, reactions: dict[str, Callable[[], object]]
 ):
     config = make_config(tmp_path, "wait")
     lease = write_lease(Store(config.output.url))
@@ -272,21 +276,21 @@ def test_wait_does_what_the_other_run_has_left(
         lease.unlink()
         make_config(tmp_path, "join", num_shards=3)
 
-    told["waiting for another run to end: pid 7 on elsewhere"] = (
+    reactions["waiting for another run to end: pid 7 on elsewhere"] = (
         other_run_does_what_it_finds_and_ends
     )
     summary = latentcache.run(config)
-    assert not told
+    assert not reactions
     assert (summary.status, summary.num_committed, summary.num_skipped) == ("complete", 1, 2)
 
 
-def test_a_signal_ends_the_waiting(tmp_path: Path, told: dict[str, Callable[[], object]]):
+def test_a_signal_ends_the_waiting(tmp_path: Path, reactions: dict[str, Callable[[], object]]):
     config = make_config(tmp_path, "wait")
     write_lease(Store(config.output.url))
     before = tree_digest(tmp_path)
-    told["waiting for another run"] = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    reactions["waiting for another run"] = lambda: os.kill(os.getpid(), signal.SIGTERM)
     summary = latentcache.run(config)
-    assert not told
+    assert not reactions
     assert (summary.status, summary.exit_code) == ("interrupted", 1)
     assert tree_digest(tmp_path) == before
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
@@ -340,8 +344,10 @@ def drive(number: int, configs: list[Path], start: Any, results: Any) -> None:
 
 
 class Race:
-    """A fault that holds the first receipts of an output until two drivers stand here, each with
-    two of its three units: so one unit at least is encoded twice. All are delayed at random.
+    """A fault that holds the first receipts of an output until two drivers wait here.
+
+    Each driver has two of the three units, so at least one unit is encoded twice. All requests
+    have a random delay.
     """
 
     def __init__(self) -> None:

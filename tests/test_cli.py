@@ -83,11 +83,11 @@ def demo(cli: Cli, local_cli: Cli, tmp_path_factory: pytest.TempPathFactory) -> 
     return Demo(cli, folder, unfinished("run", "--json"))
 
 
-def assert_one_complaint(result: Result, code: int, told: str) -> None:
+def assert_one_complaint(result: Result, code: int, expected: str) -> None:
     assert result.code == code, result
     (line,) = result.stderr.splitlines()
     assert line.startswith("latentcache: error: ")
-    assert told in line
+    assert expected in line
 
 
 # Help.
@@ -152,13 +152,13 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("override", "code", "told"), MISTAKES)
+@pytest.mark.parametrize(("override", "code", "expected"), MISTAKES)
 def test_what_cannot_be_started_is_one_line(
-    cli: Cli, folder: Path, override: str, code: int, told: str
+    cli: Cli, folder: Path, override: str, code: int, expected: str
 ):
     override = override.replace("FOLDER", str(folder))
     result = cli("run", folder / "c.yaml", "--set", override)
-    assert_one_complaint(result, code, told)
+    assert_one_complaint(result, code, expected)
     assert not (folder / "out").exists()
 
 
@@ -202,8 +202,8 @@ def test_what_is_no_dataset_is_told(cli: Cli, folder: Path, verb: str):
 
 
 def test_set_goes_with_a_config(cli: Cli, folder: Path):
-    told = "--set needs a config"
-    assert_one_complaint(cli("status", folder / "src", "--set", "name=x"), 2, told)
+    expected = "--set needs a config"
+    assert_one_complaint(cli("status", folder / "src", "--set", "name=x"), 2, expected)
 
 
 # What is made.

@@ -29,7 +29,7 @@ def receipts(num: int) -> list[Receipt]:
 
 
 def finished(receipt: Receipt, attempt: str = "", valid_until: float = math.inf) -> Finished:
-    """What a driver is told of a unit; `attempt` is that of its task, if not the receipt's."""
+    """Return the event of a finished unit; `attempt` is its task's, if not the receipt's."""
     record = receipt.record
     task = UnitTask(record.unit, record.generation, attempt or record.attempt)
     unit = PlannedUnit(record.unit, record.generation, "new")

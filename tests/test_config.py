@@ -1,4 +1,4 @@
-"""Configs: the ones we ship, and every mistake told by its dotted path."""
+"""Configs: the ones we ship, and every mistake is reported by its dotted path."""
 
 from __future__ import annotations
 
@@ -182,10 +182,10 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("path", "value", "told"), WRONG)
-def test_a_wrong_value_is_told_by_its_path(path: str, value: object, told: str):
+@pytest.mark.parametrize(("path", "value", "expected"), WRONG)
+def test_a_wrong_value_is_told_by_its_path(path: str, value: object, expected: str):
     (line,) = complaints(with_setting(path, value))
-    assert line.startswith(f"config: {told}: ")
+    assert line.startswith(f"config: {expected}: ")
     assert "RatioBuckets[" not in line
 
 
@@ -240,7 +240,7 @@ def test_overrides_replace_and_add_settings_as_yaml(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "expected"),
     [
         ("transform.resolution_px", "write it as a.b=value"),
         ("=3", "write it as a.b=value"),
@@ -251,16 +251,16 @@ def test_overrides_replace_and_add_settings_as_yaml(tmp_path: Path):
         ("compute.num_gpus=all", "compute.num_gpus: "),
     ],
 )
-def test_a_bad_override_is_told(tmp_path: Path, override: str, told: str):
+def test_a_bad_override_is_told(tmp_path: Path, override: str, expected: str):
     path = write(tmp_path, yaml.safe_dump(TREE))
     with pytest.raises(ConfigError, match=r"^\S") as caught:
         load_config(path, [override])
-    assert told in str(caught.value)
+    assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "expected"),
     [
         ("", "(whole file): a config is a mapping"),
         ("- a\n", "(whole file): a config is a mapping"),
@@ -269,10 +269,10 @@ def test_a_bad_override_is_told(tmp_path: Path, override: str, told: str):
         ("name: a\n\tb: c", "is not valid YAML"),
     ],
 )
-def test_a_bad_file_is_told_in_one_line(tmp_path: Path, text: str, told: str):
+def test_a_bad_file_is_told_in_one_line(tmp_path: Path, text: str, expected: str):
     with pytest.raises(ConfigError) as caught:
         load_config(write(tmp_path, text))
-    assert told in str(caught.value)
+    assert expected in str(caught.value)
     assert str(tmp_path) in str(caught.value)
     assert "\n" not in str(caught.value)
 

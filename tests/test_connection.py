@@ -1,4 +1,4 @@
-"""Ray: a private cluster is closed to all others, and what of Ray dies or never answers is told."""
+"""Ray: a private cluster is closed to all others, and a dead or silent part is reported."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def intrude(address: str, home: Path, **env: str) -> subprocess.CompletedProcess
 
 
 def assert_closed(driver: int, folder: Path, home: Path) -> str:
-    """Nobody else can reach a run's cluster; gives its token."""
+    """Assert that no other user can reach a run's cluster; return its token."""
     tree = tree_of(driver)
     gcs = the_one(tree, "gcs_server")
     sockets = listening(tree)

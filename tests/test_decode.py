@@ -276,7 +276,7 @@ def test_the_first_frame_of_an_animation_counts(image_format: str):
     ("data", "reason"),
     [
         (b"", "empty"),
-        (b"a caption that somebody saved as .jpg\n", "not_an_image"),
+        (b"a caption that a user saved as .jpg\n", "not_an_image"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not_an_image"),
         (bytes(5000), "not_an_image"),
         (b"\xff", "not_an_image"),

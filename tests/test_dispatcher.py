@@ -50,7 +50,7 @@ class Actors(SimulatedCluster):
 
     `faults` says, by source, how each attempt at it ends, as far as they do not succeed: by the
     loss of its actor (`CRASH`, `PREEMPTION`) or by a failure. `log` holds, in the order of their
-    ends, the attempts with their actor's number, begin, end, and how many units it had in hand.
+    ends, the attempts with their actor's number, begin, end, and number of units in progress.
     """
 
     def __init__(self, num_actors: int, clock: Clock, faults: dict[str, list[Any]]) -> None:
@@ -79,7 +79,7 @@ class Actors(SimulatedCluster):
 
     def result(self, call: int, node: str | None) -> Any:
         actor, method, task = self._calls.pop(call)
-        assert actor not in self.killed, "nobody asks a dead actor"
+        assert actor not in self.killed, "a call to a dead actor"
         assert (node is None) == (method == "setup")
         if method == "setup" and self.num_dead_on_arrival:
             self.num_dead_on_arrival -= 1
@@ -204,27 +204,27 @@ def test_a_unit_whose_node_is_always_lost_is_given_up_and_drags_none_along(clock
     assert len(actors.faults[source]) == 99 - 5
     assert sorted(sources(events)) == [u.source for u in UNITS[:20] if u.source != source]
     alone = [in_hand for name, _, _, in_hand in actors.log if name == source][-2:]
-    assert alone == [1, 1], "it took its neighbours down twice, and then nobody"
+    assert alone == [1, 1], "it failed its neighbours twice, and then ran alone"
 
 
 @pytest.mark.parametrize(
-    ("attempts", "told"),
+    ("attempts", "expected"),
     [
         ("lost cut lost cut lost", None),
         ("lost cut lost lost lost", "its node was lost 4 times"),
         ("cut lost cut cut", "cut"),
     ],
 )
-def test_the_two_budgets_are_apart(clock: Clock, attempts: str, told: str | None):
+def test_the_two_budgets_are_apart(clock: Clock, attempts: str, expected: str | None):
     ends = {"lost": PREEMPTION, "cut": UnitFailure("cut")}
     actors = Actors(1, clock, {"000.tar": [ends[end] for end in attempts.split()]})
     events = list(dispatch(actors, 1, retries=2, preemptions=3))
     assert not actors.faults["000.tar"]
-    if told is None:
+    if expected is None:
         assert sources(events) == ["000.tar"]
     else:
         ((_, message),) = failures(events)
-        assert told in message
+        assert expected in message
 
 
 def test_with_nothing_left_to_hand_out_idle_actors_end(clock: Clock):
@@ -252,7 +252,7 @@ def test_what_the_driver_may_read_and_an_actor_may_not_ends_the_run(clock: Clock
     denied = UnitFailure("on node n7: access to 003.tar denied", denied=True)
     with pytest.raises(AccessDenied, match=r"on node n7: .* give every node the same credentials"):
         list(dispatch(Actors(2, clock, {"003.tar": [denied]}), 10, may_read=lambda unit: True))
-    # A shard that nobody may read is a shard that fails.
+    # A shard that no node may read is a shard that fails.
     events = list(dispatch(Actors(2, clock, {"003.tar": [denied] * 2}), 10, retries=1))
     assert failures(events) == [("003.tar", denied.message)]
     assert len(sources(events)) == 9

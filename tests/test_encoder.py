@@ -168,8 +168,8 @@ def test_a_cpu_starts_batches_on_several_threads_and_anyone_collects(vae: KLAuto
     assert all(0 < encoded.busy_s <= encoded.start_s for encoded in found)
 
 
-# What a GPU's encoder does with streams and events, on a stand-in that is done with everything as
-# soon as it is told. bench/gpu_check.py asks the same of a real one.
+# How a GPU's encoder uses streams and events, on a stand-in that completes every operation at
+# once. bench/gpu_check.py checks the same on a real GPU.
 
 
 @pytest.fixture
@@ -211,7 +211,7 @@ def test_a_full_gpu_waits_for_its_batches_before_it_takes_less(vae: KLAutoencode
     encoder.start(images[:4])
     spy.fits = 2
     encoded = encoder.start(images[4:])()
-    assert spy.num_failed == 2, "with a batch in hand, and then without"
+    assert spy.num_failed == 2, "with a batch in progress, and then without"
     assert spy.batches == [4, 2, 2, 2, 2]
     torch.testing.assert_close(encoded.moments, vae.encode(images[4:]), rtol=1e-4, atol=1e-4)
     spy.fits = 0

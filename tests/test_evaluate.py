@@ -517,7 +517,7 @@ def test_a_typo_is_told_by_its_path(tree: dict[str, Any], tmp_path: Path, path: 
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "message"),
     [
         ("models=[]", "models: "),
         (
@@ -531,11 +531,11 @@ def test_a_typo_is_told_by_its_path(tree: dict[str, Any], tmp_path: Path, path: 
         ("picture_rows=65", "picture_rows: "),
     ],
 )
-def test_a_wrong_value_is_told(tree: dict[str, Any], tmp_path: Path, override: str, told: str):
+def test_a_wrong_value_is_told(tree: dict[str, Any], tmp_path: Path, override: str, message: str):
     with pytest.raises(ConfigError) as caught:
         load_eval_config(write(tree, tmp_path), [override])
     (line,) = str(caught.value).splitlines()
-    assert told in line
+    assert message in line
 
 
 def test_a_label_never_leaves_its_column():

@@ -118,7 +118,7 @@ def test_two_drivers_at_once_commit_each_unit_once(
     runs = [ray_cli.start("run", config, "--json") for _ in range(2)]
     results = [run.result() for run in runs]
     assert [result.code for result in results] == [0, 0], [result.stderr for result in results]
-    # All but the empty shard, which nobody needs to read; what one has begun, both may have.
+    # All but the empty shard, which no run needs to read; what one has begun, both may have.
     assert held.num_fired >= len(corpus) - 1
     summaries = [result.json for result in results]
     assert sum(summary["num_committed"] for summary in summaries) == len(corpus)
@@ -156,7 +156,7 @@ def test_a_put_whose_reply_is_lost_is_neither_lost_nor_doubled(
     assert {path: rule.num_fired for path, rule in lost.items()} == {
         path: rule.times for path, rule in lost.items()
     }
-    # Tried again and refused by the store: only reading back told that the first try had won.
+    # Tried again and refused by the store: only reading back showed that the first try had won.
     for path in ("contract.json", "commits/", "manifests/"):
         assert any(f"lost-replies/{path}" in p and status == 412 for _, p, status in proxy.log)
     assert summary["num_committed"] == len(corpus)
@@ -239,7 +239,7 @@ def test_sigterm_commits_what_is_in_hand_and_the_same_command_goes_on(
 ) -> None:
     output = moto.make_bucket("sigterm")
     config = configs.write("s3://photos", output, endpoint_url=proxy.endpoint_url)
-    # One actor has two units in hand: all that come after stay undone. A first run begins with
+    # One actor has two units in progress: all that come after stay undone. A first run begins with
     # units from all over the source, in which 05.tar follows 03.tar.
     gates = [proxy.gate(f"photos/{name}") for name in ("03.tar", "05.tar")]
     run = ray_cli.start("run", config, "--json")
@@ -459,7 +459,7 @@ def test_an_unreachable_store_is_told_in_one_line(
         ("source.shards=s3://nowhere/*.tar", "cannot use s3://nowhere.*: there is no such bucket"),
         ("output.url=s3://nowhere/out", "cannot use s3://nowhere/out.*: there is no such bucket"),
         ("source.shards=s3://photos/none.tar", r"s3://photos/none\.tar does not exist"),
-        ("source.storage.profile=nobody", r"cannot open s3://photos: .* profile \(nobody\)"),
+        ("source.storage.profile=absent", r"cannot open s3://photos: .* profile \(absent\)"),
     ],
 )
 def test_a_wrong_name_is_told_in_one_line(
@@ -475,7 +475,7 @@ def test_a_wrong_name_is_told_in_one_line(
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"AWS_PROFILE": "nobody"}, r"profile \(nobody\) could not be found"),
+        ({"AWS_PROFILE": "absent"}, r"profile \(absent\) could not be found"),
         (
             {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""},
             "no credentials for s3://photos/out.*: set AWS_ACCESS_KEY_ID",

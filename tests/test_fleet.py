@@ -1,4 +1,4 @@
-"""The driver's loop over nodes that come and go as hypothesis wishes: every unit ends once."""
+"""The driver's loop over nodes that come and go as hypothesis decides: every unit ends once."""
 
 from __future__ import annotations
 
@@ -31,8 +31,9 @@ HAPPENINGS = ("done", "done", "failed", "changed", "crash", "node lost", "node a
 
 
 class Fleet:
-    """Nodes with a place or two for actors each. One thing happens at a time, as the script says;
-    after its end all goes well.
+    """Nodes with room for one or two actors each.
+
+    One event of the script happens at a time. After the end of the script, nothing fails.
     """
 
     def __init__(self, num_actors: int, script: Sequence[tuple[str, int]]) -> None:
@@ -56,7 +57,7 @@ class Fleet:
         return actor
 
     def call(self, actor: int, method: str, *args: Any) -> int:
-        assert actor in self.alive, "nobody calls whom he has killed"
+        assert actor in self.alive, "a call to a killed actor"
         call, task = next(self._numbers), args[0] if args else None
         if task:
             assert len(self._in_hand(actor)) < UNITS_PER_ACTOR

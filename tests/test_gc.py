@@ -94,12 +94,12 @@ class World:
         return receipt
 
     def lose(self, source: str) -> None:
-        """An attempt at a generation that another attempt has committed, or nobody yet."""
+        """Upload an attempt at the last generation, whether or not another one is committed."""
         unit = self.unit(source)
         self.upload(unit, max(len(self.receipts.get(unit.id, ())) - 1, 0))
 
     def abandon(self, source: str) -> None:
-        """An attempt that nobody committed."""
+        """Upload an attempt that no driver commits."""
         unit = self.unit(source)
         self.upload(unit, len(self.receipts.get(unit.id, ())))
 
@@ -222,7 +222,7 @@ def live_through(data: st.DataObject, world: World, most: int) -> None:
 
 @contextmanager
 def patched(*kinds: type[Exception]) -> Iterator[None]:
-    """What goes wrong for want of a manifest is no event."""
+    """Ignore errors that a missing manifest causes."""
     try:
         yield
     except kinds:

@@ -1,4 +1,4 @@
-"""Checkpoints that somebody made to do harm: nothing runs, nothing grows, one named error."""
+"""Checkpoints made to do harm: nothing runs, nothing grows, one named error."""
 
 from __future__ import annotations
 

@@ -142,7 +142,9 @@ def test_leases_and_hints_that_cannot_be_read_stop_nobody(tmp_path: Path) -> Non
     for number, data in enumerate((b"{", b"[]", b'{"pid": "x"}', b"\xff", b"")):
         store.put(f"runs/{number}.json", data)
     runs = active_runs(store)
-    assert [run.run for run in runs] == ["0", "1", "2", "3", "4"], "unreadable counts as at work"
+    assert [run.run for run in runs] == ["0", "1", "2", "3", "4"], (
+        "an unreadable lease counts as active"
+    )
     for info in (tmp_path / "runs").iterdir():
         os.utime(info, (1e9, 1e9))
     assert active_runs(store) == []

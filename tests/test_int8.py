@@ -202,7 +202,7 @@ def test_a_second_run_has_nothing_to_do(made: Made):
 
 
 @pytest.mark.parametrize(
-    ("setting", "told"),
+    ("setting", "expected"),
     [
         ("latents.calibration.seed=1", "latents.quantization.seed: dataset has 0, config has 1"),
         (
@@ -212,14 +212,14 @@ def test_a_second_run_has_nothing_to_do(made: Made):
         ("latents.dtype=float16", 'latents.dtype: dataset has "int8", config has "float16"'),
     ],
 )
-def test_another_spec_is_refused_by_its_field(made: Made, setting: str, told: str):
+def test_another_spec_is_refused_by_its_field(made: Made, setting: str, expected: str):
     before = tree_digest(made.out("parquet"))
     config = load_config(made.config("parquet"), [setting])
-    assert make_plan(config).diff == [told]
+    assert make_plan(config).diff == [expected]
     with pytest.raises(ContractMismatch) as caught:
         run(config, quiet=True)
     assert caught.value.exit_code == 2
-    assert [line.strip() for line in str(caught.value).splitlines()[1:]] == [told]
+    assert [line.strip() for line in str(caught.value).splitlines()[1:]] == [expected]
     assert tree_digest(made.out("parquet")) == before
 
 

@@ -44,7 +44,7 @@ class Job:
 
 
 class Jobs:
-    """`ray job …`, as called by somebody who was told how to reach the cluster."""
+    """`ray job …`, as called by a user who knows how to reach the cluster."""
 
     def __init__(self, server: JobServer) -> None:
         self.server = server
@@ -189,7 +189,7 @@ def test_a_stopped_job_loses_nothing(jobs: Jobs, moto: S3Server, configs: Config
             gates = [proxy.gate(f"stopped-photos/{shard}") for shard in in_hand]
             jobs("submit", "--no-wait", f"--submission-id={name}", *options, *command)
             for gate in gates:
-                wait_until(lambda: gate.is_reached, f"{name} at work")  # noqa: B023
+                wait_until(lambda: gate.is_reached, f"{name} to run")  # noqa: B023
             assert jobs("stop", "--no-wait", name).code == 0
             if options:
                 wait_until(lambda: "units in progress get 20 s" in jobs.ask(name).log, "the signal")
@@ -197,21 +197,25 @@ def test_a_stopped_job_loses_nothing(jobs: Jobs, moto: S3Server, configs: Config
                     gate.open()
             wait_until(lambda: jobs.ask(name).status == "STOPPED", f"{name} to stop")
 
-        # Given the time, it commits what it has in hand, and says how far it came.
+        # Given the time, it commits its units in progress, and reports how far it came.
         patient = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}}
         stop("patient", ("2.tar", "3.tar"), f"--runtime-env-json={json.dumps(patient)}")
-        told = jobs.ask("patient").summary
-        assert (told["status"], told["exit_code"]) == ("interrupted", 1)
-        assert told["num_committed"] == len(receipts_at(moto, output)) == 4
+        summary = jobs.ask("patient").summary
+        assert (summary["status"], summary["exit_code"]) == ("interrupted", 1)
+        assert summary["num_committed"] == len(receipts_at(moto, output)) == 4
 
-        # Killed after Ray's three seconds, it says nothing more, and what it had in hand is lost.
+        # Killed after Ray's three seconds, it reports nothing more and loses its units in progress.
         stop("killed", ("6.tar", "7.tar"))
         assert "exit_code" not in jobs.ask("killed").log
         assert len(receipts_at(moto, output)) == 6
 
         jobs("submit", "--submission-id=again", *command)
-        told = jobs.ask("again").summary
-        assert (told["status"], told["num_skipped"], told["num_committed"]) == ("complete", 6, 2)
+        summary = jobs.ask("again").summary
+        assert (summary["status"], summary["num_skipped"], summary["num_committed"]) == (
+            "complete",
+            6,
+            2,
+        )
         reads = {shard.name: proxy.count("GET", f"photos/{shard.name}") for shard in shards}
         assert [name for name, num_reads in reads.items() if num_reads > 1] == ["6.tar", "7.tar"]
     assert_nothing_lost_or_doubled(moto, output, shards)

@@ -235,7 +235,7 @@ def broken(table: pa.Table, how: str) -> pa.Table:
 
 
 @pytest.mark.parametrize(
-    ("how", "kind", "told"),
+    ("how", "kind", "message"),
     [
         ("missing", DatasetError, "has no row for unit"),
         ("twice", DatasetError, "several rows with the same key"),
@@ -247,10 +247,10 @@ def broken(table: pa.Table, how: str) -> pa.Table:
     ],
 )
 def test_a_join_that_cannot_be_is_told(
-    folder: Path, tmp_path: Path, how: str, kind: type[LatentCacheError], told: str
+    folder: Path, tmp_path: Path, how: str, kind: type[LatentCacheError], message: str
 ) -> None:
     path = write(broken(table_of(folder), how), tmp_path / "new.parquet")
-    with pytest.raises(kind, match=told) as error:
+    with pytest.raises(kind, match=message) as error:
         load(folder, path)
     assert "new.parquet" in str(error.value)
     assert "\n" not in str(error.value)

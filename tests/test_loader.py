@@ -274,7 +274,7 @@ def test_memory_of_batches_that_are_gone_is_used_again(tmp_path: Path, dtype: to
     loader = LatentLoader(url, batch_size=4, dtype=dtype, prefetch_bytes=4 * 4 * row_bytes)
     places = {batch.latents.data_ptr() for _ in range(3) for batch in loader}
     assert len(loader) == 100
-    assert 2 <= len(places) <= 4 + 4, "four ahead, one in hand, some at work"
+    assert 2 <= len(places) <= 4 + 4, "four ahead, one yielded, some in progress"
 
 
 def test_a_batch_outlives_its_loader(tmp_path: Path) -> None:

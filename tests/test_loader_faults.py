@@ -1,4 +1,4 @@
-"""What is wrong is told in one line, in its turn; and nothing outlives an interrupted loop."""
+"""An error is one line, raised in its turn; and nothing outlives an interrupted loop."""
 
 from __future__ import annotations
 

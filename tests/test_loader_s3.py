@@ -170,9 +170,9 @@ def test_a_store_that_is_down_is_named_on_every_rank(
 ) -> None:
     rule = proxy.on("GET", DATA, down, times=ALWAYS)
     ranks = [(url, tmp_path, proxy.endpoint_url, rank) for rank in range(2)]
-    for batches, told in run_ranks(identities_or_error, ranks):
+    for batches, message in run_ranks(identities_or_error, ranks):
         assert batches == []
-        assert "s3://loaded/data/" in told
+        assert "s3://loaded/data/" in message
     assert rule.num_fired >= 2
 
 
@@ -282,7 +282,7 @@ list(load_remote(*sys.argv[1:4], shuffle=False, batch_size=1))
 def test_who_has_failed_does_not_wait_for_a_store_that_is_down(
     moto: S3Server, tmp_path: Path, proxy: FaultyProxy
 ) -> None:
-    """One file is gone, which is told at once; the others are asked for again and again."""
+    """One file is missing: the error comes at once. Requests for the others are retried."""
     write_dataset(str(tmp_path / "local"), make_contract([SMALL]), [{SMALL: 1}] * NUM_FILES)
     remote = upload(tmp_path / "local", moto, "failing")
     (gone,) = open_dataset(str(tmp_path / "local")).units[0].files

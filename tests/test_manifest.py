@@ -323,8 +323,10 @@ class Manifests(RuleBasedStateMachine):
         return wanted
 
     def removed(self, driver: Driver, base: Snapshot, wanted: Snapshot) -> set[tuple[Version, int]]:
-        """What never counts again: rows that go, and receipts of other versions of their sources
-        that no manifest has named.
+        """Return what never counts again.
+
+        These are the rows that go, and receipts of other versions of their sources that no
+        manifest has named.
         """
         removed = set(base.removed)
         for source in base.visible.keys() | wanted.visible.keys():
@@ -771,7 +773,7 @@ def named(parts: list[str | int | None]) -> str:
 
 
 def test_the_fingerprint_never_moves():
-    # A dataset on disk is found again by this very hash: whoever changes it makes all caches stale.
+    # A dataset on disk is found again by this very hash: a change of it makes all caches stale.
     assert make_contract().fingerprint == (
         "616e8f2adc06546a6c4e3acda11060cfb2b3218f1e6143f74c56e745d5916d50"
     )

@@ -165,7 +165,9 @@ def test_forked_workers_read_from_a_store(folder: Path, tmp_path: Path, moto: S3
     objects = {str(path.relative_to(folder)): path.read_bytes() for path in paths}
     url = moto.make_bucket("mapped", objects)
     assert read_forking(url, moto.endpoint_url, tmp_path) == expected_sums(folder)
-    assert len(list(tmp_path.iterdir())) == 4  # one for each data file, whoever fetched it
+    assert (
+        len(list(tmp_path.iterdir())) == 4
+    )  # one for each data file, whichever process fetched it
 
 
 def test_pickled_it_is_the_same(folder: Path) -> None:

@@ -172,7 +172,7 @@ class Monitored:
 def monitored(servers_folder: Path) -> Iterator[Monitored]:
     folder, port = servers_folder / "m", free_port()
     folder.mkdir()
-    # A gauge is forgotten after two intervals, and the driver tells of it every two seconds.
+    # A gauge is forgotten after two intervals, and the driver reports it every two seconds.
     options = (
         f"--metrics-export-port={port}",
         "--dashboard-agent-listen-port=0",
@@ -273,8 +273,8 @@ def test_what_libraries_print_or_log_is_an_object_in_the_log_too():
     """
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not said.stdout
-    told = [json.loads(line) for line in said.stderr.splitlines()]
-    assert [(entry["event"], entry["level"], entry["message"]) for entry in told] == [
+    entries = [json.loads(line) for line in said.stderr.splitlines()]
+    assert [(entry["event"], entry["level"], entry["message"]) for entry in entries] == [
         ("library", "info", "(raylet) A worker died."),
         ("library", "info", "To troubleshoot, look"),
         ("library", "error", "it broke"),
@@ -282,7 +282,7 @@ def test_what_libraries_print_or_log_is_an_object_in_the_log_too():
 
 
 def test_a_counter_tells_what_came_on_top_and_never_goes_back(monkeypatch: pytest.MonkeyPatch):
-    told: list[tuple[str, float, dict[str, str]]] = []
+    updates: list[tuple[str, float, dict[str, str]]] = []
 
     class Spy:
         def __init__(self, name: str, description: str, labels: tuple[str, ...]) -> None:
@@ -290,7 +290,7 @@ def test_a_counter_tells_what_came_on_top_and_never_goes_back(monkeypatch: pytes
 
         def inc(self, value: float, labels: dict[str, str]) -> None:
             assert labels.keys() == set(self.labels)
-            told.append((self.name, value, labels))
+            updates.append((self.name, value, labels))
 
         set = inc
 
@@ -299,6 +299,6 @@ def test_a_counter_tells_what_came_on_top_and_never_goes_back(monkeypatch: pytes
     metrics = RunMetrics("photos")
     for num_lost in (0, 2, 1, 2, 5):
         metrics.update_actors(1, num_lost)
-    lost = [(value, labels) for name, value, labels in told if name.endswith("_lost_total")]
+    lost = [(value, labels) for name, value, labels in updates if name.endswith("_lost_total")]
     assert lost == [(2, {"dataset": "photos"}), (3, {"dataset": "photos"})]
-    assert sum(name == "latentcache_actors" for name, _, _ in told) == 5
+    assert sum(name == "latentcache_actors" for name, _, _ in updates) == 5

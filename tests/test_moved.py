@@ -1,4 +1,4 @@
-"""A source that moved: told by `plan` and `run`, and known again by `source.moved_from`."""
+"""A source that moved: reported by `plan` and `run`, and known again by `source.moved_from`."""
 
 from __future__ import annotations
 

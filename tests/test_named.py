@@ -1,4 +1,4 @@
-"""Somebody else's dataset: what only it names is never opened, and the error says how to go on."""
+"""Another user's dataset: files that only it names stay closed, and the error says what to do."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_only_demo_itself_is_demo(tmp_path: Path, names: Any) -> None:
 
 def test_a_decoder_of_another_encoder_cannot_stand_for_the_datasets(tmp_path: Path) -> None:
     vae = write_diffusers_folder(tmp_path / "vae")
-    dataset = make(tmp_path, "s3://somebody/vae", contract=contract_of("demo"))
+    dataset = make(tmp_path, "s3://another-user/vae", contract=contract_of("demo"))
     with pytest.raises(ConfigError, match=r"another encoder.*--checkpoint"):
         look(dataset, tmp_path / "qa", vae)
 

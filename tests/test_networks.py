@@ -90,7 +90,7 @@ def test_a_wrong_hash_is_told_and_nothing_is_loaded(
     with pytest.raises(ConfigError, match="download it again") as caught:
         LOADERS[name](network["url"], wrong)
     assert "\n" not in str(caught.value)
-    assert all(told in str(caught.value) for told in (network["url"], network["sha256"], wrong))
+    assert all(part in str(caught.value) for part in (network["url"], network["sha256"], wrong))
 
 
 @pytest.mark.parametrize("name", LOADERS)
@@ -109,9 +109,9 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("name", "given", "told"), WRONG)
-def test_another_network_is_told(files: dict[str, Path], name: str, given: str, told: str):
-    with pytest.raises(ConfigError, match=re.escape(told)) as caught:
+@pytest.mark.parametrize(("name", "given", "message"), WRONG)
+def test_another_network_is_told(files: dict[str, Path], name: str, given: str, message: str):
+    with pytest.raises(ConfigError, match=re.escape(message)) as caught:
         LOADERS[name](**named(files[given]))
     assert "\n" not in str(caught.value)
     assert files[given].name in str(caught.value)
@@ -145,4 +145,4 @@ def test_a_network_may_lie_in_a_store(files: dict[str, Path], moto: S3Server):
     with pytest.raises(ConfigError, match=r"deep/none\.pt: no such file"):
         load_lpips(f"{bucket}/deep/none.pt", "0" * 64, moto.options)
     with pytest.raises(StorageError):
-        load_lpips(network["url"], network["sha256"], StorageOptions(profile="nobody"))
+        load_lpips(network["url"], network["sha256"], StorageOptions(profile="absent"))

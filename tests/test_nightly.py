@@ -60,18 +60,18 @@ def nights(tmp_path: Path, configs: Configs, ray_address: str) -> Nights:
 
 
 def test_night_after_night(nights: Nights) -> None:
-    told = nights.ok()
-    assert (told["status"], told["num_committed"], told["published"]) == ("complete", 2, 1)
+    summary = nights.ok()
+    assert (summary["status"], summary["num_committed"], summary["published"]) == ("complete", 2, 1)
     assert nights.published == 1
 
     before = nights.objects
-    told = nights.ok()
-    assert (told["num_committed"], told["published"]) == (0, 1)
+    summary = nights.ok()
+    assert (summary["num_committed"], summary["published"]) == (0, 1)
     assert nights.objects == before  # nothing new, nothing written
 
     nights.add("2.tar", seed=2)
-    told = nights.ok()
-    assert (told["num_committed"], told["published"], nights.published) == (1, 2, 2)
+    summary = nights.ok()
+    assert (summary["num_committed"], summary["published"], nights.published) == (1, 2, 2)
 
 
 def test_what_fails_a_gate_is_not_published(nights: Nights) -> None:

@@ -1,4 +1,4 @@
-"""Night after night over a bucket that changes: what is encoded, written, told and deleted."""
+"""Night after night over a bucket that changes: what is encoded, written, reported and deleted."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def test_nodes_are_killed_and_added_and_nothing_is_lost(
         nodes.add()
     run = nodes_cli.start("run", config, "--json")
     while num_kills < NUM_KILLS:
-        # Each kill takes a node at work, and meets another run: a unit was committed since.
+        # Each kill takes an active node, and meets another run: a unit was committed since.
         turnstile.wait_for_actors(2)
         turnstile.let_one_pass()
         proxy.wait_for("PUT", "fleet/commits/", times=num_kills + 1)
@@ -193,7 +193,7 @@ def test_a_cluster_without_gpus_may_get_some(
     run = nodes_cli.start(*patient)
     run.wait_until_it_says("Ray has no GPU yet")
     # An autoscaler adds a node for what pends, and for nothing else.
-    wait_until(lambda: "'GPU': 1.0}: 1+ pending" in nodes.status(), "somebody to ask for a GPU")
+    wait_until(lambda: "'GPU': 1.0}: 1+ pending" in nodes.status(), "a run to ask for a GPU")
     # It claims to have one, as a node with a CPU build of torch would.
     raylet = nodes.add(num_gpus=1)
     result = run.result()

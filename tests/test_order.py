@@ -324,8 +324,8 @@ def test_each_place_is_as_likely_as_any_other(size: int):
     places = np.stack([permute(np.arange(size), size, make_key(9, n)) for n in range(4000)])
     counts = np.stack([np.bincount(column, minlength=size) for column in places.T])
     assert excess(counts, (size - 1) ** 2) < 6
-    # Two neighbours: each distance within a few hundredths of its share, also where chance is not
-    # to be told from the little that a few rounds leave.
+    # Two neighbours: each distance within a few hundredths of its share, also where chance
+    # cannot be distinguished from the small effect that a few rounds leave.
     distances = np.bincount((places[:, 1:] - places[:, :-1]).ravel() % size)[1:]
     assert distances.std() / distances.mean() < 0.1
 

@@ -33,7 +33,7 @@ CHANGED_AT = datetime(2026, 1, 1, tzinfo=UTC)
 
 
 class _Hub(AbstractFileSystem):
-    """Files in memory, told of as a client of some cloud tells of them."""
+    """Files in memory, listed in the form of some cloud's client."""
 
     store: ClassVar[dict[str, tuple[bytes, int]]]
     arguments: ClassVar[dict[str, Any]]
@@ -79,7 +79,7 @@ class _Hub(AbstractFileSystem):
 
 
 class HuggingFace(_Hub):
-    """Answers from its last listing unless told to refresh, and then in short form."""
+    """Answers from its last listing unless a caller requests a refresh, and then in short form."""
 
     protocol = "hf"
     listed: ClassVar[dict[str, dict[str, Any]]] = {}
@@ -277,7 +277,7 @@ class _AzureError(Exception):
         ("gs", None, "yes"),  # gcsfs raises it for a 412 alone, and drops the response
         ("az", _AzureError(409), "yes"),
         ("az", _AzureError(403), "unknown"),
-        ("az", None, "unknown"),  # as a client does that looks first and asks nobody to decide
+        ("az", None, "unknown"),  # like a client that looks first, so that no server decides
     ],
 )
 def test_what_other_clients_raise_of_a_second_put_is_understood(

@@ -1,4 +1,4 @@
-"""Parquet files of images, cut into parts: every row once, whatever is wrong with it told."""
+"""Parquet files of images, cut into parts: every row once, and each fault reported."""
 
 from __future__ import annotations
 
@@ -402,7 +402,7 @@ def test_null_columns_are_fields_that_a_sample_lacks(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("columns", "keep", "key", "told"),
+    ("columns", "keep", "key", "problem"),
     [
         ({"picture": [b"x"]}, [], None, "source.image names jpg, image, the file has picture"),
         ({"image": ["x"]}, [], None, "column 'image' is string and not an image"),
@@ -426,9 +426,9 @@ def test_null_columns_are_fields_that_a_sample_lacks(tmp_path: Path):
     ],
 )
 def test_columns_that_cannot_be_used_are_named(
-    tmp_path: Path, columns: dict[str, list[Any]], keep: list[str], key: str | None, told: str
+    tmp_path: Path, columns: dict[str, list[Any]], keep: list[str], key: str | None, problem: str
 ):
-    with pytest.raises(SourceError, match=rf"x\.parquet.*{told}"):
+    with pytest.raises(SourceError, match=rf"x\.parquet.*{problem}"):
         read_table(tmp_path, pa.table(columns), keep, key)
 
 

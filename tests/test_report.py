@@ -556,7 +556,7 @@ def test_the_checks_of_the_browser_can_fail(chromium: Browser, page_file: Path, 
     assert page.requests == [external]
     assert page.broken_images == ["outer"]
     assert page.overflow_px > 500
-    # The page's own policy holds what slips in: the picture stays away, and nobody is asked.
+    # The page's own policy blocks injected content: the picture is absent, and no request is sent.
     page = chromium.open(guarded, width_px=390)
     assert page.broken_images == ["outer"]
     assert page.requests == []

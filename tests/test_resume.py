@@ -417,4 +417,6 @@ def test_noise_has_as_many_numbers_as_were_asked_for(count: int):
     assert values.dtype == torch.float32
     assert len(values.unique()) > 9.9 * count
     for key, row in zip(keys, values, strict=True):
-        assert torch.equal(normal(key[None], count)[0], row), "whoever else is drawn beside it"
+        assert torch.equal(normal(key[None], count)[0], row), (
+            "independent of the other keys of the batch"
+        )

@@ -144,7 +144,7 @@ def test_inspect_draws_it(cli: Cli, tmp_path: Path, vae: KLAutoencoder):
     result = cli("inspect", url, "--image", target, "--decoder", "demo")
     assert (result.code, result.stderr) == (0, "")
     assert result.stdout == f"4 rows in {target}\n"
-    for args, told in (
+    for args, message in (
         (["--decoder", "demo"], "--decoder needs --image"),
         (["--image", target, "--rows", "0"], "--image needs at least one row"),
         (["--image", target, "--decoder", tmp_path / "none"], "none"),
@@ -152,4 +152,4 @@ def test_inspect_draws_it(cli: Cli, tmp_path: Path, vae: KLAutoencoder):
         result = cli("inspect", url, *args)
         assert result.code == 2
         assert len(result.stderr.splitlines()) == 1
-        assert told in result.stderr
+        assert message in result.stderr

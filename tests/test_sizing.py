@@ -47,7 +47,7 @@ def test_auto_takes_the_most_that_leaves_room_for_all(
         ([NodeShape(2, 0)] * 3, 3, False, 2),
         ([NodeShape(64, 8)], 8, True, 8),
         ([NodeShape(16, 1)], 1, True, 16),
-        # A driver's node without GPUs lends its CPUs to nobody.
+        # The CPUs of a driver's node without GPUs serve no actor.
         ([NodeShape(96, 0), NodeShape(8, 1)], 1, True, 8),
         # More wanted than there are: those that fit get their share.
         ([NodeShape(32, 4)], 8, True, 8),

@@ -91,7 +91,7 @@ def test_the_bottleneck_is_that_of_the_latest_units(output: Output):
 
 
 class Clock:
-    """Time that passes only where somebody waits; between two waits, the next thing happens.
+    """Time that passes only where code waits; between two waits, the next thing happens.
 
     Args:
         events: what happens, and how many seconds pass with it.
@@ -298,8 +298,8 @@ def test_a_watched_dataset_as_a_terminal_shows_it(output: Output):
     text = io.StringIO()
     Console(file=text, width=200, force_terminal=True).print(watched.to_table(output.url))
     shown = text.getvalue()
-    for told in ("2 of 8 (25.0%)", "5,734, 50.0/s over the last 0:01:30", "0:09:00"):
-        assert told in shown
+    for part in ("2 of 8 (25.0%)", "5,734, 50.0/s over the last 0:01:30", "0:09:00"):
+        assert part in shown
     assert "1.tar\\x1b[2J: [red]broken[/]" in shown
     assert "\x1b[2J" not in shown
     assert watched.to_line().startswith("2/8 units, 5734 rows, 50.0 rows/s, 540 s left, 2 rejects")

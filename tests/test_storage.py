@@ -428,9 +428,9 @@ def test_many_are_deleted_at_once(store: Store, monkeypatch: pytest.MonkeyPatch)
     paths = [f"data/{number:02d} ü+&%" for number in range(8)]
     for path in (*paths, "data/stays"):
         store.put(path, b"")
-    told: list[int] = []
-    store.delete_many([*paths, "data/none"], told.append)
-    assert sum(told) == 9
+    deleted: list[int] = []
+    store.delete_many([*paths, "data/none"], deleted.append)
+    assert sum(deleted) == 9
     assert [info.path for info in store.list("data")] == ["data/stays"]
 
 
@@ -458,8 +458,8 @@ def test_uploads_that_were_left_are_listed_and_aborted(
     moto.client.create_multipart_upload(Bucket="stores", Key=f"{tmp_path.name}-other/data/x")
     uploads = store.list_uploads()
     assert sorted(upload.path for upload in uploads) == ["data/a", "data/b", "data/b", "data/c"]
-    told = moto.client.list_multipart_uploads(Bucket="stores")["Uploads"]
-    started_at = {upload["UploadId"]: upload["Initiated"].timestamp() for upload in told}
+    listed = moto.client.list_multipart_uploads(Bucket="stores")["Uploads"]
+    started_at = {upload["UploadId"]: upload["Initiated"].timestamp() for upload in listed}
     assert all(upload.started_at == started_at[upload.id] for upload in uploads)
     for upload in (*uploads, uploads[0]):
         store.abort_upload(upload)

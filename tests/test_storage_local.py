@@ -129,7 +129,7 @@ steps = {
     "rename": [(os, "open"), (os, "fsync"), (local, "_rename"), (os, "unlink")],
     "lock": [(os, "open"), (os, "fsync"), (local.fcntl, "flock"), (os, "rename"), (os, "unlink")],
 }
-told = []
+reports = []
 for method, places in steps.items():
     if method != "link":
         os.link = refuse
@@ -149,12 +149,12 @@ for method, places in steps.items():
             won = local.create_file(target, io.BytesIO(b"second" * 1000))
             after = open(target, "rb").read()
             names = [n for n in os.listdir(folder) if not n.startswith(local.TEMP_PREFIX)]
-            told.append({
+            reports.append({
                 "step": f"{method} {name} {before}", "was_killed": status == signal.SIGKILL,
                 "there": there and there.decode(), "won": won, "after": after.decode(),
                 "names": names,
             })
-print(json.dumps(told))
+print(json.dumps(reports))
 """
 
 
@@ -162,15 +162,15 @@ def test_a_writer_killed_at_any_step_leaves_a_whole_file_or_none(tmp_path: Path)
     command = [sys.executable, "-c", _KILL_AT_EACH_STEP, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S)
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
-    assert len(told) == 26
-    for step in told:
+    reports = json.loads(done.stdout)
+    assert len(reports) == 26
+    for step in reports:
         assert step["was_killed"], step["step"]
         assert step["there"] in (False, "first" * 1000), step["step"]
         assert step["won"] == (step["there"] is False), step["step"]
         assert step["after"] == ("second" if step["won"] else "first") * 1000
         assert step["names"] == ["a"]
-    assert {step["won"] for step in told} == {True, False}
+    assert {step["won"] for step in reports} == {True, False}
 
 
 def test_a_put_whose_answer_is_lost_still_wins(

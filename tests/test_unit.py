@@ -59,7 +59,7 @@ def loaded(checkpoint: Path) -> KLAutoencoder:
 
 @pytest.fixture(scope="module")
 def reference(checkpoint: Path) -> diffusers.AutoencoderKL:
-    """diffusers' own model, from the same files."""
+    """Return the model of diffusers, from the same files."""
     return diffusers.AutoencoderKL.from_pretrained(checkpoint, low_cpu_mem_usage=False).eval()
 
 
@@ -160,7 +160,10 @@ Make = Callable[..., Any]
 
 @pytest.fixture
 def make(tmp_path: Path, checkpoint: Path, loaded: KLAutoencoder) -> Make:
-    """Open a bench on this test's folder: `with make(transform=…) as bench`."""
+    """Return a function that opens a bench on this test's folder.
+
+    Use it as `with make(transform=…) as bench`.
+    """
 
     def open_bench(vae: KLAutoencoder = loaded, **sections: Any) -> Any:
         return bench(tmp_path, checkpoint, vae, **sections)
@@ -590,7 +593,7 @@ def test_bytes_in_flight_are_bounded_whatever_the_images_are(tmp_path: Path, mak
 
 @pytest.fixture
 def many(tmp_path: Path) -> None:
-    """More pictures than fit in the queues, so that every stage is at work or waits for room."""
+    """More pictures than fit in the queues, so that every stage is busy or waits for room."""
     data = [png(64, 64, seed) for seed in range(4)]
     shard(tmp_path, {f"{index:03d}.png": data[index % 4] for index in range(120)})
 
@@ -623,7 +626,7 @@ def test_a_fault_in_decoding_fails_the_unit_alone(
         assert bench.units[0].source in failure.message
         assert "planted in decode" in failure.message
         assert (failure.changed, failure.fatal) == (False, None)
-        assert "planted in decode" in capfd.readouterr().err, "a bug is told with its traceback"
+        assert "planted in decode" in capfd.readouterr().err, "a bug is logged with its traceback"
         check_recovery(bench, monkeypatch)
 
 

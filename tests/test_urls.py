@@ -170,7 +170,7 @@ REFUSED = {
     "s3://b\0/x": "control character",
     "/a/\x1b[31m": "control character",
     "/a/\udcff": "not UTF-8",
-    "~nobody-of-this-name/x": "no user",
+    "~no-such-user/x": "no user",
     "s3://b/x.tar?versionId=3": "versionId",
 }
 
@@ -229,14 +229,14 @@ def test_variables_and_home_are_expanded_in_every_url(
             for name in path.split("."):
                 found = getattr(found, name)
             assert found == read
-        for written, told in {
+        for written, message in {
             "${NO_SUCH}/x": "variable NO_SUCH is not set",
             "$NO_SUCH": "variable NO_SUCH is not set",
             "${}/x": "write a variable as",
             "${SRC": "write a variable as",
             "$AWS_SECRET_ACCESS_KEY": "the name of a secret",
         }.items():
-            with pytest.raises(ConfigError, match=rf"{path}: .*{told}"):
+            with pytest.raises(ConfigError, match=rf"{path}: .*{message}"):
                 parse_config(config(tmp_path, path, written))
 
 

@@ -67,7 +67,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str, bool]] = {
 @pytest.mark.parametrize("kind", ["data", "rejects"])
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_is_named_once_with_its_object_and_unit(output: Path, kind: str, damage: str):
-    act, told, is_quick = DAMAGE[damage]
+    act, expected, is_quick = DAMAGE[damage]
     path = sorted(output.glob(f"{kind}/*/*"))[-1]
     act(path)
     found = verify(str(output))
@@ -77,7 +77,7 @@ def test_damage_is_named_once_with_its_object_and_unit(output: Path, kind: str, 
     assert problem.unit == path.parent.name
     sources = {record.unit.id: record.unit.source for record in open_dataset(str(output)).units}
     assert problem.source == sources[problem.unit]
-    assert told in problem.message
+    assert expected in problem.message
     assert verify(str(output), quick=True).ok != is_quick
 
 
@@ -191,13 +191,13 @@ WRONG_ROWS: dict[str, tuple[Callable[[pa.Table], pa.Table], str]] = {
 
 @pytest.mark.parametrize("wrong", WRONG_ROWS)
 def test_wrong_rows_are_found(tmp_path: Path, wrong: str):
-    change, told = WRONG_ROWS[wrong]
+    change, expected = WRONG_ROWS[wrong]
     contract = make_contract()
     store = committed(tmp_path, contract, make_latents(contract, (64, 64), 3))
     rewrite(store, change)
     found = verify(publish(store, contract))
     assert not found.ok
-    assert told in found.problems[0].message
+    assert expected in found.problems[0].message
     assert {problem.path for problem in found.problems} == {
         file.path for record in open_dataset(store.url).units for file in record.files
     }

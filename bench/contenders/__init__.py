@@ -69,11 +69,11 @@ def run(name: str, asked: Asked) -> dict[str, float]:
     total_s = time.perf_counter() - began
     if done.returncode:
         raise SystemExit(f"contenders.{name} failed:\n{done.stderr[-2000:]}")
-    told = json.loads(done.stdout.splitlines()[-1])
+    report = json.loads(done.stdout.splitlines()[-1])
     return {
-        "num_images": told["num_images"],
+        "num_images": report["num_images"],
         "total_s": total_s,
-        "working_s": told["ended"] - told["began"],
+        "working_s": report["ended"] - report["began"],
     }
 
 

@@ -65,7 +65,7 @@ RIVALS = {
 
 
 def _python(rival: Rival) -> Path:
-    """The interpreter of a rival's environment, made anew when what is pinned has changed."""
+    """Return the interpreter of a rival's environment; rebuild it when its pins have changed."""
     if not rival.requirements:
         return Path(sys.executable)
     folder = ENVIRONMENTS / rival.program
@@ -129,16 +129,17 @@ def measure(
 
 
 def write_positions(path: Path, num_rows: int) -> None:
-    """A `.npy` file of tiny latents [N, 4, 1, 1]: the bytes of each are its row's number."""
+    """Write a `.npy` file of tiny latents [N, 4, 1, 1]; the bytes of each are its row number."""
     np.save(path, np.arange(num_rows).view(np.float16).reshape(num_rows, 4, 1, 1))
 
 
 def positions(
     name: str, folder: Path, *, batch_size: int, num_batches: int
 ) -> npt.NDArray[np.int64]:
-    """The rows of a pass's first batches [num_batches, batch_size], from `write_positions`' file.
+    """Return the rows of a pass's first batches, from the file of `write_positions`.
 
-    Shuffle quality over a part of a pass is another figure than over a whole one: take a whole one.
+    The shape is [num_batches, batch_size]. Shuffle quality over a part of a pass differs from that
+    over a whole pass: measure a whole pass.
     """
     with tempfile.TemporaryDirectory() as scratch:
         rows = Path(scratch) / "rows.npy"

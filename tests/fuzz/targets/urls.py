@@ -17,7 +17,7 @@ SECRET = "S3CRETS3CRET"
 _PARTS = [
     "s3://", "S3://", "s3:/", "file:///", "file:/", "hf://", "http://", "https://", "az://", "::",
     "memory://", "pipe:", "data:", "zip://", "[::1]", "?versionId=", "?", "#", "&", "@", ":", "/",
-    "~", "~nobody/", "$HOME", "${X}", "$$", "%2f", "{a,b}", "{0..9}", "*", "..", " ", "\\", "\0",
+    "~", "~daemon/", "$HOME", "${X}", "$$", "%2f", "{a,b}", "{0..9}", "*", "..", " ", "\\", "\0",
     "\x1b[31m", "\u202e", "\x9b", "\udcff", "\n", "C:\\x", ":99999", "bucket", "host.example",
 ]  # fmt: skip
 _PLANTED = [
