@@ -29,7 +29,7 @@ def main() -> None:
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
         atexit._run_exitfuncs()
-        with suppress(OSError, ValueError):  # nobody reads, or it is closed
+        with suppress(OSError, ValueError):  # stdout is closed, or its reader has ended
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(code)

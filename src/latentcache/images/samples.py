@@ -318,6 +318,6 @@ def is_utf8(name: str) -> bool:
 
 
 def escaped(key: str) -> str:
-    """Return a key with `\\xNN` in place of control characters and bytes that are not UTF-8."""
+    r"""Return a key with `\xNN` in place of control characters and bytes that are not UTF-8."""
     text = key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)

@@ -150,7 +150,6 @@ def read_measures(store: Store, records: Iterable[UnitRecord]) -> pa.Table:
     Raises:
         DatasetError: a QA file is missing or damaged.
     """
-
     columns = ["key", "bucket", *MEASURES]
 
     def read(record: UnitRecord) -> pa.Table:
