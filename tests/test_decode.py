@@ -311,7 +311,7 @@ def test_a_cut_anywhere_is_a_reject_unless_every_pixel_is_there(name: str):
         assert reason in (None, "truncated_image"), end
 
 
-@settings(deadline=None, max_examples=400)
+@settings(deadline=None, max_examples=200)
 @given(
     st.sampled_from(sorted(SAMPLES)),
     st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.binary(min_size=1, max_size=4))),

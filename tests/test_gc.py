@@ -252,7 +252,7 @@ def assert_nobody_can_bring_back_what_is_gone(world: World, missed: frozenset[in
             assert sum(attempt in path for path in files) == 3
 
 
-@settings(max_examples=150, print_blob=True)
+@settings(max_examples=90, print_blob=True)
 @given(data=st.data())
 def test_after_any_history_what_is_named_stays_and_all_else_goes(data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as folder:

@@ -143,6 +143,7 @@ def test_a_job_is_the_same_program(
     assert SECRET_KEY not in json.dumps(job.runtime_env)
 
 
+@pytest.mark.parametrize("jobs", ["token"], indirect=True)
 def test_the_exit_code_is_among_the_job_s_details(jobs: Jobs, configs: Configs) -> None:
     config = configs.write("s3://photos", "s3://nowhere")
     command = ("latentcache", "run", str(config), "--json", "--set", "compute.num_gpu=1")

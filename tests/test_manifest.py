@@ -386,7 +386,7 @@ class Manifests(RuleBasedStateMachine):
 
 
 Manifests.TestCase.settings = settings(
-    max_examples=100, stateful_step_count=25, deadline=None, print_blob=True
+    max_examples=60, stateful_step_count=25, deadline=None, print_blob=True
 )
 TestManifests = Manifests.TestCase
 

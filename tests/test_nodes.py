@@ -26,7 +26,7 @@ from runs import (
 )
 from servers import FaultyProxy, S3Server, wait_until
 
-NUM_KILLS = 10
+NUM_KILLS = 5
 ALWAYS = 1_000_000
 
 

@@ -303,7 +303,7 @@ def test_shards_that_are_wrong_as_a_whole(
     assert summary(read_bytes(tmp_path, data)) == expected
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 @given(st.lists(st.tuples(st.integers(1, 8000), st.binary(min_size=1, max_size=12)), max_size=5))
 def test_damage_never_raises_and_leaves_at_most_one_keyless_reject(
     tmp_path_factory: pytest.TempPathFactory, patches: list[tuple[int, bytes]]
