@@ -46,7 +46,7 @@ def nodes_cli(nodes: Nodes) -> Cli:
 @pytest.fixture(scope="module")
 def shards(moto: S3Server) -> list[Shard]:
     """Forty small ones, in a bucket of their own."""
-    shards = [good(f"{number:02d}.tar", seed=number, num_samples=2) for number in range(40)]
+    shards = [good(f"{number:02d}.tar", seed=number, num_samples=2) for number in range(20)]
     moto.make_bucket("fleet-photos", objects(shards))
     return shards
 
