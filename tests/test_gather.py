@@ -144,6 +144,21 @@ def test_a_cut_tar_loses_only_what_was_cut(tmp_path: Path):
     assert sum(sample.num_images for sample in found) == 4
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["a.png", "b.jpg", "a.npy", "a.jpg"],
+        ["a.jpg", "a.JPG", "a.txt"],
+        ["a.jpg", "b.jpg", "a.jpg", "a.txt"],
+    ],
+)
+def test_a_field_that_comes_late_is_seen_wherever_it_lies(tmp_path: Path, names: list[str]):
+    found, _ = read(write(tmp_path / "x.tar", [(name, name.encode()) for name in names]))
+    (row,) = [s for s in found if isinstance(s, Sample) and s.key == "a"]
+    assert row.image == b"a.jpg"
+    assert row.fields == ({"txt": b"a.txt"} if "a.txt" in names else {})
+
+
 fields = st.sampled_from(["jpg", "png", "txt", "json", "npy", "mask.png", "JPG"])
 members = st.lists(st.tuples(st.sampled_from("abcdef"), fields), min_size=1, max_size=14)
 

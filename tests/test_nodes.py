@@ -147,7 +147,7 @@ def test_a_node_with_another_version_is_refused_and_named(
     output = moto.make_bucket("other-version")
     config = configs.write("s3://fleet-photos", output, endpoint_url=proxy.endpoint_url)
     error = refused(nodes, nodes_cli, proxy, config, {"PYTHONPATH": str(package.parent)})
-    assert f"has latentcache 9.9.9, but the driver {here}" in error
+    assert f"has latentcache 9.9.9, but the driver has {here}" in error
     assert "install the same version on every node" in error
     assert not receipts_at(moto, output)
 

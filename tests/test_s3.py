@@ -149,7 +149,7 @@ def test_another_contract_is_refused_and_nothing_written(made_on_moto: Made, cli
     change = (made_on_moto.config, "--json", "--set", "transform.resolution_px=128")
     refused = cli("run", *change)
     assert refused.code == refused.json["exit_code"] == 2
-    assert "transform.buckets: [[48, 80], [64, 64], [80, 48]] there" in refused.json["error"]
+    assert "transform.buckets: dataset has [[48, 80], [64, 64], [80, 48]]" in refused.json["error"]
     planned = cli("plan", *change)
     assert planned.code == 2
     (line,) = planned.json["contract_diff"]

@@ -167,9 +167,9 @@ def _read_samples(
                 if group is not None:
                     yield sample_of(group, wanted, seen)
                     seen.setdefault(group.key, _shared(tuple(sorted(group.names))))
-                if key in seen and name not in seen[key] and wanted.is_relevant(name):
-                    raise NotGrouped(f"{url}: the sample {escaped(key)} is scattered")
                 group = Group(key)
+            if key in seen and name not in seen[key] and wanted.is_relevant(name):
+                raise NotGrouped(f"{url}: the sample {escaped(key)} is scattered")
             if fault := member_fault(member):
                 group.names.add(name)
                 group.refuse(fault)

@@ -52,11 +52,13 @@ def _check(data: bytes, folder: Path) -> str:
         (file,) = (file for row in rows for file in row["files"] if file["path"] == name)
         file.update(size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
+    path.unlink()  # a loader may still map the file; truncating it in place would end the process
     path.write_bytes(data)
     replace_segment(output, edit_segment(segment, agree))
     try:
         return _compare(output)
     finally:
+        path.unlink()
         path.write_bytes(original)
         replace_segment(output, segment)
 
