@@ -39,7 +39,9 @@ from servers import (
 def pytest_configure(config: pytest.Config) -> None:
     """Before anything is imported that looks for a home, credentials or Ray's settings."""
     # No test is about time, and the machine may be busy.
-    hypothesis.settings.register_profile("untimed", deadline=None)
+    # In CI the examples are the same in each run; elsewhere each run tries others.
+    is_ci = bool(os.environ.get("CI"))
+    hypothesis.settings.register_profile("untimed", deadline=None, derandomize=is_ci)
     hypothesis.settings.load_profile("untimed")
     # A script's background jobs ignore Ctrl-C, and so does all that they start.
     signal.signal(signal.SIGINT, signal.default_int_handler)
