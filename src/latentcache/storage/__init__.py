@@ -2,5 +2,6 @@
 
 from latentcache.storage.backend import DANGLING, ObjectInfo, Upload
 from latentcache.storage.store import Store, split_url
+from latentcache.storage_options import StorageOptions
 
-__all__ = ["DANGLING", "ObjectInfo", "Store", "Upload", "split_url"]
+__all__ = ["DANGLING", "ObjectInfo", "StorageOptions", "Store", "Upload", "split_url"]
