@@ -45,10 +45,7 @@ def mutate_bytes(rng: random.Random, data: bytes, seeds: Sequence[bytes]) -> byt
         elif kind == 2:
             edited[position] = rng.choice([0, 1, 127, 128, 255])
         elif kind == 3:
-            word = rng.choice(
-                [b"\0\0\0\0", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\0\0\0\x80"]
-            )
-            edited[position : position + 4] = word
+            edited[position : position + 4] = rng.choice(_WORDS)
         elif kind == 4:
             del edited[position : position + rng.randrange(1, 200)]
         elif kind == 5:
