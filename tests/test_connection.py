@@ -117,10 +117,11 @@ def assert_closed(driver: int, folder: Path, home: Path) -> str:
 
     (port,) = {port for pid, _, port in sockets if pid == gcs}
     home.mkdir()
-    refused = intrude(f"127.0.0.1:{port}", home)
-    assert refused.returncode != 0
-    assert "ran code" not in refused.stdout
-    assert "uthenticat" in refused.stderr, refused.stderr
+    for environment in ({}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}):
+        refused = intrude(f"127.0.0.1:{port}", home, **environment)
+        assert refused.returncode != 0
+        assert "ran code" not in refused.stdout
+        assert "uthenticat" in refused.stderr, refused.stderr
     # The same does run code for who has the token, so it was the token that was missing.
     allowed = intrude(f"127.0.0.1:{port}", home, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=token)
     assert "ran code" in allowed.stdout, allowed.stderr
