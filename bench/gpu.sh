@@ -69,7 +69,7 @@ export -f make_inputs; export work out
 {
   python3 -c 'import torch; print(torch.__version__, torch.cuda.get_device_name())'
   nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
-  part 'kernels' 100 'python3 -m pytest -q --noconftest -p no:cacheprovider tests/test_kernels.py'
+  part 'kernels' 100 'python3 -m pytest -q --noconftest -p no:cacheprovider tests/vae/test_kernels.py'
   part 'checks' 120 'python3 bench/gpu_check.py'
   part 'inputs' 60 make_inputs
   part 'run, demo VAE with QA' 90 'latentcache run "$work/demo.yaml" --json | tee "$out/run-demo.json"'

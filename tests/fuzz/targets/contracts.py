@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tiny import mutate_json, write_tiny
-
 from fuzz import Target
 from latentcache.dataset.contract import Contract, require_contract
 from latentcache.errors import DatasetError
 from latentcache.storage import Store
+from tiny import mutate_json, write_tiny
 
 _KINDS = [
     {"format": "parquet"},

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny import edit_segment, mutate_parquet, only, replace_segment, write_tiny
 
 from fuzz import Target, mutate_bytes
 from latentcache import LatentLoader, open_dataset, verify
 from latentcache.errors import DatasetError
+from tiny import edit_segment, mutate_parquet, only, replace_segment, write_tiny
 
 _FORMATS = ("parquet", "safetensors")
 _RAW: dict[str, Any] = {"dtype": torch.float16, "normalize": False}

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tiny import mutate_json
-
 from fuzz import Target
 from latentcache.dataset.receipts import read_failed_units, read_failures
 from latentcache.engine.lease import active_runs
 from latentcache.storage import Store
+from tiny import mutate_json
 
 _UNIT = "a" * 32
 _HINT = f"failures/{_UNIT}-{'b' * 32}.json"

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tiny import mutate_json, only, write_tiny
-
 from fuzz import Target
 from latentcache import LatentLoader, open_dataset
 from latentcache.errors import DatasetError
+from tiny import mutate_json, only, write_tiny
 
 
 def _seeds(folder: Path) -> list[bytes]:

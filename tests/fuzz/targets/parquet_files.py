@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tiny import mutate_parquet
 
 from fuzz import Target
 from latentcache.errors import SourceError
 from latentcache.images.source import Sample, SourceShard, read_shard
 from latentcache.storage_options import StorageOptions
+from tiny import mutate_parquet
 
 NUM_ROWS = 12
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tiny import mutate_json, write_tiny
-
 from fuzz import Target
 from latentcache.dataset.receipts import Receipt, UnitSummary, read_receipts
 from latentcache.errors import DatasetError
 from latentcache.storage import Store
+from tiny import mutate_json, write_tiny
 
 
 def _seeds(folder: Path) -> list[bytes]:

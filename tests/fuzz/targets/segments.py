@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from tiny import edit_segment, mutate_json, mutate_parquet, only, replace_segment, write_tiny
 
 from fuzz import Target
 from latentcache import LatentLoader, open_dataset, verify
 from latentcache.dataset.manifest import read_files
 from latentcache.errors import DatasetError
+from tiny import edit_segment, mutate_json, mutate_parquet, only, replace_segment, write_tiny
 
 _NUMBERS = [0, 1, -1, 2, 7, 2**31 - 1, 2**53, 2**62, 2**63 - 1, -(2**63)]
 _TEXTS = ["", "x", "..", "../x", "/etc/passwd", "null", "{", "[]", "\x00", "8x8", "64x64", "a" * 64]

@@ -17,7 +17,7 @@ import yaml
 import latentcache
 from latentcache.engine.run import GRACE_S
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 KUBERAY = ROOT / "infra" / "kuberay"
 DOCKERFILE = (ROOT / "infra/docker/Dockerfile").read_text()
 SBATCH = ROOT / "infra/slurm/latentcache.sbatch"

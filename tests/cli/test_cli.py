@@ -23,7 +23,7 @@ from latentcache.storage import Store
 from makers import config_tree, flip_byte, make_contract, png, tree_digest, write_tar
 from runs import Cli, Result
 
-DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"
+DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
 
 VERBS = (
     *("run", "plan", "status", "verify", "inspect", "eval", "bench-loader", "schema"),

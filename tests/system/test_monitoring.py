@@ -35,7 +35,7 @@ from servers import (
     wait_until,
 )
 
-FOLDER = Path(__file__).parents[1] / "infra" / "monitoring"
+FOLDER = Path(__file__).parents[2] / "infra" / "monitoring"
 DASHBOARD: dict[str, Any] = json.loads((FOLDER / "dashboard.json").read_text())
 ALERTS: list[dict[str, Any]] = [
     rule

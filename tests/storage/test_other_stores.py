@@ -26,8 +26,7 @@ from latentcache.images.source import Sample, SourceShard, list_source, read_sha
 from latentcache.storage import Store
 from latentcache.storage.backend import forget_clients
 from latentcache.storage_options import StorageOptions
-from makers import config_tree
-from test_source import pair, tar_bytes
+from makers import config_tree, pair, tar_bytes
 
 CHANGED_AT = datetime(2026, 1, 1, tzinfo=UTC)
 

@@ -23,7 +23,7 @@ from latentcache.engine.job import UNITS_PER_ACTOR
 from runs import Cli, Configs, Result, Running, assert_nothing_lost_or_doubled, receipts_at
 from servers import SCRIPTS, SECRET_KEY, FaultyProxy, JobServer, S3Server, job_server, wait_until
 
-README = Path(__file__).parents[1] / "infra" / "README.md"
+README = Path(__file__).parents[2] / "infra" / "README.md"
 TOKEN = "not-much-of-a-secret-but-long-enough"
 
 

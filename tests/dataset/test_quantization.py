@@ -36,7 +36,7 @@ from makers import make_contract, make_latents, make_quantization, write_dataset
 from reference import same_bits
 
 BUCKETS = ((64, 64), (64, 96))
-FORMAT = Path(__file__).parents[1] / "docs/format.md"
+FORMAT = Path(__file__).parents[2] / "docs/format.md"
 
 Floats = npt.NDArray[np.float32]
 

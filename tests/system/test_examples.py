@@ -25,7 +25,7 @@ from latentcache import LatentDataset, load_vae, to_uint8
 from runs import Running
 from synthetic import make_contract, write_dataset
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SMALL, WIDE, ODD = (64, 64), (96, 64), (72, 64)  # latents of the last one are 9 wide
 UNIT = {SMALL: 8, WIDE: 6, ODD: 4}
 STEPS = 30  # of 9 an epoch

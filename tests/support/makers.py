@@ -44,6 +44,9 @@ from synthetic import make_quantization
 Size = tuple[int, int]
 
 
+TarMember = tuple[str, bytes]
+
+
 def draw(width: int, height: int, seed: int = 0) -> Image.Image:
     """A smooth picture with some noise, other for each seed."""
     rng = np.random.default_rng(seed)
@@ -270,3 +273,23 @@ def flip_byte(path: Path, offset: int | None = None) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2 if offset is None else offset] ^= 0xFF
     path.write_bytes(data)
+
+
+def tar_bytes(members: list[TarMember | tarfile.TarInfo], *, end: bool = True) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(
+        fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT, errors="surrogateescape"
+    ) as tar:
+        for member in members:
+            if isinstance(member, tarfile.TarInfo):
+                tar.addfile(member)
+            else:
+                header = tarfile.TarInfo(member[0])
+                header.size = len(member[1])
+                tar.addfile(header, io.BytesIO(member[1]))
+        size = tar.offset
+    return buffer.getvalue() if end else buffer.getvalue()[:size]
+
+
+def pair(key: str, image: bytes = b"image") -> list[TarMember]:
+    return [(f"{key}.jpg", image), (f"{key}.txt", b"caption of " + key.encode(errors="replace"))]

@@ -1,7 +1,7 @@
 """The Triton kernels and the fast encoder against float64: on a GPU, else under the interpreter.
 
 Needs nothing of the other tests, so that a machine with a GPU and little else can run it:
-`pytest --noconftest tests/test_kernels.py`.
+`pytest --noconftest tests/vae/test_kernels.py`.
 """
 
 from __future__ import annotations
@@ -240,7 +240,7 @@ def test_the_fast_encoder_leaves_its_weights_alone(images: Tensor):
 def test_they_compile_for_gpus():
     """With wide accesses and nothing spilt; the compiler needs no GPU."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    script = Path(__file__).parent / "compile_kernels.py"
+    script = Path(__file__).parents[1] / "support" / "compile_kernels.py"
     done = subprocess.run(
         [sys.executable, script], env=environment, capture_output=True, text=True, check=False
     )

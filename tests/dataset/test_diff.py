@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from history import CONTRACT, SOURCES, World
 from latentcache import diff_manifests, open_dataset, publish
 from latentcache.dataset.diff import Counts, SourceDiff
 from latentcache.dataset.manifest import (
@@ -25,7 +26,6 @@ from latentcache.errors import CheckFailed, ConfigError, DatasetError
 from latentcache.storage import ObjectInfo, Store
 from latentcache.storage_options import StorageOptions
 from makers import tree_digest
-from test_gc import CONTRACT, SOURCES, World
 
 
 @pytest.fixture

@@ -28,28 +28,11 @@ from latentcache.images.source import (
 )
 from latentcache.storage import Store
 from latentcache.storage_options import StorageOptions
+from makers import pair, tar_bytes
 
 OPTIONS = StorageOptions()
 IMAGE = ("jpg", "png")
 KEEP = ("txt", "json")
-
-Member = tuple[str, bytes]
-
-
-def tar_bytes(members: list[Member | tarfile.TarInfo], *, end: bool = True) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(
-        fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT, errors="surrogateescape"
-    ) as tar:
-        for member in members:
-            if isinstance(member, tarfile.TarInfo):
-                tar.addfile(member)
-            else:
-                header = tarfile.TarInfo(member[0])
-                header.size = len(member[1])
-                tar.addfile(header, io.BytesIO(member[1]))
-        size = tar.offset
-    return buffer.getvalue() if end else buffer.getvalue()[:size]
 
 
 def read_bytes(folder: Path, data: bytes, name: str = "x.tar") -> list[Sample | RejectedSample]:
@@ -66,10 +49,6 @@ def summary(results: list[Sample | RejectedSample]) -> list[tuple[str | None, st
             assert result.reject.stage == "read"
             (result.key or "").encode()
     return [(r.key, "ok" if isinstance(r, Sample) else r.reject.reason) for r in results]
-
-
-def pair(key: str, image: bytes = b"image") -> list[Member]:
-    return [(f"{key}.jpg", image), (f"{key}.txt", b"caption of " + key.encode(errors="replace"))]
 
 
 GOOD = [*pair("a", b"x" * 700), *pair("b/c", b""), ("b/d.json", b"{}"), ("b/d.png", b"y" * 512)]

@@ -15,7 +15,7 @@ import latentcache
 from corpus import good
 from runs import Configs, Result, Running
 
-NIGHTLY = Path(__file__).parents[1] / "pipelines" / "nightly.py"
+NIGHTLY = Path(__file__).parents[2] / "pipelines" / "nightly.py"
 
 
 class Nights:
