@@ -9,7 +9,7 @@ ten (simulated actors; listing, plan, receipts and manifests are real), a run wi
 bench/results/scale.json.
 
 The demo VAE has 16 latent channels, four times those of the VAEs that this is for: receipts and
-segments are the larger for it.
+parts are the larger for it.
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ def main() -> None:
         return
     results = {name: measure(name, folder, arguments.units) for name in STEPS}
     print_table(
-        f"{arguments.units} units, {len(list((folder / 'segments').iterdir()))} segments",
+        f"{arguments.units} units, {len(list((folder / 'parts').iterdir()))} parts",
         ["seconds", "peak MiB", "of which"],
         [
             [name, f"{found['seconds']:.1f}", f"{found['peak_mib']:.0f}", _steps_text(found)]

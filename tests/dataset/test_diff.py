@@ -109,10 +109,10 @@ def test_by_default_the_last_two_complete_manifests_are_compared(world: World) -
         diff_manifests(world.url, after=1)
 
 
-def test_segments_that_both_name_are_read_only_where_they_must_be(
+def test_parts_that_both_name_are_read_only_where_they_must_be(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for source in SOURCES:  # a segment each
+    for source in SOURCES:  # a manifest part each
         world.commit(source)
         world.write(without="" if source == "c.tar" else "c.tar")
     read: list[str] = []
@@ -122,11 +122,11 @@ def test_segments_that_both_name_are_read_only_where_they_must_be(
     )
     numbers = list_manifests(world.store)
     diff_manifests(world.url, numbers[-2], numbers[-1])
-    segments = [path for path in read if path.startswith("segments/")]
-    old = {s.path for s in read_manifest(world.store, numbers[-2]).segments}
-    new = {s.path for s in read_manifest(world.store, numbers[-1]).segments}
+    parts = [path for path in read if path.startswith("parts/")]
+    old = {s.path for s in read_manifest(world.store, numbers[-2]).parts}
+    new = {s.path for s in read_manifest(world.store, numbers[-1]).parts}
     assert old < new
-    assert set(segments) == new - old
+    assert set(parts) == new - old
 
 
 # published.json
@@ -232,7 +232,7 @@ def renumbered(manifest: Manifest, number: int) -> Manifest:
 
 
 def test_a_generation_that_removed_names_alone_stays_taken(world: World) -> None:
-    """Of a receipt that no segment has; no listing of receipts is needed to know."""
+    """Of a receipt that no part has; no listing of receipts is needed to know."""
     world.commit("a.tar")
     unit = world.unit("a.tar")
     world.commit("b.tar")

@@ -38,20 +38,20 @@ def edit_manifest(folder: Path, edit: Callable[[dict[str, Any]], None]) -> None:
     path.write_text(json.dumps(tree))
 
 
-def edit_segment(folder: Path, edit: Callable[[list[dict[str, Any]]], None]) -> None:
-    """Change a segment's rows, and make path, hash and count of the manifest agree."""
-    (path,) = (folder / "segments").iterdir()
+def edit_part(folder: Path, edit: Callable[[list[dict[str, Any]]], None]) -> None:
+    """Change a manifest part's rows, and make path, hash and count of the manifest agree."""
+    (path,) = (folder / "parts").iterdir()
     table = pq.read_table(path)
     rows = table.to_pylist()
     edit(rows)
     pq.write_table(pa.Table.from_pylist(rows, table.schema), path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     path.rename(path.with_name(f"{digest}.parquet"))
-    named = {"path": f"segments/{digest}.parquet", "sha256": digest, "num_units": len(rows)}
-    edit_manifest(folder, lambda tree: tree["segments"][0].update(named))
+    named = {"path": f"parts/{digest}.parquet", "sha256": digest, "num_units": len(rows)}
+    edit_manifest(folder, lambda tree: tree["parts"][0].update(named))
 
 
-SEGMENTS = {
+PARTS = {
     "a path outside": lambda rows: rows[0]["files"][0].update(path="../x.parquet"),
     "an absolute path": lambda rows: rows[0]["files"][0].update(path="/etc/passwd"),
     "a file of another unit": lambda rows: rows[0]["files"][0].update(rows[1]["files"][0]),
@@ -66,11 +66,11 @@ SEGMENTS = {
 }
 
 
-@pytest.mark.parametrize("edit", SEGMENTS.values(), ids=SEGMENTS.keys())
-def test_a_segment_that_lies_is_a_named_error(
+@pytest.mark.parametrize("edit", PARTS.values(), ids=PARTS.keys())
+def test_a_part_that_lies_is_a_named_error(
     tmp_path: Path, edit: Callable[[list[dict[str, Any]]], None]
 ) -> None:
-    edit_segment(write(tmp_path), edit)
+    edit_part(write(tmp_path), edit)
 
     def read() -> None:
         verify(str(tmp_path))
@@ -91,7 +91,7 @@ def test_a_segment_that_lies_is_a_named_error(
         ("removed", ["../x-0"]),
         ("buckets", {"64x64": None}),
         ("statistics", {"mean": 3}),
-        ("segments", [{"path": "../s.parquet", "sha256": "0" * 64, "num_units": 1}]),
+        ("parts", [{"path": "../s.parquet", "sha256": "0" * 64, "num_units": 1}]),
         ("created_at", "\ud800"),
         ("stale", [[[]]]),
         ("unknown", 1),
@@ -131,7 +131,7 @@ def test_row_groups_of_rows_beside_safetensors_are_held_against_the_latents(tmp_
         (file,) = (file for row in rows for file in row["files"] if file["path"] == name)
         file.update(size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
-    edit_segment(tmp_path, agree)
+    edit_part(tmp_path, agree)
     with pytest.raises(DatasetError, match="row groups"):
         list(LatentLoader(str(tmp_path), batch_size=100))
     assert any("row groups" in problem.message for problem in verify(str(tmp_path)).problems)

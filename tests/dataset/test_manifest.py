@@ -1,6 +1,6 @@
 """Contracts, receipts and manifests over any sequence of events, against a model of the rules.
 
-The model knows sources, versions and receipts, and nothing of segments, `removed`, files or JSON.
+The model knows sources, versions and receipts, and nothing of parts, `removed`, files or JSON.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from latentcache.dataset.manifest import (
     read_manifest,
     read_records,
 )
+from latentcache.dataset.manifest_parts import ManifestPart, put_part, read_parts
 from latentcache.dataset.receipts import (
     PUT_WITHIN_S,
     DataFile,
@@ -47,7 +48,6 @@ from latentcache.dataset.receipts import (
     new_attempt,
     read_receipts,
 )
-from latentcache.dataset.segments import Segment, put_segment, read_segments
 from latentcache.dataset.state import State, remove_units, write_next
 from latentcache.dataset.statistics import Statistics
 from latentcache.errors import ContractMismatch, DatasetError, IncompleteRun, SourceError
@@ -242,7 +242,7 @@ class Manifests(RuleBasedStateMachine):
         return kind(str(self.folder))
 
     def was_shown(self, version: Version, generation: int) -> bool:
-        """Whether any manifest so far named these rows: its segments tell a new driver."""
+        """Whether any manifest so far named these rows: its parts tell a new driver."""
         shown = (version[1], generation)
         return any(then.visible.get(version[0]) == shown for then in self.history)
 
@@ -492,27 +492,27 @@ def test_a_receipt_of_an_older_version_that_no_manifest_named_is_removed(output:
     assert state.generation(unit_of(("a.tar", "v1")).id) == 0
 
 
-def test_a_manifest_that_is_late_is_put_with_a_new_segment(
+def test_a_manifest_that_is_late_is_put_with_a_new_part(
     output: Output, monkeypatch: pytest.MonkeyPatch
 ):
-    """A driver is frozen for a day between the upload of its segment and the manifest."""
+    """A driver is frozen for a day between the upload of its part and the manifest."""
     output.commit(("a.tar", "v1"))
     frozen_s, boot_time_s = [0.0], clock.boot_time_s
     monkeypatch.setattr(clock, "boot_time_s", lambda: boot_time_s() + frozen_s[-1])
 
-    def put_then_freeze(*args: Any) -> Segment:
-        segment = put_segment(*args)
+    def put_then_freeze(*args: Any) -> ManifestPart:
+        part = put_part(*args)
         if len(frozen_s) == 1:
             frozen_s.append(PUT_WITHIN_S + 1)
-        return segment
+        return part
 
-    monkeypatch.setattr(state_module, "put_segment", put_then_freeze)
+    monkeypatch.setattr(state_module, "put_part", put_then_freeze)
     manifest = output.write(("a.tar", "v1"))
     assert len(frozen_s) == 2
     assert (manifest.number, manifest.num_units) == (1, 1)
-    segments = {info.path: info.version for info in output.store.list("segments")}
-    assert len(segments) == 2
-    assert manifest.segments[0].path == max(segments, key=lambda path: segments[path])
+    parts = {info.path: info.version for info in output.store.list("parts")}
+    assert len(parts) == 2
+    assert manifest.parts[0].path == max(parts, key=lambda path: parts[path])
 
 
 def test_a_repair_beside_other_writers_tries_again(output: Output, monkeypatch: pytest.MonkeyPatch):
@@ -609,7 +609,7 @@ def test_a_listing_that_is_known_costs_by_the_receipts_that_are_new(output: Outp
         assert manifest
         costs.append(listing.num_asked)
         shown.append((manifest.number, manifest.num_units, manifest.complete))
-        assert not state.outside, "what a manifest names is in its segment"
+        assert not state.outside, "what a manifest names is in its part"
     assert costs == [40, 3, 1, 0, 26]
     assert shown == [(1, 10, False), (2, 13, False), (3, 14, False), (3, 14, False), (4, 40, True)]
 
@@ -652,13 +652,13 @@ def test_a_known_listing_gives_the_manifests_that_a_new_one_gives(data: st.DataO
 
 
 def tree_of(store: Store, manifest: Manifest | None) -> dict[str, Any]:
-    """What a manifest says; of its segments what they hold, for no two writers' have one name."""
+    """What a manifest says; of its parts what they hold, for no two writers' have one name."""
     if manifest is None:
         return {}
     tree: dict[str, Any] = json.loads(manifest.to_bytes())
     del tree["created_at"]
-    tables = read_segments(store, manifest.segments, "the test")
-    return tree | {"segments": [table.to_pylist() for table in tables]}
+    tables = read_parts(store, manifest.parts, "the test")
+    return tree | {"parts": [table.to_pylist() for table in tables]}
 
 
 def assert_alike(*trees: dict[str, Any]) -> None:
@@ -671,13 +671,13 @@ def assert_alike(*trees: dict[str, Any]) -> None:
             np.testing.assert_allclose(sums[0][name], sums[1][name], atol=1e-9)
 
 
-def test_units_that_are_encoded_again_cost_the_segments_they_lie_in(
+def test_units_that_are_encoded_again_cost_the_parts_they_lie_in(
     output: Output, monkeypatch: pytest.MonkeyPatch
 ):
     read: list[str] = []
     read_bytes = Store.read_bytes
     listing = {name: [unit_of((name, "v1"))] for name in NAMES}
-    for first in range(0, 40, 4):  # ten segments
+    for first in range(0, 40, 4):  # ten parts
         committed_now = [(name, "v1") for name in NAMES[first : first + 4]]
         for version in committed_now:
             output.commit(version)
@@ -695,7 +695,7 @@ def test_units_that_are_encoded_again_cost_the_segments_they_lie_in(
             state.add(receipt)
         read.clear()
         state, manifest = write_next(state, CONTRACT, 1, lambda: listing, on_missing="keep")
-        costs.append(sum(path.startswith("segments/") for path in read))
+        costs.append(sum(path.startswith("parts/") for path in read))
     # At first all but the newest; then those in which a unit is replaced, as long as any is left.
     assert costs == [10, 2, 1, 1]
     assert manifest

@@ -207,14 +207,14 @@ def test_a_dataset_without_a_complete_manifest_is_told(tmp_path: Path, dataset: 
         open_dataset(dataset.url, 1)
 
 
-def test_a_damaged_or_lost_segment_is_told(tmp_path: Path, dataset: Dataset):
-    (segment,) = (tmp_path / "out" / "segments").iterdir()
-    data = segment.read_bytes()
-    segment.write_bytes(data[:-1] + b"x")
-    with pytest.raises(DatasetError, match=rf"{segment.name} is damaged"):
+def test_a_damaged_or_lost_part_is_told(tmp_path: Path, dataset: Dataset):
+    (part,) = (tmp_path / "out" / "parts").iterdir()
+    data = part.read_bytes()
+    part.write_bytes(data[:-1] + b"x")
+    with pytest.raises(DatasetError, match=rf"{part.name} is damaged"):
         open_dataset(dataset.url)
-    segment.unlink()
-    with pytest.raises(DatasetError, match=rf"manifest 1 lists .*{segment.name}, which does not"):
+    part.unlink()
+    with pytest.raises(DatasetError, match=rf"manifest 1 lists .*{part.name}, which does not"):
         open_dataset(dataset.url)
 
 

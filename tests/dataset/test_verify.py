@@ -204,9 +204,9 @@ def test_wrong_rows_are_found(tmp_path: Path, wrong: str):
 
 
 def test_a_manifest_that_cannot_be_read_is_an_error(output: Path):
-    (segment,) = (output / "segments").iterdir()
-    flip_byte(segment)
-    with pytest.raises(DatasetError, match=segment.name):
+    (part,) = (output / "parts").iterdir()
+    flip_byte(part)
+    with pytest.raises(DatasetError, match=part.name):
         verify(str(output))
     with pytest.raises(DatasetError, match="no manifest 7"):
         verify(str(output), 7)

@@ -422,14 +422,14 @@ def test_what_a_unit_costs_the_driver_does_not_grow_with_their_number(
     for counting, num_units in ((few, 500), (many, 2000)):
         num_manifests = counting.asked.pop("put_if_absent manifests")
         assert num_units // 50 <= num_manifests <= num_units // 50 + 1
-        assert counting.asked.pop("put segments") == num_manifests
+        assert counting.asked.pop("put parts") == num_manifests
         assert counting.asked.pop("list manifests") == num_manifests
         assert counting.asked.pop("put_if_absent commits") == num_units
         counting.asked.pop("put runs")  # the lease, once a minute
         assert counting.asked.total() < 10, counting.asked
 
 
-def test_a_resume_reads_the_segments_and_what_no_manifest_names(
+def test_a_resume_reads_the_parts_and_what_no_manifest_names(
     tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ):
     cost_of_a_run(tmp_path, 500, clock, monkeypatch)
@@ -442,5 +442,5 @@ def test_a_resume_reads_the_segments_and_what_no_manifest_names(
     assert plan.state.manifest
     num_named = plan.state.manifest.num_units
     assert 400 <= num_named < 500
-    assert counting.asked["read_bytes segments"] == len(plan.state.manifest.segments)
+    assert counting.asked["read_bytes parts"] == len(plan.state.manifest.parts)
     assert counting.asked["read_bytes commits"] == 500 - num_named == len(plan.state.outside)

@@ -166,10 +166,10 @@ def test_after_any_history_what_is_named_stays_and_all_else_goes(data: st.DataOb
         kept = set(list_manifests(world.store))
         assert kept == set(deleted.kept) == model.kept
         assert set(list_receipt_names(world.store)) == receipts - superseded
-        assert {p.name for p in (world.folder / "segments").iterdir()} >= {
-            segment.path.removeprefix("segments/")
+        assert {p.name for p in (world.folder / "parts").iterdir()} >= {
+            part.path.removeprefix("parts/")
             for number in kept
-            for segment in read_manifest(world.store, number).segments
+            for part in read_manifest(world.store, number).parts
         }
         for number in kept:
             assert verify(world.url, number, quick=True).ok
@@ -229,7 +229,7 @@ NUM_LOST = 3 * (3 + 1 + 1 + 1)  # files of attempts without a receipt: lost, aba
 
 def test_by_default_every_manifest_stays(world: World) -> None:
     deleted = full(world).gc()
-    assert kinds(deleted) == {"files": NUM_LOST, "segments": 1, "temporary": 2}
+    assert kinds(deleted) == {"files": NUM_LOST, "parts": 1, "temporary": 2}
     assert deleted.kept == [1, 2, 3, 4]
     for number in deleted.kept:
         assert verify(world.url, number, quick=True).ok
@@ -243,7 +243,7 @@ def test_units_of_manifests_that_go_are_deleted_with_their_receipts(world: World
         "reports": 1,
         "receipts": 2,
         "files": NUM_LOST + 6,
-        "segments": 1,
+        "parts": 1,
         "temporary": 2,
     }
     world.change("a.tar")

@@ -85,19 +85,19 @@ def only(folder: Path) -> Path:
     return path
 
 
-def replace_segment(folder: Path, data: bytes) -> None:
-    """Put another segment in place of the dataset's; path and hash in the manifest agree."""
-    only(folder / "segments").unlink()
+def replace_part(folder: Path, data: bytes) -> None:
+    """Put another part in place of the dataset's; path and hash in the manifest agree."""
+    only(folder / "parts").unlink()
     digest = hashlib.sha256(data).hexdigest()
-    (folder / "segments" / f"{digest}.parquet").write_bytes(data)
+    (folder / "parts" / f"{digest}.parquet").write_bytes(data)
     manifest = only(folder / "manifests")
     tree = json.loads(manifest.read_bytes())
-    tree["segments"][0].update(path=f"segments/{digest}.parquet", sha256=digest)
+    tree["parts"][0].update(path=f"parts/{digest}.parquet", sha256=digest)
     manifest.write_text(json.dumps(tree))
 
 
-def edit_segment(data: bytes, edit: Callable[[list[dict[str, Any]]], None]) -> bytes:
-    """Return a segment with its rows edited."""
+def edit_part(data: bytes, edit: Callable[[list[dict[str, Any]]], None]) -> bytes:
+    """Return a manifest part with its rows edited."""
     table = pq.read_table(io.BytesIO(data))
     rows = table.to_pylist()
     edit(rows)

@@ -213,13 +213,13 @@ def test_manifests_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     assert len(LatentLoader(url, batch_size=4, manifest=1)) == 1
 
 
-def test_segments_that_are_gone_or_garbled_are_named(url: str) -> None:
-    (segment,) = Path(url, "segments").iterdir()
-    makers.flip_byte(segment)
-    with pytest.raises(DatasetError, match=f"{segment} is damaged"):
+def test_parts_that_are_gone_or_garbled_are_named(url: str) -> None:
+    (part,) = Path(url, "parts").iterdir()
+    makers.flip_byte(part)
+    with pytest.raises(DatasetError, match=f"{part} is damaged"):
         LatentLoader(url, batch_size=4)
-    segment.unlink()
-    with pytest.raises(DatasetError, match=f"{segment}, which does not exist"):
+    part.unlink()
+    with pytest.raises(DatasetError, match=f"{part}, which does not exist"):
         LatentLoader(url, batch_size=4)
 
 

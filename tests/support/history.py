@@ -12,6 +12,7 @@ from latentcache import collect_unreferenced
 from latentcache.dataset import state as state_module
 from latentcache.dataset.contract import establish_contract
 from latentcache.dataset.manifest import read_manifest, read_records
+from latentcache.dataset.manifest_parts import put_part
 from latentcache.dataset.receipts import (
     DataFile,
     QaFile,
@@ -20,7 +21,6 @@ from latentcache.dataset.receipts import (
     UnitRecord,
     new_attempt,
 )
-from latentcache.dataset.segments import put_segment
 from latentcache.dataset.state import State, remove_units, write_next
 from latentcache.dataset.statistics import Statistics
 from latentcache.engine.gc import Unreferenced
@@ -92,9 +92,9 @@ class World:
         self.late.append(State(self.store))
 
     def litter(self, source: str) -> None:
-        """What kills leave: a segment without its manifest, and half a file."""
+        """What kills leave: a manifest part without its manifest, and half a file."""
         record = self.upload(self.unit(source), 0)
-        put_segment(self.store, [Receipt(record, CONTRACT.fingerprint, Statistics.empty(4))])
+        put_part(self.store, [Receipt(record, CONTRACT.fingerprint, Statistics.empty(4))])
         for path in ("data", f"data/{record.unit.id}"):
             (self.folder / path / f".tmp-{new_attempt()}").write_bytes(b"ha")
 

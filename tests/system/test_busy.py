@@ -383,7 +383,7 @@ def test_two_runs_race_on_one_output(moto: S3Server, configs: Configs):
 
     with FaultyProxy(moto.endpoint_url) as proxy:
         url = proxy.endpoint_url
-        delayed = proxy.on("PUT", "/(contract|segments|manifests)", take_some_time, ALWAYS)
+        delayed = proxy.on("PUT", "/(contract|parts|manifests)", take_some_time, ALWAYS)
         raced = proxy.on("PUT", "/commits/", Race(), ALWAYS)
         paths = [configs.write(source, output, endpoint_url=url) for output in outputs]
         spawn = multiprocessing.get_context("spawn")

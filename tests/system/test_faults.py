@@ -148,7 +148,7 @@ def test_a_put_whose_reply_is_lost_is_neither_lost_nor_doubled(
             ("data/", 2),
             ("rejects/", 2),
             ("commits/", 3),
-            ("segments/", 1),
+            ("parts/", 1),
             ("manifests/", 1),
         )
     }

@@ -93,7 +93,7 @@ def first_day(name: str, moto: S3Server, cli: Cli, configs: Configs, on_missing:
     summary, written = nights.night(encodes=10)
     assert summary["manifest"] == 1
     assert written["commits"] == 10
-    assert (written["segments"], written["manifests"], written["runs"]) == (1, 1, 0)
+    assert (written["parts"], written["manifests"], written["runs"]) == (1, 1, 0)
     return nights
 
 
@@ -118,7 +118,7 @@ def test_night_after_night(
     assert (summary["manifest"], summary["num_skipped"]) == (2, 8)
     num_files = written.pop("data")
     assert num_files == 3 + 2  # one sample each; the two of the replacement differ in their bucket
-    assert written == {"commits": 4, "segments": 1, "manifests": 1}
+    assert written == {"commits": 4, "parts": 1, "manifests": 1}
     gone = [VANISHED] if on_missing == "drop" else []
     news = [shard.name for shard in NEW]
     assert nights.diff(1, 2) == {"added": news, "replaced": [REPLACED], "removed": gone}
@@ -139,7 +139,7 @@ def test_night_after_night(
     assert nights.plan() == (0, 1, 11, vanished, [REPLACED])
     summary, written = nights.night(encodes=1)
     assert summary["manifest"] == 3
-    assert written == {"commits": 1, "data": 1, "segments": 1, "manifests": 1}
+    assert written == {"commits": 1, "data": 1, "parts": 1, "manifests": 1}
     assert nights.diff(2, 3) == {"added": [], "replaced": [REPLACED], "removed": []}
     assert nights.diff(1, 3) == {"added": news, "replaced": [REPLACED], "removed": gone}
     assert [row for row in nights.rows(3) if row[0] in kept] == [

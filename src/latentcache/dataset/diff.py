@@ -11,8 +11,8 @@ import pyarrow.compute as pc
 
 from latentcache.dataset.contract import require_contract
 from latentcache.dataset.manifest import Manifest, ManifestName, list_manifests, read_manifest
+from latentcache.dataset.manifest_parts import names_of, read_parts, without
 from latentcache.dataset.publish import find_manifest
-from latentcache.dataset.segments import names_of, read_segments, without
 from latentcache.errors import DatasetError
 from latentcache.storage import Store
 from latentcache.storage_options import StorageOptions
@@ -97,7 +97,7 @@ def diff_manifests(
 ) -> ManifestDiff:
     """Compare two manifests of a dataset.
 
-    A segment that both manifests list is read only if their `removed` units differ.
+    A part that both manifests list is read only if their `removed` units differ.
 
     Args:
         url: URL of the dataset.
@@ -141,16 +141,16 @@ def _complete_before(store: Store, number: int) -> Manifest:
 
 def _differing(store: Store, one: Manifest, other: Manifest) -> dict[str, list[DiffUnit]]:
     """Return, by source, the units that count in `one` manifest but not in the `other`."""
-    shared = {segment.path for segment in other.segments}
-    own = [segment for segment in one.segments if segment.path not in shared]
-    both = [segment for segment in one.segments if segment.path in shared]
+    shared = {part.path for part in other.parts}
+    own = [part for part in one.parts if part.path not in shared]
+    both = [part for part in one.parts if part.path in shared]
     named_by = f"manifest {one.number}"
     units: dict[str, list[DiffUnit]] = {}
-    for table in read_segments(store, own, named_by, _COLUMNS):
+    for table in read_parts(store, own, named_by, _COLUMNS):
         for source, unit in _units_of(without(table, one.removed)):
             units.setdefault(source, []).append(unit)
     removed = set(other.removed).difference(one.removed)
-    for table in read_segments(store, both if removed else [], named_by, _COLUMNS):
+    for table in read_parts(store, both if removed else [], named_by, _COLUMNS):
         is_in = pc.is_in(names_of(table), value_set=pa.array(removed, pa.string()))
         for source, unit in _units_of(table.filter(is_in)):
             units.setdefault(source, []).append(unit)

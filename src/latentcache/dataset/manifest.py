@@ -1,9 +1,9 @@
 """Manifests: numbered snapshots that define which committed units make up the dataset.
 
 Manifest N+1 is a function of manifest N, one snapshot of the source, and the receipts. Receipts
-record what was committed; a manifest defines which of it counts. A manifest lists segments:
+record what was committed; a manifest defines which of it counts. A manifest lists parts:
 immutable Parquet files with one row per unit. Units named in `removed` do not count. A new manifest
-adds one segment.
+adds one part.
 """
 
 from __future__ import annotations
@@ -21,6 +21,15 @@ import pyarrow.compute as pc
 
 from latentcache.dataset.columns import Columns, require_columns
 from latentcache.dataset.contract import FORMAT_VERSION, require_format
+from latentcache.dataset.manifest_parts import (
+    PART_SCHEMA,
+    ManifestPart,
+    Totals,
+    UnitRecords,
+    part_path,
+    read_parts,
+    without,
+)
 from latentcache.dataset.parse import (
     MAX_COUNT,
     BucketName,
@@ -30,15 +39,6 @@ from latentcache.dataset.parse import (
     UnitName,
     build,
     load_json,
-)
-from latentcache.dataset.segments import (
-    SEGMENT_SCHEMA,
-    Segment,
-    Totals,
-    UnitRecords,
-    read_segments,
-    segment_path,
-    without,
 )
 from latentcache.dataset.statistics import Statistics
 from latentcache.errors import DatasetError, DeadlinePassed, ObjectNotFound
@@ -56,7 +56,7 @@ class Manifest:
     """A numbered snapshot of the dataset.
 
     `removed` names the units (`<unit>-<generation>`) that do not count in this or any later
-    manifest: units of its segments, and receipts of older versions of a source that no manifest
+    manifest: units of its parts, and receipts of older versions of a source that no manifest
     listed. `stale` names the sources whose listed version is not encoded yet, so that rows of an
     older version count instead. `columns` are the kept columns that the rows should have.
     `complete` is true if every listed source is encoded at its listed version, its rows have these
@@ -68,7 +68,7 @@ class Manifest:
     created_at: str
     contract: Sha256
     columns: Columns
-    segments: tuple[Segment, ...]
+    parts: tuple[ManifestPart, ...]
     removed: tuple[UnitName, ...]
     stale: tuple[str, ...]
     num_units: Count
@@ -122,8 +122,8 @@ class Manifest:
             require_format(tree, url)
             manifest = build(cls, tree)
             require_columns(manifest.columns)
-            if wrong := [s.path for s in manifest.segments if s.path != segment_path(s.sha256)]:
-                raise ValueError(f"segments has the path {wrong[0]}")
+            if wrong := [s.path for s in manifest.parts if s.path != part_path(s.sha256)]:
+                raise ValueError(f"parts has the path {wrong[0]}")
             return manifest
         except ValueError as error:
             raise DatasetError(f"{url} is not a manifest: {error}") from error
@@ -193,9 +193,9 @@ def read_records(store: Store, manifest: Manifest) -> UnitRecords:
         manifest: the manifest.
 
     Raises:
-        DatasetError: a segment is missing or damaged.
+        DatasetError: a manifest part is missing or damaged.
     """
-    columns = [name for name in SEGMENT_SCHEMA.names if name != "statistics"]
+    columns = [name for name in PART_SCHEMA.names if name != "statistics"]
     return UnitRecords(_live_units(store, manifest, columns))
 
 
@@ -212,7 +212,7 @@ def read_files(store: Store, manifest: Manifest) -> pa.Table:
         A table with the column `unit` (the unit's id) and the fields of `DataFile`.
 
     Raises:
-        DatasetError: a segment is missing or damaged.
+        DatasetError: a manifest part is missing or damaged.
     """
     columns = ["unit", "generation", "files"]
     live = _live_units(store, manifest, columns)
@@ -227,9 +227,9 @@ def read_files(store: Store, manifest: Manifest) -> pa.Table:
 
 
 def _live_units(store: Store, manifest: Manifest, columns: Sequence[str]) -> pa.Table:
-    """Return the rows of the segments that count; raise `DatasetError` if a unit counts twice."""
-    tables = read_segments(store, manifest.segments, f"manifest {manifest.number}", columns)
-    empty = SEGMENT_SCHEMA.empty_table().select(columns)
+    """Return the rows of the parts that count; raise `DatasetError` if a unit counts twice."""
+    tables = read_parts(store, manifest.parts, f"manifest {manifest.number}", columns)
+    empty = PART_SCHEMA.empty_table().select(columns)
     live = pa.concat_tables([*(without(table, manifest.removed) for table in tables), empty])
     ids = pc.struct_field(live["unit"].combine_chunks(), "id")
     num_rows = pc.struct_field(pc.list_flatten(live["files"].combine_chunks()), "num_rows")

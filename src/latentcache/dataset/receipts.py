@@ -128,7 +128,7 @@ class QaFile:
 
 @dataclass(frozen=True, slots=True)
 class UnitRecord:
-    """The part of a unit's receipt that a segment repeats.
+    """The part of a unit's receipt that a manifest part repeats.
 
     `num_images` counts the image files or members of the shard: rows, rejects with an image, and
     `num_extra_images`, which are additional images of a sample, such as masks. `columns` are the
@@ -170,7 +170,7 @@ class QaSummary:
 class UnitSummary:
     """The part of a unit's record that planning needs and a driver keeps: a few hundred bytes.
 
-    `segment` is the index of the unit's segment in the newest manifest; None if it has none yet.
+    `part` is the index of the unit's part in the newest manifest; None if it has none yet.
     """
 
     unit_id: str
@@ -183,17 +183,17 @@ class UnitSummary:
     columns: Columns = ()
     absent_fields: tuple[str, ...] = ()
     reject_reasons: dict[str, int] = field(default_factory=dict)
-    segment: int | None = None
+    part: int | None = None
     num_images: int = 0
     num_extra_images: int = 0
 
     @classmethod
-    def of(cls, record: UnitRecord, *, segment: int | None = None) -> UnitSummary:
+    def of(cls, record: UnitRecord, *, part: int | None = None) -> UnitSummary:
         """Return the summary of a record.
 
         Args:
             record: the record of the unit.
-            segment: as the attribute.
+            part: as the attribute.
         """
         qa = record.qa
         return cls(
@@ -207,7 +207,7 @@ class UnitSummary:
             columns=record.columns,
             absent_fields=record.absent_fields,
             reject_reasons=record.reject_reasons,
-            segment=segment,
+            part=part,
             num_images=record.num_images,
             num_extra_images=record.num_extra_images,
         )

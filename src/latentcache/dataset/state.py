@@ -18,6 +18,15 @@ import pyarrow.compute as pc
 from latentcache import clock
 from latentcache.dataset.columns import Columns
 from latentcache.dataset.manifest import Manifest, newest_manifest, put_manifest, read_files
+from latentcache.dataset.manifest_parts import (
+    SUMMARY_COLUMNS,
+    Totals,
+    put_part,
+    read_parts,
+    summaries_of,
+    totals_of,
+    without,
+)
 from latentcache.dataset.receipts import (
     PUT_WITHIN_S,
     Receipt,
@@ -25,15 +34,6 @@ from latentcache.dataset.receipts import (
     UnitSummary,
     list_receipt_names,
     read_receipts,
-)
-from latentcache.dataset.segments import (
-    SUMMARY_COLUMNS,
-    Totals,
-    put_segment,
-    read_segments,
-    summaries_of,
-    totals_of,
-    without,
 )
 from latentcache.errors import DatasetError, IncompleteRun, SourceError
 from latentcache.storage import Store
@@ -49,11 +49,11 @@ SourceSnapshot = Mapping[str, Sequence[Unit]]
 
 
 class State:
-    """The state of an output: its newest manifest, and the receipts that no segment contains yet.
+    """The state of an output: its newest manifest, and the receipts that no part contains yet.
 
-    It keeps a summary of each unit, and a whole receipt only until a segment contains it. `live`
-    holds, by source, the units that count in the newest manifest. `outside` holds, by unit id, the
-    receipt of the highest generation if no segment contains it. A unit in the manifest's `removed`
+    It keeps a summary of each unit, and a whole receipt until a part contains it. `live` holds,
+    by source, the units that count in the newest manifest. `outside` holds, by unit id, the
+    receipt of the highest generation if no part contains it. A unit in the manifest's `removed`
     never counts again: if its source is listed again, the unit gets a new generation.
 
     Args:
@@ -68,22 +68,22 @@ class State:
         self.outside: dict[str, Receipt] = {}
         self._latest: dict[str, UnitSummary] = {}
         self._removed: set[str] = set()
-        self._totals: dict[int, Totals] = {}  # by index of the segment, for segments that were read
+        self._totals: dict[int, Totals] = {}  # by index of the part, for parts that were read
         self._last_diff: SnapshotDiff | None = None
         self._touched: set[str] = set()  # sources of the receipts added since that diff
-        named = self._read_segments(self.manifest) if self.manifest else set()
+        named = self._read_parts(self.manifest) if self.manifest else set()
         listed = list_receipt_names(store) if receipts is None else receipts
         unknown = (name for name in listed if name not in named)
         # A receipt that was listed but no longer exists was superseded: `gc` deletes no others.
         for receipt in read_receipts(store, unknown, missing_ok=True):
             self.add(receipt)
 
-    def _read_segments(self, manifest: Manifest) -> set[str]:
+    def _read_parts(self, manifest: Manifest) -> set[str]:
         """Add the units of a manifest; return the names of all receipts that it lists."""
         named: set[str] = set()
         self._removed.update(manifest.removed)
-        tables = read_segments(
-            self.store, manifest.segments, f"manifest {manifest.number}", SUMMARY_COLUMNS
+        tables = read_parts(
+            self.store, manifest.parts, f"manifest {manifest.number}", SUMMARY_COLUMNS
         )
         for number, table in enumerate(tables):
             for unit in summaries_of(table, number):
@@ -96,7 +96,7 @@ class State:
                     self.live[unit.source] = _in_order((*self.live.get(unit.source, ()), unit))
                 if unit.generation > self.generation(unit.unit_id):
                     self._latest[unit.unit_id] = unit
-        for name in self._removed - named:  # in no segment, but their generations are used
+        for name in self._removed - named:  # in no part, but their generations are used
             unit_id, _, generation = name.rpartition("-")
             if int(generation) > self.generation(unit_id):
                 self._latest[unit_id] = UnitSummary(unit_id, "", int(generation), 0, 0, 0)
@@ -122,7 +122,7 @@ class State:
         return None if unit is None or unit.name in self._removed else unit
 
     def num_stored_bytes(self, unit_ids: AbstractSet[str]) -> int:
-        """Return the total size of the current row files of units in bytes; reads segments."""
+        """Return the total size of the current row files of units in bytes; reads parts."""
         outside = [r.record for unit, r in self.outside.items() if unit in unit_ids]
         num_bytes = sum(file.size_bytes for record in outside for file in record.files)
         remaining = unit_ids - self.outside.keys()
@@ -196,12 +196,12 @@ class State:
 
         Returns:
             The manifest; None if another driver used its number, or if putting it took more than a
-            day, so that `gc` may have deleted the new segment.
+            day, so that `gc` may have deleted the new part.
         """
         newest, valid_until = self.manifest, clock.boot_time_s() + PUT_WITHIN_S
         after = {unit.name: unit for units in diff.changes.values() for unit in units}
         before = {unit.name: unit for source in diff.changes for unit in self.live.get(source, ())}
-        fresh = [self.outside[u.unit_id] for u in after.values() if u.segment is None]
+        fresh = [self.outside[u.unit_id] for u in after.values() if u.part is None]
         gone = [before[name] for name in before.keys() - after.keys()]
         # Receipts of older versions of these sources that no manifest listed.
         outdated = [
@@ -211,17 +211,19 @@ class State:
         ]
         removed = self._removed.union((u.name for u in gone), (r.name for r in outdated))
         added = Totals.of(((r.record, r.statistics) for r in fresh), num_channels)
-        parts, totals = self._add(added, {unit.segment for unit in gone}, removed, num_channels)
-        segments = newest.segments if newest else ()
+        totals_by_part, totals = self._add(
+            added, {unit.part for unit in gone}, removed, num_channels
+        )
+        parts = newest.parts if newest else ()
         if fresh:
-            segments += (put_segment(self.store, fresh),)
+            parts += (put_part(self.store, fresh),)
         manifest = Manifest(
             number=newest.number + 1 if newest else 1,
             complete=complete,
             created_at=datetime.now(UTC).isoformat(),
             contract=contract,
             columns=diff.columns,
-            segments=segments,
+            parts=parts,
             removed=tuple(sorted(removed)) if gone or outdated or not newest else newest.removed,
             stale=tuple(sorted(diff.stale)),
             num_units=totals.num_units,
@@ -237,45 +239,49 @@ class State:
             return None
         for record in outdated:
             del self.outside[record.unit.id]
-        self.manifest, self._removed, self._totals = manifest, removed, parts
+        self.manifest, self._removed, self._totals = manifest, removed, totals_by_part
         for source, units in diff.changes.items():
-            self._set_live(source, units, len(segments) - 1)
+            self._set_live(source, units, len(parts) - 1)
         self.accept(diff)
         return manifest
 
     def _add(
         self, added: Totals, changed: AbstractSet[int | None], removed: set[str], num_channels: int
     ) -> tuple[dict[int, Totals], Totals]:
-        """Sum up the next manifest: the newest one's segments without `removed`, and a new one.
+        """Sum up the next manifest: the newest one's parts without `removed`, and a new one.
 
-        `changed` are the indices of the segments that lose units. Returns the totals of segments,
+        `changed` are the indices of the parts that lose units. Returns the totals of parts,
         as far as known, and of the manifest.
         """
         newest = self.manifest
-        parts = {number: part for number, part in self._totals.items() if number not in changed}
+        totals_by_part = {
+            number: total for number, total in self._totals.items() if number not in changed
+        }
         earlier = [newest.totals] if newest else []
         if changed:  # minima cannot be subtracted: sum up all units that still count
-            self._read_totals(parts, removed, num_channels)
-            earlier = list(parts.values())
+            self._read_totals(totals_by_part, removed, num_channels)
+            earlier = list(totals_by_part.values())
         if added.num_units:
-            parts[len(newest.segments) if newest else 0] = added
-        return parts, reduce(Totals.merge, earlier, added)
+            totals_by_part[len(newest.parts) if newest else 0] = added
+        return totals_by_part, reduce(Totals.merge, earlier, added)
 
-    def _read_totals(self, parts: dict[int, Totals], removed: set[str], num_channels: int) -> None:
-        """Sum up the units that count, for each segment of the manifest that `parts` lacks."""
+    def _read_totals(
+        self, totals_by_part: dict[int, Totals], removed: set[str], num_channels: int
+    ) -> None:
+        """Sum up the units that count, for each part that `totals_by_part` lacks."""
         assert self.manifest
-        missing = [n for n in range(len(self.manifest.segments)) if n not in parts]
-        segments = [self.manifest.segments[number] for number in missing]
-        tables = read_segments(self.store, segments, f"manifest {self.manifest.number}")
+        missing = [n for n in range(len(self.manifest.parts)) if n not in totals_by_part]
+        parts = [self.manifest.parts[number] for number in missing]
+        tables = read_parts(self.store, parts, f"manifest {self.manifest.number}")
         for number, table in zip(missing, tables, strict=True):
-            parts[number] = totals_of(without(table, removed), num_channels)
+            totals_by_part[number] = totals_of(without(table, removed), num_channels)
 
-    def _set_live(self, source: str, units: tuple[UnitSummary, ...], newest_segment: int) -> None:
+    def _set_live(self, source: str, units: tuple[UnitSummary, ...], newest_part: int) -> None:
         """Record which units of a source count in the manifest that was just put."""
         self.live.pop(source, None)
         for unit in units:
-            if unit.segment is None:
-                unit = replace(unit, segment=newest_segment)
+            if unit.part is None:
+                unit = replace(unit, part=newest_part)
                 self._latest[unit.unit_id] = unit
                 del self.outside[unit.unit_id]
             self.live[source] = (*self.live.get(source, ()), unit)

@@ -24,9 +24,9 @@ from itertools import chain
 
 from latentcache.dataset.contract import require_contract
 from latentcache.dataset.manifest import MANIFESTS, Manifest, list_manifests, read_manifest
+from latentcache.dataset.manifest_parts import PARTS, ManifestPart, names_of, read_parts
 from latentcache.dataset.publish import read_published
 from latentcache.dataset.receipts import COMMITS, FAILURES, read_receipts
-from latentcache.dataset.segments import SEGMENTS, Segment, names_of, read_segments
 from latentcache.engine.lease import Lease
 from latentcache.errors import ConfigError, DatasetError, IncompleteRun, StorageError
 from latentcache.storage import ObjectInfo, Store, Upload
@@ -43,7 +43,7 @@ KINDS = {
     "reports": "QA reports on manifests that are not kept",
     "receipts": "receipts of superseded units that no kept manifest names",
     "files": "data, reject and QA files of lost attempts and superseded units",
-    "segments": "segments that no kept manifest names",
+    "parts": "parts that no kept manifest names",
     "failures": "old records of units that failed",
     "temporary": "incomplete files of writers that died",
 }
@@ -203,8 +203,8 @@ class _Collector:
             match = _RECEIPT.fullmatch(info.path)
             if match and match[1] not in units.attempts and not units.may_come(match[1]):
                 plan.objects["receipts"].append(info)
-        named = {segment.path for manifest in plan.kept for segment in manifest.segments}
-        plan.objects["segments"] = [i for i in self._list_old(SEGMENTS) if i.path not in named]
+        named = {part.path for manifest in plan.kept for part in manifest.parts}
+        plan.objects["parts"] = [i for i in self._list_old(PARTS) if i.path not in named]
         plan.objects["failures"] = list(self._list_old(FAILURES))
         plan.objects["temporary"] = [i for i in self._store.temp_files() if self._is_old(i)]
         try:
@@ -254,19 +254,19 @@ class _Collector:
     def _read_units(self, kept: Sequence[Manifest]) -> _Units:
         """Read the units of the kept manifests, which are ordered oldest first."""
         units, newest = _Units(), kept[-1]
-        segments: dict[Segment, AbstractSet[str]] = {}  # with the units removed in all manifests
+        parts: dict[ManifestPart, AbstractSet[str]] = {}  # with the units removed in all manifests
         removed: AbstractSet[str] = frozenset(newest.removed)
         for manifest in reversed(kept):
             removed &= frozenset(manifest.removed)
-            segments |= dict.fromkeys(manifest.segments, removed)
+            parts |= dict.fromkeys(manifest.parts, removed)
         columns = ("unit", "generation", "attempt")
-        tables = read_segments(self._store, segments, "a kept manifest", columns)
+        tables = read_parts(self._store, parts, "a kept manifest", columns)
         known = [newest.removed]
-        for (segment, dropped), table in zip(segments.items(), tables, strict=True):
+        for (part, dropped), table in zip(parts.items(), tables, strict=True):
             names = names_of(table).to_pylist()
             attempts = zip(names, table["attempt"].to_pylist(), strict=True)
             units.attempts.update((name, by) for name, by in attempts if name not in dropped)
-            if segment in newest.segments:
+            if part in newest.parts:
                 known.append(names)
             self._step("listing", 1)
         for name in chain.from_iterable(known):

@@ -139,10 +139,10 @@ class StatusReader:
         self._units = {unit.unit_id: unit for units in state.live.values() for unit in units}
         outside = [UnitSummary.of(receipt.record) for receipt in state.outside.values()]
         self._units.update({unit.unit_id: unit for unit in outside})
-        # Segments are numbered in the order of writing. Units in no segment are the latest ones.
+        # Manifest parts are numbered in the order of writing. Units in no part are the latest ones.
         rows = sorted(
             self._units.values(),
-            key=lambda unit: math.inf if unit.segment is None else unit.segment,
+            key=lambda unit: math.inf if unit.part is None else unit.part,
         )
         names = [unit.name for unit in rows[-_NUM_RECEIPTS:]]
         latest = read_receipts(self._store, names, missing_ok=True)

@@ -166,7 +166,7 @@ class Files:
     def fingerprint(self) -> str:
         """Return a hash (hex) of everything that decides which rows exist and in which order."""
         parts = [
-            [s.contract.fingerprint, [g.sha256 for g in s.manifest.segments], s.manifest.removed]
+            [s.contract.fingerprint, [g.sha256 for g in s.manifest.parts], s.manifest.removed]
             for s in self.sources
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

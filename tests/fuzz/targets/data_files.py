@@ -13,7 +13,7 @@ import torch
 from fuzz import Target, mutate_bytes
 from latentcache import LatentLoader, open_dataset, verify
 from latentcache.errors import DatasetError
-from tiny import edit_segment, mutate_parquet, only, replace_segment, write_tiny
+from tiny import edit_part, mutate_parquet, only, replace_part, write_tiny
 
 _FORMATS = ("parquet", "safetensors")
 _RAW: dict[str, Any] = {"dtype": torch.float16, "normalize": False}
@@ -46,7 +46,7 @@ def _check(data: bytes, folder: Path) -> str:
     path, data = _files(folder)[data[0]], data[1:]
     output = folder / path.relative_to(folder).parts[0]
     name = path.relative_to(output).as_posix()
-    original, segment = path.read_bytes(), only(output / "segments").read_bytes()
+    original, part = path.read_bytes(), only(output / "parts").read_bytes()
 
     def agree(rows: list[dict[str, Any]]) -> None:
         (file,) = (file for row in rows for file in row["files"] if file["path"] == name)
@@ -54,13 +54,13 @@ def _check(data: bytes, folder: Path) -> str:
 
     path.unlink()  # a loader may still map the file; truncating it in place would end the process
     path.write_bytes(data)
-    replace_segment(output, edit_segment(segment, agree))
+    replace_part(output, edit_part(part, agree))
     try:
         return _compare(output)
     finally:
         path.unlink()
         path.write_bytes(original)
-        replace_segment(output, segment)
+        replace_part(output, part)
 
 
 def _compare(output: Path) -> str:

@@ -1,4 +1,4 @@
-"""Segments whose hash agrees: units that can be read, or a `DatasetError`."""
+"""Manifest parts whose hash agrees: units that can be read, or a `DatasetError`."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from fuzz import Target
 from latentcache import LatentLoader, open_dataset, verify
 from latentcache.dataset.manifest import read_files
 from latentcache.errors import DatasetError
-from tiny import edit_segment, mutate_json, mutate_parquet, only, replace_segment, write_tiny
+from tiny import edit_part, mutate_json, mutate_parquet, only, replace_part, write_tiny
 
 _NUMBERS = [0, 1, -1, 2, 7, 2**31 - 1, 2**53, 2**62, 2**63 - 1, -(2**63)]
 _TEXTS = ["", "x", "..", "../x", "/etc/passwd", "null", "{", "[]", "\x00", "8x8", "64x64", "a" * 64]
 
 
 def _seeds(folder: Path) -> list[bytes]:
-    return [only(write_tiny(folder / "out") / "segments").read_bytes()]
+    return [only(write_tiny(folder / "out") / "parts").read_bytes()]
 
 
 def _mutate(rng: random.Random, data: bytes, seeds: Sequence[bytes]) -> bytes:
@@ -42,7 +42,7 @@ def _mutate(rng: random.Random, data: bytes, seeds: Sequence[bytes]) -> bytes:
             tree[name] = _replacement(rng, value)
 
     try:
-        return edit_segment(data, edit)
+        return edit_part(data, edit)
     except (pa.ArrowException, TypeError, ValueError):  # of another type than the schema's
         return mutate_parquet(rng, data, seeds)
 
@@ -62,7 +62,7 @@ def _replacement(rng: random.Random, value: Any) -> Any:
 
 def _check(data: bytes, folder: Path) -> str:
     output = folder / "out"
-    replace_segment(output, data)
+    replace_part(output, data)
     try:
         dataset = open_dataset(output)
         records = list(dataset.units)

@@ -1,6 +1,6 @@
-"""Check the rows of a segment column by column: about a second for a few hundred thousand units.
+"""Check the rows of a manifest part by column: a second for a few hundred thousand units.
 
-Every field has the form that `receipts.UnitRecord` declares, because a segment repeats records.
+Every field has the form that `receipts.UnitRecord` declares, because a part repeats records.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _COUNTS = ("num_samples", "num_rows", "num_rejects", "num_images", "num_extra_im
 _ID_LENGTH = 32
 
 
-def check_segment(table: pa.Table, schema: pa.Schema, columns: Sequence[str] | None) -> None:
-    """Raise `ValueError` if a segment does not have the form in which a run writes it.
+def check_part(table: pa.Table, schema: pa.Schema, columns: Sequence[str] | None) -> None:
+    """Raise `ValueError` if a manifest part does not have the form in which a run writes it.
 
     Args:
         table: the rows that were read.
-        schema: the schema of a whole segment.
+        schema: the schema of a whole part.
         columns: names of the columns that were requested; None for all.
     """
     for name in schema.names if columns is None else columns:

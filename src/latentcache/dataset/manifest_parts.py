@@ -1,4 +1,4 @@
-"""Segments: immutable Parquet files with one row per committed unit, which manifests list.
+"""Manifest parts: immutable Parquet files with one row per committed unit, which manifests list.
 
 They are read column by column. A reader of hundreds of thousands of units holds the columns that it
 needs in Arrow's memory, and creates Python objects only for the units that it accesses.
@@ -26,6 +26,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from latentcache.dataset.columns import Column, Columns, require_columns
+from latentcache.dataset.manifest_part_checks import check_part
 from latentcache.dataset.parquet import read_table
 from latentcache.dataset.parse import Count, Sha256, build, check, load_json
 from latentcache.dataset.receipts import (
@@ -37,14 +38,13 @@ from latentcache.dataset.receipts import (
     UnitRecord,
     UnitSummary,
 )
-from latentcache.dataset.segment_checks import check_segment
 from latentcache.dataset.statistics import Statistics, merge_all
 from latentcache.errors import DatasetError, ObjectNotFound
 from latentcache.storage import Store
 
 Ints = npt.NDArray[np.int64]
 
-SEGMENTS = "segments"
+PARTS = "parts"
 
 _READ_THREADS = 8
 
@@ -62,7 +62,7 @@ _FILE_TYPE = pa.struct(
         ("bucket", pa.string()),
     ]
 )
-SEGMENT_SCHEMA = pa.schema(
+PART_SCHEMA = pa.schema(
     [
         (
             "unit",
@@ -108,17 +108,17 @@ SUMMARY_COLUMNS = (
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
-    """One segment file of a manifest."""
+class ManifestPart:
+    """One part of a manifest."""
 
     path: str
     sha256: Sha256
     num_units: Count
 
 
-def segment_path(sha256: str) -> str:
-    """Return the path of the segment with a hash."""
-    return f"{SEGMENTS}/{sha256}.parquet"
+def part_path(sha256: str) -> str:
+    """Return the path of the part with a hash."""
+    return f"{PARTS}/{sha256}.parquet"
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,8 +175,8 @@ class Totals:
         )
 
 
-def put_segment(store: Store, receipts: Iterable[Receipt]) -> Segment:
-    """Write a segment with the units of receipts, sorted by source.
+def put_part(store: Store, receipts: Iterable[Receipt]) -> ManifestPart:
+    """Write a manifest part with the units of receipts, sorted by source.
 
     Args:
         store: the output.
@@ -193,76 +193,76 @@ def put_segment(store: Store, receipts: Iterable[Receipt]) -> Segment:
         }
         for r in sorted(receipts, key=lambda r: r.record.unit.source)
     ]
-    # The random value makes every segment unique. So a segment that a killed run left behind
+    # The random value makes every part unique. So a manifest part that a killed run left behind
     # belongs to no other run, and can be deleted.
-    schema = SEGMENT_SCHEMA.with_metadata({"latentcache.segment": secrets.token_hex(16)})
+    schema = PART_SCHEMA.with_metadata({"latentcache.manifest_part": secrets.token_hex(16)})
     buffer = BytesIO()
     pq.write_table(pa.Table.from_pylist(rows, schema), buffer, compression="ZSTD")
     digest = hashlib.sha256(buffer.getvalue()).hexdigest()
-    path = segment_path(digest)
+    path = part_path(digest)
     store.put(path, buffer.getvalue())
-    return Segment(path, digest, len(rows))
+    return ManifestPart(path, digest, len(rows))
 
 
-def read_segments(
+def read_parts(
     store: Store,
-    segments: Iterable[Segment],
+    parts: Iterable[ManifestPart],
     named_by: str,
     columns: Sequence[str] | None = None,
 ) -> Iterator[pa.Table]:
-    """Read segments in order, and prefetch a few.
+    """Read parts in order, and prefetch a few.
 
     Args:
         store: the output.
-        segments: the segments to read.
+        parts: the parts to read.
         named_by: name of the manifest that lists them, for error messages.
         columns: names of the columns to read; None reads all.
 
     Yields:
-        The rows of each segment.
+        The rows of each part.
 
     Raises:
-        DatasetError: a segment is missing or damaged.
+        DatasetError: a manifest part is missing or damaged.
     """
 
-    def read(segment: Segment) -> pa.Table:
+    def read(part: ManifestPart) -> pa.Table:
         try:
-            data = store.read_bytes(segment.path)
+            data = store.read_bytes(part.path)
         except ObjectNotFound as error:
             raise DatasetError(
-                f"{named_by} lists {store.url_of(segment.path)}, which does not exist"
+                f"{named_by} lists {store.url_of(part.path)}, which does not exist"
             ) from error
-        if hashlib.sha256(data).hexdigest() != segment.sha256:
-            raise DatasetError(f"{store.url_of(segment.path)} is damaged: its SHA-256 differs")
+        if hashlib.sha256(data).hexdigest() != part.sha256:
+            raise DatasetError(f"{store.url_of(part.path)} is damaged: its SHA-256 differs")
         try:
             table = read_table(pa.BufferReader(data), columns)
-            check_segment(table, SEGMENT_SCHEMA, columns)
+            check_part(table, PART_SCHEMA, columns)
             for name in _SHARED.keys() & set(table.column_names):
                 for text in pc.unique(table[name]).to_pylist():
                     _SHARED[name](text)
-            if len(table) != segment.num_units:
-                raise ValueError(f"it has {len(table)} units, not {segment.num_units}")
+            if len(table) != part.num_units:
+                raise ValueError(f"it has {len(table)} units, not {part.num_units}")
         except (DatasetError, pa.ArrowException, OSError, ValueError, KeyError) as error:
-            raise DatasetError(f"{store.url_of(segment.path)} is damaged: {error}") from error
+            raise DatasetError(f"{store.url_of(part.path)} is damaged: {error}") from error
         return table
 
-    remaining = iter(segments)
+    remaining = iter(parts)
     with ThreadPoolExecutor(_READ_THREADS) as pool:
         futures: deque[Future[pa.Table]] = deque()
         while True:
-            next_segments = islice(remaining, _READ_THREADS - len(futures))
-            futures.extend(pool.submit(read, s) for s in next_segments)
+            next_parts = islice(remaining, _READ_THREADS - len(futures))
+            futures.extend(pool.submit(read, s) for s in next_parts)
             if not futures:
                 return
             yield futures.popleft().result()
 
 
 def summaries_of(table: pa.Table, number: int) -> Iterator[UnitSummary]:
-    """Yield the summaries of a segment's units.
+    """Yield the summaries of a manifest part's units.
 
     Args:
-        table: the rows of the segment, with `SUMMARY_COLUMNS`.
-        number: index of the segment in its manifest.
+        table: the rows of the part, with `SUMMARY_COLUMNS`.
+        number: index of the part in its manifest.
     """
     unit = table["unit"].combine_chunks()
     columns = [pc.struct_field(unit, "id"), pc.struct_field(unit, "source")]
@@ -281,7 +281,7 @@ def summaries_of(table: pa.Table, number: int) -> Iterator[UnitSummary]:
             columns=_columns(kept),
             absent_fields=_names(absent),
             reject_reasons=_counts(reasons),
-            segment=number,
+            part=number,
             num_images=images,
             num_extra_images=extra,
         )
@@ -318,7 +318,7 @@ def _parsing(name: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise DatasetError(f"{name} of a unit in a segment is damaged: {error}") from error
+        raise DatasetError(f"{name} of a unit in a manifest part is damaged: {error}") from error
 
 
 def _qa_summary(text: str) -> QaSummary | None:
@@ -327,17 +327,17 @@ def _qa_summary(text: str) -> QaSummary | None:
 
 
 def names_of(table: pa.Table) -> pa.Array:
-    """Return the names of a segment's units, `<unit>-<generation>`: strings [num_units]."""
+    """Return the names of a manifest part's units, `<unit>-<generation>`: strings [num_units]."""
     ids = pc.struct_field(table["unit"].combine_chunks(), "id")
     generations = table["generation"].combine_chunks().cast(pa.string())
     return pc.binary_join_element_wise(ids, generations, "-")
 
 
 def without(table: pa.Table, removed: Collection[str]) -> pa.Table:
-    """Return the rows of a segment without those of removed units.
+    """Return the rows of a manifest part without those of removed units.
 
     Args:
-        table: the rows of the segment.
+        table: the rows of the part.
         removed: names of the removed units, `<unit>-<generation>`.
     """
     gone = pc.is_in(names_of(table), value_set=pa.array(removed, pa.string()))
@@ -345,18 +345,18 @@ def without(table: pa.Table, removed: Collection[str]) -> pa.Table:
 
 
 def totals_of(table: pa.Table, num_channels: int) -> Totals:
-    """Return the sums over the units of a segment.
+    """Return the sums over the units of a manifest part.
 
     Args:
-        table: the rows of the segment, with all columns.
+        table: the rows of the part, with all columns.
         num_channels: number of channels of a stored latent.
     """
-    parts = (_statistics(text) for text in table["statistics"].to_pylist())
-    return Totals.of(zip(records_of(table), parts, strict=True), num_channels)
+    statistics = (_statistics(text) for text in table["statistics"].to_pylist())
+    return Totals.of(zip(records_of(table), statistics, strict=True), num_channels)
 
 
 def records_of(table: pa.Table) -> list[UnitRecord]:
-    """Return the records of a segment's rows."""
+    """Return the records of a manifest part's rows."""
     columns = {name: table[name].combine_chunks() for name in table.column_names}
     units = map(Unit, *_fields(columns["unit"]))
     files = map(DataFile, *_fields(columns["files"].flatten()))
@@ -412,7 +412,7 @@ class UnitRecords(Sequence[UnitRecord]):
     Records are sorted by source.
 
     Args:
-        table: rows of segments, in any order.
+        table: rows of parts, in any order.
     """
 
     def __init__(self, table: pa.Table) -> None:
