@@ -1,11 +1,12 @@
-# The four doors. Each sets up what it needs in .venv; PYTHON names the interpreter (3.11 or newer).
+# The entry points. Each installs what it needs into .venv. PYTHON selects the interpreter (3.11 or
+# newer).
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
 .PHONY: demo test test-fast check bench clean upgrade
 
-demo: .venv/base  ## draw shards, encode them, check the result
+demo: .venv/base  ## draw shards, encode them, verify the result
 	@test -d demo/shards || $(BIN)/latentcache demo-data demo/shards
 	$(BIN)/latentcache run configs/demo.yaml
 	$(BIN)/latentcache verify configs/demo.yaml
@@ -46,7 +47,7 @@ bench: .venv/dev  ## measure, print tables, write bench/results/
 clean:
 	rm -rf .venv demo dist bench/.envs bench/.data .mypy_cache .pytest_cache .ruff_cache
 
-upgrade: .venv/dev  ## take the newest versions that the ranges allow, and write them down
+upgrade: .venv/dev  ## install the newest versions that pyproject.toml allows, and pin them
 	$(BIN)/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable '.[dev]'
 	{ sed '/^[^#]/d' constraints.txt; $(BIN)/python -m pip freeze --exclude-editable; } > constraints.new
 	sed 's/+cpu$$//' constraints.new > constraints.txt && rm constraints.new
