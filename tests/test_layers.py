@@ -130,7 +130,7 @@ def test_no_file_reads_parquet_on_threads_that_outlive_the_process():
     assert not users, "read with dataset/parquet.py, which says why"
 
 
-def test_importing_a_file_sets_nothing_for_the_process():
+def test_importing_a_module_has_no_side_effects():
     """A call or an assignment to another module's attribute at the top level of a file."""
     for file in FILES:
         for node in ast.parse(file.read_text()).body:
@@ -144,7 +144,7 @@ def test_importing_a_file_sets_nothing_for_the_process():
 
 
 @pytest.mark.parametrize("library", HOMES)
-def test_a_library_is_known_to_its_home_alone(library: str):
+def test_a_library_is_imported_only_by_its_own_modules(library: str):
     users = {
         name_of(file)
         for file in FILES
@@ -153,7 +153,7 @@ def test_a_library_is_known_to_its_home_alone(library: str):
     assert users <= HOMES[library]
 
 
-def test_the_top_level_and_the_command_line_import_nothing_heavy_at_once():
+def test_the_top_level_and_the_cli_import_heavy_modules_lazily():
     for file in (PACKAGE / "__init__.py", *PACKAGE.glob("cli/*.py")):
         names = {n for n in eager_imports_of(file) if not n.startswith("latentcache.cli")}
         known = {name.split(".")[0] for name in names}

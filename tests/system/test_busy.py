@@ -82,7 +82,7 @@ def write_lease(store: Store, age_s: float = 0.0, name: str = "other") -> Path:
     return path
 
 
-def test_skip_leaves_the_output_to_the_other_run(tmp_path: Path):
+def test_on_busy_skip_ends_the_run_while_another_is_active(tmp_path: Path):
     config = make_config(tmp_path, "skip")
     write_lease(Store(config.output.url))
     before = tree_digest(tmp_path)
@@ -93,7 +93,7 @@ def test_skip_leaves_the_output_to_the_other_run(tmp_path: Path):
 
 
 @pytest.mark.parametrize("on_busy", ["join", "skip", "wait"])
-def test_a_run_that_starts_while_gc_works_waits_for_it(
+def test_run_waits_for_an_active_gc(
     tmp_path: Path, reactions: dict[str, Callable[[], object]], on_busy: str
 ):
     config = make_config(tmp_path, on_busy)
@@ -120,9 +120,7 @@ def read_status_of(config: Config) -> tuple[int, bool, int]:
     return len(active_runs(store)), any(lease.is_gc for lease in leases), len(store.walk())
 
 
-def test_a_signal_ends_the_waiting_for_gc(
-    tmp_path: Path, reactions: dict[str, Callable[[], object]]
-):
+def test_a_signal_ends_the_wait_for_gc(tmp_path: Path, reactions: dict[str, Callable[[], object]]):
     config = make_config(tmp_path, "join")
     write_lease(Store(config.output.url), name="gc-other")
     before = tree_digest(tmp_path)
@@ -167,7 +165,7 @@ class Freezer:
         return self._create_file(target, source)
 
 
-def test_a_driver_that_was_frozen_for_days_puts_no_receipt_of_what_gc_deleted(
+def test_a_driver_frozen_for_days_puts_no_receipt_for_deleted_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     latentcache.run(make_config(tmp_path, "join", num_shards=1), quiet=True)
@@ -189,9 +187,7 @@ def test_a_driver_that_was_frozen_for_days_puts_no_receipt_of_what_gc_deleted(
     assert len(list(tmp_path.glob("out/data/*/*"))) == 2
 
 
-def test_a_unit_that_is_late_again_and_again_is_given_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_unit_whose_receipt_is_always_late_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     config = make_config(tmp_path, "join", num_shards=1)
     freezer = Freezer(monkeypatch, ALWAYS)
     summary = latentcache.run(config, quiet=True)
@@ -201,7 +197,7 @@ def test_a_unit_that_is_late_again_and_again_is_given_up(
     assert "more than a day passed" in failed["message"]
 
 
-def test_a_repair_beside_a_run_is_no_complete_run(
+def test_a_repair_during_a_run_makes_its_manifest_incomplete(
     tmp_path: Path, reactions: dict[str, Callable[[], object]]
 ):
     """The run loses the number of its manifest, and reads that a unit is to be encoded again."""
@@ -225,13 +221,13 @@ def test_a_repair_beside_a_run_is_no_complete_run(
 
 
 @pytest.mark.parametrize("on_busy", ["skip", "wait"])
-def test_a_lease_that_nobody_renews_holds_nobody_up(tmp_path: Path, on_busy: str):
+def test_an_expired_lease_blocks_no_run(tmp_path: Path, on_busy: str):
     config = make_config(tmp_path, on_busy)
     write_lease(Store(config.output.url), STALE_AFTER_S + 1)
     assert latentcache.run(config, quiet=True).status == "complete"
 
 
-def test_join_begins_nothing_that_the_other_run_has_committed(
+def test_on_busy_join_skips_units_that_another_run_committed(
     tmp_path: Path, reactions: dict[str, Callable[[], object]]
 ):
     config = make_config(tmp_path, "join", num_shards=3)
@@ -248,7 +244,7 @@ def test_join_begins_nothing_that_the_other_run_has_committed(
     assert len(list(tmp_path.glob("out/data/*/*"))) == 3, "one was encoded twice"
 
 
-def test_from_its_start_a_run_says_how_many_units_there_will_be(
+def test_a_lease_states_the_number_of_units_from_the_start(
     tmp_path: Path, reactions: dict[str, Callable[[], object]]
 ):
     config = make_config(tmp_path, "join")
@@ -264,7 +260,7 @@ def test_from_its_start_a_run_says_how_many_units_there_will_be(
     assert (status.num_committed, status.num_units) == (2, 3)
 
 
-def test_wait_does_what_the_other_run_has_left(
+def test_on_busy_wait_encodes_what_the_other_run_left(
     tmp_path: Path, reactions: dict[str, Callable[[], object]]
 ):
     config = make_config(tmp_path, "wait")
@@ -284,7 +280,9 @@ def test_wait_does_what_the_other_run_has_left(
     assert (summary.status, summary.num_committed, summary.num_skipped) == ("complete", 1, 2)
 
 
-def test_a_signal_ends_the_waiting(tmp_path: Path, reactions: dict[str, Callable[[], object]]):
+def test_a_signal_ends_the_wait_for_another_run(
+    tmp_path: Path, reactions: dict[str, Callable[[], object]]
+):
     config = make_config(tmp_path, "wait")
     write_lease(Store(config.output.url))
     before = tree_digest(tmp_path)
@@ -296,7 +294,7 @@ def test_a_signal_ends_the_waiting(tmp_path: Path, reactions: dict[str, Callable
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_with_nothing_to_do_nobody_looks_for_other_runs(
+def test_a_run_without_pending_units_reads_no_leases(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     config = make_config(tmp_path, "wait")
@@ -309,7 +307,7 @@ def test_with_nothing_to_do_nobody_looks_for_other_runs(
 
 
 @pytest.mark.parametrize("hours", [-9, 9])
-def test_the_clock_of_the_driver_does_not_matter(
+def test_leases_use_the_clock_of_the_store(
     moto: S3Server, monkeypatch: pytest.MonkeyPatch, hours: int
 ):
     real = time.time
@@ -322,7 +320,7 @@ def test_the_clock_of_the_driver_does_not_matter(
     assert not moto.listing(f"clocks{hours}")
 
 
-def test_a_container_started_again_is_not_held_up_by_its_own_ghost(tmp_path: Path):
+def test_a_restarted_container_ignores_its_own_old_lease(tmp_path: Path):
     store = Store(str(tmp_path))
     killed = Lease(store, 1)
     killed.__enter__()
@@ -370,7 +368,7 @@ class Race:
         exchange.send(exchange.forward())
 
 
-def test_two_runs_race_on_one_output(moto: S3Server, configs: Configs):
+def test_racing_runs_commit_each_unit_once(moto: S3Server, configs: Configs):
     shards = [good(f"{number}.tar", seed=number, num_samples=2) for number in range(3)]
     source = moto.make_bucket("race-photos", objects(shards))
     moto.make_bucket("races")

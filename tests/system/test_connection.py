@@ -207,7 +207,7 @@ print(json.dumps(ends))
 """
 
 
-def test_a_killed_gcs_is_an_error_and_the_same_process_can_run_again(
+def test_a_killed_gcs_is_one_error_and_the_process_can_run_again(
     moto: S3Server,
     proxy: FaultyProxy,
     configs: Configs,
@@ -290,9 +290,7 @@ def listener(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("listener", ["silent", "hangs up", "speaks HTTP/1.1"], indirect=True)
-def test_an_address_at_which_no_ray_listens_is_named(
-    listener: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_address_without_ray_is_named(listener: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection_module, "_PROBE_TIMEOUT_S", 0.2)
     assert_names_address(listener, monkeypatch)
 
@@ -300,9 +298,7 @@ def test_an_address_at_which_no_ray_listens_is_named(
 @pytest.mark.parametrize(
     "address", ["127.0.0.1:closed", "nosuchhost.invalid:6379", "garbage", "1.2.3.4:x", "h:99999999"]
 )
-def test_an_address_that_leads_nowhere_is_named(
-    address: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unresolvable_address_is_named(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_names_address(address.replace("closed", str(free_port())), monkeypatch)
 
 
@@ -314,7 +310,7 @@ def assert_names_address(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_cluster_that_falls_silent_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_cluster_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
     for name, value in (("_PROBE_EVERY_S", 0.02), ("_LOST_AFTER_S", 0.1)):
         monkeypatch.setattr(connection_module, name, value)
@@ -338,7 +334,7 @@ def test_a_cluster_that_falls_silent_is_lost(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("variable", ["RAY_TMPDIR", "TMPDIR"])
-def test_a_temporary_folder_that_cannot_be_used_is_named(
+def test_an_unusable_temporary_folder_is_named(
     variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_bytes(b"")
@@ -350,7 +346,9 @@ def test_a_temporary_folder_that_cannot_be_used_is_named(
         assert "\n" not in str(caught.value)
 
 
-def test_no_short_folder_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_says_that_no_short_temporary_folder_exists(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     long_folder = tmp_path / ("x" * 100)
     long_folder.mkdir()
     monkeypatch.setenv("TMPDIR", str(long_folder))

@@ -73,12 +73,12 @@ def start(command: list[str]) -> Running:
     return Running(command, os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path})
 
 
-def test_the_loss_falls(undisturbed: list[dict[str, Any]]):
+def test_the_training_loss_decreases(undisturbed: list[dict[str, Any]]):
     losses = [line["loss"] for line in undisturbed]
     assert fmean(losses[-9:]) < 0.7 * fmean(losses[:9])
 
 
-def test_every_step_is_logged_with_rows_of_its_own(undisturbed: list[dict[str, Any]]):
+def test_each_step_is_logged_with_its_own_rows(undisturbed: list[dict[str, Any]]):
     assert [line["step"] for line in undisturbed] == list(range(1, STEPS + 1))
     assert len({line["keys"] for line in undisturbed}) == STEPS
     assert {tuple(line["bucket"]) for line in undisturbed} == set(UNIT)
@@ -92,7 +92,7 @@ KILLED_IN = {
 
 
 @pytest.mark.parametrize("where", KILLED_IN)
-def test_a_training_that_is_killed_and_resumed_has_the_same_losses(
+def test_a_killed_and_resumed_training_has_the_same_losses(
     url: str, undisturbed: list[dict[str, Any]], tmp_path: Path, where: str
 ):
     name, calls, num_logged, left = KILLED_IN[where]
@@ -115,7 +115,7 @@ def test_a_training_that_is_killed_and_resumed_has_the_same_losses(
     assert train(url, tmp_path, STEPS) == undisturbed
 
 
-def test_any_number_of_processes_trains_on_the_same_batches(
+def test_the_batches_do_not_depend_on_the_number_of_processes(
     url: str, undisturbed: list[dict[str, Any]], tmp_path: Path
 ):
     train(url, tmp_path, 7)
@@ -128,9 +128,7 @@ def test_any_number_of_processes_trains_on_the_same_batches(
     assert [line["loss"] for line in log[:7]] == [line["loss"] for line in undisturbed[:7]]
 
 
-def test_a_dataset_that_has_grown_is_gone_on_with_as_it_was(
-    undisturbed: list[dict[str, Any]], tmp_path: Path
-):
+def test_a_resume_uses_the_manifest_of_its_start(undisturbed: list[dict[str, Any]], tmp_path: Path):
     url, out = str(tmp_path / "latents"), tmp_path / "out"
     contract = make_contract(list(UNIT))
     write_dataset(url, contract, [UNIT, UNIT])
@@ -142,14 +140,16 @@ def test_a_dataset_that_has_grown_is_gone_on_with_as_it_was(
     ]
 
 
-def test_another_batch_size_is_refused(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_resume_refuses_another_batch_size(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     train(url, tmp_path, 1)
     monkeypatch.setattr(sys, "argv", ["", *options(url, tmp_path, 2), "--batch-size=2"])
     with pytest.raises(SystemExit, match=r"^error: .* batch_size 4, .* batch_size 2"):
         runpy.run_path(TRAIN, run_name="__main__")
 
 
-def test_pictures_of_the_dataset_stand_above_those_that_are_drawn(tmp_path: Path):
+def test_the_sample_sheet_shows_dataset_rows_above_generated_ones(tmp_path: Path):
     contract = make_contract([SMALL])
     contract = replace(contract, vae=replace(contract.vae, latent_channels=16))
     url = str(tmp_path / "latents")
@@ -164,7 +164,7 @@ def test_pictures_of_the_dataset_stand_above_those_that_are_drawn(tmp_path: Path
     assert above == {pixels.numpy().tobytes() for pixels in decoded}
 
 
-def test_the_documentation_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_code_of_the_training_guide_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for name in ("demo/latents", "demo/more"):
         write_dataset(str(tmp_path / name), make_contract(list(UNIT)), [UNIT, UNIT])
     monkeypatch.chdir(tmp_path)

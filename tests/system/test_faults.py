@@ -48,7 +48,7 @@ from thread_cluster import ThreadCluster
 ALWAYS = 1_000_000
 
 
-def test_a_killed_actor_costs_time_alone(
+def test_a_killed_actor_loses_no_row(
     moto: S3Server,
     proxy: FaultyProxy,
     cli: Cli,
@@ -73,7 +73,7 @@ def test_a_killed_actor_costs_time_alone(
 
 
 @pytest.mark.parametrize("name", ["moto", "rclone"])
-def test_after_a_killed_driver_the_same_command_goes_on(
+def test_a_run_resumes_after_its_driver_was_killed(
     name: str,
     request: pytest.FixtureRequest,
     cli: Cli,
@@ -100,7 +100,7 @@ def test_after_a_killed_driver_the_same_command_goes_on(
     assert_same(open_at(server, output), undisturbed)
 
 
-def test_two_drivers_at_once_commit_each_unit_once(
+def test_two_concurrent_drivers_commit_each_unit_once(
     moto: S3Server,
     proxy: FaultyProxy,
     ray_cli: Cli,
@@ -130,7 +130,7 @@ def test_two_drivers_at_once_commit_each_unit_once(
     assert latentcache.verify(output, storage=moto.options).ok
 
 
-def test_a_put_whose_reply_is_lost_is_neither_lost_nor_doubled(
+def test_a_put_without_a_reply_counts_once(
     moto: S3Server,
     proxy: FaultyProxy,
     cli: Cli,
@@ -165,7 +165,7 @@ def test_a_put_whose_reply_is_lost_is_neither_lost_nor_doubled(
     assert_same(open_at(moto, output), undisturbed)
 
 
-def test_cut_downloads_and_a_busy_store_are_tried_again(
+def test_cut_downloads_and_a_busy_store_are_retried(
     moto: S3Server,
     proxy: FaultyProxy,
     cli: Cli,
@@ -188,7 +188,7 @@ def test_cut_downloads_and_a_busy_store_are_tried_again(
     assert_same(open_at(moto, output), undisturbed)
 
 
-def test_a_unit_that_kills_its_actor_each_time_is_given_up_and_the_rest_committed(
+def test_a_unit_that_always_kills_its_actor_fails_alone(
     moto: S3Server,
     proxy: FaultyProxy,
     ray_cli: Cli,
@@ -228,7 +228,7 @@ def test_a_unit_that_kills_its_actor_each_time_is_given_up_and_the_rest_committe
     assert_same(open_at(moto, output), undisturbed)
 
 
-def test_sigterm_commits_what_is_in_hand_and_the_same_command_goes_on(
+def test_sigterm_commits_units_in_progress_and_the_run_resumes(
     moto: S3Server,
     proxy: FaultyProxy,
     cli: Cli,
@@ -267,7 +267,7 @@ def test_sigterm_commits_what_is_in_hand_and_the_same_command_goes_on(
     assert_same(open_at(moto, output), undisturbed)
 
 
-def test_ctrl_c_twice_ends_at_once(
+def test_a_second_ctrl_c_ends_the_run_at_once(
     moto: S3Server,
     proxy: FaultyProxy,
     cli: Cli,
@@ -320,7 +320,7 @@ def enlarge(disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
 
 
-def test_a_full_output_disk_is_told_and_the_same_command_goes_on(
+def test_a_run_resumes_after_its_output_disk_was_full(
     small_disk: Path, tmp_path: Path, cli: Cli, configs: Configs, corpus: list[Shard]
 ) -> None:
     photos = tmp_path / "photos"
@@ -339,7 +339,7 @@ def test_a_full_output_disk_is_told_and_the_same_command_goes_on(
     assert latentcache.verify(str(small_disk / "out")).ok
 
 
-def test_a_full_local_disk_is_told_and_the_same_command_goes_on(
+def test_a_run_resumes_after_its_temporary_disk_was_full(
     small_disk: Path,
     moto: S3Server,
     cli: Cli,
@@ -360,7 +360,7 @@ def test_a_full_local_disk_is_told_and_the_same_command_goes_on(
     assert_same(open_at(moto, output), undisturbed)
 
 
-def test_a_full_store_ends_the_run_and_the_same_command_goes_on(
+def test_a_run_resumes_after_its_store_was_full(
     moto: S3Server,
     proxy: FaultyProxy,
     ray_cli: Cli,
@@ -391,7 +391,7 @@ def test_a_full_store_ends_the_run_and_the_same_command_goes_on(
         (500, "InternalError", "write /data/x: no space left on device"),
     ],
 )
-def test_what_full_stores_say_is_understood(
+def test_errors_of_full_stores_are_recognised(
     moto: S3Server, proxy: FaultyProxy, status: int, code: str, message: str
 ) -> None:
     moto.make_bucket(f"full-{status}")
@@ -404,7 +404,7 @@ def test_what_full_stores_say_is_understood(
         store.put_if_absent("x", b"data")
 
 
-def test_a_shard_that_nobody_may_read_is_given_up_and_the_rest_committed(
+def test_a_shard_without_read_permission_fails_alone(
     moto: S3Server, proxy: FaultyProxy, cli: Cli, configs: Configs, corpus: list[Shard]
 ) -> None:
     output = moto.make_bucket("denied")
@@ -421,7 +421,7 @@ def test_a_shard_that_nobody_may_read_is_given_up_and_the_rest_committed(
 
 
 @pytest.mark.parametrize("on_missing", ["keep", "drop"])
-def test_an_empty_listing_changes_nothing_and_says_so(
+def test_an_empty_source_folder_removes_no_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_missing: str
 ) -> None:
     monkeypatch.setattr(run_module, "Cluster", ThreadCluster)
@@ -442,9 +442,7 @@ def test_an_empty_listing_changes_nothing_and_says_so(
     assert tree_digest(tmp_path) == before
 
 
-def test_an_unreachable_store_is_told_in_one_line(
-    moto: S3Server, cli: Cli, configs: Configs
-) -> None:
+def test_an_unreachable_store_is_one_line(moto: S3Server, cli: Cli, configs: Configs) -> None:
     closed = f"http://127.0.0.1:{free_port()}"
     config = configs.write("s3://photos", "s3://photos/out", endpoint_url=moto.endpoint_url)
     result = cli("run", config, "--json", "--set", f"source.storage.endpoint_url={closed}")
@@ -462,7 +460,7 @@ def test_an_unreachable_store_is_told_in_one_line(
         ("source.storage.profile=absent", r"cannot open s3://photos: .* profile \(absent\)"),
     ],
 )
-def test_a_wrong_name_is_told_in_one_line(
+def test_a_wrong_bucket_or_shard_is_one_line(
     setting: str, message: str, moto: S3Server, configs: Configs
 ) -> None:
     config = configs.write("s3://photos", "s3://photos/out", endpoint_url=moto.endpoint_url)
@@ -487,7 +485,7 @@ def test_a_wrong_name_is_told_in_one_line(
     ],
     ids=["no such profile", "no credentials", "wrong credentials"],
 )
-def test_credentials_that_do_not_open_the_store_are_told_in_one_line(
+def test_wrong_credentials_are_one_line(
     environment: dict[str, str], message: str, rclone: S3Server, configs: Configs
 ) -> None:
     config = configs.write("s3://photos", "s3://photos/out", endpoint_url=rclone.endpoint_url)
@@ -498,7 +496,7 @@ def test_credentials_that_do_not_open_the_store_are_told_in_one_line(
     assert "a-wrong-secret-key" not in result.stderr
 
 
-def test_a_lease_begun_earlier_and_written_later_sees_the_other(tmp_path: Path) -> None:
+def test_of_two_concurrent_leases_at_least_one_sees_the_other(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     first, second = Lease(store, 1), Lease(store, 1)
     with second:

@@ -55,7 +55,7 @@ def constraint(package: str) -> str:
     return found[1]
 
 
-def test_every_night_runs_what_one_run_is():
+def test_the_cron_job_and_the_job_have_the_same_spec():
     assert RAY_CRON_JOB["spec"]["jobTemplate"] == RAY_JOB["spec"]
     (cron,) = [tree for tree in read("cronjob.yaml") if tree["kind"] == "CronJob"]
     assert cron["spec"]["schedule"] == RAY_CRON_JOB["spec"]["schedule"]
@@ -66,13 +66,13 @@ def test_every_night_runs_what_one_run_is():
     assert "generateName" in RAY_JOB["metadata"]  # or tomorrow's would be refused
 
 
-def test_who_creates_runs_may_do_nothing_else():
+def test_the_scheduler_role_may_only_create_ray_jobs():
     (role,) = [tree for tree in MANIFESTS if tree["kind"] == "Role"]
     rule = {"apiGroups": ["ray.io"], "resources": ["rayjobs"], "verbs": ["create"]}
     assert role["rules"] == [rule]
 
 
-def test_whatever_a_manifest_names_is_there():
+def test_manifests_reference_only_existing_objects():
     nodes = [node for tree in MANIFESTS for node in nodes_of(tree)]
     accounts = {node["serviceAccountName"] for node in nodes if "serviceAccountName" in node}
     assert accounts == named("ServiceAccount")
@@ -84,7 +84,7 @@ def test_whatever_a_manifest_names_is_there():
             assert f"kubectl create {kind} {name} " in README
 
 
-def test_secrets_are_named_and_never_written_down():
+def test_manifests_contain_no_secrets():
     nodes = [node for tree in MANIFESTS for node in nodes_of(tree)]
     entries = [node for node in nodes if node.keys() == {"name", "value"}]
     assert entries
@@ -92,7 +92,7 @@ def test_secrets_are_named_and_never_written_down():
         assert not re.search("KEY|SECRET|TOKEN|PASSWORD", entry["name"]), entry
 
 
-def test_the_config_fits_the_workers():
+def test_the_config_matches_the_resources_of_the_workers():
     compute = latentcache.load_config(KUBERAY / "config.yaml").compute
     (worker,) = WORKER["containers"]
     limits = worker["resources"]["limits"]
@@ -106,7 +106,7 @@ def test_the_config_fits_the_workers():
     assert shlex.split(RAY_JOB["spec"]["entrypoint"])[2] == f"{mount['mountPath']}/config.yaml"
 
 
-def test_the_image_is_the_same_everywhere_and_not_root():
+def test_all_pods_use_one_image_and_no_root():
     images = {spec["containers"][0]["image"] for spec in (HEAD, WORKER)}
     assert images == {f"registry.example.com/latentcache:{latentcache.__version__}"}
     assert images.pop() in README
@@ -123,7 +123,7 @@ def test_the_image_is_the_same_everywhere_and_not_root():
     assert "--constraint constraints.txt" in DOCKERFILE
 
 
-def test_the_image_is_given_all_that_it_copies():
+def test_the_build_context_has_every_copied_file():
     ignored = (ROOT / "infra/docker/Dockerfile.dockerignore").read_text().splitlines()
     allowed = {line.removeprefix("!") for line in ignored if line.startswith("!")}
     assert "*" in ignored
@@ -133,7 +133,7 @@ def test_the_image_is_given_all_that_it_copies():
     assert all((ROOT / source).exists() for source in sources)
 
 
-def test_schedulers_leave_the_time_that_a_run_takes_to_stop():
+def test_grace_periods_exceed_the_time_of_a_stop():
     environment = {entry["name"]: entry.get("value") for entry in HEAD["containers"][0]["env"]}
     wait_s = int(environment["RAY_JOB_STOP_WAIT_TIME_S"])
     assert GRACE_S < wait_s < HEAD["terminationGracePeriodSeconds"]
@@ -144,17 +144,17 @@ def test_schedulers_leave_the_time_that_a_run_takes_to_stop():
     assert f"get {GRACE_S:.0f} s" in README
 
 
-def test_auth_is_said_outright_wherever_ray_is_started():
+def test_ray_auth_is_explicit_wherever_ray_starts():
     assert CLUSTER["authOptions"]["mode"] == "token"
     assert "export RAY_AUTH_MODE=token\n" in SBATCH.read_text()
 
 
 @pytest.mark.parametrize("path", ["infra/slurm/latentcache.sbatch", "scripts/try_slurm.sh"])
-def test_scripts_can_be_parsed(path: str):
+def test_shell_scripts_parse(path: str):
     subprocess.run(["bash", "-n", ROOT / path], check=True)
 
 
-def test_every_path_that_the_readme_names_is_there():
+def test_every_path_in_the_infra_readme_exists():
     for path in re.findall(r"\b(?:infra|pipelines|configs)/[\w./-]*\w", README):
         assert (ROOT / path).exists(), path
     for path in re.findall(r"\]\(([\w./-]+)\)", README):

@@ -96,7 +96,7 @@ def made(cli: Cli, tmp_path_factory: pytest.TempPathFactory) -> Made:
 
 
 @pytest.mark.parametrize("name", INT8)
-def test_it_is_close_to_what_the_encoder_gave(made: Made, name: str):
+def test_int8_latents_are_close_to_the_encoder_output(made: Made, name: str):
     exact, found = made.latents("float32"), made.latents(name)
     assert found.keys() == exact.keys()
     assert len(found) > 20
@@ -107,7 +107,7 @@ def test_it_is_close_to_what_the_encoder_gave(made: Made, name: str):
 
 
 @pytest.mark.parametrize("name", INT8)
-def test_a_value_takes_one_byte(made: Made, name: str):
+def test_an_int8_value_takes_one_byte(made: Made, name: str):
     num_values = sum(latent.numel() for latent in made.latents("float32").values())
     assert num_latent_bytes(made.out("float32")) == 4 * num_values
     assert num_latent_bytes(made.out(name)) == num_values
@@ -121,7 +121,7 @@ def num_latent_bytes(folder: Path) -> int:
     return sum(len(latent) for table in tables for latent in table["latent"].to_pylist())
 
 
-def test_nothing_else_takes_more(made: Made):
+def test_int8_grows_no_other_column(made: Made):
     sizes = [
         sum(path.stat().st_size for path in made.out(name).glob("data/*/*"))
         for name in ("float32", "parquet")
@@ -131,7 +131,7 @@ def test_nothing_else_takes_more(made: Made):
 
 
 @pytest.mark.parametrize("name", INT8)
-def test_all_that_read_agree(made: Made, name: str):
+def test_all_readers_of_int8_agree(made: Made, name: str):
     url = str(made.out(name))
     by_the_format = read_rows(made.out(name))
     rows = {(row.unit, row.key): row.latent for row in open_dataset(url)}
@@ -153,7 +153,7 @@ def test_all_that_read_agree(made: Made, name: str):
         )
 
 
-def test_the_same_images_give_the_same_numbers_and_the_same_bytes(made: Made):
+def test_int8_calibration_is_reproducible(made: Made):
     one, other = (made.dataset(name).contract.latents.quantization for name in INT8)
     assert one == other
     first, second = (made.latents(name) for name in INT8)
@@ -161,7 +161,7 @@ def test_the_same_images_give_the_same_numbers_and_the_same_bytes(made: Made):
 
 
 @pytest.mark.parametrize("name", LATENTS)
-def test_statistics_whiten(made: Made, name: str):
+def test_int8_statistics_normalise_the_latents(made: Made, name: str):
     """As docs/training.md has it, over all rows."""
     stats = made.dataset(name).stats
     mean, std = (torch.from_numpy(v).float()[:, None, None] for v in (stats.mean, stats.std))
@@ -179,7 +179,7 @@ def test_statistics_whiten(made: Made, name: str):
 
 
 @pytest.mark.parametrize("name", INT8)
-def test_it_verifies_and_says_what_it_is(made: Made, name: str):
+def test_verify_and_inspect_accept_int8(made: Made, name: str):
     assert verify(str(made.out(name))).ok
     dataset = made.dataset(name)
     described = describe(dataset, 5)
@@ -193,7 +193,7 @@ def test_it_verifies_and_says_what_it_is(made: Made, name: str):
     assert num_clamped < 1e-3 * num_latent_bytes(made.out(name))
 
 
-def test_a_second_run_has_nothing_to_do(made: Made):
+def test_a_second_int8_run_encodes_nothing(made: Made):
     before = tree_digest(made.out("parquet"))
     config = load_config(made.config("parquet"))
     again = run(config, quiet=True)
@@ -212,7 +212,7 @@ def test_a_second_run_has_nothing_to_do(made: Made):
         ("latents.dtype=float16", 'latents.dtype: dataset has "int8", config has "float16"'),
     ],
 )
-def test_another_spec_is_refused_by_its_field(made: Made, setting: str, expected: str):
+def test_another_calibration_is_refused_by_its_field(made: Made, setting: str, expected: str):
     before = tree_digest(made.out("parquet"))
     config = load_config(made.config("parquet"), [setting])
     assert make_plan(config).diff == [expected]
@@ -223,7 +223,7 @@ def test_another_spec_is_refused_by_its_field(made: Made, setting: str, expected
     assert tree_digest(made.out("parquet")) == before
 
 
-def test_nothing_to_calibrate_on_is_told(cli: Cli, tmp_path: Path):
+def test_a_source_without_images_to_calibrate_on_is_an_error(cli: Cli, tmp_path: Path):
     write_tar(tmp_path / "src" / "0.tar", [("a.png", b"text")])
     config = tmp_path / "c.yaml"
     config.write_text(yaml.safe_dump(config_tree(tmp_path, latents={"dtype": "int8"})))
@@ -248,7 +248,7 @@ sys.exit(latentcache.run(config, plan=plan).exit_code)
 """
 
 
-def test_who_loses_the_race_for_the_contract_adopts_its_numbers(
+def test_the_loser_of_a_contract_race_adopts_the_contract(
     made: Made, ray_address: str, tmp_path: Path
 ):
     """Its own would be those of the run that made `parquet`, over the same images."""

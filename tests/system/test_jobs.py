@@ -112,7 +112,7 @@ def pack(folder: Path, config: Path) -> Path:
     return path
 
 
-def test_a_job_is_the_same_program(
+def test_a_ray_job_gives_the_summary_of_a_local_run(
     jobs: Jobs, request: pytest.FixtureRequest, configs: Configs, tmp_path: Path
 ) -> None:
     has_token = jobs.server.env["RAY_AUTH_MODE"] == "token"
@@ -144,7 +144,7 @@ def test_a_job_is_the_same_program(
 
 
 @pytest.mark.parametrize("jobs", ["token"], indirect=True)
-def test_the_exit_code_is_among_the_job_s_details(jobs: Jobs, configs: Configs) -> None:
+def test_a_ray_job_reports_the_exit_code(jobs: Jobs, configs: Configs) -> None:
     config = configs.write("s3://photos", "s3://nowhere")
     command = ("latentcache", "run", str(config), "--json", "--set", "compute.num_gpu=1")
     assert jobs("submit", "--submission-id=wrong", "--", *command).code == 1  # as for any failure
@@ -155,7 +155,7 @@ def test_the_exit_code_is_among_the_job_s_details(jobs: Jobs, configs: Configs) 
 
 
 @pytest.mark.parametrize("jobs", ["token"], indirect=True)
-def test_a_cluster_with_tokens_lets_nobody_in_without(
+def test_a_cluster_with_tokens_refuses_other_clients(
     jobs: Jobs, moto: S3Server, configs: Configs
 ) -> None:
     command = [str(SCRIPTS / "ray"), "job", "list", f"--address={jobs.server.url}"]
@@ -176,7 +176,7 @@ def test_a_cluster_with_tokens_lets_nobody_in_without(
 
 
 @pytest.mark.parametrize("jobs", ["disabled"], indirect=True)
-def test_a_stopped_job_loses_nothing(jobs: Jobs, moto: S3Server, configs: Configs) -> None:
+def test_a_stopped_ray_job_resumes(jobs: Jobs, moto: S3Server, configs: Configs) -> None:
     shards = shards_of(8)
     source = moto.make_bucket("stopped-photos", objects(shards))
     output = moto.make_bucket("stopped-latents")

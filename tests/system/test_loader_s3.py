@@ -82,7 +82,7 @@ def test_a_remote_dataset_gives_the_batches_of_a_local_one(
         assert_stored(batch, rows)
 
 
-def test_what_is_cached_is_not_fetched_again(
+def test_a_cached_file_is_not_fetched_again(
     url: str, folder: Path, tmp_path: Path, proxy: FaultyProxy
 ) -> None:
     expected = local_bits(folder)
@@ -92,7 +92,7 @@ def test_what_is_cached_is_not_fetched_again(
     assert proxy.count("GET", DATA) == NUM_FILES
 
 
-def test_a_cache_smaller_than_the_dataset_will_do(
+def test_a_cache_may_be_smaller_than_the_dataset(
     url: str, folder: Path, tmp_path: Path, proxy: FaultyProxy
 ) -> None:
     sizes = [path.stat().st_size for path in folder.glob("data/*/*")]
@@ -104,7 +104,7 @@ def test_a_cache_smaller_than_the_dataset_will_do(
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= limit < sum(sizes)
 
 
-def test_a_busy_store_and_cut_connections_change_nothing(
+def test_a_busy_store_and_cut_connections_change_no_batch(
     url: str, folder: Path, tmp_path: Path, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(retries, "_PAUSES_S", (0.01,) * 9)
@@ -113,7 +113,7 @@ def test_a_busy_store_and_cut_connections_change_nothing(
     assert [fault.num_fired for fault in faults] == [3, 3]
 
 
-def test_an_object_with_other_bytes_is_named(
+def test_an_object_with_another_hash_is_named(
     url: str, folder: Path, tmp_path: Path, proxy: FaultyProxy
 ) -> None:
     """It is fetched twice, for the first time may have been the connection's doing."""
@@ -134,7 +134,7 @@ def test_an_object_with_other_bytes_is_named(
     assert bits(list(load_remote(url, tmp_path, proxy.endpoint_url))) == local_bits(folder)
 
 
-def test_an_object_that_is_gone_is_named(folder: Path, tmp_path: Path, moto: S3Server) -> None:
+def test_a_missing_object_is_named(folder: Path, tmp_path: Path, moto: S3Server) -> None:
     gone = upload(folder, moto, "gone")
     victim = sorted(folder.glob("data/*/*"))[2]
     moto.client.delete_object(Bucket="gone", Key=str(victim.relative_to(folder)))
@@ -142,7 +142,7 @@ def test_an_object_that_is_gone_is_named(folder: Path, tmp_path: Path, moto: S3S
         list(load_remote(gone, tmp_path, moto.endpoint_url))
 
 
-def test_a_damaged_copy_is_fetched_again(
+def test_a_damaged_cache_file_is_fetched_again(
     url: str, folder: Path, tmp_path: Path, proxy: FaultyProxy
 ) -> None:
     expected = local_bits(folder)
@@ -165,7 +165,7 @@ def down(exchange: Exchange) -> None:
     exchange.send(Reply(500, [("Content-Type", "text/plain")], b"down"))
 
 
-def test_a_store_that_is_down_is_named_on_every_rank(
+def test_every_rank_names_an_unreachable_store(
     url: str, tmp_path: Path, proxy: FaultyProxy
 ) -> None:
     rule = proxy.on("GET", DATA, down, times=ALWAYS)
@@ -176,7 +176,7 @@ def test_a_store_that_is_down_is_named_on_every_rank(
     assert rule.num_fired >= 2
 
 
-def test_a_store_that_goes_down_is_named_in_its_turn_and_may_come_back(
+def test_an_outage_is_raised_in_order_and_the_loader_resumes_after_it(
     url: str, folder: Path, tmp_path: Path, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     be_impatient(monkeypatch)
@@ -200,7 +200,7 @@ def test_a_store_that_goes_down_is_named_in_its_turn_and_may_come_back(
 
 
 @pytest.mark.parametrize(("num_gets", "num_steps"), [(0, 0), (1, 0), (3, 0), (6, 2), (6, 9)])
-def test_a_rank_killed_amid_its_first_epoch_harms_no_other(
+def test_a_killed_rank_affects_no_other_rank(
     url: str, folder: Path, tmp_path: Path, proxy: FaultyProxy, num_gets: int, num_steps: int
 ) -> None:
     """While a file is half fetched, after some have been; or while batches are read."""
@@ -245,7 +245,7 @@ list(load_remote(*sys.argv[1:4]))
 """
 
 
-def test_ctrl_c_fetches_no_more(moto: S3Server, tmp_path: Path, proxy: FaultyProxy) -> None:
+def test_ctrl_c_stops_fetching(moto: S3Server, tmp_path: Path, proxy: FaultyProxy) -> None:
     """Of many files that are asked for ahead, those that are on their way are waited for."""
     num_files = 50
     write_dataset(str(tmp_path / "local"), make_contract([SMALL]), [{SMALL: 1}] * num_files)
@@ -279,7 +279,7 @@ list(load_remote(*sys.argv[1:4], shuffle=False, batch_size=1))
 """
 
 
-def test_who_has_failed_does_not_wait_for_a_store_that_is_down(
+def test_a_failed_rank_does_not_wait_for_the_store(
     moto: S3Server, tmp_path: Path, proxy: FaultyProxy
 ) -> None:
     """One file is missing: the error comes at once. Requests for the others are retried."""

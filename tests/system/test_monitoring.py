@@ -91,14 +91,14 @@ def asked_by(expression: str) -> Asked:
     return asked
 
 
-def test_every_query_is_promql():
+def test_every_query_is_valid_promql():
     for where, expression in expressions().items():
         names = asked_by(expression).metrics
         assert names, where
         assert all(name.startswith("ray_latentcache_") for name in names), where
 
 
-def test_the_dashboard_is_what_grafana_imports():
+def test_grafana_can_import_the_dashboard():
     assert DASHBOARD["schemaVersion"] >= 36
     assert DASHBOARD["title"]
     assert "id" not in DASHBOARD, "Grafana gives it one"
@@ -122,7 +122,7 @@ def test_the_dashboard_is_what_grafana_imports():
             assert target["datasource"] == panel["datasource"]
 
 
-def test_the_panels_lie_on_the_grid_side_by_side():
+def test_dashboard_panels_do_not_overlap():
     places = [panel["gridPos"] for panel in DASHBOARD["panels"]]
     for place in places:
         assert place["x"] >= 0
@@ -133,7 +133,7 @@ def test_the_panels_lie_on_the_grid_side_by_side():
         assert beside or below, (one, other)
 
 
-def test_every_alert_says_what_to_do():
+def test_every_alert_has_a_description_with_a_fix():
     assert len({rule["alert"] for rule in ALERTS}) == len(ALERTS)
     for rule in ALERTS:
         assert rule.keys() <= {"alert", "expr", "for", "labels", "annotations"}
@@ -187,7 +187,7 @@ def kill_reader(exchange: Exchange) -> None:
     exchange.cut()
 
 
-def test_a_run_exports_all_that_is_asked_for_and_logs_what_happens(
+def test_a_run_exports_every_queried_metric_and_logs_its_events(
     moto: S3Server,
     proxy: FaultyProxy,
     monitored: Monitored,
@@ -263,7 +263,7 @@ def assert_log_tells(result: Result, given_up: str, num_lost: int) -> None:
     assert {name: ended[name] for name in same} == {name: result.json[name] for name in same}
 
 
-def test_what_libraries_print_or_log_is_an_object_in_the_log_too():
+def test_output_of_libraries_is_json_in_a_json_log():
     code = """if True:
         import logging
         from latentcache.log import write_libraries_as_json
@@ -281,7 +281,7 @@ def test_what_libraries_print_or_log_is_an_object_in_the_log_too():
     ]
 
 
-def test_a_counter_tells_what_came_on_top_and_never_goes_back(monkeypatch: pytest.MonkeyPatch):
+def test_counters_only_increase(monkeypatch: pytest.MonkeyPatch):
     updates: list[tuple[str, float, dict[str, str]]] = []
 
     class Spy:

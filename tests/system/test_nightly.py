@@ -59,7 +59,7 @@ def nights(tmp_path: Path, configs: Configs, ray_address: str) -> Nights:
     return nights
 
 
-def test_night_after_night(nights: Nights) -> None:
+def test_nightly_publishes_each_night(nights: Nights) -> None:
     summary = nights.ok()
     assert (summary["status"], summary["num_committed"], summary["published"]) == ("complete", 2, 1)
     assert nights.published == 1
@@ -74,7 +74,7 @@ def test_night_after_night(nights: Nights) -> None:
     assert (summary["num_committed"], summary["published"], nights.published) == (1, 2, 2)
 
 
-def test_what_fails_a_gate_is_not_published(nights: Nights) -> None:
+def test_a_run_that_fails_a_gate_is_not_published(nights: Nights) -> None:
     nights.ok()
     nights.add("2.tar", seed=2)
     # Random weights decode to noise.
@@ -87,7 +87,7 @@ def test_what_fails_a_gate_is_not_published(nights: Nights) -> None:
     assert nights.ok()["published"] == nights.published == 3, "2 was not complete"
 
 
-def test_what_is_not_all_there_is_not_published(nights: Nights) -> None:
+def test_an_incomplete_run_is_not_published(nights: Nights) -> None:
     nights.ok()
     shutil.rmtree(next((nights.output / "data").iterdir()))
     nights.add("2.tar", seed=2)
@@ -97,7 +97,7 @@ def test_what_is_not_all_there_is_not_published(nights: Nights) -> None:
     assert len(result.json["problems"]) >= 1
 
 
-def test_a_wrong_config_is_said_in_one_line_of_json(nights: Nights) -> None:
+def test_a_wrong_config_is_one_json_object(nights: Nights) -> None:
     nights.set(outputs={})
     result = nights.run()
     assert (result.code, result.json["exit_code"]) == (2, 2)

@@ -98,7 +98,7 @@ def first_day(name: str, moto: S3Server, cli: Cli, configs: Configs, on_missing:
 
 
 @pytest.mark.parametrize("on_missing", ["keep", "drop"])
-def test_night_after_night(
+def test_nightly_runs_follow_a_changing_bucket(
     on_missing: str,
     moto: S3Server,
     cli: Cli,

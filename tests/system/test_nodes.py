@@ -51,7 +51,7 @@ def shards(moto: S3Server) -> list[Shard]:
     return shards
 
 
-def test_nodes_are_killed_and_added_and_nothing_is_lost(
+def test_killed_and_added_nodes_lose_no_row(
     nodes: Nodes,
     nodes_cli: Cli,
     cli: Cli,
@@ -152,7 +152,7 @@ def test_a_node_with_another_version_is_refused_and_named(
     assert not receipts_at(moto, output)
 
 
-def test_a_node_without_credentials_is_named_and_no_unit_given_up(
+def test_a_node_without_credentials_is_named_and_fails_no_unit(
     nodes: Nodes,
     nodes_cli: Cli,
     moto: S3Server,
@@ -171,7 +171,7 @@ def test_a_node_without_credentials_is_named_and_no_unit_given_up(
     assert not [key for key in moto.listing("no-credentials") if key.startswith("failures/")]
 
 
-def test_a_cluster_without_gpus_may_get_some(
+def test_a_run_waits_for_gpus_that_join_the_cluster(
     nodes: Nodes, nodes_cli: Cli, moto: S3Server, configs: Configs, shards: list[Shard]
 ):
     output = moto.make_bucket("no-gpus")
@@ -212,7 +212,7 @@ def test_a_cluster_without_gpus_may_get_some(
         ("2.13.0", "3.13.0", False),
     ],
 )
-def test_builds_of_one_torch_release_go_together(
+def test_builds_of_one_torch_release_are_compatible(
     driver: str, worker: str, is_same: bool, monkeypatch: pytest.MonkeyPatch
 ):
     wanted = Versions(latentcache.__version__, driver)

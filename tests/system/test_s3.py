@@ -35,11 +35,11 @@ def test_every_sample_becomes_a_row_or_a_reject(made: Made, corpus: list[Shard])
     assert_nothing_lost_or_doubled(made.server, made.output, corpus)
 
 
-def test_the_servers_make_no_difference(made: Made, undisturbed: Dataset) -> None:
+def test_both_servers_give_the_same_dataset(made: Made, undisturbed: Dataset) -> None:
     assert_same(open_at(made.server, made.output), undisturbed)
 
 
-def test_a_second_run_commits_nothing_and_writes_nothing(made: Made, cli: Cli) -> None:
+def test_a_second_run_writes_nothing(made: Made, cli: Cli) -> None:
     before = made.server.listing("made")
     with FaultyProxy(made.server.endpoint_url) as proxy:
         url = f"storage.endpoint_url={proxy.endpoint_url}"
@@ -52,7 +52,7 @@ def test_a_second_run_commits_nothing_and_writes_nothing(made: Made, cli: Cli) -
     assert made.server.listing("made") == before
 
 
-def test_qa_lies_beside_the_latents_and_looks_again(made: Made, cli: Cli) -> None:
+def test_qa_results_are_stored_and_can_be_repeated(made: Made, cli: Cli) -> None:
     keys = made.server.listing("made")
     prefix = f"{made.output.removeprefix('s3://made/')}/qa/"
     assert {f"{prefix}report-00000001.{kind}" for kind in ("html", "json")} <= keys.keys()
@@ -80,7 +80,7 @@ def test_plan_status_and_verify_agree(made: Made, cli: Cli, corpus: list[Shard])
     assert verified["problems"] == []
 
 
-def test_a_store_without_conditional_writes_is_named_as_such(made: Made) -> None:
+def test_a_store_without_conditional_writes_is_detected(made: Made) -> None:
     said = "no conditional writes" in made.first.stderr
     assert said == (made.server.name == "rclone")
 
@@ -109,9 +109,7 @@ def test_without_conditional_writes_a_second_driver_is_refused(
     assert_nothing_lost_or_doubled(rclone, output, shards)
 
 
-def test_a_replaced_shard_alone_is_encoded_again(
-    moto: S3Server, cli: Cli, configs: Configs
-) -> None:
+def test_only_a_replaced_shard_is_encoded_again(moto: S3Server, cli: Cli, configs: Configs) -> None:
     old = [good(f"{number}.tar", seed=number) for number in range(3)]
     source = moto.make_bucket("changing-photos", objects(old))
     output = moto.make_bucket("changing-latents")
@@ -144,7 +142,7 @@ def test_a_replaced_shard_alone_is_encoded_again(
         assert latentcache.verify(output, manifest, storage=moto.options).ok
 
 
-def test_another_contract_is_refused_and_nothing_written(made_on_moto: Made, cli: Cli) -> None:
+def test_another_contract_is_refused_before_any_write(made_on_moto: Made, cli: Cli) -> None:
     before = made_on_moto.server.listing("made")
     change = (made_on_moto.config, "--json", "--set", "transform.resolution_px=128")
     refused = cli("run", *change)
@@ -157,7 +155,7 @@ def test_another_contract_is_refused_and_nothing_written(made_on_moto: Made, cli
     assert made_on_moto.server.listing("made") == before
 
 
-def test_a_shard_overwritten_while_it_is_read_never_gives_a_mixture(
+def test_a_shard_overwritten_during_a_read_gives_one_version(
     moto: S3Server, cli: Cli, configs: Configs
 ) -> None:
     old = [good("0.tar", seed=1), good("1.tar", seed=2, ballast_bytes=10_000_000)]

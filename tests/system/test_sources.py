@@ -133,7 +133,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, cli: Cli, checkpoint: Path) -
     return Made(folder, files, summaries)
 
 
-def test_the_same_images_give_the_same_rows(made: Made):
+def test_all_source_kinds_give_the_same_rows(made: Made):
     rows = {kind: rows_of(made.dataset(kind)) for kind in KINDS}
     assert sorted(rows["tar"]) == keys_of(made.files)
     captions = {key: row[0] for key, row in rows["tar"].items()}
@@ -150,7 +150,7 @@ def test_the_same_images_give_the_same_rows(made: Made):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_with_nothing_to_do_writes_nothing(made: Made, cli: Cli, kind: str):
+def test_a_run_without_pending_units_writes_nothing(made: Made, cli: Cli, kind: str):
     before = tree_digest(made.folder / kind)
     again = cli.ok("run", made.config(kind))
     assert (again["num_committed"], again["manifest"]) == (0, 1)
@@ -158,7 +158,7 @@ def test_a_run_with_nothing_to_do_writes_nothing(made: Made, cli: Cli, kind: str
 
 
 @pytest.mark.parametrize("kind", ["parquet", "folder"])
-def test_qa_reads_a_unit_again(made: Made, cli: Cli, kind: str):
+def test_qa_rereads_a_unit_of_each_source_kind(made: Made, cli: Cli, kind: str):
     seen = cli.ok(
         "qa", made.config(kind), "--units", "1", "--rows", "2", "--set", "qa={min_psnr_db: 0}"
     )
@@ -167,7 +167,7 @@ def test_qa_reads_a_unit_again(made: Made, cli: Cli, kind: str):
 
 
 @pytest.mark.parametrize("kind", ["parquet", "folder"])
-def test_int8_is_measured_and_a_run_is_foretold(
+def test_each_source_kind_can_be_calibrated_and_forecast(
     tmp_path: Path, cli: Cli, checkpoint: Path, kind: str
 ):
     source = write_source(tmp_path / "src", kind, draw_files(12))
@@ -182,7 +182,7 @@ def test_int8_is_measured_and_a_run_is_foretold(
     assert open_dataset(summary["output"]).contract.latents.quantization
 
 
-def test_an_evaluation_reads_all_kinds_alike(tmp_path: Path, checkpoint: Path):
+def test_an_evaluation_reads_all_source_kinds_alike(tmp_path: Path, checkpoint: Path):
     files, found = draw_files(6), []
     for kind in KINDS:
         source = write_source(tmp_path / kind, kind, files)
@@ -207,7 +207,7 @@ def test_an_evaluation_reads_all_kinds_alike(tmp_path: Path, checkpoint: Path):
     assert found[2] == pytest.approx(found[0])
 
 
-def test_a_folder_night_after_night(tmp_path: Path, cli: Cli, checkpoint: Path):
+def test_nightly_runs_follow_a_changing_folder(tmp_path: Path, cli: Cli, checkpoint: Path):
     """A file that is new, replaced or deleted touches one unit, and nothing else is encoded."""
     files = draw_files(12)
     source = write_source(tmp_path / "src", "folder", files)
@@ -252,7 +252,7 @@ def test_a_folder_night_after_night(tmp_path: Path, cli: Cli, checkpoint: Path):
     assert nights == [12, 13, 13, 12]
 
 
-def test_a_folder_that_is_damaged_throughout_is_not_cut_anew(
+def test_a_folder_of_damaged_images_keeps_its_number_of_units(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(run_module, "Cluster", ThreadCluster)
@@ -325,7 +325,7 @@ class OnS3:
         return open_dataset(output, storage=StorageOptions(endpoint_url=self.server.endpoint_url))
 
 
-def test_parts_of_a_parquet_file_on_s3(s3: OnS3, made: Made, ray_address: str):
+def test_a_large_parquet_file_on_s3_becomes_several_units(s3: OnS3, made: Made, ray_address: str):
     data = parquet_bytes(made.files)
     source = {"shards": "s3://whole-parquet/x.parquet"}
     config, output = s3.config("whole-parquet", {"x.parquet": data}, source)
@@ -344,9 +344,7 @@ def test_parts_of_a_parquet_file_on_s3(s3: OnS3, made: Made, ray_address: str):
     assert (planned.json["num_units"], planned.json["num_pending"]) == (3, 0)
 
 
-def test_a_parquet_file_overwritten_while_it_is_read_never_gives_a_mixture(
-    s3: OnS3, ray_address: str
-):
+def test_a_parquet_file_overwritten_during_a_read_gives_one_version(s3: OnS3, ray_address: str):
     old, new = draw_files(14, seed=1), draw_files(11, seed=2)
     data, other = parquet_bytes(old), parquet_bytes(new)
     source = {"shards": "s3://torn-parquet/x.parquet"}
@@ -364,9 +362,7 @@ def test_a_parquet_file_overwritten_while_it_is_read_never_gives_a_mixture(
     assert result.json["num_rows"] == 11
 
 
-def test_a_folder_on_s3_with_files_that_are_cut_and_one_that_changes(
-    s3: OnS3, made: Made, cli: Cli
-):
+def test_cut_and_changed_files_of_a_folder_on_s3_are_handled(s3: OnS3, made: Made, cli: Cli):
     objects = {f"deep/{name}": data for name, data in made.files.items()}
     objects["deep/0013.jpg"] = jpeg(64, 64, 99)
     source = {"folder": "s3://loose-photos/deep", "num_units": 3}
@@ -388,7 +384,7 @@ def test_a_folder_on_s3_with_files_that_are_cut_and_one_that_changes(
     assert cli.ok("run", config)["num_committed"] == 0
 
 
-def test_a_source_of_the_wrong_columns_is_given_up_and_the_others_go_on(
+def test_a_source_without_the_columns_fails_alone(
     made: Made, tmp_path: Path, cli: Cli, checkpoint: Path
 ):
     source = write_source(tmp_path / "src", "parquet", made.files)
@@ -402,7 +398,7 @@ def test_a_source_of_the_wrong_columns_is_given_up_and_the_others_go_on(
     assert "no column holds the image" in failed["message"]
 
 
-def test_a_key_column_goes_with_parquet_files_alone(made: Made, cli: Cli):
+def test_a_key_column_requires_parquet_files(made: Made, cli: Cli):
     refused = cli("plan", made.config("tar"), "--set", "source.key=id", "--json")
     assert refused.code == 2
     assert "source.key names the column 'id' of Parquet files" in refused.json["error"]
@@ -411,6 +407,6 @@ def test_a_key_column_goes_with_parquet_files_alone(made: Made, cli: Cli):
     assert planned.json["contract_diff"] == ['source.key_column: dataset has null, config has "id"']
 
 
-def test_parts_are_of_about_a_quarter_of_a_gigabyte():
+def test_a_unit_of_a_parquet_file_has_about_256_mib():
     # docs/format.md says so: another size gives other units, and all is encoded again.
     assert parquet_module.PART_BYTES == 256 * 2**20
