@@ -1,12 +1,12 @@
-"""Train a tiny diffusion transformer from a latent dataset, on CPUs; stop it and go on at will.
+"""Train a tiny diffusion transformer on a latent dataset, on CPUs, with exact resume.
 
     make demo
     python examples/train_dit.py demo/latents --out demo/dit --vae demo
 
-The same command goes on from the newest checkpoint in `--out`, after a kill too, and so does
-`torchrun --nproc-per-node 2 examples/train_dit.py …`: any number of processes trains on the same
-global batches with the same noise. `log.jsonl` has a line for each step, with a hash of the batch's
-keys; one process that is stopped and resumed writes the same lines as one that is not.
+The same command resumes from the newest checkpoint in `--out`, also after a kill. `torchrun
+--nproc-per-node 2 examples/train_dit.py …` trains on the same global batches with the same noise,
+with any number of processes. `log.jsonl` has a line for each step, with a hash of the keys of the
+batch. A process that is stopped and resumed writes the same lines as one that is not.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ import latentcache
 PATCH = 2
 PEAK_LR = 2e-3
 WARMUP_STEPS = 50
-EMA_DECAY = 0.99  # for some hundred steps; a month of them wants 0.9999
+EMA_DECAY = 0.99  # for a few hundred steps; long trainings use 0.9999
 REPORT_STEPS = 50
 KEPT_CHECKPOINTS = 2
 SAMPLING_STEPS = 30
@@ -46,28 +46,28 @@ NUM_PICTURES = 6
 
 
 def waves(values: Tensor, width: int) -> Tensor:
-    """Sines and cosines of values at frequencies from 1 down to 1/10,000: [...] to [..., width]."""
+    """Return sines and cosines at frequencies from 1 to 1/10,000: [...] to [..., width]."""
     frequencies = 1e-4 ** torch.linspace(0, 1, width // 2)
     angles = values[..., None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
 def positions(height: int, width: int, channels: int) -> Tensor:
-    """Encode the places of a grid, [height * width, channels]: half by row, half by column."""
+    """Return encodings of grid positions, [height * width, channels]: half row, half column."""
     rows = waves(torch.arange(height), channels // 2)[:, None].expand(-1, width, -1)
     columns = waves(torch.arange(width), channels // 2)[None].expand(height, -1, -1)
     return torch.cat([rows, columns], dim=-1).flatten(0, 1)
 
 
 def make_zero(layer: nn.Linear) -> nn.Linear:
-    """Let a layer begin as 0."""
+    """Set the weights and the bias of a layer to 0."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
 
 
 class Block(nn.Module):
-    """A transformer block that the condition scales, shifts and gates; it begins as identity.
+    """A transformer block that the condition scales, shifts and gates; initially the identity.
 
     x [b, n, width], condition [b, width] to [b, n, width]. This is adaLN-zero: Peebles and Xie,
     "Scalable Diffusion Models with Transformers", 2022.
@@ -94,7 +94,7 @@ class Block(nn.Module):
 
 
 class DiT(nn.Module):
-    """Predicts the velocity from latents to noise, for latents of any size.
+    """A network that predicts the velocity from latents to noise, for latents of any size.
 
     Args:
         channels: of the latents.
@@ -138,8 +138,8 @@ class DiT(nn.Module):
 def draw_noise(batch: latentcache.Batch, seed: int, step: int) -> tuple[Tensor, Tensor]:
     """Draw times [b] and noise [b, C, h, w] for a batch.
 
-    Each step has a generator of its own, from which every rank draws for the whole global batch, to
-    take its slice: so there is no state to save, and the number of ranks changes nothing.
+    Each step has its own generator. Every rank draws for the whole global batch and uses its slice,
+    so there is no state to save, and the result does not depend on the number of ranks.
     """
     rng = np.random.default_rng((seed, step))
     num_rows = dist.get_world_size() * len(batch)
@@ -150,9 +150,9 @@ def draw_noise(batch: latentcache.Batch, seed: int, step: int) -> tuple[Tensor, 
 
 
 def flow_loss(model: nn.Module, batch: latentcache.Batch, t: Tensor, noise: Tensor) -> Tensor:
-    """How far off is the velocity along the straight line from latents to noise?
+    """Return the squared error of the velocity along the straight line from latents to noise.
 
-    Liu et al., "Flow Straight and Fast", 2022; times that are normal before a sigmoid: Esser et
+    Liu et al., "Flow Straight and Fast", 2022; times from a logit-normal distribution: Esser et
     al., "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis", 2024.
     """
     part = t[:, None, None, None]
@@ -161,7 +161,7 @@ def flow_loss(model: nn.Module, batch: latentcache.Batch, t: Tensor, noise: Tens
 
 
 def describe(batch: latentcache.Batch, loss: Tensor) -> dict[str, Any]:
-    """Describe a step over all ranks: the mean loss, and a hash of the rows in their order."""
+    """Return the log entry of a step over all ranks: the mean loss and a hash of the rows."""
     mine = (loss.item(), list(zip(batch.columns["unit"], batch.columns["key"], strict=True)))
     ranks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(ranks, mine)
@@ -176,7 +176,7 @@ def describe(batch: latentcache.Batch, loss: Tensor) -> dict[str, Any]:
 
 @dataclass(slots=True)
 class Training:
-    """All that a checkpoint holds; `step` counts those done."""
+    """The state that a checkpoint holds; `step` counts the completed steps."""
 
     model: DiT
     average: AveragedModel
@@ -186,7 +186,7 @@ class Training:
 
     @property
     def parts(self) -> dict[str, Any]:
-        """What has a state."""
+        """The objects that have a state."""
         return {
             "model": self.model,
             "average": self.average,
@@ -195,7 +195,7 @@ class Training:
         }
 
     def update(self, loss: Tensor) -> None:
-        """Take a step down the gradient."""
+        """Apply one optimizer step."""
         self.step += 1
         for group in self.optimizer.param_groups:
             group["lr"] = PEAK_LR * min(1.0, self.step / WARMUP_STEPS)
@@ -206,7 +206,7 @@ class Training:
         self.average.update_parameters(self.model)
 
     def save(self, folder: Path) -> None:
-        """Write all of a checkpoint or none of it, and delete those that are too many."""
+        """Write a checkpoint atomically, and delete old ones."""
         state = {name: part.state_dict() for name, part in self.parts.items()}
         unfinished = folder / "checkpoint.part"
         with unfinished.open("wb") as file:
@@ -219,7 +219,7 @@ class Training:
 
 
 def start(args: argparse.Namespace) -> Training:
-    """Begin, or go on from the newest checkpoint."""
+    """Start a training, or resume from the newest checkpoint."""
     newest = max(args.out.glob("step-*.pt"), default=None)
     saved = torch.load(newest) if newest else None
     loader = latentcache.LatentLoader(
@@ -227,7 +227,7 @@ def start(args: argparse.Namespace) -> Training:
         batch_size=args.batch_size,
         seed=args.seed,
         columns=["unit", "key"],  # for the log
-        # The dataset may have grown since; this training goes on with the rows it began with.
+        # The dataset may have grown; this training continues with its original rows.
         manifest=saved["loader"]["manifest"] if saved else None,
     )
     torch.manual_seed(args.seed)
@@ -243,7 +243,7 @@ def start(args: argparse.Namespace) -> Training:
 
 
 def open_log(folder: Path, num_steps: int) -> TextIO:
-    """Open the log behind its first lines: a killed process may have logged more than it saved."""
+    """Open the log after the lines of saved steps: a killed process may have logged later ones."""
     path = folder / "log.jsonl" if dist.get_rank() == 0 else Path(os.devnull)
     lines = path.read_text().splitlines(keepends=True)[:num_steps] if num_steps else []
     path.write_text("".join(lines))
@@ -251,13 +251,13 @@ def open_log(folder: Path, num_steps: int) -> TextIO:
 
 
 def epochs(loader: latentcache.LatentLoader) -> Iterator[latentcache.Batch]:
-    """Yield the batches of one epoch after another."""
+    """Yield the batches of all epochs, one epoch after another."""
     while True:
         yield from loader
 
 
 def train(training: Training, args: argparse.Namespace, log: TextIO) -> None:
-    """Train until `args.steps` are done; the first rank reports and saves."""
+    """Train for `args.steps` steps; the first rank logs and saves."""
     is_first = dist.get_rank() == 0
     if is_first:
         print(f"{len(training.loader)} steps an epoch; {training.step} of {args.steps} are done")
@@ -283,7 +283,7 @@ def train(training: Training, args: argparse.Namespace, log: TextIO) -> None:
 
 @torch.inference_mode()
 def draw(training: Training, args: argparse.Namespace) -> Image.Image:
-    """Draw pictures of the dataset, the same when half of each was noise, and new ones."""
+    """Draw dataset images, the same images denoised from half noise, and generated images."""
     loader = latentcache.LatentLoader(
         args.dataset, batch_size=NUM_PICTURES, seed=args.seed, tail="pad", rank=0, world_size=1
     )
@@ -297,7 +297,7 @@ def draw(training: Training, args: argparse.Namespace) -> Image.Image:
 
 
 def generate(model: nn.Module, like: latentcache.Batch, x: Tensor, start: float) -> Tensor:
-    """Follow the velocity from x at time `start` to latents, with nothing cut off: [b, C, h, w]."""
+    """Integrate the velocity from x at time `start` to latents [b, C, h, w], without crops."""
     uncut = torch.cat([like.target_size, 0 * like.crop_top_left, like.target_size], dim=1)
     times = torch.linspace(start, 0, round(start * SAMPLING_STEPS) + 1)
     for t, until in itertools.pairwise(times):
@@ -306,7 +306,7 @@ def generate(model: nn.Module, like: latentcache.Batch, x: Tensor, start: float)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse, train, draw."""
+    """Parse the arguments, train, and draw."""
     parser = argparse.ArgumentParser(description="Train a tiny diffusion transformer.")
     parser.add_argument("dataset", help="URL of a latent dataset")
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and log")
@@ -323,7 +323,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"--out: {error.filename}: {error.strerror}")
     if dist.is_torchelastic_launched():
         dist.init_process_group("gloo")
-    else:  # one process is a group too, so that nothing else here has to tell the two apart
+    else:  # a single process is a group too, so that the code has one path
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     try:
         training = start(args)

@@ -1,8 +1,8 @@
-"""Hold infra/kuberay/ against KubeRay's schemas: `python scripts/check_manifests.py SCHEMAS`.
+"""Validate infra/kuberay/ with KubeRay's schemas: `python scripts/check_manifests.py SCHEMAS`.
 
 SCHEMAS is a folder of `…-rayjobs.v1.json` and `…-raycronjobs.v1.json`, the OpenAPI v3 schemas of
 these resources, which are not part of this project. A field that a schema does not know is an
-error, as it is for `kubectl create`.
+error, as for `kubectl create`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def problems_of(tree: Any, schema: Any) -> Iterator[str]:
 
 
 def _forbid_others(schema: Any) -> None:
-    """Make every object with named fields take those alone."""
+    """Make every object with named fields refuse other fields."""
     if isinstance(schema, list):
         for child in schema:
             _forbid_others(child)

@@ -1,11 +1,11 @@
-"""Train the demo VAE that ships in the package, on pictures this project draws itself.
+"""Train the demo VAE of the package, on pictures that the package draws.
 
     python scripts/train_demo_vae.py src/latentcache/demo/weights
 
 Writes `config.json` and `diffusion_pytorch_model.safetensors` in the diffusers layout. Two CPU
-cores take about half an hour. One seed gives one model on one machine and thread count; elsewhere
-floats are summed in another order. The loss is the mean squared error of [-1, 1] pixels, a little
-L1 for edges, and just enough KL divergence to settle the scale of the latents.
+cores take about half an hour. The result is reproducible on one machine with one thread count;
+elsewhere floats are summed in another order. The loss is the mean squared error of [-1, 1] pixels,
+plus a small L1 term for edges and a small KL divergence that fixes the scale of the latents.
 """
 
 from __future__ import annotations
@@ -38,24 +38,24 @@ ARCHITECTURE = Architecture(
     force_upcast=False,
 )
 PICTURE_PX = 256
-# Mostly small crops, for many different ones in a batch; larger ones now and then, because
-# GroupNorm's statistics depend on the size. Every batch holds as many pixels.
+# Most crops are small, so that a batch has many different ones. Some are larger, because the
+# statistics of GroupNorm depend on the size. All batches have the same number of pixels.
 CROP_SIDES_PX = (64, 64, 64, 128)
 BATCH_PIXELS = 32 * 64 * 64
 L1_WEIGHT = 0.1
-KL_WEIGHT = 1e-4  # per latent element, against a loss per pixel
+KL_WEIGHT = 1e-4  # per latent element, while the loss is per pixel
 EMA_DECAY = 0.998
 
 
 def draw_pool(num_images: int, seed: int) -> Tensor:
-    """Draw uint8 [N, 3, PICTURE_PX, PICTURE_PX]."""
+    """Return drawn pictures, uint8 [N, 3, PICTURE_PX, PICTURE_PX]."""
     rng = np.random.default_rng(seed)
     pool = np.stack([draw_image(rng, PICTURE_PX, PICTURE_PX)[0] for _ in range(num_images)])
     return torch.from_numpy(pool).permute(0, 3, 1, 2).contiguous()
 
 
 def batches(pool: Tensor, seed: int) -> Iterator[Tensor]:
-    """Yield random crops without end, float32 [B, 3, side, side] in [-1, 1]."""
+    """Yield batches of random crops forever, float32 [B, 3, side, side] in [-1, 1]."""
     rng = np.random.default_rng(seed)
     while True:
         for side_px in CROP_SIDES_PX:
@@ -68,7 +68,7 @@ def batches(pool: Tensor, seed: int) -> Iterator[Tensor]:
 
 
 def reconstruct(vae: KLAutoencoder, images: Tensor, noise: torch.Generator) -> tuple[Tensor, ...]:
-    """Encode, sample and decode with gradients: (reconstruction, mean, logvar), all float32."""
+    """Encode, sample and decode with gradients; return (reconstruction, mean, logvar), float32."""
     assert vae.decoder is not None
     mean, logvar = vae.quant_conv(vae.encoder(images)).float().chunk(2, dim=1)
     logvar = logvar.clamp(-30.0, 20.0)
@@ -77,7 +77,7 @@ def reconstruct(vae: KLAutoencoder, images: Tensor, noise: torch.Generator) -> t
 
 
 def train(num_steps: int, pool: Tensor, seed: int, peak_lr: float) -> KLAutoencoder:
-    """Train from random weights; returns the moving average of the weights."""
+    """Train from random weights; return the moving average of the weights."""
     torch.manual_seed(seed)
     vae = KLAutoencoder(ARCHITECTURE)
     average = copy.deepcopy(vae).requires_grad_(False).eval()
@@ -114,7 +114,7 @@ def train(num_steps: int, pool: Tensor, seed: int, peak_lr: float) -> KLAutoenco
 
 @torch.inference_mode()
 def evaluate(vae: KLAutoencoder, images: Tensor) -> tuple[float, float]:
-    """Mean PSNR in dB of uint8 images through the mean latent, and the latents' deviation."""
+    """Return the mean PSNR in dB of uint8 images, and the standard deviation of their latents."""
     num_latents, psnrs_db, total, total_square = 0, [], 0.0, 0.0
     for i in range(len(images)):
         image = images[i : i + 1]
@@ -130,7 +130,7 @@ def evaluate(vae: KLAutoencoder, images: Tensor) -> tuple[float, float]:
 
 
 def save(vae: KLAutoencoder, scaling_factor: float, folder: Path) -> None:
-    """Write the diffusers layout, weights as float16."""
+    """Write the diffusers layout, with float16 weights."""
     fields = asdict(vae.architecture) | {"scaling_factor": scaling_factor}
     num_blocks = len(vae.architecture.block_out_channels)
     config = {
@@ -150,7 +150,7 @@ def save(vae: KLAutoencoder, scaling_factor: float, folder: Path) -> None:
 
 
 def main() -> None:
-    """Parse the arguments, train, measure on pictures not trained on, and save."""
+    """Parse the arguments, train, measure on other pictures, and save."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="where to write the model")
     parser.add_argument("--num-steps", type=int, default=6000)
@@ -161,7 +161,7 @@ def main() -> None:
 
     pool = draw_pool(args.num_images, args.seed)
     print(f"drew {len(pool)} pictures", flush=True)
-    vae = train(args.num_steps, pool, args.seed, args.peak_lr).half().float()  # as it is stored
+    vae = train(args.num_steps, pool, args.seed, args.peak_lr).half().float()  # as stored
     psnr_db, std = evaluate(vae, draw_pool(200, args.seed + 1))
     save(vae, round(1 / std, 4), args.folder)
     print(
