@@ -1,14 +1,15 @@
-"""Decode and transform on one core: bytes of a JPEG to a square crop, against what people use.
+"""Measure decoding and the transform on one core: JPEG bytes to a square crop, against other tools.
 
-`make bench`, or `python bench/decode.py [--rounds 5]`. Two jobs: photographs of 0.2 megapixels to
-256 px, and 1080p JPEGs (quality 90, 4:2:0) to 512 px, once with the few bytes of an enlarged
-photograph and once with the many of twelve side by side. Prints images/s of each contender on one
-thread and how often that goes into ours, and how far each one's pixels are from a bicubic
-resize in float64 of what it decoded; writes bench/results/decode.json. Photographs are those in
-../shared/data; where that is absent, drawn pictures stand in.
+`make bench`, or `python bench/decode.py [--rounds 5]`. There are two jobs: photographs of 0.2
+megapixels to 256 px, and 1080p JPEGs (quality 90, 4:2:0) to 512 px. The 1080p JPEGs are enlarged
+photographs, which have few bytes, and mosaics of twelve photographs, which have many. The benchmark
+prints images/s of each contender on one thread, our speed-up over it, and the distance of its
+pixels from a bicubic resize in float64 of its own decoded image. It writes
+bench/results/decode.json. The photographs are those in ../shared/data, or drawn pictures if that
+folder is absent.
 
-The contenders are given the file's bytes and end with a uint8 array [side, side, 3]. Ours alone
-also applies EXIF orientation, converts ICC profiles to sRGB and refuses truncated files.
+Each contender gets the bytes of the file and returns a uint8 array [side, side, 3]. Only ours also
+applies EXIF orientation, converts ICC profiles to sRGB and refuses truncated files.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ Pixels = NDArray[np.uint8]
 
 PHOTOS = Path(__file__).parents[2] / "shared" / "data" / "photos"
 NUM_LARGE = 8
-NUM_COMPARED = 32  # pictures of a job that errors are taken over
+NUM_COMPARED = 32  # pictures of a job whose errors are measured
 OURS = "latentcache"
 
 
@@ -65,7 +66,7 @@ def by_pil(resample: Image.Resampling) -> Callable[[bytes, int], Pixels]:
 
 
 def by_adm(data: bytes, side: int) -> Pixels:
-    """As ADM's training code, and with it DiT's: halve by averaging while that stays large enough.
+    """Resize as the training code of ADM and DiT does: halve by averaging while the image is large.
 
     Dhariwal and Nichol, "Diffusion Models Beat GANs on Image Synthesis" (2021).
     """
@@ -78,7 +79,7 @@ def by_adm(data: bytes, side: int) -> Pixels:
 
 
 def by_kohya(data: bytes, side: int) -> Pixels:
-    """As kohya's scripts: OpenCV's area averages to shrink, Pillow's Lanczos to enlarge."""
+    """Resize as the scripts of kohya do: area averages (OpenCV) to shrink, Lanczos to enlarge."""
     image = open_rgb(data)
     width, height = size = covering(*image.size, side)
     if size < image.size:
@@ -129,7 +130,7 @@ def decode_by_opencv(data: bytes) -> Pixels:
     return read_by_opencv(data, cv2.IMREAD_COLOR_RGB)
 
 
-# Each with the decoder whose pixels it resizes.
+# Each contender with the decoder whose pixels it resizes.
 CONTENDERS: dict[str, tuple[Callable[[bytes, int], Pixels], Callable[[bytes], Pixels]]] = {
     OURS: (by_us(dct_scaling=False), decode_by_us),
     "latentcache, dct_scaling": (by_us(dct_scaling=True), decode_by_us),
@@ -143,9 +144,9 @@ CONTENDERS: dict[str, tuple[Callable[[bytes, int], Pixels], Callable[[bytes], Pi
 
 
 def bicubic_weights(length: int, new_length: int) -> NDArray[np.float64]:
-    """Rows of antialiased bicubic weights, [new_length, length].
+    """Return rows of antialiased bicubic weights, [new_length, length].
 
-    The kernel of Keys (1981) with a = -0.5, as wide as the step from output to output.
+    The kernel is that of Keys (1981) with a = -0.5, scaled to the distance between output pixels.
     """
     step = length / new_length
     centers = (np.arange(new_length)[:, None] + 0.5) * step
@@ -158,7 +159,7 @@ def bicubic_weights(length: int, new_length: int) -> NDArray[np.float64]:
 
 
 def exact_resize(pixels: Pixels, side: int) -> NDArray[np.float64]:
-    """Resize and crop in float64, nothing rounded or clamped before the end."""
+    """Resize and crop in float64, without rounding or clamping before the end."""
     height, width = pixels.shape[:2]
     new_width, new_height = covering(width, height, side)
     left, top, right, bottom = crop_box(new_width, new_height, side)
@@ -170,7 +171,7 @@ def exact_resize(pixels: Pixels, side: int) -> NDArray[np.float64]:
 
 
 def find_errors(jpegs: Sequence[bytes], side: int) -> dict[str, tuple[float, float]]:
-    """Mean and greatest absolute difference of each contender, in levels of 255."""
+    """Return the mean and the maximum absolute difference of each contender, in levels of 255."""
     differences: dict[str, list[tuple[float, float]]] = {name: [] for name in CONTENDERS}
     for data in jpegs[:: max(1, len(jpegs) // NUM_COMPARED)]:
         decoders = {decode for _, decode in CONTENDERS.values()}
@@ -191,7 +192,7 @@ def to_jpeg(image: Image.Image) -> bytes:
 
 
 def small_jpegs() -> tuple[list[bytes], str]:
-    """Photographs where there are some, else drawings of their size; and which it was."""
+    """Return photographs, or drawings of their size if there are none, and which they are."""
     found = []
     for tar in sorted(PHOTOS.glob("*.tar")):
         with tarfile.open(tar) as members:
@@ -204,7 +205,7 @@ def small_jpegs() -> tuple[list[bytes], str]:
 
 
 def enlarged(jpegs: Sequence[bytes]) -> list[bytes]:
-    """Each as large as 1080p, and cropped to it."""
+    """Return each photograph enlarged to 1080p and cropped."""
     large = []
     for data in jpegs[:NUM_LARGE]:
         image = open_rgb(data)
@@ -216,7 +217,7 @@ def enlarged(jpegs: Sequence[bytes]) -> list[bytes]:
 
 
 def side_by_side(jpegs: Sequence[bytes]) -> list[bytes]:
-    """Twelve in each 1080p picture, 4 across and 3 down."""
+    """Return 1080p mosaics of twelve photographs each, 4 across and 3 down."""
     large = []
     for number in range(NUM_LARGE):
         image = Image.new("RGB", (1920, 1080))

@@ -1,11 +1,11 @@
-"""What the driver costs: 256 simulated actors through the real loop, and 8 real ones through Ray.
+"""Measure the cost of the driver: 256 simulated actors in the real loop, and 8 real ones in Ray.
 
-`make bench`, or `python bench/driver.py [--units 20000] [--actors 256] [--unit-s 10]`. First Ray: 8
-actors that sleep through units of 0.2 s show how near a run comes to the ideal and what a call, its
-result and a wait cost. Then the whole run but for images and Ray, on a clock that leaps while the
-driver waits and runs while it works: plan, loop, receipts and manifests are real and go to a local
-folder, and for each call the driver pays what Ray took. A driver that is too slow thus shows as
-actors that wait. Prints both and writes bench/results/driver.json.
+`make bench`, or `python bench/driver.py [--units 20000] [--actors 256] [--unit-s 10]`. The first
+part uses Ray: 8 actors sleep through units of 0.2 s. It shows the share of the ideal rate, and the
+cost of a call, a result and a wait. The second part is a whole run without images and Ray, on a
+clock that leaps while the driver waits and runs while it works. Plan, loop, receipts and manifests
+are real and go to a local folder, and each call costs the driver what Ray took. If the driver is
+too slow, its actors wait. The benchmark prints both parts and writes bench/results/driver.json.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ RAY_ACTORS, RAY_UNIT_S = 8, 0.2
 
 
 class SleepingActor:
-    """Encodes as an actor does, one unit after the other, by sleeping."""
+    """An actor that sleeps through units, one after the other."""
 
     def __init__(self, versions: Versions, job: Job) -> None:
         self._contract: Contract = job.contract
@@ -50,7 +50,7 @@ class SleepingActor:
         self._encoder = threading.Lock()
 
     def setup(self) -> str:
-        """Wait for the others, so that all begin at once; say which node this is."""
+        """Wait for the other actors, so that all start at once; return the node."""
         self._folder.mkdir(exist_ok=True)
         (self._folder / str(os.getpid())).touch()
         while len(list(self._folder.iterdir())) < RAY_ACTORS:
@@ -60,7 +60,7 @@ class SleepingActor:
 
     @ray.method(concurrency_group="units")  # type: ignore[untyped-decorator]
     def run_unit(self, task: UnitTask) -> bytes:
-        """Sleep, and give a receipt."""
+        """Sleep, and return a receipt."""
         with self._encoder:
             time.sleep(RAY_UNIT_S)
         return make_receipt(self._contract, task.unit, task.generation, task.attempt).to_bytes()
@@ -72,15 +72,15 @@ class SleepingActor:
 
 
 class Waiting:
-    """Takes calls, very many at once."""
+    """An actor that accepts very many calls at once."""
 
     def sleep(self, seconds: float) -> None:
-        """Take one."""
+        """Sleep through one call."""
         time.sleep(seconds)
 
 
 class SleepingCluster(Cluster):
-    """Real Ray; its actors take no CPU, so that as many as one likes fit."""
+    """A cluster of real Ray actors that need no CPU, so that any number fits."""
 
     actor_class = SleepingActor
     ready_at = ended_at = 0.0
@@ -90,7 +90,7 @@ class SleepingCluster(Cluster):
         return {"num_gpus": 0, "num_cpus": 0}
 
     def result(self, call: Any, node: str | None) -> Any:
-        """Take down when the last actor got ready, and when the last unit was done."""
+        """Record when the last actor was ready, and when the last unit was done."""
         found = super().result(call, node)
         if isinstance(found, str):
             type(self).ready_at = time.monotonic()
@@ -100,7 +100,7 @@ class SleepingCluster(Cluster):
 
 
 def timed(function: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
-    """Call a function and note how long it took."""
+    """Call a function and record how long it took."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         began = time.perf_counter()
@@ -141,7 +141,7 @@ def measure_ray(num_units: int) -> dict[str, float]:
 
 
 def measure_wait(num_calls: int) -> float:
-    """Seconds that one look at so many calls takes, of which some have ended."""
+    """Return the seconds of one wait for this many calls, some of which have ended."""
     with Cluster(0, 1, 1) as cluster:
         actor = ray.remote(num_cpus=0, max_concurrency=num_calls)(Waiting).remote()
         calls = [actor.sleep.remote(0 if number < 8 else 60) for number in range(num_calls)]
@@ -172,7 +172,7 @@ def measure_simulated(
         patch.object(run_module, "Cluster", lambda *_: cluster),
         patch.object(work_module, "write_next", timed(write_next, manifests)),
         patch.object(Committer, "_put", timed(Committer._put, puts)),
-        patch.object(time, "monotonic", clock.now),  # leases and progress live by it too
+        patch.object(time, "monotonic", clock.now),  # leases and progress use this clock too
     ):
         began_cpu = time.process_time()
         summary: RunSummary = run(config, plan=plan, quiet=True)

@@ -1,12 +1,12 @@
-"""The encoder alone: diffusers against ours, and on a GPU against what the GPU can do at all.
+"""Measure the encoder alone: diffusers against ours, and on a GPU against the limits of the GPU.
 
 `python bench/encoder.py`; `make bench` runs it too. On a GPU: a KL-f8 of the published size with
-random weights, at 256, 512 and 1024 px, images/s and share of the measured matrix rate, the drift
-from fp32, the norm's bandwidth, attention, and where the time goes, kernel by kernel. On a CPU: the
-demo VAE and the published size at 256 px. diffusers is given its images as [-1, 1] in the precision
-and on the device; ours begins with uint8 there. Without diffusers its rows say so.
+random weights at 256, 512 and 1024 px, with images/s, the share of the measured matrix rate, the
+drift from fp32, the bandwidth of the norm, attention, and the time of each kernel. On a CPU: the
+demo VAE and the published size at 256 px. diffusers gets its images as [-1, 1] in the precision and
+on the device; ours starts from uint8 there. Without diffusers, its rows say so.
 
-Writes bench/results/encoder.json part by part, so that a run which is cut short leaves what it had.
+It writes bench/results/encoder.json part by part, so that an interrupted run keeps its results.
 """
 
 from __future__ import annotations
@@ -39,21 +39,21 @@ HAS_DIFFUSERS = importlib.util.find_spec("diffusers") is not None
 PACKAGES = ["diffusers"] if HAS_DIFFUSERS else []
 KL_F8: dict[str, Any] = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2}
 
-# Counted over the encoder's convolutions, linear layers and attention; twice its multiply-adds.
+# Twice the multiply-adds of the encoder's convolutions, linear layers and attention.
 TERAFLOP_PER_IMAGE = {256: 0.273, 512: 1.117, 1024: 4.879}
 
 Contenders = dict[str, Callable[[], object]]
 
 
 def make_kl_f8(device: str) -> KLAutoencoder:
-    """Make a VAE of the published size, with random weights: a checkpoint may be missing."""
+    """Return a VAE of the published size with random weights: a checkpoint may be missing."""
     torch.manual_seed(0)
     vae = KLAutoencoder(Architecture(**KL_F8), decoder=False)
     return vae.eval().requires_grad_(False).to(device)
 
 
 def draw_images(num: int, side_px: int, device: str) -> Tensor:
-    """Drawn pictures, uint8 [num, 3, side, side]."""
+    """Return drawn pictures, uint8 [num, 3, side, side]."""
     rng = np.random.default_rng(1)
     drawn = [torch.from_numpy(draw_image(rng, side_px, side_px)[0].copy()) for _ in range(num)]
     return torch.stack(drawn).permute(0, 3, 1, 2).contiguous().to(device)
@@ -77,7 +77,7 @@ def diffusers_encode(
         strict=False,
     )
     del theirs.decoder
-    # Not by their own `to`, which warns of modules to keep in float32 where there are none.
+    # Their own `to` warns of modules to keep in float32, although there are none.
     theirs = torch.nn.Module.to(theirs.eval().requires_grad_(False), vae.device, dtype)
     if channels_last:
         theirs = theirs.to(memory_format=torch.channels_last)
@@ -100,7 +100,7 @@ def as_floats(images: Tensor, dtype: torch.dtype, *, channels_last: bool) -> Ten
 
 
 def seconds_on_gpu(work: Callable[[], object]) -> float:
-    """Median by events, of as many rounds as fit into 0.3 s, three at least."""
+    """Return the median time by events, of as many rounds as fit into 0.3 s, at least three."""
     for _ in range(3):
         work()
     torch.cuda.synchronize()
@@ -117,7 +117,7 @@ def seconds_on_gpu(work: Callable[[], object]) -> float:
 
 
 def measure_ceilings() -> dict[str, float]:
-    """Measure the ceilings of this GPU: TFLOP/s of a large product, TB/s of a large copy."""
+    """Measure the limits of this GPU: TFLOP/s of a large product, TB/s of a large copy."""
     found = {}
     for precision in ("fp16", "bf16"):
         a, b = (
@@ -132,7 +132,7 @@ def measure_ceilings() -> dict[str, float]:
 
 
 def as_graph(encode: Callable[[Tensor], Tensor], images: Tensor) -> Callable[[], object]:
-    """Capture the kernels in a CUDA graph: small batches wait for kernel launches otherwise."""
+    """Capture the kernels in a CUDA graph, because small batches wait for kernel launches."""
     for _ in range(3):
         encode(images)
     graph = torch.cuda.CUDAGraph()
@@ -142,7 +142,7 @@ def as_graph(encode: Callable[[Tensor], Tensor], images: Tensor) -> Callable[[],
 
 
 def gpu_contenders(vae: KLAutoencoder, precision: str, images: Tensor) -> dict[str, Any]:
-    """Return a factory for each contender. Make one at a time: memory may suffice for one only."""
+    """Return a factory for each contender. Create one at a time, because memory may be short."""
     dtype = PRECISION_DTYPES[precision]
     makers: dict[str, Any] = {}
     for name, channels_last in (("diffusers", False), ("diffusers, channels_last", True)):
@@ -164,7 +164,7 @@ def gpu_contenders(vae: KLAutoencoder, precision: str, images: Tensor) -> dict[s
 def measure_rates(
     vae: KLAutoencoder, precision: str, side_px: int, batches: list[int], ceilings: dict[str, float]
 ) -> dict[str, Any]:
-    """Images/s of everyone at one size."""
+    """Return images/s of all contenders at one size."""
     found: dict[str, Any] = {}
     rows = []
     for batch in batches:
@@ -173,7 +173,7 @@ def measure_rates(
             key = f"{name}, {batch}"
             try:
                 rate = batch / seconds_on_gpu(make())
-            except RuntimeError as error:  # too little memory is one
+            except RuntimeError as error:  # out of memory is one of them
                 found[key] = {"error": str(error)[:200]}
                 rows.append([key, "", "", "", str(error)[:40]])
                 continue
@@ -219,7 +219,7 @@ def measure_compiled(vae: KLAutoencoder) -> dict[str, Any]:
 
 
 def measure_norms() -> dict[str, Any]:
-    """GroupNorm with SiLU at the sizes of a batch of 16 at 512 px; GB/s of two reads, one write."""
+    """Measure GroupNorm with SiLU at the sizes of a batch of 16 at 512 px, in GB/s."""
     from latentcache.vae import kernels
 
     found: dict[str, Any] = {}
@@ -257,7 +257,7 @@ def _torch_norm(x: Tensor, weight: Tensor, shift: Tensor) -> Tensor:
 
 
 def measure_attention() -> dict[str, Any]:
-    """One head of 512 channels: ours against what torch picks, milliseconds an image."""
+    """Measure one head of 512 channels, ours and torch's choice, in milliseconds per image."""
     from latentcache.vae import kernels
 
     found: dict[str, Any] = {}
@@ -302,7 +302,7 @@ def profile(vae: KLAutoencoder) -> dict[str, Any]:
 
 
 def measure_drift(vaes: dict[str, KLAutoencoder], side_px: int, num: int) -> dict[str, Any]:
-    """How far each precision is from the reference in fp32, in dB, on drawn images."""
+    """Return the drift of each precision from fp32 in dB, on drawn images."""
     found: dict[str, Any] = {}
     for name, vae in vaes.items():
         channels = vae.architecture.latent_channels
@@ -318,7 +318,7 @@ def measure_drift(vaes: dict[str, KLAutoencoder], side_px: int, num: int) -> dic
 
 
 def bench_gpu() -> None:
-    torch.backends.cudnn.benchmark = True  # for everyone
+    torch.backends.cudnn.benchmark = True  # for all contenders
     require_fp32()
     vae = make_kl_f8("cuda")
     demo = latentcache.load_vae("demo", device="cuda", decoder=False)
@@ -361,7 +361,7 @@ def cpu_contenders(vae: KLAutoencoder, images: Tensor) -> Contenders:
 def measure_threads(
     vae: KLAutoencoder, title: str, num_threads: int, batches: list[int], rounds: int
 ) -> dict[str, Any]:
-    """Images/s of everyone by batch size, with so many of torch's threads."""
+    """Return images/s of all contenders by batch size, with this many torch threads."""
     torch.set_num_threads(num_threads)
     found: dict[str, Any] = {}
     for batch in batches:
@@ -374,7 +374,7 @@ def measure_threads(
 
 
 def measure_side_by_side(vae: KLAutoencoder) -> dict[str, float]:
-    """Threads of ours with an image and one thread of torch's each: what an actor does."""
+    """Measure threads of ours with one image and one torch thread each, as in an actor."""
     torch.set_num_threads(1)
     encode = FastEncoder(vae, torch.float32, plain)
     images = list(draw_images(24, 256, "cpu")[:, None])

@@ -1,7 +1,7 @@
-"""What the tests can only act out without a GPU, on a real one; exits 1 if anything is wrong.
+"""Check on a real GPU what the tests only simulate; exit with 1 if a check fails.
 
-`python bench/gpu_check.py`, or as the first part of bench/gpu.sh. Each check prints a line; one
-that fails does not keep the others from running.
+`python bench/gpu_check.py`, or as the first part of bench/gpu.sh. Each check prints a line. A
+failed check does not stop the others.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from latentcache.vae.model import KLAutoencoder
 
 @dataclass(frozen=True, slots=True)
 class Vaes:
-    """The small one, with trained weights, and one of the published size with random ones."""
+    """The demo VAE with trained weights, and one of the published size with random weights."""
 
     demo: KLAutoencoder
     large: KLAutoencoder
@@ -89,7 +89,7 @@ def attention_at_1024_px_is_right(vaes: Vaes) -> str:
 
 
 def batches_in_flight_give_what_one_at_a_time_gives(vaes: Vaes) -> str:
-    """Sizes vary, so that tails are padded and memory goes round; another thread collects."""
+    """Compare concurrent batches of varying size, collected on another thread, with single ones."""
     sizes = [1 + index * 7 % 16 for index in range(60)]
     batches = [noise(size, 256, 192) for size in sizes]
     encoder = LatentEncoder(vaes.large, "fp16", batch_size=8)

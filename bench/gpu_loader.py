@@ -1,4 +1,4 @@
-"""A dataset's batches on the GPU, and that they are those of the CPU: part of bench/gpu.sh.
+"""Load the batches of a dataset on the GPU and compare them with the CPU's: part of bench/gpu.sh.
 
 `python bench/gpu_loader.py DATASET`
 """

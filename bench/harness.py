@@ -1,4 +1,4 @@
-"""What every benchmark shares: fair turns, a table, and a results file that says where it ran."""
+"""Shared parts of the benchmarks: fair turns, tables, and result files with machine details."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def take_turns(contenders: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each contender.
+    """Return the median seconds of each contender.
 
-    They run one after the other, in every round from another one on, so that a machine that slows
-    down favours none. A first round, not counted, warms caches.
+    The contenders run one after the other. Each round starts with another one, so that a machine
+    that slows down favours none. A first round, which is not counted, warms caches.
     """
     names = list(contenders)
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -38,7 +38,7 @@ def take_turns(contenders: Mapping[str, Callable[[], object]], rounds: int) -> d
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print rows of text; the first column is their names, and the others stand to the right."""
+    """Print rows of text; the first column has the names, and the others are right-aligned."""
     lines = [["", *columns], *map(list, rows)]
     widths = [max(len(line[index]) for line in lines) for index in range(len(lines[0]))]
     print(f"\n{title}")
@@ -48,14 +48,14 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 
 
 def write_results(name: str, found: Mapping[str, Any], packages: Sequence[str] = ()) -> None:
-    """Write `results/<name>.json`: what was found, and the command, commit, machine and versions.
+    """Write `results/<name>.json`: the results, and the command, commit, machine and versions.
 
-    Parts of the file that `found` lacks stay as they were, each beside the facts of its own run.
+    Parts of the file that `found` lacks are kept, each with the details of its own run.
 
     Args:
-        name: of the benchmark.
+        name: name of the benchmark.
         found: a tree for each part.
-        packages: whose versions matter, beside torch.
+        packages: packages whose versions matter, in addition to torch.
     """
     git = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty", "--exclude=*"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
@@ -78,7 +78,7 @@ def write_results(name: str, found: Mapping[str, Any], packages: Sequence[str] =
 
 
 def peak_mib() -> float:
-    """Most memory that this process has had so far. Not `ru_maxrss`, which a child inherits."""
+    """Return the peak memory of this process. Not `ru_maxrss`, which a child inherits."""
     lines = Path("/proc/self/status").read_text().splitlines()
     (peak,) = (line for line in lines if line.startswith("VmHWM"))
     return int(peak.split()[1]) / 1024

@@ -1,11 +1,11 @@
-"""What an actor holds in memory while it reads a stream of JPEGs of 12 megapixels.
+"""Measure the memory of an actor while it reads a stream of JPEGs of 12 megapixels.
 
-`python bench/memory.py [--images 500] [--threads 16]`. Draws photographs-like JPEGs of 4000 × 3000
-px, writes them into shards, and runs these through a `UnitRunner` with the demo VAE in this
-process, two units at once, as an actor does. Prints the peak of the resident memory in all, what of
-it was there before the first unit (Python, torch, the model), and the slope: that of a line through
-the peaks over each 25 images, less the first fifth and the last ones, when the queues run empty.
-Writes bench/results/memory.json.
+`python bench/memory.py [--images 500] [--threads 16]`. It draws JPEGs of 4000 × 3000 px like
+photographs, writes them into shards, and runs these through a `UnitRunner` with the demo VAE in
+this process, two units at once, as an actor does. It prints the peak of the resident memory, how
+much of that was used before the first unit (Python, torch, the model), and the slope: that of a
+line through the peaks over each 25 images, without the first fifth and the last ones, when the
+queues run empty. It writes bench/results/memory.json.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ MIB = 2**20
 
 
 def draw_jpeg(seed: int) -> bytes:
-    """Draw a picture with the noise of a camera: 5 MB, as such files are."""
+    """Draw a picture with the noise of a camera: 5 MB, like a file of a camera."""
     rng = np.random.default_rng(seed)
     small, _ = draw_image(rng, WIDTH_PX // 4, HEIGHT_PX // 4)
     large = Image.fromarray(small).resize((WIDTH_PX, HEIGHT_PX), Image.Resampling.BICUBIC)
@@ -55,7 +55,7 @@ def draw_jpeg(seed: int) -> bytes:
 
 
 def write_shards(folder: Path, num_images: int) -> int:
-    """Write the shards; gives the bytes of an image."""
+    """Write the shards; return the bytes of an image."""
     drawn = [draw_jpeg(seed) for seed in range(NUM_DRAWN)]
     for first in range(0, num_images, IMAGES_PER_SHARD):
         with tarfile.open(folder / f"{first:06d}.tar", "w") as tar:
@@ -68,13 +68,13 @@ def write_shards(folder: Path, num_images: int) -> int:
 
 
 def resident_bytes() -> int:
-    """Read the resident memory of this process."""
+    """Return the resident memory of this process."""
     fields = Path("/proc/self/statm").read_text().split()
     return int(fields[1]) * 4096
 
 
 class Watch(threading.Thread):
-    """Notes every few milliseconds how many rows are done and how much memory is held."""
+    """A thread that records every few milliseconds the number of rows and the memory."""
 
     def __init__(self, runner: UnitRunner) -> None:
         super().__init__(daemon=True)
@@ -90,7 +90,7 @@ class Watch(threading.Thread):
 
 
 def make_runner(folder: Path, num_threads: int) -> tuple[UnitRunner, list[UnitTask]]:
-    """Make what an actor makes."""
+    """Return the `UnitRunner` that an actor would create."""
     config = parse_config(
         {
             "name": "memory",
@@ -111,7 +111,7 @@ def make_runner(folder: Path, num_threads: int) -> tuple[UnitRunner, list[UnitTa
 
 
 def measure(folder: Path, num_threads: int) -> dict[str, float]:
-    """Run the units and say what they took."""
+    """Run the units and return their memory figures."""
     runner, tasks = make_runner(folder, num_threads)
     before = resident_bytes()
     watch = Watch(runner)
@@ -149,9 +149,11 @@ def main() -> None:
         folder = Path(name)
         (folder / "shards").mkdir()
         image_bytes = write_shards(folder / "shards", options.images)
-        # A process of its own, which begins with the environment that the engine gives to workers.
+        # A separate process, with the environment that the engine gives to workers.
         command = [sys.executable, __file__, "--threads", str(options.threads), "--measure", name]
-        from latentcache.engine.connection import WORKER_ENVIRONMENT  # not where it is measured
+        from latentcache.engine.connection import (
+            WORKER_ENVIRONMENT,
+        )  # not in the process that is measured
 
         env = WORKER_ENVIRONMENT | os.environ
         done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)

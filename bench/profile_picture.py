@@ -1,4 +1,4 @@
-"""A run's profile as a picture: what each stage of each unit did, from the receipts alone.
+"""Draw the profile of a run from its receipts: what each stage of each unit did.
 
 `python bench/profile_picture.py DATASET PICTURE.svg`; bench/run.py draws one of its own run.
 """
@@ -25,10 +25,10 @@ text { font: 13px system-ui, sans-serif; fill: #1d2733 }
 
 
 def write(receipts: Sequence[Receipt], path: Path) -> None:
-    """Draw the picture.
+    """Write the picture.
 
-    For each stage a bar: the time that its threads take for the work, then the time in which units,
-    of which an actor has two at once, had work for it and it did none of it.
+    Each stage has a bar: the busy time of its threads, then the time in which units had work for it
+    and it was idle. An actor has two units at once.
     """
     loads = PipelineLoad()
     for receipt in receipts:

@@ -1,19 +1,19 @@
-"""Whole runs: `latentcache run` against the usual script and Ray Data, and against its own stages.
+"""Measure whole runs: `latentcache run` against the usual script, Ray Data, and its own stages.
 
-`python bench/run.py [--part demo|free|stages]`, or all parts. The 250 photographs of ../shared/data
-(drawn pictures where those are absent) over and over, in shards of 125, are brought to 256 × 256 px
-latents on the local disk, by each contender (bench/contenders/) in a process of its own, on the
-same cores:
+`python bench/run.py [--part demo|free|stages]`, or all parts. Each contender (bench/contenders/)
+encodes the 250 photographs of ../shared/data (drawn pictures if those are absent), repeated, in
+shards of 125, to 256 × 256 px latents on the local disk. Each runs in its own process on the same
+cores:
 
-- `demo`: 1,500 images with the demo VAE, which the peers run by diffusers;
-- `free`: 12,000 with an encoder that costs nothing, so that what is around it shows;
-- `stages`: each stage of ours run alone on the threads that it has in a run, and the whole pipeline
-  in turns with them, in one process; beside `demo` and `free` with `device`, which takes 4 ms an
-  image and no CPU, as an accelerator does: whether that is kept busy.
+- `demo`: 1,500 images with the demo VAE, which the peers run with diffusers;
+- `free`: 12,000 images with an encoder that costs nothing, which shows the cost of everything else;
+- `stages`: each of our stages alone on the threads that it has in a run, in turns with the whole
+  pipeline, in one process. In addition to `demo` and `free`, the encoder `device` takes 4 ms per
+  image and no CPU, like an accelerator: the part shows whether it is kept busy.
 
-The settings of each are tried on two small shards, and the best counts. Rates are of the work
-itself and, beside it, with starting up (imports, models, Ray). Writes bench/results/run.json, and
-from `demo` the picture bench/results/profile.svg.
+The settings of each contender are tried on two small shards, and the best count. Rates are those of
+the work alone and of the work with start-up (imports, models, Ray). It writes
+bench/results/run.json, and from `demo` the picture bench/results/profile.svg.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ NAMES = {"ours": "latentcache", "dataloader": "the usual script", "raydata": "Ra
 
 
 def read_photos() -> tuple[list[bytes], str]:
-    """Read the photographs, or draw some; says which."""
+    """Return the photographs, or drawn pictures if there are none, and which they are."""
     files = sorted(PHOTOS.glob("*.tar"))
     photos = []
     for file in files:
@@ -103,7 +103,7 @@ def read_photos() -> tuple[list[bytes], str]:
 def write_shards(
     folder: Path, photos: list[bytes], num_shards: int, num_images: int = IMAGES_PER_SHARD
 ) -> Path:
-    """Write so many shards of so many images."""
+    """Write shards of images."""
     folder.mkdir()
     for shard in range(num_shards):
         with tarfile.open(folder / f"{shard:06d}.tar", "w") as tar:
@@ -116,7 +116,7 @@ def write_shards(
 
 
 def rates(name: str, asked: Asked) -> dict[str, Any]:
-    """Run a contender; gives images/s, of the work alone and with starting up."""
+    """Run a contender; return images/s of the work alone and with start-up."""
     shutil.rmtree(asked.out, ignore_errors=True)
     measured = run(name, asked)
     work_s, total_s = measured["working_s"], measured["total_s"]
@@ -260,14 +260,14 @@ class Alone:
 
 
 def cpu_seconds(work: Callable[[], object]) -> float:
-    """Return the CPU seconds that a piece of work takes, over all threads."""
+    """Return the CPU seconds of a function, over all threads."""
     before = time.process_time()
     work()
     return time.process_time() - before
 
 
 def against_its_stages(folder: Path, photos: list[bytes], encoder: str) -> dict[str, Any]:
-    """Hold the whole pipeline against its slowest stage, and against the cores' time."""
+    """Compare the whole pipeline with its slowest stage, and with the time of the cores."""
     shards = write_shards(folder / f"shards-{encoder}", photos, NUM_SHARDS["demo"])
     alone = Alone(folder, shards, encoder)
     stages = ("fetch", "decode", "encode", "write")

@@ -1,15 +1,15 @@
-"""200,000 units, two billion images: plan, resume, manifests, status, and opening the dataset.
+"""Measure 200,000 units, two billion images: plan, resume, manifests, status, opening the dataset.
 
-`make bench`, or `python bench/scale.py [--units 200000]`. Makes, once, an output in bench/.data in
-which all but ten units are done: receipts and manifests as runs leave them, a manifest for every
-thousand units, and no latents. Then measures each step in a process of its own, from its start to
-its end, its peak memory too: a first plan (over an empty output), the run that does the last
-ten (simulated actors; listing, plan, receipts and manifests are real), a run with nothing to do,
-`status`, `open_dataset`, and manifests in which a unit is replaced. Prints a table and writes
+`make bench`, or `python bench/scale.py [--units 200000]`. It creates once, in bench/.data, an
+output in which all but ten units are done: receipts and manifests as runs leave them, a manifest
+for every thousand units, and no latents. Then it measures the time and the peak memory of each step
+in its own process: a first plan (over an empty output), the run that encodes the last ten units
+(simulated actors; listing, plan, receipts and manifests are real), a run without pending units,
+`status`, `open_dataset`, and manifests in which a unit is replaced. It prints a table and writes
 bench/results/scale.json.
 
-The demo VAE has 16 latent channels, four times those of the VAEs that this is for: receipts and
-parts are the larger for it.
+The demo VAE has 16 latent channels, four times those of Stable Diffusion's, so receipts and
+manifest parts are larger than usual.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ NUM_ACTORS = 256
 
 
 def prepare(folder: Path, num_units: int) -> None:
-    """Make an output in which all but the last units are done, or bring it back to that."""
+    """Create an output in which all but the last units are done, or restore it."""
     config = make_config(str(folder), num_units, NUM_ACTORS)
     plan = make_plan(config)
     num_manifests = -(-(num_units - NUM_LEFT) // MANIFEST_EVERY_UNITS) - 1
@@ -59,12 +59,12 @@ def prepare(folder: Path, num_units: int) -> None:
 
 
 def _run_once(folder: Path, plan: Plan, num_manifests: int) -> None:
-    """Commit the units in order. The last receipts are in no manifest: the driver was killed."""
+    """Commit the units in order. No manifest lists the last receipts, as after a killed driver."""
     (folder / "commits").mkdir(exist_ok=True)
     state, listing = plan.state, plan.listing
     for number, unit in enumerate(plan.units[: len(plan.units) - NUM_LEFT], 1):
         receipt = make_receipt(plan.contract, unit, 0, new_attempt())
-        (folder / receipt.path).write_bytes(receipt.to_bytes())  # as put_if_absent, but for fsync
+        (folder / receipt.path).write_bytes(receipt.to_bytes())  # as put_if_absent, without fsync
         state.add(receipt)
         if number % MANIFEST_EVERY_UNITS == 0 and number <= num_manifests * MANIFEST_EVERY_UNITS:
             state, _ = write_next(
@@ -78,7 +78,7 @@ def _run_once(folder: Path, plan: Plan, num_manifests: int) -> None:
 
 
 def step_imports(folder: Path, num_units: int) -> dict[str, Any]:
-    """Nothing, but for what is imported."""
+    """Import the modules, and do nothing else."""
     return {}
 
 
@@ -96,7 +96,7 @@ def step_resume(folder: Path, num_units: int) -> dict[str, Any]:
 
 
 def step_nothing(folder: Path, num_units: int) -> dict[str, Any]:
-    """Run once more."""
+    """Run again without pending units."""
     return _run(folder, num_units, 0)
 
 
@@ -122,7 +122,7 @@ def _run(folder: Path, num_units: int, num_left: int) -> dict[str, Any]:
 
 
 def step_status(folder: Path, num_units: int) -> dict[str, Any]:
-    """Ask how far it is."""
+    """Read the status."""
     status = read_status(str(folder), StorageOptions())
     assert status.num_committed == num_units
     return {"num_rows": status.num_rows}
@@ -134,7 +134,7 @@ def step_open(folder: Path, num_units: int) -> dict[str, Any]:
 
 
 def step_replace(folder: Path, num_units: int) -> dict[str, Any]:
-    """Encode two units again: the statistics of the first must be taken out of the sum."""
+    """Encode two units again: their old statistics must be subtracted from the sums."""
     plan = make_plan(make_config(str(folder), num_units, NUM_ACTORS))
     state, listing = plan.state, plan.listing
     found = {}
@@ -168,7 +168,7 @@ STEPS: dict[str, Callable[[Path, int], dict[str, Any]]] = {
 
 
 def measure(name: str, folder: Path, num_units: int) -> dict[str, Any]:
-    """Run a step in a process of its own."""
+    """Run a step in its own process."""
     command = [sys.executable, __file__, "--units", str(num_units), "--step", name]
     began = time.perf_counter()
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)

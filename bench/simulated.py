@@ -1,7 +1,7 @@
-"""A run without images: a source that is a listing alone, and actors on a simulated clock.
+"""Runs without images: a source that is only a listing, and actors on a simulated clock.
 
-What the driver does is real: it lists, plans, hands out, puts receipts and writes manifests. For
-the benches of the driver and of very many units, and for tests of what one unit costs it.
+The driver is real: it lists, plans, dispatches, puts receipts and writes manifests. The benchmarks
+of the driver and of very many units use this, and so do the tests of the driver's cost per unit.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ STAGES = ("fetch", "decode", "encode", "write", "qa", "upload")
 
 
 class ListedFileSystem(fsspec.AbstractFileSystem):  # type: ignore[misc]
-    """`listed://<name>/<count>` lists so many shards of a gigabyte; none can be read."""
+    """A file system in which `listed://<name>/<count>` lists shards that cannot be read."""
 
     protocol = "listed"
 
     def ls(self, path: str, detail: bool = True, **kwargs: Any) -> list[Any]:
-        """List the folder, as an object store would answer: sizes and ETags."""
+        """List the folder as an object store does: sizes and ETags."""
         root = path.rstrip("/")
         names = [f"{root}/{number:08d}.tar" for number in range(int(root.rpartition("/")[2]))]
         if not detail:
@@ -54,7 +54,7 @@ urls.SCHEMES = urls.SCHEMES | {"listed"}
 
 
 def make_config(output: str, num_units: int, num_actors: int, *, qa: bool = True) -> Config:
-    """Make a config of `num_units` units, for actors that need no GPU."""
+    """Return a config of `num_units` units, for actors that need no GPU."""
     tree: dict[str, Any] = {
         "name": "simulated",
         "source": {"shards": f"listed://photos/{num_units}/*.tar"},
@@ -67,7 +67,7 @@ def make_config(output: str, num_units: int, num_actors: int, *, qa: bool = True
 
 
 def make_receipt(contract: Contract, unit: Unit, generation: int, attempt: str) -> Receipt:
-    """Make a receipt like that of ten thousand photographs, with numbers of its own."""
+    """Return a receipt like that of ten thousand photographs, with its own numbers."""
     bucket = Bucket(*contract.transform.buckets[0]).name
     stem = f"{unit.id}/{generation}-{attempt}"
     digest = unit.id * 2
@@ -105,10 +105,10 @@ def make_receipt(contract: Contract, unit: Unit, generation: int, attempt: str) 
 
 
 class Clock:
-    """Seconds that pass with real ones, and in leaps where there is nothing to do but wait.
+    """A clock that runs with real time, and leaps while there is nothing to do but wait.
 
     Args:
-        real: tells real seconds; one that stands still leaves the leaps alone.
+        real: returns real seconds; a constant function leaves only the leaps.
     """
 
     def __init__(self, real: Callable[[], float] = time.perf_counter) -> None:
@@ -118,11 +118,11 @@ class Clock:
         self._ahead_s = 0.0
 
     def now(self) -> float:
-        """Seconds since some moment."""
+        """Return the seconds since an arbitrary moment."""
         return self._real() + self._ahead_s
 
     def leap(self, seconds: float) -> None:
-        """Let time pass at once."""
+        """Advance the clock."""
         self._ahead_s += seconds
 
     @contextmanager
@@ -138,7 +138,7 @@ class Clock:
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Seconds that a cluster takes of its driver: for a call, for its result, and for a wait."""
+    """The seconds that a cluster costs its driver: for a call, a result, and a wait."""
 
     call_s: float = 0.0
     result_s: float = 0.0
@@ -153,13 +153,13 @@ class _Actor:
 
 
 class SimulatedCluster:
-    """Stands in for `engine.cluster.Cluster`: actors that encode units one after the other.
+    """A replacement of `engine.cluster.Cluster`, with actors that encode units one after the other.
 
     Args:
-        num_actors: how many.
-        clock: what passes while they do.
-        unit_s: how long each unit takes its actor.
-        costs: of the calls.
+        num_actors: number of actors.
+        clock: the clock that they advance.
+        unit_s: duration of a unit in seconds.
+        costs: the costs of calls.
     """
 
     num_cpus_per_actor = 1
@@ -181,7 +181,7 @@ class SimulatedCluster:
         self._clock = clock
         self._unit_s = unit_s
         self._numbers = itertools.count()
-        self._due: list[tuple[float, int]] = []  # when calls end, soonest first
+        self._due: list[tuple[float, int]] = []  # the ends of calls, the soonest first
         self._results: dict[int, Callable[[], Any]] = {}
         self._woke_at: float | None = None
 
@@ -192,11 +192,11 @@ class SimulatedCluster:
         pass
 
     def start_actor(self, job: Job) -> _Actor:
-        """Start one; it is there at once."""
+        """Start an actor, which is ready at once."""
         return _Actor(job)
 
     def call(self, actor: _Actor, method: str, *args: Any) -> int:
-        """Begin a call."""
+        """Start a call."""
         self._spend(self.costs.call_s)
         with self._clock.stopped():
             number, now = next(self._numbers), self._clock.now()
@@ -222,7 +222,7 @@ class SimulatedCluster:
         return {"num_rows": actor.num_rows, "num_rejects": 0, **threads, **busy}
 
     def wait(self, calls: Sequence[int], timeout_s: float) -> list[int]:
-        """Leap to the end of the next call, and give all that have ended by then."""
+        """Leap to the end of the next call, and return all calls that have ended by then."""
         if self._woke_at is not None:
             self.pass_s.append(self._clock.now() - self._woke_at)
         self._spend(self.costs.wait_s)

@@ -1,4 +1,4 @@
-"""Latent datasets made of numbers, without a VAE: for benches and tests of what reads them."""
+"""Latent datasets made of numbers, without a VAE, for benchmarks and tests of readers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def make_contract(
     shift_factor: float = 0.0,
     key_column: str | None = None,
 ) -> Contract:
-    """Make a contract as a run with a kl-f8 autoencoder would."""
+    """Return the contract of a run with a kl-f8 autoencoder."""
     num_channels = 8 if posterior == "moments" else 4
     quantization = make_quantization(num_channels) if dtype == "int8" else None
     return Contract(
@@ -65,7 +65,7 @@ def make_contract(
 
 
 def make_quantization(num_channels: int) -> QuantizationContract:
-    """Make numbers for int8 that hold ten to either side of about zero, other for each channel."""
+    """Return int8 parameters that cover about ±10, different for each channel."""
     scale = np.linspace(0.08, 0.1, num_channels).astype(np.float32)
     zero_point = range(-8, 8 * num_channels - 8, 8)
     return QuantizationContract(512, 0, tuple(scale.tolist()), tuple(zero_point))
@@ -75,7 +75,7 @@ Latents = Callable[[int, Bucket, int], torch.Tensor]
 
 
 def random_latents(contract: Contract) -> Latents:
-    """Draw latents: (number of the unit, bucket, rows) to [N, C, H, W], other for each unit."""
+    """Return random latents [N, C, H, W] for a unit's number, a bucket and a number of rows."""
 
     def draw(number: int, bucket: Bucket, num_rows: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(number * 1009 + bucket[0] * 31 + bucket[1])
@@ -98,10 +98,10 @@ def write_dataset(
     """Write a complete dataset.
 
     Args:
-        url: where to.
-        contract: what to write.
+        url: URL of the dataset.
+        contract: its contract.
         units: for each unit, its rows by bucket.
-        latents: gives them; random ones if left out.
+        latents: returns the latents; None for random ones.
         keep: the fields that are kept as columns.
         storage: how to reach the store.
     """
@@ -167,7 +167,7 @@ def _row(number: int, index: int, columns: Columns) -> RowMeta:
 
 
 def write_manifest(url: str, contract: Contract, num_units: int, rows_per_unit: int) -> None:
-    """Write contract and manifest of a dataset of any size, and none of its files."""
+    """Write the contract and the manifest of a dataset of any size, without its files."""
     store = Store(url)
     establish_contract(store, contract, {})
     state = State(store)

@@ -1,8 +1,8 @@
-"""Ways from shards of photographs to stored latents, each a program of its own for bench/run.py.
+"""Programs that turn shards of photographs into stored latents, for bench/run.py.
 
-All read the same tars, bring each photograph to 256 × 256 px, encode with the demo VAE, or with an
-encoder that costs nothing, and write float16 latents to local disk. Run one as
-`python -m contenders.<name> SHARDS OUT ENCODER SETTINGS`; it prints what `tell` says.
+All read the same tars, bring each photograph to 256 × 256 px, encode with the demo VAE or with an
+encoder that costs nothing, and write float16 latents to the local disk. Run one as
+`python -m contenders.<name> SHARDS OUT ENCODER SETTINGS`; it prints the output of `tell`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ BENCH = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What a contender is to do; `encoder` is `demo` or `free`, `settings` are its own."""
+    """The task of a contender; `encoder` is `demo` or `free`, and `settings` are its own."""
 
     shards: Path
     out: Path
@@ -35,22 +35,22 @@ class Asked:
 
     @classmethod
     def of_command_line(cls) -> Asked:
-        """Read it off the command line."""
+        """Parse the command line."""
         shards, out, encoder, settings = sys.argv[1:]
         return cls(Path(shards), Path(out), encoder, json.loads(settings))
 
 
 def tell(num_images: int, began: float, ended: float) -> None:
-    """Print the result: images, and when work on them began and ended, in seconds since 1970."""
+    """Print the result: the images, and the start and end of the work in seconds since 1970."""
     print(json.dumps({"num_images": num_images, "began": began, "ended": ended}))
 
 
 def run(name: str, asked: Asked) -> dict[str, float]:
-    """Run a contender in a process of its own.
+    """Run a contender in its own process.
 
     Returns:
-        `num_images`; `total_s`, from the start of the process to its end; and `working_s`, from
-        the first image to the last: without imports, loading the model and starting processes.
+        `num_images`; `total_s`, from the start of the process to its end; and `working_s`, from the
+        first image to the last, without imports, loading the model and starting processes.
     """
     path = os.pathsep.join([str(BENCH), *filter(None, [os.environ.get("PYTHONPATH")])])
     offline = {"HF_HUB_OFFLINE": "1", "DIFFUSERS_OFFLINE": "1"}
@@ -78,15 +78,15 @@ def run(name: str, asked: Asked) -> dict[str, float]:
 
 
 def free_moments(images: torch.Tensor) -> torch.Tensor:
-    """Stand in for an encoder: [B, 3, H, W] to moments of the demo VAE's shape, in float32.
+    """Return moments of the demo VAE's shape in float32 for images [B, 3, H, W].
 
-    Costs next to nothing, so that what is around the encoder shows.
+    The cost is close to zero, so that the cost of everything else shows.
     """
     return images[:, :1, ::8, ::8].float().repeat(1, 32, 1, 1)
 
 
 def load_peer(encoder: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Load what the others encode with: diffusers as it comes; gives the mean of [B, 3, H, W]."""
+    """Load diffusers with default settings; return a function from [B, 3, H, W] to the mean."""
     if encoder == "free":
         return lambda images: free_moments(images).chunk(2, dim=1)[0]
     from diffusers import AutoencoderKL

@@ -1,4 +1,4 @@
-"""The usual script: a torch `DataLoader` with PIL transforms, diffusers, and a file an image.
+"""The usual script: a torch `DataLoader` with PIL transforms, diffusers, and one file per image.
 
 Its settings are `num_workers` and `batch_size`.
 """
@@ -22,7 +22,7 @@ Item = tuple[str, torch.Tensor]
 
 
 def transform(data: bytes) -> torch.Tensor:
-    """Resize the shorter side, crop the centre, bring to [-1, 1]: float32 [3, H, W]."""
+    """Resize the shorter side, crop the centre, scale to [-1, 1]: float32 [3, H, W]."""
     image = Image.open(io.BytesIO(data)).convert("RGB")
     scale = RESOLUTION_PX / min(image.size)
     size = (round(image.width * scale), round(image.height * scale))
@@ -33,7 +33,7 @@ def transform(data: bytes) -> torch.Tensor:
 
 
 class Photos(IterableDataset[Item]):
-    """The photographs of the shards, which the workers share out among them."""
+    """The photographs of the shards, divided among the workers."""
 
     def __init__(self, shards: list[str]) -> None:
         self._shards = shards
@@ -44,7 +44,7 @@ class Photos(IterableDataset[Item]):
 
 
 def encode_all(loader: DataLoader[Item], encode: Callable[[torch.Tensor], torch.Tensor]) -> int:
-    """Encode batch by batch and save each latent; gives how many."""
+    """Encode batch by batch and save each latent; return the number of images."""
     num_images = 0
     for keys, images in loader:
         latents = encode(images).half()

@@ -1,6 +1,6 @@
-"""This project, by the same call as `latentcache run`.
+"""This project, with the same call as `latentcache run`.
 
-Its settings are those of the config's section `compute`.
+Its settings are those of the section `compute`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from latentcache.vae.encoder import Encoded
 
 
 class FreeActor(_EncoderActor):
-    """The actor of every run, but for its encoder's arithmetic."""
+    """The actor of a run, without the encoder's arithmetic."""
 
     def setup(self) -> str | LatentCacheError:
-        """Set up as ever, then take the arithmetic out."""
+        """Set up as usual, then replace the arithmetic."""
         ready = super().setup()
         assert self._runner
         self._runner.load().encoder.start = _start_free  # type: ignore[method-assign]

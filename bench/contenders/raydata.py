@@ -24,7 +24,7 @@ from contenders.dataloader import transform
 
 
 def decode(row: dict[str, Any]) -> dict[str, Any]:
-    """Bring one photograph to its size; `began` says when, for the clock alone."""
+    """Bring one photograph to its size; `began` is the time of the start."""
     began = time.time()
     return {"key": row["__key__"], "image": transform(row["jpg"]).numpy(), "began": began}
 

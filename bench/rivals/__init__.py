@@ -1,12 +1,12 @@
-"""The other loaders, each used as its own documentation says, in an environment of its own.
+"""Other loaders, each used as its documentation recommends, in its own environment.
 
-`prepare` writes the rows of one `.npy` array [N, C, H, W] in a rival's format, `measure` reads them
-shuffled from warm local disk, `positions` tells the order it reads them in, and `measure_cold`
-reads them once from S3. Each runs rivals/<package>.py in bench/.envs/<package>, made on first use:
-one process (num_workers=0), one torch thread.
+`prepare` writes the rows of one `.npy` array [N, C, H, W] in the format of a rival. `measure` reads
+them shuffled from warm local disk, `positions` returns the order in which it reads them, and
+`measure_cold` reads them once from S3. Each runs rivals/<package>.py in bench/.envs/<package>,
+which is created on first use: one process (num_workers=0), one torch thread.
 
-A name ending in `-tuned` is the same loader with what we found to make it faster still and its
-documentation does not say for this use; each file tells what that is.
+A name that ends in `-tuned` is the same loader with settings that we found to make it faster and
+that its documentation does not mention for this use. Each file says what they are.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ ENVIRONMENTS = BENCH / ".envs"
 
 @dataclass(frozen=True, slots=True)
 class Rival:
-    """Which program reads, and what `pip` installs for it."""
+    """The program that reads, and the packages that `pip` installs for it."""
 
     program: str
     tuned: bool = False
-    # Installed with all they need; none: the program runs in this very environment.
+    # Installed with their dependencies. If empty, the program runs in this environment.
     requirements: tuple[str, ...] = ()
-    # Installed without what they ask for. Both want torchvision, for pictures; the requirements
-    # name all that they import here.
+    # Installed without their dependencies. Both require torchvision for pictures; `requirements`
+    # lists what they import here.
     bare: tuple[str, ...] = ()
 
 
@@ -84,7 +84,7 @@ def _python(rival: Rival) -> Path:
 
 
 def _run(name: str, action: str, **arguments: Any) -> dict[str, Any]:
-    """Let a rival's program do something; what it prints last is the answer."""
+    """Run an action of a rival's program; the last line that it prints is the answer."""
     rival = RIVALS[name]
     paths = {k: os.path.abspath(v) for k, v in arguments.items() if isinstance(v, os.PathLike)}
     text = json.dumps({"tuned": rival.tuned, **arguments, **paths})
@@ -99,10 +99,10 @@ def prepare(name: str, latents: Path, folder: Path, row_bytes: int | None = None
     """Write the latents in a rival's format, in their order.
 
     Args:
-        name: which of RIVALS.
+        name: a name in RIVALS.
         latents: a `.npy` file, [N, C, H, W] float16.
         folder: must not exist.
-        row_bytes: fill a shard with as many rows as if a row had this size; default: its own.
+        row_bytes: fill a shard as if a row had this size; by default the real size.
     """
     _run(name, "prepare", latents=latents, folder=folder, row_bytes=row_bytes)
 
@@ -110,11 +110,11 @@ def prepare(name: str, latents: Path, folder: Path, row_bytes: int | None = None
 def measure(
     name: str, folder: Path, *, batch_size: int, num_batches: int, num_repetitions: int
 ) -> dict[str, Any]:
-    """Read shuffled batches from local disk, after one whole pass to warm it.
+    """Read shuffled batches from local disk, after one whole pass as warm-up.
 
-    A repetition is the next `num_batches` batches of an endless row of passes; with
-    `num_batches = N // batch_size` it is a whole pass, and counts what a pass costs to begin.
-    float16 batches are as stored, float32 ones normalised; the two take turns.
+    A repetition is the next `num_batches` batches of repeated passes; with `num_batches = N //
+    batch_size` it is a whole pass, including the cost of starting one. float16 batches are as
+    stored, float32 ones normalised; the two take turns.
 
     Returns:
         {"version": str, "samples_per_s": {"float32": [one per repetition], "float16": […]}}.
@@ -129,7 +129,7 @@ def measure(
 
 
 def write_positions(path: Path, num_rows: int) -> None:
-    """Write a `.npy` file of tiny latents [N, 4, 1, 1]; the bytes of each are its row number."""
+    """Write a `.npy` file of tiny latents [N, 4, 1, 1] whose bytes are their row numbers."""
     np.save(path, np.arange(num_rows).view(np.float16).reshape(num_rows, 4, 1, 1))
 
 
@@ -138,8 +138,8 @@ def positions(
 ) -> npt.NDArray[np.int64]:
     """Return the rows of a pass's first batches, from the file of `write_positions`.
 
-    The shape is [num_batches, batch_size]. Shuffle quality over a part of a pass differs from that
-    over a whole pass: measure a whole pass.
+    The shape is [num_batches, batch_size]. The shuffle quality over a part of a pass differs from
+    that over a whole pass, so measure a whole pass.
     """
     with tempfile.TemporaryDirectory() as scratch:
         rows = Path(scratch) / "rows.npy"
@@ -157,16 +157,16 @@ def positions(
 def measure_cold(
     name: str, folder: Path, url: str, endpoint_url: str, cache: Path, *, batch_size: int
 ) -> dict[str, Any]:
-    """Read one pass from S3 as normalised float32, opening included, nothing cached before.
+    """Read one pass from S3 as normalised float32, including opening, with an empty cache.
 
     Credentials come from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.
 
     Args:
-        name: which of RIVALS.
-        folder: what `prepare` wrote.
+        name: a name in RIVALS.
+        folder: the folder that `prepare` wrote.
         url: `s3://…`, where the server has the same files.
         endpoint_url: the server.
-        cache: a folder for what is downloaded; must not exist.
+        cache: a folder for downloads; must not exist.
         batch_size: rows in a batch.
 
     Returns:

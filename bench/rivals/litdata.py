@@ -1,4 +1,4 @@
-"""litdata: chunks through StreamingDataset. Sections named here are those of its README."""
+"""litdata: chunks through StreamingDataset. The sections named here are those of its README."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CHUNK_BYTES = 64_000_000  # "FAQ: chunk size": 64MB for small and medium samples
 
 def rows(latents: npt.NDArray[np.float16], _: object, tuned: bool) -> Iterator[Any]:
     # "Modality" has arrays and tensors. With the defaults arrays are read ten times faster: tensors
-    # are decoded in windows of 32 rows, but shuffled in blocks of 256. See `read` for the cure.
+    # are decoded in windows of 32 rows, but shuffled in blocks of 256. `read` has the remedy.
     for latent in latents:
         yield torch.from_numpy(np.array(latent)) if tuned else np.array(latent)
 
@@ -48,7 +48,7 @@ def read(data: Dataset) -> Callable[[], Iterable[Tensor]]:
         # not say so). It is also what keeps large rows from being decoded again for each batch.
         options["batch_decode"] = 256
     if data.remote:
-        # The client that fetches chunks takes https alone, and no option reaches it.
+        # The client that fetches chunks accepts only https, and no option changes that.
         downloader._OBSTORE_CLIENT_OPTIONS["allow_http"] = True
         # "Stream large cloud datasets": a custom endpoint and a cache directory.
         options["cache_dir"] = str(data.remote.cache)

@@ -17,7 +17,7 @@ from rivals.program import Dataset, main
 
 
 class Files(TorchDataset[Tensor]):
-    """The latents of a folder, in the order of their names."""
+    """The latents of a folder, sorted by name."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -1,6 +1,6 @@
 """MosaicML Streaming: MDS shards through StreamingDataset.
 
-Pages named here are those of docs.mosaicml.com/projects/streaming.
+The pages named here are those of docs.mosaicml.com/projects/streaming.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from torch.utils.data import DataLoader
 
 from rivals.program import Dataset, main
 
-# `import streaming` imports its ready-made datasets of pictures, and they torchvision. An empty
-# module in their place: nothing that is measured touches them.
+# `import streaming` imports datasets that need torchvision. An empty module replaces it, because
+# nothing that is measured uses it.
 sys.modules["streaming.vision"] = types.ModuleType("streaming.vision")
 
 from streaming import MDSWriter, StreamingDataset  # type: ignore[import-not-found]  # noqa: E402
 
-# Its arrays are views of bytes; torch would say once that they cannot be written to.
+# Its arrays are views of bytes; torch would warn that they cannot be written to.
 warnings.filterwarnings("ignore", "The given NumPy array is not writable")
 
 SHARD_BYTES = 1 << 26  # MDSWriter's default; "Basic Dataset Conversion": 50 to 100 MB work well
@@ -35,7 +35,7 @@ def write(latents: npt.NDArray[np.float16], folder: Path, row_bytes: int, tuned:
     # A fixed dtype and shape is the most efficient of its encodings for arrays; no compression,
     # which is for egress costs ("Basic Dataset Conversion").
     columns = {"latent": "ndarray:float16:" + ",".join(map(str, latents.shape[1:]))}
-    offset_bytes = 4  # what a shard spends on a row beside its values
+    offset_bytes = 4  # the overhead of a row in a shard
     size_limit = SHARD_BYTES * (latents[0].nbytes + offset_bytes) // (row_bytes + offset_bytes)
     with MDSWriter(out=str(folder), columns=columns, size_limit=size_limit) as writer:
         for latent in latents:
@@ -52,9 +52,9 @@ def read(data: Dataset) -> Callable[[], Iterable[Tensor]]:
         local=str(data.remote.cache if data.remote else data.folder),
         # "Shuffling": the defaults (py1e, its block size) are good, so set `shuffle` alone.
         shuffle=True,
-        # To be given, and the same as the DataLoader's (the reference of StreamingDataset).
+        # Required, and equal to the DataLoader's (the reference of StreamingDataset).
         batch_size=data.batch_size,
-        # How many rows its two threads may run ahead; default 8 batches. "Performance Tuning" says
+        # How many rows its two threads may prefetch; default 8 batches. "Performance Tuning" says
         # to raise it where downloads are late. It also helps where nothing is downloaded: the
         # threads finish early in a pass and no longer take turns with the reader.
         predownload=1 << 40 if data.tuned else None,

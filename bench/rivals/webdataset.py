@@ -1,4 +1,4 @@
-"""WebDataset: tar shards. Files named here are those of its repository."""
+"""WebDataset: tar shards. The files named here are those of its repository."""
 
 from __future__ import annotations
 
