@@ -51,7 +51,7 @@ def run(folder: Path, *, with_qa: bool) -> dict[str, float]:
     url = plan.output.url
     job = Job(plan.contract, "demo", options, options, url, options, None, 1, qa)
     vae = load_vae("demo", decoder=False)
-    evaluator = QaEvaluator(plan.contract, vae, load_vae("demo")) if with_qa else None
+    evaluator = QaEvaluator(plan.contract, vae, QaModels("demo")) if with_qa else None
     runner = UnitRunner(job, LatentEncoder(vae, "fp32"), evaluator)
     seen = {"qa_s": 0.0, "num_rows": 0.0, "num_qa_rows": 0.0}
     wanted = {"256x256": MIN_ROWS_PER_BUCKET} if with_qa else {}

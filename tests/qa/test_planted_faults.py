@@ -156,7 +156,7 @@ def make(tmp_path: Path, spread_vae: Path) -> Iterator[Callable[[Fault | None], 
             decode_threads=1,
             qa=QaJob(SampleSpec(0.1, 0), QaModels(str(spread_vae))),
         )
-        runner = UnitRunner(job, encoder, QaEvaluator(contract, vae, vae))
+        runner = UnitRunner(job, encoder, QaEvaluator(contract, vae))
         runners.append(runner)
         receipts = []
         for unit in plan.units:

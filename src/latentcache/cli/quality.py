@@ -154,7 +154,7 @@ def qa_command(
     for breach in result.breaches:
         complain(f"QA: {breach}")
     if json_:
-        print_json(found.to_json())
+        print_json(found.tree)
     else:
         print_text(found.to_text())
     return 3 if result.breaches else 0

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -18,8 +17,6 @@ from latentcache.dataset.shards import BucketWriter, read_latents
 from latentcache.image_files import write_png
 from latentcache.qa.evaluator import QaEvaluator
 from latentcache.qa.qa_files import QaRow
-
-Submit = Callable[[Callable[[], list[QaRow]]], list[QaRow]]
 
 # Rows evaluated in one job. Between two jobs, other work may use the encoder's thread.
 _ROWS_AT_ONCE = 16
@@ -33,85 +30,73 @@ class SampleSpec:
     seed: int
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class _Chosen:
-    """A kept row. In a heap, the row with the highest draw comes first."""
-
-    minus_draw: float
-    index: int
-    key: str
-    crop: Path
-
-
+@dataclass(slots=True)
 class QaSample:
-    """The QA sample of one unit, with its crops as PNG files until the unit is written.
+    """The QA sample of one unit, with its crops as PNG files in `folder`.
 
-    Every row draws a number in [0, 1) from (seed, unit, key). Rows below the fraction are chosen.
-    If a bucket then has fewer rows than its minimum, the rows with the next lowest numbers are
-    added.
-
-    Args:
-        spec: the fraction and the seed.
-        wanted: the minimum number of rows, by bucket.
-        unit_id: the unit's id.
-        folder: an existing folder for the crops.
+    Every row draws a number in [0, 1) from (seed, unit, key). Rows below the fraction are kept. If
+    a bucket then has fewer rows than `min_rows`, the rows with the next lowest numbers are kept.
     """
 
-    def __init__(
-        self, spec: SampleSpec, wanted: Mapping[str, int], unit_id: str, folder: Path
-    ) -> None:
-        self._spec = spec
-        self._wanted = wanted
-        self._unit_id = unit_id
-        self._folder = folder
-        self._indices = itertools.count()
-        self._chosen: defaultdict[str, list[_Chosen]] = defaultdict(list)
-        self._spare: defaultdict[str, list[_Chosen]] = defaultdict(list)
+    spec: SampleSpec
+    min_rows: Mapping[str, int]  # by bucket
+    unit_id: str
+    folder: Path
+    _num_offered: int = 0
+    # By bucket, a heap of (minus the draw, index, key).
+    _kept: dict[str, list[tuple[float, int, str]]] = field(
+        default_factory=lambda: defaultdict(list)
+    )
 
     def offer(self, bucket: str, key: str, pixels: torch.Tensor) -> None:
-        """Draw a number for a row that will be encoded, and keep its crop if the row is chosen.
+        """Draw a number for a row that will be encoded, and keep its crop if the row is kept.
 
         Args:
-            bucket: the bucket's name.
-            key: the row's key.
+            bucket, key: the bucket's name and the row's key.
             pixels: the crop, uint8 [3, H, W].
         """
-        chosen, spare = self._chosen[bucket], self._spare[bucket]
-        index = next(self._indices)
-        text = f"{self._spec.seed}\0{self._unit_id}\0{key}".encode()
+        index, kept = self._num_offered, self._kept[bucket]
+        self._num_offered += 1
+        text = f"{self.spec.seed}\0{self.unit_id}\0{key}".encode()
         draw = int.from_bytes(hashlib.sha256(text).digest()[:8], "little") / 2**64
-        row = _Chosen(-draw, index, key, self._folder / f"qa-{index}.png")
-        if draw < self._spec.fraction:
-            chosen.append(row)
-        else:
-            heapq.heappush(spare, row)
-        if len(spare) > max(0, self._wanted.get(bucket, 0) - len(chosen)):
-            dropped = heapq.heappop(spare)
-            if dropped is row:
+        heapq.heappush(kept, (-draw, index, key))
+        highest = -kept[0][0]
+        if highest >= self.spec.fraction and len(kept) > self.min_rows.get(bucket, 0):
+            _, dropped, _ = heapq.heappop(kept)
+            if dropped == index:
                 return
-            dropped.crop.unlink()
-        row.crop.write_bytes(write_png(pixels))
+            self._crop(dropped).unlink()
+        self._crop(index).write_bytes(write_png(pixels))
+
+    def _crop(self, index: int) -> Path:
+        return self.folder / f"qa-{index}.png"
 
     def evaluate(
-        self, writers: Iterable[BucketWriter], evaluator: QaEvaluator, signal: float, submit: Submit
+        self,
+        writers: Iterable[BucketWriter],
+        evaluator: QaEvaluator,
+        signal: float,
+        submit: Callable[[Callable[[], list[QaRow]]], list[QaRow]],
     ) -> Iterator[QaRow]:
         """Evaluate the kept rows as stored in the closed files, in the order they were offered.
 
         Args:
             writers: the writer of each bucket.
-            evaluator: the evaluator.
-            signal: see `QaEvaluator.evaluate`.
+            evaluator, signal: the evaluator, and its signal; see `QaEvaluator.evaluate`.
             submit: runs a job on the evaluator's thread and returns its result.
         """
         for writer in writers:
             bucket = writer.bucket.name
-            rows = [*self._chosen[bucket], *self._spare[bucket]]
-            crops = {row.key: row.crop for row in sorted(rows, key=lambda row: row.index)}
+            crops = {
+                key: self._crop(index)
+                for _, index, key in sorted(self._kept[bucket], key=lambda row: row[1])
+            }
             with ExitStack() as stack:
                 files = [stack.enter_context(path.open("rb")) for path in writer.paths]
                 stored = read_latents(files, crops)
             keys = [key for key in crops if key in stored]  # the others became rejects
             for first in range(0, len(keys), _ROWS_AT_ONCE):
                 some = {key: crops[key].read_bytes() for key in keys[first : first + _ROWS_AT_ONCE]}
-                job = partial(evaluator.evaluate, self._unit_id, bucket, some, stored, signal)
-                yield from submit(job)
+                yield from submit(
+                    partial(evaluator.evaluate, self.unit_id, bucket, some, stored, signal)
+                )
