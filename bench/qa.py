@@ -23,7 +23,6 @@ from latentcache.demo.demo_data import write_demo_data
 from latentcache.engine.job import Job, QaJob, UnitTask
 from latentcache.engine.unit import UnitRunner
 from latentcache.qa.evaluator import QaEvaluator, QaModels
-from latentcache.qa.row_sample import SampleSpec
 from latentcache.storage_options import StorageOptions
 from latentcache.vae.encoder import LatentEncoder
 
@@ -47,7 +46,7 @@ def run(folder: Path, *, with_qa: bool) -> dict[str, float]:
     )
     plan = make_plan(config)
     options = StorageOptions()
-    qa = QaJob(SampleSpec(FRACTION, 0), QaModels("demo")) if with_qa else None
+    qa = QaJob(FRACTION, 0, QaModels("demo")) if with_qa else None
     url = plan.output.url
     job = Job(plan.contract, "demo", options, options, url, options, None, 1, qa)
     vae = load_vae("demo", decoder=False)

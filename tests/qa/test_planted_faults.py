@@ -26,7 +26,6 @@ from latentcache.engine.job import Job, QaJob, UnitTask
 from latentcache.engine.unit import UnitRunner
 from latentcache.qa.evaluator import QaEvaluator, QaModels
 from latentcache.qa.gates import Gates, QaTotals
-from latentcache.qa.row_sample import SampleSpec
 from latentcache.storage_options import StorageOptions
 from latentcache.vae.encoder import Encoded, LatentEncoder
 from makers import config_tree, encode_image, write_tar
@@ -154,7 +153,7 @@ def make(tmp_path: Path, spread_vae: Path) -> Iterator[Callable[[Fault | None], 
             output_storage=options,
             batch_size=8,
             decode_threads=1,
-            qa=QaJob(SampleSpec(0.1, 0), QaModels(str(spread_vae))),
+            qa=QaJob(0.1, 0, QaModels(str(spread_vae))),
         )
         runner = UnitRunner(job, encoder, QaEvaluator(contract, vae))
         runners.append(runner)

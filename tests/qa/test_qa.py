@@ -29,7 +29,7 @@ from latentcache import load_vae
 from latentcache.dataset.bucket import Bucket
 from latentcache.demo.draw import draw_image
 from latentcache.errors import DatasetError
-from latentcache.qa.row_sample import QaSample, SampleSpec
+from latentcache.qa.evaluator import QaSample
 from makers import config_tree, encode_image, write_tar
 from runs import Cli
 
@@ -325,7 +325,7 @@ def test_the_sample_is_every_row_below_the_fraction_and_the_next_lowest(
     buckets: list[str],
 ) -> None:
     folder = tmp_path_factory.mktemp("sample")
-    sample = QaSample(SampleSpec(fraction, seed), {"64x64": wanted}, "unit", folder)
+    sample = QaSample(fraction, seed, {"64x64": wanted}, "unit", folder)
     for index, bucket in enumerate(buckets):
         sample.offer(bucket, f"k{index}", torch.full((3, 8, 8), index, dtype=torch.uint8))
 

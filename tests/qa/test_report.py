@@ -33,7 +33,7 @@ from latentcache.qa import figures, report
 from latentcache.qa.gates import Gates
 from latentcache.qa.html import RowPictures, draw_row
 from latentcache.qa.qa_files import QaRow
-from latentcache.qa.report import build_report, report_path, save_report, write_report
+from latentcache.qa.report import build_report, report_path
 from makers import (
     draw,
     encode_image,
@@ -368,7 +368,7 @@ def test_thumbnails_of_rejects_are_shown_where_there_are_some(tmp_path: Path):
 def test_the_page_says_what_the_json_says(dataset: Dataset, tmp_path: Path):
     done = build_report(dataset, ["a gate was not passed"], GATES, notes=["from the kept crops"])
     page = Read(done.to_html())
-    save_report(done, tmp_path / "report.json")
+    done.save(tmp_path / "report.json")
     tree = json.loads((tmp_path / "report.json").read_bytes())
     assert json.loads(page.text["json"]) == tree == done.tree
     said = page.all_text.removesuffix(page.text["json"])
@@ -455,26 +455,26 @@ def test_many_qa_rows_make_a_small_report(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_report_lies_in_its_dataset_and_is_written_over(dataset: Dataset):
-    write_report(build_report(dataset, ["no"], GATES), dataset)
+    build_report(dataset, ["no"], GATES).put(dataset)
     assert report_path(dataset) == "qa/report-00000001.html"
     done = build_report(dataset, [], GATES)
-    write_report(done, dataset)
+    done.put(dataset)
     assert dataset.store.read_bytes("qa/report-00000001.html").decode() == done.to_html()
     assert json.loads(dataset.store.read_bytes("qa/report-00000001.json")) == done.tree
 
 
 def test_a_target_that_cannot_be_written_is_named(dataset: Dataset, tmp_path: Path):
     done = build_report(dataset, [], GATES)
-    save_report(done, tmp_path / "ok.html")
+    done.save(tmp_path / "ok.html")
     assert (tmp_path / "ok.html").read_text() == done.to_html()
     for target in (tmp_path / "nowhere" / "x.html", tmp_path / "ok.html" / "x.json"):
         with pytest.raises(StorageError, match=r"cannot use .*x\."):
-            save_report(done, target)
+            done.save(target)
     (tmp_path / "folder.html").mkdir()
     with pytest.raises(StorageError, match=r"folder\.html: .*[Dd]irectory"):
-        save_report(done, tmp_path / "folder.html")
+        done.save(tmp_path / "folder.html")
     with pytest.raises(ConfigError, match=r"name it \.html or \.json"):
-        save_report(done, tmp_path / "report.pdf")
+        done.save(tmp_path / "report.pdf")
 
 
 def test_a_qa_file_that_is_gone_or_damaged_is_named(dataset: Dataset, tmp_path: Path):
@@ -513,7 +513,7 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def page_file(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("page") / "report.html"
-    save_report(build_report(dataset, [], GATES), file)
+    build_report(dataset, [], GATES).save(file)
     return file
 
 

@@ -15,7 +15,7 @@ from checkpoints import write_diffusers_folder
 from latentcache import Dataset, KLAutoencoder, load_vae, open_dataset, to_uint8
 from latentcache.dataset.contract import Contract
 from latentcache.errors import ConfigError, DatasetError, StorageError
-from latentcache.qa.sheet import Tile, draw_sheet, load_decoder, save_sheet
+from latentcache.qa.sheet import draw_sheet, load_decoder, save_sheet
 from latentcache.vae.weights import encoder_fingerprint
 from makers import make_contract, make_latents, write_dataset
 from runs import Cli
@@ -76,7 +76,7 @@ def test_rows_are_drawn_at_random(tmp_path: Path, vae: KLAutoencoder):
 def test_lines_are_of_one_width_and_pictures_keep_their_shape():
     colours = ("red", "blue", "green")
     sizes = [(512, 512), (704, 384), (384, 704)] * 12
-    tiles = [Tile(Image.new("RGB", s, colours[i % 3]), f"{i}") for i, s in enumerate(sizes)]
+    tiles = [(Image.new("RGB", s, colours[i % 3]), f"{i}") for i, s in enumerate(sizes)]
     sheet = np.asarray(draw_sheet(tiles)).astype(int)
     assert 1400 < sheet.shape[1] <= 1460
     areas: dict[tuple[int, int], int] = {}
@@ -92,7 +92,7 @@ def test_lines_are_of_one_width_and_pictures_keep_their_shape():
 @pytest.mark.parametrize("key", ["k" * 500, "two\nlines", "\x00\u202e", "鍵", ""])
 def test_any_key_can_be_written(key: str):
     image = Image.new("RGB", (64, 64))
-    assert draw_sheet([Tile(image, key)]).size == draw_sheet([Tile(image, "k")]).size
+    assert draw_sheet([(image, key)]).size == draw_sheet([(image, "k")]).size
 
 
 def test_a_decoder_is_found_through_the_dataset(tmp_path: Path, vae: KLAutoencoder):

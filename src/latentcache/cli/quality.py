@@ -98,7 +98,7 @@ def qa_command(
     from latentcache.qa.evaluator import QaModels
     from latentcache.qa.gates import Gates
     from latentcache.qa.reevaluate import Selection, reevaluate
-    from latentcache.qa.report import build_report, require_writable, save_report
+    from latentcache.qa.report import build_report, require_writable
     from latentcache.storage_options import StorageOptions
 
     url, options = locate(target, set_)
@@ -148,7 +148,7 @@ def qa_command(
             files=result.files,
         )
         if report:
-            save_report(found, report)
+            found.save(report)
     for note in result.notes:
         complain(note)
     for breach in result.breaches:

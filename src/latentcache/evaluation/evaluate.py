@@ -1,7 +1,6 @@
 """Evaluate several decoders on one set of latents, as on a model card.
 
-The work is divided into pieces of one source shard each. Any callable like `map` may run them: in
-this process, or in the actors of a cluster.
+The work is divided into pieces of one source shard each, for this process or for actors.
 """
 
 from __future__ import annotations
@@ -50,8 +49,7 @@ def plan_evaluation(config: EvalConfig) -> EvalPlan:
     """List the shards, divide the images among them, and check that the output can be written.
 
     Raises:
-        ConfigError: the `source` section is wrong.
-        SourceError: a named shard is missing, or a glob matches nothing.
+        ConfigError, SourceError: see `list_source`.
         StorageError: a store cannot be reached or written.
     """
     require_kind(config, EvalConfig)

@@ -1,10 +1,15 @@
-"""The quality of stored latents: they are decoded and compared with the crops they came from."""
+"""Choose rows of a unit, decode their stored latents and compare them with the encoded crops."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import hashlib
+import heapq
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -12,7 +17,7 @@ from torch import Tensor
 from latentcache.dataset.bucket import Bucket
 from latentcache.dataset.contract import Contract
 from latentcache.dataset.quantization import is_finite, to_values
-from latentcache.dataset.shards import tensor_bytes
+from latentcache.dataset.shards import BucketWriter, read_latents, tensor_bytes
 from latentcache.errors import ConfigError
 from latentcache.image_files import read_png, write_png
 from latentcache.metrics import MAX_DB, MIN_DB, psnr_db, ssim
@@ -26,6 +31,9 @@ from latentcache.vae.weights import encoder_fingerprint, load_vae
 
 # Decoding takes several times the memory of encoding, so a batch has few images.
 _BATCH_PIXELS = 4 * 256 * 256
+
+# Rows that a run evaluates in one job. Between two jobs, it may use the encoder's thread to encode.
+_ROWS_AT_ONCE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +152,7 @@ class QaEvaluator:
             lpips = self._lpips(decoded, pixels).tolist()
         if self._terms.quantization:
             best = _limited(psnr_db(self._decode(reference[:, channels]), pixels).cpu())
-            costs = (torch.where(finite, best, MIN_DB) - psnrs).tolist()
+            costs = torch.where(finite, best - psnrs, 0.0).tolist()
         drifts = _drifts_db(latents, reference, self._num_channels, signal)
         columns = (
             *(psnrs.tolist(), ssim(decoded, pixels).tolist(), lpips, drifts.tolist(), costs),
@@ -175,3 +183,74 @@ def _drifts_db(latents: Tensor, reference: Tensor, channels: int, signal: float)
 def _limited(decibels: Tensor) -> Tensor:
     """Clamp decibels to the limits of stored measures; NaN becomes the lower limit."""
     return decibels.nan_to_num(nan=MIN_DB).clamp(MIN_DB, MAX_DB)
+
+
+@dataclass(slots=True)
+class QaSample:
+    """The QA sample of one unit, with its crops as PNG files in `folder`.
+
+    Every row draws a number in [0, 1) from (seed, unit, key). Rows below the fraction are kept. If
+    a bucket then has fewer rows than `min_rows`, the rows with the next lowest numbers are kept.
+    """
+
+    fraction: float
+    seed: int
+    min_rows: Mapping[str, int]  # by bucket
+    unit_id: str
+    folder: Path
+    _num_offered: int = 0
+    # By bucket, a heap of (minus the draw, index, key).
+    _kept: dict[str, list[tuple[float, int, str]]] = field(
+        default_factory=lambda: defaultdict(list)
+    )
+
+    def offer(self, bucket: str, key: str, pixels: torch.Tensor) -> None:
+        """Draw a number for a row that will be encoded, and keep its crop if the row is kept.
+
+        Args:
+            bucket, key: the bucket's name and the row's key.
+            pixels: the crop, uint8 [3, H, W].
+        """
+        index, kept = self._num_offered, self._kept[bucket]
+        self._num_offered += 1
+        text = f"{self.seed}\0{self.unit_id}\0{key}".encode()
+        draw = int.from_bytes(hashlib.sha256(text).digest()[:8], "little") / 2**64
+        heapq.heappush(kept, (-draw, index, key))
+        highest = -kept[0][0]
+        if highest >= self.fraction and len(kept) > self.min_rows.get(bucket, 0):
+            _, dropped, _ = heapq.heappop(kept)
+            if dropped == index:
+                return
+            self._crop(dropped).unlink()
+        self._crop(index).write_bytes(write_png(pixels))
+
+    def _crop(self, index: int) -> Path:
+        return self.folder / f"qa-{index}.png"
+
+    def evaluate(
+        self,
+        writers: Iterable[BucketWriter],
+        evaluator: QaEvaluator,
+        signal: float,
+        submit: Callable[[Callable[[], list[QaRow]]], list[QaRow]],
+    ) -> Iterator[QaRow]:
+        """Evaluate the kept rows as stored in the closed files, in the order they were offered.
+
+        Args:
+            writers: the writer of each bucket.
+            evaluator, signal: the evaluator, and its signal; see `QaEvaluator.evaluate`.
+            submit: runs a job on the evaluator's thread and returns its result.
+        """
+        for writer in writers:
+            bucket = writer.bucket.name
+            kept = sorted(self._kept[bucket], key=lambda row: row[1])
+            crops = {key: self._crop(index) for _, index, key in kept}
+            with ExitStack() as stack:
+                files = [stack.enter_context(path.open("rb")) for path in writer.paths]
+                stored = read_latents(files, crops)
+            keys = [key for key in crops if key in stored]  # the others became rejects
+            for first in range(0, len(keys), _ROWS_AT_ONCE):
+                some = {key: crops[key].read_bytes() for key in keys[first : first + _ROWS_AT_ONCE]}
+                yield from submit(
+                    partial(evaluator.evaluate, self.unit_id, bucket, some, stored, signal)
+                )

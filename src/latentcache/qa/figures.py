@@ -9,7 +9,6 @@ from collections import Counter
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -18,7 +17,8 @@ from latentcache.dataset.bucket import Bucket
 from latentcache.dataset.contract import VaeContract
 from latentcache.dataset.reader import Dataset, RejectedRow
 from latentcache.dataset.receipts import read_receipts
-from latentcache.dataset.statistics import HISTOGRAM_EDGES, Statistics
+from latentcache.dataset.statistics import HISTOGRAM_EDGES, Float64, Statistics
+from latentcache.image_files import rewrite_thumbnail
 from latentcache.qa.qa_files import MEASURES
 
 # `scaling_factor` should bring latents to unit variance. A larger relative error means a mistake,
@@ -27,8 +27,6 @@ _MAX_SCALING_ERROR = 0.2
 
 _MAX_RECEIPTS = 1000
 _NUM_REJECT_EXAMPLES = 6
-
-Float64 = npt.NDArray[np.float64]
 
 
 def make_figures(dataset: Dataset, measures: pa.Table) -> dict[str, Any]:
@@ -84,7 +82,8 @@ def _buckets(num_rows: dict[str, int], measures: pa.Table) -> list[dict[str, Any
     groups = measures.group_by("bucket", use_threads=False).aggregate([("key", "count"), *figures])
     by_bucket = {row["bucket"]: row for row in groups.to_pylist()}
     result = []
-    for size in sorted(map(Bucket.parse, num_rows.keys() | by_bucket.keys()), key=_area_first):
+    sizes = map(Bucket.parse, num_rows.keys() | by_bucket.keys())
+    for size in sorted(sizes, key=lambda size: (size.num_pixels, size)):
         row = by_bucket.get(size.name, {})
         result.append(
             {
@@ -95,10 +94,6 @@ def _buckets(num_rows: dict[str, int], measures: pa.Table) -> list[dict[str, Any
             }
         )
     return result
-
-
-def _area_first(size: Bucket) -> tuple[int, Bucket]:
-    return size.num_pixels, size
 
 
 def _latents(vae: VaeContract, stats: Statistics) -> dict[str, Any]:
@@ -180,8 +175,9 @@ def rejects(dataset: Dataset) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
         shown = []
         for number, reject in enumerate((with_picture + others)[:_NUM_REJECT_EXAMPLES]):
             name = f"reject-{len(reasons)}-{number}"
-            if reject.thumbnail:
-                thumbnails[name] = reject.thumbnail
+            # Written again, because the thumbnails of a dataset are untrusted.
+            if thumbnail := rewrite_thumbnail(reject.thumbnail or b""):
+                thumbnails[name] = thumbnail
             fields = ("unit", "source", "key", "message")
             shown.append({"id": name, **{field: getattr(reject, field) for field in fields}})
         reasons.append({"stage": stage, "reason": reason, "num_rejects": num, "examples": shown})

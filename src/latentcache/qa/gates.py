@@ -46,22 +46,17 @@ class QaTotals:
         """Add a unit to the totals.
 
         Args:
-            unit: the unit.
-            before: the same unit as it was added before; it is subtracted.
+            unit, before: the unit, and the same unit as it was added before, which is subtracted.
         """
-        self._count(unit, 1)
-        if before:
-            self._count(before, -1)
+        for part, sign in ((unit, 1), *([(before, -1)] if before else [])):
+            self.num_rejects += sign * part.num_rejects
+            if part.qa:
+                self.num_rows.update({b: sign * num for b, num in part.qa.num_rows.items()})
+                self._sum_psnr_db += sign * part.qa.mean_psnr_db * sum(part.qa.num_rows.values())
         self._drifted.pop(unit.unit_id, None)
         limit = self.gates.min_drift_db
         if unit.qa and limit is not None and unit.qa.min_drift_db < limit:
             self._drifted[unit.unit_id] = (unit.qa.min_drift_db, unit.source)
-
-    def _count(self, unit: UnitSummary, sign: int) -> None:
-        self.num_rejects += sign * unit.num_rejects
-        if unit.qa:
-            self.num_rows.update({b: sign * num for b, num in unit.qa.num_rows.items()})
-            self._sum_psnr_db += sign * unit.qa.mean_psnr_db * sum(unit.qa.num_rows.values())
 
     @property
     def mean_psnr_db(self) -> float | None:

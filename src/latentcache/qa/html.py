@@ -40,18 +40,14 @@ _NUM_SHADES = 128
 
 @dataclass(frozen=True, slots=True)
 class RowPictures:
-    """The pictures of a QA row as `data:` URIs; `width_px` and `height_px` are its bucket's size.
-
-    `error` is a heat map of the mean absolute difference over RGB. `channels` has one picture for
-    each channel of the latent, with one pixel for each value.
-    """
+    """The pictures of a QA row as `data:` URIs, and its bucket's size."""
 
     width_px: int
     height_px: int
     original: str
     reconstruction: str
-    error: str
-    channels: list[str]
+    error: str  # a heat map of the mean absolute difference over RGB
+    channels: list[str]  # of the latent, with one pixel for each value
 
 
 def draw_row(row: QaRow, mean: Sequence[float], std: Sequence[float]) -> RowPictures:

@@ -1,7 +1,6 @@
 """QA files: a sample of a unit's rows with their crops, latents, reconstructions and measures.
 
-Reports need only these files and no model. The crops allow another evaluation after the source
-images are deleted.
+The crops allow another evaluation after the source images are deleted.
 """
 
 from __future__ import annotations
@@ -84,8 +83,7 @@ def write_qa(local: Path, path: str, rows: Iterable[QaRow], decoder: str) -> QaF
 
     Args:
         local, path: the file to write, and its later path in the dataset.
-        rows: the rows.
-        decoder: the checkpoint that decoded the rows.
+        rows, decoder: the rows, and the checkpoint that decoded them.
 
     Returns:
         The description of the file for a receipt; None, and no file, if there are no rows.
@@ -114,14 +112,10 @@ def write_qa(local: Path, path: str, rows: Iterable[QaRow], decoder: str) -> QaF
 
 
 def read_measures(files: QaFiles, contract: Contract) -> pa.Table:
-    """Read the measures of all QA rows, without their pictures.
+    """Return a table of the `unit`, `key`, `bucket` and `MEASURES` of all QA rows.
 
     Args:
-        files: the QA files.
-        contract: the dataset's contract, which has the buckets of the rows.
-
-    Returns:
-        A table of `unit`, `key`, `bucket` and `MEASURES`, in the order of the units.
+        files, contract: the QA files, and the dataset's contract.
 
     Raises:
         DatasetError: a QA file is missing or damaged, or has a row of another bucket.
@@ -148,8 +142,7 @@ def read_qa_rows(store: Store, record: UnitRecord, keys: Collection[str]) -> lis
     """Read some QA rows of a unit with their pictures.
 
     Args:
-        store, record: the store of the QA file, and the unit.
-        keys: the keys of the rows.
+        store, record, keys: the store of the QA file, the unit, and the keys of the rows.
 
     Raises:
         DatasetError: the QA file is missing or damaged.

@@ -1,7 +1,6 @@
-"""Evaluate the stored latents of a dataset again: decode them and compare them with their images.
+"""Evaluate rows of a dataset again, with crops that the run kept or with source shards.
 
-The images are the crops that the run kept, or those of a few units whose source shards are read
-again. The results have the format of the run's own QA files, so that one report serves both.
+The results have the format of the run's own QA files, so that one report serves both.
 """
 
 from __future__ import annotations
@@ -34,18 +33,17 @@ from latentcache.storage_options import StorageOptions
 from latentcache.vae.encoder import require_fp32
 from latentcache.vae.weights import encoder_fingerprint, load_vae
 
-Crops = dict[str, dict[str, bytes]]
-"""The images of a unit's rows as PNG, by bucket and key."""
+_Crops = dict[str, dict[str, bytes]]  # PNG files of a unit's rows, by bucket and key
+_Geometry = tuple[str | int, ...]  # bucket, original width and height, crop top and left
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """The rows to evaluate: `num_rows` in total, drawn with `seed` and spread over the buckets.
+    """The rows to evaluate, drawn with `seed` and spread over the buckets.
 
     If `num_units` is 0, the images are the crops that the run kept. Otherwise the rows come from
-    that many units, whose source shards are read again with `source_storage`, at the URLs to which
-    they `moved`. Only shards in `sources` are read: URLs, globs and folders that the user names, in
-    the form of `source.shards` of a config.
+    that many units, whose source shards are read again, at the URLs to which they `moved`. Only
+    shards in `sources` are read, in the form of `source.shards` of a config.
     """
 
     num_rows: int = 256
@@ -58,16 +56,12 @@ class Selection:
 
 @dataclass(slots=True)
 class QaResult:
-    """The result of an evaluation: the checkpoint that decoded, and the new QA files.
-
-    `breaches` has a line for each gate that fails and each row that its source contradicts. `notes`
-    has lines that explain the figures.
-    """
+    """The result of an evaluation: the checkpoint that decoded, and the new QA files."""
 
     decoder: str
     files: QaFiles
-    breaches: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    breaches: list[str] = field(default_factory=list)  # failed gates, rows unlike their source
+    notes: list[str] = field(default_factory=list)  # lines that explain the figures
 
 
 def reevaluate(
@@ -84,10 +78,8 @@ def reevaluate(
     """Measure rows of a dataset again, on a GPU if there is one, and check them against gates.
 
     Args:
-        dataset: the dataset.
+        dataset, selection, gates: the dataset, the rows to measure, and the limits to check.
         models: the models in addition to the dataset's VAE.
-        selection: the rows to measure.
-        gates: the limits to check.
         folder: an empty local folder for the new QA files.
         checkpoint, checkpoint_storage: the dataset's VAE and how to reach it; None uses `demo` if
             that encoded the dataset, otherwise the decoder.
@@ -95,9 +87,8 @@ def reevaluate(
 
     Raises:
         CheckpointError: a checkpoint cannot be used.
-        ConfigError: the VAE is not the dataset's, or the decoder does not belong to it; or the
-            dataset names a checkpoint or source shards that the user does not name.
-        DatasetError: no crops were kept and no shard can be read again; or a file is damaged.
+        ConfigError: a model does not fit, or the user does not name a checkpoint or source.
+        DatasetError: there are no images, or a file is damaged.
     """
     sources = NamedSources(selection.sources)
     if selection.num_units and not selection.sources and dataset.units:
@@ -153,7 +144,7 @@ def _load_evaluator(
 
 def _read_crops(
     dataset: Dataset, selection: Selection, sources: NamedSources, result: QaResult
-) -> Iterator[tuple[UnitRecord, Crops]]:
+) -> Iterator[tuple[UnitRecord, _Crops]]:
     """Yield units with the images of the rows to evaluate, as far as they are available."""
     num_fetched = 0
     drawn = sorted(dataset.units, key=lambda record: _draw(selection.seed, record.unit.id))
@@ -175,7 +166,7 @@ def _read_crops(
         yield from _read_kept(dataset, selection)
 
 
-def _read_kept(dataset: Dataset, selection: Selection) -> Iterator[tuple[UnitRecord, Crops]]:
+def _read_kept(dataset: Dataset, selection: Selection) -> Iterator[tuple[UnitRecord, _Crops]]:
     """Yield crops that the run kept, equally many of each bucket if there are enough."""
     measures = read_measures(QaFiles(dataset.store, dataset.units), dataset.contract)
     by_bucket: dict[str, list[tuple[str, str]]] = {}
@@ -189,19 +180,19 @@ def _read_kept(dataset: Dataset, selection: Selection) -> Iterator[tuple[UnitRec
         keys.setdefault(unit, set()).add(key)
     for record in dataset.units:
         if record.unit.id in keys:
-            crops: Crops = {}
+            crops: _Crops = {}
             for kept in read_qa_rows(dataset.store, record, keys[record.unit.id]):
                 crops.setdefault(kept.bucket, {})[kept.key] = kept.image
             yield record, crops
 
 
-def _fetch(dataset: Dataset, record: UnitRecord, selection: Selection, result: QaResult) -> Crops:
+def _fetch(dataset: Dataset, record: UnitRecord, selection: Selection, result: QaResult) -> _Crops:
     """Read a unit's shard again, and crop the images of some rows to their buckets again."""
     rows = _read_geometry(dataset, record)
     drawn = sorted(rows, key=lambda key: _draw(selection.seed, record.unit.id, key))
     missing = set(drawn[: -(-selection.num_rows // selection.num_units)])
     spec = transform_spec(dataset.contract)
-    crops: Crops = {}
+    crops: _Crops = {}
     unit, options = record.unit, selection.source_storage
     shard = shard_of(unit, options, selection.moved)
     for sample in read_images(shard, dataset.contract.source, options):
@@ -226,10 +217,10 @@ def _fetch(dataset: Dataset, record: UnitRecord, selection: Selection, result: Q
     return crops
 
 
-def _read_geometry(dataset: Dataset, record: UnitRecord) -> dict[str, tuple[str | int, ...]]:
-    """Read bucket, original width and height, crop top and left of a unit's rows, by key."""
+def _read_geometry(dataset: Dataset, record: UnitRecord) -> dict[str, _Geometry]:
+    """Return the geometry of a unit's rows by key."""
     names = ["key", "original_width", "original_height", "crop_top", "crop_left"]
-    rows: dict[str, tuple[str | int, ...]] = {}
+    rows: dict[str, _Geometry] = {}
     for file in record.files:
         if not file.path.endswith(".parquet"):
             continue
@@ -245,7 +236,7 @@ def _read_geometry(dataset: Dataset, record: UnitRecord) -> dict[str, tuple[str 
 
 
 def _evaluate(
-    dataset: Dataset, evaluator: QaEvaluator, record: UnitRecord, crops: Crops
+    dataset: Dataset, evaluator: QaEvaluator, record: UnitRecord, crops: _Crops
 ) -> Iterator[QaRow]:
     """Measure rows of a unit with the latents of its data files."""
     num_channels = dataset.contract.vae.latent_channels

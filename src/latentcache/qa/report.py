@@ -1,7 +1,6 @@
-"""The QA report of a dataset, from its QA files alone: no model and no source image is needed.
+"""The QA report of a dataset: `figures.py` makes its content, plain JSON, and `html.py` renders it.
 
-`figures.py` makes the content, one tree of plain JSON. `html.py` renders it with the pictures of
-`row_pictures.py`. A report shows a few rows and reads only their pictures.
+No model and no source image is needed. A report shows a few rows and reads only their pictures.
 """
 
 from __future__ import annotations
@@ -21,22 +20,15 @@ from latentcache.dataset.parquet import naming_damage
 from latentcache.dataset.reader import Dataset
 from latentcache.dataset.receipts import UnitRecord
 from latentcache.errors import ConfigError, one_line
-from latentcache.image_files import rewrite_thumbnail
 from latentcache.qa import figures
 from latentcache.qa.gates import Gates
 from latentcache.qa.html import RowPictures, draw_row, render
-from latentcache.qa.qa_files import QaFiles, read_measures, read_qa_rows
+from latentcache.qa.qa_files import MEASURES, QaFiles, read_measures, read_qa_rows
 from latentcache.storage.failures import named_local
 
 _READ_THREADS = 8
 
-_LABELS = {
-    "psnr_db": ("PSNR", " dB"),
-    "ssim": ("SSIM", ""),
-    "lpips": ("LPIPS", ""),
-    "drift_db": ("drift", " dB"),
-    "psnr_cost_db": ("PSNR cost", " dB"),
-}
+_LABELS = dict(zip(MEASURES, ("PSNR", "SSIM", "LPIPS", "drift", "PSNR cost"), strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +47,9 @@ class Report:
             f"{self.tree['manifest']} evaluated"
         ]
         for name, measure in self.tree["measures"].items():
-            label, unit = _LABELS[name]
+            unit = " dB" if name.endswith("_db") else ""
             lines.append(
-                f"{label:10} {measure['mean']:8.3f} ± {measure['std']:.3f}{unit}, "
+                f"{_LABELS[name]:10} {measure['mean']:8.3f} ± {measure['std']:.3f}{unit}, "
                 f"from {measure['min']:.3f} to {measure['max']:.3f}"
             )
         return "\n".join([*lines, *self.worst_rows])
@@ -81,6 +73,24 @@ class Report:
     def to_html(self) -> str:
         """Return the report as one HTML file that loads and runs nothing."""
         return render(self.tree, self.pictures, self.thumbnails)
+
+    def put(self, dataset: Dataset) -> None:
+        """Put the report into its dataset, replacing an older one of the same manifest."""
+        path = report_path(dataset)
+        dataset.store.put(path.replace(".html", ".json"), self.to_json().encode())
+        dataset.store.put(path, self.to_html().encode())
+
+    def save(self, target: Path) -> None:
+        """Write the report to a local file, whose name ends with `.html` or `.json`.
+
+        Raises:
+            ConfigError: the name has another ending.
+            StorageError: the file cannot be written.
+        """
+        require_writable(target)
+        text = self.to_json() if target.suffix == ".json" else self.to_html()
+        with named_local(target):
+            target.write_bytes(text.encode())
 
 
 def build_report(
@@ -115,8 +125,6 @@ def build_report(
     measures = read_measures(files, dataset.contract)
     rows = _choose_rows(dataset, measures, gates, num_shown, seed)
     rejects, thumbnails = figures.rejects(dataset)
-    # Written again, because the thumbnails of a dataset are untrusted.
-    redrawn = {name: rewrite_thumbnail(data) for name, data in thumbnails.items()}
     status = "failed" if breaches else "passed" if measures.num_rows else "not_sampled"
     tree = {
         "name": provenance.get("name"),
@@ -135,8 +143,7 @@ def build_report(
         "fingerprint": dataset.contract.fingerprint,
         "provenance": provenance,
     }
-    pictures = _draw_rows(dataset, files, rows)
-    return Report(tree, pictures, {name: data for name, data in redrawn.items() if data})
+    return Report(tree, _draw_rows(dataset, files, rows), thumbnails)
 
 
 def _choose_rows(
@@ -191,36 +198,9 @@ def report_path(dataset: Dataset) -> str:
     return f"qa/report-{dataset.manifest.number:08d}.html"
 
 
-def write_report(report: Report, dataset: Dataset) -> None:
-    """Put a report into its dataset, replacing an older one of the same manifest.
-
-    Args:
-        report, dataset: the report and its dataset.
-    """
-    path = report_path(dataset)
-    dataset.store.put(path.replace(".html", ".json"), report.to_json().encode())
-    dataset.store.put(path, report.to_html().encode())
-
-
 def require_writable(target: Path) -> None:
-    """Raise the errors of `save_report` if it could not write; callers use it before long work."""
+    """Raise the errors of `Report.save` if it could not write; callers use it before long work."""
     if target.suffix not in (".html", ".json"):
         raise ConfigError(f"cannot write a report to {target}: name it .html or .json")
     with named_local(target), target.open("ab"):
         pass
-
-
-def save_report(report: Report, target: Path) -> None:
-    """Write a report to a local file.
-
-    Args:
-        report, target: the report, and the file; its name ends with `.html` or `.json`.
-
-    Raises:
-        ConfigError: it has another ending.
-        StorageError: the file cannot be written.
-    """
-    require_writable(target)
-    text = report.to_json() if target.suffix == ".json" else report.to_html()
-    with named_local(target):
-        target.write_bytes(text.encode())

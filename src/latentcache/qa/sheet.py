@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,11 +30,7 @@ _LABEL_PX = 2 * _FONT_PX + 10  # one line for the key and one for the bucket
 _PAPER, _INK, _PALE_INK = "#ffffff", "#1b1c1e", "#6b6e74"
 
 
-class Tile(NamedTuple):
-    """A decoded row."""
-
-    image: Image.Image
-    key: str
+_Tile = tuple[Image.Image, str]  # a decoded row and its key
 
 
 def load_decoder(
@@ -45,15 +40,13 @@ def load_decoder(
 
     Args:
         dataset: the dataset.
-        url: a checkpoint as for `load_vae`; None uses `demo` if that encoded the dataset.
-        options: how to reach the checkpoint.
+        url, options: a checkpoint as for `load_vae`; None uses `demo` if that encoded the dataset.
 
     Returns:
         The VAE, on the GPU if there is one, and notes for the user, one line each.
 
     Raises:
-        ConfigError: there is no usable checkpoint, its latents have another shape, or only the
-            dataset names it; see `access.py`.
+        ConfigError: there is no usable checkpoint, or only the dataset names it.
     """
     checkpoint = url or find_checkpoint(dataset)
     try:
@@ -61,10 +54,9 @@ def load_decoder(
     except (CheckpointError, StorageError) as error:
         raise ConfigError(f"no decoder at {checkpoint}: {error}") from error
     require_family(vae, checkpoint, dataset.contract.vae)
-    notes = []
-    if encoder_fingerprint(vae) != dataset.contract.vae.encoder_fingerprint:
-        notes.append(f"{checkpoint} has another encoder than the one that made these latents")
-    return vae.to("cuda" if torch.cuda.is_available() else "cpu"), notes
+    note = f"{checkpoint} has another encoder than the one that made these latents"
+    is_same = encoder_fingerprint(vae) == dataset.contract.vae.encoder_fingerprint
+    return vae.to("cuda" if torch.cuda.is_available() else "cpu"), [] if is_same else [note]
 
 
 def save_sheet(
@@ -97,14 +89,14 @@ def save_sheet(
     with named_local(target), target.open("ab"):
         pass  # a path that cannot be written is reported before the decoding
     drawn = np.random.default_rng(seed).choice(len(dataset), num_rows, replace=False)
-    tiles = []
+    tiles: list[_Tile] = []
     for index in np.sort(drawn).tolist():
         row = dataset[index]
         # The first half of moments is the mean.
         latent = row.latent[: dataset.contract.vae.latent_channels].float().to(vae.device)
         with torch.inference_mode():
             (pixels,) = to_uint8(vae.decode(latent[None]))
-        tiles.append(Tile(Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()), row.key))
+        tiles.append((Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()), row.key))
         progress(len(tiles), num_rows)
     sheet = draw_sheet(tiles)
     with named_local(target):
@@ -112,40 +104,42 @@ def save_sheet(
     return num_rows
 
 
-def draw_sheet(tiles: Sequence[Tile]) -> Image.Image:
-    """Draw tiles in lines of about equal width, each picture above its key and bucket."""
+def draw_sheet(tiles: Sequence[_Tile]) -> Image.Image:
+    """Draw (picture, key) in lines of about equal width, each picture above its key and bucket."""
     lines = list(_break_lines(tiles))
-    width_px = max(sum(size.width_px + _GAP_PX for _, size in line) for line in lines)
-    steps_px = [line[0][1].height_px + _LABEL_PX + _GAP_PX for line in lines]
+    width_px = max(sum(size.width_px + _GAP_PX for *_, size in line) for line in lines)
+    steps_px = [line[0][-1].height_px + _LABEL_PX + _GAP_PX for line in lines]
     sheet = Image.new("RGB", (width_px + _GAP_PX, sum(steps_px) + _GAP_PX), _PAPER)
     pen = ImageDraw.Draw(sheet)
     pen.font = ImageFont.load_default(_FONT_PX)
     top_px = _GAP_PX
     for line, step_px in zip(lines, steps_px, strict=True):
         left_px = _GAP_PX
-        for tile, size in line:
-            sheet.paste(tile.image.resize(size, Image.Resampling.LANCZOS), (left_px, top_px))
+        for image, key, size in line:
+            sheet.paste(image.resize(size, Image.Resampling.LANCZOS), (left_px, top_px))
             below_px = top_px + size.height_px + 3
-            pen.text((left_px, below_px), _shorten(pen, tile.key, size.width_px), _INK)
-            bucket = Bucket(*tile.image.size).name
+            pen.text((left_px, below_px), _shorten(pen, key, size.width_px), _INK)
+            bucket = Bucket(*image.size).name
             pen.text((left_px, below_px + _FONT_PX + 2), bucket, _PALE_INK)
             left_px += size.width_px + _GAP_PX
         top_px += step_px
     return sheet
 
 
-def _break_lines(tiles: Sequence[Tile]) -> Iterator[list[tuple[Tile, Bucket]]]:
-    """Break tiles into lines, each tile with its size; a line is full once it fits the width."""
-    line: list[Tile] = []
+def _break_lines(
+    tiles: Sequence[_Tile],
+) -> Iterator[list[tuple[Image.Image, str, Bucket]]]:
+    """Break tiles into lines, each with its drawn size; a line is full once it fits the width."""
+    line: list[_Tile] = []
     for number, tile in enumerate(tiles, start=1):
         line.append(tile)
-        ratios = [tile.image.width / tile.image.height for tile in line]
+        ratios = [image.width / image.height for image, _ in line]
         height_px = (_WIDTH_PX - (len(line) + 1) * _GAP_PX) / sum(ratios)
         if height_px <= _TILE_HEIGHT_PX or number == len(tiles):
             height_px = min(height_px, _TILE_HEIGHT_PX)
-            widths_px = [max(1, round(height_px * ratio)) for ratio in ratios]
+            widths_px = (max(1, round(height_px * ratio)) for ratio in ratios)
             sizes = [Bucket(width_px, max(1, round(height_px))) for width_px in widths_px]
-            yield list(zip(line, sizes, strict=True))
+            yield [(*tile, size) for tile, size in zip(line, sizes, strict=True)]
             line = []
 
 
