@@ -177,7 +177,7 @@ def made(cli: Cli, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ma
     return Made(result, home / "out")
 
 
-def test_the_figures_are_those_of_plain_loops(
+def test_figures_match_reference_implementations(
     made: Made, folder: Path, reconstructions: dict[str, Pixels]
 ):
     found = made.result.json
@@ -216,7 +216,9 @@ def test_the_figures_are_those_of_plain_loops(
     assert psnrs == sorted(psnrs, reverse=True), "more noise, worse pictures"
 
 
-def test_what_is_written_is_what_was_found(made: Made, reconstructions: dict[str, Pixels]):
+def test_written_files_have_the_figures_of_the_command(
+    made: Made, reconstructions: dict[str, Pixels]
+):
     found, out = made.result.json, made.folder
     assert sorted(path.name for path in out.iterdir()) == [
         f"evaluation.{suffix}" for suffix in ("json", "md", "png")
@@ -265,7 +267,7 @@ def test_what_is_written_is_what_was_found(made: Made, reconstructions: dict[str
         assert labels[4 + column * (SIDE + 4) :][:SIDE].any(), "a label stands above each column"
 
 
-def test_without_networks_columns_are_empty_and_say_why(
+def test_columns_without_network_are_empty_with_a_note(
     cli: Cli, tree: dict[str, Any], tmp_path: Path
 ):
     del tree["networks"]
@@ -287,7 +289,7 @@ def test_without_networks_columns_are_empty_and_say_why(
     assert not (tmp_path / "out" / "evaluation.png").exists()
 
 
-def test_images_are_brought_to_the_size_by_resize_and_crop(tree: dict[str, Any], tmp_path: Path):
+def test_images_are_resized_and_center_cropped(tree: dict[str, Any], tmp_path: Path):
     """A flat picture with another half beside it: what is cropped away does not count."""
     wide = Image.new("RGB", (4 * SIDE, 2 * SIDE), "gray")
     wide.paste(image(0), (0, 0))  # left of the centre, but for a part
@@ -311,7 +313,7 @@ def numbers(found: Evaluation) -> list[float]:
     return [value for spread in spreads for value in (spread.mean, spread.std)]
 
 
-def test_shards_merge_into_what_one_shard_would_give(tree: dict[str, Any], tmp_path: Path):
+def test_figures_do_not_depend_on_the_number_of_shards(tree: dict[str, Any], tmp_path: Path):
     del tree["networks"], tree["models"][::2]
     shared = numbers(evaluated(tree))
     members = [(f"{i}.png", png(SIDE, SIDE, i)) for i in range(NUM_IMAGES)]
@@ -321,7 +323,7 @@ def test_shards_merge_into_what_one_shard_would_give(tree: dict[str, Any], tmp_p
     assert numbers(evaluated(tree)) == pytest.approx(shared, rel=1e-3)
 
 
-def test_at_most_so_many_images_count_spread_over_the_shards(tree: dict[str, Any]):
+def test_max_images_is_spread_over_the_shards(tree: dict[str, Any]):
     del tree["networks"], tree["models"][1:]
     tree["picture_rows"] = 64
     for most, keys in {
@@ -342,7 +344,7 @@ def test_one_image_has_no_rfid(tree: dict[str, Any]):
     assert "rFID is empty: it needs at least two images." in found.notes
 
 
-def test_progress_is_told_piece_by_piece(tree: dict[str, Any]):
+def test_progress_is_reported_after_each_shard(tree: dict[str, Any]):
     del tree["networks"], tree["models"][1:]
     steps: list[tuple[int, int]] = []
     plan = plan_evaluation(config_of(tree))
@@ -373,7 +375,7 @@ def is_actor(pid: int) -> bool:
     return b"_CallingActor" in Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
-def test_actors_share_the_work_and_one_may_be_killed(
+def test_actors_share_the_shards_and_a_killed_actor_is_replaced(
     moto: S3Server,
     proxy: FaultyProxy,
     ray_cli: Cli,
@@ -404,7 +406,7 @@ def test_actors_share_the_work_and_one_may_be_killed(
         assert shared[name]["mean"] == pytest.approx(alone[name]["mean"], rel=1e-3)
 
 
-def test_what_an_actor_raises_is_one_line(cli: Cli, tree: dict[str, Any], tmp_path: Path):
+def test_error_of_an_actor_is_one_line(cli: Cli, tree: dict[str, Any], tmp_path: Path):
     tree["networks"]["vgg16"]["sha256"] = "0" * 64
     tree["compute"]["num_cpu_actors"] = 2
     result = cli("eval", write(tree, tmp_path), "--json")
@@ -415,7 +417,7 @@ def test_what_an_actor_raises_is_one_line(cli: Cli, tree: dict[str, Any], tmp_pa
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_ctrl_c_ends_it_and_nothing_is_written(
+def test_ctrl_c_stops_eval_without_output(
     moto: S3Server, proxy: FaultyProxy, ray_cli: Cli, checkpoint: Path, tmp_path: Path
 ):
     tree = tree_on(moto, checkpoint, proxy.endpoint_url, "eval-ctrl-c")
@@ -433,7 +435,7 @@ def test_ctrl_c_ends_it_and_nothing_is_written(
 # What is refused, and what is accepted with a word.
 
 
-def test_a_decoder_of_another_family_is_refused(tree: dict[str, Any], tmp_path: Path):
+def test_decoder_of_another_family_is_refused(tree: dict[str, Any], tmp_path: Path):
     tiny = write_diffusers_folder(tmp_path / "four")
     tree["models"][2]["checkpoint"] = str(tiny)
     with pytest.raises(ConfigError, match=r"noisier .* another family: its latent_channels is 4"):
@@ -445,7 +447,7 @@ def test_a_decoder_of_another_family_is_refused(tree: dict[str, Any], tmp_path: 
         evaluated(tree)
 
 
-def test_a_decoder_of_another_encoder_is_refused(tree: dict[str, Any], tmp_path: Path):
+def test_decoder_of_another_encoder_is_refused(tree: dict[str, Any], tmp_path: Path):
     other = write_diffusers_folder(tmp_path / "other", TINY_KL_F8 | {"latent_channels": 16})
     tree["models"][1]["checkpoint"] = str(other)
     with pytest.raises(ConfigError, match=r"noisy belongs to another encoder.* 50 dB are required"):
@@ -456,7 +458,7 @@ def test_a_decoder_of_another_encoder_is_refused(tree: dict[str, Any], tmp_path:
         evaluated(tree)
 
 
-def test_a_decoder_whose_encoder_agrees_is_accepted_and_named(tree: dict[str, Any], tmp_path: Path):
+def test_decoder_whose_encoder_agrees_is_accepted_with_a_note(tree: dict[str, Any], tmp_path: Path):
     near = write_copy(tmp_path / "near", 1e-4, half="encoder.")
     tree["models"] = [tree["models"][0], {"name": "near", "checkpoint": str(near)}]
     del tree["networks"]
@@ -466,7 +468,7 @@ def test_a_decoder_whose_encoder_agrees_is_accepted_and_named(tree: dict[str, An
     assert found.models[0].psnr_db == found.models[1].psnr_db, "the decoders are the same"
 
 
-def test_a_decoder_that_gives_nan_is_told(tree: dict[str, Any], tmp_path: Path):
+def test_decoder_that_returns_nan_is_refused(tree: dict[str, Any], tmp_path: Path):
     state = load_file(DEMO / "diffusion_pytorch_model.safetensors")
     state["decoder.conv_in.weight"] = torch.full_like(state["decoder.conv_in.weight"].float(), 3e38)
     broken = write_folder(tmp_path / "x", json.loads((DEMO / "config.json").read_text()), state)
@@ -475,7 +477,7 @@ def test_a_decoder_that_gives_nan_is_told(tree: dict[str, Any], tmp_path: Path):
         evaluated(tree)
 
 
-def test_a_source_without_one_image_is_told(tree: dict[str, Any], tmp_path: Path):
+def test_source_without_images_is_an_error(tree: dict[str, Any], tmp_path: Path):
     write_tar(tmp_path / "src" / "0.tar", [("a.png", b"no"), ("b.png", b"nor this")])
     tree["source"]["shards"] = f"{tmp_path}/src/0.tar"
     with pytest.raises(SourceError, match=r"none of .* could be read: decode: not_an_image \(2\)"):
@@ -483,7 +485,7 @@ def test_a_source_without_one_image_is_told(tree: dict[str, Any], tmp_path: Path
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_what_cannot_be_read_or_written_is_told_before_any_work(tree: dict[str, Any]):
+def test_unusable_source_or_output_fails_in_the_plan(tree: dict[str, Any]):
     tree["networks"]["vgg16"]["url"] = "/nowhere/at/all"  # not looked at yet
     with pytest.raises(StorageError, match="/proc/nowhere"):
         plan_evaluation(config_of(tree | {"output": {"url": "/proc/nowhere"}}))
@@ -503,7 +505,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("path", MISTAKES)
-def test_a_typo_is_told_by_its_path(tree: dict[str, Any], tmp_path: Path, path: str):
+def test_unknown_settings_are_named_by_path(tree: dict[str, Any], tmp_path: Path, path: str):
     *sections, name = path.split(".")
     section: Any = tree
     for part in sections:
@@ -531,14 +533,16 @@ def test_a_typo_is_told_by_its_path(tree: dict[str, Any], tmp_path: Path, path: 
         ("picture_rows=65", "picture_rows: "),
     ],
 )
-def test_a_wrong_value_is_told(tree: dict[str, Any], tmp_path: Path, override: str, message: str):
+def test_wrong_values_are_named_by_path(
+    tree: dict[str, Any], tmp_path: Path, override: str, message: str
+):
     with pytest.raises(ConfigError) as caught:
         load_eval_config(write(tree, tmp_path), [override])
     (line,) = str(caught.value).splitlines()
     assert message in line
 
 
-def test_a_label_never_leaves_its_column():
+def test_labels_stay_within_their_columns():
     picture = Picture("key", np.zeros((2, 3, 32, 32), np.uint8))
     png = draw_side_by_side(["a name that is much too long for 32 px"], [picture])
     with Image.open(BytesIO(png)) as drawn:

@@ -43,7 +43,7 @@ def pictures(number: int) -> Tensor:
 
 
 @torch.inference_mode()
-def test_the_drift_of_moments_is_that_of_what_training_draws(
+def test_drift_of_moments_is_the_error_of_training_samples(
     vae: KLAutoencoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against the definition: the mean squared distance of many draws with the same noise."""
@@ -68,7 +68,7 @@ def test_the_drift_of_moments_is_that_of_what_training_draws(
     assert row.drift_db == pytest.approx(10 * np.log10(signal / float(error)), abs=0.05)
 
 
-def test_rows_come_one_by_one_where_memory_runs_out(
+def test_rows_are_measured_one_by_one_when_gpu_memory_runs_out(
     vae: KLAutoencoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = pictures(3)

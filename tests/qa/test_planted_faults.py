@@ -175,7 +175,7 @@ def make(tmp_path: Path, spread_vae: Path) -> Iterator[Callable[[Fault | None], 
         runner.encode_pool.close()
 
 
-def test_a_sound_dataset_passes(
+def test_correct_dataset_passes_all_gates(
     make: Callable[[Fault | None], Made], local_cli: Cli, spread_vae: Path, tmp_path: Path
 ) -> None:
     made = make(None)
@@ -189,7 +189,7 @@ def test_a_sound_dataset_passes(
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_planted_fault_is_seen(
+def test_planted_fault_fails_the_drift_gate(
     name: str, make: Callable[[Fault | None], Made], local_cli: Cli, spread_vae: Path
 ) -> None:
     made = make(FAULTS[name])
@@ -199,7 +199,7 @@ def test_a_planted_fault_is_seen(
     assert "below qa.min_drift_db" in result.stderr
 
 
-def test_nan_in_a_file_is_seen(
+def test_nan_in_a_data_file_fails_the_drift_gate(
     make: Callable[[Fault | None], Made],
     local_cli: Cli,
     spread_vae: Path,
