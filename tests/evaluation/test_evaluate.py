@@ -180,23 +180,25 @@ def made(cli: Cli, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ma
 def test_figures_match_reference_implementations(
     made: Made, folder: Path, reconstructions: dict[str, Pixels]
 ):
-    found = made.result.json
-    assert found["num_images"] == NUM_IMAGES
-    assert found["rejects"] == {"decode: not_an_image": 1, "read: no_image": 1}
+    actual = made.result.json
+    assert actual["num_images"] == NUM_IMAGES
+    assert actual["rejects"] == {"decode: not_an_image": 1, "read: no_image": 1}
     source = reconstructions["source"]
     inception, lpips = (load_script(folder / f"{name}.pt") for name in ("inception", "lpips"))
 
     def features(images: Pixels) -> np.ndarray:
         with torch.inference_mode():
-            found: Tensor = inception(as_tensor(images), return_features=True)
-        return found.double().numpy()
+            actual: Tensor = inception(as_tensor(images), return_features=True)
+        return actual.double().numpy()
 
     def lpips_features(images: Pixels) -> np.ndarray:
         with torch.inference_mode():
-            found: Tensor = lpips(as_tensor(images).float(), resize_images=False, return_lpips=True)
-        return found.double().numpy()
+            actual: Tensor = lpips(
+                as_tensor(images).float(), resize_images=False, return_lpips=True
+            )
+        return actual.double().numpy()
 
-    for model in found["models"]:
+    for model in actual["models"]:
         decoded = reconstructions[model["name"]]
         pairs = list(zip(source, decoded, strict=True))
         lpips_distances = np.square(lpips_features(source) - lpips_features(decoded)).sum(axis=1)
@@ -210,28 +212,28 @@ def test_figures_match_reference_implementations(
             # A batch may round a pixel otherwise than an image alone.
             assert model[name]["mean"] == pytest.approx(np.mean(values), rel=2e-3), name
             assert model[name]["std"] == pytest.approx(np.std(values), rel=2e-2), name
-        wanted = frechet_by_singular_values(features(source), features(decoded))
-        assert model["rfid"] == pytest.approx(wanted, rel=2e-2)
-    psnrs = [model["psnr_db"]["mean"] for model in found["models"]]
+        expected = frechet_by_singular_values(features(source), features(decoded))
+        assert model["rfid"] == pytest.approx(expected, rel=2e-2)
+    psnrs = [model["psnr_db"]["mean"] for model in actual["models"]]
     assert psnrs == sorted(psnrs, reverse=True), "more noise, worse pictures"
 
 
 def test_written_files_have_the_figures_of_the_command(
     made: Made, reconstructions: dict[str, Pixels]
 ):
-    found, out = made.result.json, made.folder
+    actual, out = made.result.json, made.folder
     assert sorted(path.name for path in out.iterdir()) == [
         f"evaluation.{suffix}" for suffix in ("json", "md", "png")
     ]
-    assert json.loads((out / "evaluation.json").read_text()) == found
-    assert found["output"] == f"file://{out}"
+    assert json.loads((out / "evaluation.json").read_text()) == actual
+    assert actual["output"] == f"file://{out}"
 
     heading, blank, *table = (out / "evaluation.md").read_text().splitlines()
     assert (heading, blank) == ("### drawn | pictures (64x64, 9 images)", "")
     columns = "Model, train steps, rFID, PSNR, SSIM, PSIM, LPIPS, Link, Comments"
     assert cells(table[0]) == columns.split(", ")
     assert {len(line) for line in table[:5]} == {len(table[0])}, "it is aligned"
-    for line, model in zip(table[2:5], found["models"], strict=True):
+    for line, model in zip(table[2:5], actual["models"], strict=True):
         row = dict(zip(columns.split(", "), cells(line), strict=True))
         assert row["Model"] == model["name"]
         assert row["rFID"] == f"{model['rfid']:.2f}"
@@ -251,7 +253,7 @@ def test_written_files_have_the_figures_of_the_command(
     ]
 
     # Four rows over three shards: one, one and two of their first images.
-    assert found["picture_keys"] == ["0", "3", "6", "7"]
+    assert actual["picture_keys"] == ["0", "3", "6", "7"]
     with Image.open(out / "evaluation.png") as picture:
         pixels = np.asarray(picture.convert("RGB")).astype(int)
     top = pixels.shape[0] - 4 * (SIDE + 4)
@@ -307,9 +309,9 @@ def test_images_are_resized_and_center_cropped(tree: dict[str, Any], tmp_path: P
 # Sharing the work out.
 
 
-def numbers(found: Evaluation) -> list[float]:
+def numbers(actual: Evaluation) -> list[float]:
     """The figures that need no network."""
-    spreads = [spread for model in found.models for spread in (model.psnr_db, model.ssim)]
+    spreads = [spread for model in actual.models for spread in (model.psnr_db, model.ssim)]
     return [value for spread in spreads for value in (spread.mean, spread.std)]
 
 
@@ -332,16 +334,16 @@ def test_max_images_is_spread_over_the_shards(tree: dict[str, Any]):
         6: ["0", "1", "3", "4", "6", "7"],
         90: [str(index) for index in range(9)],
     }.items():
-        found = evaluated(tree | {"max_images": most})
-        assert (found.num_images, found.picture_keys) == (len(keys), keys)
+        actual = evaluated(tree | {"max_images": most})
+        assert (actual.num_images, actual.picture_keys) == (len(keys), keys)
 
 
 def test_one_image_has_no_rfid(tree: dict[str, Any]):
     del tree["models"][1:]
-    found = evaluated(tree | {"max_images": 1})
-    assert found.models[0].rfid is None
-    assert found.models[0].psnr_db.std == 0
-    assert "rFID is empty: it needs at least two images." in found.notes
+    actual = evaluated(tree | {"max_images": 1})
+    assert actual.models[0].rfid is None
+    assert actual.models[0].psnr_db.std == 0
+    assert "rFID is empty: it needs at least two images." in actual.notes
 
 
 def test_progress_is_reported_after_each_shard(tree: dict[str, Any]):
@@ -366,9 +368,9 @@ def tree_on(server: S3Server, checkpoint: Path, endpoint_url: str, output: str) 
     }
 
 
-def assert_is_of_the_corpus(found: dict[str, Any], corpus: list[Shard]) -> None:
-    assert found["num_images"] == sum(len(shard.rows) for shard in corpus)
-    assert sum(found["rejects"].values()) == sum(len(shard.rejects) for shard in corpus)
+def assert_is_of_the_corpus(actual: dict[str, Any], corpus: list[Shard]) -> None:
+    assert actual["num_images"] == sum(len(shard.rows) for shard in corpus)
+    assert sum(actual["rejects"].values()) == sum(len(shard.rejects) for shard in corpus)
 
 
 def is_actor(pid: int) -> bool:
@@ -462,10 +464,10 @@ def test_decoder_whose_encoder_agrees_is_accepted_with_a_note(tree: dict[str, An
     near = write_copy(tmp_path / "near", 1e-4, half="encoder.")
     tree["models"] = [tree["models"][0], {"name": "near", "checkpoint": str(near)}]
     del tree["networks"]
-    found = evaluated(tree)
-    (note,) = (note for note in found.notes if "encoder" in note)
+    actual = evaluated(tree)
+    (note,) = (note for note in actual.notes if "encoder" in note)
     assert note.startswith("near has its own encoder, which agrees with that of `vae` to ")
-    assert found.models[0].psnr_db == found.models[1].psnr_db, "the decoders are the same"
+    assert actual.models[0].psnr_db == actual.models[1].psnr_db, "the decoders are the same"
 
 
 def test_decoder_that_returns_nan_is_refused(tree: dict[str, Any], tmp_path: Path):

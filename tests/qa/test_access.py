@@ -78,7 +78,9 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return paths
 
 
-def look(dataset: Dataset, folder: Path, decoder: Path | None = None, **selected: Any) -> QaResult:
+def evaluate_again(
+    dataset: Dataset, folder: Path, decoder: Path | None = None, **selected: Any
+) -> QaResult:
     folder.mkdir(exist_ok=True)
     models = QaModels(decoder=decoder and str(decoder))
     return reevaluate(dataset, models, Selection(3, **selected), Gates(), folder)
@@ -90,12 +92,15 @@ def test_a_checkpoint_that_only_the_dataset_names_is_not_opened(
     vae = write_diffusers_folder(tmp_path / "vae")
     dataset = make(tmp_path, str(vae), contract=contract_of(str(vae)))
     opened.clear()
-    for attempt in (lambda: load_decoder(dataset), lambda: look(dataset, tmp_path / "qa")):
+    for attempt in (
+        lambda: load_decoder(dataset),
+        lambda: evaluate_again(dataset, tmp_path / "qa"),
+    ):
         with pytest.raises(ConfigError, match=rf"{vae} encoded it.*--decoder {vae},"):
             attempt()
     assert not [path for path in opened if path.startswith(str(vae))]
     assert load_decoder(dataset, str(vae))[1] == []
-    seen = look(dataset, tmp_path / "qa", vae)
+    seen = evaluate_again(dataset, tmp_path / "qa", vae)
     assert seen.files.records[0].qa
     assert [path for path in opened if path.startswith(str(vae))]  # so `opened` sees them
 
@@ -103,7 +108,7 @@ def test_a_checkpoint_that_only_the_dataset_names_is_not_opened(
 def test_demo_checkpoint_needs_no_option(tmp_path: Path) -> None:
     dataset = make(tmp_path, "demo", contract=contract_of("demo"))
     assert load_decoder(dataset)[1] == []
-    assert look(dataset, tmp_path / "qa").files.records[0].qa
+    assert evaluate_again(dataset, tmp_path / "qa").files.records[0].qa
 
 
 @pytest.mark.parametrize("names", [None, "", 7, ["demo"], "./demo", "demo\n"])
@@ -117,7 +122,7 @@ def test_decoder_with_another_encoder_does_not_replace_the_datasets_vae(tmp_path
     vae = write_diffusers_folder(tmp_path / "vae")
     dataset = make(tmp_path, "s3://another-user/vae", contract=contract_of("demo"))
     with pytest.raises(ConfigError, match=r"another encoder.*--checkpoint"):
-        look(dataset, tmp_path / "qa", vae)
+        evaluate_again(dataset, tmp_path / "qa", vae)
 
 
 def test_checkpoint_in_error_is_quoted_for_the_shell(tmp_path: Path) -> None:
@@ -142,11 +147,13 @@ def test_a_shard_that_only_the_dataset_names_is_not_read(tmp_path: Path, opened:
     dataset = make(tmp_path, "demo", source, contract_of("demo"))
     opened.clear()
     with pytest.raises(ConfigError, match=rf"{secret}: pass --source"):
-        look(dataset, tmp_path / "qa", num_units=1)
-    seen = look(dataset, tmp_path / "qa", num_units=1, sources=(f"{tmp_path}/mine/*.tar",))
+        evaluate_again(dataset, tmp_path / "qa", num_units=1)
+    seen = evaluate_again(
+        dataset, tmp_path / "qa", num_units=1, sources=(f"{tmp_path}/mine/*.tar",)
+    )
     assert any("only the dataset names" in note for note in seen.notes)
     assert not [path for path in opened if "private" in path]
-    look(dataset, tmp_path / "qa", num_units=1, sources=(f"{tmp_path}/private",))
+    evaluate_again(dataset, tmp_path / "qa", num_units=1, sources=(f"{tmp_path}/private",))
     assert [path for path in opened if "private" in path]  # so `opened` sees them
 
 
@@ -200,7 +207,7 @@ def test_qa_pictures_that_are_not_png_are_refused(tmp_path: Path) -> None:
         with pytest.raises(DatasetError, match="picture"):
             build_report(dataset, [], Gates())
         with pytest.raises(DatasetError, match="picture"):
-            look(dataset, tmp_path / f"qa{number}")
+            evaluate_again(dataset, tmp_path / f"qa{number}")
 
 
 def test_qa_rows_of_another_bucket_are_refused(tmp_path: Path) -> None:
@@ -208,7 +215,7 @@ def test_qa_rows_of_another_bucket_are_refused(tmp_path: Path) -> None:
     rows = [replace(row, bucket="99999x99999") for row in make_qa_rows(contract, SQUARE, 3)]
     dataset = make(tmp_path, "demo", contract=contract, qa=rows)
     with pytest.raises(DatasetError, match="99999x99999"):
-        look(dataset, tmp_path / "qa")
+        evaluate_again(dataset, tmp_path / "qa")
 
 
 # The command line.

@@ -78,22 +78,22 @@ def test_rows_are_measured_one_by_one_when_gpu_memory_runs_out(
     stored = {f"k{index}": latent for index, latent in enumerate(latents)}
     evaluator = QaEvaluator(contract_of(vae, "mean"), vae)
     expected = evaluator.evaluate("unit", f"{SIDE}x{SIDE}", crops, stored, 1.0)
-    decode, room, num_fired = vae.decode, 1, 0
+    decode, max_rows, num_fired = vae.decode, 1, 0
 
     def decode_in(latents: Tensor) -> Tensor:
         nonlocal num_fired
-        if len(latents) > room:
+        if len(latents) > max_rows:
             num_fired += 1
             raise torch.OutOfMemoryError("planted")
         return decode(latents)
 
     monkeypatch.setattr(vae, "decode", decode_in)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    found = evaluator.evaluate("unit", f"{SIDE}x{SIDE}", crops, stored, 1.0)
+    rows = evaluator.evaluate("unit", f"{SIDE}x{SIDE}", crops, stored, 1.0)
     assert num_fired == 1
-    assert [row.key for row in found] == [row.key for row in expected]
-    for row, other in zip(found, expected, strict=True):
+    assert [row.key for row in rows] == [row.key for row in expected]
+    for row, other in zip(rows, expected, strict=True):
         assert row.psnr_db == pytest.approx(other.psnr_db, abs=0.01)
-    room = 0
+    max_rows = 0
     with pytest.raises(ConfigError, match=r"64x64 for QA does not fit"):
         evaluator.evaluate("unit", f"{SIDE}x{SIDE}", crops, stored, 1.0)

@@ -163,9 +163,11 @@ def make(tmp_path: Path, spread_vae: Path) -> Iterator[Callable[[Fault | None], 
             assert isinstance(receipt, Receipt), receipt
             assert store.put_if_absent(receipt.path, receipt.to_bytes())
             receipts.append(receipt)
-        listing = {unit.source: [unit] for unit in plan.units}
+        snapshot = {unit.source: [unit] for unit in plan.units}
         channels = contract.stored_channels
-        write_next(State(store), contract.fingerprint, channels, lambda: listing, on_missing="keep")
+        write_next(
+            State(store), contract.fingerprint, channels, lambda: snapshot, on_missing="keep"
+        )
         assert (encoder.num_fired > 0) == (fault is not None)
         return Made(store.url, receipts)
 

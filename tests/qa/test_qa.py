@@ -139,9 +139,9 @@ def test_verify_reports_a_lost_qa_file(sampled: Path, tmp_path: Path, cli: Cli) 
     lost = next((out / "qa").glob("*/*.parquet"))
     lost.unlink()
     for options in ([], ["--quick"]):
-        found = cli("verify", str(out), *options, "--json")
-        assert found.code == 3
-        (problem,) = found.json["problems"]
+        actual = cli("verify", str(out), *options, "--json")
+        assert actual.code == 3
+        (problem,) = actual.json["problems"]
         assert problem["path"] == lost.relative_to(out).as_posix()
         assert problem["message"] == "is gone"
 
@@ -217,12 +217,12 @@ def test_gate_stops_a_run_and_a_lower_gate_resumes_it(tmp_path: Path, cli: Cli) 
     assert "the mean PSNR of 36 QA rows" in judged_alone.stderr
 
 
-@pytest.mark.parametrize("looked_at", [{}, {"fraction": 0.0, "min_rows_per_bucket": 0}])
+@pytest.mark.parametrize("sampling", [{}, {"fraction": 0.0, "min_rows_per_bucket": 0}])
 def test_too_many_rejects_fail_the_rejects_gate(
-    tmp_path: Path, cli: Cli, looked_at: dict[str, float]
+    tmp_path: Path, cli: Cli, sampling: dict[str, float]
 ) -> None:
     write_shards(tmp_path, num_shards=1)
-    qa = {"min_psnr_db": 10, "max_rejects": 1} | looked_at
+    qa = {"min_psnr_db": 10, "max_rejects": 1} | sampling
     config = write_config(tmp_path, qa=qa)
     result = cli("run", config, "--set", "transform.min_side_px=80", "--json")
     assert result.code == 3
@@ -314,18 +314,18 @@ def test_unwritable_report_fails_before_the_evaluation(
 @given(
     fraction=st.floats(0, 1),
     seed=st.integers(0, 3),
-    wanted=st.integers(0, 6),
+    min_rows=st.integers(0, 6),
     buckets=st.lists(st.sampled_from(["64x64", "96x64"]), max_size=20),
 )
 def test_sample_is_every_row_below_the_fraction_and_the_next_lowest(
     tmp_path_factory: pytest.TempPathFactory,
     fraction: float,
     seed: int,
-    wanted: int,
+    min_rows: int,
     buckets: list[str],
 ) -> None:
     folder = tmp_path_factory.mktemp("sample")
-    sample = QaSample(fraction, seed, {"64x64": wanted}, "unit", folder)
+    sample = QaSample(fraction, seed, {"64x64": min_rows}, "unit", folder)
     for index, bucket in enumerate(buckets):
         sample.offer(bucket, f"k{index}", torch.full((3, 8, 8), index, dtype=torch.uint8))
 
@@ -334,7 +334,7 @@ def test_sample_is_every_row_below_the_fraction_and_the_next_lowest(
         return int.from_bytes(digest[:8], "little") / 2**64
 
     expected = set()
-    for name, least in {"64x64": wanted, "96x64": 0}.items():
+    for name, least in {"64x64": min_rows, "96x64": 0}.items():
         by_draw = sorted((i for i, bucket in enumerate(buckets) if bucket == name), key=draw)
         expected |= {i for n, i in enumerate(by_draw) if n < least or draw(i) < fraction}
     assert {int(open_png(path.read_bytes())[0, 0, 0]) for path in folder.iterdir()} == expected

@@ -134,7 +134,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 @pytest.fixture(scope="module")
 def psnrs(dataset: Dataset) -> dict[str, float]:
     """The PSNR of each QA row, by key, from the pictures themselves."""
-    found = {}
+    actual = {}
     for record in dataset.units:
         assert record.qa
         for row in pq.read_table(
@@ -142,8 +142,8 @@ def psnrs(dataset: Dataset) -> dict[str, float]:
         ).to_pylist():
             pictures = (Image.open(io.BytesIO(row[n])) for n in ("image", "reconstruction"))
             image, reconstruction = (np.asarray(p).astype(float) for p in pictures)
-            found[row["key"]] = 10 * math.log10(255**2 / ((image - reconstruction) ** 2).mean())
-    return found
+            actual[row["key"]] = 10 * math.log10(255**2 / ((image - reconstruction) ** 2).mean())
+    return actual
 
 
 # The figures.
@@ -152,11 +152,11 @@ def psnrs(dataset: Dataset) -> dict[str, float]:
 def test_figures_match_the_qa_rows(dataset: Dataset, psnrs: dict[str, float]):
     tree = build_report(dataset, [], GATES).tree
     values = np.array(list(psnrs.values()))
-    found = tree["measures"]["psnr_db"]
-    assert (found["count"], tree["totals"]["num_qa_rows"]) == (40, 40)
+    actual = tree["measures"]["psnr_db"]
+    assert (actual["count"], tree["totals"]["num_qa_rows"]) == (40, 40)
     for name in ("mean", "std", "min", "max"):
-        assert found[name] == pytest.approx(getattr(values, name)())
-    assert sum(found["histogram"]["counts"]) == 40
+        assert actual[name] == pytest.approx(getattr(values, name)())
+    assert sum(actual["histogram"]["counts"]) == 40
     assert tree["totals"]["mean_psnr_db"] == pytest.approx(values.mean())
     square, wide = tree["buckets"]
     assert (wide["bucket"], wide["num_rows"], wide["num_qa_rows"]) == (Bucket(*WIDE).name, 16, 20)
@@ -179,10 +179,10 @@ def test_lpips_and_int8_cost_are_shown_for_rows_that_have_them(tmp_path: Path):
 
 def test_histogram_range_ignores_an_outlier():
     values = np.concatenate([np.linspace(20, 30, 1000), [-100.0]])
-    found = figures.distributions(pa.table(dict.fromkeys(figures.MEASURES, values)))["psnr_db"]
-    assert found["min"] == -100
-    assert found["histogram"]["edges"][0] > 0
-    assert sum(found["histogram"]["counts"]) == 1001
+    actual = figures.distributions(pa.table(dict.fromkeys(figures.MEASURES, values)))["psnr_db"]
+    assert actual["min"] == -100
+    assert actual["histogram"]["edges"][0] > 0
+    assert sum(actual["histogram"]["counts"]) == 1001
 
 
 def test_worst_rows_and_seeded_draw_are_shown_once_each(dataset: Dataset, psnrs: dict[str, float]):
@@ -263,14 +263,14 @@ def test_throughput_is_read_from_evenly_spaced_receipts(
         }
         path.write_bytes(replace(receipt, stages=stages).to_bytes())
     monkeypatch.setattr(figures, "_MAX_RECEIPTS", 5)
-    found = report_of(made)["throughput"]
-    assert (found["num_units"], found["num_receipts"], found["num_samples"]) == (10, 5, 5 * 16)
-    assert [stage["stage"] for stage in found["stages"]] == ["fetch", "decode", "encode", "zip"]
-    assert found["stages"][2]["busy_s"] == sum(2.0**number for number in (0, 2, 4, 6, 8))
-    assert found["stages"][2]["wait_s"] == 2.5
-    assert [stage["num_threads"] for stage in found["stages"]] == [2, 4, 1, 1]
+    actual = report_of(made)["throughput"]
+    assert (actual["num_units"], actual["num_receipts"], actual["num_samples"]) == (10, 5, 5 * 16)
+    assert [stage["stage"] for stage in actual["stages"]] == ["fetch", "decode", "encode", "zip"]
+    assert actual["stages"][2]["busy_s"] == sum(2.0**number for number in (0, 2, 4, 6, 8))
+    assert actual["stages"][2]["wait_s"] == 2.5
+    assert [stage["num_threads"] for stage in actual["stages"]] == [2, 4, 1, 1]
     bound = "decoding; add 3 threads to each actor (compute.decode_threads: 7)"
-    assert found["bottleneck"] == f"bottleneck: {bound}"
+    assert actual["bottleneck"] == f"bottleneck: {bound}"
     text = Read(build_report(made, [], GATES).to_html()).text["throughput"]
     assert "5 units spread evenly over 10" in text
     assert f"{5 * 16 / 5:.0f} samples/s" in text
@@ -278,12 +278,12 @@ def test_throughput_is_read_from_evenly_spaced_receipts(
 
 
 def test_rejects_are_counted_by_reason(dataset: Dataset):
-    found = report_of(dataset)["rejects"]
-    assert [(r["stage"], r["reason"], r["num_rejects"]) for r in found] == [
+    actual = report_of(dataset)["rejects"]
+    assert [(r["stage"], r["reason"], r["num_rejects"]) for r in actual] == [
         ("decode", "truncated_image", 2),
         ("read", "truncated_shard", 1),
     ]
-    assert [example["key"] for example in found[0]["examples"]] == ["bad1", "bad2"]
+    assert [example["key"] for example in actual[0]["examples"]] == ["bad1", "bad2"]
     text = Read(build_report(dataset, [], GATES).to_html()).text["rejects"]
     assert "no picture" in text
     assert "3 of 35 samples" in text

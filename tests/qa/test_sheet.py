@@ -96,10 +96,10 @@ def test_labels_accept_any_key(key: str):
 
 
 def test_demo_decoder_of_the_dataset_is_loaded(tmp_path: Path, vae: KLAutoencoder):
-    found, notes = load_decoder(make(tmp_path, 1, demo_contract(vae)))
+    actual, notes = load_decoder(make(tmp_path, 1, demo_contract(vae)))
     assert notes == []
     latents = torch.randn(1, DEMO_CHANNELS, 4, 4)
-    assert torch.equal(found.cpu().decode(latents), vae.decode(latents))
+    assert torch.equal(actual.cpu().decode(latents), vae.decode(latents))
 
 
 def test_decoder_with_another_encoder_has_a_note(tmp_path: Path):
@@ -137,8 +137,8 @@ def test_unwritable_target_fails_before_decoding(tmp_path: Path, vae: KLAutoenco
 def test_inspect_command_writes_a_sheet(cli: Cli, tmp_path: Path, vae: KLAutoencoder):
     make(tmp_path, 2, demo_contract(vae))
     url, target = tmp_path / "out", tmp_path / "sheet.png"
-    found = cli.ok("inspect", url, "--image", target, "--rows", "3")
-    assert found == {"image": str(target), "num_rows": 3, "notes": []}
+    actual = cli.ok("inspect", url, "--image", target, "--rows", "3")
+    assert actual == {"image": str(target), "num_rows": 3, "notes": []}
     with Image.open(target) as picture:
         assert picture.format == "PNG"
     result = cli("inspect", url, "--image", target, "--decoder", "demo")
