@@ -216,6 +216,8 @@ def test_qa_rows_of_another_bucket_are_refused(tmp_path: Path) -> None:
     dataset = make(tmp_path, "demo", contract=contract, qa=rows)
     with pytest.raises(DatasetError, match="99999x99999"):
         evaluate_again(dataset, tmp_path / "qa")
+    with pytest.raises(DatasetError, match="99999x99999"):
+        build_report(dataset, [], Gates())
 
 
 # The command line.
