@@ -24,17 +24,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
 from harness import print_table, write_results
-from latentcache import load_vae, make_plan, parse_config
 from latentcache.dataset.receipts import Receipt, new_attempt
 from latentcache.demo.draw import draw_image
-from latentcache.engine.job import UNITS_PER_ACTOR, Job, UnitTask
+from latentcache.engine.job import UNITS_PER_ACTOR, UnitTask
 from latentcache.engine.unit import UnitRunner
-from latentcache.storage_options import StorageOptions
-from latentcache.vae.encoder import LatentEncoder
+from local_runner import make_runner
 
 WIDTH_PX, HEIGHT_PX = 4000, 3000
 IMAGES_PER_SHARD = 25
@@ -89,30 +86,10 @@ class Watch(threading.Thread):
             time.sleep(0.005)
 
 
-def make_runner(folder: Path, num_threads: int) -> tuple[UnitRunner, list[UnitTask]]:
-    """Return the `UnitRunner` that an actor would create."""
-    config = parse_config(
-        {
-            "name": "memory",
-            "source": {"shards": f"{folder}/shards/*.tar"},
-            "transform": {"resolution_px": 256},
-            "vae": {"checkpoint": "demo"},
-            "output": {"url": f"{folder}/out"},
-            "compute": {"num_gpus": 0},
-        }
-    )
-    plan = make_plan(config)
-    options = StorageOptions()
-    job = Job(plan.contract, "demo", options, options, plan.output.url, options, None, num_threads)
-    encoder = LatentEncoder(load_vae("demo", decoder=False), "fp32")
-    runner = UnitRunner(job, encoder)
-    torch.set_num_threads(1)  # from here on, as in an actor
-    return runner, [UnitTask(unit, 0, new_attempt()) for unit in plan.units]
-
-
 def measure(folder: Path, num_threads: int) -> dict[str, float]:
     """Run the units and return their memory figures."""
-    runner, tasks = make_runner(folder, num_threads)
+    plan, runner = make_runner(folder / "shards", folder / "out", num_threads)
+    tasks = [UnitTask(unit, 0, new_attempt()) for unit in plan.units]
     before = resident_bytes()
     watch = Watch(runner)
     watch.start()

@@ -17,15 +17,10 @@ from pathlib import Path
 import torch
 
 from harness import write_results
-from latentcache import load_vae, make_plan, parse_config
 from latentcache.dataset.receipts import Receipt, new_attempt
 from latentcache.demo.demo_data import write_demo_data
-from latentcache.engine.job import Job, QaJob, UnitTask
-from latentcache.engine.unit import UnitRunner
-from latentcache.qa.evaluator import QaEvaluator, QaModels
-from latentcache.qa.row_sample import SampleSpec
-from latentcache.storage_options import StorageOptions
-from latentcache.vae.encoder import LatentEncoder
+from latentcache.engine.job import UnitTask
+from local_runner import make_runner
 
 NUM_SHARDS = 4
 FRACTION = 0.001
@@ -35,35 +30,20 @@ MIN_ROWS_PER_BUCKET = 8
 def run(folder: Path, *, with_qa: bool) -> dict[str, float]:
     """Encode all shards once; gives seconds in all, those of QA, and the rows that it saw."""
     began = time.perf_counter()
-    config = parse_config(
-        {
-            "name": "bench",
-            "source": {"shards": f"{folder}/shards/*.tar"},
-            "transform": {"resolution_px": 256},
-            "vae": {"checkpoint": "demo"},
-            "output": {"url": f"{folder}/{'with' if with_qa else 'without'}"},
-            "compute": {"num_gpus": 0},
-        }
-    )
-    plan = make_plan(config)
-    options = StorageOptions()
-    qa = QaJob(SampleSpec(FRACTION, 0), QaModels("demo")) if with_qa else None
-    url = plan.output.url
-    job = Job(plan.contract, "demo", options, options, url, options, None, 1, qa)
-    vae = load_vae("demo", decoder=False)
-    evaluator = QaEvaluator(plan.contract, vae, load_vae("demo")) if with_qa else None
-    runner = UnitRunner(job, LatentEncoder(vae, "fp32"), evaluator)
+    qa = {"qa": {"fraction": FRACTION}} if with_qa else {}
+    output = folder / ("with" if with_qa else "without")
+    plan, runner = make_runner(folder / "shards", output, 1, **qa)
     seen = {"qa_s": 0.0, "num_rows": 0.0, "num_qa_rows": 0.0}
-    wanted = {"256x256": MIN_ROWS_PER_BUCKET} if with_qa else {}
+    min_rows = {"256x256": MIN_ROWS_PER_BUCKET} if with_qa else {}
     for unit in plan.units:
-        receipt = runner.run(UnitTask(unit, 0, new_attempt(), wanted))
+        receipt = runner.run(UnitTask(unit, 0, new_attempt(), min_rows))
         assert isinstance(receipt, Receipt), receipt
         assert receipt.stages
         seen["qa_s"] += receipt.stages["qa"]["busy_s"]
         seen["num_rows"] += receipt.record.num_rows
         if receipt.record.qa:
             seen["num_qa_rows"] += receipt.record.qa.file.num_rows
-            wanted = {}  # as the driver does, once a bucket has its rows
+            min_rows = {}  # as the driver does, once a bucket has its rows
     return {"elapsed_s": time.perf_counter() - began, **seen}
 
 

@@ -41,7 +41,6 @@ from PIL import Image
 import profile_picture
 from contenders import RESOLUTION_PX, Asked, free_moments, run
 from harness import print_table, take_turns, write_results
-from latentcache import load_vae, make_plan, parse_config
 from latentcache.dataset.receipts import (
     Receipt,
     Unit,
@@ -52,13 +51,13 @@ from latentcache.dataset.receipts import (
 from latentcache.dataset.shards import BucketWriter, RowMeta, describe_file
 from latentcache.dataset.statistics import Statistics
 from latentcache.demo.draw import draw_image
-from latentcache.engine.job import UNITS_PER_ACTOR, Job, UnitTask
-from latentcache.engine.unit import UnitRunner
+from latentcache.engine.job import UNITS_PER_ACTOR, UnitTask
 from latentcache.images.source import Sample, SourceShard, read_shard
 from latentcache.images.transform import load_image
 from latentcache.storage import Store
 from latentcache.storage_options import StorageOptions
-from latentcache.vae.encoder import Encoded, LatentEncoder
+from latentcache.vae.encoder import Encoded
+from local_runner import make_runner
 
 PHOTOS = Path(__file__).resolve().parents[2] / "shared" / "data" / "photos"
 IMAGES_PER_SHARD = 125
@@ -173,21 +172,9 @@ class Alone:
     """Our pipeline and each of its stages alone, in this process, on the threads of an actor."""
 
     def __init__(self, folder: Path, shards: Path, encoder: str) -> None:
-        config = parse_config(
-            {
-                "name": "bench",
-                "source": {"shards": f"{shards}/*.tar"},
-                "transform": {"resolution_px": RESOLUTION_PX},
-                "vae": {"checkpoint": "demo"},
-                "output": {"url": f"{folder}/alone"},
-                "compute": {"num_gpus": 0},
-            }
-        )
-        self.plan = make_plan(config)
-        self.folder, self.options = folder, StorageOptions()
-        url, none = self.plan.output.url, self.options
-        job = Job(self.plan.contract, "demo", none, none, url, none, None, NUM_CORES)
-        vae = LatentEncoder(load_vae("demo", decoder=False), "fp32")
+        self.plan, self.runner = make_runner(shards, folder / "alone", NUM_CORES)
+        self.folder = folder
+        vae = self.runner.encoder
         device = threading.Lock()
 
         def start(images: torch.Tensor) -> Callable[[], Encoded]:
@@ -198,8 +185,6 @@ class Alone:
 
         if encoder != "demo":
             vae.start = start  # type: ignore[method-assign]
-        self.runner = UnitRunner(job, vae)
-        torch.set_num_threads(1)  # from here on, as in an actor
         self.units = self.plan.units
         self.samples = [sample for unit in self.units for sample in self._read(unit)]
         self.crops = [load_image(sample.image, self.runner.spec) for sample in self.samples]
@@ -208,7 +193,7 @@ class Alone:
 
     def _read(self, unit: Unit) -> Iterator[Sample]:
         shard = SourceShard(unit.source, unit.size_bytes, unit.version)
-        for sample in read_shard(shard, image=("jpg",), keep=(), options=self.options):
+        for sample in read_shard(shard, image=("jpg",), keep=(), options=StorageOptions()):
             assert isinstance(sample, Sample)
             yield sample
 

@@ -177,26 +177,28 @@ def made(cli: Cli, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ma
     return Made(result, home / "out")
 
 
-def test_the_figures_are_those_of_plain_loops(
+def test_figures_match_reference_implementations(
     made: Made, folder: Path, reconstructions: dict[str, Pixels]
 ):
-    found = made.result.json
-    assert found["num_images"] == NUM_IMAGES
-    assert found["rejects"] == {"decode: not_an_image": 1, "read: no_image": 1}
+    actual = made.result.json
+    assert actual["num_images"] == NUM_IMAGES
+    assert actual["rejects"] == {"decode: not_an_image": 1, "read: no_image": 1}
     source = reconstructions["source"]
     inception, lpips = (load_script(folder / f"{name}.pt") for name in ("inception", "lpips"))
 
     def features(images: Pixels) -> np.ndarray:
         with torch.inference_mode():
-            found: Tensor = inception(as_tensor(images), return_features=True)
-        return found.double().numpy()
+            actual: Tensor = inception(as_tensor(images), return_features=True)
+        return actual.double().numpy()
 
     def lpips_features(images: Pixels) -> np.ndarray:
         with torch.inference_mode():
-            found: Tensor = lpips(as_tensor(images).float(), resize_images=False, return_lpips=True)
-        return found.double().numpy()
+            actual: Tensor = lpips(
+                as_tensor(images).float(), resize_images=False, return_lpips=True
+            )
+        return actual.double().numpy()
 
-    for model in found["models"]:
+    for model in actual["models"]:
         decoded = reconstructions[model["name"]]
         pairs = list(zip(source, decoded, strict=True))
         lpips_distances = np.square(lpips_features(source) - lpips_features(decoded)).sum(axis=1)
@@ -210,26 +212,28 @@ def test_the_figures_are_those_of_plain_loops(
             # A batch may round a pixel otherwise than an image alone.
             assert model[name]["mean"] == pytest.approx(np.mean(values), rel=2e-3), name
             assert model[name]["std"] == pytest.approx(np.std(values), rel=2e-2), name
-        wanted = frechet_by_singular_values(features(source), features(decoded))
-        assert model["rfid"] == pytest.approx(wanted, rel=2e-2)
-    psnrs = [model["psnr_db"]["mean"] for model in found["models"]]
+        expected = frechet_by_singular_values(features(source), features(decoded))
+        assert model["rfid"] == pytest.approx(expected, rel=2e-2)
+    psnrs = [model["psnr_db"]["mean"] for model in actual["models"]]
     assert psnrs == sorted(psnrs, reverse=True), "more noise, worse pictures"
 
 
-def test_what_is_written_is_what_was_found(made: Made, reconstructions: dict[str, Pixels]):
-    found, out = made.result.json, made.folder
+def test_written_files_have_the_figures_of_the_command(
+    made: Made, reconstructions: dict[str, Pixels]
+):
+    actual, out = made.result.json, made.folder
     assert sorted(path.name for path in out.iterdir()) == [
         f"evaluation.{suffix}" for suffix in ("json", "md", "png")
     ]
-    assert json.loads((out / "evaluation.json").read_text()) == found
-    assert found["output"] == f"file://{out}"
+    assert json.loads((out / "evaluation.json").read_text()) == actual
+    assert actual["output"] == f"file://{out}"
 
     heading, blank, *table = (out / "evaluation.md").read_text().splitlines()
     assert (heading, blank) == ("### drawn | pictures (64x64, 9 images)", "")
     columns = "Model, train steps, rFID, PSNR, SSIM, PSIM, LPIPS, Link, Comments"
     assert cells(table[0]) == columns.split(", ")
     assert {len(line) for line in table[:5]} == {len(table[0])}, "it is aligned"
-    for line, model in zip(table[2:5], found["models"], strict=True):
+    for line, model in zip(table[2:5], actual["models"], strict=True):
         row = dict(zip(columns.split(", "), cells(line), strict=True))
         assert row["Model"] == model["name"]
         assert row["rFID"] == f"{model['rfid']:.2f}"
@@ -249,7 +253,7 @@ def test_what_is_written_is_what_was_found(made: Made, reconstructions: dict[str
     ]
 
     # Four rows over three shards: one, one and two of their first images.
-    assert found["picture_keys"] == ["0", "3", "6", "7"]
+    assert actual["picture_keys"] == ["0", "3", "6", "7"]
     with Image.open(out / "evaluation.png") as picture:
         pixels = np.asarray(picture.convert("RGB")).astype(int)
     top = pixels.shape[0] - 4 * (SIDE + 4)
@@ -265,7 +269,7 @@ def test_what_is_written_is_what_was_found(made: Made, reconstructions: dict[str
         assert labels[4 + column * (SIDE + 4) :][:SIDE].any(), "a label stands above each column"
 
 
-def test_without_networks_columns_are_empty_and_say_why(
+def test_columns_without_network_are_empty_with_a_note(
     cli: Cli, tree: dict[str, Any], tmp_path: Path
 ):
     del tree["networks"]
@@ -287,7 +291,7 @@ def test_without_networks_columns_are_empty_and_say_why(
     assert not (tmp_path / "out" / "evaluation.png").exists()
 
 
-def test_images_are_brought_to_the_size_by_resize_and_crop(tree: dict[str, Any], tmp_path: Path):
+def test_images_are_resized_and_center_cropped(tree: dict[str, Any], tmp_path: Path):
     """A flat picture with another half beside it: what is cropped away does not count."""
     wide = Image.new("RGB", (4 * SIDE, 2 * SIDE), "gray")
     wide.paste(image(0), (0, 0))  # left of the centre, but for a part
@@ -305,13 +309,13 @@ def test_images_are_brought_to_the_size_by_resize_and_crop(tree: dict[str, Any],
 # Sharing the work out.
 
 
-def numbers(found: Evaluation) -> list[float]:
+def numbers(actual: Evaluation) -> list[float]:
     """The figures that need no network."""
-    spreads = [spread for model in found.models for spread in (model.psnr_db, model.ssim)]
+    spreads = [spread for model in actual.models for spread in (model.psnr_db, model.ssim)]
     return [value for spread in spreads for value in (spread.mean, spread.std)]
 
 
-def test_shards_merge_into_what_one_shard_would_give(tree: dict[str, Any], tmp_path: Path):
+def test_figures_do_not_depend_on_the_number_of_shards(tree: dict[str, Any], tmp_path: Path):
     del tree["networks"], tree["models"][::2]
     shared = numbers(evaluated(tree))
     members = [(f"{i}.png", png(SIDE, SIDE, i)) for i in range(NUM_IMAGES)]
@@ -321,7 +325,7 @@ def test_shards_merge_into_what_one_shard_would_give(tree: dict[str, Any], tmp_p
     assert numbers(evaluated(tree)) == pytest.approx(shared, rel=1e-3)
 
 
-def test_at_most_so_many_images_count_spread_over_the_shards(tree: dict[str, Any]):
+def test_max_images_is_spread_over_the_shards(tree: dict[str, Any]):
     del tree["networks"], tree["models"][1:]
     tree["picture_rows"] = 64
     for most, keys in {
@@ -330,19 +334,19 @@ def test_at_most_so_many_images_count_spread_over_the_shards(tree: dict[str, Any
         6: ["0", "1", "3", "4", "6", "7"],
         90: [str(index) for index in range(9)],
     }.items():
-        found = evaluated(tree | {"max_images": most})
-        assert (found.num_images, found.picture_keys) == (len(keys), keys)
+        actual = evaluated(tree | {"max_images": most})
+        assert (actual.num_images, actual.picture_keys) == (len(keys), keys)
 
 
 def test_one_image_has_no_rfid(tree: dict[str, Any]):
     del tree["models"][1:]
-    found = evaluated(tree | {"max_images": 1})
-    assert found.models[0].rfid is None
-    assert found.models[0].psnr_db.std == 0
-    assert "rFID is empty: it needs at least two images." in found.notes
+    actual = evaluated(tree | {"max_images": 1})
+    assert actual.models[0].rfid is None
+    assert actual.models[0].psnr_db.std == 0
+    assert "rFID is empty: it needs at least two images." in actual.notes
 
 
-def test_progress_is_told_piece_by_piece(tree: dict[str, Any]):
+def test_progress_is_reported_after_each_shard(tree: dict[str, Any]):
     del tree["networks"], tree["models"][1:]
     steps: list[tuple[int, int]] = []
     plan = plan_evaluation(config_of(tree))
@@ -364,16 +368,16 @@ def tree_on(server: S3Server, checkpoint: Path, endpoint_url: str, output: str) 
     }
 
 
-def assert_is_of_the_corpus(found: dict[str, Any], corpus: list[Shard]) -> None:
-    assert found["num_images"] == sum(len(shard.rows) for shard in corpus)
-    assert sum(found["rejects"].values()) == sum(len(shard.rejects) for shard in corpus)
+def assert_is_of_the_corpus(actual: dict[str, Any], corpus: list[Shard]) -> None:
+    assert actual["num_images"] == sum(len(shard.rows) for shard in corpus)
+    assert sum(actual["rejects"].values()) == sum(len(shard.rejects) for shard in corpus)
 
 
 def is_actor(pid: int) -> bool:
     return b"_CallingActor" in Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
-def test_actors_share_the_work_and_one_may_be_killed(
+def test_actors_share_the_shards_and_a_killed_actor_is_replaced(
     moto: S3Server,
     proxy: FaultyProxy,
     ray_cli: Cli,
@@ -404,7 +408,7 @@ def test_actors_share_the_work_and_one_may_be_killed(
         assert shared[name]["mean"] == pytest.approx(alone[name]["mean"], rel=1e-3)
 
 
-def test_what_an_actor_raises_is_one_line(cli: Cli, tree: dict[str, Any], tmp_path: Path):
+def test_error_of_an_actor_is_one_line(cli: Cli, tree: dict[str, Any], tmp_path: Path):
     tree["networks"]["vgg16"]["sha256"] = "0" * 64
     tree["compute"]["num_cpu_actors"] = 2
     result = cli("eval", write(tree, tmp_path), "--json")
@@ -415,7 +419,7 @@ def test_what_an_actor_raises_is_one_line(cli: Cli, tree: dict[str, Any], tmp_pa
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_ctrl_c_ends_it_and_nothing_is_written(
+def test_ctrl_c_stops_eval_without_output(
     moto: S3Server, proxy: FaultyProxy, ray_cli: Cli, checkpoint: Path, tmp_path: Path
 ):
     tree = tree_on(moto, checkpoint, proxy.endpoint_url, "eval-ctrl-c")
@@ -433,7 +437,7 @@ def test_ctrl_c_ends_it_and_nothing_is_written(
 # What is refused, and what is accepted with a word.
 
 
-def test_a_decoder_of_another_family_is_refused(tree: dict[str, Any], tmp_path: Path):
+def test_decoder_of_another_family_is_refused(tree: dict[str, Any], tmp_path: Path):
     tiny = write_diffusers_folder(tmp_path / "four")
     tree["models"][2]["checkpoint"] = str(tiny)
     with pytest.raises(ConfigError, match=r"noisier .* another family: its latent_channels is 4"):
@@ -445,7 +449,7 @@ def test_a_decoder_of_another_family_is_refused(tree: dict[str, Any], tmp_path: 
         evaluated(tree)
 
 
-def test_a_decoder_of_another_encoder_is_refused(tree: dict[str, Any], tmp_path: Path):
+def test_decoder_of_another_encoder_is_refused(tree: dict[str, Any], tmp_path: Path):
     other = write_diffusers_folder(tmp_path / "other", TINY_KL_F8 | {"latent_channels": 16})
     tree["models"][1]["checkpoint"] = str(other)
     with pytest.raises(ConfigError, match=r"noisy belongs to another encoder.* 50 dB are required"):
@@ -456,17 +460,17 @@ def test_a_decoder_of_another_encoder_is_refused(tree: dict[str, Any], tmp_path:
         evaluated(tree)
 
 
-def test_a_decoder_whose_encoder_agrees_is_accepted_and_named(tree: dict[str, Any], tmp_path: Path):
+def test_decoder_whose_encoder_agrees_is_accepted_with_a_note(tree: dict[str, Any], tmp_path: Path):
     near = write_copy(tmp_path / "near", 1e-4, half="encoder.")
     tree["models"] = [tree["models"][0], {"name": "near", "checkpoint": str(near)}]
     del tree["networks"]
-    found = evaluated(tree)
-    (note,) = (note for note in found.notes if "encoder" in note)
+    actual = evaluated(tree)
+    (note,) = (note for note in actual.notes if "encoder" in note)
     assert note.startswith("near has its own encoder, which agrees with that of `vae` to ")
-    assert found.models[0].psnr_db == found.models[1].psnr_db, "the decoders are the same"
+    assert actual.models[0].psnr_db == actual.models[1].psnr_db, "the decoders are the same"
 
 
-def test_a_decoder_that_gives_nan_is_told(tree: dict[str, Any], tmp_path: Path):
+def test_decoder_that_returns_nan_is_refused(tree: dict[str, Any], tmp_path: Path):
     state = load_file(DEMO / "diffusion_pytorch_model.safetensors")
     state["decoder.conv_in.weight"] = torch.full_like(state["decoder.conv_in.weight"].float(), 3e38)
     broken = write_folder(tmp_path / "x", json.loads((DEMO / "config.json").read_text()), state)
@@ -475,7 +479,7 @@ def test_a_decoder_that_gives_nan_is_told(tree: dict[str, Any], tmp_path: Path):
         evaluated(tree)
 
 
-def test_a_source_without_one_image_is_told(tree: dict[str, Any], tmp_path: Path):
+def test_source_without_images_is_an_error(tree: dict[str, Any], tmp_path: Path):
     write_tar(tmp_path / "src" / "0.tar", [("a.png", b"no"), ("b.png", b"nor this")])
     tree["source"]["shards"] = f"{tmp_path}/src/0.tar"
     with pytest.raises(SourceError, match=r"none of .* could be read: decode: not_an_image \(2\)"):
@@ -483,7 +487,7 @@ def test_a_source_without_one_image_is_told(tree: dict[str, Any], tmp_path: Path
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_what_cannot_be_read_or_written_is_told_before_any_work(tree: dict[str, Any]):
+def test_unusable_source_or_output_fails_in_the_plan(tree: dict[str, Any]):
     tree["networks"]["vgg16"]["url"] = "/nowhere/at/all"  # not looked at yet
     with pytest.raises(StorageError, match="/proc/nowhere"):
         plan_evaluation(config_of(tree | {"output": {"url": "/proc/nowhere"}}))
@@ -503,7 +507,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("path", MISTAKES)
-def test_a_typo_is_told_by_its_path(tree: dict[str, Any], tmp_path: Path, path: str):
+def test_unknown_settings_are_named_by_path(tree: dict[str, Any], tmp_path: Path, path: str):
     *sections, name = path.split(".")
     section: Any = tree
     for part in sections:
@@ -531,14 +535,16 @@ def test_a_typo_is_told_by_its_path(tree: dict[str, Any], tmp_path: Path, path: 
         ("picture_rows=65", "picture_rows: "),
     ],
 )
-def test_a_wrong_value_is_told(tree: dict[str, Any], tmp_path: Path, override: str, message: str):
+def test_wrong_values_are_named_by_path(
+    tree: dict[str, Any], tmp_path: Path, override: str, message: str
+):
     with pytest.raises(ConfigError) as caught:
         load_eval_config(write(tree, tmp_path), [override])
     (line,) = str(caught.value).splitlines()
     assert message in line
 
 
-def test_a_label_never_leaves_its_column():
+def test_labels_stay_within_their_columns():
     picture = Picture("key", np.zeros((2, 3, 32, 32), np.uint8))
     png = draw_side_by_side(["a name that is much too long for 32 px"], [picture])
     with Image.open(BytesIO(png)) as drawn:

@@ -43,7 +43,7 @@ def pictures(number: int) -> Tensor:
 
 
 @torch.inference_mode()
-def test_the_drift_of_moments_is_that_of_what_training_draws(
+def test_drift_of_moments_is_the_error_of_training_samples(
     vae: KLAutoencoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against the definition: the mean squared distance of many draws with the same noise."""
@@ -53,7 +53,7 @@ def test_the_drift_of_moments_is_that_of_what_training_draws(
     moments[channels:] = -1.0
     generator = torch.Generator().manual_seed(0)
     stored = moments + 0.05 * torch.randn(moments.shape, generator=generator)
-    evaluator = QaEvaluator(contract_of(vae, "moments"), vae, vae)
+    evaluator = QaEvaluator(contract_of(vae, "moments"), vae)
     # The demo's own log-variance is so low that it would not show.
     monkeypatch.setattr(vae, "encode", lambda pixels: moments[None])
     signal = 2.0
@@ -65,10 +65,10 @@ def test_the_drift_of_moments_is_that_of_what_training_draws(
         return m[:channels] + (0.5 * m[channels:]).exp() * noise
 
     error = (draw(stored) - draw(moments)).square().mean()
-    assert row.measured.drift_db == pytest.approx(10 * np.log10(signal / float(error)), abs=0.05)
+    assert row.drift_db == pytest.approx(10 * np.log10(signal / float(error)), abs=0.05)
 
 
-def test_rows_come_one_by_one_where_memory_runs_out(
+def test_rows_are_measured_one_by_one_when_gpu_memory_runs_out(
     vae: KLAutoencoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = pictures(3)
@@ -76,24 +76,24 @@ def test_rows_come_one_by_one_where_memory_runs_out(
         latents = vae.encode(images)[:, : vae.architecture.latent_channels]
     crops = {f"k{index}": write_png(image) for index, image in enumerate(images)}
     stored = {f"k{index}": latent for index, latent in enumerate(latents)}
-    evaluator = QaEvaluator(contract_of(vae, "mean"), vae, vae)
+    evaluator = QaEvaluator(contract_of(vae, "mean"), vae)
     expected = evaluator.evaluate("unit", f"{SIDE}x{SIDE}", crops, stored, 1.0)
-    decode, room, num_fired = vae.decode, 1, 0
+    decode, max_rows, num_fired = vae.decode, 1, 0
 
     def decode_in(latents: Tensor) -> Tensor:
         nonlocal num_fired
-        if len(latents) > room:
+        if len(latents) > max_rows:
             num_fired += 1
             raise torch.OutOfMemoryError("planted")
         return decode(latents)
 
     monkeypatch.setattr(vae, "decode", decode_in)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    found = evaluator.evaluate("unit", f"{SIDE}x{SIDE}", crops, stored, 1.0)
+    rows = evaluator.evaluate("unit", f"{SIDE}x{SIDE}", crops, stored, 1.0)
     assert num_fired == 1
-    assert [row.key for row in found] == [row.key for row in expected]
-    for row, other in zip(found, expected, strict=True):
-        assert row.measured.psnr_db == pytest.approx(other.measured.psnr_db, abs=0.01)
-    room = 0
+    assert [row.key for row in rows] == [row.key for row in expected]
+    for row, other in zip(rows, expected, strict=True):
+        assert row.psnr_db == pytest.approx(other.psnr_db, abs=0.01)
+    max_rows = 0
     with pytest.raises(ConfigError, match=r"64x64 for QA does not fit"):
         evaluator.evaluate("unit", f"{SIDE}x{SIDE}", crops, stored, 1.0)

@@ -26,7 +26,6 @@ from latentcache.engine.job import Job, QaJob, UnitTask
 from latentcache.engine.unit import UnitRunner
 from latentcache.qa.evaluator import QaEvaluator, QaModels
 from latentcache.qa.gates import Gates, QaTotals
-from latentcache.qa.row_sample import SampleSpec
 from latentcache.storage_options import StorageOptions
 from latentcache.vae.encoder import Encoded, LatentEncoder
 from makers import config_tree, encode_image, write_tar
@@ -154,9 +153,9 @@ def make(tmp_path: Path, spread_vae: Path) -> Iterator[Callable[[Fault | None], 
             output_storage=options,
             batch_size=8,
             decode_threads=1,
-            qa=QaJob(SampleSpec(0.1, 0), QaModels(str(spread_vae))),
+            qa=QaJob(0.1, 0, QaModels(str(spread_vae))),
         )
-        runner = UnitRunner(job, encoder, QaEvaluator(contract, vae, vae))
+        runner = UnitRunner(job, encoder, QaEvaluator(contract, vae))
         runners.append(runner)
         receipts = []
         for unit in plan.units:
@@ -164,9 +163,11 @@ def make(tmp_path: Path, spread_vae: Path) -> Iterator[Callable[[Fault | None], 
             assert isinstance(receipt, Receipt), receipt
             assert store.put_if_absent(receipt.path, receipt.to_bytes())
             receipts.append(receipt)
-        listing = {unit.source: [unit] for unit in plan.units}
+        snapshot = {unit.source: [unit] for unit in plan.units}
         channels = contract.stored_channels
-        write_next(State(store), contract.fingerprint, channels, lambda: listing, on_missing="keep")
+        write_next(
+            State(store), contract.fingerprint, channels, lambda: snapshot, on_missing="keep"
+        )
         assert (encoder.num_fired > 0) == (fault is not None)
         return Made(store.url, receipts)
 
@@ -176,7 +177,7 @@ def make(tmp_path: Path, spread_vae: Path) -> Iterator[Callable[[Fault | None], 
         runner.encode_pool.close()
 
 
-def test_a_sound_dataset_passes(
+def test_correct_dataset_passes_all_gates(
     make: Callable[[Fault | None], Made], local_cli: Cli, spread_vae: Path, tmp_path: Path
 ) -> None:
     made = make(None)
@@ -190,7 +191,7 @@ def test_a_sound_dataset_passes(
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_planted_fault_is_seen(
+def test_planted_fault_fails_the_drift_gate(
     name: str, make: Callable[[Fault | None], Made], local_cli: Cli, spread_vae: Path
 ) -> None:
     made = make(FAULTS[name])
@@ -200,7 +201,7 @@ def test_a_planted_fault_is_seen(
     assert "below qa.min_drift_db" in result.stderr
 
 
-def test_nan_in_a_file_is_seen(
+def test_nan_in_a_data_file_fails_the_drift_gate(
     make: Callable[[Fault | None], Made],
     local_cli: Cli,
     spread_vae: Path,

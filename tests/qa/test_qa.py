@@ -29,7 +29,7 @@ from latentcache import load_vae
 from latentcache.dataset.bucket import Bucket
 from latentcache.demo.draw import draw_image
 from latentcache.errors import DatasetError
-from latentcache.qa.row_sample import QaSample, SampleSpec
+from latentcache.qa.evaluator import QaSample
 from makers import config_tree, encode_image, write_tar
 from runs import Cli
 
@@ -92,7 +92,7 @@ def open_png(data: bytes) -> np.ndarray[Any, Any]:
         return np.asarray(image)
 
 
-def test_a_run_looks_at_rows_of_every_bucket_and_says_what_it_sees(sampled: Path) -> None:
+def test_run_samples_every_bucket_and_stores_correct_measures(sampled: Path) -> None:
     dataset = latentcache.open_dataset(str(sampled / "out"))
     latents = {(row.unit, row.key): row.latent for row in dataset}
     rows = read_qa(sampled / "out")
@@ -123,7 +123,7 @@ def test_a_run_looks_at_rows_of_every_bucket_and_says_what_it_sees(sampled: Path
     assert min(num_rows.values()) >= 2
 
 
-def test_qa_again_sees_what_the_run_saw(sampled: Path, cli: Cli) -> None:
+def test_qa_command_reproduces_the_measures_of_the_run(sampled: Path, cli: Cli) -> None:
     seen = {(row["unit"], row["key"]): row["psnr_db"] for row in read_qa(sampled / "out")}
     for target in str(sampled / "out"), str(next(sampled.glob("*.yaml"))):
         again = cli.ok("qa", target)
@@ -133,27 +133,27 @@ def test_qa_again_sees_what_the_run_saw(sampled: Path, cli: Cli) -> None:
         assert again["measures"]["psnr_db"]["mean"] == pytest.approx(mean, abs=0.01)
 
 
-def test_verify_finds_a_lost_qa_file(sampled: Path, tmp_path: Path, cli: Cli) -> None:
+def test_verify_reports_a_lost_qa_file(sampled: Path, tmp_path: Path, cli: Cli) -> None:
     out = shutil.copytree(sampled / "out", tmp_path / "out")
     assert cli("verify", str(out)).code == 0
     lost = next((out / "qa").glob("*/*.parquet"))
     lost.unlink()
     for options in ([], ["--quick"]):
-        found = cli("verify", str(out), *options, "--json")
-        assert found.code == 3
-        (problem,) = found.json["problems"]
+        actual = cli("verify", str(out), *options, "--json")
+        assert actual.code == 3
+        (problem,) = actual.json["problems"]
         assert problem["path"] == lost.relative_to(out).as_posix()
         assert problem["message"] == "is gone"
 
 
-def test_gates_can_be_given_where_there_is_no_config(sampled: Path, cli: Cli) -> None:
+def test_qa_command_takes_gates_as_options(sampled: Path, cli: Cli) -> None:
     result = cli("qa", sampled / "out", "--rows", "2", "--min-psnr-db", "90")
     assert result.code == 3
     assert "below qa.min_psnr_db 90" in result.stderr
     assert "failed: 2 of 12 rows" in result.stdout
 
 
-def test_qa_reads_shards_again_where_nothing_was_kept(tmp_path: Path, cli: Cli) -> None:
+def test_qa_reads_shards_again_if_no_crops_were_kept(tmp_path: Path, cli: Cli) -> None:
     write_shards(tmp_path, num_shards=2)
     config = write_config(tmp_path)
     cli.ok("run", config)
@@ -167,9 +167,7 @@ def test_qa_reads_shards_again_where_nothing_was_kept(tmp_path: Path, cli: Cli) 
     assert seen["totals"]["num_qa_rows"] == 4
 
 
-def test_qa_makes_do_with_the_crops_where_the_source_is_gone(
-    sampled: Path, tmp_path: Path, cli: Cli
-) -> None:
+def test_qa_uses_kept_crops_if_the_source_is_gone(sampled: Path, tmp_path: Path, cli: Cli) -> None:
     shutil.copytree(sampled / "src", tmp_path / "src")
     config = write_config(tmp_path, qa={"min_psnr_db": 10})
     cli.ok("run", config)
@@ -180,7 +178,7 @@ def test_qa_makes_do_with_the_crops_where_the_source_is_gone(
     assert "the crops that the run kept" in result.stderr
 
 
-def test_a_replaced_row_is_seen_when_its_shard_is_read_again(tmp_path: Path, cli: Cli) -> None:
+def test_row_whose_crop_differs_from_its_source_fails_qa(tmp_path: Path, cli: Cli) -> None:
     """A crop that begins elsewhere than the dataset says is no matter of decibels."""
     write_shards(tmp_path, num_shards=1)
     cli.ok("run", write_config(tmp_path, qa={"min_psnr_db": 10}))
@@ -197,7 +195,7 @@ def test_a_replaced_row_is_seen_when_its_shard_is_read_again(tmp_path: Path, cli
     assert "but its image gives" in result.stderr
 
 
-def test_a_gate_stops_a_bad_run_and_a_lower_one_lets_it_go_on(tmp_path: Path, cli: Cli) -> None:
+def test_gate_stops_a_run_and_a_lower_gate_resumes_it(tmp_path: Path, cli: Cli) -> None:
     write_shards(tmp_path, num_shards=6)
     qa = {"fraction": 1.0, "min_psnr_db": 10, "min_drift_db": 149}
     stopped = cli("run", write_config(tmp_path, qa=qa), "--json")
@@ -219,10 +217,12 @@ def test_a_gate_stops_a_bad_run_and_a_lower_one_lets_it_go_on(tmp_path: Path, cl
     assert "the mean PSNR of 36 QA rows" in judged_alone.stderr
 
 
-@pytest.mark.parametrize("looked_at", [{}, {"fraction": 0.0, "min_rows_per_bucket": 0}])
-def test_the_rejects_gate(tmp_path: Path, cli: Cli, looked_at: dict[str, float]) -> None:
+@pytest.mark.parametrize("sampling", [{}, {"fraction": 0.0, "min_rows_per_bucket": 0}])
+def test_too_many_rejects_fail_the_rejects_gate(
+    tmp_path: Path, cli: Cli, sampling: dict[str, float]
+) -> None:
     write_shards(tmp_path, num_shards=1)
-    qa = {"min_psnr_db": 10, "max_rejects": 1} | looked_at
+    qa = {"min_psnr_db": 10, "max_rejects": 1} | sampling
     config = write_config(tmp_path, qa=qa)
     result = cli("run", config, "--set", "transform.min_side_px=80", "--json")
     assert result.code == 3
@@ -232,7 +232,7 @@ def test_the_rejects_gate(tmp_path: Path, cli: Cli, looked_at: dict[str, float])
         assert max(open_png(row["thumbnail"]).shape[:2]) == 128, row["reason"]
 
 
-def test_a_dataset_of_one_row(tmp_path: Path, cli: Cli) -> None:
+def test_dataset_of_one_row_has_one_qa_row(tmp_path: Path, cli: Cli) -> None:
     write_shards(tmp_path, num_shards=1, num_samples=1)
     summary = cli.ok("run", write_config(tmp_path, qa={"min_psnr_db": 5}))
     assert summary["num_qa_rows"] == 1
@@ -271,7 +271,7 @@ def other_family(folder: Path) -> Path:
     ],
     ids=["nudged", "other", "family", "missing"],
 )
-def test_decoders(
+def test_decoder_is_accepted_only_if_its_encoder_agrees(
     make_decoder: Callable[[Path], Path],
     code: int,
     text: str,
@@ -290,7 +290,7 @@ def test_decoders(
     assert text in result.stderr
 
 
-def test_a_network_of_another_hash_is_refused(sampled: Path, tmp_path: Path, cli: Cli) -> None:
+def test_network_with_another_hash_is_refused(sampled: Path, tmp_path: Path, cli: Cli) -> None:
     network = tmp_path / "vgg16.pt"
     network.write_bytes(b"not a network")
     qa = {"min_psnr_db": 10, "lpips": {"url": str(network), "sha256": "0" * 64}}
@@ -303,7 +303,7 @@ def test_a_network_of_another_hash_is_refused(sampled: Path, tmp_path: Path, cli
         assert hashlib.sha256(b"not a network").hexdigest() in result.stderr
 
 
-def test_a_report_that_cannot_be_written_is_known_before_the_work(
+def test_unwritable_report_fails_before_the_evaluation(
     sampled: Path, tmp_path: Path, cli: Cli
 ) -> None:
     result = cli("qa", sampled / "out", "--report", tmp_path / "missing" / "report.html")
@@ -314,18 +314,18 @@ def test_a_report_that_cannot_be_written_is_known_before_the_work(
 @given(
     fraction=st.floats(0, 1),
     seed=st.integers(0, 3),
-    wanted=st.integers(0, 6),
+    min_rows=st.integers(0, 6),
     buckets=st.lists(st.sampled_from(["64x64", "96x64"]), max_size=20),
 )
-def test_the_sample_is_every_row_below_the_fraction_and_the_next_lowest(
+def test_sample_is_every_row_below_the_fraction_and_the_next_lowest(
     tmp_path_factory: pytest.TempPathFactory,
     fraction: float,
     seed: int,
-    wanted: int,
+    min_rows: int,
     buckets: list[str],
 ) -> None:
     folder = tmp_path_factory.mktemp("sample")
-    sample = QaSample(SampleSpec(fraction, seed), {"64x64": wanted}, "unit", folder)
+    sample = QaSample(fraction, seed, {"64x64": min_rows}, "unit", folder)
     for index, bucket in enumerate(buckets):
         sample.offer(bucket, f"k{index}", torch.full((3, 8, 8), index, dtype=torch.uint8))
 
@@ -334,7 +334,7 @@ def test_the_sample_is_every_row_below_the_fraction_and_the_next_lowest(
         return int.from_bytes(digest[:8], "little") / 2**64
 
     expected = set()
-    for name, least in {"64x64": wanted, "96x64": 0}.items():
+    for name, least in {"64x64": min_rows, "96x64": 0}.items():
         by_draw = sorted((i for i, bucket in enumerate(buckets) if bucket == name), key=draw)
         expected |= {i for n, i in enumerate(by_draw) if n < least or draw(i) < fraction}
     assert {int(open_png(path.read_bytes())[0, 0, 0]) for path in folder.iterdir()} == expected

@@ -31,9 +31,9 @@ from latentcache.dataset.shards import RejectRow
 from latentcache.errors import ConfigError, DatasetError, LatentCacheError, StorageError
 from latentcache.qa import figures, report
 from latentcache.qa.gates import Gates
+from latentcache.qa.html import RowPictures, draw_row
 from latentcache.qa.qa_files import QaRow
-from latentcache.qa.report import build_report, report_path, save_report, write_report
-from latentcache.qa.row_pictures import RowPictures, draw_row
+from latentcache.qa.report import build_report, report_path
 from makers import (
     draw,
     encode_image,
@@ -112,7 +112,7 @@ def make(
 
 def measured(rows: Sequence[QaRow], **changes: float) -> list[QaRow]:
     """The same rows, but some measures."""
-    return [replace(row, measured=replace(row.measured, **changes)) for row in rows]
+    return [replace(row, **changes) for row in rows]  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 @pytest.fixture(scope="module")
 def psnrs(dataset: Dataset) -> dict[str, float]:
     """The PSNR of each QA row, by key, from the pictures themselves."""
-    found = {}
+    actual = {}
     for record in dataset.units:
         assert record.qa
         for row in pq.read_table(
@@ -142,21 +142,21 @@ def psnrs(dataset: Dataset) -> dict[str, float]:
         ).to_pylist():
             pictures = (Image.open(io.BytesIO(row[n])) for n in ("image", "reconstruction"))
             image, reconstruction = (np.asarray(p).astype(float) for p in pictures)
-            found[row["key"]] = 10 * math.log10(255**2 / ((image - reconstruction) ** 2).mean())
-    return found
+            actual[row["key"]] = 10 * math.log10(255**2 / ((image - reconstruction) ** 2).mean())
+    return actual
 
 
 # The figures.
 
 
-def test_the_figures_are_those_of_the_qa_rows(dataset: Dataset, psnrs: dict[str, float]):
-    tree = build_report(dataset, [], GATES).to_json()
+def test_figures_match_the_qa_rows(dataset: Dataset, psnrs: dict[str, float]):
+    tree = build_report(dataset, [], GATES).tree
     values = np.array(list(psnrs.values()))
-    found = tree["measures"]["psnr_db"]
-    assert (found["count"], tree["totals"]["num_qa_rows"]) == (40, 40)
+    actual = tree["measures"]["psnr_db"]
+    assert (actual["count"], tree["totals"]["num_qa_rows"]) == (40, 40)
     for name in ("mean", "std", "min", "max"):
-        assert found[name] == pytest.approx(getattr(values, name)())
-    assert sum(found["histogram"]["counts"]) == 40
+        assert actual[name] == pytest.approx(getattr(values, name)())
+    assert sum(actual["histogram"]["counts"]) == 40
     assert tree["totals"]["mean_psnr_db"] == pytest.approx(values.mean())
     square, wide = tree["buckets"]
     assert (wide["bucket"], wide["num_rows"], wide["num_qa_rows"]) == (Bucket(*WIDE).name, 16, 20)
@@ -165,7 +165,7 @@ def test_the_figures_are_those_of_the_qa_rows(dataset: Dataset, psnrs: dict[str,
     assert not {"lpips", "psnr_cost_db"} & tree["measures"].keys()
 
 
-def test_lpips_and_the_cost_of_int8_are_there_where_they_were_measured(tmp_path: Path):
+def test_lpips_and_int8_cost_are_shown_for_rows_that_have_them(tmp_path: Path):
     contract = make_contract(buckets=(SQUARE, WIDE))
     rows = make_qa_rows(contract, SQUARE, 4)
     qa = {"a.tar": [*measured(rows[:3], lpips=0.25, psnr_cost_db=0.125), rows[3]]}
@@ -177,17 +177,15 @@ def test_lpips_and_the_cost_of_int8_are_there_where_they_were_measured(tmp_path:
     assert sum("LPIPS" in card for card in page.cards) == 3
 
 
-def test_an_outlier_leaves_the_rest_of_a_histogram_readable():
+def test_histogram_range_ignores_an_outlier():
     values = np.concatenate([np.linspace(20, 30, 1000), [-100.0]])
-    found = figures.distributions(pa.table(dict.fromkeys(figures.MEASURES, values)))["psnr_db"]
-    assert found["min"] == -100
-    assert found["histogram"]["edges"][0] > 0
-    assert sum(found["histogram"]["counts"]) == 1001
+    actual = figures.distributions(pa.table(dict.fromkeys(figures.MEASURES, values)))["psnr_db"]
+    assert actual["min"] == -100
+    assert actual["histogram"]["edges"][0] > 0
+    assert sum(actual["histogram"]["counts"]) == 1001
 
 
-def test_the_worst_rows_and_a_seeded_draw_are_shown_once_each(
-    dataset: Dataset, psnrs: dict[str, float]
-):
+def test_worst_rows_and_seeded_draw_are_shown_once_each(dataset: Dataset, psnrs: dict[str, float]):
     rows = build_report(dataset, [], GATES, num_shown=8).tree["rows"]
     by_psnr = sorted(psnrs, key=lambda key: psnrs[key])
     assert [row["key"] for row in rows if "worst" in row["shown_as"]] == by_psnr[:4]
@@ -198,7 +196,7 @@ def test_the_worst_rows_and_a_seeded_draw_are_shown_once_each(
     assert drawn[0] == rows != drawn[1]
 
 
-def test_rows_that_drift_too_far_are_shown(tmp_path: Path):
+def test_rows_below_the_drift_gate_are_shown(tmp_path: Path):
     contract = make_contract(buckets=(SQUARE, WIDE))
     rows = make_qa_rows(contract, SQUARE, 30)
     rows[3:4] = measured(rows[3:4], drift_db=12.0)
@@ -209,7 +207,7 @@ def test_rows_that_drift_too_far_are_shown(tmp_path: Path):
 
 
 @pytest.mark.parametrize("posterior", ["mean", "moments"])
-def test_one_over_std_is_held_against_the_scaling_factor(tmp_path: Path, posterior: str):
+def test_scaling_factor_is_compared_with_one_over_std(tmp_path: Path, posterior: str):
     contract = make_contract(buckets=(SQUARE, WIDE), posterior=posterior)
     made = make(tmp_path, {"a.tar": make_qa_rows(contract, SQUARE, 2)}, contract)
     latents = report_of(made)["latents"]
@@ -224,7 +222,7 @@ def test_one_over_std_is_held_against_the_scaling_factor(tmp_path: Path, posteri
 
 
 def report_of(dataset: Dataset) -> dict[str, Any]:
-    return build_report(dataset, [], GATES).to_json()
+    return build_report(dataset, [], GATES).tree
 
 
 @pytest.mark.parametrize(
@@ -238,7 +236,7 @@ def report_of(dataset: Dataset) -> dict[str, Any]:
         ({"scaling_factor": 0.5, "latents_mean": (0.0,) * 4, "latents_std": (3.0,) * 4}, True),
     ],
 )
-def test_scaling_takes_shift_and_statistics_by_channel_into_account(
+def test_scaling_check_uses_shift_and_statistics_by_channel(
     tmp_path: Path, change: dict[str, Any], is_off: bool
 ):
     plain = make_contract(buckets=(SQUARE, WIDE))
@@ -249,7 +247,7 @@ def test_scaling_takes_shift_and_statistics_by_channel_into_account(
     assert ("more than 20 % off" in page.all_text) is is_off
 
 
-def test_throughput_is_read_from_so_many_receipts_spread_evenly(
+def test_throughput_is_read_from_evenly_spaced_receipts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     contract = make_contract(buckets=(SQUARE, WIDE))
@@ -265,14 +263,14 @@ def test_throughput_is_read_from_so_many_receipts_spread_evenly(
         }
         path.write_bytes(replace(receipt, stages=stages).to_bytes())
     monkeypatch.setattr(figures, "_MAX_RECEIPTS", 5)
-    found = report_of(made)["throughput"]
-    assert (found["num_units"], found["num_receipts"], found["num_samples"]) == (10, 5, 5 * 16)
-    assert [stage["stage"] for stage in found["stages"]] == ["fetch", "decode", "encode", "zip"]
-    assert found["stages"][2]["busy_s"] == sum(2.0**number for number in (0, 2, 4, 6, 8))
-    assert found["stages"][2]["wait_s"] == 2.5
-    assert [stage["num_threads"] for stage in found["stages"]] == [2, 4, 1, 1]
+    actual = report_of(made)["throughput"]
+    assert (actual["num_units"], actual["num_receipts"], actual["num_samples"]) == (10, 5, 5 * 16)
+    assert [stage["stage"] for stage in actual["stages"]] == ["fetch", "decode", "encode", "zip"]
+    assert actual["stages"][2]["busy_s"] == sum(2.0**number for number in (0, 2, 4, 6, 8))
+    assert actual["stages"][2]["wait_s"] == 2.5
+    assert [stage["num_threads"] for stage in actual["stages"]] == [2, 4, 1, 1]
     bound = "decoding; add 3 threads to each actor (compute.decode_threads: 7)"
-    assert found["bottleneck"] == f"bottleneck: {bound}"
+    assert actual["bottleneck"] == f"bottleneck: {bound}"
     text = Read(build_report(made, [], GATES).to_html()).text["throughput"]
     assert "5 units spread evenly over 10" in text
     assert f"{5 * 16 / 5:.0f} samples/s" in text
@@ -280,12 +278,12 @@ def test_throughput_is_read_from_so_many_receipts_spread_evenly(
 
 
 def test_rejects_are_counted_by_reason(dataset: Dataset):
-    found = report_of(dataset)["rejects"]
-    assert [(r["stage"], r["reason"], r["num_rejects"]) for r in found] == [
+    actual = report_of(dataset)["rejects"]
+    assert [(r["stage"], r["reason"], r["num_rejects"]) for r in actual] == [
         ("decode", "truncated_image", 2),
         ("read", "truncated_shard", 1),
     ]
-    assert [example["key"] for example in found[0]["examples"]] == ["bad1", "bad2"]
+    assert [example["key"] for example in actual[0]["examples"]] == ["bad1", "bad2"]
     text = Read(build_report(dataset, [], GATES).to_html()).text["rejects"]
     assert "no picture" in text
     assert "3 of 35 samples" in text
@@ -326,7 +324,7 @@ def pixels_of(uri: str) -> np.ndarray[Any, Any]:
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
-def test_a_large_picture_is_made_smaller():
+def test_large_pictures_are_scaled_down():
     contract = make_contract(buckets=((1024, 512),))
     (row,) = make_qa_rows(contract, (1024, 512), 1)
     drawn = draw_row(row, [0.0] * 4, [1.0] * 4)
@@ -334,7 +332,7 @@ def test_a_large_picture_is_made_smaller():
     assert pixels_of(drawn.original).shape == pixels_of(drawn.error).shape == (256, 512, 3)
 
 
-def test_a_latent_that_is_not_finite_still_has_a_picture():
+def test_latent_with_nan_and_inf_has_pictures():
     (row,) = make_qa_rows(make_contract(), SQUARE, 1)
     latent = np.full((4, 8, 8), np.nan, "<f4")
     latent[1:] = np.inf
@@ -342,7 +340,7 @@ def test_a_latent_that_is_not_finite_still_has_a_picture():
     assert pixels_of(drawn.channels[0]).shape == (8, 8, 3)
 
 
-def test_thumbnails_of_rejects_are_shown_where_there_are_some(tmp_path: Path):
+def test_examples_of_rejects_with_thumbnail_come_first(tmp_path: Path):
     contract = make_contract(buckets=(SQUARE, WIDE))
     rejects = [RejectRow(f"bad{i}", "transform", "too_small", "9 px") for i in range(20)]
     made = make(tmp_path, {"a.tar": []}, contract, rejects)
@@ -365,12 +363,12 @@ def test_thumbnails_of_rejects_are_shown_where_there_are_some(tmp_path: Path):
 # The page.
 
 
-def test_the_page_says_what_the_json_says(dataset: Dataset, tmp_path: Path):
+def test_page_has_the_figures_of_the_json(dataset: Dataset, tmp_path: Path):
     done = build_report(dataset, ["a gate was not passed"], GATES, notes=["from the kept crops"])
     page = Read(done.to_html())
-    save_report(done, tmp_path / "report.json")
+    done.save(tmp_path / "report.json")
     tree = json.loads((tmp_path / "report.json").read_bytes())
-    assert json.loads(page.text["json"]) == tree == done.to_json()
+    assert json.loads(page.text["json"]) == tree == done.tree
     said = page.all_text.removesuffix(page.text["json"])
     for name, digits in (("psnr_db", 2), ("ssim", 4), ("drift_db", 1)):
         for figure in ("mean", "std", "min", "max"):
@@ -387,7 +385,7 @@ def test_the_page_says_what_the_json_says(dataset: Dataset, tmp_path: Path):
     assert len(page.images) == (3 + 4) * len(tree["rows"])
 
 
-def test_what_strangers_wrote_is_text_and_nothing_else(tmp_path: Path):
+def test_untrusted_text_is_escaped(tmp_path: Path):
     contract = make_contract(buckets=(SQUARE, WIDE))
     rows = [replace(row, key=NASTY + row.key) for row in make_qa_rows(contract, SQUARE, 2)]
     rejects = [RejectRow(NASTY, NASTY, NASTY, NASTY)]
@@ -400,7 +398,7 @@ def test_what_strangers_wrote_is_text_and_nothing_else(tmp_path: Path):
     assert json.loads(page.text["json"])["rows"][0]["key"].startswith(NASTY)
 
 
-def test_a_dataset_without_qa_rows_is_said_to_be_unseen(tmp_path: Path):
+def test_dataset_without_qa_rows_is_not_sampled(tmp_path: Path):
     done = build_report(make(tmp_path, {"a.tar": []}), [], GATES)
     assert done.tree["verdict"]["status"] == "not_sampled"
     assert (done.tree["rows"], done.tree["measures"]) == ([], {})
@@ -410,19 +408,19 @@ def test_a_dataset_without_qa_rows_is_said_to_be_unseen(tmp_path: Path):
     assert page.all_text.count(done.tree["fingerprint"]) == 2
 
 
-def test_a_breach_fails_a_dataset_without_qa_rows_too(tmp_path: Path):
+def test_breach_fails_a_dataset_without_qa_rows(tmp_path: Path):
     done = build_report(make(tmp_path, {"a.tar": []}), ["too many rejects"], GATES)
     assert done.tree["verdict"]["status"] == "failed"
 
 
-def test_a_dataset_of_nothing_has_a_report(tmp_path: Path):
+def test_empty_dataset_has_a_report(tmp_path: Path):
     write_dataset(tmp_path, make_contract(), {"a.tar": {}})
     done = build_report(open_dataset(str(tmp_path / "out")), [], GATES)
     assert done.tree["latents"] == {"channels": [], "scaling": None}
     assert "No latents are stored" in Read(done.to_html()).all_text
 
 
-def test_one_qa_row_is_enough(tmp_path: Path):
+def test_report_of_one_qa_row(tmp_path: Path):
     contract = make_contract(buckets=(SQUARE, WIDE))
     made = make(tmp_path, {"a.tar": make_qa_rows(contract, SQUARE, 1)}, contract)
     done = build_report(made, [], Gates())
@@ -433,7 +431,7 @@ def test_one_qa_row_is_enough(tmp_path: Path):
     assert "k0000" in card
 
 
-def test_many_qa_rows_make_a_small_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_report_of_many_qa_rows_is_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     contract = make_contract(buckets=(SQUARE, WIDE))
     (row,) = make_qa_rows(contract, SQUARE, 1)
     rows = [replace(row, key=f"{i}") for i in range(10_000)]
@@ -454,30 +452,30 @@ def test_many_qa_rows_make_a_small_report(tmp_path: Path, monkeypatch: pytest.Mo
 # Where it is written, and what can be wrong.
 
 
-def test_a_report_lies_in_its_dataset_and_is_written_over(dataset: Dataset):
-    write_report(build_report(dataset, ["no"], GATES), dataset)
+def test_report_replaces_an_older_one_in_its_dataset(dataset: Dataset):
+    build_report(dataset, ["no"], GATES).put(dataset)
     assert report_path(dataset) == "qa/report-00000001.html"
     done = build_report(dataset, [], GATES)
-    write_report(done, dataset)
+    done.put(dataset)
     assert dataset.store.read_bytes("qa/report-00000001.html").decode() == done.to_html()
-    assert json.loads(dataset.store.read_bytes("qa/report-00000001.json")) == done.to_json()
+    assert json.loads(dataset.store.read_bytes("qa/report-00000001.json")) == done.tree
 
 
-def test_a_target_that_cannot_be_written_is_named(dataset: Dataset, tmp_path: Path):
+def test_unwritable_target_is_named(dataset: Dataset, tmp_path: Path):
     done = build_report(dataset, [], GATES)
-    save_report(done, tmp_path / "ok.html")
+    done.save(tmp_path / "ok.html")
     assert (tmp_path / "ok.html").read_text() == done.to_html()
     for target in (tmp_path / "nowhere" / "x.html", tmp_path / "ok.html" / "x.json"):
         with pytest.raises(StorageError, match=r"cannot use .*x\."):
-            save_report(done, target)
+            done.save(target)
     (tmp_path / "folder.html").mkdir()
     with pytest.raises(StorageError, match=r"folder\.html: .*[Dd]irectory"):
-        save_report(done, tmp_path / "folder.html")
+        done.save(tmp_path / "folder.html")
     with pytest.raises(ConfigError, match=r"name it \.html or \.json"):
-        save_report(done, tmp_path / "report.pdf")
+        done.save(tmp_path / "report.pdf")
 
 
-def test_a_qa_file_that_is_gone_or_damaged_is_named(dataset: Dataset, tmp_path: Path):
+def test_missing_or_damaged_qa_file_is_named(dataset: Dataset, tmp_path: Path):
     shutil.copytree(dataset.url.removeprefix("file://"), tmp_path / "out")
     made = open_dataset(str(tmp_path / "out"))
     record = made.units[0]
@@ -491,7 +489,7 @@ def test_a_qa_file_that_is_gone_or_damaged_is_named(dataset: Dataset, tmp_path: 
         build_report(made, [], GATES)
 
 
-def test_a_picture_that_is_damaged_is_named(tmp_path: Path):
+def test_file_of_a_damaged_picture_is_named(tmp_path: Path):
     contract = make_contract(buckets=(SQUARE, WIDE))
     (row,) = make_qa_rows(contract, SQUARE, 1)
     made = make(tmp_path, {"a.tar": [replace(row, reconstruction=b"no picture")]}, contract)
@@ -513,13 +511,13 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def page_file(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("page") / "report.html"
-    save_report(build_report(dataset, [], GATES), file)
+    build_report(dataset, [], GATES).save(file)
     return file
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width_px", [1280, 390])
-def test_a_browser_shows_it_whole_from_the_file_alone(
+def test_browser_shows_the_page_without_requests_or_overflow(
     chromium: Browser, page_file: Path, psnrs: dict[str, float], width_px: int, scheme: str
 ):
     page = chromium.open(page_file, width_px=width_px, scheme=scheme)
@@ -535,7 +533,7 @@ def test_a_browser_shows_it_whole_from_the_file_alone(
     assert (min(levels) > 200) if scheme == "light" else (max(levels) < 60)
 
 
-def test_a_picture_is_enlarged_by_a_click(chromium: Browser, page_file: Path):
+def test_click_enlarges_a_picture(chromium: Browser, page_file: Path):
     page = chromium.open(page_file)
     width_px = "document.querySelector('#row-0 img').getBoundingClientRect().width"
     assert page.evaluate(width_px) < 400
@@ -545,7 +543,7 @@ def test_a_picture_is_enlarged_by_a_click(chromium: Browser, page_file: Path):
     assert page.evaluate(width_px) < 400
 
 
-def test_the_checks_of_the_browser_can_fail(chromium: Browser, page_file: Path, tmp_path: Path):
+def test_browser_checks_detect_planted_faults(chromium: Browser, page_file: Path, tmp_path: Path):
     external = "http://127.0.0.1:9/x.png"
     plants = f'<img src="{external}" alt="outer"><p style="width: 999px">wide</p>'
     html = page_file.read_text().replace("</main>", f"{plants}</main>")

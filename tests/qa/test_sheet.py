@@ -15,7 +15,7 @@ from checkpoints import write_diffusers_folder
 from latentcache import Dataset, KLAutoencoder, load_vae, open_dataset, to_uint8
 from latentcache.dataset.contract import Contract
 from latentcache.errors import ConfigError, DatasetError, StorageError
-from latentcache.qa.sheet import Tile, draw_sheet, load_decoder, save_sheet
+from latentcache.qa.sheet import draw_sheet, load_decoder, save_sheet
 from latentcache.vae.weights import encoder_fingerprint
 from makers import make_contract, make_latents, write_dataset
 from runs import Cli
@@ -48,7 +48,7 @@ def pixels_of(path: Path) -> np.ndarray[Any, Any]:
 
 
 @pytest.mark.parametrize("posterior", ["mean", "moments"])
-def test_the_picture_is_of_the_decoded_latent(tmp_path: Path, vae: KLAutoencoder, posterior: str):
+def test_sheet_shows_the_decoded_latent(tmp_path: Path, vae: KLAutoencoder, posterior: str):
     contract = make_contract(buckets=(SQUARE,), posterior=posterior, latent_channels=DEMO_CHANNELS)
     dataset = make(tmp_path, 1, contract)
     assert save_sheet(dataset, vae, tmp_path / "sheet.png") == 1
@@ -60,7 +60,7 @@ def test_the_picture_is_of_the_decoded_latent(tmp_path: Path, vae: KLAutoencoder
     assert abs(sheet[top : top + 200, left : left + 200] - expected).max() <= 1
 
 
-def test_rows_are_drawn_at_random(tmp_path: Path, vae: KLAutoencoder):
+def test_rows_are_drawn_with_the_seed(tmp_path: Path, vae: KLAutoencoder):
     dataset = make(tmp_path, 6)
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         assert save_sheet(dataset, vae, tmp_path / f"{name}.png", 5, seed=seed) == 5
@@ -73,10 +73,10 @@ def test_rows_are_drawn_at_random(tmp_path: Path, vae: KLAutoencoder):
     assert steps == [(done, 12) for done in range(1, 13)]
 
 
-def test_lines_are_of_one_width_and_pictures_keep_their_shape():
+def test_lines_have_one_width_and_pictures_keep_their_shape():
     colours = ("red", "blue", "green")
     sizes = [(512, 512), (704, 384), (384, 704)] * 12
-    tiles = [Tile(Image.new("RGB", s, colours[i % 3]), f"{i}") for i, s in enumerate(sizes)]
+    tiles = [(Image.new("RGB", s, colours[i % 3]), f"{i}") for i, s in enumerate(sizes)]
     sheet = np.asarray(draw_sheet(tiles)).astype(int)
     assert 1400 < sheet.shape[1] <= 1460
     areas: dict[tuple[int, int], int] = {}
@@ -90,24 +90,24 @@ def test_lines_are_of_one_width_and_pictures_keep_their_shape():
 
 
 @pytest.mark.parametrize("key", ["k" * 500, "two\nlines", "\x00\u202e", "鍵", ""])
-def test_any_key_can_be_written(key: str):
+def test_labels_accept_any_key(key: str):
     image = Image.new("RGB", (64, 64))
-    assert draw_sheet([Tile(image, key)]).size == draw_sheet([Tile(image, "k")]).size
+    assert draw_sheet([(image, key)]).size == draw_sheet([(image, "k")]).size
 
 
-def test_a_decoder_is_found_through_the_dataset(tmp_path: Path, vae: KLAutoencoder):
-    found, notes = load_decoder(make(tmp_path, 1, demo_contract(vae)))
+def test_demo_decoder_of_the_dataset_is_loaded(tmp_path: Path, vae: KLAutoencoder):
+    actual, notes = load_decoder(make(tmp_path, 1, demo_contract(vae)))
     assert notes == []
     latents = torch.randn(1, DEMO_CHANNELS, 4, 4)
-    assert torch.equal(found.cpu().decode(latents), vae.decode(latents))
+    assert torch.equal(actual.cpu().decode(latents), vae.decode(latents))
 
 
-def test_another_encoder_is_told(tmp_path: Path):
+def test_decoder_with_another_encoder_has_a_note(tmp_path: Path):
     _, notes = load_decoder(make(tmp_path, 1))
     assert notes == ["demo has another encoder than the one that made these latents"]
 
 
-def test_a_decoder_that_cannot_serve_is_refused(tmp_path: Path):
+def test_unusable_decoder_is_refused(tmp_path: Path):
     dataset = make(tmp_path, 1)
     with pytest.raises(ConfigError, match=r"no decoder at .*/none:"):
         load_decoder(dataset, str(tmp_path / "none"))
@@ -122,7 +122,7 @@ def test_a_decoder_that_cannot_serve_is_refused(tmp_path: Path):
             load_decoder(open_dataset(str(tmp_path / name / "out")))
 
 
-def test_what_cannot_be_written_is_told_before_the_work(tmp_path: Path, vae: KLAutoencoder):
+def test_unwritable_target_fails_before_decoding(tmp_path: Path, vae: KLAutoencoder):
     dataset = make(tmp_path, 1)
     with pytest.raises(ConfigError, match=r"sheet\.txt: name it \.png"):
         save_sheet(dataset, vae, tmp_path / "sheet.txt")
@@ -134,11 +134,11 @@ def test_what_cannot_be_written_is_told_before_the_work(tmp_path: Path, vae: KLA
     assert not list(tmp_path.glob("sheet*"))
 
 
-def test_inspect_draws_it(cli: Cli, tmp_path: Path, vae: KLAutoencoder):
+def test_inspect_command_writes_a_sheet(cli: Cli, tmp_path: Path, vae: KLAutoencoder):
     make(tmp_path, 2, demo_contract(vae))
     url, target = tmp_path / "out", tmp_path / "sheet.png"
-    found = cli.ok("inspect", url, "--image", target, "--rows", "3")
-    assert found == {"image": str(target), "num_rows": 3, "notes": []}
+    actual = cli.ok("inspect", url, "--image", target, "--rows", "3")
+    assert actual == {"image": str(target), "num_rows": 3, "notes": []}
     with Image.open(target) as picture:
         assert picture.format == "PNG"
     result = cli("inspect", url, "--image", target, "--decoder", "demo")

@@ -37,7 +37,7 @@ from latentcache.dataset.shards import (
 from latentcache.dataset.state import State, write_next
 from latentcache.dataset.statistics import Statistics, merge_all
 from latentcache.metrics import psnr_db
-from latentcache.qa.qa_files import Measured, QaRow, write_qa
+from latentcache.qa.qa_files import QaRow, write_qa
 from latentcache.storage import Store
 from synthetic import make_quantization
 
@@ -150,7 +150,11 @@ def make_qa_rows(contract: Contract, bucket: Size, num_rows: int, first: int = 0
             QaRow(
                 key=f"k{index:04d}",
                 bucket=Bucket(*bucket).name,
-                measured=Measured(float(psnr_db(*pair)), 0.9 - index / 1000, None, 60.0, None),
+                psnr_db=float(psnr_db(*pair)),
+                ssim=0.9 - index / 1000,
+                lpips=None,
+                drift_db=60.0,
+                psnr_cost_db=None,
                 image=encode_image(Image.fromarray(image)),
                 reconstruction=encode_image(Image.fromarray(reconstruction)),
                 latent=latent.tobytes(),

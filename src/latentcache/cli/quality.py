@@ -98,7 +98,7 @@ def qa_command(
     from latentcache.qa.evaluator import QaModels
     from latentcache.qa.gates import Gates
     from latentcache.qa.reevaluate import Selection, reevaluate
-    from latentcache.qa.report import build_report, require_writable, save_report
+    from latentcache.qa.report import build_report, require_writable
     from latentcache.storage_options import StorageOptions
 
     url, options = locate(target, set_)
@@ -148,13 +148,13 @@ def qa_command(
             files=result.files,
         )
         if report:
-            save_report(found, report)
+            found.save(report)
     for note in result.notes:
         complain(note)
     for breach in result.breaches:
         complain(f"QA: {breach}")
     if json_:
-        print_json(found.to_json())
+        print_json(found.tree)
     else:
         print_text(found.to_text())
     return 3 if result.breaches else 0

@@ -127,7 +127,7 @@ def _report_run(config: Config, summary: RunSummary) -> str:
     """
     from latentcache.dataset.reader import open_dataset
     from latentcache.qa.gates import Gates
-    from latentcache.qa.report import build_report, report_path, write_report
+    from latentcache.qa.report import build_report, report_path
 
     assert config.qa
     options = config.output.storage
@@ -141,7 +141,7 @@ def _report_run(config: Config, summary: RunSummary) -> str:
         for line in report.worst_rows if summary.breaches else ():
             complain(f"QA: {line}", event="worst_row")
         if not is_there:
-            write_report(report, dataset)
+            report.put(dataset)
     return str(dataset.store.local_path(path) or dataset.store.url_of(path))
 
 

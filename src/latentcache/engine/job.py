@@ -11,7 +11,6 @@ from latentcache.dataset.receipts import Unit
 from latentcache.errors import LatentCacheError
 from latentcache.images.source import SourceShard
 from latentcache.qa.evaluator import QaModels
-from latentcache.qa.row_sample import SampleSpec
 from latentcache.storage import ObjectInfo, Store
 from latentcache.storage_options import StorageOptions
 from latentcache.vae.weights import absolute_url
@@ -22,9 +21,10 @@ UNITS_PER_ACTOR = 2
 
 @dataclass(frozen=True, slots=True)
 class QaJob:
-    """The rows of a unit that QA evaluates, and the models that it uses."""
+    """The fraction of rows that QA evaluates, the seed of their draw, and the models."""
 
-    sample: SampleSpec
+    fraction: float
+    seed: int
     models: QaModels
 
 
@@ -86,7 +86,7 @@ def _qa_job(config: Config) -> QaJob | None:
         decoder_storage=qa.storage if qa.decoder else config.vae.storage,
         lpips_storage=qa.storage,
     )
-    return QaJob(SampleSpec(qa.fraction, qa.seed), models)
+    return QaJob(qa.fraction, qa.seed, models)
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,7 +92,7 @@ class RunCounts:
         """
         reasons = [
             StopReason("failed_qa", f"stopping: {breach}", {})
-            for breach in self.qa_totals.breaches(at_work=True)
+            for breach in self.qa_totals.breaches(is_running=True)
         ]
         if self.has_too_many_rejects(at_work=at_work):
             rate = self.num_rejects / self.num_samples

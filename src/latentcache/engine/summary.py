@@ -74,7 +74,7 @@ def summarise(
     """
     done, at_work = work.done(), bool(work.left)
     num_other_columns = sum(unit.columns != work.columns for unit in done)
-    breaches = counts.qa_totals.breaches(at_work=at_work)
+    breaches = counts.qa_totals.breaches(is_running=at_work)
     if stop_reason == "skipped":
         status, exit_code = "skipped", 0
     elif work.has_no_rows:

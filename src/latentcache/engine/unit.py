@@ -43,9 +43,8 @@ from latentcache.images.decode import Reserve, decode_image
 from latentcache.images.source import NotGrouped, RejectedSample, Sample
 from latentcache.images.text_fields import read_columns
 from latentcache.images.transform import Transformed, load_image, transform_spec
-from latentcache.qa.evaluator import QaEvaluator
+from latentcache.qa.evaluator import QaEvaluator, QaSample
 from latentcache.qa.qa_files import QaRow, write_qa
-from latentcache.qa.row_sample import QaSample
 from latentcache.storage import Store
 from latentcache.vae.encoder import Encoded, LatentEncoder, draw_latents
 
@@ -187,8 +186,8 @@ class _Encoding(Attempt):
             self.notes["clamped_values"] = 0
         self.num_thumbnails: Counter[str] = Counter()
         self.sample: QaSample | None = None
-        if runner.job.qa and runner.evaluator:
-            self.sample = QaSample(runner.job.qa.sample, task.qa_wanted, task.unit.id, folder)
+        if (qa := runner.job.qa) and runner.evaluator:
+            self.sample = QaSample(qa.fraction, qa.seed, task.qa_wanted, task.unit.id, folder)
         self.statistics = Statistics.empty(self.contract.stored_channels)
 
     def run(self) -> Receipt:

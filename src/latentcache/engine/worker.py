@@ -16,7 +16,7 @@ from latentcache.engine.rewrite import Rewriter
 from latentcache.engine.unit import UnitRunner
 from latentcache.errors import ClusterError
 from latentcache.images.source import SourceShard
-from latentcache.qa.evaluator import load_evaluator
+from latentcache.qa.evaluator import QaEvaluator
 from latentcache.vae.encoder import LatentEncoder, prepare_device
 from latentcache.vae.model import KLAutoencoder
 from latentcache.vae.weights import encoder_fingerprint, load_vae
@@ -84,7 +84,7 @@ def load_runner(job: Job, device: str) -> UnitRunner:
         CheckpointError: a checkpoint cannot be used.
     """
     vae = _load_vae(job, device)
-    evaluator = load_evaluator(job.contract, vae, job.qa.models) if job.qa else None
+    evaluator = QaEvaluator(job.contract, vae, job.qa.models) if job.qa else None
     encoder = LatentEncoder(vae, job.contract.latents.precision, job.batch_size)
     runner = UnitRunner(job, encoder, evaluator)
     # The runner's threads use all cores. If few of them encode at once, torch's threads help.

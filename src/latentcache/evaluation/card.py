@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -12,11 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from latentcache.errors import one_line
 
-_COLUMNS = (
-    *("Model", "train steps", "rFID", "PSNR", "SSIM", "PSIM", "LPIPS"),
-    *("Link", "Comments"),
-)
-
+_COLUMNS = ("Model", "train steps", "rFID", "PSNR", "SSIM", "PSIM", "LPIPS", "Link", "Comments")
 _GAP_PX = 4
 
 
@@ -61,24 +58,23 @@ class Evaluation:
     output: str
 
 
-@dataclass(frozen=True, slots=True)
-class Picture:
+class Picture(NamedTuple):
     """An image and its reconstruction by each model: uint8 [1 + models, 3, H, W]."""
 
     key: str
     panels: npt.NDArray[np.uint8]
 
 
-def render_card(found: Evaluation) -> str:
+def render_card(evaluation: Evaluation) -> str:
     """Return the table and the notes as Markdown, with the card's number of digits."""
-    rows = [_COLUMNS, *(_cells(model) for model in found.models)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
+    rows = [_COLUMNS, *map(_cells, evaluation.models)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows.insert(1, tuple("-" * width for width in widths))
-    side = found.resolution_px
-    lines = [f"### {one_line(found.name)} ({side}x{side}, {found.num_images} images)", ""]
+    side, num = evaluation.resolution_px, evaluation.num_images
+    lines = [f"### {one_line(evaluation.name)} ({side}x{side}, {num} images)", ""]
     lines += [f"| {' | '.join(map(str.ljust, row, widths))} |" for row in rows]
-    if found.notes:
-        lines += ["", *(f"- {one_line(note)}" for note in found.notes)]
+    if evaluation.notes:
+        lines += ["", *(f"- {one_line(note)}" for note in evaluation.notes)]
     return "\n".join(lines)
 
 
@@ -103,27 +99,25 @@ def _spread(value: Spread | None, digits: int) -> str:
 
 
 def draw_side_by_side(models: Sequence[str], pictures: Sequence[Picture]) -> bytes:
-    """Draw one row for each picture: the source image, then the image of each model.
+    """Draw a row for each picture, the source image first, and return a PNG file.
 
     Args:
         models: the names above the columns.
         pictures: at least one picture; all have the same size.
-
-    Returns:
-        A PNG file.
     """
-    labels = ("source image", *models)
     *_, height, width = pictures[0].panels.shape
     font = ImageFont.load_default(size=max(9, min(18, width // 14)))
     assert isinstance(font, ImageFont.FreeTypeFont)  # because a size was given
     top = 2 * _GAP_PX + sum(font.getmetrics())
     step_x, step_y = width + _GAP_PX, height + _GAP_PX
-    size = (len(labels) * step_x + _GAP_PX, top + len(pictures) * step_y)
+    size = ((len(models) + 1) * step_x + _GAP_PX, top + len(pictures) * step_y)
     canvas = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(canvas)
-    for column, label in enumerate(labels):
-        left = _GAP_PX + column * step_x
-        text = _shortened(label, font, width)
+    for column, label in enumerate(("source image", *models)):
+        left, text = _GAP_PX + column * step_x, label
+        while label and font.getlength(text) > width:
+            label = label[:-1]
+            text = f"{label}…"
         draw.text((left + width / 2, top / 2), text, fill="black", font=font, anchor="mm")
         for row, picture in enumerate(pictures):
             panel = Image.fromarray(picture.panels[column].transpose(1, 2, 0))
@@ -131,12 +125,3 @@ def draw_side_by_side(models: Sequence[str], pictures: Sequence[Picture]) -> byt
     buffer = BytesIO()
     canvas.save(buffer, "PNG")
     return buffer.getvalue()
-
-
-def _shortened(text: str, font: ImageFont.FreeTypeFont, width_px: int) -> str:
-    """Cut the end off a text until it fits."""
-    short = text
-    while text and font.getlength(short) > width_px:
-        text = text[:-1]
-        short = f"{text}…"
-    return short

@@ -1,7 +1,6 @@
 """Evaluate several decoders on one set of latents, as on a model card.
 
-The work is divided into pieces of one source shard each. Any callable like `map` may run them: in
-this process, or in the actors of a cluster.
+The work is divided into pieces of one source shard each, for this process or for actors.
 """
 
 from __future__ import annotations
@@ -9,12 +8,14 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
-from typing import Protocol, TypeVar
+from itertools import pairwise
+from typing import NamedTuple
 
 from latentcache.config import Network, require_kind
 from latentcache.config_eval import EvalConfig, EvalModel
+from latentcache.config_types import Section
 from latentcache.errors import SourceError
 from latentcache.evaluation.card import (
     Evaluation,
@@ -23,43 +24,24 @@ from latentcache.evaluation.card import (
     draw_side_by_side,
     render_card,
 )
-from latentcache.evaluation.measure import (
-    EvalJob,
-    EvalSums,
-    ModelSums,
-    Piece,
-    evaluate_piece,
-)
-from latentcache.images.source import list_source, source_contract
-from latentcache.metrics import FeatureStatistics, frechet_distance
+from latentcache.evaluation.measure import EvalSums, Piece, evaluate_piece
+from latentcache.images.source import list_source
+from latentcache.metrics import frechet_distance
+from latentcache.networks import NUM_INCEPTION_FEATURES
 from latentcache.storage import Store
 from latentcache.vae.weights import absolute_url
 
-A = TypeVar("A")
-B = TypeVar("B")
+Map = Callable[[Callable[[Piece], EvalSums], Iterable[Piece]], Iterator[EvalSums]]
+"""A callable like the built-in `map`, with results in the order of the items."""
 
 _NETWORKS = {"inception": "rFID", "lpips": "LPIPS", "vgg16": "PSIM"}
 
 
-class Map(Protocol):
-    """A callable like the built-in `map`, with results in the order of the items."""
-
-    def __call__(self, function: Callable[[A], B], items: Iterable[A], /) -> Iterator[B]:
-        """Yield the result of the function for each item.
-
-        Args:
-            function: the function.
-            items: its arguments.
-        """
-
-
-@dataclass(frozen=True, slots=True)
-class EvalPlan:
-    """The plan of an evaluation, made before any model or image is loaded."""
+class EvalPlan(NamedTuple):
+    """The plan of an evaluation, made before any model or image is loaded; URLs are absolute."""
 
     config: EvalConfig
-    job: EvalJob
-    pieces: tuple[Piece, ...]
+    pieces: list[Piece]
     output: Store
 
 
@@ -67,49 +49,42 @@ def plan_evaluation(config: EvalConfig) -> EvalPlan:
     """List the shards, divide the images among them, and check that the output can be written.
 
     Raises:
-        ConfigError: the `source` section is wrong.
-        SourceError: a named shard is missing, or a glob matches nothing.
+        ConfigError, SourceError: see `list_source`.
         StorageError: a store cannot be reached or written.
     """
     require_kind(config, EvalConfig)
     shards = list_source(config.source)
-    pictures = _shares(config.picture_rows, len(shards))
     limits: Sequence[int | None] = [None] * len(shards)
     if config.max_images is not None:
         limits = _shares(config.max_images, len(shards))
-    pieces = map(Piece, shards, limits, pictures)
+    pieces = map(Piece, shards, limits, _shares(config.picture_rows, len(shards)))
     output = Store(config.output.url, config.output.storage)
     # Missing permissions must be found before hours of work.
     output.put("evaluation.probe", b"")
     output.delete("evaluation.probe")
-    job = EvalJob(
-        source=source_contract(config.source),
-        source_storage=config.source.storage,
-        resolution_px=config.resolution_px,
-        vae=config.vae.model_copy(update={"checkpoint": absolute_url(config.vae.checkpoint)}),
-        models=tuple(
-            model.model_copy(update={"checkpoint": absolute_url(model.checkpoint)})
-            for model in config.models
-        ),
-        networks=config.networks.model_copy(
-            update={name: _absolute(getattr(config.networks, name)) for name in _NETWORKS}
-        ),
-        batch_size=config.compute.batch_size,
-        device="cuda" if config.compute.num_gpus else "cpu",
-    )
-    return EvalPlan(config, job, tuple(p for p in pieces if p.max_images != 0), output)
+    # Workers may have another working directory.
+    networks = {
+        name: _absolute(network, "url")
+        for name, network in config.networks
+        if isinstance(network, Network)
+    }
+    absolute = {
+        "vae": _absolute(config.vae, "checkpoint"),
+        "models": [_absolute(model, "checkpoint") for model in config.models],
+        "networks": config.networks.model_copy(update=networks),
+    }
+    config = config.model_copy(update=absolute)
+    return EvalPlan(config, [piece for piece in pieces if piece.max_images != 0], output)
 
 
-def _absolute(network: Network | None) -> Network | None:
-    """Make the URL of a network absolute, for processes with another working directory."""
-    return network and network.model_copy(update={"url": Store(network.url).url})
+def _absolute(section: Section, name: str) -> Section:
+    return section.model_copy(update={name: absolute_url(getattr(section, name))})
 
 
 def _shares(total: int, num_parts: int) -> list[int]:
     """Divide a number into parts that differ by at most one."""
-    return [
-        total * (index + 1) // num_parts - total * index // num_parts for index in range(num_parts)
-    ]
+    ends = (total * index // num_parts for index in range(num_parts + 1))
+    return [end - start for start, end in pairwise(ends)]
 
 
 def evaluate(
@@ -119,25 +94,20 @@ def evaluate(
 ) -> Evaluation:
     """Encode the images once, decode them with each model, measure, and write the results.
 
-    The output gets `evaluation.md` (the card's table), `evaluation.json` (the same with all digits)
-    and `evaluation.png` (the images side by side). Existing files are replaced.
-
     Args:
-        plan: from `plan_evaluation`.
-        run: runs the pieces.
+        plan, run: the plan, and what runs its pieces.
         progress: called with (pieces done, pieces in total).
 
     Raises:
-        ConfigError: a model is of another family than the VAE, or belongs to another encoder; or a
-            checkpoint or a network cannot be used.
+        ConfigError: a model does not belong to the VAE, or a file cannot be used.
         SourceError: no image could be read.
         StorageError: a store failed.
     """
-    config, job, pieces = plan.config, plan.job, plan.pieces
+    config, pieces, output = plan
     progress(0, len(pieces))
-    sums = EvalSums.empty(job)
-    for done, part in enumerate(run(partial(evaluate_piece, job), pieces), start=1):
-        sums = sums.merge(part)
+    sums = EvalSums()
+    for done, part in enumerate(run(partial(evaluate_piece, config), pieces), start=1):
+        sums.add(part)
         progress(done, len(pieces))
     if not sums.num_images:
         raise SourceError(f"none of the source's images could be read: {_counts(sums.rejects)}")
@@ -146,31 +116,32 @@ def evaluate(
         resolution_px=config.resolution_px,
         num_images=sums.num_images,
         rejects=dict(sums.rejects.most_common()),
-        models=[
-            _result(job, model, model_sums, sums.features)
-            for model, model_sums in zip(config.models, sums.models, strict=True)
-        ],
+        models=[_result(model, sums) for model in config.models],
         picture_keys=[picture.key for picture in sums.pictures],
-        notes=list(_notes(job, sums)),
-        output=plan.output.url,
+        notes=list(_notes(config, sums)),
+        output=output.url,
     )
     if sums.pictures:
         names = [model.name for model in config.models]
-        plan.output.put("evaluation.png", draw_side_by_side(names, sums.pictures))
-    plan.output.put("evaluation.md", f"{render_card(evaluation)}\n".encode())
-    plan.output.put("evaluation.json", json.dumps(asdict(evaluation), indent=1).encode())
+        output.put("evaluation.png", draw_side_by_side(names, sums.pictures))
+    output.put("evaluation.md", f"{render_card(evaluation)}\n".encode())
+    output.put("evaluation.json", json.dumps(asdict(evaluation), indent=1).encode())
     return evaluation
 
 
-def _result(
-    job: EvalJob, model: EvalModel, sums: ModelSums, originals: FeatureStatistics
-) -> ModelResult:
-    means, stds = sums.measures.mean.tolist(), sums.measures.std.tolist()
-    spreads = dict(zip(job.measures, map(Spread, means, stds), strict=True))
+def _result(model: EvalModel, sums: EvalSums) -> ModelResult:
+    spreads = {
+        name: Spread(float(values.mean[0]), float(values.std[0]))
+        for (owner, name), values in sums.statistics.items()
+        if owner == model.name
+    }
+    rfid, originals = None, sums.statistics.get(("", "features"))
+    if originals and originals.count > 1:
+        rfid = frechet_distance(originals, sums.statistics[model.name, "features"])
     return ModelResult(
         name=model.name,
         train_steps=model.train_steps,
-        rfid=frechet_distance(originals, sums.features) if _has_rfid(job, originals) else None,
+        rfid=rfid,
         psnr_db=spreads["psnr_db"],
         ssim=spreads["ssim"],
         psim=spreads.get("psim"),
@@ -180,29 +151,26 @@ def _result(
     )
 
 
-def _has_rfid(job: EvalJob, originals: FeatureStatistics) -> bool:
-    return job.num_features > 0 and originals.count > 1
-
-
-def _notes(job: EvalJob, sums: EvalSums) -> Iterator[str]:
+def _notes(config: EvalConfig, sums: EvalSums) -> Iterator[str]:
+    num_images = sums.num_images
+    num_features = NUM_INCEPTION_FEATURES if config.networks.inception else 0
     if sums.rejects:
         yield f"{sums.rejects.total()} samples were rejected: {_counts(sums.rejects)}."
     for name, column in _NETWORKS.items():
-        if getattr(job.networks, name) is None:
+        if getattr(config.networks, name) is None:
             yield f"{column} is empty: networks.{name} is not given."
-    if job.num_features and not _has_rfid(job, sums.features):
+    if num_features and num_images < 2:
         yield "rFID is empty: it needs at least two images."
-    elif sums.num_images < job.num_features:
+    elif num_images < num_features:
         yield (
-            f"rFID is from {sums.num_images} images, fewer than its {job.num_features} features: "
-            "it is too high, and comparable only on the same images."
+            f"rFID is from {num_images} images, fewer than its {num_features} features: it is too "
+            "high, and comparable only on the same images."
         )
-    for model, model_sums in zip(job.models, sums.models, strict=True):
-        if model_sums.agreement_db is not None:
-            yield (
-                f"{model.name} has its own encoder, which agrees with that of `vae` to "
-                f"{model_sums.agreement_db:.0f} dB: its decoder was accepted."
-            )
+    for model, agreement_db in sums.agreements_db.items():
+        yield (
+            f"{model} has its own encoder, which agrees with that of `vae` to "
+            f"{agreement_db:.0f} dB: its decoder was accepted."
+        )
 
 
 def _counts(rejects: Counter[str]) -> str:

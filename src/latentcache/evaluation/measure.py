@@ -1,40 +1,29 @@
-"""Measure several decoders on the images of one shard.
+"""Measure several decoders on the images of one shard, for the workers of `evaluate.py`.
 
-Workers run this for `evaluate.py`. The results are sums that merge, so memory does not grow with
-the number of images.
+The results are sums that merge, so memory does not grow with the number of images.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
+from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from latentcache.config import MAX_PIXELS, Autoencoder
-from latentcache.config_eval import EvalModel, Networks
+from latentcache.config_eval import EvalConfig, EvalModel, Networks
 from latentcache.dataset.bucket import Bucket
-from latentcache.dataset.contract import SourceContract
 from latentcache.errors import CheckpointError, ConfigError, Reject
 from latentcache.evaluation.card import Picture
-from latentcache.images.source import RejectedSample, SourceShard, read_images
+from latentcache.images.source import RejectedSample, SourceShard, read_images, source_contract
 from latentcache.images.transform import TransformSpec, load_image
 from latentcache.metrics import MAX_DB, MIN_DB, FeatureStatistics, psnr_db, ssim
-from latentcache.networks import (
-    NUM_INCEPTION_FEATURES,
-    Distance,
-    Features,
-    load_inception,
-    load_lpips,
-    load_vgg16,
-)
-from latentcache.storage_options import StorageOptions
+from latentcache.networks import Distance, Features, load_inception, load_lpips, load_vgg16
 from latentcache.vae.compatibility import require_agreement, require_family
 from latentcache.vae.encoder import prepare_device
 from latentcache.vae.model import KLAutoencoder, to_uint8
@@ -47,34 +36,7 @@ _AGREEMENT_IMAGES = 8
 _CHUNK_IMAGES = 256
 
 
-@dataclass(frozen=True, slots=True)
-class EvalJob:
-    """The settings that all pieces share; a process loads the models of a job once."""
-
-    source: SourceContract
-    source_storage: StorageOptions
-    resolution_px: int
-    vae: Autoencoder
-    models: tuple[EvalModel, ...]
-    networks: Networks
-    batch_size: int
-    device: str
-
-    @property
-    def measures(self) -> tuple[str, ...]:
-        """The names of the measures, in the order of the columns of `ModelSums.measures`."""
-        psim = ("psim",) if self.networks.vgg16 else ()
-        lpips = ("lpips",) if self.networks.lpips else ()
-        return ("psnr_db", "ssim", *psim, *lpips)
-
-    @property
-    def num_features(self) -> int:
-        """The number of Inception features of an image; 0 without that network."""
-        return NUM_INCEPTION_FEATURES if self.networks.inception else 0
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """A shard, the number of its images to measure (None: all), and the number to show."""
 
     shard: SourceShard
@@ -82,140 +44,102 @@ class Piece:
     num_pictures: int
 
 
-@dataclass(frozen=True, slots=True)
-class ModelSums:
-    """The sums of one model: `EvalJob.measures`, and the features of its reconstructions.
+@dataclass(slots=True)
+class EvalSums:
+    """The sums over a set of images, by the names of the models.
 
-    `agreement_db` is the lowest agreement of its own encoder with the encoder in use; None if they
-    are the same.
+    `statistics` has each measure of each model (`psnr_db`, `ssim`, and `psim` and `lpips` if their
+    networks are given), and `features`: the Inception features of its reconstructions, and those of
+    the images for the model "". `agreements_db` has the lowest agreement of the encoders of models
+    that have another encoder than the one in use.
     """
 
-    measures: FeatureStatistics
-    features: FeatureStatistics
-    agreement_db: float | None
+    num_images: int = 0
+    statistics: dict[tuple[str, str], FeatureStatistics] = field(default_factory=dict)
+    agreements_db: dict[str, float] = field(default_factory=dict)
+    rejects: Counter[str] = field(default_factory=Counter)
+    pictures: list[Picture] = field(default_factory=list)
 
-    def merge(self, other: ModelSums) -> ModelSums:
-        """Return the sums over both sets of images."""
-        agreements = [x.agreement_db for x in (self, other) if x.agreement_db is not None]
-        return ModelSums(
-            self.measures.merge(other.measures),
-            self.features.merge(other.features),
-            min(agreements, default=None),
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class EvalSums:
-    """The sums over a set of images; `features` are those of the images themselves."""
-
-    models: tuple[ModelSums, ...]
-    features: FeatureStatistics
-    rejects: Counter[str]
-    pictures: tuple[Picture, ...]
-
-    @classmethod
-    def empty(cls, job: EvalJob) -> EvalSums:
-        """Return the sums over no images."""
-        features = FeatureStatistics.empty(job.num_features)
-        model = ModelSums(FeatureStatistics.empty(len(job.measures)), features, None)
-        return cls((model,) * len(job.models), features, Counter(), ())
-
-    @property
-    def num_images(self) -> int:
-        """The number of images."""
-        return self.models[0].measures.count
-
-    def merge(self, other: EvalSums) -> EvalSums:
-        """Return the sums over both sets of images."""
-        return EvalSums(
-            tuple(a.merge(b) for a, b in zip(self.models, other.models, strict=True)),
-            self.features.merge(other.features),
-            self.rejects + other.rejects,
-            self.pictures + other.pictures,
-        )
+    def add(self, other: EvalSums) -> None:
+        """Add the sums over other images."""
+        self.num_images += other.num_images
+        for name, part in other.statistics.items():
+            before = self.statistics.get(name)
+            self.statistics[name] = before.merge(part) if before else part
+        for model, agreement_db in other.agreements_db.items():
+            before_db = self.agreements_db.get(model, agreement_db)
+            self.agreements_db[model] = min(before_db, agreement_db)
+        self.rejects += other.rejects
+        self.pictures += other.pictures
 
 
-@dataclass(frozen=True, slots=True)
-class _Model:
-    """A decoder; `has_own_encoder` says whether its encoder differs from the encoder in use."""
-
-    name: str
-    vae: KLAutoencoder
-    has_own_encoder: bool
-
-
-@dataclass(frozen=True, slots=True)
-class _LoadedModels:
-    """The models of a job in this process; `distances` are those of `EvalJob.measures`."""
+class _Loaded(NamedTuple):
+    """The models of a config in this process."""
 
     encoder: KLAutoencoder
-    models: tuple[_Model, ...]
+    decoders: dict[str, tuple[KLAutoencoder, bool]]  # and whether its own encoder differs
     features: Features | None
-    distances: tuple[Distance, ...]
+    distances: dict[str, Distance]
 
 
 @lru_cache(maxsize=1)
-def _load(job: EvalJob) -> _LoadedModels:
-    prepare_device(job.device)
-    networks, options, device = job.networks, job.networks.storage, job.device
-    features, distances = None, []
+def _load(
+    device: str, vae: Autoencoder, models: tuple[EvalModel, ...], networks: Networks
+) -> _Loaded:
+    prepare_device(device)
+    features, distances, options = None, {}, networks.storage
     # The networks are loaded first, because a wrong hash is then reported within seconds.
-    if inception := networks.inception:
-        features = load_inception(inception.url, inception.sha256, options, device)
-    if vgg16 := networks.vgg16:
-        distances.append(load_vgg16(vgg16.url, vgg16.sha256, options, device))
-    if lpips := networks.lpips:
-        distances.append(load_lpips(lpips.url, lpips.sha256, options, device))
-    options = job.vae.storage
-    encoder = load_vae(job.vae.checkpoint, device=device, decoder=False, options=options)
-    models = tuple(_load_model(job, model, encoder) for model in job.models)
-    return _LoadedModels(encoder, models, features, tuple(distances))
+    if file := networks.inception:
+        features = load_inception(file.url, file.sha256, options, device)
+    if file := networks.vgg16:
+        distances["psim"] = load_vgg16(file.url, file.sha256, options, device)
+    if file := networks.lpips:
+        distances["lpips"] = load_lpips(file.url, file.sha256, options, device)
+    encoder = load_vae(vae.checkpoint, device=device, decoder=False, options=vae.storage)
+    fingerprint = encoder_fingerprint(encoder)
+    decoders = {}
+    for model in models:
+        decoder = load_vae(model.checkpoint, device=device, options=model.storage)
+        require_family(decoder, f"{model.name} ({model.checkpoint})", encoder.architecture)
+        decoders[model.name] = (decoder, encoder_fingerprint(decoder) != fingerprint)
+    return _Loaded(encoder, decoders, features, distances)
 
 
-def _load_model(job: EvalJob, model: EvalModel, encoder: KLAutoencoder) -> _Model:
-    options = model.storage
-    vae = load_vae(model.checkpoint, device=job.device, options=options)
-    require_family(vae, f"{model.name} ({model.checkpoint})", encoder.architecture)
-    return _Model(model.name, vae, encoder_fingerprint(vae) != encoder_fingerprint(encoder))
-
-
-def evaluate_piece(job: EvalJob, piece: Piece) -> EvalSums:
-    """Measure the images of one shard.
+def evaluate_piece(config: EvalConfig, piece: Piece) -> EvalSums:
+    """Measure the images of one shard; a process loads the models of a config once.
 
     Args:
-        job: the settings of all pieces.
-        piece: the shard.
+        config, piece: the config, with absolute URLs, and the shard.
 
     Raises:
-        ConfigError: a model is of another family than the VAE, or belongs to another encoder; a
-            checkpoint or a network cannot be used; or a batch does not fit into the GPU's memory.
-        CheckpointError: a model returns values that are not finite.
+        ConfigError: a model does not belong to the VAE, or does not fit into the GPU's memory.
+        CheckpointError: a checkpoint cannot be used, or returns values that are not finite.
         SourceChanged: the shard is no longer the listed version.
         StorageError: the store cannot be read.
     """
-    loaded, sums = _load(job), EvalSums.empty(job)
-    rejects: Counter[str] = Counter()
-    images = islice(_images(job, piece.shard, rejects), piece.max_images)
-    num_pictures = piece.num_pictures  # at most the size of a chunk
+    device = "cuda" if config.compute.num_gpus else "cpu"
+    loaded = _load(device, config.vae, tuple(config.models), config.networks)
+    sums, num_pictures = EvalSums(), piece.num_pictures  # at most the size of a chunk
+    images = islice(_read(config, piece.shard, sums.rejects), piece.max_images)
     try:
         while chunk := list(islice(images, _CHUNK_IMAGES)):
-            sums = sums.merge(_measure(job, loaded, chunk, num_pictures))
+            sums.add(_measure(loaded, chunk, config.compute.batch_size, num_pictures))
             num_pictures = 0
     except torch.OutOfMemoryError as error:
         raise ConfigError(
-            f"batches of {job.batch_size} do not fit into the GPU's memory: lower "
+            f"batches of {config.compute.batch_size} do not fit into the GPU's memory: lower "
             "compute.batch_size"
         ) from error
-    return replace(sums, rejects=rejects)
+    return sums
 
 
-def _images(
-    job: EvalJob, shard: SourceShard, rejects: Counter[str]
+def _read(
+    config: EvalConfig, shard: SourceShard, rejects: Counter[str]
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the key and the image (uint8 [3, side, side]) of each sample; count the rejects."""
-    side = Bucket(job.resolution_px, job.resolution_px)
-    spec = TransformSpec((side,), min_side_px=None, max_upscale=None, max_pixels=MAX_PIXELS)
-    for sample in read_images(shard, job.source, job.source_storage):
+    size = Bucket(config.resolution_px, config.resolution_px)
+    spec = TransformSpec((size,), min_side_px=None, max_upscale=None, max_pixels=MAX_PIXELS)
+    for sample in read_images(shard, source_contract(config.source), config.source.storage):
         try:
             if isinstance(sample, RejectedSample):
                 raise sample.reject
@@ -228,27 +152,40 @@ def _images(
 
 @torch.inference_mode()
 def _measure(
-    job: EvalJob, loaded: _LoadedModels, chunk: Sequence[tuple[str, Tensor]], num_pictures: int
+    loaded: _Loaded, chunk: Sequence[tuple[str, Tensor]], batch_size: int, num_pictures: int
 ) -> EvalSums:
-    """Measure up to `_CHUNK_IMAGES` images, `batch_size` at a time."""
-    keys, images = [key for key, _ in chunk], torch.stack([pixels for _, pixels in chunk])
-    batches = torch.split(images, job.batch_size)
+    """Measure up to `_CHUNK_IMAGES` images, a batch at a time."""
+    images = torch.stack([pixels for _, pixels in chunk])
+    sums, panels = EvalSums(len(chunk)), [images[:num_pictures]]
+    values: defaultdict[tuple[str, str], list[Tensor]] = defaultdict(list)
+    batches = torch.split(images, batch_size)
     latents = [_encode(loaded.encoder, batch) for batch in batches]
-    models, panels = [], [images[:num_pictures]]
-    for model in loaded.models:
-        agreement_db = _agreement_db(model, batches[0], latents[0])
-        measures, features, shown = [], [], []
+    if loaded.features:
+        values["", "features"] = [loaded.features(batch) for batch in batches]
+    for model, (vae, is_foreign) in loaded.decoders.items():
+        if is_foreign:
+            own = _encode(vae, batches[0][:_AGREEMENT_IMAGES])
+            agreement_db = require_agreement(own, latents[0][:_AGREEMENT_IMAGES], model)
+            sums.agreements_db[model] = agreement_db
+        shown = []
         for batch, z in zip(batches, latents, strict=True):
-            originals, decoded = batch.to(job.device), _decode(model, z)
-            measures.append(_measures(loaded, decoded, originals))
-            features.append(_features(loaded, decoded))
+            originals, decoded = batch.to(z.device), _decode(vae, z, model)
+            # Equal images have `MAX_DB` and not infinity.
+            psnr = psnr_db(decoded, originals).clamp(MIN_DB, MAX_DB)
+            values[model, "psnr_db"].append(psnr)
+            values[model, "ssim"].append(ssim(decoded, originals))
+            for name, distance in loaded.distances.items():
+                values[model, name].append(distance(decoded, originals))
+            if loaded.features:
+                values[model, "features"].append(loaded.features(decoded))
             shown.append(decoded.cpu())
-        models.append(ModelSums(_statistics(measures), _statistics(features), agreement_db))
         panels.append(torch.cat(shown)[:num_pictures])
-    originals_features = _statistics([_features(loaded, batch) for batch in batches])
-    by_image = torch.stack(panels, dim=1).numpy()
-    pictures = map(Picture, keys, by_image)
-    return EvalSums(tuple(models), originals_features, Counter(), tuple(pictures))
+    for key, parts in values.items():
+        vectors = torch.cat(parts).double().cpu().numpy()
+        sums.statistics[key] = FeatureStatistics.of(vectors.reshape(len(chunk), -1))
+    keys = (key for key, _ in chunk)
+    sums.pictures += map(Picture, keys, torch.stack(panels, dim=1).numpy())
+    return sums
 
 
 def _encode(vae: KLAutoencoder, images: Tensor) -> Tensor:
@@ -256,37 +193,8 @@ def _encode(vae: KLAutoencoder, images: Tensor) -> Tensor:
     return vae.encode(images.to(vae.device))[:, : vae.architecture.latent_channels]
 
 
-def _agreement_db(model: _Model, images: Tensor, latents: Tensor) -> float | None:
-    """Compare a model's own encoder, if it has one, with the latents that the model decodes."""
-    if not model.has_own_encoder:
-        return None
-    few = slice(_AGREEMENT_IMAGES)
-    return require_agreement(_encode(model.vae, images[few]), latents[few], model.name)
-
-
-def _decode(model: _Model, latents: Tensor) -> Tensor:
-    decoded = model.vae.decode(latents)
+def _decode(vae: KLAutoencoder, latents: Tensor, name: str) -> Tensor:
+    decoded = vae.decode(latents)
     if not decoded.isfinite().all():
-        raise CheckpointError(
-            f"{model.name} decodes to values that are not finite: check its checkpoint"
-        )
+        raise CheckpointError(f"{name} decodes to values that are not finite: check its checkpoint")
     return to_uint8(decoded)
-
-
-def _measures(loaded: _LoadedModels, decoded: Tensor, originals: Tensor) -> npt.NDArray[np.float64]:
-    """Return `EvalJob.measures` as [B, measures]; equal images have `MAX_DB` and not infinity."""
-    columns = [psnr_db(decoded, originals).clamp(MIN_DB, MAX_DB), ssim(decoded, originals)]
-    columns += [distance(decoded, originals) for distance in loaded.distances]
-    measures: npt.NDArray[np.float64] = torch.stack(columns, dim=1).cpu().numpy()
-    return measures
-
-
-def _features(loaded: _LoadedModels, images: Tensor) -> npt.NDArray[np.float32]:
-    if loaded.features is None:
-        return np.zeros((len(images), 0), np.float32)
-    features: npt.NDArray[np.float32] = loaded.features(images).float().cpu().numpy()
-    return features
-
-
-def _statistics(batches: Sequence[npt.NDArray[np.floating]]) -> FeatureStatistics:
-    return FeatureStatistics.of(np.concatenate(batches))

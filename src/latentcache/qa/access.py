@@ -1,8 +1,7 @@
-"""The rules for opening the checkpoints and sources that a dataset names.
+"""Decide which of the checkpoints and sources that a dataset names may be opened.
 
-A dataset may come from an untrusted party. Its writer chose the checkpoint in its `contract.json`
-and the sources in its receipts. If QA opened them without asking, they could make it read any file
-or URL with the user's credentials. So they are used only if the user names them too.
+A dataset may come from an untrusted party, whose URLs could make QA read any file or URL with the
+user's credentials. So only those are opened that the user names too.
 """
 
 from __future__ import annotations
@@ -29,11 +28,8 @@ def find_checkpoint(dataset: Dataset, decoder: str | None = None) -> str:
     """Return the checkpoint of a dataset's VAE if the user named no VAE.
 
     Args:
-        dataset: the dataset. The checkpoint that it names is used only if it is `demo`.
-        decoder: the checkpoint that the user named as decoder; it may hold the same encoder.
-
-    Returns:
-        `demo` if the dataset names it, otherwise `decoder`.
+        dataset: the dataset; its own checkpoint is used only if it is `demo`.
+        decoder: the decoder that the user named; it may hold the same encoder.
 
     Raises:
         ConfigError: the dataset does not name `demo`, and the user named no decoder.
@@ -66,19 +62,16 @@ def shown(url: str) -> str:
     return text if len(text) <= _MAX_SHOWN_CHARS else f"{text[:_MAX_SHOWN_CHARS]}…"
 
 
-def source_urls(source: Images) -> tuple[str, ...]:
+def source_urls(source: Images) -> list[str]:
     """Return the URLs in a config's `source` section: its shards, or its folder."""
-    if source.folder is not None:
-        return (source.folder,)
-    assert source.shards is not None
-    return (source.shards,) if isinstance(source.shards, str) else tuple(source.shards)
+    urls = source.folder or source.shards or ()
+    return [urls] if isinstance(urls, str) else list(urls)
 
 
 class NamedSources:
     """The sources that the user names: shards, globs, and folders with everything in them.
 
-    Args:
-        urls: values as in `source.shards` or `source.folder` of a config.
+    `urls` are values as in `source.shards` or `source.folder` of a config.
 
     Raises:
         ConfigError: a URL is not accepted; see `expand_urls`.
@@ -100,16 +93,13 @@ class NamedSources:
             source = source.rpartition("#")[0]
         if source in self._urls:
             return True
-        scheme, _, path = source.partition("://")
+        path = source.partition("://")[2]
         # fsspec would read another URL from such a name, or leave the folder.
-        parts = path.lstrip("/").split("/")
-        if "::" in source or "://" in path or "%" in path or {"", ".", ".."} & set(parts):
+        names = path.lstrip("/").split("/")
+        if "::" in source or "://" in path or "%" in path or {"", ".", ".."} & set(names):
             return False
-        folder, _, name = source.rpartition("/")
-        if any(folder == parent and fnmatchcase(name, glob) for parent, glob in self._globs):
+        *parents, name = source.split("/")
+        if any("/".join(parents[:num]) in self._urls for num in range(3, len(parents) + 1)):
             return True
-        while len(folder) > len(scheme) + len("://"):
-            if folder in self._urls:
-                return True
-            folder = folder.rpartition("/")[0]
-        return False
+        folder = "/".join(parents)
+        return any(folder == parent and fnmatchcase(name, glob) for parent, glob in self._globs)

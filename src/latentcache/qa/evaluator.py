@@ -1,10 +1,15 @@
-"""The quality of stored latents: they are decoded and compared with the crops they came from."""
+"""Choose rows of a unit, decode their stored latents and compare them with the encoded crops."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import hashlib
+import heapq
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -12,12 +17,12 @@ from torch import Tensor
 from latentcache.dataset.bucket import Bucket
 from latentcache.dataset.contract import Contract
 from latentcache.dataset.quantization import is_finite, to_values
-from latentcache.dataset.shards import tensor_bytes
+from latentcache.dataset.shards import BucketWriter, read_latents, tensor_bytes
 from latentcache.errors import ConfigError
 from latentcache.image_files import read_png, write_png
 from latentcache.metrics import MAX_DB, MIN_DB, psnr_db, ssim
 from latentcache.networks import Distance, load_lpips
-from latentcache.qa.qa_files import Measured, QaRow
+from latentcache.qa.qa_files import QaRow
 from latentcache.storage_options import StorageOptions
 from latentcache.vae.compatibility import require_agreement, require_family
 from latentcache.vae.encoder import draw_latents
@@ -27,16 +32,15 @@ from latentcache.vae.weights import encoder_fingerprint, load_vae
 # Decoding takes several times the memory of encoding, so a batch has few images.
 _BATCH_PIXELS = 4 * 256 * 256
 
+# Rows that a run evaluates in one job. Between two jobs, it may use the encoder's thread to encode.
+_ROWS_AT_ONCE = 16
+
 
 @dataclass(frozen=True, slots=True)
 class QaModels:
-    """The models of an evaluation in addition to the dataset's VAE.
+    """The checkpoint whose decoder is used, and the (URL, SHA-256) of the LPIPS network.
 
-    Args:
-        decoder: a checkpoint whose decoder is used; None uses the dataset's VAE.
-        lpips: the LPIPS network's (URL, SHA-256); None leaves LPIPS out.
-        decoder_storage: how to reach the decoder.
-        lpips_storage: how to reach the network.
+    Without a decoder, the dataset's VAE decodes. Without the network, LPIPS is not measured.
     """
 
     decoder: str | None = None
@@ -45,61 +49,34 @@ class QaModels:
     lpips_storage: StorageOptions = StorageOptions()
 
 
-def load_evaluator(contract: Contract, encoder: KLAutoencoder, models: QaModels) -> QaEvaluator:
-    """Load the evaluator of a dataset's rows onto the device of its VAE.
+class QaEvaluator:
+    """The evaluator of one dataset's rows. All modules are in fp32 on the device of the encoder.
 
-    Args:
-        contract: the dataset's contract.
-        encoder: the dataset's VAE. It needs a decoder only if `models` names none.
-        models: the other models to load.
+    `encoder` is the dataset's VAE. It needs a decoder only if `models` names none. `agreement_db`
+    is the agreement of another decoder's own encoder with it; None if it was not compared.
 
     Raises:
         CheckpointError: the decoder's checkpoint cannot be used.
-        ConfigError: the models do not fit (see `QaEvaluator`), or the LPIPS network is not the
-            named file.
+        ConfigError: the decoder is of another family, or the LPIPS network is not the named file.
         StorageError: a file cannot be read.
-    """
-    decoder, lpips = encoder, None
-    if models.decoder:
-        decoder = load_vae(models.decoder, device=encoder.device, options=models.decoder_storage)
-    if models.lpips:
-        lpips = load_lpips(*models.lpips, models.lpips_storage, encoder.device)
-    return QaEvaluator(contract, encoder, decoder, lpips)
-
-
-class QaEvaluator:
-    """The evaluator of one dataset's rows. All modules are in fp32 on one device.
-
-    Args:
-        contract: the dataset's contract.
-        encoder: the dataset's VAE; its decoder is not used.
-        decoder: the VAE that decodes; may be `encoder`.
-        lpips: the LPIPS network; None leaves LPIPS out.
-
-    Raises:
-        ConfigError: the encoder is not the dataset's, or the decoder is of another family.
     """
 
     def __init__(
-        self,
-        contract: Contract,
-        encoder: KLAutoencoder,
-        decoder: KLAutoencoder,
-        lpips: Distance | None = None,
+        self, contract: Contract, encoder: KLAutoencoder, models: QaModels = QaModels()
     ) -> None:
-        vae = contract.vae
-        if encoder_fingerprint(encoder) != vae.encoder_fingerprint:
-            raise ConfigError("the encoder is not the one that made these latents")
-        require_family(decoder, "the decoder", vae)
-        self._contract = contract
-        self._encoder = encoder
-        self._decoder = decoder
-        self._lpips = lpips
-        self._is_trusted = encoder is decoder or (
-            encoder_fingerprint(decoder) == vae.encoder_fingerprint
-        )
+        self._num_channels, self._terms = contract.vae.latent_channels, contract.latents
+        self._encoder = self._decoder = encoder
+        self._lpips: Distance | None = None
+        self._is_trusted = True
         self.agreement_db: float | None = None
-        """Agreement of the decoder's encoder with the dataset's, in dB; None if not compared."""
+        device, options = encoder.device, models.decoder_storage
+        if models.decoder:
+            self._decoder = load_vae(models.decoder, device=device, options=options)
+            require_family(self._decoder, "the decoder", contract.vae)
+            fingerprint = encoder_fingerprint(self._decoder)
+            self._is_trusted = fingerprint == contract.vae.encoder_fingerprint
+        if models.lpips:
+            self._lpips = load_lpips(*models.lpips, models.lpips_storage, device)
 
     @torch.inference_mode()
     def evaluate(
@@ -110,112 +87,85 @@ class QaEvaluator:
         stored: Mapping[str, Tensor],
         signal: float,
     ) -> list[QaRow]:
-        """Measure rows of one bucket of one unit.
+        """Measure rows of one bucket of one unit, and return those that `stored` has.
 
         Args:
-            unit: the unit's id.
-            bucket: the bucket's name.
+            unit, bucket: the unit's id and the bucket's name.
             crops: the encoded pixels as PNG, by key.
-            stored: the stored tensors by key, in the stored dtype: [C, h, w], or [2C, h, w] for
-                moments.
-            signal: the variance of the dataset's latents, averaged over its C channels; used for
-                the drift.
-
-        Returns:
-            The rows of `crops` that `stored` has too, in the order of `crops`.
+            stored: the stored tensors by key: [C, h, w] in the stored dtype; [2C, h, w] if moments.
+            signal: the variance of the dataset's latents, averaged over its C channels.
 
         Raises:
             ConfigError: the decoder's own encoder differs from the dataset's and does not agree.
             ValueError: a crop is not a PNG of the bucket's size.
         """
-        width_px, height_px = Bucket.parse(bucket)
-        batch = max(1, _BATCH_PIXELS // (width_px * height_px))
+        size = Bucket.parse(bucket)
+        batch = max(1, _BATCH_PIXELS // size.num_pixels)
+        measure = partial(self._measure, unit, size, crops, stored, signal)
         keys = [key for key in crops if key in stored]
         rows: list[QaRow] = []
         for first in range(0, len(keys), batch):
             some = keys[first : first + batch]
-            pixels = torch.stack([read_png(crops[key], (width_px, height_px)) for key in some])
-            latents = torch.stack([stored[key] for key in some])
-            measured, decoded = self._measure_in_turn(unit, some, pixels, latents, signal)
-            means = to_values(latents, self._contract.latents)[
-                :, : self._contract.vae.latent_channels
-            ]
-            rows += [
-                QaRow(
-                    key=key,
-                    bucket=bucket,
-                    measured=values,
-                    image=crops[key],
-                    reconstruction=write_png(picture),
-                    latent=tensor_bytes(mean),
-                    latent_shape=tuple(mean.shape),
-                )
-                for key, values, picture, mean in zip(some, measured, decoded, means, strict=True)
-            ]
+            try:
+                rows += measure(some)
+                continue
+            except torch.OutOfMemoryError:
+                pass
+            # Outside the handler, because the error holds references to the tensors.
+            torch.cuda.empty_cache()
+            try:
+                rows += [row for key in some for row in measure([key])]
+            except torch.OutOfMemoryError as error:
+                raise ConfigError(
+                    f"decoding {bucket} for QA does not fit into the GPU's memory beside encoding: "
+                    "lower compute.batch_size, or run `latentcache qa` later"
+                ) from error
         return rows
 
-    def _measure_in_turn(
-        self, unit: str, keys: Sequence[str], images: Tensor, stored: Tensor, signal: float
-    ) -> tuple[list[Measured], Tensor]:
-        """Measure a batch at once, or row by row if the GPU's memory is too small for it."""
-        try:
-            return self._measure(unit, keys, images, stored, signal)
-        except torch.OutOfMemoryError:
-            pass
-        # Outside the handler, because the error holds references to the tensors.
-        torch.cuda.empty_cache()
-        try:
-            parts = [
-                self._measure(unit, [key], images[i : i + 1], stored[i : i + 1], signal)
-                for i, key in enumerate(keys)
-            ]
-        except torch.OutOfMemoryError as error:
-            raise ConfigError(
-                f"decoding {images.shape[3]}x{images.shape[2]} for QA does not fit into the GPU's "
-                "memory beside encoding: lower compute.batch_size, or run `latentcache qa` later"
-            ) from error
-        return [m for part, _ in parts for m in part], torch.cat([decoded for _, decoded in parts])
-
     def _measure(
-        self, unit: str, keys: Sequence[str], images: Tensor, stored: Tensor, signal: float
-    ) -> tuple[list[Measured], Tensor]:
-        """Measure a batch; also return its reconstructions, uint8 [B, 3, H, W] on the CPU."""
-        pixels = images.to(self._decoder.device)
-        latents = to_values(stored, self._contract.latents)
+        self,
+        unit: str,
+        size: Bucket,
+        crops: Mapping[str, bytes],
+        stored_by_key: Mapping[str, Tensor],
+        signal: float,
+        keys: Sequence[str],
+    ) -> list[QaRow]:
+        channels = slice(self._num_channels)  # the first half of moments is the mean
+        images = [crops[key] for key in keys]
+        pixels = torch.stack([read_png(image, size) for image in images]).to(self._decoder.device)
+        stored = torch.stack([stored_by_key[key] for key in keys])
+        latents = to_values(stored, self._terms)
         moments = self._encoder.encode(pixels)
-        self._require_agreement(pixels, moments)
-        posterior, channels = self._contract.latents.posterior, self._contract.vae.latent_channels
-        reference = draw_latents(moments.cpu(), posterior, unit, keys)
+        if not self._is_trusted:
+            own = self._decoder.encode(pixels)[:, channels]
+            self.agreement_db = require_agreement(own, moments[:, channels], "the decoder")
+            self._is_trusted = True
+        reference = draw_latents(moments.cpu(), self._terms.posterior, unit, keys)
         finite = is_finite(stored).all(dim=(1, 2, 3))
-        decoded = self._decode(latents.nan_to_num(posinf=0.0, neginf=0.0)[:, :channels])
-        psnrs = _within_limits(psnr_db(decoded, pixels), finite)
-        costs: list[float | None] = [None] * len(keys)
-        if self._contract.latents.quantization:
-            best = _within_limits(psnr_db(self._decode(reference[:, :channels]), pixels), finite)
-            costs = [*(best - psnrs).tolist()]
-        measures = zip(
-            psnrs.tolist(),
-            ssim(decoded, pixels).tolist(),
-            self._lpips(decoded, pixels).tolist() if self._lpips else [None] * len(keys),
-            _row_drift_db(latents, reference, channels, signal),
-            costs,
-            strict=True,
+        means = latents[:, channels]
+        decoded = self._decode(means.nan_to_num(posinf=0.0, neginf=0.0))
+        psnrs = torch.where(finite, _limited(psnr_db(decoded, pixels).cpu()), MIN_DB)
+        lpips: list[float | None] = [None] * len(keys)
+        costs = lpips
+        if self._lpips:
+            lpips = self._lpips(decoded, pixels).tolist()
+        if self._terms.quantization:
+            best = _limited(psnr_db(self._decode(reference[:, channels]), pixels).cpu())
+            costs = torch.where(finite, best - psnrs, 0.0).tolist()
+        drifts = _drifts_db(latents, reference, self._num_channels, signal)
+        columns = (
+            *(psnrs.tolist(), ssim(decoded, pixels).tolist(), lpips, drifts.tolist(), costs),
+            *(images, map(write_png, decoded.cpu()), map(tensor_bytes, means)),
+            [means.shape[1:]] * len(keys),
         )
-        return [Measured(*values) for values in measures], decoded.cpu()
+        return [QaRow(key, size.name, *values) for key, *values in zip(keys, *columns, strict=True)]
 
     def _decode(self, latents: Tensor) -> Tensor:
         return to_uint8(self._decoder.decode(latents.to(self._decoder.device)))
 
-    def _require_agreement(self, pixels: Tensor, moments: Tensor) -> None:
-        """Compare the decoder's own encoder with the dataset's, on the first images."""
-        if not self._is_trusted:
-            channels = self._contract.vae.latent_channels
-            own = self._decoder.encode(pixels)[:, :channels]
-            self.agreement_db = require_agreement(own, moments[:, :channels], "the decoder")
-            self._is_trusted = True
 
-
-def _row_drift_db(latents: Tensor, reference: Tensor, channels: int, signal: float) -> list[float]:
+def _drifts_db(latents: Tensor, reference: Tensor, channels: int, signal: float) -> Tensor:
     """Return each row's drift in dB: signal over the mean squared error of the training samples.
 
     From moments, training draws `mean + exp(logvar / 2) * n` with a standard normal n. The expected
@@ -227,16 +177,80 @@ def _row_drift_db(latents: Tensor, reference: Tensor, channels: int, signal: flo
         std, reference_std = ((0.5 * z[:, channels:]).exp() for z in (latents, reference))
         error = error + (std - reference_std).square()
     means = error.mean(dim=(1, 2, 3))
-    decibels = torch.where(means == 0, math.inf, 10 * torch.log10(signal / means))
-    return [_limited(value) for value in decibels.tolist()]
+    return _limited(torch.where(means == 0, torch.inf, 10 * torch.log10(signal / means)))
 
 
-def _within_limits(decibels: Tensor, finite: Tensor) -> Tensor:
-    """Clamp decibels to the limits; rows with non-finite latents get the lower limit."""
-    bounded = decibels.cpu().clamp(MIN_DB, MAX_DB)
-    return torch.where(finite, bounded, torch.full_like(bounded, MIN_DB))
+def _limited(decibels: Tensor) -> Tensor:
+    """Clamp decibels to the limits of stored measures; NaN becomes the lower limit."""
+    return decibels.nan_to_num(nan=MIN_DB).clamp(MIN_DB, MAX_DB)
 
 
-def _limited(decibels: float) -> float:
-    # In this order of arguments, NaN becomes the lower limit.
-    return min(max(MIN_DB, decibels), MAX_DB)
+@dataclass(slots=True)
+class QaSample:
+    """The QA sample of one unit, with its crops as PNG files in `folder`.
+
+    Every row draws a number in [0, 1) from (seed, unit, key). Rows below the fraction are kept. If
+    a bucket then has fewer rows than `min_rows`, the rows with the next lowest numbers are kept.
+    """
+
+    fraction: float
+    seed: int
+    min_rows: Mapping[str, int]  # by bucket
+    unit_id: str
+    folder: Path
+    _num_offered: int = 0
+    # By bucket, a heap of (minus the draw, index, key).
+    _kept: dict[str, list[tuple[float, int, str]]] = field(
+        default_factory=lambda: defaultdict(list)
+    )
+
+    def offer(self, bucket: str, key: str, pixels: torch.Tensor) -> None:
+        """Draw a number for a row that will be encoded, and keep its crop if the row is kept.
+
+        Args:
+            bucket, key: the bucket's name and the row's key.
+            pixels: the crop, uint8 [3, H, W].
+        """
+        index, kept = self._num_offered, self._kept[bucket]
+        self._num_offered += 1
+        text = f"{self.seed}\0{self.unit_id}\0{key}".encode()
+        draw = int.from_bytes(hashlib.sha256(text).digest()[:8], "little") / 2**64
+        heapq.heappush(kept, (-draw, index, key))
+        highest = -kept[0][0]
+        if highest >= self.fraction and len(kept) > self.min_rows.get(bucket, 0):
+            _, dropped, _ = heapq.heappop(kept)
+            if dropped == index:
+                return
+            self._crop(dropped).unlink()
+        self._crop(index).write_bytes(write_png(pixels))
+
+    def _crop(self, index: int) -> Path:
+        return self.folder / f"qa-{index}.png"
+
+    def evaluate(
+        self,
+        writers: Iterable[BucketWriter],
+        evaluator: QaEvaluator,
+        signal: float,
+        submit: Callable[[Callable[[], list[QaRow]]], list[QaRow]],
+    ) -> Iterator[QaRow]:
+        """Evaluate the kept rows as stored in the closed files, in the order they were offered.
+
+        Args:
+            writers: the writer of each bucket.
+            evaluator, signal: the evaluator, and its signal; see `QaEvaluator.evaluate`.
+            submit: runs a job on the evaluator's thread and returns its result.
+        """
+        for writer in writers:
+            bucket = writer.bucket.name
+            kept = sorted(self._kept[bucket], key=lambda row: row[1])
+            crops = {key: self._crop(index) for _, index, key in kept}
+            with ExitStack() as stack:
+                files = [stack.enter_context(path.open("rb")) for path in writer.paths]
+                stored = read_latents(files, crops)
+            keys = [key for key in crops if key in stored]  # the others became rejects
+            for first in range(0, len(keys), _ROWS_AT_ONCE):
+                some = {key: crops[key].read_bytes() for key in keys[first : first + _ROWS_AT_ONCE]}
+                yield from submit(
+                    partial(evaluator.evaluate, self.unit_id, bucket, some, stored, signal)
+                )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,10 +15,9 @@ _MIN_ROWS_TO_JUDGE = 32
 
 @dataclass(frozen=True, slots=True)
 class Gates:
-    """The limits that a dataset must satisfy; None means no limit.
+    """The limits of the mean PSNR, of each QA row's drift, and of the number of rejects.
 
-    `min_psnr_db` limits the mean over all QA rows, `min_drift_db` limits each QA row, and
-    `max_rejects` limits the number of rejected samples.
+    None means no limit.
     """
 
     min_psnr_db: float | None = None
@@ -33,16 +31,11 @@ class Gates:
 
 
 class QaTotals:
-    """The QA totals of many units and their gates.
-
-    Args:
-        gates: the limits.
-        units: the first units to add.
-    """
+    """The QA totals of many units, to check against gates."""
 
     def __init__(self, gates: Gates, units: Iterable[UnitSummary] = ()) -> None:
         self.gates = gates
-        self.num_rows: Counter[str] = Counter()
+        self.num_rows: Counter[str] = Counter()  # by bucket
         self.num_rejects = 0
         self._sum_psnr_db = 0.0
         self._drifted: dict[str, tuple[float, str]] = {}  # unit id -> (decibels, source)
@@ -53,22 +46,17 @@ class QaTotals:
         """Add a unit to the totals.
 
         Args:
-            unit: the unit.
-            before: the same unit as it was added before; it is subtracted.
+            unit, before: the unit, and the same unit as it was added before, which is subtracted.
         """
-        self._count(unit, 1)
-        if before:
-            self._count(before, -1)
+        for part, sign in ((unit, 1), *([(before, -1)] if before else [])):
+            self.num_rejects += sign * part.num_rejects
+            if part.qa:
+                self.num_rows.update({b: sign * num for b, num in part.qa.num_rows.items()})
+                self._sum_psnr_db += sign * part.qa.mean_psnr_db * sum(part.qa.num_rows.values())
         self._drifted.pop(unit.unit_id, None)
         limit = self.gates.min_drift_db
         if unit.qa and limit is not None and unit.qa.min_drift_db < limit:
             self._drifted[unit.unit_id] = (unit.qa.min_drift_db, unit.source)
-
-    def _count(self, unit: UnitSummary, sign: int) -> None:
-        self.num_rejects += sign * unit.num_rejects
-        if unit.qa:
-            self.num_rows.update({b: sign * num for b, num in unit.qa.num_rows.items()})
-            self._sum_psnr_db += sign * unit.qa.mean_psnr_db * sum(unit.qa.num_rows.values())
 
     @property
     def mean_psnr_db(self) -> float | None:
@@ -76,27 +64,22 @@ class QaTotals:
         num_rows = self.num_rows.total()
         return self._sum_psnr_db / num_rows if num_rows else None
 
-    def breaches(self, *, at_work: bool = False) -> list[str]:
-        """Return a line for each gate that fails.
-
-        Args:
-            at_work: whether the run is still active, so that more rows may follow.
-        """
+    def breaches(self, *, is_running: bool = False) -> list[str]:
+        """Return a line for each gate that fails; `is_running` if more rows may follow."""
         lines = []
         gates, mean, num_rows = self.gates, self.mean_psnr_db, self.num_rows.total()
-        is_judged = num_rows >= (_MIN_ROWS_TO_JUDGE if at_work else 1)
-        min_psnr_db = -math.inf if gates.min_psnr_db is None else gates.min_psnr_db
-        if is_judged and mean is not None and mean < min_psnr_db:
+        is_judged = num_rows >= _MIN_ROWS_TO_JUDGE or not is_running
+        limit = gates.min_psnr_db
+        if is_judged and mean is not None and limit is not None and mean < limit:
             lines.append(
                 f"the mean PSNR of {num_rows} QA rows is {mean:.2f} dB, below qa.min_psnr_db "
-                f"{min_psnr_db:g}"
+                f"{limit:g}"
             )
         if self._drifted:
             worst_db, source = min(self._drifted.values())
             lines.append(
                 f"{len(self._drifted)} units have latents that are not what their images encode "
-                f"to: {worst_db:.1f} dB in {source}, below qa.min_drift_db "
-                f"{gates.min_drift_db:g}"
+                f"to: {worst_db:.1f} dB in {source}, below qa.min_drift_db {gates.min_drift_db:g}"
             )
         if gates.max_rejects is not None and self.num_rejects > gates.max_rejects:
             lines.append(

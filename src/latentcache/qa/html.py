@@ -1,29 +1,107 @@
-"""Render a report as one HTML file from `templates/report.html` and its CSS, with Jinja.
+"""Render a report as one HTML file: `templates/report.html` with Jinja, and embedded pictures.
 
 Keys, messages and URLs are untrusted, so Jinja escapes every value. The page's content security
-policy allows neither scripts nor requests. Its pictures are embedded.
+policy allows neither scripts nor requests.
 """
 
 from __future__ import annotations
 
+import base64
 import functools
-import importlib.resources
 import json
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from io import BytesIO
 from typing import Any
 
 import jinja2
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageColor
 
+from latentcache.dataset.bucket import Bucket
+from latentcache.image_files import open_png
 from latentcache.log import size_text
-from latentcache.qa.row_pictures import (
-    ERROR_COLOURS,
-    LATENT_COLOURS,
-    MAX_ERROR_LEVELS,
-    MAX_SIGMAS,
-    RowPictures,
-    data_uri,
-)
+from latentcache.qa.qa_files import QaRow
+
+# A report scales larger pictures down to this side; the QA file keeps the full size.
+_MAX_SIDE_PX = 512
+
+# Values beyond these limits have the first or last colour. The scales are the same in every report:
+# errors in levels of 255, and latents in standard deviations from the mean of their channel.
+_MAX_ERROR_LEVELS = 64
+_MAX_SIGMAS = 3.0
+
+# Equally spaced colours, interpolated linearly in sRGB.
+_ERROR_COLOURS = ("#08081c", "#54196f", "#bb3654", "#f58a3c", "#fdf3b4")
+_LATENT_COLOURS = ("#1f4e9c", "#8fb3dd", "#f6f4ef", "#e3a08b", "#a3262a")
+_NUM_SHADES = 128
+
+
+@dataclass(frozen=True, slots=True)
+class RowPictures:
+    """The pictures of a QA row as `data:` URIs, and its bucket's size."""
+
+    width_px: int
+    height_px: int
+    original: str
+    reconstruction: str
+    error: str  # a heat map of the mean absolute difference over RGB
+    channels: list[str]  # of the latent, with one pixel for each value
+
+
+def draw_row(row: QaRow, mean: Sequence[float], std: Sequence[float]) -> RowPictures:
+    """Draw a QA row.
+
+    Args:
+        row: the row with its pictures.
+        mean, std: of each channel over the dataset; the mean gets the middle colour.
+
+    Raises:
+        ValueError: a picture of the row cannot be decoded, or the shapes do not match.
+    """
+    size = Bucket.parse(row.bucket)
+    original, reconstruction = (open_png(data, size) for data in (row.image, row.reconstruction))
+    difference = np.asarray(original, np.float32) - np.asarray(reconstruction, np.float32)
+    error = np.abs(difference).mean(axis=2) / _MAX_ERROR_LEVELS
+    latent = np.frombuffer(row.latent, "<f4").reshape(row.latent_shape)
+    channels = []
+    for values, centre, unit in zip(latent, mean, std, strict=True):
+        sigmas = np.nan_to_num((values - centre) / (unit or 1.0))
+        picture = _colour(sigmas / (2 * _MAX_SIGMAS) + 0.5, _LATENT_COLOURS)
+        channels.append(_encode(picture, "png"))
+    return RowPictures(
+        *size,
+        original=_scale_and_encode(original),
+        reconstruction=_scale_and_encode(reconstruction),
+        error=_scale_and_encode(_colour(error, _ERROR_COLOURS).convert("RGB")),
+        channels=channels,
+    )
+
+
+def _colour(values: npt.NDArray[np.floating[Any]], colours: Sequence[str]) -> Image.Image:
+    """Return values as a palette image: 0 has the first colour, 1 has the last."""
+    stops = np.array([ImageColor.getrgb(colour) for colour in colours])
+    positions, shades = np.linspace(0, 1, len(stops)), np.linspace(0, 1, _NUM_SHADES)
+    palette = np.stack([np.interp(shades, positions, stop) for stop in stops.T], axis=1)
+    image = Image.fromarray((values.clip(0, 1) * (_NUM_SHADES - 1)).round().astype(np.uint8))
+    image.putpalette(palette.round().astype(np.uint8).tobytes())
+    return image
+
+
+def _scale_and_encode(image: Image.Image) -> str:
+    image.thumbnail((_MAX_SIDE_PX, _MAX_SIDE_PX))
+    return _encode(image, "jpeg", quality=90)
+
+
+def _encode(image: Image.Image, kind: str, **options: int) -> str:
+    file = BytesIO()
+    image.save(file, kind, optimize=True, **options)
+    return _data_uri(file.getvalue(), kind)
+
+
+def _data_uri(data: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
 
 
 def render(
@@ -32,61 +110,48 @@ def render(
     """Return a report as HTML.
 
     Args:
-        tree: the text and figures; see `Report.tree`.
-        pictures: the pictures of QA rows by the row's `id`.
-        thumbnails: the JPEG thumbnails of rejects by the reject's `id`.
+        tree, pictures, thumbnails: as in `Report`.
     """
-    rows = tree["rows"]
+    contract = dict(_leaves(tree["contract"]))
+    sizes = tree["contract"]["transform"]["buckets"]
+    contract["transform.buckets"] = ", ".join(f"{width}x{height}" for width, height in sizes)
     page = _template().render(
         report=tree,
-        has_gates=any(gate is not None for gate in tree["gates"].values()),
-        worst=[row for row in rows if row["shown_as"] != ["draw"]],
-        drifting=[row for row in rows if "drift" in row["shown_as"]],
-        drawn=[row for row in rows if row["shown_as"] == ["draw"]],
-        drawn_above=[r for r in rows if "draw" in r["shown_as"] and r["shown_as"] != ["draw"]],
         pictures=pictures,
-        thumbnails={name: data_uri(data, "jpeg") for name, data in thumbnails.items()},
-        contract=list(_leaves(tree["contract"])),
-        provenance=list(_leaves(tree["provenance"])),
+        thumbnails={name: _data_uri(data, "jpeg") for name, data in thumbnails.items()},
+        contract=contract,
+        provenance=dict(_leaves(tree["provenance"])),
         text=json.dumps(tree, indent=1, ensure_ascii=False, allow_nan=False),
+        error_colours=", ".join(_ERROR_COLOURS),
+        latent_colours=", ".join(_LATENT_COLOURS),
+        max_error_levels=_MAX_ERROR_LEVELS,
+        max_sigmas=_MAX_SIGMAS,
     )
     return page.lstrip()  # the template begins with its macros
 
 
 @functools.cache
 def _template() -> jinja2.Template:
-    folder = importlib.resources.files("latentcache.qa") / "templates"
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.PackageLoader("latentcache.qa"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    environment.filters |= {
-        "count": lambda value: f"{value:,}",
-        "fixed": _fixed,
-        "percent": lambda value: f"{value:.2%}",
-        "bytes": size_text,
-    }
-    environment.globals |= {
-        "css": (folder / "report.css").read_text("utf-8"),
-        "error_colours": ", ".join(ERROR_COLOURS),
-        "latent_colours": ", ".join(LATENT_COLOURS),
-        "max_error_levels": MAX_ERROR_LEVELS,
-        "max_sigmas": MAX_SIGMAS,
-        "columns_of": lambda num: math.ceil(math.sqrt(num)),
-    }
-    return environment.from_string((folder / "report.html").read_text("utf-8"))
+    environment.filters |= {"count": "{:,}".format, "percent": "{:.2%}".format}
+    environment.filters |= {"bytes": size_text, "fixed": _fixed}
+    return environment.get_template("report.html")
 
 
 def _fixed(value: float | None, digits: int = 2) -> str:
-    """Return a number with `digits` decimal places; a dash for None."""
     return "—" if value is None else f"{value:,.{digits}f}"
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield the dotted name and the text of each field of a contract."""
+    """Yield the dotted name and the text of each field of a JSON object."""
     for name, value in tree.items():
         if isinstance(value, dict):
             yield from _leaves(value, f"{prefix}{name}.")
-        elif name == "buckets":
-            yield prefix + name, ", ".join(f"{width}x{height}" for width, height in value)
         else:
             yield prefix + name, value if isinstance(value, str) else json.dumps(value)

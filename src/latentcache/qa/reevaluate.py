@@ -1,7 +1,6 @@
-"""Evaluate the stored latents of a dataset again: decode them and compare them with their images.
+"""Evaluate rows of a dataset again, with crops that the run kept or with source shards.
 
-The images are the crops that the run kept, or those of a few units whose source shards are read
-again. The results have the format of the run's own QA files, so that one report serves both.
+The results have the format of the run's own QA files, so that one report serves both.
 """
 
 from __future__ import annotations
@@ -16,24 +15,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from latentcache.dataset.bucket import Bucket
-from latentcache.dataset.parquet import naming_damage, read_table
+from latentcache.dataset.parquet import naming_damage, open_parquet
 from latentcache.dataset.reader import Dataset
 from latentcache.dataset.receipts import UnitRecord, UnitSummary
-from latentcache.dataset.shards import read_latents
-from latentcache.errors import (
-    ConfigError,
-    DatasetError,
-    Reject,
-    SourceError,
-    StorageError,
-)
+from latentcache.dataset.shards import check_schema, read_latents
+from latentcache.errors import ConfigError, DatasetError, Reject, SourceError, StorageError
 from latentcache.image_files import write_png
 from latentcache.images.moved import NOT_MOVED, Moved
 from latentcache.images.source import Sample, read_images, shard_of
 from latentcache.images.transform import load_image, transform_spec
 from latentcache.qa.access import NamedSources, find_checkpoint, shown
-from latentcache.qa.evaluator import QaEvaluator, QaModels, load_evaluator
+from latentcache.qa.evaluator import QaEvaluator, QaModels
 from latentcache.qa.gates import Gates, QaTotals
 from latentcache.qa.qa_files import QaFiles, QaRow, read_measures, read_qa_rows, write_qa
 from latentcache.storage import Store
@@ -41,18 +33,17 @@ from latentcache.storage_options import StorageOptions
 from latentcache.vae.encoder import require_fp32
 from latentcache.vae.weights import encoder_fingerprint, load_vae
 
-Crops = dict[str, dict[str, bytes]]
-"""The images of a unit's rows as PNG, by bucket and key."""
+_Crops = dict[str, dict[str, bytes]]  # PNG files of a unit's rows, by bucket and key
+_Geometry = tuple[str | int, ...]  # bucket, original width and height, crop top and left
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """The rows to evaluate: `num_rows` in total, drawn with `seed` and spread over the buckets.
+    """The rows to evaluate, drawn with `seed` and spread over the buckets.
 
     If `num_units` is 0, the images are the crops that the run kept. Otherwise the rows come from
-    that many units, whose source shards are read again with `source_storage`, at the URLs to which
-    they `moved`. Only shards in `sources` are read: URLs, globs and folders that the user names, in
-    the form of `source.shards` of a config.
+    that many units, whose source shards are read again, at the URLs to which they `moved`. Only
+    shards in `sources` are read, in the form of `source.shards` of a config.
     """
 
     num_rows: int = 256
@@ -65,17 +56,12 @@ class Selection:
 
 @dataclass(slots=True)
 class QaResult:
-    """The result of an evaluation.
-
-    `decoder` is the checkpoint that decoded, and `files` are the new QA files. `breaches` has a
-    line for each gate that fails, and for each problem that is a failure without any gate. `notes`
-    has lines that explain the figures.
-    """
+    """The result of an evaluation: the checkpoint that decoded, and the new QA files."""
 
     decoder: str
     files: QaFiles
-    breaches: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    breaches: list[str] = field(default_factory=list)  # failed gates, rows unlike their source
+    notes: list[str] = field(default_factory=list)  # lines that explain the figures
 
 
 def reevaluate(
@@ -87,49 +73,48 @@ def reevaluate(
     *,
     checkpoint: str | None = None,
     checkpoint_storage: StorageOptions = StorageOptions(),
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> QaResult:
     """Measure rows of a dataset again, on a GPU if there is one, and check them against gates.
 
     Args:
-        dataset: the dataset.
+        dataset, selection, gates: the dataset, the rows to measure, and the limits to check.
         models: the models in addition to the dataset's VAE.
-        selection: the rows to measure.
-        gates: the limits to check.
         folder: an empty local folder for the new QA files.
-        checkpoint: the dataset's VAE; None uses `demo` if that encoded the dataset, otherwise the
-            decoder.
-        checkpoint_storage: how to reach the VAE.
+        checkpoint, checkpoint_storage: the dataset's VAE and how to reach it; None uses `demo` if
+            that encoded the dataset, otherwise the decoder.
         progress: called with (rows done, rows in total).
 
     Raises:
         CheckpointError: a checkpoint cannot be used.
-        ConfigError: the VAE is not the dataset's, or the decoder does not belong to it; or the
-            dataset names a checkpoint or source shards that the user does not name.
-        DatasetError: no crops were kept and no shard can be read again; or a file is damaged.
+        ConfigError: a model does not fit, or the user does not name a checkpoint or source.
+        DatasetError: there are no images, or a file is damaged.
     """
     sources = NamedSources(selection.sources)
-    _require_sources(dataset, selection)
+    if selection.num_units and not selection.sources and dataset.units:
+        raise ConfigError(
+            f"--units reads source shards again, and only {dataset.url} names them, such as "
+            f"{shown(dataset.units[0].unit.source)}: pass --source with their URL, a glob or their "
+            "folder, or pass the config of the run"
+        )
     evaluator, decoder = _load_evaluator(dataset, models, checkpoint, checkpoint_storage)
     result = QaResult(decoder, QaFiles(Store(str(folder)), ()))
     new_records: dict[str, UnitRecord] = {}
     num_rows = 0
-    for record, crops in _images(dataset, selection, sources, result):
+    for record, crops in _read_crops(dataset, selection, sources, result):
         # The dataset must not choose the name of a local file.
         local = folder / f"{len(new_records)}.parquet"
-        rows = _evaluate(dataset, evaluator, record, crops)
-        qa = write_qa(local, local.name, rows, decoder)
+        qa = write_qa(local, local.name, _evaluate(dataset, evaluator, record, crops), decoder)
         new_records[record.unit.id] = replace(record, qa=qa)
         num_rows += qa.file.num_rows if qa else 0
-        if progress:
-            progress(num_rows, selection.num_rows)
+        progress(num_rows, selection.num_rows)
     if not num_rows and not result.breaches:
         why = "; ".join(result.notes) or "the run kept no crops, because its config has no `qa:`"
         raise DatasetError(
             f"{dataset.url} has no rows to evaluate: {why}; `--units 2` reads shards again"
         )
     records = [new_records.get(r.unit.id) or replace(r, qa=None) for r in dataset.units]
-    result.files = replace(result.files, records=records)
+    result.files = result.files._replace(records=records)
     result.breaches += QaTotals(gates, map(UnitSummary.of, records)).breaches()
     if evaluator.agreement_db is not None:
         result.notes.append(
@@ -137,15 +122,6 @@ def reevaluate(
             f"agree to {evaluator.agreement_db:.1f} dB"
         )
     return result
-
-
-def _require_sources(dataset: Dataset, selection: Selection) -> None:
-    if selection.num_units and not selection.sources and dataset.units:
-        raise ConfigError(
-            f"--units reads source shards again, and only {dataset.url} names them, such as "
-            f"{shown(dataset.units[0].unit.source)}: pass --source with their URL, a glob or their "
-            "folder, or pass the config of the run"
-        )
 
 
 def _load_evaluator(
@@ -163,13 +139,13 @@ def _load_evaluator(
         )
     if models.decoder == checkpoint:
         models = replace(models, decoder=None)
-    return load_evaluator(dataset.contract, vae, models), models.decoder or checkpoint
+    return QaEvaluator(dataset.contract, vae, models), models.decoder or checkpoint
 
 
-def _images(
+def _read_crops(
     dataset: Dataset, selection: Selection, sources: NamedSources, result: QaResult
-) -> Iterator[tuple[UnitRecord, Crops]]:
-    """Yield the units to evaluate with their images, as far as the images are available."""
+) -> Iterator[tuple[UnitRecord, _Crops]]:
+    """Yield units with the images of the rows to evaluate, as far as they are available."""
     num_fetched = 0
     drawn = sorted(dataset.units, key=lambda record: _draw(selection.seed, record.unit.id))
     for record in islice((r for r in drawn if r.num_rows), selection.num_units):
@@ -184,25 +160,17 @@ def _images(
             result.notes.append(f"its source cannot be read again: {error}")
         else:
             num_fetched += 1
-    if num_fetched:
-        return
-    if selection.num_units:
-        result.notes.append("the images are the crops that the run kept")
-    yield from _kept(dataset, selection)
+    if not num_fetched:
+        if selection.num_units:
+            result.notes.append("the images are the crops that the run kept")
+        yield from _read_kept(dataset, selection)
 
 
-def _kept(dataset: Dataset, selection: Selection) -> Iterator[tuple[UnitRecord, Crops]]:
+def _read_kept(dataset: Dataset, selection: Selection) -> Iterator[tuple[UnitRecord, _Crops]]:
     """Yield crops that the run kept, equally many of each bucket if there are enough."""
-    buckets = {Bucket(*size).name for size in dataset.contract.transform.buckets}
+    measures = read_measures(QaFiles(dataset.store, dataset.units), dataset.contract)
     by_bucket: dict[str, list[tuple[str, str]]] = {}
-    for row in (
-        read_measures(dataset.store, dataset.units).select(["unit", "key", "bucket"]).to_pylist()
-    ):
-        if row["bucket"] not in buckets:
-            raise DatasetError(
-                f"{dataset.url} has a QA row of {shown(row['bucket'])}, which is not one of its "
-                "buckets; run `latentcache verify`"
-            )
+    for row in measures.select(["bucket", "unit", "key"]).to_pylist():
         by_bucket.setdefault(row["bucket"], []).append((row["unit"], row["key"]))
     for rows in by_bucket.values():
         rows.sort(key=lambda row: _draw(selection.seed, *row))
@@ -212,71 +180,71 @@ def _kept(dataset: Dataset, selection: Selection) -> Iterator[tuple[UnitRecord, 
         keys.setdefault(unit, set()).add(key)
     for record in dataset.units:
         if record.unit.id in keys:
-            crops: Crops = {}
+            crops: _Crops = {}
             for kept in read_qa_rows(dataset.store, record, keys[record.unit.id]):
                 crops.setdefault(kept.bucket, {})[kept.key] = kept.image
             yield record, crops
 
 
-def _fetch(dataset: Dataset, record: UnitRecord, selection: Selection, result: QaResult) -> Crops:
+def _fetch(dataset: Dataset, record: UnitRecord, selection: Selection, result: QaResult) -> _Crops:
     """Read a unit's shard again, and crop the images of some rows to their buckets again."""
-    rows = _read_rows(dataset.store, record)
+    rows = _read_geometry(dataset, record)
     drawn = sorted(rows, key=lambda key: _draw(selection.seed, record.unit.id, key))
     missing = set(drawn[: -(-selection.num_rows // selection.num_units)])
     spec = transform_spec(dataset.contract)
-    crops: Crops = {}
+    crops: _Crops = {}
     unit, options = record.unit, selection.source_storage
     shard = shard_of(unit, options, selection.moved)
     for sample in read_images(shard, dataset.contract.source, options):
         if not isinstance(sample, Sample) or sample.key not in missing:
             continue
         missing.remove(sample.key)
+        expected, row = rows[sample.key], f"row {sample.key!r} of {unit.title}"
         try:
-            done = load_image(sample.image, spec)
+            image = load_image(sample.image, spec)
         except Reject as reject:
-            result.breaches.append(
-                f"row {sample.key!r} of {unit.title} exists, but its image is rejected now: "
-                f"{reject.message}"
-            )
+            message = f"exists, but its image is rejected now: {reject.message}"
+            result.breaches.append(f"{row} {message}")
             continue
-        size = (done.original_width, done.original_height)
-        placed = (done.bucket.name, *size, done.crop_top, done.crop_left)
-        if placed != rows[sample.key]:
-            result.breaches.append(
-                f"row {sample.key!r} of {unit.title} has bucket, size and crop "
-                f"{rows[sample.key]}, but its image gives {placed}"
-            )
-            continue
-        crops.setdefault(done.bucket.name, {})[sample.key] = write_png(done.pixels)
+        size = (image.original_width, image.original_height)
+        geometry = (image.bucket.name, *size, image.crop_top, image.crop_left)
+        if geometry == expected:
+            crops.setdefault(image.bucket.name, {})[sample.key] = write_png(image.pixels)
+        else:
+            message = f"has bucket, size and crop {expected}, but its image gives {geometry}"
+            result.breaches.append(f"{row} {message}")
     result.breaches += [f"row {key!r} is not in {unit.title}" for key in sorted(missing)]
     return crops
 
 
-_Placed = tuple[str, int, int, int, int]
-
-
-def _read_rows(store: Store, record: UnitRecord) -> dict[str, _Placed]:
-    """Read the geometry of a unit's rows: bucket, original width and height, crop top and left."""
+def _read_geometry(dataset: Dataset, record: UnitRecord) -> dict[str, _Geometry]:
+    """Return the geometry of a unit's rows by key."""
     names = ["key", "original_width", "original_height", "crop_top", "crop_left"]
-    rows: dict[str, _Placed] = {}
+    rows: dict[str, _Geometry] = {}
     for file in record.files:
-        if file.path.endswith(".parquet"):
-            with naming_damage(store, file.path), store.open(file.path) as opened:
-                table = read_table(opened, names)
-            for row in table.to_pylist():
-                key, *placed = (row[name] for name in names)
-                rows[key] = (file.bucket, *placed)
+        if not file.path.endswith(".parquet"):
+            continue
+        with naming_damage(dataset.store, file.path), dataset.store.open(file.path) as opened:
+            with open_parquet(opened) as parquet:
+                check_schema(parquet.schema_arrow, dataset.contract)
+                table = parquet.read(names, use_threads=False)
+            table.validate(full=True)
+        for row in table.to_pylist():
+            key, *geometry = row.values()
+            rows[key] = (file.bucket, *geometry)
     return rows
 
 
 def _evaluate(
-    dataset: Dataset, evaluator: QaEvaluator, record: UnitRecord, crops: Crops
+    dataset: Dataset, evaluator: QaEvaluator, record: UnitRecord, crops: _Crops
 ) -> Iterator[QaRow]:
     """Measure rows of a unit with the latents of its data files."""
     num_channels = dataset.contract.vae.latent_channels
     signal = float(np.square(dataset.stats.std[:num_channels]).mean())
     for bucket, images in crops.items():
         paths = [file.path for file in record.files if file.bucket == bucket]
+        if not paths:
+            raise DatasetError(f"{dataset.url}: {record.unit.title} has no file of {bucket}")
         with ExitStack() as stack:
             stack.enter_context(naming_damage(dataset.store, paths[-1]))
             files = [stack.enter_context(dataset.store.open(path)) for path in paths]

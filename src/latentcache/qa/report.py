@@ -1,8 +1,6 @@
-"""The QA report of a dataset.
+"""The QA report of a dataset: `figures.py` makes its content, plain JSON, and `html.py` renders it.
 
-The content is one tree of plain JSON (`figures.py`). `html.py` renders that tree with pictures
-(`row_pictures.py`). All data comes from the dataset; no model and no source image is needed. The
-report of a large dataset is small too: it shows a few rows, and only their pictures are read.
+No model and no source image is needed. A report shows a few rows and reads only their pictures.
 """
 
 from __future__ import annotations
@@ -20,51 +18,38 @@ import pyarrow as pa
 from latentcache.dataset.contract import read_provenance
 from latentcache.dataset.parquet import naming_damage
 from latentcache.dataset.reader import Dataset
+from latentcache.dataset.receipts import UnitRecord
 from latentcache.errors import ConfigError, one_line
-from latentcache.image_files import rewrite_thumbnail
-from latentcache.qa import figures, html
+from latentcache.qa import figures
 from latentcache.qa.gates import Gates
-from latentcache.qa.qa_files import QaFiles, read_measures, read_qa_rows
-from latentcache.qa.row_pictures import RowPictures, draw_row
+from latentcache.qa.html import RowPictures, draw_row, render
+from latentcache.qa.qa_files import MEASURES, QaFiles, read_measures, read_qa_rows
 from latentcache.storage.failures import named_local
 
 _READ_THREADS = 8
 
-_LABELS = {
-    "psnr_db": ("PSNR", " dB"),
-    "ssim": ("SSIM", ""),
-    "lpips": ("LPIPS", ""),
-    "drift_db": ("drift", " dB"),
-    "psnr_cost_db": ("PSNR cost", " dB"),
-}
+_LABELS = dict(zip(MEASURES, ("PSNR", "SSIM", "LPIPS", "drift", "PSNR cost"), strict=True))
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The content of a report (`tree`, plain JSON) and its pictures.
-
-    `pictures` has the `id` of a row in the tree as key; `thumbnails` (JPEG) has that of a reject.
-    """
+    """A report as plain JSON, and its pictures by the `id` of a row, or of a reject (JPEG)."""
 
     tree: dict[str, Any]
     pictures: dict[str, RowPictures]
     thumbnails: dict[str, bytes]
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the content of the report, without pictures."""
-        return self.tree
-
     def to_text(self) -> str:
         """Return the verdict and the figures in a few lines, for a terminal."""
-        verdict, totals = self.tree["verdict"], self.tree["totals"]
+        totals, status = self.tree["totals"], self.tree["verdict"]["status"].replace("_", " ")
         lines = [
-            f"{verdict['status'].replace('_', ' ')}: {totals['num_qa_rows']} of "
-            f"{totals['num_rows']} rows of manifest {self.tree['manifest']} evaluated"
+            f"{status}: {totals['num_qa_rows']} of {totals['num_rows']} rows of manifest "
+            f"{self.tree['manifest']} evaluated"
         ]
         for name, measure in self.tree["measures"].items():
-            label, unit = _LABELS[name]
+            unit = " dB" if name.endswith("_db") else ""
             lines.append(
-                f"{label:10} {measure['mean']:8.3f} ± {measure['std']:.3f}{unit}, "
+                f"{_LABELS[name]:10} {measure['mean']:8.3f} ± {measure['std']:.3f}{unit}, "
                 f"from {measure['min']:.3f} to {measure['max']:.3f}"
             )
         return "\n".join([*lines, *self.worst_rows])
@@ -81,9 +66,31 @@ class Report:
             if {"worst", "drift"} & set(row["shown_as"])
         ]
 
+    def to_json(self) -> str:
+        """Return the content of the report, without pictures, as JSON text."""
+        return json.dumps(self.tree, indent=1, ensure_ascii=False, allow_nan=False)
+
     def to_html(self) -> str:
-        """Return the report as one self-contained HTML file: no network, no script, no font."""
-        return html.render(self.tree, self.pictures, self.thumbnails)
+        """Return the report as one HTML file that loads and runs nothing."""
+        return render(self.tree, self.pictures, self.thumbnails)
+
+    def put(self, dataset: Dataset) -> None:
+        """Put the report into its dataset, replacing an older one of the same manifest."""
+        path = report_path(dataset)
+        dataset.store.put(path.replace(".html", ".json"), self.to_json().encode())
+        dataset.store.put(path, self.to_html().encode())
+
+    def save(self, target: Path) -> None:
+        """Write the report to a local file, whose name ends with `.html` or `.json`.
+
+        Raises:
+            ConfigError: the name has another ending.
+            StorageError: the file cannot be written.
+        """
+        require_writable(target)
+        text = self.to_json() if target.suffix == ".json" else self.to_html()
+        with named_local(target):
+            target.write_bytes(text.encode())
 
 
 def build_report(
@@ -101,14 +108,12 @@ def build_report(
 
     Args:
         dataset: the dataset.
-        breaches: a line for each gate that fails; see `QaTotals.breaches`.
-        gates: the limits that were checked.
+        breaches, gates: a line for each gate that fails, and the limits that were checked.
         notes: further lines for the reader.
-        decoder: the checkpoint that decoded the QA rows; None means the one that encoded them.
+        decoder: the checkpoint that decoded the QA rows, if not the one that encoded them.
         files: the QA files to report on; None means those of the run.
-        num_shown: the number of randomly drawn QA rows. Half as many of the worst rows are shown
-            before them, and at most half as many of the rows below the drift limit.
-        seed: the seed of the random draw.
+        num_shown, seed: the number of randomly drawn QA rows, and the seed of the draw. Up to half
+            as many of the worst rows, and of those below the drift limit, are shown before them.
 
     Raises:
         DatasetError: a QA file, a rejects file or a receipt is missing or damaged.
@@ -117,8 +122,8 @@ def build_report(
     manifest = dataset.manifest
     provenance = read_provenance(dataset.store)
     files = files or QaFiles(dataset.store, dataset.units)
-    measures = read_measures(files.store, files.records)
-    rows = _rows(dataset, measures, _choose(measures, gates, num_shown, seed))
+    measures = read_measures(files, dataset.contract)
+    rows = _choose_rows(dataset, measures, gates, num_shown, seed)
     rejects, thumbnails = figures.rejects(dataset)
     status = "failed" if breaches else "passed" if measures.num_rows else "not_sampled"
     tree = {
@@ -131,103 +136,39 @@ def build_report(
         "verdict": {"status": status, "breaches": list(breaches), "notes": list(notes)},
         "gates": asdict(gates),
         "decoder": decoder or provenance.get("checkpoint"),
-        "totals": figures.totals(dataset, measures),
-        "measures": figures.distributions(measures),
-        "buckets": figures.buckets(manifest.buckets, measures),
+        **figures.make_figures(dataset, measures),
         "rows": rows,
-        "latents": figures.latents(dataset.contract, dataset.stats),
         "rejects": rejects,
-        "throughput": figures.throughput(dataset),
         "contract": dataset.contract.to_json(),
         "fingerprint": dataset.contract.fingerprint,
         "provenance": provenance,
     }
-    redrawn = {name: rewrite_thumbnail(data) for name, data in thumbnails.items()}
-    usable = {name: data for name, data in redrawn.items() if data}
-    return Report(tree, _draw_rows(dataset, files, rows), usable)
+    return Report(tree, _draw_rows(dataset, files, rows), thumbnails)
 
 
-def report_path(dataset: Dataset) -> str:
-    """Return the path of a manifest's HTML report in its dataset; the JSON is beside it."""
-    return f"qa/report-{dataset.manifest.number:08d}.html"
-
-
-def write_report(report: Report, dataset: Dataset) -> None:
-    """Put a report into its dataset, replacing an older one of the same manifest.
-
-    Args:
-        report: the report.
-        dataset: its dataset.
-    """
-    path = report_path(dataset)
-    dataset.store.put(path.replace(".html", ".json"), _json_bytes(report))
-    dataset.store.put(path, report.to_html().encode())
-
-
-def require_writable(target: Path) -> None:
-    """Raise an error if a report cannot be written to a local file; see `save_report`.
-
-    Callers use it before long work.
-
-    Raises:
-        ConfigError: the name ends with neither `.html` nor `.json`.
-        StorageError: the file cannot be written.
-    """
-    if target.suffix not in (".html", ".json"):
-        raise ConfigError(f"cannot write a report to {target}: name it .html or .json")
-    with named_local(target), target.open("ab"):
-        pass
-
-
-def save_report(report: Report, target: Path) -> None:
-    """Write a report to a local file: HTML, or JSON if its name ends with `.json`.
-
-    Args:
-        report: the report.
-        target: the file.
-
-    Raises:
-        ConfigError: the name ends with neither `.html` nor `.json`.
-        StorageError: the file cannot be written.
-    """
-    require_writable(target)
-    data = _json_bytes(report) if target.suffix == ".json" else report.to_html().encode()
-    with named_local(target):
-        target.write_bytes(data)
-
-
-def _json_bytes(report: Report) -> bytes:
-    return json.dumps(report.to_json(), indent=1, ensure_ascii=False, allow_nan=False).encode()
-
-
-def _choose(measures: pa.Table, gates: Gates, num_shown: int, seed: int) -> dict[int, list[str]]:
-    """Choose the QA rows to show: a dict from index to reasons, the worst rows first."""
+def _choose_rows(
+    dataset: Dataset, measures: pa.Table, gates: Gates, num_shown: int, seed: int
+) -> list[dict[str, Any]]:
+    """Choose the QA rows to show, each with the reasons (`shown_as`), the worst rows first."""
     psnr_db, drift_db = measures["psnr_db"].to_numpy(), measures["drift_db"].to_numpy()
-    num_worst = (num_shown + 1) // 2
+    num_worst, num_drawn = (num_shown + 1) // 2, min(num_shown, len(psnr_db))
     least_db = -np.inf if gates.min_drift_db is None else gates.min_drift_db
     by_drift = np.argsort(drift_db, kind="stable")[:num_worst]
-    num_drawn = min(num_shown, len(psnr_db))
     drawn = np.random.default_rng(seed).choice(len(psnr_db), num_drawn, replace=False)
-    reasons = {
+    indices_by_reason = {
         "worst": np.argsort(psnr_db, kind="stable")[:num_worst],
         "drift": by_drift[drift_db[by_drift] < least_db],
         "draw": np.sort(drawn),
     }
-    chosen: dict[int, list[str]] = {}
-    for reason, indices in reasons.items():
+    reasons: dict[int, list[str]] = {}
+    for reason, indices in indices_by_reason.items():
         for index in indices.tolist():
-            chosen.setdefault(index, []).append(reason)
-    return chosen
-
-
-def _rows(
-    dataset: Dataset, measures: pa.Table, chosen: dict[int, list[str]]
-) -> list[dict[str, Any]]:
+            reasons.setdefault(index, []).append(reason)
     sources = {record.unit.id: record.unit.source for record in dataset.units}
-    rows = measures.take(pa.array(chosen, pa.int64())).to_pylist()
+    rows = measures.take(pa.array(reasons, pa.int64())).to_pylist()
     return [
-        {"id": f"row-{number}", "shown_as": reasons, "source": sources[row["unit"]], **row}
-        for number, (row, reasons) in enumerate(zip(rows, chosen.values(), strict=True))
+        {"id": f"row-{number}", "shown_as": shown_as, "source": sources[row["unit"]], **row}
+        for number, (row, shown_as) in enumerate(zip(rows, reasons.values(), strict=True))
     ]
 
 
@@ -235,20 +176,31 @@ def _draw_rows(
     dataset: Dataset, files: QaFiles, rows: Sequence[dict[str, Any]]
 ) -> dict[str, RowPictures]:
     """Read and draw the rows to show, unit by unit."""
-    records = {record.unit.id: record for record in files.records}
-    ids_by_unit: dict[str, dict[str, str]] = {}
+    ids: dict[str, dict[str, str]] = {}  # by unit and key
     for row in rows:
-        ids_by_unit.setdefault(row["unit"], {})[row["key"]] = row["id"]
+        ids.setdefault(row["unit"], {})[row["key"]] = row["id"]
     num_channels = dataset.contract.vae.latent_channels
     mean, std = dataset.stats.mean[:num_channels], dataset.stats.std[:num_channels]
 
-    def draw(unit: str) -> dict[str, RowPictures]:
-        record, ids = records[unit], ids_by_unit[unit]
-        assert record.qa
-        qa_rows = read_qa_rows(files.store, record, ids)
-        with naming_damage(files.store, record.qa.file.path):
-            return {ids[row.key]: draw_row(row, mean.tolist(), std.tolist()) for row in qa_rows}
+    def draw(record: UnitRecord) -> dict[str, RowPictures]:
+        names = ids[record.unit.id]
+        qa_rows = read_qa_rows(files.store, record, names)
+        with naming_damage(files.store, record.qa.file.path if record.qa else ""):
+            return {names[row.key]: draw_row(row, mean.tolist(), std.tolist()) for row in qa_rows}
 
     with ThreadPoolExecutor(_READ_THREADS) as pool:
-        parts = pool.map(draw, ids_by_unit)
+        parts = pool.map(draw, (record for record in files.records if record.unit.id in ids))
         return {name: drawn for part in parts for name, drawn in part.items()}
+
+
+def report_path(dataset: Dataset) -> str:
+    """Return the path of a manifest's HTML report in its dataset; the JSON is beside it."""
+    return f"qa/report-{dataset.manifest.number:08d}.html"
+
+
+def require_writable(target: Path) -> None:
+    """Raise the errors of `Report.save` if it could not write; callers use it before long work."""
+    if target.suffix not in (".html", ".json"):
+        raise ConfigError(f"cannot write a report to {target}: name it .html or .json")
+    with named_local(target), target.open("ab"):
+        pass

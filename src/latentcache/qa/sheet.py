@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,12 +30,7 @@ _LABEL_PX = 2 * _FONT_PX + 10  # one line for the key and one for the bucket
 _PAPER, _INK, _PALE_INK = "#ffffff", "#1b1c1e", "#6b6e74"
 
 
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """A decoded row."""
-
-    image: Image.Image
-    key: str
+_Tile = tuple[Image.Image, str]  # a decoded row and its key
 
 
 def load_decoder(
@@ -46,27 +40,23 @@ def load_decoder(
 
     Args:
         dataset: the dataset.
-        url: a checkpoint as for `load_vae`; None uses `demo` if that encoded the dataset.
-        options: how to reach the checkpoint.
+        url, options: a checkpoint as for `load_vae`; None uses `demo` if that encoded the dataset.
 
     Returns:
         The VAE, on the GPU if there is one, and notes for the user, one line each.
 
     Raises:
-        ConfigError: there is no usable checkpoint, its latents have another shape, or only the
-            dataset names it; see `qa/access.py`.
+        ConfigError: there is no usable checkpoint, or only the dataset names it.
     """
     checkpoint = url or find_checkpoint(dataset)
     try:
         vae = load_vae(checkpoint, options=options)
     except (CheckpointError, StorageError) as error:
         raise ConfigError(f"no decoder at {checkpoint}: {error}") from error
-    vae_contract = dataset.contract.vae
-    require_family(vae, checkpoint, vae_contract)
-    notes = []
-    if encoder_fingerprint(vae) != vae_contract.encoder_fingerprint:
-        notes.append(f"{checkpoint} has another encoder than the one that made these latents")
-    return vae.to("cuda" if torch.cuda.is_available() else "cpu"), notes
+    require_family(vae, checkpoint, dataset.contract.vae)
+    note = f"{checkpoint} has another encoder than the one that made these latents"
+    is_same = encoder_fingerprint(vae) == dataset.contract.vae.encoder_fingerprint
+    return vae.to("cuda" if torch.cuda.is_available() else "cpu"), [] if is_same else [note]
 
 
 def save_sheet(
@@ -76,20 +66,15 @@ def save_sheet(
     num_rows: int = DEFAULT_NUM_ROWS,
     *,
     seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> int:
-    """Write a contact sheet of rows drawn at random.
+    """Write a contact sheet of rows drawn at random, and return the number of its rows.
 
     Args:
-        dataset: the dataset.
-        vae: the VAE that decodes; see `load_decoder`.
+        dataset, vae: the dataset, and the VAE that decodes; see `load_decoder`.
         target: a file with the suffix of PNG, JPEG or any other format that Pillow writes.
-        num_rows: the number of rows; all rows if the dataset has fewer.
-        seed: the seed of the random draw.
+        num_rows, seed: the number of rows (all if the dataset has fewer), and the seed of the draw.
         progress: called with (rows decoded, rows in total).
-
-    Returns:
-        The number of rows in the picture.
 
     Raises:
         ConfigError: Pillow does not know the suffix of `target`.
@@ -104,72 +89,58 @@ def save_sheet(
     with named_local(target), target.open("ab"):
         pass  # a path that cannot be written is reported before the decoding
     drawn = np.random.default_rng(seed).choice(len(dataset), num_rows, replace=False)
-    tiles = []
-    for tile in _decode(dataset, vae, np.sort(drawn).tolist()):
-        tiles.append(tile)
-        if progress:
-            progress(len(tiles), num_rows)
+    tiles: list[_Tile] = []
+    for index in np.sort(drawn).tolist():
+        row = dataset[index]
+        # The first half of moments is the mean.
+        latent = row.latent[: dataset.contract.vae.latent_channels].float().to(vae.device)
+        with torch.inference_mode():
+            (pixels,) = to_uint8(vae.decode(latent[None]))
+        tiles.append((Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()), row.key))
+        progress(len(tiles), num_rows)
     sheet = draw_sheet(tiles)
     with named_local(target):
         sheet.save(target)
     return num_rows
 
 
-def _decode(dataset: Dataset, vae: KLAutoencoder, indices: Iterable[int]) -> Iterator[Tile]:
-    num_channels = dataset.contract.vae.latent_channels
-    for index in indices:
-        row = dataset[index]
-        # The first half of moments is the mean.
-        latent = row.latent[:num_channels].float().to(vae.device)
-        with torch.inference_mode():
-            (pixels,) = to_uint8(vae.decode(latent[None]))
-        yield Tile(Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()), row.key)
-
-
-def draw_sheet(tiles: Sequence[Tile]) -> Image.Image:
-    """Draw tiles in lines of about equal width, each picture above its key and bucket."""
+def draw_sheet(tiles: Sequence[_Tile]) -> Image.Image:
+    """Draw (picture, key) in lines of about equal width, each picture above its key and bucket."""
     lines = list(_break_lines(tiles))
-    widths_px = [sum(width_px + _GAP_PX for _, width_px in line) for line, _ in lines]
-    heights_px = [height_px + _LABEL_PX + _GAP_PX for _, height_px in lines]
-    sheet = Image.new("RGB", (max(widths_px) + _GAP_PX, sum(heights_px) + _GAP_PX), _PAPER)
+    width_px = max(sum(size.width_px + _GAP_PX for *_, size in line) for line in lines)
+    steps_px = [line[0][-1].height_px + _LABEL_PX + _GAP_PX for line in lines]
+    sheet = Image.new("RGB", (width_px + _GAP_PX, sum(steps_px) + _GAP_PX), _PAPER)
     pen = ImageDraw.Draw(sheet)
     pen.font = ImageFont.load_default(_FONT_PX)
     top_px = _GAP_PX
-    for line, height_px in lines:
-        left_px, below_px = _GAP_PX, top_px + height_px + 3
-        for tile, width_px in line:
-            small = tile.image.resize((width_px, height_px), Image.Resampling.LANCZOS)
-            sheet.paste(small, (left_px, top_px))
-            pen.text((left_px, below_px), _shorten(pen, tile.key, width_px), _INK)
-            bucket = Bucket(*tile.image.size).name
+    for line, step_px in zip(lines, steps_px, strict=True):
+        left_px = _GAP_PX
+        for image, key, size in line:
+            sheet.paste(image.resize(size, Image.Resampling.LANCZOS), (left_px, top_px))
+            below_px = top_px + size.height_px + 3
+            pen.text((left_px, below_px), _shorten(pen, key, size.width_px), _INK)
+            bucket = Bucket(*image.size).name
             pen.text((left_px, below_px + _FONT_PX + 2), bucket, _PALE_INK)
-            left_px += width_px + _GAP_PX
-        top_px += height_px + _LABEL_PX + _GAP_PX
+            left_px += size.width_px + _GAP_PX
+        top_px += step_px
     return sheet
 
 
-_Line = tuple[list[tuple[Tile, int]], int]
-"""Tiles with their widths in pixels, and their common height in pixels."""
-
-
-def _break_lines(tiles: Sequence[Tile]) -> Iterator[_Line]:
-    """Break tiles into lines; a line is full once it fits the width at the usual height."""
-    line: list[Tile] = []
-    for tile in tiles:
+def _break_lines(
+    tiles: Sequence[_Tile],
+) -> Iterator[list[tuple[Image.Image, str, Bucket]]]:
+    """Break tiles into lines, each with its drawn size; a line is full once it fits the width."""
+    line: list[_Tile] = []
+    for number, tile in enumerate(tiles, start=1):
         line.append(tile)
-        ratio = sum(tile.image.width / tile.image.height for tile in line)
-        height_px = (_WIDTH_PX - (len(line) + 1) * _GAP_PX) / ratio
-        if height_px <= _TILE_HEIGHT_PX:
-            yield _size(line, height_px)
+        ratios = [image.width / image.height for image, _ in line]
+        height_px = (_WIDTH_PX - (len(line) + 1) * _GAP_PX) / sum(ratios)
+        if height_px <= _TILE_HEIGHT_PX or number == len(tiles):
+            height_px = min(height_px, _TILE_HEIGHT_PX)
+            widths_px = (max(1, round(height_px * ratio)) for ratio in ratios)
+            sizes = [Bucket(width_px, max(1, round(height_px))) for width_px in widths_px]
+            yield [(*tile, size) for tile, size in zip(line, sizes, strict=True)]
             line = []
-    if line:
-        yield _size(line, _TILE_HEIGHT_PX)
-
-
-def _size(line: list[Tile], height_px: float) -> _Line:
-    sizes = (tile.image.size for tile in line)
-    widths_px = [max(1, round(height_px * width / height)) for width, height in sizes]
-    return list(zip(line, widths_px, strict=True)), max(1, round(height_px))
 
 
 def _shorten(pen: ImageDraw.ImageDraw, key: str, width_px: int) -> str:

@@ -78,7 +78,9 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return paths
 
 
-def look(dataset: Dataset, folder: Path, decoder: Path | None = None, **selected: Any) -> QaResult:
+def evaluate_again(
+    dataset: Dataset, folder: Path, decoder: Path | None = None, **selected: Any
+) -> QaResult:
     folder.mkdir(exist_ok=True)
     models = QaModels(decoder=decoder and str(decoder))
     return reevaluate(dataset, models, Selection(3, **selected), Gates(), folder)
@@ -90,44 +92,47 @@ def test_a_checkpoint_that_only_the_dataset_names_is_not_opened(
     vae = write_diffusers_folder(tmp_path / "vae")
     dataset = make(tmp_path, str(vae), contract=contract_of(str(vae)))
     opened.clear()
-    for attempt in (lambda: load_decoder(dataset), lambda: look(dataset, tmp_path / "qa")):
+    for attempt in (
+        lambda: load_decoder(dataset),
+        lambda: evaluate_again(dataset, tmp_path / "qa"),
+    ):
         with pytest.raises(ConfigError, match=rf"{vae} encoded it.*--decoder {vae},"):
             attempt()
     assert not [path for path in opened if path.startswith(str(vae))]
     assert load_decoder(dataset, str(vae))[1] == []
-    seen = look(dataset, tmp_path / "qa", vae)
+    seen = evaluate_again(dataset, tmp_path / "qa", vae)
     assert seen.files.records[0].qa
     assert [path for path in opened if path.startswith(str(vae))]  # so `opened` sees them
 
 
-def test_the_bundled_checkpoint_is_used_without_asking(tmp_path: Path) -> None:
+def test_demo_checkpoint_needs_no_option(tmp_path: Path) -> None:
     dataset = make(tmp_path, "demo", contract=contract_of("demo"))
     assert load_decoder(dataset)[1] == []
-    assert look(dataset, tmp_path / "qa").files.records[0].qa
+    assert evaluate_again(dataset, tmp_path / "qa").files.records[0].qa
 
 
 @pytest.mark.parametrize("names", [None, "", 7, ["demo"], "./demo", "demo\n"])
-def test_only_demo_itself_is_demo(tmp_path: Path, names: Any) -> None:
+def test_names_similar_to_demo_are_not_opened(tmp_path: Path, names: Any) -> None:
     with pytest.raises(ConfigError, match="--decoder") as caught:
         load_decoder(make(tmp_path, names))
     assert "\n" not in str(caught.value)
 
 
-def test_a_decoder_of_another_encoder_cannot_stand_for_the_datasets(tmp_path: Path) -> None:
+def test_decoder_with_another_encoder_does_not_replace_the_datasets_vae(tmp_path: Path) -> None:
     vae = write_diffusers_folder(tmp_path / "vae")
     dataset = make(tmp_path, "s3://another-user/vae", contract=contract_of("demo"))
     with pytest.raises(ConfigError, match=r"another encoder.*--checkpoint"):
-        look(dataset, tmp_path / "qa", vae)
+        evaluate_again(dataset, tmp_path / "qa", vae)
 
 
-def test_a_checkpoints_name_can_be_copied_into_a_shell(tmp_path: Path) -> None:
+def test_checkpoint_in_error_is_quoted_for_the_shell(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load_decoder(make(tmp_path, "x'; touch harmed; '"))
     option = str(caught.value).partition("--decoder ")[2].partition(", or give")[0]
     assert shlex.split(option) == ["x'; touch harmed; '"]
 
 
-def test_a_url_of_a_dataset_is_shown_without_credentials() -> None:
+def test_shown_urls_have_no_credentials() -> None:
     assert shown("https://me:secret@host/v.ckpt?X-Signature=abc") == "https://host/v.ckpt?…"
     assert shown("s3://b/v\x1b[2J\n.ckpt") == "s3://b/v\\x1b[2J .ckpt"
     assert len(shown("x" * 10_000)) < 400
@@ -142,11 +147,13 @@ def test_a_shard_that_only_the_dataset_names_is_not_read(tmp_path: Path, opened:
     dataset = make(tmp_path, "demo", source, contract_of("demo"))
     opened.clear()
     with pytest.raises(ConfigError, match=rf"{secret}: pass --source"):
-        look(dataset, tmp_path / "qa", num_units=1)
-    seen = look(dataset, tmp_path / "qa", num_units=1, sources=(f"{tmp_path}/mine/*.tar",))
+        evaluate_again(dataset, tmp_path / "qa", num_units=1)
+    seen = evaluate_again(
+        dataset, tmp_path / "qa", num_units=1, sources=(f"{tmp_path}/mine/*.tar",)
+    )
     assert any("only the dataset names" in note for note in seen.notes)
     assert not [path for path in opened if "private" in path]
-    look(dataset, tmp_path / "qa", num_units=1, sources=(f"{tmp_path}/private",))
+    evaluate_again(dataset, tmp_path / "qa", num_units=1, sources=(f"{tmp_path}/private",))
     assert [path for path in opened if "private" in path]  # so `opened` sees them
 
 
@@ -178,14 +185,14 @@ NAMED = ("/data/photos", "s3://b/{0..2}.tar", "s3://b/set/*.tar", "hf://datasets
         ("", False),
     ],
 )
-def test_sources_are_those_that_the_user_names(source: str, is_named: bool) -> None:
+def test_named_sources_hold_only_what_the_user_names(source: str, is_named: bool) -> None:
     assert (source in NamedSources(NAMED)) == is_named
 
 
 # Pictures.
 
 
-def test_a_qa_picture_is_png_and_nothing_else(tmp_path: Path) -> None:
+def test_qa_pictures_that_are_not_png_are_refused(tmp_path: Path) -> None:
     """Pillow reads EPS, too, with a program that it starts."""
     contract = contract_of("demo")
     rows = make_qa_rows(contract, SQUARE, 3)
@@ -200,21 +207,23 @@ def test_a_qa_picture_is_png_and_nothing_else(tmp_path: Path) -> None:
         with pytest.raises(DatasetError, match="picture"):
             build_report(dataset, [], Gates())
         with pytest.raises(DatasetError, match="picture"):
-            look(dataset, tmp_path / f"qa{number}")
+            evaluate_again(dataset, tmp_path / f"qa{number}")
 
 
-def test_a_qa_row_is_of_a_bucket_of_the_dataset(tmp_path: Path) -> None:
+def test_qa_rows_of_another_bucket_are_refused(tmp_path: Path) -> None:
     contract = contract_of("demo")
     rows = [replace(row, bucket="99999x99999") for row in make_qa_rows(contract, SQUARE, 3)]
     dataset = make(tmp_path, "demo", contract=contract, qa=rows)
     with pytest.raises(DatasetError, match="99999x99999"):
-        look(dataset, tmp_path / "qa")
+        evaluate_again(dataset, tmp_path / "qa")
+    with pytest.raises(DatasetError, match="99999x99999"):
+        build_report(dataset, [], Gates())
 
 
 # The command line.
 
 
-def test_commands_say_how_to_name_the_checkpoint(cli: Cli, tmp_path: Path) -> None:
+def test_cli_errors_name_the_decoder_option(cli: Cli, tmp_path: Path) -> None:
     vae = write_diffusers_folder(tmp_path / "vae")
     contract = contract_of(str(vae))
     make(tmp_path, str(vae), contract=contract)
