@@ -102,7 +102,7 @@ def verify(
             result.problems += problems
             if progress:
                 progress(done, len(dataset.units))
-    totals = dataset.manifest.totals
+    totals = dataset.manifest
     counts = (result.num_units, result.num_rows, result.num_rejects)
     if counts != (totals.num_units, totals.num_rows, totals.num_rejects):
         message = "its totals of units, rows and rejects are not those of its units"
