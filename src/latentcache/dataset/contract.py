@@ -38,15 +38,9 @@ def canonical_json(tree: Any) -> bytes:
 
 @dataclass(frozen=True)
 class SourceContract:
-    """The settings that decide how a source is read as samples.
+    """The settings that decide how a source is read as samples; docs/format.md describes them.
 
-    Attributes:
-        image_fields: names of the fields that may hold the image, in order of preference.
-        key_column: name of the Parquet column that holds the key; None derives the key.
-        max_sample_bytes: a sample whose fields together are larger than this becomes a reject.
-        caption_index: index of the element that becomes the text, where a text column holds lists.
-        key_rules: version of the rules that derive keys from names and paths (docs/format.md).
-        text_rules: version of the rules that decode text fields (docs/format.md).
+    `key_rules` and `text_rules` are versions of the rules that derive keys and decode text.
     """
 
     image_fields: tuple[str, ...]
@@ -184,7 +178,7 @@ class Contract:
         try:
             require_format(tree, "contract.json")
             contract = build(cls, tree)
-            require_sound(contract)
+            _require_sound(contract)
             return contract
         except ValueError as error:
             raise DatasetError(f"contract.json is damaged: {error}") from error
@@ -215,13 +209,15 @@ def require_format(tree: Any, where: str) -> None:
         )
 
 
-def require_sound(contract: Contract) -> None:
+def _require_sound(contract: Contract) -> None:
     """Raise `ValueError` if fields of a contract contradict each other."""
     vae, latents = contract.vae, contract.latents
     quantization = latents.quantization
-    for name in ("latents_mean", "latents_std"):
-        if (values := getattr(vae, name)) is not None and len(values) != vae.latent_channels:
-            raise ValueError(f"vae.{name} has {len(values)} values, not {vae.latent_channels}")
+    for values in (vae.latents_mean, vae.latents_std):
+        if values is not None and len(values) != vae.latent_channels:
+            raise ValueError(
+                f"vae has {len(values)} means or deviations, not {vae.latent_channels}"
+            )
     if not vae.scaling_factor or not all(vae.latents_std or (1.0,)):
         raise ValueError("vae.scaling_factor or latents_std is 0")
     for bucket in contract.transform.buckets:
@@ -239,26 +235,25 @@ def require_sound(contract: Contract) -> None:
 
 
 def contract_diff(
-    there: Contract, wanted: Contract, names: tuple[str, str] = ("dataset", "config")
+    before: Contract, after: Contract, names: tuple[str, str] = ("dataset", "config")
 ) -> list[str]:
     """Return one line for each field that differs between two contracts.
 
     A line reads `transform.crop: dataset has "center", config has "random"`.
 
     Args:
-        there: the contract of the dataset.
-        wanted: the contract of the config.
+        before, after: the contracts.
         names: what lines call the owners of the two contracts.
     """
-    before, after = dict(_leaves(there.to_json())), dict(_leaves(wanted.to_json()))
-    paths = before.keys() | after.keys()
-    if there.latents.dtype != wanted.latents.dtype:  # the line on dtype implies these
+    old, new = dict(_leaves(before.to_json())), dict(_leaves(after.to_json()))
+    paths = old.keys() | new.keys()
+    if before.latents.dtype != after.latents.dtype:  # the line on dtype implies these
         paths = {path for path in paths if not path.startswith("latents.quantization.")}
     return [
-        f"{path}: {names[0]} has {json.dumps(before.get(path))}, "
-        f"{names[1]} has {json.dumps(after.get(path))}"
+        f"{path}: {names[0]} has {json.dumps(old.get(path))}, "
+        f"{names[1]} has {json.dumps(new.get(path))}"
         for path in sorted(paths)
-        if before.get(path) != after.get(path)
+        if old.get(path) != new.get(path)
     ]
 
 
@@ -276,7 +271,7 @@ def read_contract(store: Store) -> Contract | None:
         data = store.read_bytes(CONTRACT_PATH)
     except ObjectNotFound:
         return None
-    return _parse(store, data)
+    return _parse(store, data)[0]
 
 
 def require_contract(store: Store) -> Contract:
@@ -300,70 +295,64 @@ def read_provenance(store: Store) -> dict[str, Any]:
     Raises:
         DatasetError: the contract file is damaged.
     """
-    try:
-        tree = load_json(store.read_bytes(CONTRACT_PATH))
-        provenance = tree.get("provenance") if isinstance(tree, dict) else None
-        return check(dict[str, Any], provenance, "provenance")  # type: ignore[no-any-return]
-    except ValueError as error:
-        raise DatasetError(f"{store.url_of(CONTRACT_PATH)} is damaged: {error}") from error
+    _, provenance = _parse(store, store.read_bytes(CONTRACT_PATH))
+    if not isinstance(provenance, dict):
+        raise DatasetError(f"{store.url_of(CONTRACT_PATH)} is damaged: it has no provenance")
+    return provenance
 
 
-def _parse(store: Store, data: bytes) -> Contract:
+def _parse(store: Store, data: bytes) -> tuple[Contract, Any]:
+    """Return the contract in a contract file, and the provenance as it is."""
+    url = store.url_of(CONTRACT_PATH)
     try:
-        tree = load_json(data)
-        if not isinstance(tree, dict):
-            raise ValueError("it is not an object")
+        tree = check(dict[str, Any], load_json(data), "it")
         contract = Contract.from_json(tree.get("contract"))
     except ValueError as error:
-        raise DatasetError(f"{store.url_of(CONTRACT_PATH)} is not a contract: {error}") from error
+        raise DatasetError(f"{url} is not a contract: {error}") from error
     if tree.get("fingerprint") != contract.fingerprint:
-        raise DatasetError(
-            f"{store.url_of(CONTRACT_PATH)} was edited: its fingerprint does not match its fields"
-        )
-    return contract
+        raise DatasetError(f"{url} was edited: its fingerprint does not match its fields")
+    return contract, tree.get("provenance")
 
 
-def establish_contract(store: Store, wanted: Contract, provenance: dict[str, Any]) -> bytes:
+def establish_contract(store: Store, contract: Contract, provenance: dict[str, Any]) -> bytes:
     """Put the contract if the output has none, and check that the output's contract is the same.
 
     Args:
         store: the output.
-        wanted: this run's contract, resolved.
+        contract: this run's contract, resolved.
         provenance: information that may differ between runs: checkpoint URL, versions.
 
     Returns:
         The bytes of the output's contract file.
 
     Raises:
-        ContractMismatch: the output has another contract; the message names each field that
-            differs.
+        ContractMismatch: see `require_same`.
     """
-    assert wanted.is_resolved
+    assert contract.is_resolved
     tree = {
-        "contract": wanted.to_json(),
-        "fingerprint": wanted.fingerprint,
+        "contract": contract.to_json(),
+        "fingerprint": contract.fingerprint,
         "provenance": provenance,
     }
     data = json.dumps(tree, indent=1, sort_keys=True).encode()
     if not store.put_if_absent(CONTRACT_PATH, data):
         data = store.read_bytes(CONTRACT_PATH)
-    require_same(store, _parse(store, data), wanted)
+    require_same(store, _parse(store, data)[0], contract)
     return data
 
 
-def require_same(store: Store, there: Contract, wanted: Contract) -> None:
+def require_same(store: Store, stored: Contract, contract: Contract) -> None:
     """Check that the contract of an output is that of the config.
 
     Args:
-        store: the output.
-        there: its contract.
-        wanted: the contract of the config.
+        store, stored: the output and its contract.
+        contract: the contract of the config.
 
     Raises:
         ContractMismatch: a field differs; the message names each field.
     """
-    if there.fingerprint != wanted.fingerprint:
-        lines = (f"  {line}" for line in contract_diff(there, wanted))
+    if stored.fingerprint != contract.fingerprint:
+        lines = (f"  {line}" for line in contract_diff(stored, contract))
         fix = "use another `output.url`"
         if not store.list("commits"):
             fix = f"delete {store.url_of(CONTRACT_PATH)} to start over, as nothing is committed yet"

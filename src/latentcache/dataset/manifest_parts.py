@@ -38,8 +38,8 @@ from latentcache.dataset.parse import (
     load_json,
 )
 from latentcache.dataset.receipts import (
-    Counts,
     Receipt,
+    RowCounts,
     UnitFacts,
     UnitRecord,
     UnitSummary,
@@ -99,7 +99,7 @@ def part_path(sha256: str) -> str:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Totals(Counts):
+class Totals(RowCounts):
     """The sums over units; `buckets` counts rows by bucket."""
 
     num_units: Count
@@ -126,7 +126,7 @@ class Totals(Counts):
             # Each bucket has one Parquet file, also beside a safetensors file.
             files = (file for file in record.files if file.path.endswith(".parquet"))
             buckets = {file.bucket: file.num_rows for file in files}
-            counts = fields_of(Counts, record)
+            counts = fields_of(RowCounts, record)
             total = total.merge(
                 Totals(num_units=1, **counts, buckets=buckets, statistics=statistics)
             )
@@ -134,7 +134,7 @@ class Totals(Counts):
 
     def merge(self, other: Totals) -> Totals:
         """Return the sums of both totals."""
-        names = ["num_units", *fields_of(Counts, self)]
+        names = ["num_units", *fields_of(RowCounts, self)]
         return Totals(
             **{name: getattr(self, name) + getattr(other, name) for name in names},
             buckets=dict(sorted((Counter(self.buckets) + Counter(other.buckets)).items())),
@@ -290,14 +290,15 @@ def _read_values(array: pa.Array, hint: Any) -> list[Any]:
     """Return checked values as the objects that a type annotation declares."""
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
-        values = zip(_read_values(array, args[0]), array.is_valid().to_pylist(), strict=True)
-        return [value if is_valid else None for value, is_valid in values]
+        pairs = zip(_read_values(array, args[0]), array.is_valid().to_pylist(), strict=True)
+        return [value if is_valid else None for value, is_valid in pairs]
     if origin is tuple:
         items = iter(_read_values(pc.list_flatten(array), args[0]))
         return [tuple(islice(items, num)) for num in pc.list_value_length(array).to_pylist()]
     if is_dataclass(hint):
         columns = zip(array.flatten(), hints_of(hint).values(), strict=True)  # type: ignore[arg-type]
-        return list(map(hint, *(_read_values(column, h) for column, h in columns)))
+        values = (_read_values(column, field_hint) for column, field_hint in columns)
+        return [hint(*row) for row in zip(*values, strict=True)]
     values_of: list[Any] = array.to_pylist()
     return values_of
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -47,13 +47,6 @@ def naming_damage(store: Store, path: str) -> Iterator[None]:
     """Turn errors of code that decodes an object into a `DatasetError` that names the object.
 
     Errors of the store pass through unchanged: reading from it raises no `OSError`.
-
-    Args:
-        store: the store of the object.
-        path: path of the object in the store.
-
-    Raises:
-        DatasetError: the object cannot be decoded.
     """
     try:
         yield
@@ -72,25 +65,15 @@ def open_parquet(source: Any) -> pq.ParquetFile:
     Raises:
         DatasetError: the footer is damaged.
     """
-    if isinstance(source, Path):
-        with source.open("rb") as file:
-            checked_footer(file)
-    elif isinstance(source, pa.NativeFile) or hasattr(source, "seek"):
-        checked_footer(source)
+    with source.open("rb") if isinstance(source, Path) else nullcontext(source) as file:
+        checked_footer(file)
     return pq.ParquetFile(source, pre_buffer=False)
 
 
 def read_table(source: Any, columns: Sequence[str] | None = None) -> pa.Table:
-    """Return the table in a Parquet file.
+    """Return the table in a Parquet file, or some of its columns.
 
     Use it instead of Arrow's function of this name, which scans on threads; see `open_parquet`.
-
-    Args:
-        source: a path, a file object or an Arrow buffer.
-        columns: names of the columns to read; None reads all.
-
-    Raises:
-        DatasetError: the footer is damaged.
     """
     with open_parquet(source) as file:
         return file.read(columns=columns, use_threads=False)
@@ -102,26 +85,16 @@ def read_rows(source: Any, column: str, values: Collection[str]) -> pa.Table:
     Of row groups without such a row, only this column is read.
 
     Args:
-        source: a path, a file object or an Arrow buffer.
+        source: see `open_parquet`.
         column: name of the text column.
         values: the values to select.
-
-    Raises:
-        DatasetError: the footer is damaged.
     """
     value_set = pa.array(values, pa.string())
     with open_parquet(source) as file:
-        groups = [
-            number
-            for number in range(file.num_row_groups)
-            if pc.any(
-                pc.is_in(_read_group(file, number, [column])[column], value_set=value_set),
-                min_count=0,
-            ).as_py()
-        ]
+        groups = []
+        for number in range(file.num_row_groups):
+            texts = file.read_row_group(number, columns=[column], use_threads=False)[column]
+            if pc.any(pc.is_in(texts, value_set=value_set), min_count=0).as_py():
+                groups.append(number)
         table = file.read_row_groups(groups, use_threads=False)
     return table.filter(pc.is_in(table[column], value_set=value_set))
-
-
-def _read_group(file: pq.ParquetFile, number: int, columns: Sequence[str]) -> pa.Table:
-    return file.read_row_group(number, columns=columns, use_threads=False)

@@ -163,7 +163,8 @@ def check(hint: Any, value: Any, at: str) -> Any:
         return {check(args[0], k, at): check(args[1], v, _below(at, k)) for k, v in value.items()}
     if hasattr(hint, "from_json"):
         return hint.from_json(value)
-    return _build(hint, value, at) if is_dataclass(hint) else _check_plain(hint, value, at)
+    parse = _build if is_dataclass(hint) else _check_plain
+    return parse(hint, value, at)
 
 
 def _check_items(origin: type, args: tuple[Any, ...], value: Any, at: str) -> Any:

@@ -69,14 +69,12 @@ def publish(
     """
     store = Store(url, storage or StorageOptions())
     require_contract(store)
-    manifest = newest_complete(store) if number is None else read_manifest(store, number)
+    manifest = find_manifest(store, number)
+    title = f"manifest {manifest.number} of {store.url}"
     if not manifest.complete:
-        raise CheckFailed(
-            f"manifest {manifest.number} of {store.url} is not complete: finish the run, then "
-            "publish"
-        )
+        raise CheckFailed(f"{title} is not complete: finish the run, then publish")
     if not manifest.num_rows:
-        raise CheckFailed(f"manifest {manifest.number} of {store.url} has no rows to publish")
+        raise CheckFailed(f"{title} has no rows to publish")
     now = read_published(store)
     if now and now.manifest == manifest.number:
         return now
@@ -107,61 +105,44 @@ def read_published(store: Store) -> Published | None:
         DatasetError: `published.json` is damaged or has another format version.
     """
     try:
-        data = store.read_bytes(PUBLISHED_PATH)
-    except ObjectNotFound:
-        return None
-    try:
-        tree = load_json(data)
+        tree = load_json(store.read_bytes(PUBLISHED_PATH))
         require_format(tree, store.url_of(PUBLISHED_PATH))
         return build(Published, tree)
+    except ObjectNotFound:
+        return None
     except ValueError as error:
         raise DatasetError(f"{store.url_of(PUBLISHED_PATH)} is damaged: {error}") from error
 
 
 def find_manifest(store: Store, name: ManifestName | None) -> Manifest:
-    """Return a manifest by name.
-
-    Args:
-        store: the output.
-        name: number of a manifest, or "published"; None takes the newest complete one.
+    """Return a manifest by its number or as "published"; None takes the newest complete one.
 
     Raises:
         ConfigError: `name` is something else.
         DatasetError: there is no such manifest, or it is damaged.
     """
     if name is None:
-        return newest_complete(store)
+        return _newest_complete(store)
     if isinstance(name, int):
         return read_manifest(store, name)
     if name != "published":
         raise ConfigError(f"manifest is {name!r}: give its number, or 'published'")
-    return _read_published(store)
-
-
-def _read_published(store: Store) -> Manifest:
     published = read_published(store)
-    if published is None:
-        raise DatasetError(f"{store.url} has nothing published: run `latentcache publish`")
-    while True:
+    while published:
         try:
             return read_manifest(store, published.manifest)
         except DatasetError:
             # Between the two reads, another manifest may be published and the old one deleted.
             before, published = published, read_published(store)
-            if published is None or published == before:
+            if published in (None, before):
                 raise
+    raise DatasetError(f"{store.url} has nothing published: run `latentcache publish`")
 
 
-def newest_complete(store: Store) -> Manifest:
-    """Return the newest complete manifest.
-
-    Raises:
-        DatasetError: no manifest is complete.
-    """
+def _newest_complete(store: Store) -> Manifest:
     numbers = list_manifests(store)
     for number in reversed(numbers):
-        manifest = read_manifest(store, number)
-        if manifest.complete:
+        if (manifest := read_manifest(store, number)).complete:
             return manifest
     if not numbers:
         raise DatasetError(f"{store.url} has no manifest yet: wait for a run to write one")

@@ -80,9 +80,8 @@ def to_stored(values: torch.Tensor, terms: LatentContract) -> tuple[torch.Tensor
         terms: the `latents` of the contract.
 
     Returns:
-        The latents [N, C, H, W] in the stored dtype, and int64 [N], the number of values of each
-        latent that were clamped to int8's range. `is_finite` finds values that the stored dtype
-        cannot hold.
+        The stored latents [N, C, H, W], and int64 [N], how many values of each latent were clamped
+        to int8's range. `is_finite` finds values that the stored dtype cannot hold.
     """
     dtype = TORCH_DTYPES[terms.dtype]
     if terms.quantization is None:
@@ -96,12 +95,7 @@ def to_stored(values: torch.Tensor, terms: LatentContract) -> tuple[torch.Tensor
 
 
 def to_values(stored: torch.Tensor, terms: LatentContract) -> torch.Tensor:
-    """Return the float32 values of stored latents.
-
-    Args:
-        stored: [..., C, H, W] in the stored dtype.
-        terms: the `latents` of the contract.
-    """
+    """Return the float32 values of stored latents [..., C, H, W] under a contract's `latents`."""
     if terms.quantization is None:
         return stored.float()
     zero, scale = zero_and_scale(terms.quantization)

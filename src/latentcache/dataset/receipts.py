@@ -143,7 +143,7 @@ class QaFile(QaSummary):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Counts:
+class RowCounts:
     """The counts of units; for each, `num_samples = num_rows + num_rejects`.
 
     `num_images` counts the image files or members of the shards: rows, rejects with an image, and
@@ -158,7 +158,7 @@ class Counts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class UnitFacts(Counts):
+class UnitFacts(RowCounts):
     """What both a unit's record and its summary hold.
 
     `columns` are the kept columns of the rows, `absent_fields` the fields of these columns that no

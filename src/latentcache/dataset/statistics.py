@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -43,14 +44,9 @@ class Statistics:
     @classmethod
     def empty(cls, num_channels: int) -> Statistics:
         """Return the statistics of no values."""
-        return cls(
-            count=0,
-            mean=np.zeros(num_channels),
-            m2=np.zeros(num_channels),
-            minimum=np.full(num_channels, np.inf),
-            maximum=np.full(num_channels, -np.inf),
-            histogram=np.zeros((num_channels, _NUM_BINS), np.int64),
-        )
+        zeros = np.zeros(num_channels)
+        histogram = np.zeros((num_channels, _NUM_BINS), np.int64)
+        return cls(0, zeros, zeros, zeros + np.inf, zeros - np.inf, histogram)
 
     @classmethod
     def of(cls, latents: npt.NDArray[np.float32]) -> Statistics:
@@ -132,14 +128,10 @@ class Statistics:
         num_channels = len(mean)
         if count == 0:
             return cls.empty(num_channels)
-        statistics = cls(
-            count=count,
-            mean=mean.astype(np.float64),
-            m2=_array(tree, "m2", "if", (num_channels,)).astype(np.float64),
-            minimum=_array(tree, "min", "if", (num_channels,)).astype(np.float64),
-            maximum=_array(tree, "max", "if", (num_channels,)).astype(np.float64),
-            histogram=_array(tree, "histogram", "i", (num_channels, _NUM_BINS)),
-        )
+        m2, low, high = (_array(tree, name, "if", mean.shape) for name in ("m2", "min", "max"))
+        histogram = _array(tree, "histogram", "i", (num_channels, _NUM_BINS))
+        mean, m2, low, high = (array.astype(np.float64) for array in (mean, m2, low, high))
+        statistics = cls(count, mean, m2, low, high, histogram)
         if statistics.m2.min() < 0 or statistics.histogram.min() < 0:
             raise ValueError("statistics have a negative sum of squares or a negative count")
         return statistics
@@ -156,13 +148,5 @@ def _array(tree: dict[str, Any], name: str, kinds: str, shape: tuple[int, ...]) 
 
 
 def merge_all(parts: Iterable[Statistics], num_channels: int) -> Statistics:
-    """Return the statistics of all sets of values.
-
-    Args:
-        parts: the statistics of each set.
-        num_channels: number of channels, for the case of no parts.
-    """
-    total = Statistics.empty(num_channels)
-    for part in parts:
-        total = total.merge(part)
-    return total
+    """Return the statistics of all sets of values; `num_channels` serves the case of no parts."""
+    return reduce(Statistics.merge, parts, Statistics.empty(num_channels))

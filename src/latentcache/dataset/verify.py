@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
@@ -88,25 +88,28 @@ def verify(
     dataset = open_dataset(url, manifest, storage=storage)
     store = Store(url, storage or StorageOptions())
     result = Verification(ok=True, manifest=dataset.manifest.number, num_units=len(dataset.units))
+    num_checked = 0
 
     def check(record: UnitRecord) -> tuple[UnitRecord, list[Problem]]:
         return record, list(_check_unit(store, dataset.contract, record, quick))
 
+    remaining = iter(dataset.units)
     with ThreadPoolExecutor(_THREADS) as pool:
-        checked = chain.from_iterable(pool.map(check, some) for some in _batches(dataset.units))
-        for done, (record, problems) in enumerate(checked, start=1):
-            result.num_files += len(record.files)
-            result.num_files += (record.rejects is not None) + (record.qa is not None)
-            result.num_rows += record.num_rows
-            result.num_rejects += record.num_rejects
-            result.problems += problems
-            if progress:
-                progress(done, len(dataset.units))
+        while some := list(islice(remaining, _UNITS_AT_ONCE)):
+            for record, problems in pool.map(check, some):
+                num_others = (record.rejects is not None) + (record.qa is not None)
+                result.num_files += len(record.files) + num_others
+                result.num_rows += record.num_rows
+                result.num_rejects += record.num_rejects
+                result.problems += problems
+                num_checked += 1
+                if progress:
+                    progress(num_checked, len(dataset.units))
     totals = dataset.manifest
     counts = (result.num_units, result.num_rows, result.num_rejects)
     if counts != (totals.num_units, totals.num_rows, totals.num_rejects):
         message = "its totals of units, rows and rejects are not those of its units"
-        result.problems.append(Problem("", "", dataset.manifest.path, message))
+        result.problems.append(Problem("", "", totals.path, message))
     result.ok = not result.problems
     if repair:
         bad = {problem.unit for problem in result.problems}
@@ -114,12 +117,6 @@ def verify(
         removed = remove_units(store, names) if names else set()
         result.repaired = sorted(name.rpartition("-")[0] for name in removed)
     return result
-
-
-def _batches(units: Iterable[UnitRecord]) -> Iterator[list[UnitRecord]]:
-    remaining = iter(units)
-    while some := list(islice(remaining, _UNITS_AT_ONCE)):
-        yield some
 
 
 def _check_unit(
@@ -134,31 +131,24 @@ def _check_unit(
     num_rows = sum(files[-1].num_rows for files in groups.values())
     if num_rows != record.num_rows:
         yield problem("", f"the files hold {num_rows} rows, but the receipt says {record.num_rows}")
+    others = [record.rejects] if record.rejects else []
+    others += [record.qa.file] if record.qa else []
     keys: set[str] = set()
-    with tempfile.TemporaryDirectory(prefix="latentcache-") as folder:
-        for files in (*groups.values(), *([[record.rejects]] if record.rejects else [])):
-            local: list[Path] = []
-            for file in files:
-                target = Path(folder) / file.path.rpartition("/")[2]
-                message = _check_object(store, file, None if quick else target)
-                if message:
+    for files in (*groups.values(), *([file] for file in others)):
+        with tempfile.TemporaryDirectory(prefix="latentcache-") as folder:
+            targets = [Path(folder, file.path.rpartition("/")[2]) for file in files]
+            is_good = True
+            for file, target in zip(files, targets, strict=True):
+                if message := _check_object(store, file, None if quick else target):
+                    is_good = False
                     yield problem(file.path, message)
-                else:
-                    local.append(target)
-            if quick or len(local) < len(files):
-                continue
-            if files[0] is record.rejects:
-                if message := _check_rejects(local[0], record.num_rejects):
-                    yield problem(files[0].path, message)
-                continue
-            for message in _check_rows(local, files[-1], contract, keys):
-                yield problem(files[-1].path, message)
-            for path in local:
-                path.unlink()
-        if record.qa:
-            copy = None if quick else Path(folder) / "qa.parquet"
-            if message := _check_object(store, record.qa.file, copy):
-                yield problem(record.qa.file.path, message)
+            messages: Iterable[str] = ()
+            if files[0].bucket:
+                messages = _check_rows(targets, files[-1], contract, keys)
+            elif files[0] is record.rejects:
+                messages = _check_rejects(targets[0], record.num_rejects)
+            if is_good and not quick:
+                yield from (problem(files[-1].path, message) for message in messages)
 
 
 def _check_object(store: Store, file: DataFile, target: Path | None) -> str | None:
@@ -179,24 +169,20 @@ def _check_object(store: Store, file: DataFile, target: Path | None) -> str | No
     return None if digest.hexdigest() == file.sha256 else "its SHA-256 differs"
 
 
-def _check_rejects(local: Path, num_rejects: int) -> str | None:
+def _check_rejects(local: Path, num_rejects: int) -> Iterator[str]:
     try:
         table = read_table(local)
     except (pa.ArrowException, OSError, ValueError, DatasetError) as error:
-        return f"cannot be read: {error}"
+        yield f"cannot be read: {error}"
+        return
     if not table.schema.equals(REJECT_SCHEMA):
-        return "has another schema"
-    if table.num_rows != num_rejects:
-        return f"holds {table.num_rows} rejects, but the receipt says {num_rejects}"
-    return None
+        yield "has another schema"
+    elif table.num_rows != num_rejects:
+        yield f"holds {table.num_rows} rejects, but the receipt says {num_rejects}"
 
 
 def _check_columns(path: Path, contract: Contract) -> None:
-    """Decode all columns of a Parquet file of rows except the latents.
-
-    Raises:
-        DatasetError: a column is missing or damaged.
-    """
+    """Decode all columns of a Parquet file of rows except the latents, or raise `DatasetError`."""
     try:
         with open_parquet(path) as file:
             check_schema(file.schema_arrow, contract)
@@ -210,16 +196,13 @@ def _check_columns(path: Path, contract: Contract) -> None:
 def _check_rows(
     local: list[Path], file: DataFile, contract: Contract, keys: set[str]
 ) -> Iterator[str]:
-    width_px, height_px = Bucket.parse(file.bucket)
-    shape, dtype = (
-        contract.latent_shape((width_px, height_px)),
-        TORCH_DTYPES[contract.latents.dtype],
-    )
+    bucket, dtype = Bucket.parse(file.bucket), TORCH_DTYPES[contract.latents.dtype]
+    shape = contract.latent_shape(bucket)
     num_rows = 0
     try:
         with ExitStack() as stack:
             opened = [stack.enter_context(path.open("rb")) for path in local]
-            latent_offsets(opened, contract, (width_px, height_px), file.num_rows)
+            latent_offsets(opened, contract, bucket, file.num_rows)
         _check_columns(local[-1], contract)
         for key, latent in iterate_latents(local):
             num_rows += 1
