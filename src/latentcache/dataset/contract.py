@@ -30,10 +30,8 @@ MAX_SAMPLE_BYTES = 256 * 2**20
 
 def canonical_json(tree: Any) -> bytes:
     """Return the canonical JSON of a value: sorted keys, no spaces, UTF-8, no NaN."""
-    text = json.dumps(
-        tree, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
-    )
-    return text.encode()
+    style: dict[str, Any] = {"separators": (",", ":"), "ensure_ascii": False, "allow_nan": False}
+    return json.dumps(tree, sort_keys=True, **style).encode()
 
 
 @dataclass(frozen=True)
@@ -87,9 +85,8 @@ class TransformContract:
 class QuantizationContract:
     """The quantization of int8 latents; `dataset/quantization.py` has the arithmetic.
 
-    `num_images` and `seed` specify the calibration: how many images it uses, and which ones.
-    `scale` and `zero_point` are its result, with one value per stored channel. They are None until
-    the first run has calibrated them.
+    `num_images` and `seed` specify the calibration: how many images it uses, and which ones. Its
+    result, `scale` and `zero_point`, has a value per stored channel; None before the first run.
     """
 
     num_images: Count
@@ -159,10 +156,7 @@ class Contract:
         return replace(self, latents=mine)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the contract as plain JSON.
-
-        The field `quantization` is present for int8 latents only.
-        """
+        """Return the contract as plain JSON; only int8 latents have the field `quantization`."""
         tree: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         if self.latents.quantization is None:
             del tree["latents"]["quantization"]
@@ -170,11 +164,7 @@ class Contract:
 
     @classmethod
     def from_json(cls, tree: Any) -> Contract:
-        """Build a contract from the result of `to_json`.
-
-        Raises:
-            DatasetError: `tree` has another format version or is not a contract.
-        """
+        """Build a contract from the result of `to_json`; raise `DatasetError` if it is another."""
         try:
             require_format(tree, "contract.json")
             contract = build(cls, tree)
@@ -190,14 +180,9 @@ class Contract:
 
 
 def require_format(tree: Any, where: str) -> None:
-    """Raise an error unless parsed JSON is an object of this release's format version.
+    """Raise `DatasetError` unless parsed JSON has this release's format version.
 
-    Args:
-        tree: the parsed JSON.
-        where: the name or URL of the file, with which the error message begins.
-
-    Raises:
-        DatasetError: `tree` has another format version, or none.
+    `where` is the name or URL of the file, with which the message begins.
     """
     version = tree.get("format_version") if isinstance(tree, dict) else None
     if version is None:
@@ -239,11 +224,8 @@ def contract_diff(
 ) -> list[str]:
     """Return one line for each field that differs between two contracts.
 
-    A line reads `transform.crop: dataset has "center", config has "random"`.
-
-    Args:
-        before, after: the contracts.
-        names: what lines call the owners of the two contracts.
+    With the names of their owners, a line reads
+    `transform.crop: dataset has "center", config has "random"`.
     """
     old, new = dict(_leaves(before.to_json())), dict(_leaves(after.to_json()))
     paths = old.keys() | new.keys()
@@ -275,15 +257,10 @@ def read_contract(store: Store) -> Contract | None:
 
 
 def require_contract(store: Store) -> Contract:
-    """Return the contract of an existing dataset.
-
-    Raises:
-        DatasetError: the store has no contract, or the contract is damaged.
-    """
-    contract = read_contract(store)
-    if contract is None:
-        raise DatasetError(f"{store.url} is not a latent dataset: it has no contract.json")
-    return contract
+    """Return the contract of a dataset; raise `DatasetError` if it has none."""
+    if contract := read_contract(store):
+        return contract
+    raise DatasetError(f"{store.url} is not a latent dataset: it has no contract.json")
 
 
 def read_provenance(store: Store) -> dict[str, Any]:
@@ -291,9 +268,6 @@ def read_provenance(store: Store) -> dict[str, Any]:
 
     The dataset's writer sets these values and nothing verifies them. They are text to show; do not
     open their URLs.
-
-    Raises:
-        DatasetError: the contract file is damaged.
     """
     _, provenance = _parse(store, store.read_bytes(CONTRACT_PATH))
     if not isinstance(provenance, dict):
@@ -326,14 +300,11 @@ def establish_contract(store: Store, contract: Contract, provenance: dict[str, A
         The bytes of the output's contract file.
 
     Raises:
-        ContractMismatch: see `require_same`.
+        ContractMismatch: a field differs; the message names each field.
     """
     assert contract.is_resolved
-    tree = {
-        "contract": contract.to_json(),
-        "fingerprint": contract.fingerprint,
-        "provenance": provenance,
-    }
+    tree = {"contract": contract.to_json(), "fingerprint": contract.fingerprint}
+    tree |= {"provenance": provenance}
     data = json.dumps(tree, indent=1, sort_keys=True).encode()
     if not store.put_if_absent(CONTRACT_PATH, data):
         data = store.read_bytes(CONTRACT_PATH)
@@ -342,22 +313,14 @@ def establish_contract(store: Store, contract: Contract, provenance: dict[str, A
 
 
 def require_same(store: Store, stored: Contract, contract: Contract) -> None:
-    """Check that the contract of an output is that of the config.
-
-    Args:
-        store, stored: the output and its contract.
-        contract: the contract of the config.
-
-    Raises:
-        ContractMismatch: a field differs; the message names each field.
-    """
-    if stored.fingerprint != contract.fingerprint:
-        lines = (f"  {line}" for line in contract_diff(stored, contract))
-        fix = "use another `output.url`"
-        if not store.list("commits"):
-            fix = f"delete {store.url_of(CONTRACT_PATH)} to start over, as nothing is committed yet"
-        raise ContractMismatch(
-            f"{store.url} was created with different settings: {fix}, or change the config to "
-            "match the dataset:",
-            *lines,
-        )
+    """Raise `ContractMismatch` unless the contract stored at an output is that of the config."""
+    if stored.fingerprint == contract.fingerprint:
+        return
+    fix = "use another `output.url`"
+    if not store.list("commits"):
+        fix = f"delete {store.url_of(CONTRACT_PATH)} to start over, as nothing is committed yet"
+    raise ContractMismatch(
+        f"{store.url} was created with different settings: {fix}, or change the config to match "
+        "the dataset:",
+        *(f"  {line}" for line in contract_diff(stored, contract)),
+    )

@@ -74,11 +74,7 @@ class Manifest(Totals):
 
     @classmethod
     def from_bytes(cls, data: bytes, url: str) -> Manifest:
-        """Parse the result of `to_bytes`; `url` names the manifest in error messages.
-
-        Raises:
-            DatasetError: the manifest is damaged or has another format version.
-        """
+        """Parse the result of `to_bytes`; an error names the manifest by its URL."""
         try:
             tree = load_json(data)
             require_format(tree, url)
@@ -111,11 +107,7 @@ def list_manifests(store: Store) -> list[int]:
 
 
 def read_manifest(store: Store, number: int) -> Manifest:
-    """Return the manifest with a number.
-
-    Raises:
-        DatasetError: there is no manifest of that number, or it is damaged.
-    """
+    """Return the manifest with a number; raise `DatasetError` if it is missing or damaged."""
     path = f"{MANIFESTS}/{number:08d}.json"
     url = store.url_of(path)
     try:
@@ -136,11 +128,7 @@ def newest_manifest(store: Store) -> Manifest | None:
 
 
 def read_records(store: Store, manifest: Manifest) -> UnitRecords:
-    """Return the records of the units that count in a manifest, sorted by source.
-
-    Raises:
-        DatasetError: a manifest part is missing or damaged.
-    """
+    """Return the records of the units that count in a manifest, sorted by source."""
     columns = [name for name in PART_SCHEMA.names if name != "statistics"]
     return UnitRecords(_live_units(store, manifest, columns))
 
@@ -150,9 +138,6 @@ def read_files(store: Store, manifest: Manifest) -> pa.Table:
 
     Its columns are `unit` (the unit's id) and the fields of `DataFile`. It needs no Python object
     for each of millions of files, as records would.
-
-    Raises:
-        DatasetError: a manifest part is missing or damaged.
     """
     live = _live_units(store, manifest, ["unit", "generation", "files"])
     ids = pc.struct_field(live["unit"].combine_chunks(), "id")

@@ -38,6 +38,7 @@ from latentcache.dataset.parse import (
     load_json,
 )
 from latentcache.dataset.receipts import (
+    NO_SAMPLES,
     Receipt,
     RowCounts,
     UnitFacts,
@@ -74,10 +75,7 @@ def _arrow_type(hint: Any) -> pa.DataType:
     return pa.int64() if hint is int else pa.string()
 
 
-_HINTS: dict[str, Any] = {
-    **hints_of(UnitRecord),
-    "statistics": str,
-}
+_HINTS: dict[str, Any] = hints_of(UnitRecord) | {"statistics": str}
 PART_SCHEMA = pa.schema(
     [(name, _arrow_type(str if name in _JSON else hint)) for name, hint in _HINTS.items()]
 )
@@ -108,28 +106,16 @@ class Totals(RowCounts):
 
     @classmethod
     def of(cls, units: Iterable[tuple[UnitRecord, Statistics]], num_channels: int) -> Totals:
-        """Return the sums over units.
-
-        Args:
-            units: the record and the statistics of each unit.
-            num_channels: number of channels of a stored latent.
-        """
-        total = Totals(
-            num_units=0,
-            num_samples=0,
-            num_rows=0,
-            num_rejects=0,
-            buckets={},
-            statistics=Statistics.empty(num_channels),
-        )
+        """Return the sums over units, given as the record and the statistics of each."""
+        none = Statistics.empty(num_channels)
+        total = Totals(num_units=0, **NO_SAMPLES, buckets={}, statistics=none)
         for record, statistics in units:
             # Each bucket has one Parquet file, also beside a safetensors file.
             files = (file for file in record.files if file.path.endswith(".parquet"))
             buckets = {file.bucket: file.num_rows for file in files}
             counts = fields_of(RowCounts, record)
-            total = total.merge(
-                Totals(num_units=1, **counts, buckets=buckets, statistics=statistics)
-            )
+            unit = Totals(num_units=1, **counts, buckets=buckets, statistics=statistics)
+            total = total.merge(unit)
         return total
 
     def merge(self, other: Totals) -> Totals:
@@ -296,30 +282,23 @@ def _read_values(array: pa.Array, hint: Any) -> list[Any]:
         items = iter(_read_values(pc.list_flatten(array), args[0]))
         return [tuple(islice(items, num)) for num in pc.list_value_length(array).to_pylist()]
     if is_dataclass(hint):
-        columns = zip(array.flatten(), hints_of(hint).values(), strict=True)  # type: ignore[arg-type]
-        values = (_read_values(column, field_hint) for column, field_hint in columns)
-        return [hint(*row) for row in zip(*values, strict=True)]
+        cls: Any = hint
+        columns = zip(array.flatten(), hints_of(cls).values(), strict=True)
+        return list(map(cls, *(_read_values(column, h) for column, h in columns)))
     values_of: list[Any] = array.to_pylist()
     return values_of
 
 
 def summaries_of(table: pa.Table, number: int) -> Iterator[UnitSummary]:
-    """Yield the summaries of a manifest part's units.
+    """Yield the summaries of the units of the manifest's part `number`.
 
-    Args:
-        table: the rows of the part, with `SUMMARY_COLUMNS`.
-        number: index of the part in its manifest.
+    `table` has the columns `SUMMARY_COLUMNS` of the part.
     """
     columns = [_read_column(table, name) for name in SUMMARY_COLUMNS]
-    names = SUMMARY_COLUMNS[2:]
-    for unit, qa, *facts in zip(*columns, strict=True):
-        yield UnitSummary(
-            unit_id=unit.id,
-            source=unit.source,
-            qa=qa and qa.summary,
-            part=number,
-            **dict(zip(names, facts, strict=True)),
-        )
+    for unit, qa, *values in zip(*columns, strict=True):
+        facts = dict(zip(SUMMARY_COLUMNS[2:], values, strict=True))
+        qa = qa and qa.summary
+        yield UnitSummary(unit_id=unit.id, source=unit.source, qa=qa, part=number, **facts)
 
 
 def names_of(table: pa.Table) -> pa.Array:
@@ -336,12 +315,7 @@ def without(table: pa.Table, removed: Collection[str]) -> pa.Table:
 
 
 def totals_of(table: pa.Table, num_channels: int) -> Totals:
-    """Return the sums over the units of a manifest part.
-
-    Args:
-        table: the rows of the part, with all columns.
-        num_channels: number of channels of a stored latent.
-    """
+    """Return the sums over the units of a manifest part, whose table has all columns."""
     try:
         statistics = [Statistics.from_json(load_json(t)) for t in table["statistics"].to_pylist()]
     except ValueError as error:

@@ -22,11 +22,7 @@ from latentcache.storage import Store
 
 
 def checked_footer(file: BinaryIO | pa.NativeFile) -> Footer:
-    """Return the checked footer of an open Parquet file, and seek to the start of the file.
-
-    Raises:
-        DatasetError: the footer is damaged.
-    """
+    """Return the checked footer of an open Parquet file, and seek to the start of the file."""
     try:
         file_size = file.seek(0, os.SEEK_END)
         if file_size < 12:
@@ -61,9 +57,6 @@ def open_parquet(source: Any) -> pq.ParquetFile:
     Callers must read with `use_threads=False`; for the same reason, `pre_buffer` is off. Arrow's
     threads that hold a Python file or buffer may outlive the interpreter. They then sometimes abort
     the process at exit (apache/arrow#34314, #50482).
-
-    Raises:
-        DatasetError: the footer is damaged.
     """
     with source.open("rb") if isinstance(source, Path) else nullcontext(source) as file:
         checked_footer(file)
@@ -82,12 +75,7 @@ def read_table(source: Any, columns: Sequence[str] | None = None) -> pa.Table:
 def read_rows(source: Any, column: str, values: Collection[str]) -> pa.Table:
     """Return the rows in which a text column has one of some values.
 
-    Of row groups without such a row, only this column is read.
-
-    Args:
-        source: see `open_parquet`.
-        column: name of the text column.
-        values: the values to select.
+    Of row groups without such a row, only this column is read. See `open_parquet` for `source`.
     """
     value_set = pa.array(values, pa.string())
     with open_parquet(source) as file:

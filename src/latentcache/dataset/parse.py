@@ -66,13 +66,7 @@ FilePath = Annotated[str, Pattern(f"{_DATA_PATH}|{_OTHER_PATH}")]
 
 
 def load_json(data: bytes | str) -> Any:
-    """Return parsed JSON of the kind that this package writes.
-
-    It is UTF-8 without NaN, lone surrogates or deep nesting.
-
-    Raises:
-        ValueError: `data` is not such JSON.
-    """
+    """Return parsed JSON: UTF-8 without NaN, lone surrogates or deep nesting."""
     try:
         text = data.decode() if isinstance(data, bytes) else data
         tree = json.loads(text, parse_constant=_refuse_constant)
@@ -101,8 +95,7 @@ def build(cls: type[T], tree: Any, *, ignore_unknown: bool = False) -> T:
     Raises:
         ValueError: a field is missing, unknown, or has another type or range; the message names it.
     """
-    instance = _build(cls, tree, "", ignore_unknown)
-    assert isinstance(instance, cls)
+    instance: T = _build(cls, tree, "", ignore_unknown)
     return instance
 
 
@@ -141,9 +134,6 @@ def check(hint: Any, value: Any, at: str) -> Any:
         hint: the annotation.
         value: the value, as `load_json` returns it.
         at: name of the value in error messages.
-
-    Raises:
-        ValueError: the value does not match the annotation.
     """
     origin, args = get_origin(hint), get_args(hint)
     if hint is Any:

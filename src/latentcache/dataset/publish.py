@@ -99,11 +99,7 @@ def _put(store: Store, published: Published) -> None:
 
 
 def read_published(store: Store) -> Published | None:
-    """Return the content of `published.json`, or None if nothing is published.
-
-    Raises:
-        DatasetError: `published.json` is damaged or has another format version.
-    """
+    """Return the content of `published.json`, or None if nothing is published."""
     try:
         tree = load_json(store.read_bytes(PUBLISHED_PATH))
         require_format(tree, store.url_of(PUBLISHED_PATH))

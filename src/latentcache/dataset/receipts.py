@@ -157,6 +157,9 @@ class RowCounts:
     num_extra_images: Count = 0
 
 
+NO_SAMPLES = {"num_samples": 0, "num_rows": 0, "num_rejects": 0}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnitFacts(RowCounts):
     """What both a unit's record and its summary hold.
@@ -243,11 +246,7 @@ class Receipt:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Receipt:
-        """Parse the result of `to_bytes`.
-
-        Raises:
-            DatasetError: `data` is not a receipt.
-        """
+        """Parse the result of `to_bytes`; raise `DatasetError` if it is something else."""
         try:
             receipt = build(cls, load_json(data))
             _require_own_files(receipt.record)
@@ -276,11 +275,10 @@ def _read_all(read: Callable[[str], T | None], names: Iterable[str]) -> list[T]:
 
 
 def read_receipts(store: Store, names: Iterable[str], *, missing_ok: bool = False) -> list[Receipt]:
-    """Read receipts by name, many at a time, and return them in the order of the names.
+    """Read receipts by name (`<unit>-<generation>`); return them in the order of the names.
 
     Args:
-        store: the output.
-        names: the names of the receipts, `<unit>-<generation>`.
+        store, names: the output, and the names.
         missing_ok: leave out receipts that do not exist.
 
     Raises:

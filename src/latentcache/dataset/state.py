@@ -28,6 +28,7 @@ from latentcache.dataset.manifest_parts import (
     without,
 )
 from latentcache.dataset.receipts import (
+    NO_SAMPLES,
     PUT_WITHIN_S,
     Receipt,
     Unit,
@@ -99,10 +100,11 @@ class State:
     def _read_parts(self, manifest: Manifest) -> set[str]:
         """Add the units of a manifest; return the names of all receipts that it lists."""
         named: set[str] = set()
-        named_by = f"manifest {manifest.number}"
-        tables = read_parts(self.store, manifest.parts, named_by, SUMMARY_COLUMNS)
-        for number, table in enumerate(tables):
-            for unit in summaries_of(table, number):
+        tables = read_parts(
+            self.store, manifest.parts, f"manifest {manifest.number}", SUMMARY_COLUMNS
+        )
+        for part, table in enumerate(tables):
+            for unit in summaries_of(table, part):
                 if unit.name in named:
                     url = self.store.url_of(manifest.path)
                     raise DatasetError(f"{url} lists unit {unit.name} twice")
@@ -112,16 +114,10 @@ class State:
                 if unit.generation > self.generation(unit.unit_id):
                     self._latest[unit.unit_id] = unit
         for name in self.removed - named:  # in no part, but their generations are used
-            unit_id, _, number_text = name.rpartition("-")
-            if (generation := int(number_text)) > self.generation(unit_id):
-                self._latest[unit_id] = UnitSummary(
-                    unit_id=unit_id,
-                    source="",
-                    generation=generation,
-                    num_samples=0,
-                    num_rows=0,
-                    num_rejects=0,
-                )
+            unit_id, _, number = name.rpartition("-")
+            unit = UnitSummary(unit_id=unit_id, source="", generation=int(number), **NO_SAMPLES)
+            if unit.generation > self.generation(unit_id):
+                self._latest[unit_id] = unit
         return named | self.removed
 
     def add(self, receipt: Receipt) -> None:
@@ -144,14 +140,13 @@ class State:
 
     def num_stored_bytes(self, unit_ids: AbstractSet[str]) -> int:
         """Return the total size of the current row files of units in bytes; reads parts."""
-        outside = [self.outside[unit].record for unit in unit_ids & self.outside.keys()]
-        num_bytes = sum(file.size_bytes for record in outside for file in record.files)
-        remaining = unit_ids - self.outside.keys()
-        if self.manifest and remaining:
+        outside = unit_ids & self.outside.keys()
+        sizes = [file.size_bytes for unit in outside for file in self.outside[unit].record.files]
+        if self.manifest and (remaining := unit_ids - outside):
             files = read_files(self.store, self.manifest)
             is_of = pc.is_in(files["unit"], value_set=pa.array(remaining, pa.string()))
-            num_bytes += pc.sum(files.filter(is_of)["size_bytes"]).as_py() or 0
-        return num_bytes
+            sizes += files.filter(is_of)["size_bytes"].to_pylist()
+        return sum(sizes)
 
     @property
     def sources(self) -> set[str]:
@@ -173,10 +168,6 @@ class State:
             for unit, receipt in self.outside.items()
             if self._latest[unit].part is None and receipt.record.name not in self.removed
         }
-        self.accept(selection)
-
-    def accept(self, selection: Selection) -> None:
-        """Record that the newest manifest includes the changes of a selection."""
         self.last = selection
         self.touched.clear()
 
@@ -229,14 +220,11 @@ def select_units(
 
 
 def require_few(missing: AbstractSet[str], num_sources: int) -> None:
-    """Raise an error if too many sources are missing to drop their rows.
+    """Raise `SourceError` if too many sources are missing to drop their rows.
 
     Args:
         missing: the sources that are not listed any more.
         num_sources: number of sources in the newest manifest.
-
-    Raises:
-        SourceError: more than a tenth of the sources are missing.
     """
     if len(missing) > MAX_MISSING_SHARE * num_sources:
         raise SourceError(
@@ -255,7 +243,7 @@ def _put_next(
     `gc` may have deleted the new part. The state must then be read again.
     """
     newest, valid_until = state.manifest, clock.boot_time_s() + PUT_WITHIN_S
-    changes = selection.changes
+    changes, parts = selection.changes, newest.parts if newest else ()
     after = {unit.name: unit for units in changes.values() for unit in units}
     before = {unit.name: unit for source in changes for unit in state.live.get(source, ())}
     fresh = [state.outside[unit.unit_id] for unit in after.values() if unit.part is None]
@@ -264,17 +252,19 @@ def _put_next(
     records = (receipt.record for receipt in state.outside.values())
     outdated = {r.name for r in records if r.unit.source in changes and r.name not in after}
     removed = state.removed.union(gone, outdated)
-
-    totals = Totals.of(((r.record, r.statistics) for r in fresh), num_channels)
     lost = {unit.part for unit in gone.values()}
     part_totals = {part: total for part, total in state.part_totals.items() if part not in lost}
+    earlier: Iterable[Totals] = [newest] if newest else []
     if newest and lost:  # minima cannot be subtracted: sum up all units that still count
-        _read_totals(state.store, newest, part_totals, removed, num_channels)
-    earlier: Iterable[Totals] = part_totals.values() if lost else [newest] if newest else []
-    total = reduce(Totals.merge, earlier, totals)
-    parts = newest.parts if newest else ()
+        missing = [number for number in range(len(parts)) if number not in part_totals]
+        chosen = [parts[number] for number in missing]
+        tables = read_parts(state.store, chosen, f"manifest {newest.number}")
+        for number, table in zip(missing, tables, strict=True):
+            part_totals[number] = totals_of(without(table, removed), num_channels)
+        earlier = list(part_totals.values())
+    added = Totals.of(((r.record, r.statistics) for r in fresh), num_channels)
     if fresh:
-        part_totals[len(parts)] = totals
+        part_totals[len(parts)] = added
         parts += (put_part(state.store, fresh),)
     manifest = Manifest(
         number=newest.number + 1 if newest else 1,
@@ -285,28 +275,13 @@ def _put_next(
         parts=parts,
         removed=tuple(sorted(removed)),
         stale=tuple(sorted(selection.stale)),
-        **fields_of(Totals, total),
+        **fields_of(Totals, reduce(Totals.merge, earlier, added)),
     )
     if not put_manifest(state.store, manifest, valid_until):
         return None
     state.part_totals = part_totals
     state.advance(manifest, selection)
     return manifest
-
-
-def _read_totals(
-    store: Store,
-    manifest: Manifest,
-    part_totals: dict[int, Totals],
-    removed: AbstractSet[str],
-    num_channels: int,
-) -> None:
-    """Add the totals of the units that count to `part_totals`, for each part that it lacks."""
-    missing = [n for n in range(len(manifest.parts)) if n not in part_totals]
-    parts = [manifest.parts[number] for number in missing]
-    tables = read_parts(store, parts, f"manifest {manifest.number}")
-    for number, table in zip(missing, tables, strict=True):
-        part_totals[number] = totals_of(without(table, removed), num_channels)
 
 
 def write_next(
@@ -323,10 +298,8 @@ def write_next(
 
     Args:
         state: the state of the output.
-        contract: fingerprint of the dataset's contract.
-        num_channels: number of channels of a stored latent.
-        list_snapshot: returns the source snapshot; called again if another driver put a manifest
-            first.
+        contract, num_channels: the contract's fingerprint, and the channels of a stored latent.
+        list_snapshot: returns the source snapshot; called again if another driver was faster.
         on_missing, columns: see `select_units`.
         may_complete: False keeps the manifest from being complete, after a check failed.
 
@@ -340,7 +313,8 @@ def write_next(
         newest, stale = state.manifest, tuple(sorted(selection.stale))
         terms = (newest.stale, newest.complete, newest.columns) if newest else ((), False, columns)
         if not selection.changes and terms == (stale, complete, columns):
-            state.accept(selection)
+            state.last = selection
+            state.touched.clear()
             return state, newest
         if manifest := _put_next(state, selection, complete, contract, num_channels):
             return state, manifest

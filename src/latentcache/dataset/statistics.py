@@ -74,9 +74,6 @@ class Statistics:
         """Return the statistics of both sets of values.
 
         The formula is the pairwise update of Chan, Golub and LeVeque (1979).
-
-        Raises:
-            DatasetError: the numbers of channels differ.
         """
         if self.mean.shape != other.mean.shape:
             raise DatasetError(
@@ -115,11 +112,7 @@ class Statistics:
 
     @classmethod
     def from_json(cls, tree: dict[str, Any]) -> Statistics:
-        """Build statistics from the result of `to_json`.
-
-        Raises:
-            ValueError: `tree` is something else.
-        """
+        """Build statistics from the result of `to_json`; raise `ValueError` for anything else."""
         names = {"count", "mean", "m2", "min", "max", "histogram"}
         if not isinstance(tree, dict) or tree.keys() != names:
             raise ValueError(f"statistics are not an object with {', '.join(sorted(names))}")
