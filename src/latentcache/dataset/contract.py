@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Annotated, Any
 
@@ -67,10 +67,7 @@ class VaeContract:
 
 @dataclass(frozen=True)
 class TransformContract:
-    """The transform of a decoded image to the pixels that are encoded.
-
-    `buckets` are (width, height) in pixels.
-    """
+    """The transform of a decoded image to the pixels that are encoded."""
 
     crop: str
     resample: str
@@ -121,7 +118,7 @@ class Contract:
     transform: TransformContract
     latents: LatentContract
     source: SourceContract
-    format_version: int = field(default=FORMAT_VERSION)
+    format_version: int = FORMAT_VERSION
 
     @property
     def stored_channels(self) -> int:
@@ -137,15 +134,11 @@ class Contract:
     @property
     def is_resolved(self) -> bool:
         """Whether every field that is measured on real images has a value."""
-        quantization = self.latents.quantization
-        is_measured = quantization is None or quantization.scale is not None
-        return self.latents.precision != "auto" and is_measured
+        spec = self.latents.quantization
+        return self.latents.precision != "auto" and (spec is None or spec.scale is not None)
 
     def resolved_as(self, other: Contract) -> Contract:
-        """Return this contract, with fields that it leaves open copied from another contract.
-
-        The fields are those that are measured on real images: `precision` and the quantization.
-        """
+        """Return this contract, with `precision` and quantization, if open, of another contract."""
         mine, theirs = self.latents, other.latents
         if mine.precision == "auto":
             mine = replace(mine, precision=theirs.precision)
@@ -182,7 +175,8 @@ class Contract:
 def require_format(tree: Any, where: str) -> None:
     """Raise `DatasetError` unless parsed JSON has this release's format version.
 
-    `where` is the name or URL of the file, with which the message begins.
+    Args:
+        tree, where: the parsed JSON, and the name or URL of the file for the message.
     """
     version = tree.get("format_version") if isinstance(tree, dict) else None
     if version is None:
@@ -213,10 +207,7 @@ def _require_sound(contract: Contract) -> None:
     if quantization:
         pair = quantization.scale, quantization.zero_point
         if any(part is not None and len(part) != contract.stored_channels for part in pair):
-            raise ValueError(
-                f"latents.quantization does not have {contract.stored_channels} values, one for "
-                "each stored channel"
-            )
+            raise ValueError(f"latents.quantization needs {contract.stored_channels} values each")
 
 
 def contract_diff(
@@ -224,8 +215,9 @@ def contract_diff(
 ) -> list[str]:
     """Return one line for each field that differs between two contracts.
 
-    With the names of their owners, a line reads
-    `transform.crop: dataset has "center", config has "random"`.
+    Args:
+        before, after: the contracts.
+        names: their owners: `transform.crop: dataset has "center", config has "random"`.
     """
     old, new = dict(_leaves(before.to_json())), dict(_leaves(after.to_json()))
     paths = old.keys() | new.keys()
@@ -292,15 +284,11 @@ def establish_contract(store: Store, contract: Contract, provenance: dict[str, A
     """Put the contract if the output has none, and check that the output's contract is the same.
 
     Args:
-        store: the output.
-        contract: this run's contract, resolved.
+        store, contract: the output, and this run's contract, resolved.
         provenance: information that may differ between runs: checkpoint URL, versions.
 
     Returns:
         The bytes of the output's contract file.
-
-    Raises:
-        ContractMismatch: a field differs; the message names each field.
     """
     assert contract.is_resolved
     tree = {"contract": contract.to_json(), "fingerprint": contract.fingerprint}
@@ -313,7 +301,11 @@ def establish_contract(store: Store, contract: Contract, provenance: dict[str, A
 
 
 def require_same(store: Store, stored: Contract, contract: Contract) -> None:
-    """Raise `ContractMismatch` unless the contract stored at an output is that of the config."""
+    """Raise `ContractMismatch`, which names each field, if two contracts differ.
+
+    Args:
+        store, stored, contract: the output, the contract in it, and that of the config.
+    """
     if stored.fingerprint == contract.fingerprint:
         return
     fix = "use another `output.url`"

@@ -23,7 +23,7 @@ _COLUMNS = ("unit", "generation", "num_rows", "num_rejects")
 
 @dataclass(frozen=True, slots=True)
 class DiffUnit:
-    """A unit that counts in only one of two manifests; `version` is the version of its source."""
+    """A unit that counts in only one of two manifests; `version` is that of its source."""
 
     unit: str
     version: str
@@ -94,11 +94,9 @@ def diff_manifests(
     A part that both manifests list is read only if their `removed` units differ.
 
     Args:
-        url: URL of the dataset.
-        before: number of a manifest, or "published"; None takes the last complete manifest before
-            `after`.
-        after: number of a manifest, or "published"; None takes the newest complete manifest.
-        storage: options of the store.
+        url, storage: see `open_dataset`.
+        before: a manifest; None takes the last complete one before `after`.
+        after: a manifest; None takes the newest complete one.
 
     Raises:
         DatasetError: there is no dataset, or no such manifest.

@@ -46,33 +46,36 @@ File: TypeAlias = BinaryIO  # or a pyarrow file, which has no type annotations
 
 
 def row_bytes(contract: Contract, bucket: tuple[int, int]) -> int:
-    """Return the size in bytes of one stored latent of a bucket (width, height) in pixels."""
+    """Return the size in bytes of one stored latent of a bucket.
+
+    Args:
+        contract, bucket: the contract, and (width, height) in pixels.
+    """
     return math.prod(contract.latent_shape(bucket)) * TORCH_DTYPES[contract.latents.dtype].itemsize
 
 
 def row_group_rows(contract: Contract, bucket: tuple[int, int]) -> int:
-    """Return the number of rows of a row group; the last one of a file may have fewer."""
+    """Return the number of rows of a row group; the last one of a file may have fewer.
+
+    Args:
+        contract, bucket: the contract, and (width, height) in pixels.
+    """
     return max(1, min(ROW_GROUP_ROWS, ROW_GROUP_BYTES // row_bytes(contract, bucket)))
 
 
 def latent_offsets(
     files: Sequence[File], contract: Contract, bucket: tuple[int, int], num_rows: int
 ) -> list[int]:
-    """Return the byte offsets of the latents in a bucket's files.
+    """Return the byte offset of each row group's first latent in the first of a bucket's files.
 
-    With them, latents can be read without a Parquet or safetensors reader.
+    A row group has `row_group_rows` rows; the last one may have fewer. The next latents follow at a
+    stride of `row_bytes`. In Parquet it is 4 bytes longer, because a length precedes each latent.
+    All latents lie within the file.
 
     Args:
         files: the open Parquet file, or the safetensors file and its Parquet file of rows.
-        contract: the contract of the dataset.
-        bucket: (width, height) in pixels.
+        contract, bucket: the contract, and (width, height) in pixels.
         num_rows: number of rows according to the receipt.
-
-    Returns:
-        For each row group, the byte offset of its first latent in the first file. A row group has
-        `row_group_rows` rows; the last one may have fewer. The next latents follow at a stride of
-        `row_bytes`. In Parquet the stride is 4 bytes longer, because a length precedes each latent.
-        All latents lie within the file.
 
     Raises:
         DatasetError: a file is damaged, has another number of rows, or has another layout.
@@ -135,17 +138,18 @@ def _first_latent(file: File, chunk: ColumnChunk, rows: int, size: int, number: 
 
 
 def tensor_from_bytes(data: bytes, dtype: str, shape: Sequence[int]) -> torch.Tensor:
-    """Return a tensor of a dtype in `TORCH_DTYPES` with the little-endian bytes of one row."""
+    """Return a tensor of a dtype in `TORCH_DTYPES` with the little-endian bytes of one row.
+
+    Args:
+        data, dtype: little-endian bytes of elements of a dtype in `TORCH_DTYPES`.
+        shape: the shape of the tensor.
+    """
     # A bytearray is writable: torch warns about memory that it must not write to.
     return torch.frombuffer(bytearray(data), dtype=TORCH_DTYPES[dtype]).reshape(list(shape))
 
 
 class SafetensorsRows:
-    """The rows of the stacked tensor of a safetensors file, each read on its own.
-
-    Raises:
-        DatasetError: the header is damaged or does not list a tensor `latents`.
-    """
+    """The rows of the stacked tensor `latents` of a safetensors file, each read on its own."""
 
     def __init__(self, file: File) -> None:
         self._file = file

@@ -22,10 +22,10 @@ from latentcache.dataset.columns import Columns
 from latentcache.dataset.contract import FORMAT_VERSION, require_format
 from latentcache.dataset.manifest_parts import (
     PART_SCHEMA,
+    PARTS,
     ManifestPart,
     Totals,
     UnitRecords,
-    part_path,
     read_parts,
     without,
 )
@@ -74,13 +74,18 @@ class Manifest(Totals):
 
     @classmethod
     def from_bytes(cls, data: bytes, url: str) -> Manifest:
-        """Parse the result of `to_bytes`; an error names the manifest by its URL."""
+        """Parse the result of `to_bytes`; an error names the manifest by its URL.
+
+        Args:
+            data, url: the JSON, and the URL of the manifest for error messages.
+        """
         try:
             tree = load_json(data)
             require_format(tree, url)
             manifest = build(cls, tree)
-            if wrong := [s.path for s in manifest.parts if s.path != part_path(s.sha256)]:
-                raise ValueError(f"parts has the path {wrong[0]}")
+            for part in manifest.parts:
+                if part.path != f"{PARTS}/{part.sha256}.parquet":
+                    raise ValueError(f"parts has the path {part.path}")
             return manifest
         except ValueError as error:
             raise DatasetError(f"{url} is not a manifest: {error}") from error
@@ -89,7 +94,9 @@ class Manifest(Totals):
 def put_manifest(store: Store, manifest: Manifest, valid_until: float = math.inf) -> bool:
     """Put a manifest, unless its number or a higher one exists; return whether it was put.
 
-    It is not put either if the deadline `valid_until` (see `Store.put_if_absent`) has passed.
+    Args:
+        store, manifest: the output, and the manifest with the next number.
+        valid_until: deadline, as in `Store.put_if_absent`; after it nothing is put.
     """
     # `gc` deletes old manifests, so a free number is not always the next one.
     if any(number >= manifest.number for number in list_manifests(store)):
@@ -107,7 +114,11 @@ def list_manifests(store: Store) -> list[int]:
 
 
 def read_manifest(store: Store, number: int) -> Manifest:
-    """Return the manifest with a number; raise `DatasetError` if it is missing or damaged."""
+    """Return the manifest with a number; raise `DatasetError` if it is missing or damaged.
+
+    Args:
+        store, number: the output, and the number of the manifest.
+    """
     path = f"{MANIFESTS}/{number:08d}.json"
     url = store.url_of(path)
     try:
@@ -128,7 +139,11 @@ def newest_manifest(store: Store) -> Manifest | None:
 
 
 def read_records(store: Store, manifest: Manifest) -> UnitRecords:
-    """Return the records of the units that count in a manifest, sorted by source."""
+    """Return the records of the units that count in a manifest, sorted by source.
+
+    Args:
+        store, manifest: the output, and the manifest.
+    """
     columns = [name for name in PART_SCHEMA.names if name != "statistics"]
     return UnitRecords(_live_units(store, manifest, columns))
 
@@ -136,8 +151,10 @@ def read_records(store: Store, manifest: Manifest) -> UnitRecords:
 def read_files(store: Store, manifest: Manifest) -> pa.Table:
     """Return a table of the data files of a manifest's units, in the order of `read_records`.
 
-    Its columns are `unit` (the unit's id) and the fields of `DataFile`. It needs no Python object
-    for each of millions of files, as records would.
+    Its columns are `unit` (the unit's id) and the fields of `DataFile`.
+
+    Args:
+        store, manifest: the output, and the manifest.
     """
     live = _live_units(store, manifest, ["unit", "generation", "files"])
     ids = pc.struct_field(live["unit"].combine_chunks(), "id")

@@ -31,7 +31,6 @@ from latentcache.dataset.parse import (
     BucketName,
     Count,
     Pattern,
-    Range,
     Sha256,
     check,
     hints_of,
@@ -84,16 +83,11 @@ SUMMARY_COLUMNS = ("unit", "qa", *(field.name for field in fields(UnitFacts)))
 
 @dataclass(frozen=True, slots=True)
 class ManifestPart:
-    """One part of a manifest."""
+    """One part of a manifest; its path is `parts/<sha256>.parquet`."""
 
     path: str
     sha256: Sha256
     num_units: Count
-
-
-def part_path(sha256: str) -> str:
-    """Return the path of the part with a hash."""
-    return f"{PARTS}/{sha256}.parquet"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +100,12 @@ class Totals(RowCounts):
 
     @classmethod
     def of(cls, units: Iterable[tuple[UnitRecord, Statistics]], num_channels: int) -> Totals:
-        """Return the sums over units, given as the record and the statistics of each."""
+        """Return the sums over units.
+
+        Args:
+            units: the record and the statistics of each unit.
+            num_channels: number of channels of a stored latent.
+        """
         none = Statistics.empty(num_channels)
         total = Totals(num_units=0, **NO_SAMPLES, buckets={}, statistics=none)
         for record, statistics in units:
@@ -129,7 +128,11 @@ class Totals(RowCounts):
 
 
 def put_part(store: Store, receipts: Iterable[Receipt]) -> ManifestPart:
-    """Write a manifest part with the units of receipts, sorted by source."""
+    """Write a manifest part with the units of receipts, sorted by source.
+
+    Args:
+        store, receipts: the output, and the receipts of the units.
+    """
     rows = []
     for receipt in sorted(receipts, key=lambda r: r.record.unit.source):
         row = asdict(receipt.record)
@@ -141,9 +144,9 @@ def put_part(store: Store, receipts: Iterable[Receipt]) -> ManifestPart:
     buffer = BytesIO()
     pq.write_table(pa.Table.from_pylist(rows, schema), buffer, compression="ZSTD")
     digest = hashlib.sha256(buffer.getvalue()).hexdigest()
-    path = part_path(digest)
-    store.put(path, buffer.getvalue())
-    return ManifestPart(path, digest, len(rows))
+    part = ManifestPart(f"{PARTS}/{digest}.parquet", digest, len(rows))
+    store.put(part.path, buffer.getvalue())
+    return part
 
 
 def read_parts(
@@ -152,33 +155,28 @@ def read_parts(
     named_by: str,
     columns: Sequence[str] | None = None,
 ) -> Iterator[pa.Table]:
-    """Yield the rows of parts in order, and prefetch a few parts.
+    """Yield the rows of parts in order; raise `DatasetError` if one is missing or damaged.
 
     Args:
         store, parts: the output, and the parts to read.
         named_by: name of the manifest that lists them, for error messages.
         columns: names of the columns to read; None reads all.
-
-    Raises:
-        DatasetError: a manifest part is missing or damaged.
     """
 
     def read(part: ManifestPart) -> pa.Table:
+        url = store.url_of(part.path)
         try:
             data = store.read_bytes(part.path)
-        except ObjectNotFound as error:
-            raise DatasetError(
-                f"{named_by} lists {store.url_of(part.path)}, which does not exist"
-            ) from error
-        if hashlib.sha256(data).hexdigest() != part.sha256:
-            raise DatasetError(f"{store.url_of(part.path)} is damaged: its SHA-256 differs")
-        try:
+            if hashlib.sha256(data).hexdigest() != part.sha256:
+                raise ValueError("its SHA-256 differs")
             table = read_table(pa.BufferReader(data), columns)
             _check_part(table, PART_SCHEMA.names if columns is None else columns)
             if len(table) != part.num_units:
                 raise ValueError(f"it has {len(table)} units, not {part.num_units}")
+        except ObjectNotFound as error:
+            raise DatasetError(f"{named_by} lists {url}, which does not exist") from error
         except (DatasetError, pa.ArrowException, OSError, ValueError, KeyError) as error:
-            raise DatasetError(f"{store.url_of(part.path)} is damaged: {error}") from error
+            raise DatasetError(f"{url} is damaged: {error}") from error
         return table
 
     remaining = iter(parts)
@@ -225,21 +223,19 @@ def _check_values(array: pa.Array, hint: Any, name: str) -> None:
     if origin is Annotated:
         _check_values(array, args[0], name)
         for rule in args[1:]:
-            _check_rule(array, rule, name)
+            if isinstance(rule, Pattern):
+                is_good = pc.match_substring_regex(array, f"^(?:{rule.regex})$")
+            else:
+                is_good = pc.and_(
+                    pc.greater_equal(array, rule.low), pc.less_equal(array, rule.high)
+                )
+            if bad := array.filter(pc.invert(is_good)):
+                raise ValueError(f"{name} is {bad[0].as_py()!a:.60}")
     elif origin is tuple:
         _check_values(pc.list_flatten(array), args[0], name)
     elif is_dataclass(hint):
         for field, field_hint in hints_of(hint).items():  # type: ignore[arg-type]
             _check_values(pc.struct_field(array, field), field_hint, f"{name}.{field}")
-
-
-def _check_rule(array: pa.Array, rule: Pattern | Range, name: str) -> None:
-    if isinstance(rule, Pattern):
-        is_good = pc.match_substring_regex(array, f"^(?:{rule.regex})$")
-    else:
-        is_good = pc.and_(pc.greater_equal(array, rule.low), pc.less_equal(array, rule.high))
-    if bad := array.filter(pc.invert(is_good)):
-        raise ValueError(f"{name} is {bad[0].as_py()!a:.60}")
 
 
 def _check_owner(files: pa.StructArray, folder: str, ids: pa.Array) -> None:
@@ -293,6 +289,10 @@ def summaries_of(table: pa.Table, number: int) -> Iterator[UnitSummary]:
     """Yield the summaries of the units of the manifest's part `number`.
 
     `table` has the columns `SUMMARY_COLUMNS` of the part.
+
+    Args:
+        table: the rows of the part, with `SUMMARY_COLUMNS`.
+        number: index of the part in its manifest.
     """
     columns = [_read_column(table, name) for name in SUMMARY_COLUMNS]
     for unit, qa, *values in zip(*columns, strict=True):
@@ -309,13 +309,23 @@ def names_of(table: pa.Table) -> pa.Array:
 
 
 def without(table: pa.Table, removed: Collection[str]) -> pa.Table:
-    """Return the rows of a manifest part except units with the names `removed`."""
+    """Return the rows of a manifest part except units with the names `removed`.
+
+    Args:
+        table: the rows of the part.
+        removed: names of the removed units, `<unit>-<generation>`.
+    """
     gone = pc.is_in(names_of(table), value_set=pa.array(removed, pa.string()))
     return table.filter(pc.invert(gone))
 
 
 def totals_of(table: pa.Table, num_channels: int) -> Totals:
-    """Return the sums over the units of a manifest part, whose table has all columns."""
+    """Return the sums over the units of a manifest part, whose table has all columns.
+
+    Args:
+        table: the rows of the part, with all columns.
+        num_channels: number of channels of a stored latent.
+    """
     try:
         statistics = [Statistics.from_json(load_json(t)) for t in table["statistics"].to_pylist()]
     except ValueError as error:
@@ -340,12 +350,9 @@ class UnitRecords(Sequence[UnitRecord]):
         self._table = table.combine_chunks()
 
     def shards(self) -> tuple[Ints, Ints]:
-        """Return the unit and the number of rows of each Parquet file of rows.
+        """Return the index of the unit and the number of rows of each Parquet file of rows.
 
-        Each bucket of a unit has one such file. Files are in the order of the units.
-
-        Returns:
-            The indices of the units, and the numbers of rows: both int64 [num_shards].
+        Both are int64 [num_shards], in the order of the units. A bucket of a unit has one file.
         """
         lists = self._table["files"].combine_chunks()
         files = pc.list_flatten(lists)

@@ -24,12 +24,10 @@ from latentcache.storage import Store
 def checked_footer(file: BinaryIO | pa.NativeFile) -> Footer:
     """Return the checked footer of an open Parquet file, and seek to the start of the file."""
     try:
-        file_size = file.seek(0, os.SEEK_END)
-        if file_size < 12:
+        if (file_size := file.seek(0, os.SEEK_END)) < 12:
             raise DamagedFooter("the file is too short")
         file.seek(file_size - 8)
-        tail = file.read(8)
-        num_bytes = footer_size(tail, file_size)
+        num_bytes = footer_size(file.read(8), file_size)
         file.seek(file_size - 8 - num_bytes)
         return read_footer(file.read(num_bytes), file_size)
     except DamagedFooter as error:
@@ -43,12 +41,15 @@ def naming_damage(store: Store, path: str) -> Iterator[None]:
     """Turn errors of code that decodes an object into a `DatasetError` that names the object.
 
     Errors of the store pass through unchanged: reading from it raises no `OSError`.
+
+    Args:
+        store, path: the store, and the path of the object in it.
     """
     try:
         yield
     except (pa.ArrowException, OSError, ValueError, KeyError, RuntimeError, DatasetError) as error:
-        url = store.url_of(path)
-        raise DatasetError(f"{url} is damaged: {error}; run `latentcache verify`") from error
+        problem = f"{store.url_of(path)} is damaged: {error}"
+        raise DatasetError(f"{problem}; run `latentcache verify`") from error
 
 
 def open_parquet(source: Any) -> pq.ParquetFile:
@@ -64,9 +65,11 @@ def open_parquet(source: Any) -> pq.ParquetFile:
 
 
 def read_table(source: Any, columns: Sequence[str] | None = None) -> pa.Table:
-    """Return the table in a Parquet file, or some of its columns.
+    """Return the table in a Parquet file; Arrow's function of this name would scan on threads.
 
-    Use it instead of Arrow's function of this name, which scans on threads; see `open_parquet`.
+    Args:
+        source: see `open_parquet`.
+        columns: names of the columns to read; None reads all.
     """
     with open_parquet(source) as file:
         return file.read(columns=columns, use_threads=False)
@@ -75,7 +78,11 @@ def read_table(source: Any, columns: Sequence[str] | None = None) -> pa.Table:
 def read_rows(source: Any, column: str, values: Collection[str]) -> pa.Table:
     """Return the rows in which a text column has one of some values.
 
-    Of row groups without such a row, only this column is read. See `open_parquet` for `source`.
+    Of row groups without such a row, only this column is read.
+
+    Args:
+        source: see `open_parquet`.
+        column, values: the name of the text column, and the values to select.
     """
     value_set = pa.array(values, pa.string())
     with open_parquet(source) as file:

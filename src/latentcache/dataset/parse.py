@@ -12,10 +12,19 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from functools import lru_cache
 from types import UnionType
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    NamedTuple,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 T = TypeVar("T")
 
@@ -32,27 +41,17 @@ _DATA_PATH = rf"data/{_ATTEMPT}-{BUCKET}(?:\.parquet|\.rows\.parquet|\.safetenso
 _OTHER_PATH = rf"(?:rejects|qa)/{_ATTEMPT}\.parquet"
 
 
-@dataclass(frozen=True)
-class Pattern:
+class Pattern(NamedTuple):
     """An annotation of text that a regular expression has to match as a whole."""
 
     regex: str
 
-    def __call__(self, value: str) -> bool:
-        """Return whether the expression matches a text."""
-        return re.fullmatch(self.regex, value, re.ASCII) is not None
 
-
-@dataclass(frozen=True)
-class Range:
+class Range(NamedTuple):
     """An annotation of a number with a lower and an upper bound, both inclusive."""
 
     low: float
     high: float
-
-    def __call__(self, value: float) -> bool:
-        """Return whether a number lies within the bounds."""
-        return self.low <= value <= self.high
 
 
 Count = Annotated[int, Range(0, MAX_COUNT)]
@@ -67,18 +66,18 @@ FilePath = Annotated[str, Pattern(f"{_DATA_PATH}|{_OTHER_PATH}")]
 
 def load_json(data: bytes | str) -> Any:
     """Return parsed JSON: UTF-8 without NaN, lone surrogates or deep nesting."""
+
+    def refuse(constant: str) -> Any:
+        raise ValueError(f"{constant} is not valid JSON")
+
     try:
         text = data.decode() if isinstance(data, bytes) else data
-        tree = json.loads(text, parse_constant=_refuse_constant)
+        tree = json.loads(text, parse_constant=refuse)
         if "\\u" in text:
             json.dumps(tree, ensure_ascii=False).encode()  # raises for a lone surrogate
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     return tree
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not valid JSON")
 
 
 def build(cls: type[T], tree: Any, *, ignore_unknown: bool = False) -> T:
@@ -88,12 +87,8 @@ def build(cls: type[T], tree: Any, *, ignore_unknown: bool = False) -> T:
     where the annotation is a tuple. A class with a method `from_json` parses itself.
 
     Args:
-        cls: a dataclass.
-        tree: the result of `load_json`.
+        cls, tree: a dataclass, and the result of `load_json`.
         ignore_unknown: ignore fields that the class does not have, instead of raising an error.
-
-    Raises:
-        ValueError: a field is missing, unknown, or has another type or range; the message names it.
     """
     instance: T = _build(cls, tree, "", ignore_unknown)
     return instance
@@ -106,21 +101,19 @@ def hints_of(cls: type) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in fields(cls)}
 
 
-@lru_cache
-def _mandatory(cls: type) -> list[str]:
-    return [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
-
-
 def _build(cls: type, tree: Any, at: str, ignore_unknown: bool = False) -> Any:
     if not isinstance(tree, dict):
         raise ValueError(f"{at or 'it'} is not an object")
     hints = hints_of(cls)
     if not ignore_unknown and (unknown := tree.keys() - hints.keys()):
         raise ValueError(f"{_below(at, min(unknown))} is an unknown field")
-    if missing := [name for name in _mandatory(cls) if name not in tree]:
-        raise ValueError(f"{_below(at, missing[0])} is missing")
-    known = {name: hint for name, hint in hints.items() if name in tree}
-    return cls(**{name: check(hint, tree[name], _below(at, name)) for name, hint in known.items()})
+    values = {}
+    for field in fields(cls):
+        if (name := field.name) in tree:
+            values[name] = check(hints[name], tree[name], _below(at, name))
+        elif field.default is MISSING and field.default_factory is MISSING:
+            raise ValueError(f"{_below(at, name)} is missing")
+    return cls(**values)
 
 
 def _below(at: str, name: Any) -> str:
@@ -131,8 +124,7 @@ def check(hint: Any, value: Any, at: str) -> Any:
     """Check one value against an annotation, and return it with its lists as the annotated types.
 
     Args:
-        hint: the annotation.
-        value: the value, as `load_json` returns it.
+        hint, value: the annotation, and the value as `load_json` returns it.
         at: name of the value in error messages.
     """
     origin, args = get_origin(hint), get_args(hint)
@@ -140,8 +132,13 @@ def check(hint: Any, value: Any, at: str) -> Any:
         return value
     if origin is Annotated:
         value = check(args[0], value, at)
-        if not all(test(value) for test in args[1:]):
-            raise ValueError(f"{at} is {_short(value)}")
+        for rule in args[1:]:
+            if isinstance(rule, Pattern):
+                is_good = re.fullmatch(rule.regex, value, re.ASCII) is not None
+            else:
+                is_good = rule.low <= value <= rule.high if isinstance(rule, Range) else rule(value)
+            if not is_good:
+                raise ValueError(f"{at} is {_short(value)}")
         return value
     if origin in (Union, UnionType):  # the only unions are `X | None`
         return None if value is None else check(args[0], value, at)

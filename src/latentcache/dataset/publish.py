@@ -30,11 +30,7 @@ PUBLISHED_PATH = "published.json"
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """The content of `published.json`.
-
-    `manifest` is a manifest's number, `published_at` the time of publication (ISO 8601), and
-    `contract` the fingerprint of the dataset's contract.
-    """
+    """The content of `published.json`: a manifest's number, and the contract's fingerprint."""
 
     manifest: Annotated[int, Range(0, MAX_MANIFEST)]
     published_at: str
@@ -49,23 +45,17 @@ def publish(
     force: bool = False,
     storage: StorageOptions | None = None,
 ) -> Published:
-    """Point `published.json` to a manifest; write nothing if it already does.
-
-    Run one publisher at a time: if two run at once, the later write wins.
+    """Point `published.json` to a manifest, and return its content; run one publisher at a time.
 
     Args:
-        url: URL of the dataset.
+        url, storage: see `open_dataset`.
         number: number of the manifest; None takes the newest complete one.
         force: allow a manifest that is older than the published one.
-        storage: options of the store.
-
-    Returns:
-        The content of `published.json`.
 
     Raises:
         CheckFailed: the manifest is not complete, or has no rows.
         ConfigError: the manifest is older than the published one.
-        DatasetError: there is no dataset, no such manifest, or no complete manifest.
+        DatasetError: there is no dataset or no such manifest.
     """
     store = Store(url, storage or StorageOptions())
     require_contract(store)
@@ -111,11 +101,14 @@ def read_published(store: Store) -> Published | None:
 
 
 def find_manifest(store: Store, name: ManifestName | None) -> Manifest:
-    """Return a manifest by its number or as "published"; None takes the newest complete one.
+    """Return a manifest by its name.
+
+    Args:
+        store: the output.
+        name: a number, or "published"; None takes the newest complete manifest.
 
     Raises:
-        ConfigError: `name` is something else.
-        DatasetError: there is no such manifest, or it is damaged.
+        ConfigError, DatasetError: `name` is something else, or there is no such manifest.
     """
     if name is None:
         return _newest_complete(store)

@@ -76,8 +76,7 @@ def to_stored(values: torch.Tensor, terms: LatentContract) -> tuple[torch.Tensor
     """Convert latents to the stored dtype; int8 rounds to the nearest value, ties to even.
 
     Args:
-        values: float32 [N, C, H, W].
-        terms: the `latents` of the contract.
+        values, terms: float32 [N, C, H, W], and the `latents` of the contract.
 
     Returns:
         The stored latents [N, C, H, W], and int64 [N], how many values of each latent were clamped
@@ -95,7 +94,11 @@ def to_stored(values: torch.Tensor, terms: LatentContract) -> tuple[torch.Tensor
 
 
 def to_values(stored: torch.Tensor, terms: LatentContract) -> torch.Tensor:
-    """Return the float32 values of stored latents [..., C, H, W] under a contract's `latents`."""
+    """Return the float32 values of stored latents.
+
+    Args:
+        stored, terms: [..., C, H, W] in the stored dtype, and the `latents` of the contract.
+    """
     if terms.quantization is None:
         return stored.float()
     zero, scale = zero_and_scale(terms.quantization)

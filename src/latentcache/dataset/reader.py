@@ -20,11 +20,11 @@ from latentcache.dataset.bucket import Bucket
 from latentcache.dataset.contract import Contract, require_contract
 from latentcache.dataset.layout import SafetensorsRows, tensor_from_bytes
 from latentcache.dataset.manifest import Manifest, ManifestName, read_records
-from latentcache.dataset.parquet import naming_damage, open_parquet, read_table
+from latentcache.dataset.parquet import naming_damage, open_parquet
 from latentcache.dataset.publish import find_manifest
 from latentcache.dataset.quantization import to_values
 from latentcache.dataset.receipts import DataFile, UnitRecord
-from latentcache.dataset.shards import REJECT_SCHEMA, SIZES, check_schema
+from latentcache.dataset.shards import SIZES, check_schema, read_rejects
 from latentcache.dataset.statistics import Statistics
 from latentcache.errors import DatasetError
 from latentcache.storage import Store
@@ -87,8 +87,8 @@ class _Shard(NamedTuple):
     unit: str
     file: DataFile
     rows: pq.ParquetFile
-    tensors_path: str
-    tensors: SafetensorsRows | None
+    tensors_path: str = ""
+    tensors: SafetensorsRows | None = None
 
 
 class Dataset(Sequence[Row]):
@@ -190,7 +190,7 @@ class Dataset(Sequence[Row]):
             if (self.contract.latents.format == "safetensors") != bool(others):
                 raise DatasetError("its latents are not where the contract says")
         if not others:
-            return _Shard(record.unit.id, file, rows, "", None)
+            return _Shard(record.unit.id, file, rows)
         path = others[-1].path
         with naming_damage(self.store, path):
             tensors = SafetensorsRows(self.store.open(path))
@@ -211,21 +211,13 @@ class Dataset(Sequence[Row]):
 
     def _read_rejects(self, record: UnitRecord) -> list[RejectedRow]:
         assert record.rejects
-        path = record.rejects.path
+        path, unit = record.rejects.path, record.unit
         with naming_damage(self.store, path), self.store.open(path) as file:
-            table = read_table(file)
-            if not table.schema.equals(REJECT_SCHEMA):
-                raise DatasetError("it has another schema")
-            table.validate(full=True)
-        return [
-            RejectedRow(unit=record.unit.id, source=record.unit.source, **row)
-            for row in table.to_pylist()
-        ]
+            rows = read_rejects(file).to_pylist()
+        return [RejectedRow(unit=unit.id, source=unit.source, **row) for row in rows]
 
 
 class _Caches(NamedTuple):
-    """The open files and row groups that a dataset caches in one process."""
-
     pid: int
     shard: Callable[[int], _Shard]
     group: Callable[[pq.ParquetFile, int], pa.Table]
@@ -240,18 +232,16 @@ def _read_group(file: pq.ParquetFile, group: int) -> pa.Table:
 
 
 def row_position(index: SupportsIndex, num_rows: int) -> int:
-    """Return the position of a row, from 0; a negative index counts from the end.
+    """Return the position of a row, from 0; raise `IndexError` or `TypeError` if there is none.
 
-    Raises:
-        IndexError: there is no such row.
-        TypeError: the index is not an integer.
+    Args:
+        index, num_rows: index of the row, negative to count from the end, and the number of rows.
     """
     try:
         number = operator.index(index)
     except TypeError:
-        raise TypeError(
-            f"rows are numbered from 0: give an integer or a slice, not {index!r:.60}"
-        ) from None
+        message = f"rows are numbered from 0: give an integer or a slice, not {index!r:.60}"
+        raise TypeError(message) from None
     if not -num_rows <= number < num_rows:
         raise IndexError(f"row {number} of {num_rows}")
     return number % num_rows
@@ -272,7 +262,6 @@ def open_dataset(
 
     Raises:
         DatasetError: there is no dataset, no such manifest, or no complete manifest.
-        StorageError: the store cannot be reached.
     """
     return Dataset(*open_manifest(url, manifest, storage=storage))
 
@@ -283,19 +272,19 @@ def open_manifest(
     *,
     storage: StorageOptions | None = None,
 ) -> tuple[Store, Contract, Manifest]:
-    """Return a dataset's store, its contract and a manifest; see `open_dataset`.
+    """Return a dataset's store, its contract and a manifest that matches it.
 
-    Raises:
-        DatasetError: as `open_dataset`, or contract and manifest do not match.
+    Args:
+        url, manifest, storage: see `open_dataset`.
     """
     store = Store(url, storage or StorageOptions())
     contract = require_contract(store)
     opened = find_manifest(store, manifest)
+    file, num_channels = store.url_of(opened.path), len(opened.statistics.mean)
     if opened.contract != contract.fingerprint:
-        raise DatasetError(f"{store.url_of(opened.path)} belongs to another contract.json")
-    if len(opened.statistics.mean) != contract.stored_channels:
+        raise DatasetError(f"{file} belongs to another contract.json")
+    if num_channels != contract.stored_channels:
         raise DatasetError(
-            f"{store.url_of(opened.path)} has statistics of {len(opened.statistics.mean)} "
-            f"channels, but latents have {contract.stored_channels}"
+            f"{file} describes {num_channels}, not {contract.stored_channels} channels"
         )
     return store, contract, opened

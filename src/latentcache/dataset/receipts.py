@@ -81,9 +81,8 @@ class Unit:
         """Return the unit; its id is a hash (128 bits, hex) of everything that decides its rows.
 
         Args:
-            source, size_bytes, version: URL, size and version of the source shard.
+            source, size_bytes, version, range: see the fields.
             contract_fingerprint: fingerprint of the contract.
-            range: `k/n` for the k-th of n parts, counted from 0; None for the whole shard.
         """
         parts = [source, size_bytes, version, range, contract_fingerprint]
         digest = hashlib.sha256(canonical_json(parts)).hexdigest()
@@ -144,10 +143,10 @@ class QaFile(QaSummary):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowCounts:
-    """The counts of units; for each, `num_samples = num_rows + num_rejects`.
+    """The counts of units; `num_samples = num_rows + num_rejects`.
 
-    `num_images` counts the image files or members of the shards: rows, rejects with an image, and
-    `num_extra_images`, which are additional images of a sample, such as masks.
+    `num_images` counts image files and members of shards, also the `num_extra_images`, which are
+    additional images of a sample, such as masks.
     """
 
     num_samples: Count
@@ -157,7 +156,7 @@ class RowCounts:
     num_extra_images: Count = 0
 
 
-NO_SAMPLES = {"num_samples": 0, "num_rows": 0, "num_rejects": 0}
+NO_SAMPLES: dict[str, Any] = {"num_samples": 0, "num_rows": 0, "num_rejects": 0}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -279,11 +278,7 @@ def read_receipts(store: Store, names: Iterable[str], *, missing_ok: bool = Fals
 
     Args:
         store, names: the output, and the names.
-        missing_ok: leave out receipts that do not exist.
-
-    Raises:
-        DatasetError: a receipt is damaged; the message names it.
-        ObjectNotFound: a receipt does not exist, and `missing_ok` is false.
+        missing_ok: leave out receipts that do not exist, instead of raising `ObjectNotFound`.
     """
 
     def read(name: str) -> Receipt | None:
@@ -315,7 +310,11 @@ def list_receipt_names(store: Store) -> list[str]:
 
 
 def put_failure(store: Store, unit: Unit, attempt: str, message: str) -> None:
-    """Put a hint that an attempt at a unit failed, which the next plan shows."""
+    """Put a hint that an attempt at a unit failed, which the next plan shows.
+
+    Args:
+        store, unit, attempt, message: the output, the unit, its attempt's name, and the error.
+    """
     tree = {"unit": asdict(unit), "attempt": attempt, "message": message}
     store.put(f"{FAILURES}/{unit.id}-{attempt}.json", canonical_json(tree))
 
@@ -332,16 +331,17 @@ def failed_unit(path: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Hint:
-    """The content of a failure hint."""
-
     unit: Unit
     message: str
 
 
 def read_failures(store: Store, paths: Iterable[str]) -> dict[str, str]:
-    """Return the message of each unit's last failure hint by unit id; `paths` end with the latest.
+    """Return the message of each unit's last failure hint by unit id.
 
     A hint that cannot be parsed is left out, with one warning: nothing depends on a hint.
+
+    Args:
+        store, paths: the output, and the paths of the hints, the latest last.
     """
 
     def read(path: str) -> tuple[str, str] | None:

@@ -52,6 +52,9 @@ def most_frequent(store: Store, units: Iterable[UnitSummary]) -> list[RejectReas
     """Return at most `MAX_REASONS` reject reasons of units, the most frequent first.
 
     For each reason it reads a receipt and a rejects file. If that fails, the reason has no example.
+
+    Args:
+        store, units: the output, and the units whose rejects are counted.
     """
     counts: Counter[str] = Counter()
     first_units: dict[str, UnitSummary] = {}

@@ -32,7 +32,7 @@ from latentcache.dataset.layout import (
     row_group_rows,
     tensor_from_bytes,
 )
-from latentcache.dataset.parquet import open_parquet
+from latentcache.dataset.parquet import open_parquet, read_table
 from latentcache.dataset.receipts import DataFile
 from latentcache.errors import DatasetError
 
@@ -106,11 +106,10 @@ def _fixed_fields(contract: Contract) -> list[pa.Field]:
 
 
 def check_schema(schema: pa.Schema, contract: Contract) -> None:
-    """Check the columns of a data file of a dataset with a contract.
+    """Raise `DatasetError` unless a data file has the columns that a contract implies.
 
-    Raises:
-        DatasetError: a mandatory column is missing, a column has another type, or two columns have
-            the same name.
+    Args:
+        schema, contract: the schema of the file, and the contract of the dataset.
     """
     fixed = _fixed_fields(contract)
     if [*schema][: len(fixed)] != fixed:
@@ -177,8 +176,7 @@ class BucketWriter:
         """Append rows.
 
         Args:
-            latents: [N, C, H, W] in the stored dtype.
-            rows: the other fields of the N rows.
+            latents, rows: [N, C, H, W] in the stored dtype, and the other fields of the N rows.
         """
         assert tuple(latents.shape) == (len(rows), *self._shape), latents.shape
         data, size = tensor_bytes(latents), self._latent_bytes
@@ -229,11 +227,7 @@ class BucketWriter:
             self._tensor_file.close()
 
     def check(self) -> None:
-        """Open the closed files again and compare them with the rows that were appended.
-
-        Raises:
-            DatasetError: a file differs from what was written: the disk lost or changed bytes.
-        """
+        """Open the closed files again; raise `DatasetError` if the disk lost or changed bytes."""
         with open_parquet(self.paths[-1]) as file:
             is_same = file.schema_arrow.equals(self._schema)
             if file.metadata.num_rows != self.num_rows or not is_same:
@@ -244,9 +238,22 @@ class BucketWriter:
 
 
 def write_rejects(path: Path, rejects: Sequence[RejectRow]) -> None:
-    """Write the rejects file of a unit to local disk."""
+    """Write the rejects file of a unit to local disk.
+
+    Args:
+        path, rejects: the file, and the rejects of the unit.
+    """
     columns = {name: [getattr(reject, name) for reject in rejects] for name in REJECT_SCHEMA.names}
     pq.write_table(pa.table(columns, REJECT_SCHEMA), path, compression="ZSTD")
+
+
+def read_rejects(source: Any) -> pa.Table:
+    """Return the rejects in a file (see `read_table`); raise `DatasetError` for other columns."""
+    table = read_table(source)
+    if not table.schema.equals(REJECT_SCHEMA):
+        raise DatasetError("it has another schema")
+    table.validate(full=True)
+    return table
 
 
 def describe_file(local: Path, path: str, num_rows: int, bucket: str) -> DataFile:
@@ -254,8 +261,7 @@ def describe_file(local: Path, path: str, num_rows: int, bucket: str) -> DataFil
 
     Args:
         local, path: the local file, and its path in the output.
-        num_rows: number of rows in the file.
-        bucket: name of the bucket; empty for rejects.
+        num_rows, bucket: as in `DataFile`.
     """
     with local.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -270,7 +276,8 @@ def tensor_bytes(tensor: torch.Tensor) -> bytes:
 def read_latents(files: Sequence[BinaryIO], keys: Collection[str]) -> dict[str, torch.Tensor]:
     """Return latents of open files by key, without the keys that the files lack.
 
-    See `iterate_latents`.
+    Args:
+        files, keys: see `iterate_latents`; the files are open.
     """
     return dict(iterate_latents(files, keys))
 
@@ -283,9 +290,6 @@ def iterate_latents(
     Args:
         files: the Parquet file, or the safetensors file and its Parquet file of rows.
         keys: keys of the rows; None yields all.
-
-    Raises:
-        DatasetError: the files are damaged.
     """
     fields = ["latent", "latent_dtype", "latent_shape"]
     try:

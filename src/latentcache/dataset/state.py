@@ -153,7 +153,7 @@ class State:
         """The sources that have been encoded in any version."""
         return {unit.source for unit in self._latest.values() if unit.source}
 
-    def advance(self, manifest: Manifest, selection: Selection) -> None:
+    def _advance(self, manifest: Manifest, selection: Selection) -> None:
         """Record that a manifest with the units of a selection was put."""
         self.manifest, self.removed = manifest, set(manifest.removed)
         part = len(manifest.parts) - 1
@@ -179,7 +179,7 @@ def _in_order(units: Iterable[UnitSummary]) -> tuple[UnitSummary, ...]:
 def select_units(
     state: State, snapshot: SourceSnapshot, on_missing: str, columns: Columns
 ) -> Selection:
-    """Decide which units count in the next manifest; neither reads the store nor changes the state.
+    """Decide which units count in the next manifest, without access to the store.
 
     If all units of a source at its listed version are committed, exactly those count. If the
     source changed and some are not committed, its units in the newest manifest still count, and
@@ -192,7 +192,7 @@ def select_units(
         columns: the kept columns that the rows should have.
 
     Raises:
-        SourceError: `on_missing` is `drop`, but more than a tenth of the sources are missing.
+        SourceError: see `require_few`.
     """
     selection, last = Selection(snapshot, on_missing, columns), state.last
     terms = (on_missing, columns)
@@ -223,8 +223,7 @@ def require_few(missing: AbstractSet[str], num_sources: int) -> None:
     """Raise `SourceError` if too many sources are missing to drop their rows.
 
     Args:
-        missing: the sources that are not listed any more.
-        num_sources: number of sources in the newest manifest.
+        missing, num_sources: the missing ones, and the number of those in the newest manifest.
     """
     if len(missing) > MAX_MISSING_SHARE * num_sources:
         raise SourceError(
@@ -280,7 +279,7 @@ def _put_next(
     if not put_manifest(state.store, manifest, valid_until):
         return None
     state.part_totals = part_totals
-    state.advance(manifest, selection)
+    state._advance(manifest, selection)
     return manifest
 
 
@@ -304,8 +303,7 @@ def write_next(
         may_complete: False keeps the manifest from being complete, after a check failed.
 
     Returns:
-        The state, read again if another driver put a manifest first, and the newest manifest (None
-        if nothing is committed yet).
+        The state, read again if another driver was faster, and the newest manifest, if any.
     """
     while True:
         selection = select_units(state, list_snapshot(), on_missing, columns)

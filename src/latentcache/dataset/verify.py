@@ -18,11 +18,11 @@ from latentcache.dataset.bucket import Bucket
 from latentcache.dataset.contract import Contract
 from latentcache.dataset.layout import TORCH_DTYPES, latent_offsets
 from latentcache.dataset.manifest import ManifestName
-from latentcache.dataset.parquet import open_parquet, read_table
+from latentcache.dataset.parquet import open_parquet
 from latentcache.dataset.quantization import is_finite
-from latentcache.dataset.reader import open_dataset
+from latentcache.dataset.reader import Dataset, open_dataset
 from latentcache.dataset.receipts import DataFile, UnitRecord
-from latentcache.dataset.shards import REJECT_SCHEMA, check_schema, iterate_latents
+from latentcache.dataset.shards import check_schema, iterate_latents, read_rejects
 from latentcache.dataset.state import remove_units
 from latentcache.errors import DatasetError, ObjectNotFound
 from latentcache.storage import Store
@@ -74,9 +74,7 @@ def verify(
     """Check every object of a dataset: existence, size, SHA-256, rows, and finite latents.
 
     Args:
-        url: URL of the dataset.
-        manifest: number of a manifest, or "published"; None takes the newest complete one.
-        storage: options of the store.
+        url, manifest, storage: see `open_dataset`.
         quick: check only that objects exist and have the right size.
         repair: put a manifest without the bad units, so that the next run encodes them again.
         progress: called with the number of units checked and the number of all units.
@@ -86,17 +84,13 @@ def verify(
         IncompleteRun: `repair` failed because another process put manifests first, several times.
     """
     dataset = open_dataset(url, manifest, storage=storage)
-    store = Store(url, storage or StorageOptions())
-    result = Verification(ok=True, manifest=dataset.manifest.number, num_units=len(dataset.units))
-    num_checked = 0
-
-    def check(record: UnitRecord) -> tuple[UnitRecord, list[Problem]]:
-        return record, list(_check_unit(store, dataset.contract, record, quick))
-
-    remaining = iter(dataset.units)
+    units, totals = dataset.units, dataset.manifest
+    result = Verification(ok=True, manifest=totals.number, num_units=len(units))
+    num_checked, remaining = 0, iter(units)
     with ThreadPoolExecutor(_THREADS) as pool:
         while some := list(islice(remaining, _UNITS_AT_ONCE)):
-            for record, problems in pool.map(check, some):
+            checked = pool.map(lambda record: list(_check_unit(dataset, record, quick)), some)
+            for record, problems in zip(some, checked, strict=True):
                 num_others = (record.rejects is not None) + (record.qa is not None)
                 result.num_files += len(record.files) + num_others
                 result.num_rows += record.num_rows
@@ -104,8 +98,7 @@ def verify(
                 result.problems += problems
                 num_checked += 1
                 if progress:
-                    progress(num_checked, len(dataset.units))
-    totals = dataset.manifest
+                    progress(num_checked, len(units))
     counts = (result.num_units, result.num_rows, result.num_rejects)
     if counts != (totals.num_units, totals.num_rows, totals.num_rejects):
         message = "its totals of units, rows and rejects are not those of its units"
@@ -113,15 +106,13 @@ def verify(
     result.ok = not result.problems
     if repair:
         bad = {problem.unit for problem in result.problems}
-        names = {record.name for record in dataset.units if record.unit.id in bad}
-        removed = remove_units(store, names) if names else set()
+        names = {record.name for record in units if record.unit.id in bad}
+        removed = remove_units(dataset.store, names) if names else set()
         result.repaired = sorted(name.rpartition("-")[0] for name in removed)
     return result
 
 
-def _check_unit(
-    store: Store, contract: Contract, record: UnitRecord, quick: bool
-) -> Iterator[Problem]:
+def _check_unit(dataset: Dataset, record: UnitRecord, quick: bool) -> Iterator[Problem]:
     def problem(path: str, message: str) -> Problem:
         return Problem(record.unit.id, record.unit.source, path, message)
 
@@ -139,12 +130,12 @@ def _check_unit(
             targets = [Path(folder, file.path.rpartition("/")[2]) for file in files]
             is_good = True
             for file, target in zip(files, targets, strict=True):
-                if message := _check_object(store, file, None if quick else target):
+                if message := _check_object(dataset.store, file, None if quick else target):
                     is_good = False
                     yield problem(file.path, message)
             messages: Iterable[str] = ()
             if files[0].bucket:
-                messages = _check_rows(targets, files[-1], contract, keys)
+                messages = _check_rows(targets, files[-1], dataset.contract, keys)
             elif files[0] is record.rejects:
                 messages = _check_rejects(targets[0], record.num_rejects)
             if is_good and not quick:
@@ -171,26 +162,12 @@ def _check_object(store: Store, file: DataFile, target: Path | None) -> str | No
 
 def _check_rejects(local: Path, num_rejects: int) -> Iterator[str]:
     try:
-        table = read_table(local)
-    except (pa.ArrowException, OSError, ValueError, DatasetError) as error:
+        num_rows = read_rejects(local).num_rows
+    except (DatasetError, pa.ArrowException, OSError, ValueError) as error:
         yield f"cannot be read: {error}"
-        return
-    if not table.schema.equals(REJECT_SCHEMA):
-        yield "has another schema"
-    elif table.num_rows != num_rejects:
-        yield f"holds {table.num_rows} rejects, but the receipt says {num_rejects}"
-
-
-def _check_columns(path: Path, contract: Contract) -> None:
-    """Decode all columns of a Parquet file of rows except the latents, or raise `DatasetError`."""
-    try:
-        with open_parquet(path) as file:
-            check_schema(file.schema_arrow, contract)
-            names = [name for name in file.schema_arrow.names if name != "latent"]
-            for number in range(file.num_row_groups):
-                file.read_row_group(number, names, use_threads=False).validate(full=True)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise DatasetError(str(error)) from error
+    else:
+        if num_rows != num_rejects:
+            yield f"holds {num_rows} rejects, but the receipt says {num_rejects}"
 
 
 def _check_rows(
@@ -203,7 +180,11 @@ def _check_rows(
         with ExitStack() as stack:
             opened = [stack.enter_context(path.open("rb")) for path in local]
             latent_offsets(opened, contract, bucket, file.num_rows)
-        _check_columns(local[-1], contract)
+        with open_parquet(local[-1]) as rows:
+            check_schema(rows.schema_arrow, contract)
+            names = [name for name in rows.schema_arrow.names if name != "latent"]
+            for number in range(rows.num_row_groups):
+                rows.read_row_group(number, names, use_threads=False).validate(full=True)
         for key, latent in iterate_latents(local):
             num_rows += 1
             if key in keys:
@@ -213,7 +194,7 @@ def _check_rows(
                 yield f"row {key!r} is {latent.dtype} {list(latent.shape)}, not {dtype} {shape}"
             elif not is_finite(latent).all():
                 yield f"row {key!r} is not finite"
-    except DatasetError as error:
+    except (DatasetError, pa.ArrowException, OSError, ValueError) as error:
         yield f"cannot be read: {error}"
     if num_rows != file.num_rows:
         yield f"holds {num_rows} rows, but the receipt says {file.num_rows}"
