@@ -66,7 +66,7 @@ def test_any_two_manifests_differ_by_the_units_that_only_one_has(world: World) -
     }
     for before in shown:
         for after in shown:
-            found = diff_manifests(world.url, before, after)
+            result = diff_manifests(world.url, before, after)
             gone = shown[before].keys() - shown[after].keys()
             come = shown[after].keys() - shown[before].keys()
             sides: dict[str, tuple[list[str], list[str]]] = {}
@@ -75,13 +75,13 @@ def test_any_two_manifests_differ_by_the_units_that_only_one_has(world: World) -
                     source = shown[after if side else before][name].unit.source
                     sides.setdefault(source, ([], []))[side].append(name)
             assert (
-                by_source(found.added) | by_source(found.replaced) | by_source(found.removed)
+                by_source(result.added) | by_source(result.replaced) | by_source(result.removed)
                 == sides
             )
-            assert all(not diff.before for diff in found.added)
-            assert all(diff.before and diff.after for diff in found.replaced)
-            assert all(not diff.after for diff in found.removed)
-            counts = found.counts
+            assert all(not diff.before for diff in result.added)
+            assert all(diff.before and diff.after for diff in result.replaced)
+            assert all(not diff.after for diff in result.removed)
+            counts = result.counts
             for name in ("num_units", "num_rows", "num_rejects"):
                 moved = [
                     getattr(getattr(counts, kind), name)
@@ -96,11 +96,11 @@ def test_by_default_the_last_two_complete_manifests_are_compared(world: World) -
     world.change("b.tar")
     world.write()
     assert not read_manifest(world.store, 5).complete
-    found = diff_manifests(world.url)
-    assert (found.before, found.after) == (3, newest.number)
-    assert set(by_source(found.added)) == {"b.tar"}
-    assert set(by_source(found.replaced)) == {"a.tar", "c.tar"}
-    assert found.counts.replaced == Counts(2, 2, 2)
+    result = diff_manifests(world.url)
+    assert (result.before, result.after) == (3, newest.number)
+    assert set(by_source(result.added)) == {"b.tar"}
+    assert set(by_source(result.replaced)) == {"a.tar", "c.tar"}
+    assert result.counts.replaced == Counts(2, 2, 2)
     assert diff_manifests(world.url, 1).after == 4
     publish(world.url, 2)
     assert diff_manifests(world.url, "published").before == 2
@@ -232,7 +232,7 @@ def renumbered(manifest: Manifest, number: int) -> Manifest:
 
 
 def test_a_generation_that_removed_names_alone_stays_taken(world: World) -> None:
-    """Of a receipt that no part has; no listing of receipts is needed to know."""
+    """No part has the receipt; no list of receipts is needed."""
     world.commit("a.tar")
     unit = world.unit("a.tar")
     world.commit("b.tar")

@@ -173,12 +173,12 @@ def test_a_forked_process_reads_after_its_parent_has(tmp_path: Path) -> None:
     read_end, write_end = os.pipe()
     child = os.fork()
     if child == 0:
-        found = [sum(map(len, loader)), len(mapped[:]), len(dataset[:])]
+        result = [sum(map(len, loader)), len(mapped[:]), len(dataset[:])]
         try:
             next(batches)
         except ConfigError:
-            found.append(1)
-        os.write(write_end, json.dumps(found).encode())
+            result.append(1)
+        os.write(write_end, json.dumps(result).encode())
         os._exit(0)
     os.close(write_end)
     assert json.loads(os.read(read_end, 1000)) == [10, 10, 10, 1]

@@ -109,24 +109,24 @@ class Snapshot:
 class Driver:
     """A driver as the model sees it: the manifest it last read, and the receipts it knows.
 
-    `known` maps a version to its highest generation. `listing` is the one that it wrote a manifest
+    `known` maps a version to its highest generation. `snapshot` is the one that it wrote a manifest
     from last: the same again, if the source has not changed since.
     """
 
     state: State
     base: int = 0
     known: dict[Version, int] = field(default_factory=dict)
-    listing: dict[str, list[Unit]] = field(default_factory=dict)
+    snapshot: dict[str, list[Unit]] = field(default_factory=dict)
 
     def list(self, listed: dict[str, str]) -> dict[str, list[Unit]]:
-        listing = {source: [unit_of((source, version))] for source, version in listed.items()}
-        if listing != self.listing:
-            self.listing = listing
-        return self.listing
+        snapshot = {source: [unit_of((source, version))] for source, version in listed.items()}
+        if snapshot != self.snapshot:
+            self.snapshot = snapshot
+        return self.snapshot
 
 
 class Refused(Exception):
-    """The model's word for a listing that `drop` does not believe."""
+    """The model expects that `drop` rejects a snapshot with so few sources."""
 
 
 class Manifests(RuleBasedStateMachine):
@@ -137,7 +137,7 @@ class Manifests(RuleBasedStateMachine):
         self.folder = Path(tempfile.mkdtemp())
         self.store = Store(str(self.folder))
         self.listed: dict[str, str] = {}
-        self.receipts: Counter[Version] = Counter()  # how many generations there are
+        self.receipts: Counter[Version] = Counter()  # number of generations
         self.history = [Snapshot({}, [], False)]  # by number; 0: before the first
         self.drivers = [Driver(State(self.store)), Driver(State(self.store))]
         for index in range(num_sources):
@@ -215,16 +215,16 @@ class Manifests(RuleBasedStateMachine):
 
     @rule(who=st.integers(0, 1), missed=st.sets(st.integers(0, 40), max_size=6))
     def restart(self, who: int, missed: set[int]) -> None:
-        """A driver starts anew; its listing of receipts may lack some that are there."""
+        """A driver starts anew; its list of receipts may lack some that exist."""
         self.drivers[who] = self.fresh(missed)
 
     def fresh(self, missed: set[int] = frozenset()) -> Driver:
         class Forgetful(Store):
             def list(self, folder: str = "") -> list[ObjectInfo]:
-                found = super().list(folder)
+                infos = super().list(folder)
                 if folder != "commits":
-                    return found
-                return [info for index, info in enumerate(found) if index not in missed]
+                    return infos
+                return [info for index, info in enumerate(infos) if index not in missed]
 
         listed = {info.path for info in Forgetful.list(self.store_as(Forgetful), "commits")}
         state = State(self.store_as(Forgetful))
@@ -257,7 +257,7 @@ class Manifests(RuleBasedStateMachine):
             expected = self.expected(driver, on_missing, may_complete)
         except Refused:
             expected = None
-        listing = driver.list(self.listed)
+        snapshot = driver.list(self.listed)
         before = tree_digest(self.folder / "manifests")
 
         def write() -> Manifest | None:
@@ -265,7 +265,7 @@ class Manifests(RuleBasedStateMachine):
                 driver.state,
                 CONTRACT,
                 1,
-                lambda: listing,
+                lambda: snapshot,
                 on_missing=on_missing,
                 may_complete=may_complete,
             )
@@ -277,10 +277,10 @@ class Manifests(RuleBasedStateMachine):
             # A lost race may have refreshed its state before the refusal; start both anew.
             self.drivers[who] = self.fresh()
         else:
-            number, snapshot = expected
+            number, named = expected
             manifest = write()
             if number == len(self.history):
-                self.history.append(snapshot)
+                self.history.append(named)
             driver.base = number
             assert (manifest.number if manifest else 0) == number
         after = tree_digest(self.folder / "manifests")
@@ -291,46 +291,46 @@ class Manifests(RuleBasedStateMachine):
         """DESIGN §4: the number of the manifest that the driver ends with, and what it names."""
         while True:
             base = self.history[driver.base]
-            wanted = self.select(driver, base, on_missing)
-            wanted.complete = wanted.complete and may_complete
-            wanted.removed = self.removed(driver, base, wanted)
-            nothing_yet = driver.base == 0 and not wanted.visible and not wanted.complete
-            if wanted == base or nothing_yet:
+            chosen = self.select(driver, base, on_missing)
+            chosen.complete = chosen.complete and may_complete
+            chosen.removed = self.removed(driver, base, chosen)
+            nothing_yet = driver.base == 0 and not chosen.visible and not chosen.complete
+            if chosen == base or nothing_yet:
                 return driver.base, base
             if driver.base == len(self.history) - 1:
-                return driver.base + 1, wanted
+                return driver.base + 1, chosen
             driver.base = len(self.history) - 1
             driver.known = self.fresh().known
 
     def select(self, driver: Driver, base: Snapshot, on_missing: str) -> Snapshot:
-        wanted = Snapshot({}, [], True)
+        chosen = Snapshot({}, [], True)
         for source, version in self.listed.items():
             generation = driver.known.get((source, version), -1)
             if generation >= 0 and ((source, version), generation) not in base.removed:
-                wanted.visible[source] = (version, generation)
+                chosen.visible[source] = (version, generation)
                 continue
-            wanted.complete = False
+            chosen.complete = False
             if source in base.visible:
-                wanted.visible[source] = base.visible[source]
-                wanted.stale.append(source)
+                chosen.visible[source] = base.visible[source]
+                chosen.stale.append(source)
         gone = base.visible.keys() - self.listed.keys()
         if gone and on_missing == "drop":
             if not self.listed or len(gone) * 10 > len(base.visible):
                 raise Refused
         else:
-            wanted.visible |= {source: base.visible[source] for source in gone}
-        wanted.stale.sort()
-        return wanted
+            chosen.visible |= {source: base.visible[source] for source in gone}
+        chosen.stale.sort()
+        return chosen
 
-    def removed(self, driver: Driver, base: Snapshot, wanted: Snapshot) -> set[tuple[Version, int]]:
+    def removed(self, driver: Driver, base: Snapshot, chosen: Snapshot) -> set[tuple[Version, int]]:
         """Return what never counts again.
 
         These are the rows that go, and receipts of other versions of their sources that no
         manifest has named.
         """
         removed = set(base.removed)
-        for source in base.visible.keys() | wanted.visible.keys():
-            before, after = base.visible.get(source), wanted.visible.get(source)
+        for source in base.visible.keys() | chosen.visible.keys():
+            before, after = base.visible.get(source), chosen.visible.get(source)
             if before == after:
                 continue
             if before:
@@ -405,9 +405,9 @@ class Output:
         assert self.store.put_if_absent(receipt.path, receipt.to_bytes())
 
     def write(self, *versions: Version, on_missing: str = "keep") -> Manifest:
-        listing = {version[0]: [unit_of(version)] for version in versions}
+        snapshot = {version[0]: [unit_of(version)] for version in versions}
         _, manifest = write_next(
-            State(self.store), CONTRACT, 1, lambda: listing, on_missing=on_missing
+            State(self.store), CONTRACT, 1, lambda: snapshot, on_missing=on_missing
         )
         assert manifest
         return manifest
@@ -430,8 +430,8 @@ def committed(output: Output, num_sources: int) -> list[Version]:
 
 
 def test_nothing_committed_writes_nothing(output: Output, tmp_path: Path):
-    listing = {"a.tar": [unit_of(("a.tar", "v1"))]}
-    _, manifest = write_next(State(output.store), CONTRACT, 1, lambda: listing, on_missing="keep")
+    snapshot = {"a.tar": [unit_of(("a.tar", "v1"))]}
+    _, manifest = write_next(State(output.store), CONTRACT, 1, lambda: snapshot, on_missing="keep")
     assert manifest is None
     assert not list(tmp_path.iterdir())
 
@@ -568,7 +568,7 @@ def test_a_changed_source_is_stale_until_it_is_encoded(output: Output):
 
 def test_who_loses_the_number_reads_everything_again(output: Output):
     versions = committed(output, 2)
-    listing = {version[0]: [unit_of(version)] for version in versions}
+    snapshot = {version[0]: [unit_of(version)] for version in versions}
     late = State(output.store)
     output.commit(("02.tar", "v1"))
     output.write(*versions, ("02.tar", "v1"))
@@ -576,7 +576,7 @@ def test_who_loses_the_number_reads_everything_again(output: Output):
 
     def list_again() -> dict[str, list[Unit]]:
         asked.append(len(asked))
-        return listing if len(asked) == 1 else listing | {"02.tar": [unit_of(("02.tar", "v1"))]}
+        return snapshot if len(asked) == 1 else snapshot | {"02.tar": [unit_of(("02.tar", "v1"))]}
 
     state, manifest = write_next(late, CONTRACT, 1, list_again, on_missing="keep")
     assert state is not late
@@ -585,7 +585,7 @@ def test_who_loses_the_number_reads_everything_again(output: Output):
     assert (manifest.number, manifest.num_units) == (1, 3)
 
 
-class CountedListing(dict[str, list[Unit]]):
+class CountedSnapshot(dict[str, list[Unit]]):
     """Counts how often it is asked for a source."""
 
     num_asked = 0
@@ -596,7 +596,7 @@ class CountedListing(dict[str, list[Unit]]):
 
 
 def test_a_listing_that_is_known_costs_by_the_receipts_that_are_new(output: Output):
-    listing = CountedListing({name: [unit_of((name, "v1"))] for name in NAMES})
+    snapshot = CountedSnapshot({name: [unit_of((name, "v1"))] for name in NAMES})
     state = State(output.store)
     costs, shown = [], []
     for names in (NAMES[:10], NAMES[10:13], NAMES[13:14], [], NAMES[14:]):
@@ -604,10 +604,10 @@ def test_a_listing_that_is_known_costs_by_the_receipts_that_are_new(output: Outp
             receipt = receipt_of((name, "v1"), 0)
             assert output.store.put_if_absent(receipt.path, receipt.to_bytes())
             state.add(receipt)
-        listing.num_asked = 0
-        state, manifest = write_next(state, CONTRACT, 1, lambda: listing, on_missing="keep")
+        snapshot.num_asked = 0
+        state, manifest = write_next(state, CONTRACT, 1, lambda: snapshot, on_missing="keep")
         assert manifest
-        costs.append(listing.num_asked)
+        costs.append(snapshot.num_asked)
         shown.append((manifest.number, manifest.num_units, manifest.complete))
         assert not state.outside, "what a manifest names is in its part"
     assert costs == [40, 3, 1, 0, 26]
@@ -617,7 +617,7 @@ def test_a_listing_that_is_known_costs_by_the_receipts_that_are_new(output: Outp
 @settings(max_examples=60, deadline=None, print_blob=True)
 @given(data=st.data())
 def test_a_known_listing_gives_the_manifests_that_a_new_one_gives(data: st.DataObject):
-    """One driver writes manifest after manifest from one listing; one starts anew for each."""
+    """One driver writes manifest after manifest from one snapshot; one starts anew for each."""
     names = NAMES[:5]
     changed = data.draw(st.sets(st.sampled_from(names)), "changed")
     before = {name: [unit_of((name, "v1"))] for name in names[:4]}
@@ -634,11 +634,11 @@ def test_a_known_listing_gives_the_manifests_that_a_new_one_gives(data: st.DataO
                 assert store.put_if_absent(receipt.path, receipt.to_bytes())
             state.add(receipt)
 
-        def write(listing: dict[str, list[Unit]]) -> list[dict[str, Any]]:
+        def write(snapshot: dict[str, list[Unit]]) -> list[dict[str, Any]]:
             nonlocal state
-            state, known = write_next(state, CONTRACT, 1, lambda: listing, on_missing="keep")
+            state, known = write_next(state, CONTRACT, 1, lambda: snapshot, on_missing="keep")
             anew = write_next(
-                State(stores[1]), CONTRACT, 1, lambda: dict(listing), on_missing="keep"
+                State(stores[1]), CONTRACT, 1, lambda: dict(snapshot), on_missing="keep"
             )
             return [tree_of(stores[0], known), tree_of(stores[1], anew[1])]
 
@@ -676,12 +676,12 @@ def test_units_that_are_encoded_again_cost_the_parts_they_lie_in(
 ):
     read: list[str] = []
     read_bytes = Store.read_bytes
-    listing = {name: [unit_of((name, "v1"))] for name in NAMES}
+    snapshot = {name: [unit_of((name, "v1"))] for name in NAMES}
     for first in range(0, 40, 4):  # ten parts
         committed_now = [(name, "v1") for name in NAMES[first : first + 4]]
         for version in committed_now:
             output.commit(version)
-        write_next(State(output.store), CONTRACT, 1, lambda: listing, on_missing="keep")
+        write_next(State(output.store), CONTRACT, 1, lambda: snapshot, on_missing="keep")
     state = State(output.store)
     monkeypatch.setattr(
         Store, "read_bytes", lambda self, path: read.append(path) or read_bytes(self, path)
@@ -694,7 +694,7 @@ def test_units_that_are_encoded_again_cost_the_parts_they_lie_in(
             assert output.store.put_if_absent(receipt.path, receipt.to_bytes())
             state.add(receipt)
         read.clear()
-        state, manifest = write_next(state, CONTRACT, 1, lambda: listing, on_missing="keep")
+        state, manifest = write_next(state, CONTRACT, 1, lambda: snapshot, on_missing="keep")
         costs.append(sum(path.startswith("parts/") for path in read))
     # At first all but the newest; then those in which a unit is replaced, as long as any is left.
     assert costs == [10, 2, 1, 1]
@@ -773,7 +773,7 @@ def named(parts: list[str | int | None]) -> str:
 
 
 def test_the_fingerprint_never_moves():
-    # A dataset on disk is found again by this very hash: a change of it makes all caches stale.
+    # Datasets on disk hold this hash: a change of it makes them unusable.
     assert make_contract().fingerprint == (
         "616e8f2adc06546a6c4e3acda11060cfb2b3218f1e6143f74c56e745d5916d50"
     )
@@ -853,16 +853,16 @@ def test_the_first_contract_stays_and_an_equal_one_agrees(tmp_path: Path):
 def test_another_contract_is_refused_with_each_field(tmp_path: Path):
     store = Store(str(tmp_path))
     establish_contract(store, make_contract(), {})
-    wanted = make_contract(dtype="float32", buckets=((128, 128),))
+    other = make_contract(dtype="float32", buckets=((128, 128),))
     with pytest.raises(
         ContractMismatch, match=r"delete .* to start over, as nothing is committed yet"
     ):
-        establish_contract(store, wanted, {})
+        establish_contract(store, other, {})
     (tmp_path / "commits").mkdir()
     (tmp_path / "commits" / "0-0.json").touch()
     before = tree_digest(tmp_path)
     with pytest.raises(ContractMismatch) as caught:
-        establish_contract(store, wanted, {})
+        establish_contract(store, other, {})
     first, *lines = str(caught.value).splitlines()
     assert store.url in first
     assert "output.url" in first
@@ -876,7 +876,7 @@ def test_another_contract_is_refused_with_each_field(tmp_path: Path):
 
 
 def test_of_two_creators_one_wins_and_the_other_reads_it(tmp_path: Path):
-    """The other driver's contract appears between this one's look and its put."""
+    """The other driver puts its contract just before this one."""
 
     class Late(Store):
         def put_if_absent(self, path: str, data: bytes, **options: Any) -> bool:

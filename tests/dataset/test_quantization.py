@@ -1,4 +1,4 @@
-"""int8 latents: the arithmetic, its place in the contract, and every reader by docs/format.md."""
+"""int8 latents: the arithmetic, the contract, and every reader by docs/format.md."""
 
 from __future__ import annotations
 
@@ -200,18 +200,18 @@ def test_a_contract_keeps_its_numbers_to_the_bit(tmp_path: Path):
 
 
 def test_what_is_open_is_taken_from_another_contract():
-    there, open_ = int8_contract(), int8_contract(**OPEN)
+    stored, open_ = int8_contract(), int8_contract(**OPEN)
     assert not open_.is_resolved
-    assert open_.resolved_as(there) == there
-    assert there.resolved_as(int8_contract(scale=(1.0,) * 4)) == there, "nothing was open"
+    assert open_.resolved_as(stored) == stored
+    assert stored.resolved_as(int8_contract(scale=(1.0,) * 4)) == stored, "nothing was open"
     auto = replace(open_, latents=replace(open_.latents, precision="auto"))
-    assert auto.resolved_as(there) == there
+    assert auto.resolved_as(stored) == stored
     assert not open_.resolved_as(make_contract()).is_resolved
 
 
 def test_specs_are_compared_and_not_what_came_of_them():
-    wanted = int8_contract(**OPEN, seed=1, num_images=64)
-    assert contract_diff(int8_contract(), wanted.resolved_as(int8_contract())) == [
+    other = int8_contract(**OPEN, seed=1, num_images=64)
+    assert contract_diff(int8_contract(), other.resolved_as(int8_contract())) == [
         "latents.quantization.num_images: dataset has 512, config has 64",
         "latents.quantization.seed: dataset has 0, config has 1",
     ]
@@ -219,7 +219,7 @@ def test_specs_are_compared_and_not_what_came_of_them():
     assert contract_diff(int8_contract(), floats) == [
         'latents.dtype: dataset has "int8", config has "float16"'
     ]
-    assert contract_diff(floats, wanted) == [
+    assert contract_diff(floats, other) == [
         'latents.dtype: dataset has "float16", config has "int8"'
     ]
 
@@ -262,7 +262,7 @@ def by_the_document(folder: Path, row: dict[str, Any], monkeypatch: pytest.Monke
 
 def stored_rows(url: str) -> dict[tuple[str, str], dict[str, Any]]:
     """Every row with its bytes, as DuckDB and safetensors.numpy find them."""
-    found = {}
+    result = {}
     for path in Path(url).glob("data/*/*.parquet"):
         query = duckdb.sql(f"SELECT * FROM read_parquet('{path}')")
         rows = [dict(zip(query.columns, values, strict=True)) for values in query.fetchall()]
@@ -274,8 +274,8 @@ def stored_rows(url: str) -> dict[tuple[str, str], dict[str, Any]]:
         else:
             assert pq.read_table(path)["latent"].to_pylist() == [row["latent"] for row in rows]
         assert {row["latent_dtype"] for row in rows} == {"int8"}
-        found |= {(path.parent.name, row["key"]): row for row in rows}
-    return found
+        result |= {(path.parent.name, row["key"]): row for row in rows}
+    return result
 
 
 @pytest.mark.parametrize("posterior", ["mean", "moments"])
@@ -307,9 +307,9 @@ def test_all_that_read_agree(tmp_path: Path, format: str):
     for normalize, factor in ((False, 1.0), (True, 0.18215)):
         mapped = LatentDataset(url, columns=["unit", "key"], normalize=normalize)
         for index in range(len(mapped)):
-            found = mapped[index]
-            expected = factor * rows[found["unit"], found["key"]]
-            torch.testing.assert_close(found["latents"], expected, rtol=3e-7, atol=0)
+            result = mapped[index]
+            expected = factor * rows[result["unit"], result["key"]]
+            torch.testing.assert_close(result["latents"], expected, rtol=3e-7, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -334,8 +334,8 @@ def test_moments_are_brought_back_before_they_are_drawn(tmp_path: Path, format: 
         bucket = (8 * row.latent.shape[2], 8 * row.latent.shape[1])
         values.setdefault(sources[row.unit], {}).setdefault(bucket, []).append(row.latent)
     units = {
-        source: {bucket: torch.stack(rows) for bucket, rows in found.items()}
-        for source, found in values.items()
+        source: {bucket: torch.stack(rows) for bucket, rows in result.items()}
+        for source, result in values.items()
     }
     contract = make_contract(dtype="float32", buckets=BUCKETS, format=format, posterior="moments")
     write_dataset(tmp_path / "float32", contract, units)

@@ -149,7 +149,7 @@ def add_unit(folder: Path, *, complete: bool) -> None:
     store = Store(str(folder / "out"))
     dataset = open_dataset(store.url)
     contract = dataset.contract
-    listing = {record.unit.source: [record.unit] for record in dataset.units}
+    snapshot = {record.unit.source: [record.unit] for record in dataset.units}
     if complete:
         receipt = commit_unit(
             store,
@@ -158,14 +158,14 @@ def add_unit(folder: Path, *, complete: bool) -> None:
             "d.tar",
             {(64, 64): make_latents(contract, (64, 64), 4, seed=99)},
         )
-        listing["d.tar"] = [receipt.record.unit]
+        snapshot["d.tar"] = [receipt.record.unit]
     else:
-        listing["e.tar"] = [Unit.of("e.tar", 1, "v1", contract.fingerprint)]
+        snapshot["e.tar"] = [Unit.of("e.tar", 1, "v1", contract.fingerprint)]
     write_next(
         State(store),
         contract.fingerprint,
         4,
-        lambda: listing,
+        lambda: snapshot,
         on_missing="keep",
         columns=columns_of(["txt"]),
     )
@@ -224,7 +224,7 @@ def test_a_vanished_file_is_told_when_it_is_read(tmp_path: Path, format: str):
     path = data_files(dataset, f".{format}")[0]
     os.unlink(path)
     again = open_dataset(dataset.url)
-    assert again[5].key == "k0005", "rows of other files are still there"
+    assert again[5].key == "k0005", "rows of other files can still be read"
     with pytest.raises(ObjectNotFound, match=os.path.basename(path)):
         again[0]
 
@@ -250,7 +250,7 @@ def test_a_page_that_was_overwritten_is_told_when_it_is_read(tmp_path: Path, dat
 
 
 def test_a_file_of_fewer_rows_never_ends_an_iteration_early(tmp_path: Path, dataset: Dataset):
-    """An IndexError from within would look like the end of the sequence."""
+    """An IndexError would end the iteration."""
     many, few = (Path(path) for path in data_files(dataset, ".parquet")[:2])
     many.write_bytes(few.read_bytes())
     with pytest.raises(DatasetError, match=rf"{many.name} is damaged: 3 rows, not 5"):
@@ -265,7 +265,7 @@ def test_damaged_rejects_are_told(tmp_path: Path, dataset: Dataset):
 
 
 def test_reading_starts_no_scanner_whose_threads_outlive_it(dataset: Dataset):
-    """One in two commands ended with SIGABRT: Arrow's threads wanted Python, which had gone."""
+    """Arrow's threads may outlive the interpreter, which then aborts the process."""
     code = (
         "import sys, latentcache\n"
         f"dataset = latentcache.open_dataset({dataset.url!r})\n"
@@ -285,7 +285,7 @@ def of_dtype(request: pytest.FixtureRequest, tmp_path: Path) -> Dataset:
 
 def test_duckdb_reads_the_same_bits(of_dtype: Dataset):
     with duckdb.connect() as connection:
-        found = connection.execute(
+        result = connection.execute(
             "SELECT key, latent FROM read_parquet($files)",
             {"files": data_files(of_dtype, ".parquet")},
         ).fetchall()
@@ -293,7 +293,7 @@ def test_duckdb_reads_the_same_bits(of_dtype: Dataset):
             "SELECT sum(original_width) FROM read_parquet($files)",
             {"files": data_files(of_dtype, ".parquet")},
         ).fetchone()
-    assert found == bits(of_dtype)
+    assert result == bits(of_dtype)
     assert width == 640 * 10
 
 
@@ -337,10 +337,10 @@ def test_safetensors_reads_the_same_bits(tmp_path: Path, dtype: str):
     paths = data_files(dataset, ".safetensors")
     if dtype == "bfloat16":  # numpy has no such type
         loaded = [safetensors.torch.load_file(path)["latents"] for path in paths]
-        found = [tensor_bytes(latent) for latents in loaded for latent in latents]
+        result = [tensor_bytes(latent) for latents in loaded for latent in latents]
     else:
         arrays = [safetensors.numpy.load_file(path)["latents"] for path in paths]
         assert {array.dtype for array in arrays} == {np.dtype(dtype)}
-        found = [latent.tobytes() for latents in arrays for latent in latents]
+        result = [latent.tobytes() for latents in arrays for latent in latents]
     keys = pl.read_parquet(data_files(dataset, ".rows.parquet"))["key"].to_list()
-    assert list(zip(keys, found, strict=True)) == bits(dataset)
+    assert list(zip(keys, result, strict=True)) == bits(dataset)

@@ -144,11 +144,11 @@ def test_row_groups_are_bounded(
     writer.close()
     writer.check()
     with pq.ParquetFile(writer.paths[-1]) as file:
-        found = [file.metadata.row_group(index) for index in range(file.num_row_groups)]
-    assert [group.num_rows for group in found] == groups
+        result = [file.metadata.row_group(index) for index in range(file.num_row_groups)]
+    assert [group.num_rows for group in result] == groups
     assert max(groups) <= 1024
     if format == "parquet":
-        assert all(group.total_byte_size < 32 * 2**20 for group in found)
+        assert all(group.total_byte_size < 32 * 2**20 for group in result)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -176,9 +176,9 @@ def test_latents_come_back_in_order(tmp_path: Path, dtype: str, format: str):
     contract = make_contract(dtype=dtype, format=format)
     latents = make_latents(contract, (64, 64), 9)
     paths = write(tmp_path, contract, latents, (64, 64))
-    found = list(iterate_latents(paths))
-    assert [key for key, _ in found] == [f"k{index:04d}" for index in range(9)]
-    for (_, latent), expected in zip(found, latents, strict=True):
+    result = list(iterate_latents(paths))
+    assert [key for key, _ in result] == [f"k{index:04d}" for index in range(9)]
+    for (_, latent), expected in zip(result, latents, strict=True):
         assert_same_bits(latent, expected)
 
 
@@ -273,7 +273,7 @@ def test_rejects_are_a_table(tmp_path: Path):
 
 
 def test_the_safetensors_header_fits_its_room_at_any_size():
-    """The header is written last into room left for it: the largest numbers must fit."""
+    """The header is written last into reserved space: the largest numbers must fit."""
     entry = {
         "__metadata__": {"format": "pt"},
         "latents": {

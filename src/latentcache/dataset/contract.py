@@ -292,8 +292,7 @@ def establish_contract(store: Store, contract: Contract, provenance: dict[str, A
     """
     assert contract.is_resolved
     tree = {"contract": contract.to_json(), "fingerprint": contract.fingerprint}
-    tree |= {"provenance": provenance}
-    data = json.dumps(tree, indent=1, sort_keys=True).encode()
+    data = json.dumps(tree | {"provenance": provenance}, indent=1, sort_keys=True).encode()
     if not store.put_if_absent(CONTRACT_PATH, data):
         data = store.read_bytes(CONTRACT_PATH)
     require_same(store, _parse(store, data)[0], contract)

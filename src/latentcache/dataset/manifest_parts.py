@@ -135,9 +135,8 @@ def put_part(store: Store, receipts: Iterable[Receipt]) -> ManifestPart:
     """
     rows = []
     for receipt in sorted(receipts, key=lambda r: r.record.unit.source):
-        row = asdict(receipt.record)
-        row |= {name: json.dumps(row[name], sort_keys=True) for name in _JSON}
-        rows.append(row | {"statistics": json.dumps(receipt.statistics.to_json())})
+        row = asdict(receipt.record) | {"statistics": receipt.statistics.to_json()}
+        rows.append(row | {name: json.dumps(row[name]) for name in (*_JSON, "statistics")})
     # The random value makes every part unique. So a manifest part that a killed run left behind
     # belongs to no other run, and can be deleted.
     schema = PART_SCHEMA.with_metadata({"latentcache.manifest_part": secrets.token_hex(16)})
@@ -242,10 +241,9 @@ def _check_owner(files: pa.StructArray, folder: str, ids: pa.Array) -> None:
     """Raise `ValueError` if files are not those of units in a folder, or if one occurs twice."""
     paths = pc.struct_field(files, "path")
     starts = pc.utf8_slice_codeunits(paths, 0, len(f"{folder}/{'0' * 32}"))
-    is_good = pc.and_(
-        pc.equal(starts, pc.binary_join_element_wise(folder, ids, "/")),
-        pc.equal(pc.not_equal(pc.struct_field(files, "bucket"), ""), folder == "data"),
-    )
+    is_own = pc.equal(starts, pc.binary_join_element_wise(folder, ids, "/"))
+    has_bucket = pc.not_equal(pc.struct_field(files, "bucket"), "")
+    is_good = pc.and_(is_own, pc.equal(has_bucket, folder == "data"))
     if bad := paths.filter(pc.invert(is_good)):
         raise ValueError(f"{bad[0]} is of another unit, or not in {folder}/")
     if pc.count_distinct(paths).as_py() < len(paths):
@@ -340,11 +338,7 @@ def _records_of(table: pa.Table) -> list[UnitRecord]:
 
 
 class UnitRecords(Sequence[UnitRecord]):
-    """The records of very many units, stored as columns; each record is created when accessed.
-
-    Args:
-        table: rows of parts, in the order of the records.
-    """
+    """The records of very many units, stored as columns; each record is created when accessed."""
 
     def __init__(self, table: pa.Table) -> None:
         self._table = table.combine_chunks()

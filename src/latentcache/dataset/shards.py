@@ -122,14 +122,9 @@ def check_schema(schema: pa.Schema, contract: Contract) -> None:
 
 
 class BucketWriter:
-    """A writer of the rows of one bucket of one unit to local disk.
+    """A writer of the rows of one bucket (width, height) of one unit to local disk.
 
-    Args:
-        stem: path of the files without their suffixes; the folder exists.
-        contract: the contract of the dataset, which decides dtype and format.
-        columns: the kept columns.
-        unit_id: id of the unit, for the metadata of the file.
-        bucket: (width, height) in pixels.
+    `stem` is the path of the files without their suffixes; the folder exists.
     """
 
     def __init__(
@@ -207,15 +202,13 @@ class BucketWriter:
             self._flush()
         self._parquet.close()
         if self._tensor_file:
-            header = {
-                "__metadata__": {"format": "pt"},
-                "latents": {
-                    "dtype": SAFETENSORS_DTYPES[self._contract.latents.dtype],
-                    "shape": [self.num_rows, *self._shape],
-                    "data_offsets": [0, self.num_rows * self._latent_bytes],
-                },
+            entry = {
+                "dtype": SAFETENSORS_DTYPES[self._contract.latents.dtype],
+                "shape": [self.num_rows, *self._shape],
+                "data_offsets": [0, self.num_rows * self._latent_bytes],
             }
-            text = json.dumps(header).encode().ljust(_SAFETENSORS_HEADER_BYTES)
+            header = json.dumps({"__metadata__": {"format": "pt"}, "latents": entry})
+            text = header.encode().ljust(_SAFETENSORS_HEADER_BYTES)
             self._tensor_file.seek(0)
             self._tensor_file.write(len(text).to_bytes(8, "little") + text)
             self._tensor_file.close()

@@ -73,11 +73,8 @@ class State:
     It keeps a summary of each unit, and a whole receipt until a part contains it. `live` holds,
     by source, the units that count in the newest manifest. `outside` holds, by unit id, the
     receipt of the highest generation if no part contains it. A unit in the manifest's `removed`
-    never counts again: if its source is listed again, the unit gets a new generation.
-
-    Args:
-        store: the output.
-        receipts: names of the receipts, if the caller has listed them; None lists them.
+    never counts again: if its source is listed again, the unit gets a new generation. `receipts`
+    are names of receipts, if the caller has listed them.
     """
 
     def __init__(self, store: Store, receipts: Iterable[str] | None = None) -> None:
@@ -100,9 +97,8 @@ class State:
     def _read_parts(self, manifest: Manifest) -> set[str]:
         """Add the units of a manifest; return the names of all receipts that it lists."""
         named: set[str] = set()
-        tables = read_parts(
-            self.store, manifest.parts, f"manifest {manifest.number}", SUMMARY_COLUMNS
-        )
+        named_by = f"manifest {manifest.number}"
+        tables = read_parts(self.store, manifest.parts, named_by, SUMMARY_COLUMNS)
         for part, table in enumerate(tables):
             for unit in summaries_of(table, part):
                 if unit.name in named:
@@ -163,11 +159,9 @@ class State:
             self.live.pop(source, None)
             if units:
                 self.live[source] = tuple(fresh.get(unit.unit_id, unit) for unit in units)
-        self.outside = {
-            unit: receipt
-            for unit, receipt in self.outside.items()
-            if self._latest[unit].part is None and receipt.record.name not in self.removed
-        }
+        for unit_id, receipt in [*self.outside.items()]:
+            if self._latest[unit_id].part is not None or receipt.record.name in self.removed:
+                del self.outside[unit_id]
         self.last = selection
         self.touched.clear()
 
@@ -176,23 +170,15 @@ def _in_order(units: Iterable[UnitSummary]) -> tuple[UnitSummary, ...]:
     return tuple(sorted(units, key=lambda unit: unit.unit_id))
 
 
-def select_units(
+def _select_units(
     state: State, snapshot: SourceSnapshot, on_missing: str, columns: Columns
 ) -> Selection:
     """Decide which units count in the next manifest, without access to the store.
 
     If all units of a source at its listed version are committed, exactly those count. If the
     source changed and some are not committed, its units in the newest manifest still count, and
-    it is `stale`. A unit with other columns counts, but its source is unfinished.
-
-    Args:
-        state: the newest manifest and the receipts.
-        snapshot: the source snapshot; the same object again costs only checks of new receipts.
-        on_missing: `keep` or `drop` the units of sources that are not listed any more.
-        columns: the kept columns that the rows should have.
-
-    Raises:
-        SourceError: see `require_few`.
+    it is `stale`. A unit with other columns counts, but its source is unfinished. The same snapshot
+    again costs only checks of the new receipts.
     """
     selection, last = Selection(snapshot, on_missing, columns), state.last
     terms = (on_missing, columns)
@@ -299,14 +285,15 @@ def write_next(
         state: the state of the output.
         contract, num_channels: the contract's fingerprint, and the channels of a stored latent.
         list_snapshot: returns the source snapshot; called again if another driver was faster.
-        on_missing, columns: see `select_units`.
+        on_missing: `keep` or `drop` the units of sources that are not listed any more.
+        columns: the kept columns that the rows should have.
         may_complete: False keeps the manifest from being complete, after a check failed.
 
     Returns:
         The state, read again if another driver was faster, and the newest manifest, if any.
     """
     while True:
-        selection = select_units(state, list_snapshot(), on_missing, columns)
+        selection = _select_units(state, list_snapshot(), on_missing, columns)
         complete = may_complete and not selection.unfinished
         newest, stale = state.manifest, tuple(sorted(selection.stale))
         terms = (newest.stale, newest.complete, newest.columns) if newest else ((), False, columns)
