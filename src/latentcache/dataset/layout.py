@@ -138,11 +138,10 @@ def _first_latent(file: File, chunk: ColumnChunk, rows: int, size: int, number: 
 
 
 def tensor_from_bytes(data: bytes, dtype: str, shape: Sequence[int]) -> torch.Tensor:
-    """Return a tensor of a dtype in `TORCH_DTYPES` with the little-endian bytes of one row.
+    """Return a tensor with the bytes of one row.
 
     Args:
-        data, dtype: little-endian bytes of elements of a dtype in `TORCH_DTYPES`.
-        shape: the shape of the tensor.
+        data, dtype, shape: little-endian bytes, a key of `TORCH_DTYPES`, and the shape.
     """
     # A bytearray is writable: torch warns about memory that it must not write to.
     return torch.frombuffer(bytearray(data), dtype=TORCH_DTYPES[dtype]).reshape(list(shape))

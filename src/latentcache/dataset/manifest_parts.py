@@ -103,8 +103,7 @@ class Totals(RowCounts):
         """Return the sums over units.
 
         Args:
-            units: the record and the statistics of each unit.
-            num_channels: number of channels of a stored latent.
+            units, num_channels: record and statistics of each, and channels of a stored latent.
         """
         none = Statistics.empty(num_channels)
         total = Totals(num_units=0, **NO_SAMPLES, buckets={}, statistics=none)
@@ -225,9 +224,8 @@ def _check_values(array: pa.Array, hint: Any, name: str) -> None:
             if isinstance(rule, Pattern):
                 is_good = pc.match_substring_regex(array, f"^(?:{rule.regex})$")
             else:
-                is_good = pc.and_(
-                    pc.greater_equal(array, rule.low), pc.less_equal(array, rule.high)
-                )
+                is_high = pc.greater_equal(array, rule.low)
+                is_good = pc.and_(is_high, pc.less_equal(array, rule.high))
             if bad := array.filter(pc.invert(is_good)):
                 raise ValueError(f"{name} is {bad[0].as_py()!a:.60}")
     elif origin is tuple:
@@ -284,13 +282,10 @@ def _read_values(array: pa.Array, hint: Any) -> list[Any]:
 
 
 def summaries_of(table: pa.Table, number: int) -> Iterator[UnitSummary]:
-    """Yield the summaries of the units of the manifest's part `number`.
-
-    `table` has the columns `SUMMARY_COLUMNS` of the part.
+    """Yield the summaries of a manifest part's units.
 
     Args:
-        table: the rows of the part, with `SUMMARY_COLUMNS`.
-        number: index of the part in its manifest.
+        table, number: the part's rows with `SUMMARY_COLUMNS`, and its index in the manifest.
     """
     columns = [_read_column(table, name) for name in SUMMARY_COLUMNS]
     for unit, qa, *values in zip(*columns, strict=True):
@@ -307,22 +302,20 @@ def names_of(table: pa.Table) -> pa.Array:
 
 
 def without(table: pa.Table, removed: Collection[str]) -> pa.Table:
-    """Return the rows of a manifest part except units with the names `removed`.
+    """Return the rows of a manifest part without removed units.
 
     Args:
-        table: the rows of the part.
-        removed: names of the removed units, `<unit>-<generation>`.
+        table, removed: the rows, and the names of the removed units, `<unit>-<generation>`.
     """
     gone = pc.is_in(names_of(table), value_set=pa.array(removed, pa.string()))
     return table.filter(pc.invert(gone))
 
 
 def totals_of(table: pa.Table, num_channels: int) -> Totals:
-    """Return the sums over the units of a manifest part, whose table has all columns.
+    """Return the sums over the units of a manifest part.
 
     Args:
-        table: the rows of the part, with all columns.
-        num_channels: number of channels of a stored latent.
+        table, num_channels: the part's rows with all columns, and the channels of a stored latent.
     """
     try:
         statistics = [Statistics.from_json(load_json(t)) for t in table["statistics"].to_pylist()]

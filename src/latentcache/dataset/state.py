@@ -317,9 +317,6 @@ def remove_units(store: Store, names: AbstractSet[str]) -> set[str]:
 
     Returns:
         The names that were removed. If there are none, no manifest was put.
-
-    Raises:
-        IncompleteRun: another process put a manifest first, several times in a row.
     """
     for _ in range(_MAX_TRIES):
         state = State(store, receipts=())
