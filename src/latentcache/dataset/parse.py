@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from functools import lru_cache
 from types import UnionType
@@ -144,7 +143,7 @@ def check(hint: Any, value: Any, at: str) -> Any:
         return None if value is None else check(args[0], value, at)
     if origin in (tuple, list):
         return _check_items(origin, args, value, at)
-    if origin in (dict, Mapping):
+    if origin is dict:
         if not isinstance(value, dict):
             raise ValueError(f"{at} is {_short(value)}, not an object")
         return {check(args[0], k, at): check(args[1], v, _below(at, k)) for k, v in value.items()}
