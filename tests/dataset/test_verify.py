@@ -35,7 +35,7 @@ def output(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-def test_an_undamaged_dataset_is_ok(output: Path):
+def test_verify_passes_an_undamaged_dataset(output: Path):
     before, steps = tree_digest(output), []
     result = verify(str(output), progress=lambda done, total: steps.append((done, total)))
     assert (result.ok, result.problems, result.repaired) == (True, [], [])
@@ -66,7 +66,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str, bool]] = {
 
 @pytest.mark.parametrize("kind", ["data", "rejects"])
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damage_is_named_once_with_its_object_and_unit(output: Path, kind: str, damage: str):
+def test_verify_reports_damage_once_with_its_object_and_unit(output: Path, kind: str, damage: str):
     act, expected, is_quick = DAMAGE[damage]
     path = sorted(output.glob(f"{kind}/*/*"))[-1]
     act(path)
@@ -81,7 +81,7 @@ def test_damage_is_named_once_with_its_object_and_unit(output: Path, kind: str, 
     assert verify(str(output), quick=True).ok != is_quick
 
 
-def test_all_damage_is_told_at_once(output: Path):
+def test_verify_reports_all_damage_at_once(output: Path):
     for path in output.glob("data/*/*"):
         flip_byte(path)
     result = verify(str(output))
@@ -89,7 +89,7 @@ def test_all_damage_is_told_at_once(output: Path):
     assert named == sorted(p.relative_to(output).as_posix() for p in output.glob("data/*/*"))
 
 
-def test_repair_removes_the_bad_units_alone_and_once(output: Path):
+def test_repair_removes_only_the_bad_units_and_only_once(output: Path):
     path = sorted(output.glob("data/*/*"))[0]
     path.unlink()
     before = tree_digest(output)
@@ -142,7 +142,7 @@ def publish(store: Store, contract: Contract) -> str:
 
 @pytest.mark.parametrize("format", ["parquet", "safetensors"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_latent_that_is_not_finite_is_found(tmp_path: Path, format: str, value: float):
+def test_verify_reports_a_latent_that_is_not_finite(tmp_path: Path, format: str, value: float):
     contract = make_contract(format=format)
     latents = make_latents(contract, (64, 64), 3)
     latents[1, 2, 3, 4] = value
@@ -190,7 +190,7 @@ WRONG_ROWS: dict[str, tuple[Callable[[pa.Table], pa.Table], str]] = {
 
 
 @pytest.mark.parametrize("wrong", WRONG_ROWS)
-def test_wrong_rows_are_found(tmp_path: Path, wrong: str):
+def test_verify_reports_wrong_rows(tmp_path: Path, wrong: str):
     change, expected = WRONG_ROWS[wrong]
     contract = make_contract()
     store = committed(tmp_path, contract, make_latents(contract, (64, 64), 3))
@@ -203,7 +203,7 @@ def test_wrong_rows_are_found(tmp_path: Path, wrong: str):
     }
 
 
-def test_a_manifest_that_cannot_be_read_is_an_error(output: Path):
+def test_verify_raises_an_error_for_an_unreadable_manifest(output: Path):
     (part,) = (output / "parts").iterdir()
     flip_byte(part)
     with pytest.raises(DatasetError, match=part.name):
