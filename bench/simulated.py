@@ -83,7 +83,9 @@ def make_receipt(contract: Contract, unit: Unit, generation: int, attempt: str) 
             DataFile(f"data/{stem}-{bucket}.parquet", 83_000_000, digest, ROWS_PER_UNIT, bucket),
         ),
         rejects=DataFile(f"rejects/{stem}.parquet", 9000, digest, REJECTS_PER_UNIT, ""),
-        qa=QaFile(qa_file, {bucket: NUM_QA_ROWS}, 31.0, 62.0),
+        qa=QaFile(
+            file=qa_file, num_rows={bucket: NUM_QA_ROWS}, mean_psnr_db=31.0, min_drift_db=62.0
+        ),
     )
     rng = np.random.default_rng(int(unit.id[:8], 16))
     num_channels = contract.stored_channels

@@ -115,12 +115,12 @@ def write_dataset(
     state = State(store)
     for receipt in receipts:
         state.add(receipt)
-    listing = {r.record.unit.source: [r.record.unit] for r in receipts}
+    snapshot = {r.record.unit.source: [r.record.unit] for r in receipts}
     write_next(
         state,
         contract.fingerprint,
         contract.stored_channels,
-        lambda: listing,
+        lambda: snapshot,
         on_missing="keep",
         columns=columns,
     )
@@ -151,7 +151,17 @@ def _write_unit(
                 file = describe_file(path, f"data/{unit.id}/{path.name}", num_rows, name)
                 store.put_file(path, file.path)
                 files.append(file)
-    record = UnitRecord(unit, 0, attempt, first, first, 0, tuple(files), None, columns=columns)
+    record = UnitRecord(
+        unit=unit,
+        generation=0,
+        attempt=attempt,
+        num_samples=first,
+        num_rows=first,
+        num_rejects=0,
+        files=tuple(files),
+        rejects=None,
+        columns=columns,
+    )
     receipt = Receipt(record, contract.fingerprint, Statistics.empty(contract.stored_channels))
     store.put_if_absent(receipt.path, receipt.to_bytes())
     return receipt
@@ -172,15 +182,24 @@ def write_manifest(url: str, contract: Contract, num_units: int, rows_per_unit: 
     establish_contract(store, contract, {})
     state = State(store)
     (bucket,) = contract.transform.buckets
-    listing = {}
+    snapshot = {}
     for number in range(num_units):
         unit = Unit.of(f"s3://images/{number:08d}.tar", 10**9, "1", contract.fingerprint)
         name = f"data/{unit.id}/0-{unit.id}-{Bucket(*bucket).name}.parquet"
         file = DataFile(name, 82 * 10**6, unit.id * 2, rows_per_unit, Bucket(*bucket).name)
-        record = UnitRecord(unit, 0, unit.id, rows_per_unit, rows_per_unit, 0, (file,), None)
+        record = UnitRecord(
+            unit=unit,
+            generation=0,
+            attempt=unit.id,
+            num_samples=rows_per_unit,
+            num_rows=rows_per_unit,
+            num_rejects=0,
+            files=(file,),
+            rejects=None,
+        )
         empty = Statistics.empty(contract.stored_channels)
         state.add(Receipt(record, contract.fingerprint, empty))
-        listing[unit.source] = [unit]
+        snapshot[unit.source] = [unit]
     write_next(
-        state, contract.fingerprint, contract.stored_channels, lambda: listing, on_missing="keep"
+        state, contract.fingerprint, contract.stored_channels, lambda: snapshot, on_missing="keep"
     )

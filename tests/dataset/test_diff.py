@@ -58,7 +58,7 @@ def by_source(diffs: tuple[SourceDiff, ...]) -> dict[str, tuple[list[str], list[
     return {diff.source: (names("before", diff), names("after", diff)) for diff in diffs}
 
 
-def test_any_two_manifests_differ_by_the_units_that_only_one_has(world: World) -> None:
+def test_diff_lists_the_units_that_only_one_of_two_manifests_has(world: World) -> None:
     nights(world)
     shown: dict[int, dict[str, UnitRecord]] = {
         number: {r.name: r for r in read_records(world.store, read_manifest(world.store, number))}
@@ -66,7 +66,7 @@ def test_any_two_manifests_differ_by_the_units_that_only_one_has(world: World) -
     }
     for before in shown:
         for after in shown:
-            found = diff_manifests(world.url, before, after)
+            result = diff_manifests(world.url, before, after)
             gone = shown[before].keys() - shown[after].keys()
             come = shown[after].keys() - shown[before].keys()
             sides: dict[str, tuple[list[str], list[str]]] = {}
@@ -75,13 +75,13 @@ def test_any_two_manifests_differ_by_the_units_that_only_one_has(world: World) -
                     source = shown[after if side else before][name].unit.source
                     sides.setdefault(source, ([], []))[side].append(name)
             assert (
-                by_source(found.added) | by_source(found.replaced) | by_source(found.removed)
+                by_source(result.added) | by_source(result.replaced) | by_source(result.removed)
                 == sides
             )
-            assert all(not diff.before for diff in found.added)
-            assert all(diff.before and diff.after for diff in found.replaced)
-            assert all(not diff.after for diff in found.removed)
-            counts = found.counts
+            assert all(not diff.before for diff in result.added)
+            assert all(diff.before and diff.after for diff in result.replaced)
+            assert all(not diff.after for diff in result.removed)
+            counts = result.counts
             for name in ("num_units", "num_rows", "num_rejects"):
                 moved = [
                     getattr(getattr(counts, kind), name)
@@ -90,17 +90,17 @@ def test_any_two_manifests_differ_by_the_units_that_only_one_has(world: World) -
                 assert moved[0] + moved[1] - moved[2] - moved[3] + moved[4] == moved[5]
 
 
-def test_by_default_the_last_two_complete_manifests_are_compared(world: World) -> None:
+def test_diff_compares_the_last_two_complete_manifests_by_default(world: World) -> None:
     nights(world)
     newest = read_manifest(world.store, 4)
     world.change("b.tar")
     world.write()
     assert not read_manifest(world.store, 5).complete
-    found = diff_manifests(world.url)
-    assert (found.before, found.after) == (3, newest.number)
-    assert set(by_source(found.added)) == {"b.tar"}
-    assert set(by_source(found.replaced)) == {"a.tar", "c.tar"}
-    assert found.counts.replaced == Counts(2, 2, 2)
+    result = diff_manifests(world.url)
+    assert (result.before, result.after) == (3, newest.number)
+    assert set(by_source(result.added)) == {"b.tar"}
+    assert set(by_source(result.replaced)) == {"a.tar", "c.tar"}
+    assert result.counts.replaced == Counts(2, 2, 2)
     assert diff_manifests(world.url, 1).after == 4
     publish(world.url, 2)
     assert diff_manifests(world.url, "published").before == 2
@@ -109,7 +109,7 @@ def test_by_default_the_last_two_complete_manifests_are_compared(world: World) -
         diff_manifests(world.url, after=1)
 
 
-def test_parts_that_both_name_are_read_only_where_they_must_be(
+def test_diff_reads_no_part_that_both_manifests_list_with_equal_removals(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for source in SOURCES:  # a manifest part each
@@ -132,7 +132,7 @@ def test_parts_that_both_name_are_read_only_where_they_must_be(
 # published.json
 
 
-def test_the_published_manifest_is_the_one_that_is_opened(world: World) -> None:
+def test_published_opens_the_published_manifest(world: World) -> None:
     nights(world)
     assert read_published(world.store) is None
     assert read_status(world.url, StorageOptions()).published is None
@@ -152,21 +152,21 @@ def test_the_published_manifest_is_the_one_that_is_opened(world: World) -> None:
     assert publish(world.url).manifest == 4
 
 
-def test_publishing_again_writes_nothing(world: World) -> None:
+def test_publishing_the_same_manifest_again_writes_nothing(world: World) -> None:
     publish(nights(world).url, 3)
     before = tree_digest(world.folder)
     assert publish(world.url, 3).manifest == 3
     assert tree_digest(world.folder) == before
 
 
-def test_it_goes_back_only_if_told(world: World) -> None:
+def test_publish_goes_back_to_an_older_manifest_only_with_force(world: World) -> None:
     publish(nights(world).url, 3)
     with pytest.raises(ConfigError, match="manifest 3 published, which is newer than 2: use"):
         publish(world.url, 2)
     assert publish(world.url, 2, force=True).manifest == 2
 
 
-def test_what_is_not_complete_or_not_there_is_not_published(world: World) -> None:
+def test_publish_rejects_incomplete_and_missing_manifests(world: World) -> None:
     nights(world)
     world.change("b.tar")
     world.write()
@@ -181,14 +181,14 @@ def test_what_is_not_complete_or_not_there_is_not_published(world: World) -> Non
     "damage",
     [b"", b"[]", b"{}", b'{"format_version": 3}', b'{"format_version": 2, "manifest": "x"}'],
 )
-def test_a_damaged_pointer_is_named(world: World, damage: bytes) -> None:
+def test_damaged_published_json_is_a_named_error(world: World, damage: bytes) -> None:
     nights(world)
     (world.folder / "published.json").write_bytes(damage)
     with pytest.raises(DatasetError, match=r"published\.json (is damaged|has format version 3)"):
         open_dataset(world.url, "published")
 
 
-def test_a_pointer_that_moves_on_while_it_is_followed_is_read_again(
+def test_published_json_that_changes_while_its_manifest_is_read_is_read_again(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish(nights(world).url, 1)
@@ -210,14 +210,14 @@ def test_a_pointer_that_moves_on_while_it_is_followed_is_read_again(
         find_manifest(world.store, "published")
 
 
-def test_a_manifest_has_two_names_and_no_others(world: World) -> None:
+def test_open_dataset_rejects_other_manifest_names(world: World) -> None:
     nights(world)
     name: Any = "publish"
     with pytest.raises(ConfigError, match="'publish': give its number, or 'published'"):
         open_dataset(world.url, name)
 
 
-def test_a_manifest_is_put_only_after_all_others(world: World) -> None:
+def test_put_manifest_rejects_a_number_that_is_not_the_highest(world: World) -> None:
     nights(world)
     newest = read_manifest(world.store, 4)
     (world.folder / "manifests" / "00000003.json").unlink()
@@ -231,8 +231,8 @@ def renumbered(manifest: Manifest, number: int) -> Manifest:
     return Manifest.from_bytes(json.dumps(tree).encode(), "here")
 
 
-def test_a_generation_that_removed_names_alone_stays_taken(world: World) -> None:
-    """Of a receipt that no part has; no listing of receipts is needed to know."""
+def test_generation_that_only_removed_lists_is_not_reused(world: World) -> None:
+    """No part has the receipt; no list of receipts is needed."""
     world.commit("a.tar")
     unit = world.unit("a.tar")
     world.commit("b.tar")

@@ -67,7 +67,7 @@ PARTS = {
 
 
 @pytest.mark.parametrize("edit", PARTS.values(), ids=PARTS.keys())
-def test_a_part_that_lies_is_a_named_error(
+def test_part_with_invalid_values_is_a_dataset_error(
     tmp_path: Path, edit: Callable[[list[dict[str, Any]]], None]
 ) -> None:
     edit_part(write(tmp_path), edit)
@@ -97,27 +97,29 @@ def test_a_part_that_lies_is_a_named_error(
         ("unknown", 1),
     ],
 )
-def test_a_manifest_that_lies_is_a_named_error(tmp_path: Path, name: str, value: object) -> None:
+def test_manifest_with_invalid_values_is_a_named_error(
+    tmp_path: Path, name: str, value: object
+) -> None:
     edit_manifest(write(tmp_path), lambda tree: tree.update({name: value}))
     with pytest.raises(DatasetError, match=r"manifests/00000001\.json"):
         open_dataset(tmp_path)
 
 
-def test_totals_that_are_not_those_of_the_units_are_a_problem(tmp_path: Path) -> None:
+def test_verify_reports_totals_that_differ_from_the_units(tmp_path: Path) -> None:
     edit_manifest(write(tmp_path), lambda tree: tree.update(num_rows=11))
     (problem,) = verify(str(tmp_path), quick=True).problems
     assert (problem.path, "totals" in problem.message) == ("manifests/00000001.json", True)
 
 
 @pytest.mark.parametrize("data", [b"[" * 100_000, b'{"a": NaN}', b"\xff", b"3", b'"\\ud800"'])
-def test_json_of_another_kind_is_a_named_error(tmp_path: Path, data: bytes) -> None:
+def test_contract_file_with_invalid_json_is_a_named_error(tmp_path: Path, data: bytes) -> None:
     write(tmp_path)
     (tmp_path / "contract.json").write_bytes(data)
     with pytest.raises(DatasetError, match=r"contract\.json"):
         open_dataset(tmp_path)
 
 
-def test_row_groups_of_rows_beside_safetensors_are_held_against_the_latents(tmp_path: Path) -> None:
+def test_row_groups_beside_safetensors_must_have_the_size_of_the_format(tmp_path: Path) -> None:
     write(tmp_path, "safetensors", num_rows=1100)
     path = max((tmp_path / "data").rglob("*.rows.parquet"), key=lambda p: p.stat().st_size)
     table = pq.read_table(path)
@@ -137,7 +139,7 @@ def test_row_groups_of_rows_beside_safetensors_are_held_against_the_latents(tmp_
     assert any("row groups" in problem.message for problem in verify(str(tmp_path)).problems)
 
 
-def test_leases_and_hints_that_cannot_be_read_stop_nobody(tmp_path: Path) -> None:
+def test_unreadable_leases_and_failure_hints_raise_no_error(tmp_path: Path) -> None:
     store = Store(write(tmp_path))
     for number, data in enumerate((b"{", b"[]", b'{"pid": "x"}', b"\xff", b"")):
         store.put(f"runs/{number}.json", data)
@@ -154,7 +156,7 @@ def test_leases_and_hints_that_cannot_be_read_stop_nobody(tmp_path: Path) -> Non
         assert read_failures(store, [hint]) == {}
 
 
-def test_paths_slices_numbers_and_pickles_are_taken(tmp_path: Path) -> None:
+def test_readers_accept_paths_slices_tensor_indices_and_pickling(tmp_path: Path) -> None:
     dataset = pickle.loads(pickle.dumps(open_dataset(write(tmp_path))))
     assert [row.key for row in dataset[-2:]] == [dataset[8].key, dataset[torch.tensor(-1)].key]
     with pytest.raises(TypeError, match="an integer or a slice"):
@@ -165,7 +167,7 @@ def test_paths_slices_numbers_and_pickles_are_taken(tmp_path: Path) -> None:
     assert sum(map(len, loader)) == 10
 
 
-def test_a_forked_process_reads_after_its_parent_has(tmp_path: Path) -> None:
+def test_forked_process_reads_after_its_parent(tmp_path: Path) -> None:
     dataset = open_dataset(write(tmp_path))
     loader, mapped = LatentLoader(tmp_path, batch_size=2), LatentDataset(tmp_path)
     batches = iter(loader)
@@ -173,12 +175,12 @@ def test_a_forked_process_reads_after_its_parent_has(tmp_path: Path) -> None:
     read_end, write_end = os.pipe()
     child = os.fork()
     if child == 0:
-        found = [sum(map(len, loader)), len(mapped[:]), len(dataset[:])]
+        result = [sum(map(len, loader)), len(mapped[:]), len(dataset[:])]
         try:
             next(batches)
         except ConfigError:
-            found.append(1)
-        os.write(write_end, json.dumps(found).encode())
+            result.append(1)
+        os.write(write_end, json.dumps(result).encode())
         os._exit(0)
     os.close(write_end)
     assert json.loads(os.read(read_end, 1000)) == [10, 10, 10, 1]
@@ -201,7 +203,7 @@ def test_rank_and_world_size_come_from_the_environment(
             LatentLoader(tmp_path, batch_size=2)
 
 
-def test_a_gpu_that_is_not_there_is_a_config_error(tmp_path: Path) -> None:
+def test_missing_gpu_is_a_config_error(tmp_path: Path) -> None:
     for device in ("cuda:99", "nonsense"):
         with pytest.raises(ConfigError, match="device"):
             LatentLoader(write(tmp_path / device[:4]), batch_size=2, device=device)

@@ -109,24 +109,24 @@ class Snapshot:
 class Driver:
     """A driver as the model sees it: the manifest it last read, and the receipts it knows.
 
-    `known` maps a version to its highest generation. `listing` is the one that it wrote a manifest
+    `known` maps a version to its highest generation. `snapshot` is the one that it wrote a manifest
     from last: the same again, if the source has not changed since.
     """
 
     state: State
     base: int = 0
     known: dict[Version, int] = field(default_factory=dict)
-    listing: dict[str, list[Unit]] = field(default_factory=dict)
+    snapshot: dict[str, list[Unit]] = field(default_factory=dict)
 
     def list(self, listed: dict[str, str]) -> dict[str, list[Unit]]:
-        listing = {source: [unit_of((source, version))] for source, version in listed.items()}
-        if listing != self.listing:
-            self.listing = listing
-        return self.listing
+        snapshot = {source: [unit_of((source, version))] for source, version in listed.items()}
+        if snapshot != self.snapshot:
+            self.snapshot = snapshot
+        return self.snapshot
 
 
 class Refused(Exception):
-    """The model's word for a listing that `drop` does not believe."""
+    """The model expects that `drop` rejects a snapshot with so few sources."""
 
 
 class Manifests(RuleBasedStateMachine):
@@ -137,7 +137,7 @@ class Manifests(RuleBasedStateMachine):
         self.folder = Path(tempfile.mkdtemp())
         self.store = Store(str(self.folder))
         self.listed: dict[str, str] = {}
-        self.receipts: Counter[Version] = Counter()  # how many generations there are
+        self.receipts: Counter[Version] = Counter()  # number of generations
         self.history = [Snapshot({}, [], False)]  # by number; 0: before the first
         self.drivers = [Driver(State(self.store)), Driver(State(self.store))]
         for index in range(num_sources):
@@ -215,16 +215,16 @@ class Manifests(RuleBasedStateMachine):
 
     @rule(who=st.integers(0, 1), missed=st.sets(st.integers(0, 40), max_size=6))
     def restart(self, who: int, missed: set[int]) -> None:
-        """A driver starts anew; its listing of receipts may lack some that are there."""
+        """A driver starts anew; its list of receipts may lack some that exist."""
         self.drivers[who] = self.fresh(missed)
 
     def fresh(self, missed: set[int] = frozenset()) -> Driver:
         class Forgetful(Store):
             def list(self, folder: str = "") -> list[ObjectInfo]:
-                found = super().list(folder)
+                infos = super().list(folder)
                 if folder != "commits":
-                    return found
-                return [info for index, info in enumerate(found) if index not in missed]
+                    return infos
+                return [info for index, info in enumerate(infos) if index not in missed]
 
         listed = {info.path for info in Forgetful.list(self.store_as(Forgetful), "commits")}
         state = State(self.store_as(Forgetful))
@@ -257,7 +257,7 @@ class Manifests(RuleBasedStateMachine):
             expected = self.expected(driver, on_missing, may_complete)
         except Refused:
             expected = None
-        listing = driver.list(self.listed)
+        snapshot = driver.list(self.listed)
         before = tree_digest(self.folder / "manifests")
 
         def write() -> Manifest | None:
@@ -265,7 +265,7 @@ class Manifests(RuleBasedStateMachine):
                 driver.state,
                 CONTRACT,
                 1,
-                lambda: listing,
+                lambda: snapshot,
                 on_missing=on_missing,
                 may_complete=may_complete,
             )
@@ -277,10 +277,10 @@ class Manifests(RuleBasedStateMachine):
             # A lost race may have refreshed its state before the refusal; start both anew.
             self.drivers[who] = self.fresh()
         else:
-            number, snapshot = expected
+            number, named = expected
             manifest = write()
             if number == len(self.history):
-                self.history.append(snapshot)
+                self.history.append(named)
             driver.base = number
             assert (manifest.number if manifest else 0) == number
         after = tree_digest(self.folder / "manifests")
@@ -291,46 +291,46 @@ class Manifests(RuleBasedStateMachine):
         """DESIGN §4: the number of the manifest that the driver ends with, and what it names."""
         while True:
             base = self.history[driver.base]
-            wanted = self.select(driver, base, on_missing)
-            wanted.complete = wanted.complete and may_complete
-            wanted.removed = self.removed(driver, base, wanted)
-            nothing_yet = driver.base == 0 and not wanted.visible and not wanted.complete
-            if wanted == base or nothing_yet:
+            chosen = self.select(driver, base, on_missing)
+            chosen.complete = chosen.complete and may_complete
+            chosen.removed = self.removed(driver, base, chosen)
+            nothing_yet = driver.base == 0 and not chosen.visible and not chosen.complete
+            if chosen == base or nothing_yet:
                 return driver.base, base
             if driver.base == len(self.history) - 1:
-                return driver.base + 1, wanted
+                return driver.base + 1, chosen
             driver.base = len(self.history) - 1
             driver.known = self.fresh().known
 
     def select(self, driver: Driver, base: Snapshot, on_missing: str) -> Snapshot:
-        wanted = Snapshot({}, [], True)
+        chosen = Snapshot({}, [], True)
         for source, version in self.listed.items():
             generation = driver.known.get((source, version), -1)
             if generation >= 0 and ((source, version), generation) not in base.removed:
-                wanted.visible[source] = (version, generation)
+                chosen.visible[source] = (version, generation)
                 continue
-            wanted.complete = False
+            chosen.complete = False
             if source in base.visible:
-                wanted.visible[source] = base.visible[source]
-                wanted.stale.append(source)
+                chosen.visible[source] = base.visible[source]
+                chosen.stale.append(source)
         gone = base.visible.keys() - self.listed.keys()
         if gone and on_missing == "drop":
             if not self.listed or len(gone) * 10 > len(base.visible):
                 raise Refused
         else:
-            wanted.visible |= {source: base.visible[source] for source in gone}
-        wanted.stale.sort()
-        return wanted
+            chosen.visible |= {source: base.visible[source] for source in gone}
+        chosen.stale.sort()
+        return chosen
 
-    def removed(self, driver: Driver, base: Snapshot, wanted: Snapshot) -> set[tuple[Version, int]]:
+    def removed(self, driver: Driver, base: Snapshot, chosen: Snapshot) -> set[tuple[Version, int]]:
         """Return what never counts again.
 
         These are the rows that go, and receipts of other versions of their sources that no
         manifest has named.
         """
         removed = set(base.removed)
-        for source in base.visible.keys() | wanted.visible.keys():
-            before, after = base.visible.get(source), wanted.visible.get(source)
+        for source in base.visible.keys() | chosen.visible.keys():
+            before, after = base.visible.get(source), chosen.visible.get(source)
             if before == after:
                 continue
             if before:
@@ -405,9 +405,9 @@ class Output:
         assert self.store.put_if_absent(receipt.path, receipt.to_bytes())
 
     def write(self, *versions: Version, on_missing: str = "keep") -> Manifest:
-        listing = {version[0]: [unit_of(version)] for version in versions}
+        snapshot = {version[0]: [unit_of(version)] for version in versions}
         _, manifest = write_next(
-            State(self.store), CONTRACT, 1, lambda: listing, on_missing=on_missing
+            State(self.store), CONTRACT, 1, lambda: snapshot, on_missing=on_missing
         )
         assert manifest
         return manifest
@@ -429,14 +429,14 @@ def committed(output: Output, num_sources: int) -> list[Version]:
     return versions
 
 
-def test_nothing_committed_writes_nothing(output: Output, tmp_path: Path):
-    listing = {"a.tar": [unit_of(("a.tar", "v1"))]}
-    _, manifest = write_next(State(output.store), CONTRACT, 1, lambda: listing, on_missing="keep")
+def test_no_manifest_is_written_before_the_first_commit(output: Output, tmp_path: Path):
+    snapshot = {"a.tar": [unit_of(("a.tar", "v1"))]}
+    _, manifest = write_next(State(output.store), CONTRACT, 1, lambda: snapshot, on_missing="keep")
     assert manifest is None
     assert not list(tmp_path.iterdir())
 
 
-def test_drop_believes_a_tenth_and_no_more(output: Output):
+def test_drop_accepts_that_a_tenth_of_the_sources_is_missing_and_no_more(output: Output):
     versions = committed(output, 20)
     assert len(output.shown(output.write(*versions))) == 20
     with pytest.raises(SourceError, match=r"3 of 20 sources .*, such as 00\.tar"):
@@ -447,20 +447,20 @@ def test_drop_believes_a_tenth_and_no_more(output: Output):
     assert [source for source, *_ in output.shown(dropped)] == NAMES[2:20]
 
 
-def test_drop_never_believes_an_empty_listing(output: Output):
+def test_drop_rejects_an_empty_snapshot(output: Output):
     output.write(*committed(output, 1))
     with pytest.raises(SourceError, match="check the URLs of the config's `source`"):
         output.write(on_missing="drop")
 
 
-def test_keep_keeps_the_rows_of_a_source_that_is_gone(output: Output):
+def test_keep_keeps_the_rows_of_a_source_that_is_no_longer_listed(output: Output):
     versions = committed(output, 3)
     assert output.write(*versions).number == 1
     kept = output.write(*versions[:1])
     assert (kept.number, kept.complete, kept.stale) == (1, True, ())
 
 
-def test_a_dropped_source_that_comes_back_is_encoded_again(output: Output):
+def test_dropped_source_that_is_listed_again_needs_a_new_generation(output: Output):
     versions = committed(output, 11)
     first = output.write(*versions)
     dropped = output.write(*versions[1:], on_missing="drop")
@@ -479,7 +479,7 @@ def test_a_dropped_source_that_comes_back_is_encoded_again(output: Output):
     assert again.removed == dropped.removed
 
 
-def test_a_receipt_of_an_older_version_that_no_manifest_named_is_removed(output: Output):
+def test_receipt_of_an_older_version_that_no_manifest_listed_is_removed(output: Output):
     output.commit(("b.tar", "v1"))
     output.write(("b.tar", "v1"))
     output.commit(("a.tar", "v1"))
@@ -492,7 +492,7 @@ def test_a_receipt_of_an_older_version_that_no_manifest_named_is_removed(output:
     assert state.generation(unit_of(("a.tar", "v1")).id) == 0
 
 
-def test_a_manifest_that_is_late_is_put_with_a_new_part(
+def test_manifest_put_after_its_deadline_is_put_again_with_a_new_part(
     output: Output, monkeypatch: pytest.MonkeyPatch
 ):
     """A driver is frozen for a day between the upload of its part and the manifest."""
@@ -515,7 +515,9 @@ def test_a_manifest_that_is_late_is_put_with_a_new_part(
     assert manifest.parts[0].path == max(parts, key=lambda path: parts[path])
 
 
-def test_a_repair_beside_other_writers_tries_again(output: Output, monkeypatch: pytest.MonkeyPatch):
+def test_remove_units_tries_again_after_other_writers(
+    output: Output, monkeypatch: pytest.MonkeyPatch
+):
     output.commit(("a.tar", "v1"))
     output.write(("a.tar", "v1"))
     bad = f"{unit_of(('a.tar', 'v1')).id}-0"
@@ -542,7 +544,7 @@ def test_a_repair_beside_other_writers_tries_again(output: Output, monkeypatch: 
         remove_units(output.store, {f"{unit_of(('b0.tar', 'v1')).id}-0"})
 
 
-def test_an_older_generation_that_no_manifest_named_stays_behind(output: Output):
+def test_older_generation_that_no_manifest_listed_never_counts(output: Output):
     version = ("a.tar", "v1")
     output.commit(version, 0)
     output.commit(version, 1)
@@ -553,7 +555,7 @@ def test_an_older_generation_that_no_manifest_named_stays_behind(output: Output)
     assert output.shown(after) == [("a.tar", "v1", 1), ("b.tar", "v1", 0)]
 
 
-def test_a_changed_source_is_stale_until_it_is_encoded(output: Output):
+def test_changed_source_is_stale_until_it_is_encoded(output: Output):
     output.commit(("a.tar", "v1"))
     output.write(("a.tar", "v1"))
     stale = output.write(("a.tar", "v2"))
@@ -566,9 +568,9 @@ def test_a_changed_source_is_stale_until_it_is_encoded(output: Output):
     assert output.shown(read_manifest(output.store, 1)) == [("a.tar", "v1", 0)]
 
 
-def test_who_loses_the_number_reads_everything_again(output: Output):
+def test_driver_that_loses_the_manifest_number_reads_everything_again(output: Output):
     versions = committed(output, 2)
-    listing = {version[0]: [unit_of(version)] for version in versions}
+    snapshot = {version[0]: [unit_of(version)] for version in versions}
     late = State(output.store)
     output.commit(("02.tar", "v1"))
     output.write(*versions, ("02.tar", "v1"))
@@ -576,7 +578,7 @@ def test_who_loses_the_number_reads_everything_again(output: Output):
 
     def list_again() -> dict[str, list[Unit]]:
         asked.append(len(asked))
-        return listing if len(asked) == 1 else listing | {"02.tar": [unit_of(("02.tar", "v1"))]}
+        return snapshot if len(asked) == 1 else snapshot | {"02.tar": [unit_of(("02.tar", "v1"))]}
 
     state, manifest = write_next(late, CONTRACT, 1, list_again, on_missing="keep")
     assert state is not late
@@ -585,7 +587,7 @@ def test_who_loses_the_number_reads_everything_again(output: Output):
     assert (manifest.number, manifest.num_units) == (1, 3)
 
 
-class CountedListing(dict[str, list[Unit]]):
+class CountedSnapshot(dict[str, list[Unit]]):
     """Counts how often it is asked for a source."""
 
     num_asked = 0
@@ -595,8 +597,8 @@ class CountedListing(dict[str, list[Unit]]):
         return super().__getitem__(source)
 
 
-def test_a_listing_that_is_known_costs_by_the_receipts_that_are_new(output: Output):
-    listing = CountedListing({name: [unit_of((name, "v1"))] for name in NAMES})
+def test_known_snapshot_costs_only_checks_of_new_receipts(output: Output):
+    snapshot = CountedSnapshot({name: [unit_of((name, "v1"))] for name in NAMES})
     state = State(output.store)
     costs, shown = [], []
     for names in (NAMES[:10], NAMES[10:13], NAMES[13:14], [], NAMES[14:]):
@@ -604,10 +606,10 @@ def test_a_listing_that_is_known_costs_by_the_receipts_that_are_new(output: Outp
             receipt = receipt_of((name, "v1"), 0)
             assert output.store.put_if_absent(receipt.path, receipt.to_bytes())
             state.add(receipt)
-        listing.num_asked = 0
-        state, manifest = write_next(state, CONTRACT, 1, lambda: listing, on_missing="keep")
+        snapshot.num_asked = 0
+        state, manifest = write_next(state, CONTRACT, 1, lambda: snapshot, on_missing="keep")
         assert manifest
-        costs.append(listing.num_asked)
+        costs.append(snapshot.num_asked)
         shown.append((manifest.number, manifest.num_units, manifest.complete))
         assert not state.outside, "what a manifest names is in its part"
     assert costs == [40, 3, 1, 0, 26]
@@ -616,8 +618,8 @@ def test_a_listing_that_is_known_costs_by_the_receipts_that_are_new(output: Outp
 
 @settings(max_examples=60, deadline=None, print_blob=True)
 @given(data=st.data())
-def test_a_known_listing_gives_the_manifests_that_a_new_one_gives(data: st.DataObject):
-    """One driver writes manifest after manifest from one listing; one starts anew for each."""
+def test_known_snapshot_gives_the_same_manifests_as_a_new_one(data: st.DataObject):
+    """One driver writes manifest after manifest from one snapshot; one starts anew for each."""
     names = NAMES[:5]
     changed = data.draw(st.sets(st.sampled_from(names)), "changed")
     before = {name: [unit_of((name, "v1"))] for name in names[:4]}
@@ -634,11 +636,11 @@ def test_a_known_listing_gives_the_manifests_that_a_new_one_gives(data: st.DataO
                 assert store.put_if_absent(receipt.path, receipt.to_bytes())
             state.add(receipt)
 
-        def write(listing: dict[str, list[Unit]]) -> list[dict[str, Any]]:
+        def write(snapshot: dict[str, list[Unit]]) -> list[dict[str, Any]]:
             nonlocal state
-            state, known = write_next(state, CONTRACT, 1, lambda: listing, on_missing="keep")
+            state, known = write_next(state, CONTRACT, 1, lambda: snapshot, on_missing="keep")
             anew = write_next(
-                State(stores[1]), CONTRACT, 1, lambda: dict(listing), on_missing="keep"
+                State(stores[1]), CONTRACT, 1, lambda: dict(snapshot), on_missing="keep"
             )
             return [tree_of(stores[0], known), tree_of(stores[1], anew[1])]
 
@@ -671,17 +673,17 @@ def assert_alike(*trees: dict[str, Any]) -> None:
             np.testing.assert_allclose(sums[0][name], sums[1][name], atol=1e-9)
 
 
-def test_units_that_are_encoded_again_cost_the_parts_they_lie_in(
+def test_replaced_units_cost_reads_of_their_parts_only(
     output: Output, monkeypatch: pytest.MonkeyPatch
 ):
     read: list[str] = []
     read_bytes = Store.read_bytes
-    listing = {name: [unit_of((name, "v1"))] for name in NAMES}
+    snapshot = {name: [unit_of((name, "v1"))] for name in NAMES}
     for first in range(0, 40, 4):  # ten parts
         committed_now = [(name, "v1") for name in NAMES[first : first + 4]]
         for version in committed_now:
             output.commit(version)
-        write_next(State(output.store), CONTRACT, 1, lambda: listing, on_missing="keep")
+        write_next(State(output.store), CONTRACT, 1, lambda: snapshot, on_missing="keep")
     state = State(output.store)
     monkeypatch.setattr(
         Store, "read_bytes", lambda self, path: read.append(path) or read_bytes(self, path)
@@ -694,7 +696,7 @@ def test_units_that_are_encoded_again_cost_the_parts_they_lie_in(
             assert output.store.put_if_absent(receipt.path, receipt.to_bytes())
             state.add(receipt)
         read.clear()
-        state, manifest = write_next(state, CONTRACT, 1, lambda: listing, on_missing="keep")
+        state, manifest = write_next(state, CONTRACT, 1, lambda: snapshot, on_missing="keep")
         costs.append(sum(path.startswith("parts/") for path in read))
     # At first all but the newest; then those in which a unit is replaced, as long as any is left.
     assert costs == [10, 2, 1, 1]
@@ -706,7 +708,7 @@ def test_units_that_are_encoded_again_cost_the_parts_they_lie_in(
     )
 
 
-def test_a_source_of_several_units_counts_when_all_are_committed(output: Output):
+def test_source_of_several_units_counts_when_all_are_committed(output: Output):
     parts = [Unit.of("a.parquet", 10, "v1", CONTRACT, f"{index}/2") for index in range(2)]
     for index, unit in enumerate(parts):
         receipt = receipt_of(("a.parquet", "v1"), 0)
@@ -727,7 +729,9 @@ def test_a_source_of_several_units_counts_when_all_are_committed(output: Output)
 
 
 @pytest.mark.parametrize("damage", [b"", b"[]", b"{}", b"\xff", b'{"format_version": 2}'])
-def test_a_damaged_manifest_or_receipt_is_named(output: Output, tmp_path: Path, damage: bytes):
+def test_damaged_manifest_or_receipt_is_a_named_error(
+    output: Output, tmp_path: Path, damage: bytes
+):
     output.commit(("a.tar", "v1"))
     number = output.write(("a.tar", "v1")).number
     (tmp_path / "manifests" / f"{number:08d}.json").write_bytes(damage)
@@ -739,14 +743,14 @@ def test_a_damaged_manifest_or_receipt_is_named(output: Output, tmp_path: Path, 
         read_receipts(output.store, [receipt.stem])
 
 
-def test_a_receipt_survives_its_json():
+def test_receipt_round_trips_through_json():
     receipt = receipt_of(("a.tar", "v1"), 2)
     back = Receipt.from_bytes(receipt.to_bytes())
     assert back.to_bytes() == receipt.to_bytes()
     assert back.record == receipt.record
 
 
-def test_units_differ_by_source_size_version_range_and_contract():
+def test_unit_id_depends_on_source_size_version_range_and_contract():
     ids = {
         Unit.of(source, size, version, contract, part).id
         for source in ("a", "b")
@@ -758,7 +762,7 @@ def test_units_differ_by_source_size_version_range_and_contract():
     assert len(ids) == 48
 
 
-def test_the_name_of_a_unit_never_moves():
+def test_unit_id_is_the_documented_hash():
     # docs/format.md says how it is made; without a range, by null in its place.
     assert Unit.of("a", 1, "x", "c").id == named(["a", 1, "x", None, "c"])
     assert Unit.of("a", 1, "x", "c", "0/2").id == named(["a", 1, "x", "0/2", "c"])
@@ -772,14 +776,14 @@ def named(parts: list[str | int | None]) -> str:
 # The contract.
 
 
-def test_the_fingerprint_never_moves():
-    # A dataset on disk is found again by this very hash: a change of it makes all caches stale.
+def test_contract_fingerprint_is_stable():
+    # Datasets on disk hold this hash: a change of it makes them unusable.
     assert make_contract().fingerprint == (
         "616e8f2adc06546a6c4e3acda11060cfb2b3218f1e6143f74c56e745d5916d50"
     )
 
 
-def test_a_contract_survives_its_json():
+def test_contract_round_trips_through_json():
     contract = make_contract(buckets=((64, 128), (128, 64)), posterior="moments")
     vae = replace(contract.vae, latents_mean=(0.1, 0.2, 0.3, 0.4), latents_std=(1.0, 1.0, 2.0, 3.0))
     contract = replace(contract, vae=vae)
@@ -822,7 +826,7 @@ def another(path: str, value: object) -> object:
     return ["other"] if isinstance(value, list) else "other"
 
 
-def test_every_field_moves_the_fingerprint_and_is_named_in_the_diff():
+def test_every_field_changes_the_fingerprint_and_is_in_contract_diff():
     contract = make_contract()
     for path, value in leaves(contract.to_json()):
         if path == "format_version":
@@ -841,7 +845,7 @@ def test_every_field_moves_the_fingerprint_and_is_named_in_the_diff():
         )
 
 
-def test_the_first_contract_stays_and_an_equal_one_agrees(tmp_path: Path):
+def test_establish_contract_keeps_the_first_contract_and_accepts_an_equal_one(tmp_path: Path):
     store = Store(str(tmp_path))
     assert read_contract(store) is None
     first = establish_contract(store, make_contract(), {"checkpoint": "a"})
@@ -850,19 +854,19 @@ def test_the_first_contract_stays_and_an_equal_one_agrees(tmp_path: Path):
     assert read_contract(store) == make_contract()
 
 
-def test_another_contract_is_refused_with_each_field(tmp_path: Path):
+def test_contract_mismatch_names_each_field(tmp_path: Path):
     store = Store(str(tmp_path))
     establish_contract(store, make_contract(), {})
-    wanted = make_contract(dtype="float32", buckets=((128, 128),))
+    other = make_contract(dtype="float32", buckets=((128, 128),))
     with pytest.raises(
         ContractMismatch, match=r"delete .* to start over, as nothing is committed yet"
     ):
-        establish_contract(store, wanted, {})
+        establish_contract(store, other, {})
     (tmp_path / "commits").mkdir()
     (tmp_path / "commits" / "0-0.json").touch()
     before = tree_digest(tmp_path)
     with pytest.raises(ContractMismatch) as caught:
-        establish_contract(store, wanted, {})
+        establish_contract(store, other, {})
     first, *lines = str(caught.value).splitlines()
     assert store.url in first
     assert "output.url" in first
@@ -875,8 +879,8 @@ def test_another_contract_is_refused_with_each_field(tmp_path: Path):
     require_same(store, make_contract(), make_contract())
 
 
-def test_of_two_creators_one_wins_and_the_other_reads_it(tmp_path: Path):
-    """The other driver's contract appears between this one's look and its put."""
+def test_establish_contract_reads_the_contract_of_a_faster_driver(tmp_path: Path):
+    """The other driver puts its contract just before this one."""
 
     class Late(Store):
         def put_if_absent(self, path: str, data: bytes, **options: Any) -> bool:
@@ -889,7 +893,7 @@ def test_of_two_creators_one_wins_and_the_other_reads_it(tmp_path: Path):
         establish_contract(Late(str(tmp_path)), make_contract(dtype="float32"), {})
 
 
-def test_an_edited_contract_is_refused(tmp_path: Path):
+def test_edited_contract_is_rejected(tmp_path: Path):
     store = Store(str(tmp_path))
     establish_contract(store, make_contract(), {})
     path = tmp_path / CONTRACT_PATH
@@ -906,7 +910,7 @@ def test_an_edited_contract_is_refused(tmp_path: Path):
     "damage",
     [b"", b"{", b"[]", b"3", b"\xff\xfe", b"{}", b'{"contract": []}', b'{"contract": {}}'],
 )
-def test_a_damaged_contract_is_refused(tmp_path: Path, damage: bytes):
+def test_damaged_contract_is_rejected(tmp_path: Path, damage: bytes):
     (tmp_path / CONTRACT_PATH).write_bytes(damage)
     with pytest.raises(DatasetError, match="contract"):
         read_contract(Store(str(tmp_path)))

@@ -1,4 +1,4 @@
-"""int8 latents: the arithmetic, its place in the contract, and every reader by docs/format.md."""
+"""int8 latents: the arithmetic, the contract, and every reader by docs/format.md."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ latents = st.integers(1, 5).flatmap(
 
 
 @given(latents)
-def test_it_is_what_the_format_says(values: Floats):
+def test_int8_conversion_is_as_docs_format_describes(values: Floats):
     """Against numpy, with the formulas of docs/format.md written out."""
     terms = fit_to(torch.from_numpy(values))
     assert terms.quantization
@@ -91,7 +91,7 @@ def test_it_is_what_the_format_says(values: Floats):
 
 
 @given(st.data())
-def test_within_the_range_nothing_is_off_by_more_than_half_a_step(data: st.DataObject):
+def test_int8_error_within_the_range_is_at_most_half_a_step(data: st.DataObject):
     scale = data.draw(st.floats(2**-20, 2**10, width=32))
     zero_point = data.draw(st.integers(-(2**22), 2**22))
     steps = data.draw(hnp.arrays(np.float64, (1, 1, 4, 4), elements=st.floats(-127, 127)))
@@ -105,7 +105,7 @@ def test_within_the_range_nothing_is_off_by_more_than_half_a_step(data: st.DataO
     assert num_clamped.tolist() == [0]
 
 
-def test_ties_go_to_even_and_the_ends_hold():
+def test_int8_rounds_ties_to_even_and_clamps_at_127():
     values = torch.tensor([0.5, 1.5, 2.5, -0.5, -1.5, 126.5, 127.5, 1e30, -127.4, -127.6, -1e30])
     stored, num_clamped = to_stored(values[None, None, None], numbers([1.0], [0]))
     assert stored.flatten().tolist() == [0, 2, 2, 0, -2, 126, 127, 127, -127, -127, -127]
@@ -113,7 +113,7 @@ def test_ties_go_to_even_and_the_ends_hold():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_not_finite_stays_so(value: float):
+def test_int8_keeps_values_that_are_not_finite_recognizable(value: float):
     values = torch.zeros(3, 1, 2, 2)
     values[1, 0, 1, 0] = value
     stored, num_clamped = to_stored(values, numbers([0.1], [3]))
@@ -121,7 +121,7 @@ def test_what_is_not_finite_stays_so(value: float):
     assert num_clamped.tolist() == [0, 0, 0]
 
 
-def test_float_dtypes_are_cast_as_ever():
+def test_float_dtypes_are_cast_without_quantization():
     values = torch.tensor([1e5, 1.0, float("nan")])[:, None, None, None]
     stored, num_clamped = to_stored(values, LatentContract("mean", "float16", "parquet", "fp32"))
     assert stored.dtype == torch.float16
@@ -130,7 +130,7 @@ def test_float_dtypes_are_cast_as_ever():
 
 
 @pytest.mark.parametrize("constant", [0.0, 3.7, -1e30, 1e-30, 1e-42])
-def test_a_channel_that_does_not_vary_divides_by_nothing(constant: float):
+def test_fit_of_a_constant_channel_does_not_divide_by_zero(constant: float):
     values = torch.randn(4, 2, 8, 8)
     values[:, 1] = constant
     terms = fit_to(values)
@@ -163,7 +163,7 @@ def spread(name: str) -> torch.Tensor:
         ("outliers", 20),
     ],
 )
-def test_no_other_range_would_be_much_better(name: str, least_db: float):
+def test_fit_has_nearly_the_lowest_error_of_all_ranges(name: str, least_db: float):
     values = spread(name)
     found_db = snr_db(values, fit_to(values))
     assert found_db > least_db
@@ -190,7 +190,7 @@ def int8_contract(**changes: Any) -> Contract:
 OPEN = {"scale": None, "zero_point": None}
 
 
-def test_a_contract_keeps_its_numbers_to_the_bit(tmp_path: Path):
+def test_scale_and_zero_point_round_trip_exactly(tmp_path: Path):
     contract = int8_contract()
     assert contract.is_resolved
     establish_contract(Store(str(tmp_path)), contract, {})
@@ -199,19 +199,19 @@ def test_a_contract_keeps_its_numbers_to_the_bit(tmp_path: Path):
     assert back.fingerprint == contract.fingerprint != int8_contract(**OPEN).fingerprint
 
 
-def test_what_is_open_is_taken_from_another_contract():
-    there, open_ = int8_contract(), int8_contract(**OPEN)
+def test_resolved_as_copies_open_fields_from_the_other_contract():
+    stored, open_ = int8_contract(), int8_contract(**OPEN)
     assert not open_.is_resolved
-    assert open_.resolved_as(there) == there
-    assert there.resolved_as(int8_contract(scale=(1.0,) * 4)) == there, "nothing was open"
+    assert open_.resolved_as(stored) == stored
+    assert stored.resolved_as(int8_contract(scale=(1.0,) * 4)) == stored, "nothing was open"
     auto = replace(open_, latents=replace(open_.latents, precision="auto"))
-    assert auto.resolved_as(there) == there
+    assert auto.resolved_as(stored) == stored
     assert not open_.resolved_as(make_contract()).is_resolved
 
 
-def test_specs_are_compared_and_not_what_came_of_them():
-    wanted = int8_contract(**OPEN, seed=1, num_images=64)
-    assert contract_diff(int8_contract(), wanted.resolved_as(int8_contract())) == [
+def test_contract_diff_names_calibration_settings_but_not_their_result():
+    other = int8_contract(**OPEN, seed=1, num_images=64)
+    assert contract_diff(int8_contract(), other.resolved_as(int8_contract())) == [
         "latents.quantization.num_images: dataset has 512, config has 64",
         "latents.quantization.seed: dataset has 0, config has 1",
     ]
@@ -219,12 +219,12 @@ def test_specs_are_compared_and_not_what_came_of_them():
     assert contract_diff(int8_contract(), floats) == [
         'latents.dtype: dataset has "int8", config has "float16"'
     ]
-    assert contract_diff(floats, wanted) == [
+    assert contract_diff(floats, other) == [
         'latents.dtype: dataset has "float16", config has "int8"'
     ]
 
 
-def test_other_numbers_are_another_contract(tmp_path: Path):
+def test_other_quantization_is_another_contract(tmp_path: Path):
     store = Store(str(tmp_path))
     establish_contract(store, int8_contract(), {})
     with pytest.raises(ContractMismatch, match=r"latents\.quantization\.scale: dataset has \["):
@@ -262,7 +262,7 @@ def by_the_document(folder: Path, row: dict[str, Any], monkeypatch: pytest.Monke
 
 def stored_rows(url: str) -> dict[tuple[str, str], dict[str, Any]]:
     """Every row with its bytes, as DuckDB and safetensors.numpy find them."""
-    found = {}
+    result = {}
     for path in Path(url).glob("data/*/*.parquet"):
         query = duckdb.sql(f"SELECT * FROM read_parquet('{path}')")
         rows = [dict(zip(query.columns, values, strict=True)) for values in query.fetchall()]
@@ -274,12 +274,12 @@ def stored_rows(url: str) -> dict[tuple[str, str], dict[str, Any]]:
         else:
             assert pq.read_table(path)["latent"].to_pylist() == [row["latent"] for row in rows]
         assert {row["latent_dtype"] for row in rows} == {"int8"}
-        found |= {(path.parent.name, row["key"]): row for row in rows}
-    return found
+        result |= {(path.parent.name, row["key"]): row for row in rows}
+    return result
 
 
 @pytest.mark.parametrize("posterior", ["mean", "moments"])
-def test_rows_are_what_the_document_makes_of_the_bytes(
+def test_int8_rows_equal_the_values_of_the_documented_formula(
     tmp_path: Path, format: str, posterior: str, monkeypatch: pytest.MonkeyPatch
 ):
     url = write(tmp_path, format, posterior)
@@ -292,7 +292,7 @@ def test_rows_are_what_the_document_makes_of_the_bytes(
         assert same_bits(row.latent, torch.from_numpy(value))
 
 
-def test_all_that_read_agree(tmp_path: Path, format: str):
+def test_all_readers_return_equal_int8_values(tmp_path: Path, format: str):
     url = write(tmp_path, format)
     rows = {(row.unit, row.key): row.latent for row in open_dataset(url)}
     loader = LatentLoader(url, batch_size=5, tail="short", columns=["unit", "key"], normalize=False)
@@ -307,13 +307,13 @@ def test_all_that_read_agree(tmp_path: Path, format: str):
     for normalize, factor in ((False, 1.0), (True, 0.18215)):
         mapped = LatentDataset(url, columns=["unit", "key"], normalize=normalize)
         for index in range(len(mapped)):
-            found = mapped[index]
-            expected = factor * rows[found["unit"], found["key"]]
-            torch.testing.assert_close(found["latents"], expected, rtol=3e-7, atol=0)
+            result = mapped[index]
+            expected = factor * rows[result["unit"], result["key"]]
+            torch.testing.assert_close(result["latents"], expected, rtol=3e-7, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_other_types_are_rounded_from_what_is_read(tmp_path: Path, dtype: torch.dtype):
+def test_loader_dtypes_are_rounded_from_the_dequantized_values(tmp_path: Path, dtype: torch.dtype):
     url = write(tmp_path, "parquet")
     exact = {(row.unit, row.key): 0.18215 * row.latent.double() for row in open_dataset(url)}
     for batch in LatentLoader(url, batch_size=4, dtype=dtype, columns=["unit", "key"]):
@@ -324,7 +324,7 @@ def test_other_types_are_rounded_from_what_is_read(tmp_path: Path, dtype: torch.
             assert ((latent - exact[name]).abs() <= step * exact[name].abs()).all()
 
 
-def test_moments_are_brought_back_before_they_are_drawn(tmp_path: Path, format: str):
+def test_moments_are_dequantized_before_sampling(tmp_path: Path, format: str):
     """Against the same draws from a dataset that holds the values themselves, as float32."""
     url = write(tmp_path / "int8", format, "moments")
     values: dict[str, dict[tuple[int, int], list[torch.Tensor]]] = {}
@@ -334,8 +334,8 @@ def test_moments_are_brought_back_before_they_are_drawn(tmp_path: Path, format: 
         bucket = (8 * row.latent.shape[2], 8 * row.latent.shape[1])
         values.setdefault(sources[row.unit], {}).setdefault(bucket, []).append(row.latent)
     units = {
-        source: {bucket: torch.stack(rows) for bucket, rows in found.items()}
-        for source, found in values.items()
+        source: {bucket: torch.stack(rows) for bucket, rows in result.items()}
+        for source, result in values.items()
     }
     contract = make_contract(dtype="float32", buckets=BUCKETS, format=format, posterior="moments")
     write_dataset(tmp_path / "float32", contract, units)
@@ -355,7 +355,7 @@ def test_moments_are_brought_back_before_they_are_drawn(tmp_path: Path, format: 
     assert torch.equal(first, LatentDataset(str(tmp_path / "float32/out"))[0]["latents"])
 
 
-def test_verify_finds_the_value_that_is_never_stored(tmp_path: Path, format: str):
+def test_verify_reports_the_value_minus_128(tmp_path: Path, format: str):
     contract = make_contract(dtype="int8", format=format)
     latents = make_latents(contract, (64, 64), 3)
     write_dataset(tmp_path / "good", contract, {"a.tar": {(64, 64): latents}})
@@ -366,7 +366,7 @@ def test_verify_finds_the_value_that_is_never_stored(tmp_path: Path, format: str
     assert problem.message == "row 'k0001' is not finite"
 
 
-def test_the_tests_own_numbers_hold_their_latents():
+def test_quantization_of_the_test_contracts_covers_their_latents():
     """Else the tests above would be about clamped values alone."""
     contract = replace(make_contract(dtype="int8"))
     assert contract.latents.quantization == make_quantization(4)

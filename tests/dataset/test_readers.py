@@ -70,7 +70,9 @@ def bits(dataset: Dataset) -> list[tuple[str, bytes]]:
 @pytest.mark.parametrize("format", ["parquet", "safetensors"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("posterior", ["mean", "moments"])
-def test_rows_are_those_that_were_written(tmp_path: Path, dtype: str, format: str, posterior: str):
+def test_dataset_returns_the_rows_that_were_written(
+    tmp_path: Path, dtype: str, format: str, posterior: str
+):
     dataset = write(tmp_path, dtype, format, posterior)
     assert len(dataset) == 10
     expected = [
@@ -93,7 +95,7 @@ def test_rows_are_those_that_were_written(tmp_path: Path, dtype: str, format: st
     assert dataset[0].caption is None
 
 
-def test_it_is_a_sequence(dataset: Dataset):
+def test_dataset_is_a_sequence(dataset: Dataset):
     assert [row.key for row in dataset] == [dataset[index].key for index in range(10)]
     assert dataset[-1].key == dataset[9].key
     assert dataset[-10].key == dataset[0].key
@@ -105,13 +107,13 @@ def test_it_is_a_sequence(dataset: Dataset):
     assert [tensor_bytes(dataset[i].latent) for i in order] == [bits(dataset)[i][1] for i in order]
 
 
-def test_a_latent_may_be_written_to(dataset: Dataset):
+def test_latents_are_writable(dataset: Dataset):
     before = dataset[3].latent.clone()
     dataset[3].latent.zero_()
     assert torch.equal(dataset[3].latent, before)
 
 
-def test_stats_are_those_of_all_latents(dataset: Dataset):
+def test_stats_cover_all_latents(dataset: Dataset):
     channels = [row.latent.double().numpy().reshape(4, -1) for row in dataset]
     values = np.concatenate(channels, axis=1)
     assert dataset.stats.count == values.shape[1]
@@ -121,7 +123,7 @@ def test_stats_are_those_of_all_latents(dataset: Dataset):
     np.testing.assert_array_equal(dataset.stats.maximum, values.max(axis=1))
 
 
-def test_rejects_come_with_their_unit(dataset: Dataset):
+def test_rejects_name_their_unit_and_source(dataset: Dataset):
     (unit,) = (record.unit.id for record in dataset.units if record.unit.source == "b.tar")
     assert list(dataset.rejects()) == [
         RejectedRow(unit, "b.tar", reject.key, reject.stage, reject.reason, reject.message)
@@ -130,7 +132,7 @@ def test_rejects_come_with_their_unit(dataset: Dataset):
     assert dataset.manifest.num_rejects == 2
 
 
-def test_a_dataset_of_nothing_but_rejects_is_empty(tmp_path: Path):
+def test_dataset_with_only_rejects_is_empty(tmp_path: Path):
     write_dataset(tmp_path, make_contract(), {"b.tar": {}}, {"b.tar": REJECTS})
     dataset = open_dataset(str(tmp_path / "out"))
     assert len(dataset) == 0
@@ -140,7 +142,7 @@ def test_a_dataset_of_nothing_but_rejects_is_empty(tmp_path: Path):
         dataset[0]
 
 
-def test_a_url_with_a_scheme_names_the_same_folder(tmp_path: Path, dataset: Dataset):
+def test_file_url_opens_the_same_folder(tmp_path: Path, dataset: Dataset):
     assert bits(open_dataset(f"file://{tmp_path}/out/")) == bits(dataset)
 
 
@@ -149,7 +151,7 @@ def add_unit(folder: Path, *, complete: bool) -> None:
     store = Store(str(folder / "out"))
     dataset = open_dataset(store.url)
     contract = dataset.contract
-    listing = {record.unit.source: [record.unit] for record in dataset.units}
+    snapshot = {record.unit.source: [record.unit] for record in dataset.units}
     if complete:
         receipt = commit_unit(
             store,
@@ -158,20 +160,20 @@ def add_unit(folder: Path, *, complete: bool) -> None:
             "d.tar",
             {(64, 64): make_latents(contract, (64, 64), 4, seed=99)},
         )
-        listing["d.tar"] = [receipt.record.unit]
+        snapshot["d.tar"] = [receipt.record.unit]
     else:
-        listing["e.tar"] = [Unit.of("e.tar", 1, "v1", contract.fingerprint)]
+        snapshot["e.tar"] = [Unit.of("e.tar", 1, "v1", contract.fingerprint)]
     write_next(
         State(store),
         contract.fingerprint,
         4,
-        lambda: listing,
+        lambda: snapshot,
         on_missing="keep",
         columns=columns_of(["txt"]),
     )
 
 
-def test_the_newest_complete_manifest_is_taken_or_the_one_asked_for(
+def test_open_dataset_takes_the_newest_complete_manifest_or_the_given_one(
     tmp_path: Path, dataset: Dataset
 ):
     add_unit(tmp_path, complete=True)
@@ -188,12 +190,12 @@ def test_the_newest_complete_manifest_is_taken_or_the_one_asked_for(
         open_dataset(url, 4)
 
 
-def test_what_is_no_dataset_is_told(tmp_path: Path):
+def test_folder_without_a_contract_is_an_error(tmp_path: Path):
     with pytest.raises(DatasetError, match=r"is not a latent dataset: it has no contract\.json"):
         open_dataset(str(tmp_path / "nowhere"))
 
 
-def test_a_dataset_without_a_complete_manifest_is_told(tmp_path: Path, dataset: Dataset):
+def test_dataset_without_a_complete_manifest_is_an_error(tmp_path: Path, dataset: Dataset):
     manifests = tmp_path / "out" / "manifests"
     (path,) = manifests.iterdir()
     tree = json.loads(path.read_text()) | {"complete": False}
@@ -207,7 +209,7 @@ def test_a_dataset_without_a_complete_manifest_is_told(tmp_path: Path, dataset: 
         open_dataset(dataset.url, 1)
 
 
-def test_a_damaged_or_lost_part_is_told(tmp_path: Path, dataset: Dataset):
+def test_damaged_or_missing_part_is_a_named_error(tmp_path: Path, dataset: Dataset):
     (part,) = (tmp_path / "out" / "parts").iterdir()
     data = part.read_bytes()
     part.write_bytes(data[:-1] + b"x")
@@ -219,19 +221,21 @@ def test_a_damaged_or_lost_part_is_told(tmp_path: Path, dataset: Dataset):
 
 
 @pytest.mark.parametrize("format", ["parquet", "safetensors"])
-def test_a_vanished_file_is_told_when_it_is_read(tmp_path: Path, format: str):
+def test_missing_data_file_is_a_named_error_when_read(tmp_path: Path, format: str):
     dataset = write(tmp_path, format=format)
     path = data_files(dataset, f".{format}")[0]
     os.unlink(path)
     again = open_dataset(dataset.url)
-    assert again[5].key == "k0005", "rows of other files are still there"
+    assert again[5].key == "k0005", "rows of other files can still be read"
     with pytest.raises(ObjectNotFound, match=os.path.basename(path)):
         again[0]
 
 
 @pytest.mark.parametrize("format", ["parquet", "safetensors"])
 @pytest.mark.parametrize("keep_bytes", [0, 40, 400])
-def test_a_cut_file_is_told_when_it_is_read(tmp_path: Path, format: str, keep_bytes: int):
+def test_truncated_data_file_is_a_named_error_when_read(
+    tmp_path: Path, format: str, keep_bytes: int
+):
     dataset = write(tmp_path, format=format)
     path = Path(data_files(dataset, f".{format}")[0])
     path.write_bytes(path.read_bytes()[:keep_bytes])
@@ -239,7 +243,7 @@ def test_a_cut_file_is_told_when_it_is_read(tmp_path: Path, format: str, keep_by
         open_dataset(dataset.url)[0]
 
 
-def test_a_page_that_was_overwritten_is_told_when_it_is_read(tmp_path: Path, dataset: Dataset):
+def test_overwritten_page_is_a_named_error_when_read(tmp_path: Path, dataset: Dataset):
     path = Path(data_files(dataset, ".parquet")[0])
     data = bytearray(path.read_bytes())
     data[4:24] = b"\xff" * 20  # the first page's header
@@ -249,23 +253,23 @@ def test_a_page_that_was_overwritten_is_told_when_it_is_read(tmp_path: Path, dat
         open_dataset(dataset.url)[0]
 
 
-def test_a_file_of_fewer_rows_never_ends_an_iteration_early(tmp_path: Path, dataset: Dataset):
-    """An IndexError from within would look like the end of the sequence."""
+def test_data_file_with_too_few_rows_is_an_error(tmp_path: Path, dataset: Dataset):
+    """An IndexError would end the iteration."""
     many, few = (Path(path) for path in data_files(dataset, ".parquet")[:2])
     many.write_bytes(few.read_bytes())
     with pytest.raises(DatasetError, match=rf"{many.name} is damaged: 3 rows, not 5"):
         list(open_dataset(dataset.url))
 
 
-def test_damaged_rejects_are_told(tmp_path: Path, dataset: Dataset):
+def test_damaged_rejects_file_is_a_named_error(tmp_path: Path, dataset: Dataset):
     (path,) = (tmp_path / "out" / "rejects").rglob("*.parquet")
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(DatasetError, match=path.name):
         list(dataset.rejects())
 
 
-def test_reading_starts_no_scanner_whose_threads_outlive_it(dataset: Dataset):
-    """One in two commands ended with SIGABRT: Arrow's threads wanted Python, which had gone."""
+def test_reading_starts_no_arrow_scanner_threads(dataset: Dataset):
+    """Arrow's threads may outlive the interpreter, which then aborts the process."""
     code = (
         "import sys, latentcache\n"
         f"dataset = latentcache.open_dataset({dataset.url!r})\n"
@@ -283,9 +287,9 @@ def of_dtype(request: pytest.FixtureRequest, tmp_path: Path) -> Dataset:
     return write(tmp_path, dtype=request.param)
 
 
-def test_duckdb_reads_the_same_bits(of_dtype: Dataset):
+def test_duckdb_reads_equal_latents(of_dtype: Dataset):
     with duckdb.connect() as connection:
-        found = connection.execute(
+        result = connection.execute(
             "SELECT key, latent FROM read_parquet($files)",
             {"files": data_files(of_dtype, ".parquet")},
         ).fetchall()
@@ -293,17 +297,17 @@ def test_duckdb_reads_the_same_bits(of_dtype: Dataset):
             "SELECT sum(original_width) FROM read_parquet($files)",
             {"files": data_files(of_dtype, ".parquet")},
         ).fetchone()
-    assert found == bits(of_dtype)
+    assert result == bits(of_dtype)
     assert width == 640 * 10
 
 
-def test_polars_reads_the_same_bits(of_dtype: Dataset):
+def test_polars_reads_equal_latents(of_dtype: Dataset):
     frame = pl.read_parquet(data_files(of_dtype, ".parquet"))
     assert list(frame.select("key", "latent").iter_rows()) == bits(of_dtype)
     assert frame["caption"].null_count() == 3
 
 
-def test_pandas_reads_the_same_bits(of_dtype: Dataset):
+def test_pandas_reads_equal_latents(of_dtype: Dataset):
     frame = pd.concat(pd.read_parquet(path) for path in data_files(of_dtype, ".parquet"))
     assert list(zip(frame["key"], frame["latent"], strict=True)) == bits(of_dtype)
 
@@ -316,7 +320,7 @@ def offline_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("offline_hub")
-def test_hf_datasets_reads_the_same_bits(of_dtype: Dataset, tmp_path: Path):
+def test_hf_datasets_reads_equal_latents(of_dtype: Dataset, tmp_path: Path):
     import datasets  # reads its environment once, when it is imported
 
     loaded = datasets.load_dataset(
@@ -332,15 +336,15 @@ def test_hf_datasets_reads_the_same_bits(of_dtype: Dataset, tmp_path: Path):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_safetensors_reads_the_same_bits(tmp_path: Path, dtype: str):
+def test_safetensors_reads_equal_latents(tmp_path: Path, dtype: str):
     dataset = write(tmp_path, dtype=dtype, format="safetensors")
     paths = data_files(dataset, ".safetensors")
     if dtype == "bfloat16":  # numpy has no such type
         loaded = [safetensors.torch.load_file(path)["latents"] for path in paths]
-        found = [tensor_bytes(latent) for latents in loaded for latent in latents]
+        result = [tensor_bytes(latent) for latents in loaded for latent in latents]
     else:
         arrays = [safetensors.numpy.load_file(path)["latents"] for path in paths]
         assert {array.dtype for array in arrays} == {np.dtype(dtype)}
-        found = [latent.tobytes() for latents in arrays for latent in latents]
+        result = [latent.tobytes() for latents in arrays for latent in latents]
     keys = pl.read_parquet(data_files(dataset, ".rows.parquet"))["key"].to_list()
-    assert list(zip(keys, found, strict=True)) == bits(dataset)
+    assert list(zip(keys, result, strict=True)) == bits(dataset)

@@ -60,7 +60,7 @@ def assert_same_bits(one: torch.Tensor, other: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_parquet_says_what_it_holds(tmp_path: Path, dtype: str):
+def test_parquet_file_has_the_documented_schema_and_values(tmp_path: Path, dtype: str):
     contract = make_contract(dtype=dtype, buckets=((64, 96),))
     latents = make_latents(contract, (64, 96), 7)
     (path,) = write(tmp_path, contract, latents, (64, 96))
@@ -94,7 +94,7 @@ def test_parquet_says_what_it_holds(tmp_path: Path, dtype: str):
 
 
 @pytest.mark.parametrize("format", ["parquet", "safetensors"])
-def test_latents_are_stored_plain_and_the_rest_is_compressed(tmp_path: Path, format: str):
+def test_latents_are_stored_plain_and_other_columns_are_compressed(tmp_path: Path, format: str):
     contract = make_contract(format=format)
     latents = make_latents(contract, (64, 64), 50)
     path = write(tmp_path, contract, latents, (64, 64))[-1]
@@ -126,7 +126,7 @@ def test_latents_are_stored_plain_and_the_rest_is_compressed(tmp_path: Path, for
     ],
 )
 @pytest.mark.parametrize("format", ["parquet", "safetensors"])
-def test_row_groups_are_bounded(
+def test_row_groups_have_at_most_1024_rows_and_16_mib(
     tmp_path: Path,
     num_rows: int,
     side_px: int,
@@ -144,18 +144,16 @@ def test_row_groups_are_bounded(
     writer.close()
     writer.check()
     with pq.ParquetFile(writer.paths[-1]) as file:
-        found = [file.metadata.row_group(index) for index in range(file.num_row_groups)]
-    assert [group.num_rows for group in found] == groups
+        result = [file.metadata.row_group(index) for index in range(file.num_row_groups)]
+    assert [group.num_rows for group in result] == groups
     assert max(groups) <= 1024
     if format == "parquet":
-        assert all(group.total_byte_size < 32 * 2**20 for group in found)
+        assert all(group.total_byte_size < 32 * 2**20 for group in result)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("posterior", ["mean", "moments"])
-def test_safetensors_is_one_stacked_tensor_that_anybody_reads(
-    tmp_path: Path, dtype: str, posterior: str
-):
+def test_safetensors_file_is_one_stacked_tensor(tmp_path: Path, dtype: str, posterior: str):
     contract = make_contract(dtype=dtype, format="safetensors", posterior=posterior)
     latents = make_latents(contract, (64, 64), 11)
     tensors, rows = write(tmp_path, contract, latents, (64, 64))
@@ -172,30 +170,30 @@ def test_safetensors_is_one_stacked_tensor_that_anybody_reads(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("format", ["parquet", "safetensors"])
-def test_latents_come_back_in_order(tmp_path: Path, dtype: str, format: str):
+def test_iterate_latents_returns_latents_in_order(tmp_path: Path, dtype: str, format: str):
     contract = make_contract(dtype=dtype, format=format)
     latents = make_latents(contract, (64, 64), 9)
     paths = write(tmp_path, contract, latents, (64, 64))
-    found = list(iterate_latents(paths))
-    assert [key for key, _ in found] == [f"k{index:04d}" for index in range(9)]
-    for (_, latent), expected in zip(found, latents, strict=True):
+    result = list(iterate_latents(paths))
+    assert [key for key, _ in result] == [f"k{index:04d}" for index in range(9)]
+    for (_, latent), expected in zip(result, latents, strict=True):
         assert_same_bits(latent, expected)
 
 
 @given(st.binary(min_size=8, max_size=8).map(lambda data: np.frombuffer(data, np.uint8).copy()))
-def test_every_bit_pattern_survives_the_bytes(raw: np.ndarray):
+def test_tensor_bytes_round_trip_every_bit_pattern(raw: np.ndarray):
     for name, dtype in TORCH_DTYPES.items():
         tensor = torch.from_numpy(raw).view(dtype)
         assert_same_bits(tensor_from_bytes(tensor_bytes(tensor), name, tensor.shape), tensor)
 
 
-def test_a_tensor_that_is_not_contiguous_is_written_in_c_order():
+def test_tensor_bytes_of_a_transposed_tensor_are_in_c_order():
     tensor = torch.arange(6, dtype=torch.float32).reshape(2, 3).T
     assert tensor_bytes(tensor) == np.array([0, 3, 1, 4, 2, 5], "<f4").tobytes()
 
 
 @pytest.mark.parametrize("format", ["parquet", "safetensors"])
-def test_damage_is_a_named_error(tmp_path: Path, format: str):
+def test_damaged_data_files_are_a_named_error(tmp_path: Path, format: str):
     contract = make_contract(format=format)
     paths = write(tmp_path, contract, make_latents(contract, (64, 64), 9), (64, 64))
     for path in paths:
@@ -214,14 +212,14 @@ def test_damage_is_a_named_error(tmp_path: Path, format: str):
 @pytest.mark.parametrize(
     "header", [b"[]", b"{}", b'{"latents": 3}', b'{"latents": {"dtype": "U8"}}', b"\xff"]
 )
-def test_a_safetensors_header_of_another_kind_is_an_error(tmp_path: Path, header: bytes):
+def test_invalid_safetensors_header_is_an_error(tmp_path: Path, header: bytes):
     path = tmp_path / "x.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header)
     with path.open("rb") as file, pytest.raises(DatasetError, match="header"):
         SafetensorsRows(file)
 
 
-def test_check_finds_a_file_that_the_disk_changed(tmp_path: Path):
+def test_writer_check_detects_a_changed_file(tmp_path: Path):
     contract = make_contract()
     writer = BucketWriter(tmp_path / "0-a", contract, COLUMNS, "unit", (64, 64))
     writer.append(make_latents(contract, (64, 64), 5), make_rows(5, NAMES))
@@ -235,7 +233,7 @@ def test_check_finds_a_file_that_the_disk_changed(tmp_path: Path):
 
 
 @pytest.mark.parametrize("file", ["0-a.parquet", "0-a.safetensors", "0-a.rows.parquet"])
-def test_a_full_disk_is_an_os_error_and_abandoning_adds_none(tmp_path: Path, file: str):
+def test_full_disk_is_an_os_error_and_abandon_raises_none(tmp_path: Path, file: str):
     (tmp_path / file).symlink_to("/dev/full")
     contract = make_contract(format="parquet" if file == "0-a.parquet" else "safetensors")
 
@@ -253,7 +251,7 @@ def test_a_full_disk_is_an_os_error_and_abandoning_adds_none(tmp_path: Path, fil
     assert caught.value.errno == errno.ENOSPC
 
 
-def test_a_files_entry_is_its_size_and_hash(tmp_path: Path):
+def test_describe_file_returns_size_and_hash(tmp_path: Path):
     path = tmp_path / "x"
     path.write_bytes(b"abc")
     entry = describe_file(path, "data/u/x", 3, "64x64")
@@ -261,7 +259,7 @@ def test_a_files_entry_is_its_size_and_hash(tmp_path: Path):
     assert entry.sha256 == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
 
-def test_rejects_are_a_table(tmp_path: Path):
+def test_rejects_file_round_trips(tmp_path: Path):
     rejects = [
         RejectRow("a", "decode", "truncated_image", "ends early"),
         RejectRow(None, "read", "truncated_shard", "müde"),
@@ -272,8 +270,8 @@ def test_rejects_are_a_table(tmp_path: Path):
     assert [RejectRow(**row) for row in table.to_pylist()] == rejects
 
 
-def test_the_safetensors_header_fits_its_room_at_any_size():
-    """The header is written last into room left for it: the largest numbers must fit."""
+def test_safetensors_header_fits_the_reserved_248_bytes():
+    """The header is written last into reserved space: the largest numbers must fit."""
     entry = {
         "__metadata__": {"format": "pt"},
         "latents": {

@@ -48,12 +48,12 @@ def assert_equal(one: Statistics, other: Statistics) -> None:
 
 
 @given(latents)
-def test_a_batch_equals_numpy(values: npt.NDArray[np.float32]):
+def test_statistics_of_a_batch_equal_numpy(values: npt.NDArray[np.float32]):
     assert_describes(Statistics.of(values), values)
 
 
 @given(latents, st.data())
-def test_merging_any_split_in_any_order_equals_numpy(
+def test_merged_statistics_equal_numpy_for_any_split_and_order(
     values: npt.NDArray[np.float32], data: st.DataObject
 ):
     cuts = data.draw(st.lists(st.integers(0, len(values)), max_size=4).map(sorted))
@@ -70,13 +70,13 @@ def test_merging_any_split_in_any_order_equals_numpy(
 
 
 @given(latents)
-def test_json_keeps_every_bit(values: npt.NDArray[np.float32]):
+def test_statistics_round_trip_exactly_through_json(values: npt.NDArray[np.float32]):
     stats = Statistics.of(values)
     text = json.dumps(stats.to_json(), allow_nan=False)
     assert_equal(Statistics.from_json(json.loads(text)), stats)
 
 
-def test_nothing_merges_to_nothing_and_is_json():
+def test_empty_statistics_merge_and_round_trip():
     empty = merge_all([Statistics.empty(2), Statistics.empty(2)], 2)
     assert empty.count == 0
     np.testing.assert_array_equal(empty.std, [0.0, 0.0])
@@ -87,7 +87,7 @@ def test_nothing_merges_to_nothing_and_is_json():
     assert_equal(some.merge(empty), some)
 
 
-def test_a_small_spread_about_a_large_mean_survives_merging():
+def test_merging_keeps_a_small_deviation_around_a_large_mean():
     rng = np.random.default_rng(0)
     values = (1000.0 + 1e-2 * rng.standard_normal((512, 1, 4, 4))).astype(np.float32)
     merged = merge_all((Statistics.of(values[i : i + 1]) for i in range(512)), 1)

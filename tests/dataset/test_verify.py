@@ -1,4 +1,4 @@
-"""Verification: each kind of damage is found, named, and laid to the right unit."""
+"""Verification: each kind of damage is reported with its object and unit."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def output(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-def test_an_undamaged_dataset_is_ok(output: Path):
+def test_verify_passes_an_undamaged_dataset(output: Path):
     before, steps = tree_digest(output), []
-    found = verify(str(output), progress=lambda done, total: steps.append((done, total)))
-    assert (found.ok, found.problems, found.repaired) == (True, [], [])
-    assert (found.num_units, found.num_rows, found.num_rejects) == (2, 16, 1)
-    assert found.num_files == len(list(output.glob("data/*/*"))) + 1
+    result = verify(str(output), progress=lambda done, total: steps.append((done, total)))
+    assert (result.ok, result.problems, result.repaired) == (True, [], [])
+    assert (result.num_units, result.num_rows, result.num_rejects) == (2, 16, 1)
+    assert result.num_files == len(list(output.glob("data/*/*"))) + 1
     assert steps == [(1, 2), (2, 2)]
     assert verify(str(output), repair=True).repaired == []
     assert tree_digest(output) == before
@@ -55,7 +55,7 @@ def lengthen(path: Path) -> None:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str, bool]] = {
-    # name: what is done, what is said, whether a quick look sees it
+    # name: the damage, the message, whether `quick` detects it
     "deleted": (Path.unlink, "is gone", True),
     "truncated": (cut, "bytes, not", True),
     "lengthened": (lengthen, "bytes, not", True),
@@ -66,13 +66,13 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str, bool]] = {
 
 @pytest.mark.parametrize("kind", ["data", "rejects"])
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damage_is_named_once_with_its_object_and_unit(output: Path, kind: str, damage: str):
+def test_verify_reports_damage_once_with_its_object_and_unit(output: Path, kind: str, damage: str):
     act, expected, is_quick = DAMAGE[damage]
     path = sorted(output.glob(f"{kind}/*/*"))[-1]
     act(path)
-    found = verify(str(output))
-    (problem,) = found.problems
-    assert not found.ok
+    result = verify(str(output))
+    (problem,) = result.problems
+    assert not result.ok
     assert problem.path == path.relative_to(output).as_posix()
     assert problem.unit == path.parent.name
     sources = {record.unit.id: record.unit.source for record in open_dataset(str(output)).units}
@@ -81,15 +81,15 @@ def test_damage_is_named_once_with_its_object_and_unit(output: Path, kind: str, 
     assert verify(str(output), quick=True).ok != is_quick
 
 
-def test_all_damage_is_told_at_once(output: Path):
+def test_verify_reports_all_damage_at_once(output: Path):
     for path in output.glob("data/*/*"):
         flip_byte(path)
-    found = verify(str(output))
-    named = sorted(problem.path for problem in found.problems)
+    result = verify(str(output))
+    named = sorted(problem.path for problem in result.problems)
     assert named == sorted(p.relative_to(output).as_posix() for p in output.glob("data/*/*"))
 
 
-def test_repair_removes_the_bad_units_alone_and_once(output: Path):
+def test_repair_removes_only_the_bad_units_and_only_once(output: Path):
     path = sorted(output.glob("data/*/*"))[0]
     path.unlink()
     before = tree_digest(output)
@@ -128,12 +128,12 @@ def committed(folder: Path, contract: Contract, latents: torch.Tensor) -> Store:
 
 def publish(store: Store, contract: Contract) -> str:
     (receipt,) = read_receipts(store, list_receipt_names(store))
-    listing = {receipt.record.unit.source: [receipt.record.unit]}
+    snapshot = {receipt.record.unit.source: [receipt.record.unit]}
     write_next(
         State(store),
         contract.fingerprint,
         4,
-        lambda: listing,
+        lambda: snapshot,
         on_missing="keep",
         columns=columns_of(["txt"]),
     )
@@ -142,7 +142,7 @@ def publish(store: Store, contract: Contract) -> str:
 
 @pytest.mark.parametrize("format", ["parquet", "safetensors"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_latent_that_is_not_finite_is_found(tmp_path: Path, format: str, value: float):
+def test_verify_reports_a_latent_that_is_not_finite(tmp_path: Path, format: str, value: float):
     contract = make_contract(format=format)
     latents = make_latents(contract, (64, 64), 3)
     latents[1, 2, 3, 4] = value
@@ -182,7 +182,7 @@ def with_column(name: str, index: int, value: object) -> Callable[[pa.Table], pa
 
 WRONG_ROWS: dict[str, tuple[Callable[[pa.Table], pa.Table], str]] = {
     "one is missing": (lambda table: table.slice(1), "holds 2 rows, but the receipt says 3"),
-    "one is there twice": (with_column("key", 2, "k0000"), "row 'k0000' occurs twice"),
+    "a duplicate key": (with_column("key", 2, "k0000"), "row 'k0000' occurs twice"),
     "another dtype": (with_column("latent_dtype", 0, "bfloat16"), "row 'k0000' is torch.bfloat16"),
     "another shape": (with_column("latent_shape", 0, [4, 4, 16]), "[4, 4, 16]"),
     "too few bytes": (with_column("latent", 0, b"xx"), "cannot be read"),
@@ -190,20 +190,20 @@ WRONG_ROWS: dict[str, tuple[Callable[[pa.Table], pa.Table], str]] = {
 
 
 @pytest.mark.parametrize("wrong", WRONG_ROWS)
-def test_wrong_rows_are_found(tmp_path: Path, wrong: str):
+def test_verify_reports_wrong_rows(tmp_path: Path, wrong: str):
     change, expected = WRONG_ROWS[wrong]
     contract = make_contract()
     store = committed(tmp_path, contract, make_latents(contract, (64, 64), 3))
     rewrite(store, change)
-    found = verify(publish(store, contract))
-    assert not found.ok
-    assert expected in found.problems[0].message
-    assert {problem.path for problem in found.problems} == {
+    result = verify(publish(store, contract))
+    assert not result.ok
+    assert expected in result.problems[0].message
+    assert {problem.path for problem in result.problems} == {
         file.path for record in open_dataset(store.url).units for file in record.files
     }
 
 
-def test_a_manifest_that_cannot_be_read_is_an_error(output: Path):
+def test_verify_raises_an_error_for_an_unreadable_manifest(output: Path):
     (part,) = (output / "parts").iterdir()
     flip_byte(part)
     with pytest.raises(DatasetError, match=part.name):

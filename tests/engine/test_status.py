@@ -28,6 +28,19 @@ from makers import make_contract
 NOWHERE = StorageOptions()
 
 
+def record_of(unit: Unit, num_rows: int, num_rejects: int) -> UnitRecord:
+    return UnitRecord(
+        unit=unit,
+        generation=0,
+        attempt=new_attempt(),
+        num_samples=num_rows + num_rejects,
+        num_rows=num_rows,
+        num_rejects=num_rejects,
+        files=(),
+        rejects=None,
+    )
+
+
 class Output:
     """An output that receives receipts, failures and manifests as a test wants them."""
 
@@ -43,8 +56,9 @@ class Output:
 
     def commit(self, source: str, num_rows: int = 100, version: str = "v1") -> Receipt:
         unit = self.unit(source, version)
-        record = UnitRecord(unit, 0, new_attempt(), num_rows + 1, num_rows, 1, (), None)
-        receipt = Receipt(record, self.contract.fingerprint, Statistics.empty(4))
+        receipt = Receipt(
+            record_of(unit, num_rows, 1), self.contract.fingerprint, Statistics.empty(4)
+        )
         self.put(receipt)
         return receipt
 
@@ -74,7 +88,7 @@ def test_the_bottleneck_is_that_of_the_latest_units(output: Output):
     for day, busy in enumerate(({"decode": 90.0, "encode": 1.0}, {"decode": 1.0, "encode": 9.0})):
         for number in range(70):
             unit = output.unit(f"{day}-{number}.tar")
-            record = UnitRecord(unit, 0, new_attempt(), 1, 1, 0, (), None)
+            record = record_of(unit, 1, 0)
             stages = {
                 stage: {"busy_s": busy[stage], "wait_s": 0.0, "num_threads": threads[stage]}
                 for stage in threads

@@ -86,7 +86,7 @@ def only(folder: Path) -> Path:
 
 
 def replace_part(folder: Path, data: bytes) -> None:
-    """Put another part in place of the dataset's; path and hash in the manifest agree."""
+    """Replace the dataset's part; path and hash in the manifest agree."""
     only(folder / "parts").unlink()
     digest = hashlib.sha256(data).hexdigest()
     (folder / "parts" / f"{digest}.parquet").write_bytes(data)

@@ -60,8 +60,17 @@ class World:
             DataFile(path, 4, "0" * 64, 1, bucket)
             for path, bucket in zip(paths, buckets, strict=True)
         )
-        seen = QaFile(qa, {"8x8": 1}, 30.0, 60.0)
-        return UnitRecord(unit, generation, attempt, 2, 1, 1, (data,), rejects, seen)
+        return UnitRecord(
+            unit=unit,
+            generation=generation,
+            attempt=attempt,
+            num_samples=2,
+            num_rows=1,
+            num_rejects=1,
+            files=(data,),
+            rejects=rejects,
+            qa=QaFile(file=qa, num_rows={"8x8": 1}, mean_psnr_db=30.0, min_drift_db=60.0),
+        )
 
     def commit(self, source: str) -> Receipt:
         unit = self.unit(source)
@@ -103,13 +112,13 @@ class World:
 
     def write(self, state: State | None = None, *, without: str = "", drop: bool = False) -> None:
         """Write the next manifest, from what a driver knows."""
-        listing = {source: [self.unit(source)] for source in SOURCES if source != without}
+        snapshot = {source: [self.unit(source)] for source in SOURCES if source != without}
         with patch.object(state_module, "MAX_MISSING_SHARE", 1.0):
             write_next(
                 state or State(self.store),
                 CONTRACT.fingerprint,
                 4,
-                lambda: listing,
+                lambda: snapshot,
                 on_missing="drop" if drop else "keep",
             )
 

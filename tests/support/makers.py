@@ -208,15 +208,15 @@ def commit_unit(
     parts = [Statistics.of(v.nan_to_num(0, 0, 0).numpy()) for v in values]
     statistics = merge_all(parts, contract.stored_channels)
     record = UnitRecord(
-        unit,
-        generation,
-        attempt,
-        first + len(rejects),
-        first,
-        len(rejects),
-        tuple(files),
-        rejects_file,
-        qa_file,
+        unit=unit,
+        generation=generation,
+        attempt=attempt,
+        num_samples=first + len(rejects),
+        num_rows=first,
+        num_rejects=len(rejects),
+        files=tuple(files),
+        rejects=rejects_file,
+        qa=qa_file,
         columns=columns,
         reject_reasons=count_reasons(rejects),
     )
@@ -250,12 +250,12 @@ def write_dataset(
         )
         for source, latents in sources.items()
     }
-    listing = {source: [receipt.record.unit] for source, receipt in receipts.items()}
+    snapshot = {source: [receipt.record.unit] for source, receipt in receipts.items()}
     _, manifest = write_next(
         State(store),
         contract.fingerprint,
         contract.stored_channels,
-        lambda: listing,
+        lambda: snapshot,
         on_missing="keep",
         columns=columns_of(keep),
     )

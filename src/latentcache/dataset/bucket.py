@@ -24,5 +24,4 @@ class Bucket(NamedTuple):
     @classmethod
     def parse(cls, name: str) -> Bucket:
         """Return the bucket of a name that has already been checked."""
-        width_px, _, height_px = name.partition("x")
-        return cls(int(width_px), int(height_px))
+        return cls(*map(int, name.split("x")))

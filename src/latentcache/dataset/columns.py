@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Annotated, TypeAlias
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,17 +18,21 @@ class Column:
     field: str
 
 
-Columns = tuple[Column, ...]
+def _require_sorted(columns: tuple[Column, ...]) -> bool:
+    names = [column.name for column in columns]
+    if names != sorted(set(names)):
+        raise ValueError("columns are not sorted by name, or contain a duplicate")
+    return True
+
+
+Columns: TypeAlias = Annotated[tuple[Column, ...], _require_sorted]
 """The kept columns of rows, sorted by name because their order has no meaning."""
 
 
 def columns_of(keep: Iterable[str]) -> Columns:
-    """Return the columns of a config's `source.keep`.
+    """Return the columns of a config's `source.keep`, which holds field names without duplicates.
 
     The field `txt` becomes the column `caption`. Other columns have the name of their field.
-
-    Args:
-        keep: field names without duplicates.
     """
     columns = (Column("caption" if name == "txt" else name, name) for name in keep)
     return tuple(sorted(columns, key=lambda column: column.name))
@@ -36,10 +41,3 @@ def columns_of(keep: Iterable[str]) -> Columns:
 def describe_columns(columns: Columns) -> str:
     """Return the columns as `source.keep` names them: `[txt, json]`; `[]` for none."""
     return f"[{', '.join(column.field for column in columns)}]"
-
-
-def require_columns(columns: Columns) -> None:
-    """Raise `ValueError` unless columns are sorted by name and unique."""
-    names = [column.name for column in columns]
-    if names != sorted(set(names)):
-        raise ValueError("columns are not sorted by name, or contain a duplicate")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Annotated, Any
 
@@ -30,23 +30,15 @@ MAX_SAMPLE_BYTES = 256 * 2**20
 
 def canonical_json(tree: Any) -> bytes:
     """Return the canonical JSON of a value: sorted keys, no spaces, UTF-8, no NaN."""
-    text = json.dumps(
-        tree, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
-    )
-    return text.encode()
+    style: dict[str, Any] = {"separators": (",", ":"), "ensure_ascii": False, "allow_nan": False}
+    return json.dumps(tree, sort_keys=True, **style).encode()
 
 
 @dataclass(frozen=True)
 class SourceContract:
-    """The settings that decide how a source is read as samples.
+    """The settings that decide how a source is read as samples; docs/format.md describes them.
 
-    Attributes:
-        image_fields: names of the fields that may hold the image, in order of preference.
-        key_column: name of the Parquet column that holds the key; None derives the key.
-        max_sample_bytes: a sample whose fields together are larger than this becomes a reject.
-        caption_index: index of the element that becomes the text, where a text column holds lists.
-        key_rules: version of the rules that derive keys from names and paths (docs/format.md).
-        text_rules: version of the rules that decode text fields (docs/format.md).
+    `key_rules` and `text_rules` are versions of the rules that derive keys and decode text.
     """
 
     image_fields: tuple[str, ...]
@@ -75,10 +67,7 @@ class VaeContract:
 
 @dataclass(frozen=True)
 class TransformContract:
-    """The transform of a decoded image to the pixels that are encoded.
-
-    `buckets` are (width, height) in pixels.
-    """
+    """The transform of a decoded image to the pixels that are encoded."""
 
     crop: str
     resample: str
@@ -93,9 +82,8 @@ class TransformContract:
 class QuantizationContract:
     """The quantization of int8 latents; `dataset/quantization.py` has the arithmetic.
 
-    `num_images` and `seed` specify the calibration: how many images it uses, and which ones.
-    `scale` and `zero_point` are its result, with one value per stored channel. They are None until
-    the first run has calibrated them.
+    `num_images` and `seed` specify the calibration: how many images it uses, and which ones. Its
+    result, `scale` and `zero_point`, has a value per stored channel; None before the first run.
     """
 
     num_images: Count
@@ -130,7 +118,7 @@ class Contract:
     transform: TransformContract
     latents: LatentContract
     source: SourceContract
-    format_version: int = field(default=FORMAT_VERSION)
+    format_version: int = FORMAT_VERSION
 
     @property
     def stored_channels(self) -> int:
@@ -146,15 +134,11 @@ class Contract:
     @property
     def is_resolved(self) -> bool:
         """Whether every field that is measured on real images has a value."""
-        quantization = self.latents.quantization
-        is_measured = quantization is None or quantization.scale is not None
-        return self.latents.precision != "auto" and is_measured
+        spec = self.latents.quantization
+        return self.latents.precision != "auto" and (spec is None or spec.scale is not None)
 
     def resolved_as(self, other: Contract) -> Contract:
-        """Return this contract, with fields that it leaves open copied from another contract.
-
-        The fields are those that are measured on real images: `precision` and the quantization.
-        """
+        """Return this contract, with `precision` and quantization, if open, of another contract."""
         mine, theirs = self.latents, other.latents
         if mine.precision == "auto":
             mine = replace(mine, precision=theirs.precision)
@@ -165,10 +149,7 @@ class Contract:
         return replace(self, latents=mine)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the contract as plain JSON.
-
-        The field `quantization` is present for int8 latents only.
-        """
+        """Return the contract as plain JSON; only int8 latents have the field `quantization`."""
         tree: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         if self.latents.quantization is None:
             del tree["latents"]["quantization"]
@@ -176,15 +157,11 @@ class Contract:
 
     @classmethod
     def from_json(cls, tree: Any) -> Contract:
-        """Build a contract from the result of `to_json`.
-
-        Raises:
-            DatasetError: `tree` has another format version or is not a contract.
-        """
+        """Build a contract from the result of `to_json`; raise `DatasetError` if it is another."""
         try:
             require_format(tree, "contract.json")
             contract = build(cls, tree)
-            require_sound(contract)
+            _require_sound(contract)
             return contract
         except ValueError as error:
             raise DatasetError(f"contract.json is damaged: {error}") from error
@@ -196,14 +173,10 @@ class Contract:
 
 
 def require_format(tree: Any, where: str) -> None:
-    """Raise an error unless parsed JSON is an object of this release's format version.
+    """Raise `DatasetError` unless parsed JSON has this release's format version.
 
     Args:
-        tree: the parsed JSON.
-        where: the name or URL of the file, with which the error message begins.
-
-    Raises:
-        DatasetError: `tree` has another format version, or none.
+        tree, where: the parsed JSON, and the name or URL of the file for the message.
     """
     version = tree.get("format_version") if isinstance(tree, dict) else None
     if version is None:
@@ -215,13 +188,15 @@ def require_format(tree: Any, where: str) -> None:
         )
 
 
-def require_sound(contract: Contract) -> None:
+def _require_sound(contract: Contract) -> None:
     """Raise `ValueError` if fields of a contract contradict each other."""
     vae, latents = contract.vae, contract.latents
     quantization = latents.quantization
-    for name in ("latents_mean", "latents_std"):
-        if (values := getattr(vae, name)) is not None and len(values) != vae.latent_channels:
-            raise ValueError(f"vae.{name} has {len(values)} values, not {vae.latent_channels}")
+    for values in (vae.latents_mean, vae.latents_std):
+        if values is not None and len(values) != vae.latent_channels:
+            raise ValueError(
+                f"vae has {len(values)} means or deviations, not {vae.latent_channels}"
+            )
     if not vae.scaling_factor or not all(vae.latents_std or (1.0,)):
         raise ValueError("vae.scaling_factor or latents_std is 0")
     for bucket in contract.transform.buckets:
@@ -232,33 +207,27 @@ def require_sound(contract: Contract) -> None:
     if quantization:
         pair = quantization.scale, quantization.zero_point
         if any(part is not None and len(part) != contract.stored_channels for part in pair):
-            raise ValueError(
-                f"latents.quantization does not have {contract.stored_channels} values, one for "
-                "each stored channel"
-            )
+            raise ValueError(f"latents.quantization needs {contract.stored_channels} values each")
 
 
 def contract_diff(
-    there: Contract, wanted: Contract, names: tuple[str, str] = ("dataset", "config")
+    before: Contract, after: Contract, names: tuple[str, str] = ("dataset", "config")
 ) -> list[str]:
     """Return one line for each field that differs between two contracts.
 
-    A line reads `transform.crop: dataset has "center", config has "random"`.
-
     Args:
-        there: the contract of the dataset.
-        wanted: the contract of the config.
-        names: what lines call the owners of the two contracts.
+        before, after: the contracts.
+        names: their owners: `transform.crop: dataset has "center", config has "random"`.
     """
-    before, after = dict(_leaves(there.to_json())), dict(_leaves(wanted.to_json()))
-    paths = before.keys() | after.keys()
-    if there.latents.dtype != wanted.latents.dtype:  # the line on dtype implies these
+    old, new = dict(_leaves(before.to_json())), dict(_leaves(after.to_json()))
+    paths = old.keys() | new.keys()
+    if before.latents.dtype != after.latents.dtype:  # the line on dtype implies these
         paths = {path for path in paths if not path.startswith("latents.quantization.")}
     return [
-        f"{path}: {names[0]} has {json.dumps(before.get(path))}, "
-        f"{names[1]} has {json.dumps(after.get(path))}"
+        f"{path}: {names[0]} has {json.dumps(old.get(path))}, "
+        f"{names[1]} has {json.dumps(new.get(path))}"
         for path in sorted(paths)
-        if before.get(path) != after.get(path)
+        if old.get(path) != new.get(path)
     ]
 
 
@@ -276,19 +245,14 @@ def read_contract(store: Store) -> Contract | None:
         data = store.read_bytes(CONTRACT_PATH)
     except ObjectNotFound:
         return None
-    return _parse(store, data)
+    return _parse(store, data)[0]
 
 
 def require_contract(store: Store) -> Contract:
-    """Return the contract of an existing dataset.
-
-    Raises:
-        DatasetError: the store has no contract, or the contract is damaged.
-    """
-    contract = read_contract(store)
-    if contract is None:
-        raise DatasetError(f"{store.url} is not a latent dataset: it has no contract.json")
-    return contract
+    """Return the contract of a dataset; raise `DatasetError` if it has none."""
+    if contract := read_contract(store):
+        return contract
+    raise DatasetError(f"{store.url} is not a latent dataset: it has no contract.json")
 
 
 def read_provenance(store: Store) -> dict[str, Any]:
@@ -296,79 +260,58 @@ def read_provenance(store: Store) -> dict[str, Any]:
 
     The dataset's writer sets these values and nothing verifies them. They are text to show; do not
     open their URLs.
-
-    Raises:
-        DatasetError: the contract file is damaged.
     """
-    try:
-        tree = load_json(store.read_bytes(CONTRACT_PATH))
-        provenance = tree.get("provenance") if isinstance(tree, dict) else None
-        return check(dict[str, Any], provenance, "provenance")  # type: ignore[no-any-return]
-    except ValueError as error:
-        raise DatasetError(f"{store.url_of(CONTRACT_PATH)} is damaged: {error}") from error
+    _, provenance = _parse(store, store.read_bytes(CONTRACT_PATH))
+    if not isinstance(provenance, dict):
+        raise DatasetError(f"{store.url_of(CONTRACT_PATH)} is damaged: it has no provenance")
+    return provenance
 
 
-def _parse(store: Store, data: bytes) -> Contract:
+def _parse(store: Store, data: bytes) -> tuple[Contract, Any]:
+    """Return the contract in a contract file, and the provenance as it is."""
+    url = store.url_of(CONTRACT_PATH)
     try:
-        tree = load_json(data)
-        if not isinstance(tree, dict):
-            raise ValueError("it is not an object")
+        tree = check(dict[str, Any], load_json(data), "it")
         contract = Contract.from_json(tree.get("contract"))
     except ValueError as error:
-        raise DatasetError(f"{store.url_of(CONTRACT_PATH)} is not a contract: {error}") from error
+        raise DatasetError(f"{url} is not a contract: {error}") from error
     if tree.get("fingerprint") != contract.fingerprint:
-        raise DatasetError(
-            f"{store.url_of(CONTRACT_PATH)} was edited: its fingerprint does not match its fields"
-        )
-    return contract
+        raise DatasetError(f"{url} was edited: its fingerprint does not match its fields")
+    return contract, tree.get("provenance")
 
 
-def establish_contract(store: Store, wanted: Contract, provenance: dict[str, Any]) -> bytes:
+def establish_contract(store: Store, contract: Contract, provenance: dict[str, Any]) -> bytes:
     """Put the contract if the output has none, and check that the output's contract is the same.
 
     Args:
-        store: the output.
-        wanted: this run's contract, resolved.
+        store, contract: the output, and this run's contract, resolved.
         provenance: information that may differ between runs: checkpoint URL, versions.
 
     Returns:
         The bytes of the output's contract file.
-
-    Raises:
-        ContractMismatch: the output has another contract; the message names each field that
-            differs.
     """
-    assert wanted.is_resolved
-    tree = {
-        "contract": wanted.to_json(),
-        "fingerprint": wanted.fingerprint,
-        "provenance": provenance,
-    }
-    data = json.dumps(tree, indent=1, sort_keys=True).encode()
+    assert contract.is_resolved
+    tree = {"contract": contract.to_json(), "fingerprint": contract.fingerprint}
+    data = json.dumps(tree | {"provenance": provenance}, indent=1, sort_keys=True).encode()
     if not store.put_if_absent(CONTRACT_PATH, data):
         data = store.read_bytes(CONTRACT_PATH)
-    require_same(store, _parse(store, data), wanted)
+    require_same(store, _parse(store, data)[0], contract)
     return data
 
 
-def require_same(store: Store, there: Contract, wanted: Contract) -> None:
-    """Check that the contract of an output is that of the config.
+def require_same(store: Store, stored: Contract, contract: Contract) -> None:
+    """Raise `ContractMismatch`, which names each field, if two contracts differ.
 
     Args:
-        store: the output.
-        there: its contract.
-        wanted: the contract of the config.
-
-    Raises:
-        ContractMismatch: a field differs; the message names each field.
+        store, stored, contract: the output, the contract in it, and that of the config.
     """
-    if there.fingerprint != wanted.fingerprint:
-        lines = (f"  {line}" for line in contract_diff(there, wanted))
-        fix = "use another `output.url`"
-        if not store.list("commits"):
-            fix = f"delete {store.url_of(CONTRACT_PATH)} to start over, as nothing is committed yet"
-        raise ContractMismatch(
-            f"{store.url} was created with different settings: {fix}, or change the config to "
-            "match the dataset:",
-            *lines,
-        )
+    if stored.fingerprint == contract.fingerprint:
+        return
+    fix = "use another `output.url`"
+    if not store.list("commits"):
+        fix = f"delete {store.url_of(CONTRACT_PATH)} to start over, as nothing is committed yet"
+    raise ContractMismatch(
+        f"{store.url} was created with different settings: {fix}, or change the config to match "
+        "the dataset:",
+        *(f"  {line}" for line in contract_diff(stored, contract)),
+    )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -22,7 +23,7 @@ _COLUMNS = ("unit", "generation", "num_rows", "num_rejects")
 
 @dataclass(frozen=True, slots=True)
 class DiffUnit:
-    """A unit that counts in only one of two manifests; `version` is the version of its source."""
+    """A unit that counts in only one of two manifests; `version` is that of its source."""
 
     unit: str
     version: str
@@ -47,13 +48,6 @@ class Counts:
     num_units: int
     num_rows: int
     num_rejects: int
-
-    @classmethod
-    def of(cls, units: Iterable[DiffUnit]) -> Counts:
-        """Return the sums over units."""
-        units = list(units)
-        num_rows = sum(unit.num_rows for unit in units)
-        return cls(len(units), num_rows, sum(unit.num_rejects for unit in units))
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +94,9 @@ def diff_manifests(
     A part that both manifests list is read only if their `removed` units differ.
 
     Args:
-        url: URL of the dataset.
-        before: number of a manifest, or "published"; None takes the last complete manifest before
-            `after`.
-        after: number of a manifest, or "published"; None takes the newest complete manifest.
-        storage: options of the store.
+        url, storage: see `open_dataset`.
+        before: a manifest; None takes the last complete one before `after`.
+        after: a manifest; None takes the newest complete one.
 
     Raises:
         DatasetError: there is no dataset, or no such manifest.
@@ -114,22 +106,28 @@ def diff_manifests(
     new = find_manifest(store, after)
     old = _complete_before(store, new.number) if before is None else find_manifest(store, before)
     lost, gained = _differing(store, old, new), _differing(store, new, old)
-    by_source = [
+    diffs = [
         SourceDiff(source, tuple(lost.get(source, ())), tuple(gained.get(source, ())))
         for source in sorted(lost.keys() | gained.keys())
     ]
-    added = tuple(diff for diff in by_source if not diff.before)
-    removed = tuple(diff for diff in by_source if not diff.after)
-    replaced = tuple(diff for diff in by_source if diff.before and diff.after)
+    added = tuple(diff for diff in diffs if not diff.before)
+    removed = tuple(diff for diff in diffs if not diff.after)
+    replaced = tuple(diff for diff in diffs if diff.before and diff.after)
     counts = DiffCounts(
         before=Counts(old.num_units, old.num_rows, old.num_rejects),
-        added=Counts.of(unit for diff in added for unit in diff.after),
-        replaced=Counts.of(unit for diff in replaced for unit in diff.before),
-        replacing=Counts.of(unit for diff in replaced for unit in diff.after),
-        removed=Counts.of(unit for diff in removed for unit in diff.before),
+        added=_count(diff.after for diff in added),
+        replaced=_count(diff.before for diff in replaced),
+        replacing=_count(diff.after for diff in replaced),
+        removed=_count(diff.before for diff in removed),
         after=Counts(new.num_units, new.num_rows, new.num_rejects),
     )
     return ManifestDiff(old.number, new.number, counts, added, replaced, removed)
+
+
+def _count(groups: Iterable[Iterable[DiffUnit]]) -> Counts:
+    units = list(chain.from_iterable(groups))
+    num_rows = sum(unit.num_rows for unit in units)
+    return Counts(len(units), num_rows, sum(unit.num_rejects for unit in units))
 
 
 def _complete_before(store: Store, number: int) -> Manifest:
@@ -141,23 +139,17 @@ def _complete_before(store: Store, number: int) -> Manifest:
 
 def _differing(store: Store, one: Manifest, other: Manifest) -> dict[str, list[DiffUnit]]:
     """Return, by source, the units that count in `one` manifest but not in the `other`."""
-    shared = {part.path for part in other.parts}
-    own = [part for part in one.parts if part.path not in shared]
-    both = [part for part in one.parts if part.path in shared]
-    named_by = f"manifest {one.number}"
-    units: dict[str, list[DiffUnit]] = {}
-    for table in read_parts(store, own, named_by, _COLUMNS):
-        for source, unit in _units_of(without(table, one.removed)):
-            units.setdefault(source, []).append(unit)
+    shared, named_by = set(other.parts), f"manifest {one.number}"
+    own = [part for part in one.parts if part not in shared]
+    both = [part for part in one.parts if part in shared]
     removed = set(other.removed).difference(one.removed)
+    tables = [without(table, one.removed) for table in read_parts(store, own, named_by, _COLUMNS)]
     for table in read_parts(store, both if removed else [], named_by, _COLUMNS):
         is_in = pc.is_in(names_of(table), value_set=pa.array(removed, pa.string()))
-        for source, unit in _units_of(table.filter(is_in)):
-            units.setdefault(source, []).append(unit)
-    return units
-
-
-def _units_of(table: pa.Table) -> Iterator[tuple[str, DiffUnit]]:
-    for row in table.to_pylist():
+        tables.append(table.filter(is_in))
+    units: dict[str, list[DiffUnit]] = {}
+    for row in chain.from_iterable(table.to_pylist() for table in tables):
         unit = row.pop("unit")
-        yield unit["source"], DiffUnit(unit=unit["id"], version=unit["version"], **row)
+        added = DiffUnit(unit=unit["id"], version=unit["version"], **row)
+        units.setdefault(unit["source"], []).append(added)
+    return units

@@ -13,31 +13,21 @@ from rich.text import Text
 from latentcache.dataset.reader import Dataset
 from latentcache.errors import one_line
 
+_FIGURES = ("mean", "std", "min", "max")
+
 
 def describe(dataset: Dataset, num_rows: int) -> dict[str, Any]:
-    """Return a summary of a dataset as JSON.
+    """Return a summary of a dataset as JSON, with its first `num_rows` rows.
 
-    It holds the contract, totals, buckets, statistics, the first rows, and rejects by reason.
+    It also holds the contract, totals, buckets, statistics, and rejects by reason.
 
     Args:
-        dataset: the dataset to describe.
-        num_rows: number of rows to include.
+        dataset, num_rows: the dataset, and the number of rows to include.
     """
     manifest, stats = dataset.manifest, dataset.stats
     reasons = Counter(f"{reject.stage}: {reject.reason}" for reject in dataset.rejects())
-    rows = []
-    for index in range(min(num_rows, len(dataset))):
-        row = dataset[index]
-        rows.append(
-            {
-                "unit": row.unit,
-                "key": row.key,
-                "latent_shape": list(row.latent.shape),
-                "original_size": [row.original_width, row.original_height],
-                "crop_top_left": [row.crop_top, row.crop_left],
-                **row.columns,
-            }
-        )
+    columns = [values.tolist() for values in (stats.mean, stats.std, stats.minimum, stats.maximum)]
+    channels = [dict(zip(_FIGURES, row, strict=True)) for row in zip(*columns, strict=True)]
     return {
         "url": dataset.url,
         "manifest": manifest.number,
@@ -50,20 +40,19 @@ def describe(dataset: Dataset, num_rows: int) -> dict[str, Any]:
         "buckets": manifest.buckets,
         "stale": list(manifest.stale),
         "contract": dataset.contract.to_json(),
-        "channels": [
-            {"mean": mean, "std": std, "min": low, "max": high}
-            for mean, std, low, high in zip(
-                stats.mean.tolist(),
-                stats.std.tolist(),
-                stats.minimum.tolist(),
-                stats.maximum.tolist(),
-                strict=True,
-            )
-        ]
-        if stats.count
-        else [],
+        "channels": channels if stats.count else [],
         "rejects_by_reason": dict(reasons.most_common()),
-        "rows": rows,
+        "rows": [
+            {
+                "unit": row.unit,
+                "key": row.key,
+                "latent_shape": list(row.latent.shape),
+                "original_size": [row.original_width, row.original_height],
+                "crop_top_left": [row.crop_top, row.crop_left],
+                **row.columns,
+            }
+            for row in dataset[: max(num_rows, 0)]
+        ],
     }
 
 
@@ -96,27 +85,25 @@ def render(described: dict[str, Any]) -> str:
     console.print(table)
     _print_table(console, "buckets", ("size", "rows"), described["buckets"].items())
     channels = [
-        (index, *(f"{channel[name]:.4f}" for name in ("mean", "std", "min", "max")))
+        (index, *(f"{channel[name]:.4f}" for name in _FIGURES))
         for index, channel in enumerate(described["channels"])
     ]
-    _print_table(console, "stored latents", ("channel", "mean", "std", "min", "max"), channels)
+    _print_table(console, "stored latents", ("channel", *_FIGURES), channels)
     _print_table(console, "rejects", ("reason", "samples"), described["rejects_by_reason"].items())
-    rows = [tuple(row[name] for name in row if name != "unit") for row in described["rows"]]
-    names = tuple(name for name in described["rows"][0] if name != "unit") if rows else ()
-    _print_table(console, "rows", names, rows)
+    rows = [{k: v for k, v in row.items() if k != "unit"} for row in described["rows"]]
+    _print_table(console, "rows", tuple(rows[0]) if rows else (), [row.values() for row in rows])
     for source in described["stale"]:
         console.print(one_line(f"stale: {source}"), markup=False)
     return text.getvalue().rstrip()
 
 
 def _print_table(console: Console, title: str, names: tuple[str, ...], rows: Any) -> None:
-    rows = list(rows)
     if rows:
         table = Table(title=title, title_justify="left", box=None, pad_edge=False)
         for name in names:
             table.add_column(_plain(name))
         for row in rows:
-            table.add_row(*(_plain(value) for value in row))
+            table.add_row(*map(_plain, row))
         console.print()
         console.print(table)
 

@@ -18,7 +18,7 @@ from latentcache.dataset.contract import Contract
 from latentcache.dataset.parquet import checked_footer
 from latentcache.dataset.parse import Count, check, load_json
 from latentcache.errors import DatasetError
-from latentcache.parquet_footer import ColumnChunk, DamagedFooter, Footer, read_page_header
+from latentcache.parquet_footer import ColumnChunk, DamagedFooter, read_page_header
 
 # Row groups of 8 to 32 MiB stream well and are read whole. At most 1,024 rows keep a shuffle
 # window small.
@@ -45,44 +45,37 @@ SAFETENSORS_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "i
 File: TypeAlias = BinaryIO  # or a pyarrow file, which has no type annotations
 
 
+def row_bytes(contract: Contract, bucket: tuple[int, int]) -> int:
+    """Return the size in bytes of one stored latent of a bucket.
+
+    Args:
+        contract, bucket: the contract, and (width, height) in pixels.
+    """
+    return math.prod(contract.latent_shape(bucket)) * TORCH_DTYPES[contract.latents.dtype].itemsize
+
+
 def row_group_rows(contract: Contract, bucket: tuple[int, int]) -> int:
     """Return the number of rows of a row group; the last one of a file may have fewer.
 
     Args:
-        contract: the contract of the dataset.
-        bucket: (width, height) in pixels.
+        contract, bucket: the contract, and (width, height) in pixels.
     """
     return max(1, min(ROW_GROUP_ROWS, ROW_GROUP_BYTES // row_bytes(contract, bucket)))
-
-
-def row_bytes(contract: Contract, bucket: tuple[int, int]) -> int:
-    """Return the size of one stored latent in bytes.
-
-    Args:
-        contract: the contract of the dataset.
-        bucket: (width, height) in pixels.
-    """
-    return math.prod(contract.latent_shape(bucket)) * TORCH_DTYPES[contract.latents.dtype].itemsize
 
 
 def latent_offsets(
     files: Sequence[File], contract: Contract, bucket: tuple[int, int], num_rows: int
 ) -> list[int]:
-    """Return the byte offsets of the latents in a bucket's files.
+    """Return the byte offset of each row group's first latent in the first of a bucket's files.
 
-    With them, latents can be read without a Parquet or safetensors reader.
+    A row group has `row_group_rows` rows; the last one may have fewer. The next latents follow at a
+    stride of `row_bytes`. In Parquet it is 4 bytes longer, because a length precedes each latent.
+    All latents lie within the file.
 
     Args:
         files: the open Parquet file, or the safetensors file and its Parquet file of rows.
-        contract: the contract of the dataset.
-        bucket: (width, height) in pixels.
+        contract, bucket: the contract, and (width, height) in pixels.
         num_rows: number of rows according to the receipt.
-
-    Returns:
-        For each row group, the byte offset of its first latent in the first file. A row group has
-        `row_group_rows` rows; the last one may have fewer. The next latents follow at a stride of
-        `row_bytes`. In Parquet the stride is 4 bytes longer, because a length precedes each latent.
-        All latents lie within the file.
 
     Raises:
         DatasetError: a file is damaged, has another number of rows, or has another layout.
@@ -105,19 +98,14 @@ def latent_offsets(
         return [tensor.start + first * size for first in range(0, num_rows, group_rows)]
     offsets, end = [], 0
     for number, rows in enumerate(expected):
-        chunk = _latent_chunk(footer, number)
-        if chunk.start < end:
+        chunks = [c for c in footer.row_groups[number].columns if c.path == ("latent",)]
+        if len(chunks) != 1:
+            raise DatasetError(f"row group {number} has {len(chunks)} columns `latent`, not one")
+        if chunks[0].start < end:
             raise DatasetError(f"row group {number} overlaps the one before it")
-        offsets.append(_first_latent(files[0], chunk, rows, size, number))
-        end = chunk.end
+        offsets.append(_first_latent(files[0], chunks[0], rows, size, number))
+        end = chunks[0].end
     return offsets
-
-
-def _latent_chunk(footer: Footer, number: int) -> ColumnChunk:
-    chunks = [c for c in footer.row_groups[number].columns if c.path == ("latent",)]
-    if len(chunks) != 1:
-        raise DatasetError(f"row group {number} has {len(chunks)} columns `latent`; expected one")
-    return chunks[0]
 
 
 def _first_latent(file: File, chunk: ColumnChunk, rows: int, size: int, number: int) -> int:
@@ -126,50 +114,41 @@ def _first_latent(file: File, chunk: ColumnChunk, rows: int, size: int, number: 
     The page header must describe such a page, and must end exactly where lengths and latents begin.
     """
     file.seek(chunk.data_page_offset)
-    data = file.read(_PAGE_HEADER_BYTES)
     try:
-        header = read_page_header(data)
+        header = read_page_header(file.read(_PAGE_HEADER_BYTES))
     except DamagedFooter as error:
         raise DatasetError(f"row group {number}: damaged page header: {error}") from error
     num_bytes = rows * (4 + size)
-    is_plain = (
-        header is not None
-        and not header.is_dictionary
-        and header.uncompressed_size == header.compressed_size == num_bytes
-        and header.header_size + num_bytes == chunk.total_compressed_size
-        and chunk.num_values == rows
-        and chunk.codec == _UNCOMPRESSED
-        and chunk.physical_type == _BYTE_ARRAY
-        and chunk.dictionary_page_offset is None
-        and set(chunk.encodings) <= _PLAIN_ENCODINGS
-    )
-    if header is None or not is_plain:
-        raise DatasetError(f"row group {number} does not have the layout of docs/format.md")
-    first = chunk.data_page_offset + header.header_size
-    file.seek(first)
-    if int.from_bytes(file.read(4), "little") != size:
-        raise DatasetError(f"row group {number} does not have the layout of docs/format.md")
-    return first + 4
+    if header is not None:
+        first = chunk.data_page_offset + header.header_size
+        file.seek(first)
+        if (
+            not header.is_dictionary
+            and header.uncompressed_size == header.compressed_size == num_bytes
+            and header.header_size + num_bytes == chunk.total_compressed_size
+            and chunk.num_values == rows
+            and chunk.codec == _UNCOMPRESSED
+            and chunk.physical_type == _BYTE_ARRAY
+            and chunk.dictionary_page_offset is None
+            and set(chunk.encodings) <= _PLAIN_ENCODINGS
+            and int.from_bytes(file.read(4), "little") == size
+        ):
+            return first + 4
+    raise DatasetError(f"row group {number} does not have the layout of docs/format.md")
 
 
 def tensor_from_bytes(data: bytes, dtype: str, shape: Sequence[int]) -> torch.Tensor:
     """Return a tensor with the bytes of one row.
 
     Args:
-        data: the little-endian bytes of the elements.
-        dtype: a key of `TORCH_DTYPES`.
-        shape: the shape of the tensor.
+        data, dtype, shape: little-endian bytes, a key of `TORCH_DTYPES`, and the shape.
     """
     # A bytearray is writable: torch warns about memory that it must not write to.
     return torch.frombuffer(bytearray(data), dtype=TORCH_DTYPES[dtype]).reshape(list(shape))
 
 
 class SafetensorsRows:
-    """The rows of the stacked tensor of a safetensors file, each read on its own.
-
-    Raises:
-        DatasetError: the header is damaged or does not list a tensor `latents`.
-    """
+    """The rows of the stacked tensor `latents` of a safetensors file, each read on its own."""
 
     def __init__(self, file: File) -> None:
         self._file = file
@@ -183,15 +162,14 @@ class SafetensorsRows:
             self.dtype = names[entry["dtype"]]
             self.num_rows, *self.shape = check(tuple[Count, ...], entry["shape"], "shape")
             start, end = check(tuple[Count, Count], entry["data_offsets"], "data_offsets")
-            row_bytes = math.prod(self.shape) * TORCH_DTYPES[self.dtype].itemsize
-            if (start, end) != (0, self.num_rows * row_bytes):
+            self._row_bytes = math.prod(self.shape) * TORCH_DTYPES[self.dtype].itemsize
+            if (start, end) != (0, self.num_rows * self._row_bytes):
                 raise ValueError(f"{self.num_rows} rows of {self.shape} from {start} to {end}")
             if file.seek(0, os.SEEK_END) != 8 + length + end:
                 raise ValueError("the size of the file does not match it")
         except (ValueError, KeyError, TypeError) as error:
             raise DatasetError(f"damaged safetensors header: {error}") from error
         self.start = 8 + length
-        self._row_bytes = row_bytes
 
     def __getitem__(self, index: int) -> torch.Tensor:
         self._file.seek(self.start + index * self._row_bytes)

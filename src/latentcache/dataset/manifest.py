@@ -11,36 +11,25 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Annotated, Literal, TypeAlias
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from latentcache.dataset.columns import Columns, require_columns
+from latentcache.dataset.columns import Columns
 from latentcache.dataset.contract import FORMAT_VERSION, require_format
 from latentcache.dataset.manifest_parts import (
     PART_SCHEMA,
+    PARTS,
     ManifestPart,
     Totals,
     UnitRecords,
-    part_path,
     read_parts,
     without,
 )
-from latentcache.dataset.parse import (
-    MAX_COUNT,
-    BucketName,
-    Count,
-    Range,
-    Sha256,
-    UnitName,
-    build,
-    load_json,
-)
-from latentcache.dataset.statistics import Statistics
+from latentcache.dataset.parse import MAX_COUNT, Range, Sha256, UnitName, build, load_json
 from latentcache.errors import DatasetError, DeadlinePassed, ObjectNotFound
 from latentcache.storage import Store
 
@@ -51,9 +40,9 @@ ManifestName: TypeAlias = int | Literal["published"]
 """The number of a manifest, or "published" for the one that `published.json` names."""
 
 
-@dataclass(frozen=True, slots=True)
-class Manifest:
-    """A numbered snapshot of the dataset.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest(Totals):
+    """A numbered snapshot of the dataset, with the totals of its units.
 
     `removed` names the units (`<unit>-<generation>`) that do not count in this or any later
     manifest: units of its parts, and receipts of older versions of a source that no manifest
@@ -71,14 +60,6 @@ class Manifest:
     parts: tuple[ManifestPart, ...]
     removed: tuple[UnitName, ...]
     stale: tuple[str, ...]
-    num_units: Count
-    num_samples: Count
-    num_rows: Count
-    num_rejects: Count
-    buckets: dict[BucketName, Count]
-    statistics: Statistics
-    num_images: Count = 0
-    num_extra_images: Count = 0
     format_version: int = FORMAT_VERSION
 
     @property
@@ -86,59 +67,36 @@ class Manifest:
         """The path of the manifest in the output."""
         return f"{MANIFESTS}/{self.number:08d}.json"
 
-    @property
-    def totals(self) -> Totals:
-        """The sums over the units of the manifest."""
-        return Totals(
-            self.num_units,
-            self.num_samples,
-            self.num_rows,
-            self.num_rejects,
-            Counter(self.buckets),
-            self.statistics,
-            self.num_images,
-            self.num_extra_images,
-        )
-
     def to_bytes(self) -> bytes:
         """Return the manifest as JSON."""
-        tree = asdict(replace(self, statistics=None))  # type: ignore[arg-type]
-        tree["statistics"] = self.statistics.to_json()
+        tree = asdict(self) | {"statistics": self.statistics.to_json()}
         return json.dumps(tree, sort_keys=True, indent=1).encode()
 
     @classmethod
     def from_bytes(cls, data: bytes, url: str) -> Manifest:
-        """Parse the result of `to_bytes`.
+        """Parse the result of `to_bytes`; an error names the manifest by its URL.
 
         Args:
-            data: the JSON.
-            url: URL of the manifest, for error messages.
-
-        Raises:
-            DatasetError: the manifest is damaged or has another format version.
+            data, url: the JSON, and the URL of the manifest for error messages.
         """
         try:
             tree = load_json(data)
             require_format(tree, url)
             manifest = build(cls, tree)
-            require_columns(manifest.columns)
-            if wrong := [s.path for s in manifest.parts if s.path != part_path(s.sha256)]:
-                raise ValueError(f"parts has the path {wrong[0]}")
+            for part in manifest.parts:
+                if part.path != f"{PARTS}/{part.sha256}.parquet":
+                    raise ValueError(f"parts has the path {part.path}")
             return manifest
         except ValueError as error:
             raise DatasetError(f"{url} is not a manifest: {error}") from error
 
 
 def put_manifest(store: Store, manifest: Manifest, valid_until: float = math.inf) -> bool:
-    """Put a manifest, unless its number or a higher one exists.
+    """Put a manifest, unless its number or a higher one exists; return whether it was put.
 
     Args:
-        store: the output.
-        manifest: the manifest, with the next number.
-        valid_until: deadline, as in `Store.put_if_absent`.
-
-    Returns:
-        Whether the manifest was put. False if another writer was faster or the deadline passed.
+        store, manifest: the output, and the manifest with the next number.
+        valid_until: deadline, as in `Store.put_if_absent`; after it nothing is put.
     """
     # `gc` deletes old manifests, so a free number is not always the next one.
     if any(number >= manifest.number for number in list_manifests(store)):
@@ -156,27 +114,22 @@ def list_manifests(store: Store) -> list[int]:
 
 
 def read_manifest(store: Store, number: int) -> Manifest:
-    """Return one manifest.
+    """Return the manifest with a number; raise `DatasetError` if it is missing or damaged.
 
     Args:
-        store: the output.
-        number: number of the manifest.
-
-    Raises:
-        DatasetError: there is no manifest of that number, or it is damaged.
+        store, number: the output, and the number of the manifest.
     """
     path = f"{MANIFESTS}/{number:08d}.json"
+    url = store.url_of(path)
     try:
-        manifest = Manifest.from_bytes(store.read_bytes(path), store.url_of(path))
-        if manifest.number != number:
-            raise DatasetError(
-                f"{store.url_of(path)} is damaged: it has the number {manifest.number}"
-            )
-        return manifest
+        manifest = Manifest.from_bytes(store.read_bytes(path), url)
     except ObjectNotFound as error:
         known = list_manifests(store)
         have = f"it has {known[0]} to {known[-1]}" if known else "it has none"
         raise DatasetError(f"{store.url} has no manifest {number}; {have}") from error
+    if manifest.number != number:
+        raise DatasetError(f"{url} is damaged: it has the number {manifest.number}")
+    return manifest
 
 
 def newest_manifest(store: Store) -> Manifest | None:
@@ -189,11 +142,7 @@ def read_records(store: Store, manifest: Manifest) -> UnitRecords:
     """Return the records of the units that count in a manifest, sorted by source.
 
     Args:
-        store: the output.
-        manifest: the manifest.
-
-    Raises:
-        DatasetError: a manifest part is missing or damaged.
+        store, manifest: the output, and the manifest.
     """
     columns = [name for name in PART_SCHEMA.names if name != "statistics"]
     return UnitRecords(_live_units(store, manifest, columns))
@@ -202,38 +151,29 @@ def read_records(store: Store, manifest: Manifest) -> UnitRecords:
 def read_files(store: Store, manifest: Manifest) -> pa.Table:
     """Return a table of the data files of a manifest's units, in the order of `read_records`.
 
-    The table needs no Python object for each of millions of files, as records would.
+    Its columns are `unit` (the unit's id) and the fields of `DataFile`.
 
     Args:
-        store: the output.
-        manifest: the manifest.
-
-    Returns:
-        A table with the column `unit` (the unit's id) and the fields of `DataFile`.
-
-    Raises:
-        DatasetError: a manifest part is missing or damaged.
+        store, manifest: the output, and the manifest.
     """
-    columns = ["unit", "generation", "files"]
-    live = _live_units(store, manifest, columns)
-    unit = live["unit"].combine_chunks()
-    keys = {name: pc.struct_field(unit, name) for name in ("source", "id")}
-    units = pa.table({**keys, "files": live["files"]})
-    units = units.sort_by([("source", "ascending"), ("id", "ascending")])
-    lists = units["files"].combine_chunks()
+    live = _live_units(store, manifest, ["unit", "generation", "files"])
+    ids = pc.struct_field(live["unit"].combine_chunks(), "id")
+    lists = live["files"].combine_chunks()
     files = pa.Table.from_struct_array(pc.list_flatten(lists))
-    ids = units["id"].take(pc.list_parent_indices(lists))
-    return files.add_column(0, "unit", ids)
+    return files.add_column(0, "unit", ids.take(pc.list_parent_indices(lists)))
 
 
 def _live_units(store: Store, manifest: Manifest, columns: Sequence[str]) -> pa.Table:
-    """Return the rows of the parts that count; raise `DatasetError` if a unit counts twice."""
+    """Return the rows of the units that count, sorted by source; check that none counts twice."""
     tables = read_parts(store, manifest.parts, f"manifest {manifest.number}", columns)
     empty = PART_SCHEMA.empty_table().select(columns)
     live = pa.concat_tables([*(without(table, manifest.removed) for table in tables), empty])
-    ids = pc.struct_field(live["unit"].combine_chunks(), "id")
+    live = live.combine_chunks()
+    unit = live["unit"].combine_chunks()
+    keys = {name: pc.struct_field(unit, name) for name in ("source", "id")}
     num_rows = pc.struct_field(pc.list_flatten(live["files"].combine_chunks()), "num_rows")
     num_rows = pc.sum(num_rows.cast(pa.float64()), min_count=0).as_py()
-    if pc.count_distinct(ids).as_py() < len(ids) or num_rows > MAX_COUNT:
+    if pc.count_distinct(keys["id"]).as_py() < len(live) or num_rows > MAX_COUNT:
         raise DatasetError(f"{store.url_of(manifest.path)} lists a unit twice, or too many rows")
-    return live
+    order = [(name, "ascending") for name in keys]
+    return live.take(pc.sort_indices(pa.table(keys), sort_keys=order))

@@ -1,7 +1,8 @@
 """Manifest parts: immutable Parquet files with one row per committed unit, which manifests list.
 
 They are read column by column. A reader of hundreds of thousands of units holds the columns that it
-needs in Arrow's memory, and creates Python objects only for the units that it accesses.
+needs in Arrow's memory, and creates Python objects only for the units that it accesses. The types
+of the columns, and the checks of their values, follow from the annotations of `UnitRecord`.
 """
 
 from __future__ import annotations
@@ -10,14 +11,14 @@ import hashlib
 import json
 import secrets
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from functools import lru_cache
 from io import BytesIO
 from itertools import islice
-from typing import Any
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import numpy as np
 import numpy.typing as npt
@@ -25,20 +26,26 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from latentcache.dataset.columns import Column, Columns, require_columns
-from latentcache.dataset.manifest_part_checks import check_part
 from latentcache.dataset.parquet import read_table
-from latentcache.dataset.parse import Count, Sha256, build, check, load_json
+from latentcache.dataset.parse import (
+    BucketName,
+    Count,
+    Pattern,
+    Sha256,
+    check,
+    hints_of,
+    load_json,
+)
 from latentcache.dataset.receipts import (
-    DataFile,
-    QaFile,
-    QaSummary,
+    NO_SAMPLES,
     Receipt,
-    Unit,
+    RowCounts,
+    UnitFacts,
     UnitRecord,
     UnitSummary,
+    fields_of,
 )
-from latentcache.dataset.statistics import Statistics, merge_all
+from latentcache.dataset.statistics import Statistics
 from latentcache.errors import DatasetError, ObjectNotFound
 from latentcache.storage import Store
 
@@ -48,130 +55,74 @@ PARTS = "parts"
 
 _READ_THREADS = 8
 
-_MOST_SHARED = 1024
-
 # How many records are created at a time, to bound memory for very many units.
 _RECORDS_AT_ONCE = 1000
 
-_FILE_TYPE = pa.struct(
-    [
-        ("path", pa.string()),
-        ("size_bytes", pa.int64()),
-        ("sha256", pa.string()),
-        ("num_rows", pa.int64()),
-        ("bucket", pa.string()),
-    ]
-)
+# Fields that are stored as JSON text. Very many units have equal values in the shared ones.
+_SHARED = ("columns", "absent_fields", "reject_reasons")
+_JSON = ("qa", *_SHARED)
+
+
+def _arrow_type(hint: Any) -> pa.DataType:
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Annotated, Union, UnionType):
+        return _arrow_type(args[0])
+    if origin is tuple:
+        return pa.list_(_arrow_type(args[0]))
+    if is_dataclass(hint):
+        return pa.struct([(name, _arrow_type(h)) for name, h in hints_of(hint).items()])  # type: ignore[arg-type]
+    return pa.int64() if hint is int else pa.string()
+
+
+_HINTS: dict[str, Any] = hints_of(UnitRecord) | {"statistics": str}
 PART_SCHEMA = pa.schema(
-    [
-        (
-            "unit",
-            pa.struct(
-                [
-                    ("id", pa.string()),
-                    ("source", pa.string()),
-                    ("size_bytes", pa.int64()),
-                    ("version", pa.string()),
-                    ("range", pa.string()),
-                ]
-            ),
-        ),
-        ("generation", pa.int32()),
-        ("attempt", pa.string()),
-        ("num_samples", pa.int64()),
-        ("num_rows", pa.int64()),
-        ("num_rejects", pa.int64()),
-        ("num_images", pa.int64()),
-        ("num_extra_images", pa.int64()),
-        ("files", pa.list_(_FILE_TYPE)),
-        ("rejects", _FILE_TYPE),
-        ("qa", pa.string()),
-        ("columns", pa.string()),
-        ("absent_fields", pa.string()),
-        ("reject_reasons", pa.string()),
-        ("statistics", pa.string()),
-    ]
+    [(name, _arrow_type(str if name in _JSON else hint)) for name, hint in _HINTS.items()]
 )
-SUMMARY_COLUMNS = (
-    "unit",
-    "generation",
-    "num_samples",
-    "num_rows",
-    "num_rejects",
-    "qa",
-    "num_images",
-    "num_extra_images",
-    "columns",
-    "absent_fields",
-    "reject_reasons",
-)
+SUMMARY_COLUMNS = ("unit", "qa", *(field.name for field in fields(UnitFacts)))
 
 
 @dataclass(frozen=True, slots=True)
 class ManifestPart:
-    """One part of a manifest."""
+    """One part of a manifest; its path is `parts/<sha256>.parquet`."""
 
     path: str
     sha256: Sha256
     num_units: Count
 
 
-def part_path(sha256: str) -> str:
-    """Return the path of the part with a hash."""
-    return f"{PARTS}/{sha256}.parquet"
-
-
-@dataclass(frozen=True, slots=True)
-class Totals:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Totals(RowCounts):
     """The sums over units; `buckets` counts rows by bucket."""
 
-    num_units: int
-    num_samples: int
-    num_rows: int
-    num_rejects: int
-    buckets: Counter[str]
+    num_units: Count
+    buckets: dict[BucketName, Count]
     statistics: Statistics
-    num_images: int = 0
-    num_extra_images: int = 0
 
     @classmethod
     def of(cls, units: Iterable[tuple[UnitRecord, Statistics]], num_channels: int) -> Totals:
         """Return the sums over units.
 
         Args:
-            units: the record and the statistics of each unit.
-            num_channels: number of channels of a stored latent.
+            units, num_channels: record and statistics of each, and channels of a stored latent.
         """
-        units = list(units)
-        records = [record for record, _ in units]
-        buckets: Counter[str] = Counter()
-        for record in records:
-            for file in record.files:
-                # Each bucket has one Parquet file, also beside a safetensors file.
-                if file.path.endswith(".parquet"):
-                    buckets[file.bucket] += file.num_rows
-        return cls(
-            num_units=len(records),
-            num_samples=sum(record.num_samples for record in records),
-            num_rows=sum(record.num_rows for record in records),
-            num_rejects=sum(record.num_rejects for record in records),
-            buckets=buckets,
-            statistics=merge_all((statistics for _, statistics in units), num_channels),
-            num_images=sum(record.num_images for record in records),
-            num_extra_images=sum(record.num_extra_images for record in records),
-        )
+        none = Statistics.empty(num_channels)
+        total = Totals(num_units=0, **NO_SAMPLES, buckets={}, statistics=none)
+        for record, statistics in units:
+            # Each bucket has one Parquet file, also beside a safetensors file.
+            files = (file for file in record.files if file.path.endswith(".parquet"))
+            buckets = {file.bucket: file.num_rows for file in files}
+            counts = fields_of(RowCounts, record)
+            unit = Totals(num_units=1, **counts, buckets=buckets, statistics=statistics)
+            total = total.merge(unit)
+        return total
 
     def merge(self, other: Totals) -> Totals:
         """Return the sums of both totals."""
+        names = ["num_units", *fields_of(RowCounts, self)]
         return Totals(
-            self.num_units + other.num_units,
-            self.num_samples + other.num_samples,
-            self.num_rows + other.num_rows,
-            self.num_rejects + other.num_rejects,
-            self.buckets + other.buckets,
-            self.statistics.merge(other.statistics),
-            self.num_images + other.num_images,
-            self.num_extra_images + other.num_extra_images,
+            **{name: getattr(self, name) + getattr(other, name) for name in names},
+            buckets=dict(sorted((Counter(self.buckets) + Counter(other.buckets)).items())),
+            statistics=self.statistics.merge(other.statistics),
         )
 
 
@@ -179,29 +130,21 @@ def put_part(store: Store, receipts: Iterable[Receipt]) -> ManifestPart:
     """Write a manifest part with the units of receipts, sorted by source.
 
     Args:
-        store: the output.
-        receipts: the receipts of the units.
+        store, receipts: the output, and the receipts of the units.
     """
-    rows: list[dict[str, Any]] = [
-        {
-            **asdict(r.record),
-            "qa": json.dumps(r.record.qa and asdict(r.record.qa)),
-            "columns": json.dumps([[c.name, c.field] for c in r.record.columns]),
-            "absent_fields": json.dumps(r.record.absent_fields),
-            "reject_reasons": json.dumps(r.record.reject_reasons, sort_keys=True),
-            "statistics": json.dumps(r.statistics.to_json()),
-        }
-        for r in sorted(receipts, key=lambda r: r.record.unit.source)
-    ]
+    rows = []
+    for receipt in sorted(receipts, key=lambda r: r.record.unit.source):
+        row = asdict(receipt.record) | {"statistics": receipt.statistics.to_json()}
+        rows.append(row | {name: json.dumps(row[name]) for name in (*_JSON, "statistics")})
     # The random value makes every part unique. So a manifest part that a killed run left behind
     # belongs to no other run, and can be deleted.
     schema = PART_SCHEMA.with_metadata({"latentcache.manifest_part": secrets.token_hex(16)})
     buffer = BytesIO()
     pq.write_table(pa.Table.from_pylist(rows, schema), buffer, compression="ZSTD")
     digest = hashlib.sha256(buffer.getvalue()).hexdigest()
-    path = part_path(digest)
-    store.put(path, buffer.getvalue())
-    return ManifestPart(path, digest, len(rows))
+    part = ManifestPart(f"{PARTS}/{digest}.parquet", digest, len(rows))
+    store.put(part.path, buffer.getvalue())
+    return part
 
 
 def read_parts(
@@ -210,120 +153,145 @@ def read_parts(
     named_by: str,
     columns: Sequence[str] | None = None,
 ) -> Iterator[pa.Table]:
-    """Read parts in order, and prefetch a few.
+    """Yield the rows of parts in order; raise `DatasetError` if one is missing or damaged.
 
     Args:
-        store: the output.
-        parts: the parts to read.
+        store, parts: the output, and the parts to read.
         named_by: name of the manifest that lists them, for error messages.
         columns: names of the columns to read; None reads all.
-
-    Yields:
-        The rows of each part.
-
-    Raises:
-        DatasetError: a manifest part is missing or damaged.
     """
 
     def read(part: ManifestPart) -> pa.Table:
+        url = store.url_of(part.path)
         try:
             data = store.read_bytes(part.path)
-        except ObjectNotFound as error:
-            raise DatasetError(
-                f"{named_by} lists {store.url_of(part.path)}, which does not exist"
-            ) from error
-        if hashlib.sha256(data).hexdigest() != part.sha256:
-            raise DatasetError(f"{store.url_of(part.path)} is damaged: its SHA-256 differs")
-        try:
+            if hashlib.sha256(data).hexdigest() != part.sha256:
+                raise ValueError("its SHA-256 differs")
             table = read_table(pa.BufferReader(data), columns)
-            check_part(table, PART_SCHEMA, columns)
-            for name in _SHARED.keys() & set(table.column_names):
-                for text in pc.unique(table[name]).to_pylist():
-                    _SHARED[name](text)
+            _check_part(table, PART_SCHEMA.names if columns is None else columns)
             if len(table) != part.num_units:
                 raise ValueError(f"it has {len(table)} units, not {part.num_units}")
+        except ObjectNotFound as error:
+            raise DatasetError(f"{named_by} lists {url}, which does not exist") from error
         except (DatasetError, pa.ArrowException, OSError, ValueError, KeyError) as error:
-            raise DatasetError(f"{store.url_of(part.path)} is damaged: {error}") from error
+            raise DatasetError(f"{url} is damaged: {error}") from error
         return table
 
     remaining = iter(parts)
     with ThreadPoolExecutor(_READ_THREADS) as pool:
-        futures: deque[Future[pa.Table]] = deque()
-        while True:
-            next_parts = islice(remaining, _READ_THREADS - len(futures))
-            futures.extend(pool.submit(read, s) for s in next_parts)
-            if not futures:
-                return
+        futures = deque(pool.submit(read, part) for part in islice(remaining, _READ_THREADS))
+        while futures:
             yield futures.popleft().result()
+            futures.extend(pool.submit(read, part) for part in islice(remaining, 1))
+
+
+def _check_part(table: pa.Table, names: Sequence[str]) -> None:
+    """Raise `ValueError` if the columns of a part do not have the form in which a run writes them.
+
+    This takes a second for a few hundred thousand units.
+    """
+    for name in names:
+        kind = PART_SCHEMA.field(name).type
+        if name not in table.column_names or table.schema.field(name).type != kind:
+            raise ValueError(f"it has no column {name} of type {kind}")
+    table.validate(full=True)  # this also checks that text is UTF-8
+    arrays = {name: table[name].combine_chunks() for name in names}
+    for name, array in arrays.items():
+        _check_values(array, str if name in _JSON else _HINTS[name], name)
+        if name in _SHARED:
+            for text in pc.unique(array).to_pylist():
+                _parse(name, text)
+    if files := arrays.get("files"):
+        ids = pc.struct_field(arrays["unit"], "id").take(pc.list_parent_indices(files))
+        _check_owner(pc.list_flatten(files), "data", ids)
+    if rejects := arrays.get("rejects"):
+        is_valid = rejects.is_valid()
+        ids = pc.struct_field(arrays["unit"], "id").filter(is_valid)
+        _check_owner(rejects.filter(is_valid), "rejects", ids)
+
+
+def _check_values(array: pa.Array, hint: Any, name: str) -> None:
+    """Raise `ValueError` if values do not have the form that a type annotation declares."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):  # the only unions are `X | None`
+        _check_values(array.filter(array.is_valid()), args[0], name)
+        return
+    if array.null_count:
+        raise ValueError(f"{name} is missing")
+    if origin is Annotated:
+        _check_values(array, args[0], name)
+        for rule in args[1:]:
+            if isinstance(rule, Pattern):
+                is_good = pc.match_substring_regex(array, f"^(?:{rule.regex})$")
+            else:
+                is_high = pc.greater_equal(array, rule.low)
+                is_good = pc.and_(is_high, pc.less_equal(array, rule.high))
+            if bad := array.filter(pc.invert(is_good)):
+                raise ValueError(f"{name} is {bad[0].as_py()!a:.60}")
+    elif origin is tuple:
+        _check_values(pc.list_flatten(array), args[0], name)
+    elif is_dataclass(hint):
+        for field, field_hint in hints_of(hint).items():  # type: ignore[arg-type]
+            _check_values(pc.struct_field(array, field), field_hint, f"{name}.{field}")
+
+
+def _check_owner(files: pa.StructArray, folder: str, ids: pa.Array) -> None:
+    """Raise `ValueError` if files are not those of units in a folder, or if one occurs twice."""
+    paths = pc.struct_field(files, "path")
+    starts = pc.utf8_slice_codeunits(paths, 0, len(f"{folder}/{'0' * 32}"))
+    is_own = pc.equal(starts, pc.binary_join_element_wise(folder, ids, "/"))
+    has_bucket = pc.not_equal(pc.struct_field(files, "bucket"), "")
+    is_good = pc.and_(is_own, pc.equal(has_bucket, folder == "data"))
+    if bad := paths.filter(pc.invert(is_good)):
+        raise ValueError(f"{bad[0]} is of another unit, or not in {folder}/")
+    if pc.count_distinct(paths).as_py() < len(paths):
+        raise ValueError(f"a file occurs twice in {folder}/")
+
+
+@lru_cache(1024)
+def _parse(name: str, text: str) -> Any:
+    """Return the value of a field that is stored as JSON; units with equal values share it."""
+    try:
+        return check(_HINTS[name], load_json(text), name)
+    except ValueError as error:
+        raise DatasetError(f"{name} of a unit in a manifest part is damaged: {error}") from error
+
+
+def _read_column(table: pa.Table, name: str) -> list[Any]:
+    array = table[name].combine_chunks()
+    if name in _JSON:
+        return [_parse(name, text) for text in array.to_pylist()]
+    return _read_values(array, _HINTS[name])
+
+
+def _read_values(array: pa.Array, hint: Any) -> list[Any]:
+    """Return checked values as the objects that a type annotation declares."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        pairs = zip(_read_values(array, args[0]), array.is_valid().to_pylist(), strict=True)
+        return [value if is_valid else None for value, is_valid in pairs]
+    if origin is tuple:
+        items = iter(_read_values(pc.list_flatten(array), args[0]))
+        return [tuple(islice(items, num)) for num in pc.list_value_length(array).to_pylist()]
+    if is_dataclass(hint):
+        cls: Any = hint
+        columns = zip(array.flatten(), hints_of(cls).values(), strict=True)
+        return list(map(cls, *(_read_values(column, h) for column, h in columns)))
+    values_of: list[Any] = array.to_pylist()
+    return values_of
 
 
 def summaries_of(table: pa.Table, number: int) -> Iterator[UnitSummary]:
     """Yield the summaries of a manifest part's units.
 
     Args:
-        table: the rows of the part, with `SUMMARY_COLUMNS`.
-        number: index of the part in its manifest.
+        table, number: the part's rows with `SUMMARY_COLUMNS`, and its index in the manifest.
     """
-    unit = table["unit"].combine_chunks()
-    columns = [pc.struct_field(unit, "id"), pc.struct_field(unit, "source")]
-    columns += [table[name] for name in SUMMARY_COLUMNS[1:]]
-    rows = zip(*(column.to_pylist() for column in columns), strict=True)
-    for *counts, qa, images, extra, kept, absent, reasons in rows:
-        unit_id, source, generation, samples, num_rows, rejects = counts
-        yield UnitSummary(
-            unit_id,
-            source,
-            generation,
-            samples,
-            num_rows,
-            rejects,
-            qa=_qa_summary(qa),
-            columns=_columns(kept),
-            absent_fields=_names(absent),
-            reject_reasons=_counts(reasons),
-            part=number,
-            num_images=images,
-            num_extra_images=extra,
-        )
-
-
-# Very many units have equal values in these columns, so they share the parsed objects.
-
-
-@lru_cache(_MOST_SHARED)
-def _columns(text: str) -> Columns:
-    with _parsing("columns"):
-        pairs = check(tuple[tuple[str, str], ...], load_json(text), "columns")
-        columns = tuple(Column(name, field) for name, field in pairs)
-        require_columns(columns)
-        return columns
-
-
-@lru_cache(_MOST_SHARED)
-def _names(text: str) -> tuple[str, ...]:
-    with _parsing("absent_fields"):
-        names: tuple[str, ...] = check(tuple[str, ...], load_json(text), "absent_fields")
-        return names
-
-
-@lru_cache(_MOST_SHARED)
-def _counts(text: str) -> dict[str, int]:
-    with _parsing("reject_reasons"):
-        counts: dict[str, int] = check(dict[str, Count], load_json(text), "reject_reasons")
-        return counts
-
-
-@contextmanager
-def _parsing(name: str) -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        raise DatasetError(f"{name} of a unit in a manifest part is damaged: {error}") from error
-
-
-def _qa_summary(text: str) -> QaSummary | None:
-    qa = _qa_file(text)
-    return QaSummary(qa.num_rows, qa.mean_psnr_db, qa.min_drift_db) if qa else None
+    columns = [_read_column(table, name) for name in SUMMARY_COLUMNS]
+    for unit, qa, *values in zip(*columns, strict=True):
+        facts = dict(zip(SUMMARY_COLUMNS[2:], values, strict=True))
+        qa = qa and qa.summary
+        yield UnitSummary(unit_id=unit.id, source=unit.source, qa=qa, part=number, **facts)
 
 
 def names_of(table: pa.Table) -> pa.Array:
@@ -334,11 +302,10 @@ def names_of(table: pa.Table) -> pa.Array:
 
 
 def without(table: pa.Table, removed: Collection[str]) -> pa.Table:
-    """Return the rows of a manifest part without those of removed units.
+    """Return the rows of a manifest part without removed units.
 
     Args:
-        table: the rows of the part.
-        removed: names of the removed units, `<unit>-<generation>`.
+        table, removed: the rows, and the names of the removed units, `<unit>-<generation>`.
     """
     gone = pc.is_in(names_of(table), value_set=pa.array(removed, pa.string()))
     return table.filter(pc.invert(gone))
@@ -348,88 +315,31 @@ def totals_of(table: pa.Table, num_channels: int) -> Totals:
     """Return the sums over the units of a manifest part.
 
     Args:
-        table: the rows of the part, with all columns.
-        num_channels: number of channels of a stored latent.
+        table, num_channels: the part's rows with all columns, and the channels of a stored latent.
     """
-    statistics = (_statistics(text) for text in table["statistics"].to_pylist())
-    return Totals.of(zip(records_of(table), statistics, strict=True), num_channels)
+    try:
+        statistics = [Statistics.from_json(load_json(t)) for t in table["statistics"].to_pylist()]
+    except ValueError as error:
+        raise DatasetError(f"a manifest part is damaged: {error}") from error
+    return Totals.of(zip(_records_of(table), statistics, strict=True), num_channels)
 
 
-def records_of(table: pa.Table) -> list[UnitRecord]:
-    """Return the records of a manifest part's rows."""
-    columns = {name: table[name].combine_chunks() for name in table.column_names}
-    units = map(Unit, *_fields(columns["unit"]))
-    files = map(DataFile, *_fields(columns["files"].flatten()))
-    rejects = zip(*_fields(columns["rejects"]), strict=True)
-    counts = pc.list_value_length(columns["files"]).to_pylist()
-    counts_of = ("num_samples", "num_rows", "num_rejects", "num_images", "num_extra_images")
-    names = ("generation", "attempt", *counts_of)
-    values = [columns[name].to_pylist() for name in names]
-    plain = (dict(zip(names, row, strict=True)) for row in zip(*values, strict=True))
-    texts = {"qa": _qa_file, **_SHARED}
-    parsed = [map(read, columns[name].to_pylist()) for name, read in texts.items()]
-    more = (dict(zip(texts, row, strict=True)) for row in zip(*parsed, strict=True))
-    return [
-        UnitRecord(
-            unit=unit,
-            files=tuple(islice(files, num_files)),
-            rejects=DataFile(*reject) if reject[0] is not None else None,
-            **row,
-            **other,
-        )
-        for unit, num_files, reject, row, other in zip(
-            units, counts, rejects, plain, more, strict=True
-        )
-    ]
-
-
-def _fields(structs: pa.StructArray) -> list[list[Any]]:
-    return [field.to_pylist() for field in structs.flatten()]
-
-
-def _qa_file(text: str) -> QaFile | None:
-    if text == "null":
-        return None
-    with _parsing("qa"):
-        return build(QaFile, load_json(text))
-
-
-def _statistics(text: str) -> Statistics:
-    with _parsing("statistics"):
-        return Statistics.from_json(load_json(text))
-
-
-_SHARED: dict[str, Callable[[str], Any]] = {
-    "columns": _columns,
-    "absent_fields": _names,
-    "reject_reasons": _counts,
-}
+def _records_of(table: pa.Table) -> list[UnitRecord]:
+    names = [field.name for field in fields(UnitRecord)]
+    rows = zip(*(_read_column(table, name) for name in names), strict=True)
+    return [UnitRecord(**dict(zip(names, row, strict=True))) for row in rows]
 
 
 class UnitRecords(Sequence[UnitRecord]):
-    """The records of very many units, stored as columns; each record is created when accessed.
-
-    Records are sorted by source.
-
-    Args:
-        table: rows of parts, in any order.
-    """
+    """The records of very many units, stored as columns; each record is created when accessed."""
 
     def __init__(self, table: pa.Table) -> None:
-        unit = table["unit"].combine_chunks()
-        keys = {name: pc.struct_field(unit, name) for name in ("source", "id")}
-        order = pc.sort_indices(
-            pa.table(keys), sort_keys=[("source", "ascending"), ("id", "ascending")]
-        )
-        self._table = table.combine_chunks().take(order)
+        self._table = table.combine_chunks()
 
     def shards(self) -> tuple[Ints, Ints]:
-        """Return the unit and the number of rows of each Parquet file of rows.
+        """Return the index of the unit and the number of rows of each Parquet file of rows.
 
-        Each bucket of a unit has one such file. Files are in the order of the units.
-
-        Returns:
-            The indices of the units, and the numbers of rows: both int64 [num_shards].
+        Both are int64 [num_shards], in the order of the units. A bucket of a unit has one file.
         """
         lists = self._table["files"].combine_chunks()
         files = pc.list_flatten(lists)
@@ -443,11 +353,8 @@ class UnitRecords(Sequence[UnitRecord]):
 
     def __iter__(self) -> Iterator[UnitRecord]:
         for first in range(0, len(self), _RECORDS_AT_ONCE):
-            yield from records_of(self._table.slice(first, _RECORDS_AT_ONCE))
+            yield from _records_of(self._table.slice(first, _RECORDS_AT_ONCE))
 
     def __getitem__(self, index: int) -> UnitRecord:  # type: ignore[override]  # no slices
-        position = index + len(self) if index < 0 else index
-        if not 0 <= position < len(self):
-            raise IndexError(f"unit {index} of {len(self)}")
-        (record,) = records_of(self._table.slice(position, 1))
+        (record,) = _records_of(self._table.slice(range(len(self))[index], 1))
         return record

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,18 +22,12 @@ from latentcache.storage import Store
 
 
 def checked_footer(file: BinaryIO | pa.NativeFile) -> Footer:
-    """Return the checked footer of an open Parquet file, and seek to the start of the file.
-
-    Raises:
-        DatasetError: the footer is damaged.
-    """
+    """Return the checked footer of an open Parquet file, and seek to the start of the file."""
     try:
-        file_size = file.seek(0, os.SEEK_END)
-        if file_size < 12:
+        if (file_size := file.seek(0, os.SEEK_END)) < 12:
             raise DamagedFooter("the file is too short")
         file.seek(file_size - 8)
-        tail = file.read(8)
-        num_bytes = footer_size(tail, file_size)
+        num_bytes = footer_size(file.read(8), file_size)
         file.seek(file_size - 8 - num_bytes)
         return read_footer(file.read(num_bytes), file_size)
     except DamagedFooter as error:
@@ -49,17 +43,13 @@ def naming_damage(store: Store, path: str) -> Iterator[None]:
     Errors of the store pass through unchanged: reading from it raises no `OSError`.
 
     Args:
-        store: the store of the object.
-        path: path of the object in the store.
-
-    Raises:
-        DatasetError: the object cannot be decoded.
+        store, path: the store, and the path of the object in it.
     """
     try:
         yield
     except (pa.ArrowException, OSError, ValueError, KeyError, RuntimeError, DatasetError) as error:
-        url = store.url_of(path)
-        raise DatasetError(f"{url} is damaged: {error}; run `latentcache verify`") from error
+        problem = f"{store.url_of(path)} is damaged: {error}"
+        raise DatasetError(f"{problem}; run `latentcache verify`") from error
 
 
 def open_parquet(source: Any) -> pq.ParquetFile:
@@ -68,29 +58,18 @@ def open_parquet(source: Any) -> pq.ParquetFile:
     Callers must read with `use_threads=False`; for the same reason, `pre_buffer` is off. Arrow's
     threads that hold a Python file or buffer may outlive the interpreter. They then sometimes abort
     the process at exit (apache/arrow#34314, #50482).
-
-    Raises:
-        DatasetError: the footer is damaged.
     """
-    if isinstance(source, Path):
-        with source.open("rb") as file:
-            checked_footer(file)
-    elif isinstance(source, pa.NativeFile) or hasattr(source, "seek"):
-        checked_footer(source)
+    with source.open("rb") if isinstance(source, Path) else nullcontext(source) as file:
+        checked_footer(file)
     return pq.ParquetFile(source, pre_buffer=False)
 
 
 def read_table(source: Any, columns: Sequence[str] | None = None) -> pa.Table:
-    """Return the table in a Parquet file.
-
-    Use it instead of Arrow's function of this name, which scans on threads; see `open_parquet`.
+    """Return the table in a Parquet file; Arrow's function of this name would scan on threads.
 
     Args:
-        source: a path, a file object or an Arrow buffer.
+        source: see `open_parquet`.
         columns: names of the columns to read; None reads all.
-
-    Raises:
-        DatasetError: the footer is damaged.
     """
     with open_parquet(source) as file:
         return file.read(columns=columns, use_threads=False)
@@ -102,26 +81,15 @@ def read_rows(source: Any, column: str, values: Collection[str]) -> pa.Table:
     Of row groups without such a row, only this column is read.
 
     Args:
-        source: a path, a file object or an Arrow buffer.
-        column: name of the text column.
-        values: the values to select.
-
-    Raises:
-        DatasetError: the footer is damaged.
+        source: see `open_parquet`.
+        column, values: the name of the text column, and the values to select.
     """
     value_set = pa.array(values, pa.string())
     with open_parquet(source) as file:
-        groups = [
-            number
-            for number in range(file.num_row_groups)
-            if pc.any(
-                pc.is_in(_read_group(file, number, [column])[column], value_set=value_set),
-                min_count=0,
-            ).as_py()
-        ]
+        groups = []
+        for number in range(file.num_row_groups):
+            texts = file.read_row_group(number, columns=[column], use_threads=False)[column]
+            if pc.any(pc.is_in(texts, value_set=value_set), min_count=0).as_py():
+                groups.append(number)
         table = file.read_row_groups(groups, use_threads=False)
     return table.filter(pc.is_in(table[column], value_set=value_set))
-
-
-def _read_group(file: pq.ParquetFile, number: int, columns: Sequence[str]) -> pa.Table:
-    return file.read_row_group(number, columns=columns, use_threads=False)

@@ -30,11 +30,7 @@ PUBLISHED_PATH = "published.json"
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """The content of `published.json`.
-
-    `manifest` is a manifest's number, `published_at` the time of publication (ISO 8601), and
-    `contract` the fingerprint of the dataset's contract.
-    """
+    """The content of `published.json`: a manifest's number, and the contract's fingerprint."""
 
     manifest: Annotated[int, Range(0, MAX_MANIFEST)]
     published_at: str
@@ -49,34 +45,26 @@ def publish(
     force: bool = False,
     storage: StorageOptions | None = None,
 ) -> Published:
-    """Point `published.json` to a manifest; write nothing if it already does.
-
-    Run one publisher at a time: if two run at once, the later write wins.
+    """Point `published.json` to a manifest, and return its content; run one publisher at a time.
 
     Args:
-        url: URL of the dataset.
+        url, storage: see `open_dataset`.
         number: number of the manifest; None takes the newest complete one.
         force: allow a manifest that is older than the published one.
-        storage: options of the store.
-
-    Returns:
-        The content of `published.json`.
 
     Raises:
         CheckFailed: the manifest is not complete, or has no rows.
         ConfigError: the manifest is older than the published one.
-        DatasetError: there is no dataset, no such manifest, or no complete manifest.
+        DatasetError: there is no dataset or no such manifest.
     """
     store = Store(url, storage or StorageOptions())
     require_contract(store)
-    manifest = newest_complete(store) if number is None else read_manifest(store, number)
+    manifest = find_manifest(store, number)
+    title = f"manifest {manifest.number} of {store.url}"
     if not manifest.complete:
-        raise CheckFailed(
-            f"manifest {manifest.number} of {store.url} is not complete: finish the run, then "
-            "publish"
-        )
+        raise CheckFailed(f"{title} is not complete: finish the run, then publish")
     if not manifest.num_rows:
-        raise CheckFailed(f"manifest {manifest.number} of {store.url} has no rows to publish")
+        raise CheckFailed(f"{title} has no rows to publish")
     now = read_published(store)
     if now and now.manifest == manifest.number:
         return now
@@ -101,67 +89,49 @@ def _put(store: Store, published: Published) -> None:
 
 
 def read_published(store: Store) -> Published | None:
-    """Return the content of `published.json`, or None if nothing is published.
-
-    Raises:
-        DatasetError: `published.json` is damaged or has another format version.
-    """
+    """Return the content of `published.json`, or None if nothing is published."""
     try:
-        data = store.read_bytes(PUBLISHED_PATH)
-    except ObjectNotFound:
-        return None
-    try:
-        tree = load_json(data)
+        tree = load_json(store.read_bytes(PUBLISHED_PATH))
         require_format(tree, store.url_of(PUBLISHED_PATH))
         return build(Published, tree)
+    except ObjectNotFound:
+        return None
     except ValueError as error:
         raise DatasetError(f"{store.url_of(PUBLISHED_PATH)} is damaged: {error}") from error
 
 
 def find_manifest(store: Store, name: ManifestName | None) -> Manifest:
-    """Return a manifest by name.
+    """Return a manifest by its name.
 
     Args:
         store: the output.
-        name: number of a manifest, or "published"; None takes the newest complete one.
+        name: a number, or "published"; None takes the newest complete manifest.
 
     Raises:
-        ConfigError: `name` is something else.
-        DatasetError: there is no such manifest, or it is damaged.
+        ConfigError, DatasetError: `name` is something else, or there is no such manifest.
     """
     if name is None:
-        return newest_complete(store)
+        return _newest_complete(store)
     if isinstance(name, int):
         return read_manifest(store, name)
     if name != "published":
         raise ConfigError(f"manifest is {name!r}: give its number, or 'published'")
-    return _read_published(store)
-
-
-def _read_published(store: Store) -> Manifest:
     published = read_published(store)
-    if published is None:
-        raise DatasetError(f"{store.url} has nothing published: run `latentcache publish`")
-    while True:
+    while published:
         try:
             return read_manifest(store, published.manifest)
         except DatasetError:
             # Between the two reads, another manifest may be published and the old one deleted.
             before, published = published, read_published(store)
-            if published is None or published == before:
+            if published in (None, before):
                 raise
+    raise DatasetError(f"{store.url} has nothing published: run `latentcache publish`")
 
 
-def newest_complete(store: Store) -> Manifest:
-    """Return the newest complete manifest.
-
-    Raises:
-        DatasetError: no manifest is complete.
-    """
+def _newest_complete(store: Store) -> Manifest:
     numbers = list_manifests(store)
     for number in reversed(numbers):
-        manifest = read_manifest(store, number)
-        if manifest.complete:
+        if (manifest := read_manifest(store, number)).complete:
             return manifest
     if not numbers:
         raise DatasetError(f"{store.url} has no manifest yet: wait for a run to write one")

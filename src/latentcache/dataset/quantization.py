@@ -76,13 +76,11 @@ def to_stored(values: torch.Tensor, terms: LatentContract) -> tuple[torch.Tensor
     """Convert latents to the stored dtype; int8 rounds to the nearest value, ties to even.
 
     Args:
-        values: float32 [N, C, H, W].
-        terms: the `latents` of the contract.
+        values, terms: float32 [N, C, H, W], and the `latents` of the contract.
 
     Returns:
-        The latents [N, C, H, W] in the stored dtype, and int64 [N], the number of values of each
-        latent that were clamped to int8's range. `is_finite` finds values that the stored dtype
-        cannot hold.
+        The stored latents [N, C, H, W], and int64 [N], how many values of each latent were clamped
+        to int8's range. `is_finite` finds values that the stored dtype cannot hold.
     """
     dtype = TORCH_DTYPES[terms.dtype]
     if terms.quantization is None:
@@ -99,8 +97,7 @@ def to_values(stored: torch.Tensor, terms: LatentContract) -> torch.Tensor:
     """Return the float32 values of stored latents.
 
     Args:
-        stored: [..., C, H, W] in the stored dtype.
-        terms: the `latents` of the contract.
+        stored, terms: [..., C, H, W] in the stored dtype, and the `latents` of the contract.
     """
     if terms.quantization is None:
         return stored.float()

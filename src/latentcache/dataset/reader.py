@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
-from typing import Any, SupportsIndex, overload
+from typing import Any, NamedTuple, SupportsIndex, overload
 
 import numpy as np
 import pyarrow as pa
@@ -20,11 +20,11 @@ from latentcache.dataset.bucket import Bucket
 from latentcache.dataset.contract import Contract, require_contract
 from latentcache.dataset.layout import SafetensorsRows, tensor_from_bytes
 from latentcache.dataset.manifest import Manifest, ManifestName, read_records
-from latentcache.dataset.parquet import naming_damage, open_parquet, read_table
+from latentcache.dataset.parquet import naming_damage, open_parquet
 from latentcache.dataset.publish import find_manifest
 from latentcache.dataset.quantization import to_values
 from latentcache.dataset.receipts import DataFile, UnitRecord
-from latentcache.dataset.shards import REJECT_SCHEMA, check_schema
+from latentcache.dataset.shards import SIZES, check_schema, read_rejects
 from latentcache.dataset.statistics import Statistics
 from latentcache.errors import DatasetError
 from latentcache.storage import Store
@@ -33,7 +33,7 @@ from latentcache.storage_options import StorageOptions
 # Row groups are at most 32 MiB. A sequential read needs only the current one, random reads reuse a
 # few.
 _CACHED_ROW_GROUPS = 4
-_CACHED_FILES = 16
+_CACHED_SHARDS = 16
 
 _READ_THREADS = 16
 
@@ -81,13 +81,14 @@ class RejectedRow:
     thumbnail: bytes | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class _Shard:
-    """The files that hold the same rows: a Parquet file, alone or beside a safetensors file."""
+class _Shard(NamedTuple):
+    """The open files of the same rows: a Parquet file, alone or beside a safetensors file."""
 
     unit: str
-    rows: DataFile
-    tensors: DataFile | None
+    file: DataFile
+    rows: pq.ParquetFile
+    tensors_path: str = ""
+    tensors: SafetensorsRows | None = None
 
 
 class Dataset(Sequence[Row]):
@@ -106,8 +107,7 @@ class Dataset(Sequence[Row]):
         self.contract = contract
         self.manifest = manifest
         self.columns = [column.name for column in manifest.columns]
-        units = read_records(store, manifest)
-        self.units: Sequence[UnitRecord] = units
+        self.units: Sequence[UnitRecord] = (units := read_records(store, manifest))
         # By shard, int64 [num_shards]: the index of its unit, and the number of rows up to its end.
         self._unit_of, num_rows = units.shards()
         self._ends = np.cumsum(num_rows)
@@ -121,7 +121,8 @@ class Dataset(Sequence[Row]):
     def _cached(self) -> _Caches:
         """The caches of this process: a forked process shares no open file with its parent."""
         if self._caches is None or self._caches.pid != os.getpid():
-            self._caches = _Caches(self)
+            shard = lru_cache(_CACHED_SHARDS)(self._open_shard)
+            self._caches = _Caches(os.getpid(), shard, lru_cache(_CACHED_ROW_GROUPS)(_read_group))
         return self._caches
 
     @property
@@ -148,74 +149,56 @@ class Dataset(Sequence[Row]):
         position = row_position(index, len(self))
         number = int(np.searchsorted(self._ends, position, side="right"))
         shard = self._cached.shard(number)
-        offset = position - (int(self._ends[number]) - shard.rows.num_rows)
-        return self._row(number, shard, offset)
+        return self._row(shard, position - (int(self._ends[number]) - shard.file.num_rows))
 
-    def _find_shard(self, number: int) -> _Shard:
-        unit = int(self._unit_of[number])
-        first = int(np.searchsorted(self._unit_of, unit))
-        return list(_pair(self.units[unit]))[number - first]
-
-    def _row(self, number: int, shard: _Shard, offset: int) -> Row:
-        file, tensors = self._cached.file(number)
-        within = offset
-        for group in range(file.num_row_groups):
-            num_rows = file.metadata.row_group(group).num_rows
-            if within < num_rows:
-                break
-            within -= num_rows
-        with naming_damage(self.store, shard.rows.path):
-            columns = self._cached.group(number, group).slice(within, 1).to_pylist()[0]
+    def _row(self, shard: _Shard, offset: int) -> Row:
+        group, within = 0, offset
+        while within >= (num_rows := shard.rows.metadata.row_group(group).num_rows):
+            group, within = group + 1, within - num_rows
+        with naming_damage(self.store, shard.file.path):
+            columns = self._cached.group(shard.rows, group).slice(within, 1).to_pylist()[0]
             dtype, shape = columns.pop("latent_dtype"), columns.pop("latent_shape")
-            bucket = Bucket.parse(shard.rows.bucket)
-            if (dtype, shape) != self._latent_kind(bucket):
+            if (dtype, shape) != self._latent_kind(shard.file):
                 raise DatasetError(f"row {columns['key']!r} has a latent of another dtype or shape")
-            if tensors is None or shard.tensors is None:
+            if shard.tensors is None:
                 latent = tensor_from_bytes(columns.pop("latent"), dtype, shape)
-        if tensors is not None and shard.tensors is not None:
-            with naming_damage(self.store, shard.tensors.path):
-                latent = tensors[offset]
-        if self.contract.latents.quantization:
-            latent = to_values(latent, self.contract.latents)
-        fixed = ("key", "original_width", "original_height", "crop_top", "crop_left")
+        if shard.tensors is not None:
+            with naming_damage(self.store, shard.tensors_path):
+                latent = shard.tensors[offset]
         return Row(
             unit=shard.unit,
-            latent=latent,
-            **{name: columns.pop(name) for name in fixed},
+            latent=to_values(latent, self.contract.latents) if dtype == "int8" else latent,
+            **{name: columns.pop(name) for name in ("key", *SIZES)},
             columns={name: columns.get(name) for name in self.columns},
         )
 
-    def _latent_kind(self, bucket: tuple[int, int]) -> tuple[str, list[int]]:
-        return self.contract.latents.dtype, list(self.contract.latent_shape(bucket))
+    def _latent_kind(self, file: DataFile) -> tuple[str, list[int]]:
+        shape = self.contract.latent_shape(Bucket.parse(file.bucket))
+        return self.contract.latents.dtype, list(shape)
 
-    def _open_file(self, number: int) -> tuple[pq.ParquetFile, SafetensorsRows | None]:
-        shard = self._cached.shard(number)
-        is_safetensors = self.contract.latents.format == "safetensors"
-        with naming_damage(self.store, shard.rows.path):
-            file = open_parquet(self.store.open(shard.rows.path))
-            if file.metadata.num_rows != shard.rows.num_rows:
-                raise DatasetError(f"{file.metadata.num_rows} rows, not {shard.rows.num_rows}")
-            check_schema(file.schema_arrow, self.contract)
-            if is_safetensors != (shard.tensors is not None):
+    def _open_shard(self, number: int) -> _Shard:
+        index = int(self._unit_of[number])
+        record = self.units[index]
+        files = [file for file in record.files if file.path.endswith(".parquet")]
+        file = files[number - int(np.searchsorted(self._unit_of, index))]
+        with naming_damage(self.store, file.path):
+            rows = open_parquet(self.store.open(file.path))
+            if rows.metadata.num_rows != file.num_rows:
+                raise DatasetError(f"{rows.metadata.num_rows} rows, not {file.num_rows}")
+            check_schema(rows.schema_arrow, self.contract)
+            others = [f for f in record.files if f.bucket == file.bucket and f not in files]
+            if (self.contract.latents.format == "safetensors") != bool(others):
                 raise DatasetError("its latents are not where the contract says")
-        if shard.tensors is None:
-            return file, None
-        with naming_damage(self.store, shard.tensors.path):
-            tensors = SafetensorsRows(self.store.open(shard.tensors.path))
-            bucket = Bucket.parse(shard.rows.bucket)
-            if (tensors.dtype, tensors.shape) != self._latent_kind(bucket):
+        if not others:
+            return _Shard(record.unit.id, file, rows)
+        path = others[-1].path
+        with naming_damage(self.store, path):
+            tensors = SafetensorsRows(self.store.open(path))
+            if (tensors.dtype, tensors.shape) != self._latent_kind(file):
                 raise DatasetError(f"its latents are {tensors.dtype} {tensors.shape}")
-            if tensors.num_rows != shard.rows.num_rows:
-                raise DatasetError(f"{tensors.num_rows} latents, not {shard.rows.num_rows}")
-            return file, tensors
-
-    def _read_group(self, number: int, group: int) -> pa.Table:
-        file, _ = self._cached.file(number)
-        table = file.read_row_group(group, use_threads=False)
-        table.validate(full=True)
-        if len(table) != file.metadata.row_group(group).num_rows:
-            raise DatasetError(f"row group {group} has {len(table)} rows")
-        return table
+            if tensors.num_rows != file.num_rows:
+                raise DatasetError(f"{tensors.num_rows} latents, not {file.num_rows}")
+        return _Shard(record.unit.id, file, rows, path, tensors)
 
     def rejects(self) -> Iterator[RejectedRow]:
         """Yield every reject."""
@@ -228,57 +211,40 @@ class Dataset(Sequence[Row]):
 
     def _read_rejects(self, record: UnitRecord) -> list[RejectedRow]:
         assert record.rejects
-        path = record.rejects.path
+        path, unit = record.rejects.path, record.unit
         with naming_damage(self.store, path), self.store.open(path) as file:
-            table = read_table(file)
-            if not table.schema.equals(REJECT_SCHEMA):
-                raise DatasetError("it has another schema")
-            table.validate(full=True)
-        return [
-            RejectedRow(unit=record.unit.id, source=record.unit.source, **row)
-            for row in table.to_pylist()
-        ]
+            rows = read_rejects(file).to_pylist()
+        return [RejectedRow(unit=unit.id, source=unit.source, **row) for row in rows]
 
 
-class _Caches:
-    """The open files and row groups that a dataset caches in one process."""
+class _Caches(NamedTuple):
+    pid: int
+    shard: Callable[[int], _Shard]
+    group: Callable[[pq.ParquetFile, int], pa.Table]
 
-    def __init__(self, dataset: Dataset) -> None:
-        self.pid = os.getpid()
-        self.shard: Callable[[int], _Shard] = lru_cache(_CACHED_FILES)(dataset._find_shard)
-        self.file: Callable[[int], Any] = lru_cache(_CACHED_FILES)(dataset._open_file)
-        self.group: Callable[[int, int], pa.Table] = lru_cache(_CACHED_ROW_GROUPS)(
-            dataset._read_group
-        )
+
+def _read_group(file: pq.ParquetFile, group: int) -> pa.Table:
+    table = file.read_row_group(group, use_threads=False)
+    table.validate(full=True)
+    if len(table) != file.metadata.row_group(group).num_rows:
+        raise DatasetError(f"row group {group} has {len(table)} rows")
+    return table
 
 
 def row_position(index: SupportsIndex, num_rows: int) -> int:
-    """Return the position of a row, from 0.
+    """Return the position of a row, from 0; raise `IndexError` or `TypeError` if there is none.
 
     Args:
-        index: index of the row; a negative index counts from the end.
-        num_rows: number of rows.
-
-    Raises:
-        IndexError: there is no such row.
-        TypeError: the index is not an integer.
+        index, num_rows: index of the row, negative to count from the end, and the number of rows.
     """
     try:
         number = operator.index(index)
     except TypeError:
-        raise TypeError(
-            f"rows are numbered from 0: give an integer or a slice, not {index!r:.60}"
-        ) from None
+        message = f"rows are numbered from 0: give an integer or a slice, not {index!r:.60}"
+        raise TypeError(message) from None
     if not -num_rows <= number < num_rows:
         raise IndexError(f"row {number} of {num_rows}")
     return number % num_rows
-
-
-def _pair(record: UnitRecord) -> Iterator[_Shard]:
-    tensors = {f.bucket: f for f in record.files if f.path.endswith(".safetensors")}
-    for file in record.files:
-        if file.path.endswith(".parquet"):
-            yield _Shard(record.unit.id, file, tensors.get(file.bucket))
 
 
 def open_dataset(
@@ -296,7 +262,6 @@ def open_dataset(
 
     Raises:
         DatasetError: there is no dataset, no such manifest, or no complete manifest.
-        StorageError: the store cannot be reached.
     """
     return Dataset(*open_manifest(url, manifest, storage=storage))
 
@@ -307,26 +272,19 @@ def open_manifest(
     *,
     storage: StorageOptions | None = None,
 ) -> tuple[Store, Contract, Manifest]:
-    """Return a dataset's store, its contract and a manifest.
+    """Return a dataset's store, its contract and a manifest that matches it.
 
     Args:
-        url: the `output.url` of the run that made the dataset.
-        manifest: number of a manifest, or "published"; None takes the newest complete one.
-        storage: options of the store.
-
-    Raises:
-        DatasetError: there is no dataset, no such manifest, or no complete manifest, or contract
-            and manifest do not match.
-        StorageError: the store cannot be reached.
+        url, manifest, storage: see `open_dataset`.
     """
     store = Store(url, storage or StorageOptions())
     contract = require_contract(store)
     opened = find_manifest(store, manifest)
+    file, num_channels = store.url_of(opened.path), len(opened.statistics.mean)
     if opened.contract != contract.fingerprint:
-        raise DatasetError(f"{store.url_of(opened.path)} belongs to another contract.json")
-    if len(opened.statistics.mean) != contract.stored_channels:
+        raise DatasetError(f"{file} belongs to another contract.json")
+    if num_channels != contract.stored_channels:
         raise DatasetError(
-            f"{store.url_of(opened.path)} has statistics of {len(opened.statistics.mean)} "
-            f"channels, but latents have {contract.stored_channels}"
+            f"{file} describes {num_channels}, not {contract.stored_channels} channels"
         )
     return store, contract, opened

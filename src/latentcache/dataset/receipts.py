@@ -10,12 +10,12 @@ import hashlib
 import logging
 import re
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
-from typing import Annotated
+from dataclasses import asdict, dataclass, field, fields
+from typing import Annotated, Any, TypeVar
 
-from latentcache.dataset.columns import Columns, require_columns
+from latentcache.dataset.columns import Columns
 from latentcache.dataset.contract import canonical_json
 from latentcache.dataset.parse import (
     BUCKET,
@@ -35,6 +35,8 @@ from latentcache.dataset.statistics import Statistics
 from latentcache.errors import DatasetError, ObjectNotFound
 from latentcache.storage import ObjectInfo, Store
 
+T = TypeVar("T")
+
 COMMITS = "commits"
 FAILURES = "failures"
 
@@ -48,7 +50,6 @@ MAX_FIELDS = 64
 _READ_THREADS = 16
 
 _RECEIPT = re.compile(rf"{COMMITS}/({UNIT_NAME})\.json")
-_PartName = Annotated[str, Pattern(r"[0-9]{1,9}/[1-9][0-9]{0,8}")]
 
 _log = logging.getLogger(__name__)
 _warned_of: set[str] = set()  # URLs of unreadable hints, each of which is logged once
@@ -66,7 +67,7 @@ class Unit:
     source: str
     size_bytes: Count
     version: str
-    range: _PartName | None = None
+    range: Annotated[str, Pattern(r"[0-9]{1,9}/[1-9][0-9]{0,8}")] | None = None
 
     @classmethod
     def of(
@@ -80,9 +81,8 @@ class Unit:
         """Return the unit; its id is a hash (128 bits, hex) of everything that decides its rows.
 
         Args:
-            source, size_bytes, version: URL, size and version of the source shard.
+            source, size_bytes, version, range: see the fields.
             contract_fingerprint: fingerprint of the contract.
-            range: `k/n` for the k-th of n parts, counted from 0; None for the whole shard.
         """
         parts = [source, size_bytes, version, range, contract_fingerprint]
         digest = hashlib.sha256(canonical_json(parts)).hexdigest()
@@ -96,8 +96,7 @@ class Unit:
     @property
     def num_bytes(self) -> int:
         """The approximate number of source bytes that belong to the unit."""
-        num_parts = int(self.range.partition("/")[2]) if self.range else 1
-        return self.size_bytes // num_parts
+        return self.size_bytes // (int(self.range.partition("/")[2]) if self.range else 1)
 
 
 def new_attempt() -> str:
@@ -116,40 +115,73 @@ class DataFile:
     bucket: Annotated[str, Pattern(f"(?:{BUCKET})?")]
 
 
-@dataclass(frozen=True, slots=True)
-class QaFile:
-    """A unit's QA file, with its number of rows by bucket and figures of `qa.qa_files.Measured`."""
+def fields_of(cls: type, instance: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass that an instance of a subclass has, by name."""
+    return {field.name: getattr(instance, field.name) for field in fields(cls)}
 
-    file: DataFile
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QaSummary:
+    """The number of QA rows by bucket, and figures of `qa.qa_files.Measured`."""
+
     num_rows: dict[BucketName, Count]
     mean_psnr_db: float
     min_drift_db: float
 
 
-@dataclass(frozen=True, slots=True)
-class UnitRecord:
-    """The part of a unit's receipt that a manifest part repeats.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QaFile(QaSummary):
+    """A unit's QA file and its figures."""
 
-    `num_images` counts the image files or members of the shard: rows, rejects with an image, and
-    `num_extra_images`, which are additional images of a sample, such as masks. `columns` are the
-    kept columns of the rows, `absent_fields` the fields of these columns that no sample of the unit
-    has. `reject_reasons` counts the rejects by `stage/reason`.
+    file: DataFile
+
+    @property
+    def summary(self) -> QaSummary:
+        """The figures without the file."""
+        return QaSummary(**fields_of(QaSummary, self))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowCounts:
+    """The counts of units; `num_samples = num_rows + num_rejects`.
+
+    `num_images` counts image files and members of shards, also the `num_extra_images`, which are
+    additional images of a sample, such as masks.
     """
 
-    unit: Unit
-    generation: Generation
-    attempt: UnitId
     num_samples: Count
     num_rows: Count
     num_rejects: Count
-    files: tuple[DataFile, ...]
-    rejects: DataFile | None
-    qa: QaFile | None = None
     num_images: Count = 0
     num_extra_images: Count = 0
+
+
+NO_SAMPLES: dict[str, Any] = {"num_samples": 0, "num_rows": 0, "num_rejects": 0}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnitFacts(RowCounts):
+    """What both a unit's record and its summary hold.
+
+    `columns` are the kept columns of the rows, `absent_fields` the fields of these columns that no
+    sample of the unit has. `reject_reasons` counts the rejects by `stage/reason`.
+    """
+
+    generation: Generation
     columns: Columns = ()
     absent_fields: tuple[str, ...] = ()
     reject_reasons: dict[str, Count] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnitRecord(UnitFacts):
+    """The part of a unit's receipt that a manifest part repeats."""
+
+    unit: Unit
+    attempt: UnitId
+    files: tuple[DataFile, ...]
+    rejects: DataFile | None
+    qa: QaFile | None = None
 
     @property
     def name(self) -> str:
@@ -157,17 +189,8 @@ class UnitRecord:
         return f"{self.unit.id}-{self.generation}"
 
 
-@dataclass(frozen=True, slots=True)
-class QaSummary:
-    """The QA figures of a unit that gates need: see `QaFile`."""
-
-    num_rows: dict[BucketName, Count]
-    mean_psnr_db: float
-    min_drift_db: float
-
-
-@dataclass(frozen=True, slots=True)
-class UnitSummary:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnitSummary(UnitFacts):
     """The part of a unit's record that planning needs and a driver keeps: a few hundred bytes.
 
     `part` is the index of the unit's part in the newest manifest; None if it has none yet.
@@ -175,42 +198,14 @@ class UnitSummary:
 
     unit_id: str
     source: str
-    generation: int
-    num_samples: int
-    num_rows: int
-    num_rejects: int
     qa: QaSummary | None = None
-    columns: Columns = ()
-    absent_fields: tuple[str, ...] = ()
-    reject_reasons: dict[str, int] = field(default_factory=dict)
     part: int | None = None
-    num_images: int = 0
-    num_extra_images: int = 0
 
     @classmethod
-    def of(cls, record: UnitRecord, *, part: int | None = None) -> UnitSummary:
-        """Return the summary of a record.
-
-        Args:
-            record: the record of the unit.
-            part: as the attribute.
-        """
-        qa = record.qa
-        return cls(
-            unit_id=record.unit.id,
-            source=record.unit.source,
-            generation=record.generation,
-            num_samples=record.num_samples,
-            num_rows=record.num_rows,
-            num_rejects=record.num_rejects,
-            qa=QaSummary(qa.num_rows, qa.mean_psnr_db, qa.min_drift_db) if qa else None,
-            columns=record.columns,
-            absent_fields=record.absent_fields,
-            reject_reasons=record.reject_reasons,
-            part=part,
-            num_images=record.num_images,
-            num_extra_images=record.num_extra_images,
-        )
+    def of(cls, record: UnitRecord) -> UnitSummary:
+        """Return the summary of a record."""
+        unit, qa = record.unit, record.qa and record.qa.summary
+        return cls(unit_id=unit.id, source=unit.source, qa=qa, **fields_of(UnitFacts, record))
 
     @property
     def name(self) -> str:
@@ -246,21 +241,14 @@ class Receipt:
 
     def to_bytes(self) -> bytes:
         """Return the receipt as canonical JSON."""
-        tree = asdict(replace(self, statistics=None))  # type: ignore[arg-type]
-        tree["statistics"] = self.statistics.to_json()
-        return canonical_json(tree)
+        return canonical_json(asdict(self) | {"statistics": self.statistics.to_json()})
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Receipt:
-        """Parse the result of `to_bytes`.
-
-        Raises:
-            DatasetError: `data` is not a receipt.
-        """
+        """Parse the result of `to_bytes`; raise `DatasetError` if it is something else."""
         try:
             receipt = build(cls, load_json(data))
             _require_own_files(receipt.record)
-            require_columns(receipt.record.columns)
             return receipt
         except ValueError as error:
             raise DatasetError(f"not a receipt: {error}") from error
@@ -268,33 +256,29 @@ class Receipt:
 
 def _require_own_files(record: UnitRecord) -> None:
     """Raise `ValueError` if a record lists files of another unit or kind, or a file twice."""
-    files = {"data": list(record.files)}
-    files |= {"rejects": [record.rejects] if record.rejects else []}
-    files |= {"qa": [record.qa.file] if record.qa else []}
-    for folder, members in files.items():
-        for file in members:
-            if not file.path.startswith(f"{folder}/{record.unit.id}/"):
-                raise ValueError(f"{file.path} is not a file in {folder}/{record.unit.id}")
-            if bool(file.bucket) != (folder == "data"):
-                raise ValueError(f"{file.path} has bucket {file.bucket!r}")
-    if len({file.path for file in record.files}) < len(record.files):
+    files = [("data", file) for file in record.files]
+    files += [("rejects", record.rejects)] if record.rejects else []
+    files += [("qa", record.qa.file)] if record.qa else []
+    for folder, file in files:
+        if not file.path.startswith(f"{folder}/{record.unit.id}/"):
+            raise ValueError(f"{file.path} is not a file in {folder}/{record.unit.id}")
+        if bool(file.bucket) != (folder == "data"):
+            raise ValueError(f"{file.path} has bucket {file.bucket!r}")
+    if len({file.path for _, file in files}) < len(files):
         raise ValueError("it lists a file twice")
 
 
+def _read_all(read: Callable[[str], T | None], names: Iterable[str]) -> list[T]:
+    with ThreadPoolExecutor(_READ_THREADS) as pool:
+        return [result for result in pool.map(read, names) if result is not None]
+
+
 def read_receipts(store: Store, names: Iterable[str], *, missing_ok: bool = False) -> list[Receipt]:
-    """Read receipts by name, many at a time.
+    """Read receipts by name (`<unit>-<generation>`); return them in the order of the names.
 
     Args:
-        store: the output.
-        names: the names of the receipts, `<unit>-<generation>`.
-        missing_ok: leave out receipts that do not exist.
-
-    Returns:
-        The receipts, in the order of `names`.
-
-    Raises:
-        DatasetError: a receipt is damaged; the message names it.
-        ObjectNotFound: a receipt does not exist, and `missing_ok` is false.
+        store, names: the output, and the names.
+        missing_ok: leave out receipts that do not exist, instead of raising `ObjectNotFound`.
     """
 
     def read(name: str) -> Receipt | None:
@@ -311,12 +295,11 @@ def read_receipts(store: Store, names: Iterable[str], *, missing_ok: bool = Fals
                 return None
             raise
 
-    with ThreadPoolExecutor(_READ_THREADS) as pool:
-        return [receipt for receipt in pool.map(read, names) if receipt]
+    return _read_all(read, names)
 
 
 def list_receipts(store: Store) -> dict[str, ObjectInfo]:
-    """Return all receipts by name. A listing may miss a receipt; this costs work, but no rows."""
+    """Return all receipts by name. The result may lack a receipt; this costs work, but no rows."""
     matches = ((_RECEIPT.fullmatch(info.path), info) for info in store.list(COMMITS))
     return {match[1]: info for match, info in matches if match}
 
@@ -327,13 +310,10 @@ def list_receipt_names(store: Store) -> list[str]:
 
 
 def put_failure(store: Store, unit: Unit, attempt: str, message: str) -> None:
-    """Put a hint that a unit failed, which the next plan shows.
+    """Put a hint that an attempt at a unit failed, which the next plan shows.
 
     Args:
-        store: the output.
-        unit: the unit that failed.
-        attempt: name of the attempt.
-        message: the error.
+        store, unit, attempt, message: the output, the unit, its attempt's name, and the error.
     """
     tree = {"unit": asdict(unit), "attempt": attempt, "message": message}
     store.put(f"{FAILURES}/{unit.id}-{attempt}.json", canonical_json(tree))
@@ -351,41 +331,25 @@ def failed_unit(path: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Hint:
-    """The content of a failure hint."""
-
     unit: Unit
     message: str
 
 
 def read_failures(store: Store, paths: Iterable[str]) -> dict[str, str]:
-    """Return the message of each unit's last failure hint by unit id; see `read_failed_units`.
-
-    Args:
-        store: the output.
-        paths: paths of the hints, the latest last.
-    """
-    return {hint.unit.id: hint.message for hint in _read_hints(store, paths)}
-
-
-def read_failed_units(store: Store, paths: Iterable[str]) -> list[Unit]:
-    """Return the units of failure hints.
+    """Return the message of each unit's last failure hint by unit id.
 
     A hint that cannot be parsed is left out, with one warning: nothing depends on a hint.
 
     Args:
-        store: the output.
-        paths: paths of the hints.
+        store, paths: the output, and the paths of the hints, the latest last.
     """
-    return [hint.unit for hint in _read_hints(store, paths)]
 
-
-def _read_hints(store: Store, paths: Iterable[str]) -> Iterator[_Hint]:
-    def read(path: str) -> _Hint | None:
+    def read(path: str) -> tuple[str, str] | None:
         try:
             hint = build(_Hint, load_json(store.read_bytes(path)), ignore_unknown=True)
             if hint.unit.id != failed_unit(path):
                 raise ValueError(f"it is of unit {hint.unit.id}")
-            return hint
+            return hint.unit.id, hint.message
         except ObjectNotFound:  # `gc` may delete old hints during `plan` and `status`
             return None
         except ValueError as error:
@@ -394,5 +358,4 @@ def _read_hints(store: Store, paths: Iterable[str]) -> Iterator[_Hint]:
                 _log.warning("%s is ignored: %s; delete it if this warning repeats", url, error)
             return None
 
-    with ThreadPoolExecutor(_READ_THREADS) as pool:
-        yield from (hint for hint in pool.map(read, paths) if hint is not None)
+    return dict(_read_all(read, paths))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from latentcache.dataset.parquet import read_table
-from latentcache.dataset.receipts import UnitRecord, UnitSummary, read_receipts
+from latentcache.dataset.receipts import UnitSummary, read_receipts
 from latentcache.dataset.shards import RejectRow
 from latentcache.errors import LatentCacheError
 from latentcache.storage import Store
@@ -49,16 +49,12 @@ def count_reasons(rejects: Iterable[RejectRow]) -> dict[str, int]:
 
 
 def most_frequent(store: Store, units: Iterable[UnitSummary]) -> list[RejectReason]:
-    """Return the most frequent reject reasons of units, the most frequent first.
+    """Return at most `MAX_REASONS` reject reasons of units, the most frequent first.
 
     For each reason it reads a receipt and a rejects file. If that fails, the reason has no example.
 
     Args:
-        store: the output.
-        units: the units whose rejects are counted.
-
-    Returns:
-        At most `MAX_REASONS` reasons.
+        store, units: the output, and the units whose rejects are counted.
     """
     counts: Counter[str] = Counter()
     first_units: dict[str, UnitSummary] = {}
@@ -71,21 +67,16 @@ def most_frequent(store: Store, units: Iterable[UnitSummary]) -> list[RejectReas
 
 
 def _with_example(store: Store, reason: str, number: int, unit: UnitSummary) -> RejectReason:
+    """Return a reason with the first reject of a unit that has it."""
     try:
         (receipt,) = read_receipts(store, [unit.name])
-        key, message = _find(store, receipt.record, reason)
+        if receipt.record.rejects:
+            with store.open(receipt.record.rejects.path) as file:
+                table = read_table(file, ["key", "stage", "reason", "message"])
+            for row in table.to_pylist():
+                if f"{row['stage']}/{row['reason']}" == reason:
+                    message = row["message"][:_MESSAGE_CHARS]
+                    return RejectReason(reason, number, unit.source, row["key"], message)
     except (LatentCacheError, pa.ArrowException, OSError, KeyError, ValueError):
-        return RejectReason(reason, number)
-    return RejectReason(reason, number, unit.source, key, message[:_MESSAGE_CHARS])
-
-
-def _find(store: Store, record: UnitRecord, reason: str) -> tuple[str | None, str]:
-    """Return the key and the message of a unit's first reject with a reason."""
-    if record.rejects is None:
-        raise ValueError(f"unit {record.name} has no rejects")
-    with store.open(record.rejects.path) as file:
-        table = read_table(file, ["key", "stage", "reason", "message"])
-    for row in table.to_pylist():
-        if f"{row['stage']}/{row['reason']}" == reason:
-            return row["key"], row["message"]
-    raise KeyError(reason)
+        pass
+    return RejectReason(reason, number)

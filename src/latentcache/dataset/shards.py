@@ -32,7 +32,7 @@ from latentcache.dataset.layout import (
     row_group_rows,
     tensor_from_bytes,
 )
-from latentcache.dataset.parquet import open_parquet
+from latentcache.dataset.parquet import open_parquet, read_table
 from latentcache.dataset.receipts import DataFile
 from latentcache.errors import DatasetError
 
@@ -41,6 +41,11 @@ _SAFETENSORS_HEADER_BYTES = 248
 
 # What pyarrow and torch raise for values that do not match the schema.
 _UNREADABLE = (ValueError, RuntimeError, KeyError, TypeError)
+
+SIZES = ("original_width", "original_height", "crop_top", "crop_left")
+"""The columns of sizes and crop offsets, in pixels."""
+
+_SHAPE_LEAF = "latent_shape.list.element"
 
 REJECT_SCHEMA = pa.schema(
     [
@@ -86,47 +91,25 @@ def column_type(name: str) -> pa.DataType:
     return pa.int64() if name == "cls" else pa.string()
 
 
-def row_schema(contract: Contract, columns: Columns, unit_id: str) -> pa.Schema:
-    """Return the schema of a Parquet data file.
-
-    The column `latent` comes second; it is absent if latents are in a safetensors file.
-
-    Args:
-        contract: the contract of the dataset.
-        columns: the kept columns.
-        unit_id: id of the unit, for the metadata.
-    """
-    kept = (pa.field(column.name, column_type(column.name)) for column in columns)
-    metadata = {"latentcache.unit": unit_id, "latentcache.contract": contract.fingerprint}
-    return pa.schema([*_fixed_fields(contract), *kept], metadata=metadata)
-
-
 def _fixed_fields(contract: Contract) -> list[pa.Field]:
-    fields = [
-        pa.field("key", pa.string(), nullable=False),
-        pa.field("latent", pa.binary(), nullable=False),
-        pa.field("latent_shape", pa.list_(pa.int32()), nullable=False),
-        pa.field("latent_dtype", pa.string(), nullable=False),
-        *(
-            pa.field(name, pa.int32(), nullable=False)
-            for name in ("original_width", "original_height", "crop_top", "crop_left")
-        ),
-    ]
+    """Return the fields of every row; `latent` is absent if latents are in a safetensors file."""
+    kinds = {
+        "key": pa.string(),
+        "latent": pa.binary(),
+        "latent_shape": pa.list_(pa.int32()),
+        "latent_dtype": pa.string(),
+        **dict.fromkeys(SIZES, pa.int32()),
+    }
     if contract.latents.format == "safetensors":
-        del fields[1]
-    return fields
+        del kinds["latent"]
+    return [pa.field(name, kind, nullable=False) for name, kind in kinds.items()]
 
 
 def check_schema(schema: pa.Schema, contract: Contract) -> None:
-    """Check the columns of a data file.
+    """Raise `DatasetError` unless a data file has the columns that a contract implies.
 
     Args:
-        schema: the schema of the file.
-        contract: the contract of the dataset.
-
-    Raises:
-        DatasetError: a mandatory column is missing, a column has another type, or two columns have
-            the same name.
+        schema, contract: the schema of the file, and the contract of the dataset.
     """
     fixed = _fixed_fields(contract)
     if [*schema][: len(fixed)] != fixed:
@@ -134,21 +117,14 @@ def check_schema(schema: pa.Schema, contract: Contract) -> None:
     if len(set(schema.names)) < len(schema.names):
         raise DatasetError("it has two columns of the same name")
     for field in [*schema][len(fixed) :]:
-        if field.type != column_type(field.name):
-            raise DatasetError(
-                f"column {field.name!r} is {field.type}, not {column_type(field.name)}"
-            )
+        if field.type != (kind := column_type(field.name)):
+            raise DatasetError(f"column {field.name!r} is {field.type}, not {kind}")
 
 
 class BucketWriter:
-    """A writer of the rows of one bucket of one unit to local disk.
+    """A writer of the rows of one bucket (width, height) of one unit to local disk.
 
-    Args:
-        stem: path of the files without their suffixes; the folder exists.
-        contract: the contract of the dataset, which decides dtype and format.
-        columns: the kept columns.
-        unit_id: id of the unit, for the metadata of the file.
-        bucket: (width, height) in pixels.
+    `stem` is the path of the files without their suffixes; the folder exists.
     """
 
     def __init__(
@@ -162,33 +138,32 @@ class BucketWriter:
         self.bucket = Bucket(*bucket)
         self.num_rows = 0
         self._contract = contract
-        self._columns = columns
         self._shape = contract.latent_shape(bucket)
-        self._schema = row_schema(contract, columns, unit_id)
         self._pending: list[tuple[bytes, RowMeta]] = []
         self._latent_bytes = row_bytes(contract, bucket)
         self._group_rows = row_group_rows(contract, bucket)
-        if contract.latents.format == "safetensors":
-            self.paths = [Path(f"{stem}.safetensors"), Path(f"{stem}.rows.parquet")]
-        else:
-            self.paths = [Path(f"{stem}.parquet")]
-        plain = [name for name in self._schema.names if name != "latent"]
+        self._kept = [column.name for column in columns]
+        kept = [pa.field(name, column_type(name)) for name in self._kept]
+        metadata = {"latentcache.unit": unit_id, "latentcache.contract": contract.fingerprint}
+        self._schema = pa.schema([*_fixed_fields(contract), *kept], metadata=metadata)
+        names = [name for name in self._schema.names if name != "latent"]
+        is_safetensors = contract.latents.format == "safetensors"
+        suffixes = [".safetensors", ".rows.parquet"] if is_safetensors else [".parquet"]
+        self.paths = [Path(f"{stem}{suffix}") for suffix in suffixes]
         self._parquet = pq.ParquetWriter(
             self.paths[-1],
             self._schema,
-            compression={  # by the path of the leaf column
-                "latent_shape.list.element": "ZSTD",
-                **{name: "NONE" if name == "latent" else "ZSTD" for name in self._schema.names},
-            },
-            use_dictionary=["latent_shape.list.element", "latent_dtype"],
-            write_statistics=plain,
+            # By the path of the leaf column.
+            compression=dict.fromkeys([*names, _SHAPE_LEAF], "ZSTD") | {"latent": "NONE"},
+            use_dictionary=[_SHAPE_LEAF, "latent_dtype"],
+            write_statistics=names,
             # Each row group has one page of latents, so that latents lie at a constant stride, as
             # docs/format.md promises.
             data_page_size=2 * ROW_GROUP_BYTES,
             write_batch_size=ROW_GROUP_ROWS,
         )
         self._tensor_file: BinaryIO | None = None
-        if contract.latents.format == "safetensors":
+        if is_safetensors:
             self._tensor_file = self.paths[0].open("wb")
             self._tensor_file.write(bytes(8 + _SAFETENSORS_HEADER_BYTES))
 
@@ -196,31 +171,25 @@ class BucketWriter:
         """Append rows.
 
         Args:
-            latents: [N, C, H, W] in the stored dtype.
-            rows: the other fields of the N rows.
+            latents, rows: [N, C, H, W] in the stored dtype, and the other fields of the N rows.
         """
         assert tuple(latents.shape) == (len(rows), *self._shape), latents.shape
-        data = tensor_bytes(latents)
-        size = self._latent_bytes
+        data, size = tensor_bytes(latents), self._latent_bytes
         for index, row in enumerate(rows):
             self._pending.append((data[index * size : (index + 1) * size], row))
             if len(self._pending) == self._group_rows:
                 self._flush()
 
     def _flush(self) -> None:
+        rows, num = [row for _, row in self._pending], len(self._pending)
         latents = [latent for latent, _ in self._pending]
-        rows = [row for _, row in self._pending]
-        num = len(rows)
         columns: dict[str, Any] = {
-            "key": [row.key for row in rows],
             "latent": latents,
             "latent_shape": [list(self._shape)] * num,
             "latent_dtype": [self._contract.latents.dtype] * num,
+            **{name: [getattr(row, name) for row in rows] for name in ("key", *SIZES)},
+            **{name: [row.columns.get(name) for row in rows] for name in self._kept},
         }
-        for name in ("original_width", "original_height", "crop_top", "crop_left"):
-            columns[name] = [getattr(row, name) for row in rows]
-        for column in self._columns:
-            columns[column.name] = [row.columns.get(column.name) for row in rows]
         if self._tensor_file:
             self._tensor_file.writelines(columns.pop("latent"))
         self._parquet.write_table(pa.table(columns, self._schema), row_group_size=num)
@@ -233,15 +202,13 @@ class BucketWriter:
             self._flush()
         self._parquet.close()
         if self._tensor_file:
-            header = {
-                "__metadata__": {"format": "pt"},
-                "latents": {
-                    "dtype": SAFETENSORS_DTYPES[self._contract.latents.dtype],
-                    "shape": [self.num_rows, *self._shape],
-                    "data_offsets": [0, self.num_rows * self._latent_bytes],
-                },
+            entry = {
+                "dtype": SAFETENSORS_DTYPES[self._contract.latents.dtype],
+                "shape": [self.num_rows, *self._shape],
+                "data_offsets": [0, self.num_rows * self._latent_bytes],
             }
-            text = json.dumps(header).encode().ljust(_SAFETENSORS_HEADER_BYTES)
+            header = json.dumps({"__metadata__": {"format": "pt"}, "latents": entry})
+            text = header.encode().ljust(_SAFETENSORS_HEADER_BYTES)
             self._tensor_file.seek(0)
             self._tensor_file.write(len(text).to_bytes(8, "little") + text)
             self._tensor_file.close()
@@ -253,15 +220,10 @@ class BucketWriter:
             self._tensor_file.close()
 
     def check(self) -> None:
-        """Open the closed files again and compare them with the rows that were appended.
-
-        Raises:
-            DatasetError: a file differs from what was written: the disk lost or changed bytes.
-        """
+        """Open the closed files again; raise `DatasetError` if the disk lost or changed bytes."""
         with open_parquet(self.paths[-1]) as file:
-            if file.metadata.num_rows != self.num_rows or not file.schema_arrow.equals(
-                self._schema
-            ):
+            is_same = file.schema_arrow.equals(self._schema)
+            if file.metadata.num_rows != self.num_rows or not is_same:
                 raise DatasetError(f"{self.paths[-1]} does not read back as written")
         with ExitStack() as stack:
             files = [stack.enter_context(path.open("rb")) for path in self.paths]
@@ -272,21 +234,27 @@ def write_rejects(path: Path, rejects: Sequence[RejectRow]) -> None:
     """Write the rejects file of a unit to local disk.
 
     Args:
-        path: path of the file.
-        rejects: the rejects of the unit.
+        path, rejects: the file, and the rejects of the unit.
     """
     columns = {name: [getattr(reject, name) for reject in rejects] for name in REJECT_SCHEMA.names}
     pq.write_table(pa.table(columns, REJECT_SCHEMA), path, compression="ZSTD")
+
+
+def read_rejects(source: Any) -> pa.Table:
+    """Return the rejects in a file (see `read_table`); raise `DatasetError` for other columns."""
+    table = read_table(source)
+    if not table.schema.equals(REJECT_SCHEMA):
+        raise DatasetError("it has another schema")
+    table.validate(full=True)
+    return table
 
 
 def describe_file(local: Path, path: str, num_rows: int, bucket: str) -> DataFile:
     """Return a receipt's entry for a closed local file, with its size and SHA-256.
 
     Args:
-        local: the local file.
-        path: path of the file in the output.
-        num_rows: number of rows in the file.
-        bucket: name of the bucket; empty for rejects.
+        local, path: the local file, and its path in the output.
+        num_rows, bucket: as in `DataFile`.
     """
     with local.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -298,63 +266,45 @@ def tensor_bytes(tensor: torch.Tensor) -> bytes:
     return tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
-def iterate_latents(files: Sequence[Path]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (key, latent [C, H, W] in the stored dtype) of all rows of one bucket, in order.
-
-    Args:
-        files: the local Parquet file, or the safetensors file and its Parquet file of rows.
-
-    Raises:
-        DatasetError: the files are damaged.
-    """
-    try:
-        with open_parquet(files[-1]) as file:
-            if len(files) == 1:
-                columns = ["key", "latent", "latent_dtype", "latent_shape"]
-                for batch in file.iter_batches(columns=columns, use_threads=False):
-                    for row in batch.to_pylist():
-                        data, dtype, shape = row["latent"], row["latent_dtype"], row["latent_shape"]
-                        yield row["key"], tensor_from_bytes(data, dtype, shape)
-                return
-            keys = file.read(columns=["key"], use_threads=False)["key"].to_pylist()
-        with files[0].open("rb") as raw:
-            latents = SafetensorsRows(raw)
-            for index, key in enumerate(keys):
-                yield key, latents[index]
-    except (DatasetError, pa.ArrowException, OSError, *_UNREADABLE) as error:
-        raise DatasetError(f"{files[-1]}: {error}") from error
-
-
 def read_latents(files: Sequence[BinaryIO], keys: Collection[str]) -> dict[str, torch.Tensor]:
-    """Return the latents of some rows of one bucket's files.
+    """Return latents of open files by key, without the keys that the files lack.
 
     Args:
-        files: the open Parquet file, or the safetensors file and its Parquet file of rows.
-        keys: keys of the rows.
-
-    Returns:
-        Latents [C, H, W] in the stored dtype by key, without the keys that the files do not have.
-
-    Raises:
-        DatasetError: the files are damaged.
+        files, keys: see `iterate_latents`; the files are open.
     """
-    latents: dict[str, torch.Tensor] = {}
+    return dict(iterate_latents(files, keys))
+
+
+def iterate_latents(
+    files: Sequence[Path | BinaryIO], keys: Collection[str] | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (key, latent [C, H, W] in the stored dtype) of rows of one bucket, in order.
+
+    Args:
+        files: the Parquet file, or the safetensors file and its Parquet file of rows.
+        keys: keys of the rows; None yields all.
+    """
+    fields = ["latent", "latent_dtype", "latent_shape"]
     try:
-        with open_parquet(files[-1]) as rows:
-            tensors = SafetensorsRows(files[0]) if len(files) > 1 else None
+        with ExitStack() as stack:
+            rows = stack.enter_context(open_parquet(files[-1]))
+            tensors: SafetensorsRows | None = None
+            if len(files) > 1:
+                raw = files[0]
+                raw = stack.enter_context(raw.open("rb")) if isinstance(raw, Path) else raw
+                tensors = SafetensorsRows(raw)
             first = 0
             for number in range(rows.num_row_groups):
                 names = rows.read_row_group(number, ["key"], use_threads=False)["key"].to_pylist()
-                indices = [index for index, key in enumerate(names) if key in keys]
+                chosen = [i for i, name in enumerate(names) if keys is None or name in keys]
                 if tensors:
-                    latents |= {names[index]: tensors[first + index] for index in indices}
-                elif indices:
-                    columns = ["latent", "latent_dtype", "latent_shape"]
-                    group = rows.read_row_group(number, columns, use_threads=False)
-                    group = group.take(indices)
-                    for index, row in zip(indices, group.to_pylist(), strict=True):
-                        latents[names[index]] = tensor_from_bytes(*(row[name] for name in columns))
+                    for index in chosen:
+                        yield names[index], tensors[first + index]
+                elif chosen:
+                    group = rows.read_row_group(number, fields, use_threads=False).take(chosen)
+                    for index, row in zip(chosen, group.to_pylist(), strict=True):
+                        yield names[index], tensor_from_bytes(*(row[name] for name in fields))
                 first += len(names)
     except (DatasetError, pa.ArrowException, OSError, *_UNREADABLE) as error:
-        raise DatasetError(f"cannot read latents: {error}") from error
-    return latents
+        where = f" of {files[-1]}" if isinstance(files[-1], Path) else ""
+        raise DatasetError(f"cannot read latents{where}: {error}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ from latentcache.errors import DatasetError
 HISTOGRAM_EDGES = np.linspace(-32.0, 32.0, 129)
 _STEP = 0.5  # between two edges; dividing by a power of two is exact
 _NUM_BINS = len(HISTOGRAM_EDGES) + 1
+
+_ARRAYS = ("mean", "m2", "min", "max", "histogram")  # as JSON names them
 
 Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
@@ -43,14 +46,9 @@ class Statistics:
     @classmethod
     def empty(cls, num_channels: int) -> Statistics:
         """Return the statistics of no values."""
-        return cls(
-            count=0,
-            mean=np.zeros(num_channels),
-            m2=np.zeros(num_channels),
-            minimum=np.full(num_channels, np.inf),
-            maximum=np.full(num_channels, -np.inf),
-            histogram=np.zeros((num_channels, _NUM_BINS), np.int64),
-        )
+        zeros = np.zeros(num_channels)
+        histogram = np.zeros((num_channels, _NUM_BINS), np.int64)
+        return cls(0, zeros, zeros, zeros + np.inf, zeros - np.inf, histogram)
 
     @classmethod
     def of(cls, latents: npt.NDArray[np.float32]) -> Statistics:
@@ -75,20 +73,11 @@ class Statistics:
         )
 
     def merge(self, other: Statistics) -> Statistics:
-        """Return the statistics of both sets of values.
-
-        The formula is the pairwise update of Chan, Golub and LeVeque (1979).
-
-        Raises:
-            DatasetError: the numbers of channels differ.
-        """
+        """Return the statistics of both sets of values, after Chan, Golub and LeVeque (1979)."""
         if self.mean.shape != other.mean.shape:
-            raise DatasetError(
-                f"cannot merge statistics of {len(self.mean)} and {len(other.mean)} channels: "
-                "run `latentcache verify`"
-            )
-        count = self.count + other.count
-        if count == 0:
+            both = f"{len(self.mean)} and {len(other.mean)} channels"
+            raise DatasetError(f"cannot merge statistics of {both}: run `latentcache verify`")
+        if not (count := self.count + other.count):
             return self
         delta = other.mean - self.mean
         return Statistics(
@@ -107,42 +96,25 @@ class Statistics:
 
     def to_json(self) -> dict[str, Any]:
         """Return the statistics as plain JSON; `min` and `max` are null if there are no values."""
-        empty = self.count == 0
-        return {
-            "count": self.count,
-            "mean": self.mean.tolist(),
-            "m2": self.m2.tolist(),
-            "min": None if empty else self.minimum.tolist(),
-            "max": None if empty else self.maximum.tolist(),
-            "histogram": self.histogram.tolist(),
-        }
+        arrays = (self.mean, self.m2, self.minimum, self.maximum, self.histogram)
+        tree = {name: array.tolist() for name, array in zip(_ARRAYS, arrays, strict=True)}
+        return {"count": self.count, **tree, **({} if self.count else {"min": None, "max": None})}
 
     @classmethod
     def from_json(cls, tree: dict[str, Any]) -> Statistics:
-        """Build statistics from the result of `to_json`.
-
-        Raises:
-            ValueError: `tree` is something else.
-        """
-        names = {"count", "mean", "m2", "min", "max", "histogram"}
-        if not isinstance(tree, dict) or tree.keys() != names:
-            raise ValueError(f"statistics are not an object with {', '.join(sorted(names))}")
+        """Build statistics from the result of `to_json`; raise `ValueError` for anything else."""
+        if not isinstance(tree, dict) or tree.keys() != {"count", *_ARRAYS}:
+            raise ValueError(f"statistics are not an object with count, {', '.join(_ARRAYS)}")
         count = check(Count, tree["count"], "statistics.count")
         mean = _array(tree, "mean", "if", (-1,))
-        num_channels = len(mean)
         if count == 0:
-            return cls.empty(num_channels)
-        statistics = cls(
-            count=count,
-            mean=mean.astype(np.float64),
-            m2=_array(tree, "m2", "if", (num_channels,)).astype(np.float64),
-            minimum=_array(tree, "min", "if", (num_channels,)).astype(np.float64),
-            maximum=_array(tree, "max", "if", (num_channels,)).astype(np.float64),
-            histogram=_array(tree, "histogram", "i", (num_channels, _NUM_BINS)),
-        )
-        if statistics.m2.min() < 0 or statistics.histogram.min() < 0:
+            return cls.empty(len(mean))
+        m2, low, high = (_array(tree, name, "if", mean.shape) for name in ("m2", "min", "max"))
+        histogram = _array(tree, "histogram", "i", (len(mean), _NUM_BINS))
+        if m2.min() < 0 or histogram.min() < 0:
             raise ValueError("statistics have a negative sum of squares or a negative count")
-        return statistics
+        mean, m2, low, high = (array.astype(np.float64) for array in (mean, m2, low, high))
+        return cls(count, mean, m2, low, high, histogram)
 
 
 def _array(tree: dict[str, Any], name: str, kinds: str, shape: tuple[int, ...]) -> Any:
@@ -159,10 +131,6 @@ def merge_all(parts: Iterable[Statistics], num_channels: int) -> Statistics:
     """Return the statistics of all sets of values.
 
     Args:
-        parts: the statistics of each set.
-        num_channels: number of channels, for the case of no parts.
+        parts, num_channels: the statistics of each set, and the channels in case of no set.
     """
-    total = Statistics.empty(num_channels)
-    for part in parts:
-        total = total.merge(part)
-    return total
+    return reduce(Statistics.merge, parts, Statistics.empty(num_channels))

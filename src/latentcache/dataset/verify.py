@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,11 +18,11 @@ from latentcache.dataset.bucket import Bucket
 from latentcache.dataset.contract import Contract
 from latentcache.dataset.layout import TORCH_DTYPES, latent_offsets
 from latentcache.dataset.manifest import ManifestName
-from latentcache.dataset.parquet import open_parquet, read_table
+from latentcache.dataset.parquet import open_parquet
 from latentcache.dataset.quantization import is_finite
-from latentcache.dataset.reader import open_dataset
+from latentcache.dataset.reader import Dataset, open_dataset
 from latentcache.dataset.receipts import DataFile, UnitRecord
-from latentcache.dataset.shards import REJECT_SCHEMA, check_schema, iterate_latents
+from latentcache.dataset.shards import check_schema, iterate_latents, read_rejects
 from latentcache.dataset.state import remove_units
 from latentcache.errors import DatasetError, ObjectNotFound
 from latentcache.storage import Store
@@ -74,9 +74,7 @@ def verify(
     """Check every object of a dataset: existence, size, SHA-256, rows, and finite latents.
 
     Args:
-        url: URL of the dataset.
-        manifest: number of a manifest, or "published"; None takes the newest complete one.
-        storage: options of the store.
+        url, manifest, storage: see `open_dataset`.
         quick: check only that objects exist and have the right size.
         repair: put a manifest without the bad units, so that the next run encodes them again.
         progress: called with the number of units checked and the number of all units.
@@ -86,45 +84,35 @@ def verify(
         IncompleteRun: `repair` failed because another process put manifests first, several times.
     """
     dataset = open_dataset(url, manifest, storage=storage)
-    store = Store(url, storage or StorageOptions())
-    result = Verification(ok=True, manifest=dataset.manifest.number, num_units=len(dataset.units))
-
-    def check(record: UnitRecord) -> tuple[UnitRecord, list[Problem]]:
-        return record, list(_check_unit(store, dataset.contract, record, quick))
-
+    units, totals = dataset.units, dataset.manifest
+    result = Verification(ok=True, manifest=totals.number, num_units=len(units))
+    num_checked, remaining = 0, iter(units)
     with ThreadPoolExecutor(_THREADS) as pool:
-        checked = chain.from_iterable(pool.map(check, some) for some in _batches(dataset.units))
-        for done, (record, problems) in enumerate(checked, start=1):
-            result.num_files += len(record.files)
-            result.num_files += (record.rejects is not None) + (record.qa is not None)
-            result.num_rows += record.num_rows
-            result.num_rejects += record.num_rejects
-            result.problems += problems
-            if progress:
-                progress(done, len(dataset.units))
-    totals = dataset.manifest.totals
+        while some := list(islice(remaining, _UNITS_AT_ONCE)):
+            checked = pool.map(lambda record: list(_check_unit(dataset, record, quick)), some)
+            for record, problems in zip(some, checked, strict=True):
+                num_others = (record.rejects is not None) + (record.qa is not None)
+                result.num_files += len(record.files) + num_others
+                result.num_rows += record.num_rows
+                result.num_rejects += record.num_rejects
+                result.problems += problems
+                num_checked += 1
+                if progress:
+                    progress(num_checked, len(units))
     counts = (result.num_units, result.num_rows, result.num_rejects)
     if counts != (totals.num_units, totals.num_rows, totals.num_rejects):
         message = "its totals of units, rows and rejects are not those of its units"
-        result.problems.append(Problem("", "", dataset.manifest.path, message))
+        result.problems.append(Problem("", "", totals.path, message))
     result.ok = not result.problems
     if repair:
         bad = {problem.unit for problem in result.problems}
-        names = {record.name for record in dataset.units if record.unit.id in bad}
-        removed = remove_units(store, names) if names else set()
+        names = {record.name for record in units if record.unit.id in bad}
+        removed = remove_units(dataset.store, names) if names else set()
         result.repaired = sorted(name.rpartition("-")[0] for name in removed)
     return result
 
 
-def _batches(units: Iterable[UnitRecord]) -> Iterator[list[UnitRecord]]:
-    remaining = iter(units)
-    while some := list(islice(remaining, _UNITS_AT_ONCE)):
-        yield some
-
-
-def _check_unit(
-    store: Store, contract: Contract, record: UnitRecord, quick: bool
-) -> Iterator[Problem]:
+def _check_unit(dataset: Dataset, record: UnitRecord, quick: bool) -> Iterator[Problem]:
     def problem(path: str, message: str) -> Problem:
         return Problem(record.unit.id, record.unit.source, path, message)
 
@@ -134,31 +122,24 @@ def _check_unit(
     num_rows = sum(files[-1].num_rows for files in groups.values())
     if num_rows != record.num_rows:
         yield problem("", f"the files hold {num_rows} rows, but the receipt says {record.num_rows}")
+    others = [record.rejects] if record.rejects else []
+    others += [record.qa.file] if record.qa else []
     keys: set[str] = set()
-    with tempfile.TemporaryDirectory(prefix="latentcache-") as folder:
-        for files in (*groups.values(), *([[record.rejects]] if record.rejects else [])):
-            local: list[Path] = []
-            for file in files:
-                target = Path(folder) / file.path.rpartition("/")[2]
-                message = _check_object(store, file, None if quick else target)
-                if message:
+    for files in (*groups.values(), *([file] for file in others)):
+        with tempfile.TemporaryDirectory(prefix="latentcache-") as folder:
+            targets = [Path(folder, file.path.rpartition("/")[2]) for file in files]
+            is_good = True
+            for file, target in zip(files, targets, strict=True):
+                if message := _check_object(dataset.store, file, None if quick else target):
+                    is_good = False
                     yield problem(file.path, message)
-                else:
-                    local.append(target)
-            if quick or len(local) < len(files):
-                continue
-            if files[0] is record.rejects:
-                if message := _check_rejects(local[0], record.num_rejects):
-                    yield problem(files[0].path, message)
-                continue
-            for message in _check_rows(local, files[-1], contract, keys):
-                yield problem(files[-1].path, message)
-            for path in local:
-                path.unlink()
-        if record.qa:
-            copy = None if quick else Path(folder) / "qa.parquet"
-            if message := _check_object(store, record.qa.file, copy):
-                yield problem(record.qa.file.path, message)
+            messages: Iterable[str] = ()
+            if files[0].bucket:
+                messages = _check_rows(targets, files[-1], dataset.contract, keys)
+            elif files[0] is record.rejects:
+                messages = _check_rejects(targets[0], record.num_rejects)
+            if is_good and not quick:
+                yield from (problem(files[-1].path, message) for message in messages)
 
 
 def _check_object(store: Store, file: DataFile, target: Path | None) -> str | None:
@@ -179,48 +160,31 @@ def _check_object(store: Store, file: DataFile, target: Path | None) -> str | No
     return None if digest.hexdigest() == file.sha256 else "its SHA-256 differs"
 
 
-def _check_rejects(local: Path, num_rejects: int) -> str | None:
+def _check_rejects(local: Path, num_rejects: int) -> Iterator[str]:
     try:
-        table = read_table(local)
-    except (pa.ArrowException, OSError, ValueError, DatasetError) as error:
-        return f"cannot be read: {error}"
-    if not table.schema.equals(REJECT_SCHEMA):
-        return "has another schema"
-    if table.num_rows != num_rejects:
-        return f"holds {table.num_rows} rejects, but the receipt says {num_rejects}"
-    return None
-
-
-def _check_columns(path: Path, contract: Contract) -> None:
-    """Decode all columns of a Parquet file of rows except the latents.
-
-    Raises:
-        DatasetError: a column is missing or damaged.
-    """
-    try:
-        with open_parquet(path) as file:
-            check_schema(file.schema_arrow, contract)
-            names = [name for name in file.schema_arrow.names if name != "latent"]
-            for number in range(file.num_row_groups):
-                file.read_row_group(number, names, use_threads=False).validate(full=True)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise DatasetError(str(error)) from error
+        num_rows = read_rejects(local).num_rows
+    except (DatasetError, pa.ArrowException, OSError, ValueError) as error:
+        yield f"cannot be read: {error}"
+    else:
+        if num_rows != num_rejects:
+            yield f"holds {num_rows} rejects, but the receipt says {num_rejects}"
 
 
 def _check_rows(
     local: list[Path], file: DataFile, contract: Contract, keys: set[str]
 ) -> Iterator[str]:
-    width_px, height_px = Bucket.parse(file.bucket)
-    shape, dtype = (
-        contract.latent_shape((width_px, height_px)),
-        TORCH_DTYPES[contract.latents.dtype],
-    )
+    bucket, dtype = Bucket.parse(file.bucket), TORCH_DTYPES[contract.latents.dtype]
+    shape = contract.latent_shape(bucket)
     num_rows = 0
     try:
         with ExitStack() as stack:
             opened = [stack.enter_context(path.open("rb")) for path in local]
-            latent_offsets(opened, contract, (width_px, height_px), file.num_rows)
-        _check_columns(local[-1], contract)
+            latent_offsets(opened, contract, bucket, file.num_rows)
+        with open_parquet(local[-1]) as rows:
+            check_schema(rows.schema_arrow, contract)
+            names = [name for name in rows.schema_arrow.names if name != "latent"]
+            for number in range(rows.num_row_groups):
+                rows.read_row_group(number, names, use_threads=False).validate(full=True)
         for key, latent in iterate_latents(local):
             num_rows += 1
             if key in keys:
@@ -230,7 +194,7 @@ def _check_rows(
                 yield f"row {key!r} is {latent.dtype} {list(latent.shape)}, not {dtype} {shape}"
             elif not is_finite(latent).all():
                 yield f"row {key!r} is not finite"
-    except DatasetError as error:
+    except (DatasetError, pa.ArrowException, OSError, ValueError) as error:
         yield f"cannot be read: {error}"
     if num_rows != file.num_rows:
         yield f"holds {num_rows} rows, but the receipt says {file.num_rows}"

@@ -73,16 +73,16 @@ def _compare(output: Path) -> str:
         },
     }
     verdict = "good" if verify(str(output)).ok else "problems"
-    found: dict[str, dict[str, torch.Tensor]] = {}
+    results: dict[str, dict[str, torch.Tensor]] = {}
     for name, read in readers.items():
         try:
-            found[name] = read()
+            results[name] = read()
         except DatasetError:
             verdict += f" {name}"
     assert verdict in ("good", f"problems{verdict[8:]}"), "verify finds nothing, a reader fails"
-    first = next(iter(found.values()), {})
-    for rows in found.values():
-        assert rows.keys() == first.keys(), f"{' and '.join(found)} give other rows"
+    first = next(iter(results.values()), {})
+    for rows in results.values():
+        assert rows.keys() == first.keys(), f"{' and '.join(results)} give other rows"
         for key, latent in rows.items():
             assert torch.equal(latent.view(torch.int16), first[key].view(torch.int16)), key
     return verdict
