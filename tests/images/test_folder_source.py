@@ -19,9 +19,9 @@ from latentcache.images.source import (
     RejectedSample,
     Sample,
     SourceShard,
-    list_again,
     list_source,
     read_shard,
+    relist_source,
 )
 from latentcache.storage import ObjectInfo, Store
 from latentcache.storage_options import StorageOptions
@@ -214,17 +214,17 @@ def test_a_file_replaced_or_deleted_after_the_listing_has_changed(tmp_path: Path
     (tmp_path / "7.jpg").write_bytes(b"y")  # of the same size
     with pytest.raises(SourceChanged, match=r"7\.jpg changed"):
         read(shard)
-    (again,) = list_again(shard.url, OPTIONS)
+    (again,) = relist_source(shard.url, OPTIONS)
     assert again.version != shard.version
     assert len(read(again)) == 9
     (tmp_path / "5.jpg").unlink()
     with pytest.raises(SourceChanged, match=r"5\.jpg was deleted"):
         read(again)
-    assert len(read(*list_again(shard.url, OPTIONS))) == 8
+    assert len(read(*relist_source(shard.url, OPTIONS))) == 8
     for path in tmp_path.iterdir():
         path.unlink()
     with pytest.raises(SourceError, match="holds no image files"):
-        list_again(shard.url, OPTIONS)
+        relist_source(shard.url, OPTIONS)
 
 
 def test_a_slot_that_lost_its_files_is_told(tmp_path: Path):
@@ -235,7 +235,7 @@ def test_a_slot_that_lost_its_files_is_told(tmp_path: Path):
         (tmp_path / file.path).unlink()
     assert listed(tmp_path, 64) == shards[1:], "a slot without files is not listed"
     with pytest.raises(SourceError, match="no longer has files"):
-        list_again(shards[0].url, OPTIONS)
+        relist_source(shards[0].url, OPTIONS)
 
 
 @pytest.mark.parametrize("fault", ["breaks", "is cut"])

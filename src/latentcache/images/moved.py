@@ -18,6 +18,8 @@ from latentcache.images.braces import named_urls
 from latentcache.storage import Store
 from latentcache.storage_options import StorageOptions
 
+_SLOT = re.compile(r"#\d+/\d+$")
+
 
 @dataclass(frozen=True, slots=True)
 class Moved:
@@ -38,8 +40,6 @@ class Moved:
         return _rebased(source, self.before, self.now) if self.before else source
 
 
-_SLOT = re.compile(r"#\d+/\d+$")
-
 NOT_MOVED = Moved()
 
 
@@ -53,17 +53,11 @@ def moved_of(source: Images) -> Moved:
     before = source.moved_from if isinstance(source, Source) else None
     if before is None:
         return NOT_MOVED
-    options = source.storage
-    return Moved(Store(before, options).url, root_of(source, options))
+    return Moved(Store(before, source.storage).url, root_of(source, source.storage))
 
 
 def root_of(source: Images, options: StorageOptions) -> str:
-    """Return the URL of the common folder of all files of a source.
-
-    Args:
-        source: the section of the config.
-        options: how to reach the store.
-    """
+    """Return the URL of the common folder of all files of a source."""
     if source.folder is not None:
         return Store(source.folder, options).url
     assert source.shards is not None

@@ -10,9 +10,13 @@ import pyarrow as pa
 import pyarrow.types as pt
 
 from latentcache.errors import FieldMissing, SourceError
-from latentcache.images.samples import (
-    Wanted,
-)
+from latentcache.images.samples import FieldSelection
+
+_BINARY = (pt.is_binary, pt.is_large_binary, pt.is_binary_view)
+_TEXT = (pt.is_string, pt.is_large_string, pt.is_string_view)
+_LISTS = (pt.is_list, pt.is_large_list, pt.is_fixed_size_list)
+_KEYS = (*_TEXT, pt.is_integer)
+_SCALARS = (*_KEYS, *_BINARY, pt.is_null, pt.is_boolean, pt.is_floating, pt.is_decimal)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,44 +38,38 @@ class SampleColumns:
         return list(dict.fromkeys([*self.images, *self.texts, *([self.key] if self.key else [])]))
 
 
-def find_columns(schema: pa.Schema, wanted: Wanted, url: str) -> SampleColumns:
-    """Return the columns from which samples are made.
-
-    Args:
-        schema: the schema of the file.
-        wanted: the fields that the config names.
-        url: the URL of the file, for errors.
+def find_columns(schema: pa.Schema, selection: FieldSelection, url: str) -> SampleColumns:
+    """Return the columns from which samples are made; `url` names the file in errors.
 
     Raises:
         FieldMissing: the file lacks a kept column.
         SourceError: the file lacks the key's column, no column holds an image, or a column has a
             type that cannot be read.
     """
-    names = [name for name in wanted.image if name in schema.names]
+    names = [name for name in selection.image if name in schema.names]
     if not names:
         raise SourceError(
-            f"{url}: no column holds the image: source.image names {', '.join(wanted.image)}, the "
-            f"file has {', '.join(schema.names)}: correct source.image"
+            f"{url}: no column holds the image: source.image names {', '.join(selection.image)}, "
+            f"the file has {', '.join(schema.names)}: correct source.image"
         )
     for name in names:
         kind = _type_of(schema, name, url, "image")
         if pt.is_struct(kind):
             has_bytes = kind.get_field_index("bytes") >= 0
             kind = kind.field("bytes").type if has_bytes else pa.int8()
-        if not (_is_binary(kind) or pt.is_null(kind)):
+        if not _is_any(kind, *_BINARY, pt.is_null):
             raise SourceError(
                 f"{url}: column {name!r} is {schema.field(name).type} and not an image: images are "
                 "binary, or struct<bytes: binary, path: string>"
             )
-    for setting, texts in (("keep", wanted.keep), ("key", [wanted.key] if wanted.key else [])):
-        for name in texts:
-            kind = _type_of(schema, name, url, setting)
-            if not _is_readable(kind, is_key=setting == "key"):
-                raise SourceError(
-                    f"{url}: column {name!r}, which source.{setting} names, is {kind}: only text, "
-                    "numbers, dates and lists of them can be read"
-                )
-    return SampleColumns(names, wanted.keep, wanted.key)
+    for name in selection.keep:
+        kind = _type_of(schema, name, url, "keep")
+        element = kind.value_type if _is_any(kind, *_LISTS) else kind
+        _require(_is_any(element, *_SCALARS, pt.is_temporal), url, name, "keep", kind)
+    if selection.key:
+        kind = _type_of(schema, selection.key, url, "key")
+        _require(_is_any(kind, *_KEYS), url, selection.key, "key", kind)
+    return SampleColumns(names, selection.keep, selection.key)
 
 
 def _type_of(schema: pa.Schema, name: str, url: str, setting: str) -> pa.DataType:
@@ -89,34 +87,16 @@ def _type_of(schema: pa.Schema, name: str, url: str, setting: str) -> pa.DataTyp
     return kind.value_type if pt.is_dictionary(kind) else kind
 
 
-def _is_binary(kind: pa.DataType) -> bool:
-    return bool(pt.is_binary(kind) or pt.is_large_binary(kind) or pt.is_binary_view(kind))
+def _require(is_readable: bool, url: str, name: str, setting: str, kind: pa.DataType) -> None:
+    if not is_readable:
+        raise SourceError(
+            f"{url}: column {name!r}, which source.{setting} names, is {kind}: only text, numbers, "
+            "dates and lists of them can be read"
+        )
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    return bool(pt.is_string(kind) or pt.is_large_string(kind) or pt.is_string_view(kind))
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    return bool(pt.is_list(kind) or pt.is_large_list(kind) or pt.is_fixed_size_list(kind))
-
-
-def _is_readable(kind: pa.DataType, *, is_key: bool) -> bool:
-    """Return whether values of a type can be converted to text."""
-    if _is_text(kind) or pt.is_integer(kind):
-        return True
-    if is_key:
-        return False
-    if _is_list(kind):
-        return _is_readable(kind.value_type, is_key=False) and not _is_list(kind.value_type)
-    return bool(
-        _is_binary(kind)
-        or pt.is_null(kind)
-        or pt.is_boolean(kind)
-        or pt.is_floating(kind)
-        or pt.is_decimal(kind)
-        or pt.is_temporal(kind)
-    )
+def _is_any(kind: pa.DataType, *checks: Any) -> bool:
+    return any(check(kind) for check in checks)
 
 
 def plain(array: pa.Array) -> pa.Array:
@@ -132,33 +112,27 @@ def has_path(kind: pa.DataType) -> bool:
         kind = kind.storage_type
     if not pt.is_struct(kind) or kind.get_field_index("path") < 0:
         return False
-    return _is_text(kind.field("path").type)
+    return _is_any(kind.field("path").type, *_TEXT)
 
 
-def texts_of(column: pa.Array, list_index: int) -> list[bytes | None]:
-    """Return the values of a column as text.
+def texts_of(column: pa.Array, list_index: int = 0) -> list[bytes | None]:
+    """Return the values of a column as text; of a list, its element at `list_index` if it has one.
 
     Strings and binary are returned as stored. Integers, floats, decimals and booleans have the form
     of JSON, dates and times that of ISO 8601.
-
-    Args:
-        column: the column.
-        list_index: the index of the element to use if values are lists. The value is None if a list
-            is shorter.
     """
     array = plain(column)
-    if _is_list(array.type):
-        elements = (None if scalar.values is None else scalar.values for scalar in array)
+    if _is_any(array.type, *_LISTS):
+        lists = (scalar.values for scalar in array)
         return [
             None
             if values is None or len(values) <= list_index
-            else texts_of(values.slice(list_index, 1), 0)[0]
-            for values in elements
+            else texts_of(values.slice(list_index, 1))[0]
+            for values in lists
         ]
-    if _is_text(array.type):
+    if _is_any(array.type, *_TEXT):
         array = array.cast(pa.large_string()).cast(pa.large_binary())
-    values: list[Any] = array.to_pylist()
-    return [None if value is None else _as_text(value) for value in values]
+    return [None if value is None else _as_text(value) for value in array.to_pylist()]
 
 
 def _as_text(value: Any) -> bytes:
@@ -166,6 +140,4 @@ def _as_text(value: Any) -> bytes:
         return value
     if isinstance(value, bool):
         return b"true" if value else b"false"
-    if hasattr(value, "isoformat"):
-        return str(value.isoformat()).encode()
-    return str(value).encode()
+    return str(value.isoformat() if hasattr(value, "isoformat") else value).encode()

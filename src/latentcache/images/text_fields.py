@@ -25,13 +25,13 @@ def read_columns(
     Args:
         fields: the bytes of each field by name.
         columns: the kept columns.
-        notes: gets the number of fields that were decoded by a fallback, as `text_as_utf16` and
-            `text_as_cp1252`.
+        notes: counts the fields that a fallback decoded: `text_as_utf16` and `text_as_cp1252`.
 
     Raises:
         Reject: stage `read`, `bad_field`: a field is not text, or `cls` is not an int64.
     """
     values: dict[str, str | int | None] = {}
+    notes = Counter() if notes is None else notes
     for column in columns:
         data = fields.get(column.field)
         if data is None:
@@ -42,21 +42,21 @@ def read_columns(
             values[column.name] = _to_int64(text) if column.name == "cls" else text
         except ValueError as error:  # UnicodeDecodeError is one
             raise Reject("read", "bad_field", f"field {column.field!r}: {error}") from error
-        if fallback and notes is not None:
-            notes[f"text_as_{fallback}"] += 1
+        if fallback:
+            notes[fallback] += 1
     return values
 
 
 def _decode(data: bytes) -> tuple[str, str | None]:
-    """Decode text; return it with the name of the fallback encoding, if one was used."""
+    """Decode text; return it with the note of the fallback encoding, if one was used."""
     fallback = None
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        text, fallback = data.decode("utf-16"), "utf16"
+        text, fallback = data.decode("utf-16"), "text_as_utf16"
     else:
         try:
-            text = data.removeprefix(codecs.BOM_UTF8).decode("utf-8")
+            text = data.decode("utf-8-sig")
         except UnicodeDecodeError:
-            text, fallback = data.decode("cp1252"), "cp1252"
+            text, fallback = data.decode("cp1252"), "text_as_cp1252"
     if "\0" in text:
         raise ValueError("it holds a NUL character: binary data, or UTF-16 without a BOM")
     return text.replace("\r\n", "\n"), fallback
