@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageCms, ImageOps
 
 from latentcache.errors import Reject
-from latentcache.images import jxl
+from latentcache.images import containers
 from latentcache.images.decode import decode_image
 
 pytest.importorskip("pillow_jxl")
@@ -98,8 +98,8 @@ def test_a_jpeg_inside_of_jpeg_xl_keeps_its_pixels(tmp_path):
     (tmp_path / "a.jpg").write_bytes(encoded(picture(), "JPEG"))
     with Image.open(tmp_path / "a.jpg") as image:
         data = encoded(image, "JXL", lossless_jpeg=True)
-    assert data.startswith(jxl.CONTAINER)
-    assert jxl.read_jxl_size(data) == (WIDTH, HEIGHT)
+    assert data.startswith(containers.JXL_CONTAINER)
+    assert containers.read_jxl_size(data) == (WIDTH, HEIGHT)
     np.testing.assert_array_equal(decode(data), decode((tmp_path / "a.jpg").read_bytes()))
 
 
@@ -170,7 +170,7 @@ def test_the_pixel_limit_is_read_from_the_header(image_format: str):
     "size", [(8, 8), (256, 256), (600, 400), (1000, 37), (3, 700), (1920, 1080)]
 )
 def test_the_size_of_jpeg_xl_is_known_before_it_is_decoded(size: tuple[int, int]):
-    assert jxl.read_jxl_size(encoded(Image.new("L", size), "JXL", effort=1)) == size
+    assert containers.read_jxl_size(encoded(Image.new("L", size), "JXL", effort=1)) == size
 
 
 @pytest.mark.parametrize("image_format", FORMATS)

@@ -11,9 +11,8 @@ import errno
 import io
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +20,7 @@ from PIL import ExifTags, Image, ImageCms, ImageFile
 
 from latentcache.errors import Reject, first_line
 from latentcache.images.formats import JPEG, Format, format_of
-from latentcache.images.jpeg import decode_jpeg, read_plain_size, require_few_scans
+from latentcache.images.jpeg import decode_jpeg, require_few_scans
 
 # The modes that Pillow converts to 8 bits a channel. In other modes the value of white is unknown.
 _MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"}
@@ -41,22 +40,17 @@ _CONVERTED_PEAK_BYTES = 22
 # EXIF orientations as steps through rows and columns. Orientations from 5 on then swap the sides.
 _FLIPS = {2: (1, -1), 3: (-1, -1), 4: (-1, 1), 5: (1, 1), 6: (-1, 1), 7: (-1, -1), 8: (1, -1)}
 
-
-Reserve = Callable[[int], None]
+Reserve: TypeAlias = Callable[[int], None]
 """Called with the bytes that decoding takes from now on, before it takes them. It may wait."""
 
+Scaled: TypeAlias = tuple[NDArray[np.uint8], tuple[int, int], int]
+"""Pixels, the full upright (width, height), and the denominator of the fraction of the size.
 
-@dataclass(frozen=True, slots=True)
-class Scaled:
-    """An image from `decode_scaled`, with its full upright size.
+The pixels are uint8 [ceil(height / denominator), ceil(width / denominator), 3].
+"""
 
-    `pixels` is uint8 [ceil(height / denominator), ceil(width / denominator), 3].
-    """
-
-    pixels: NDArray[np.uint8]
-    width: int
-    height: int
-    denominator: int
+ChooseScale: TypeAlias = Callable[[int, int], int]
+"""Returns the denominator for a full upright width and height: 1, 2, 4 or 8."""
 
 
 def decode_image(
@@ -88,15 +82,11 @@ def decode_image(
             exception of a decoder, and their message has the exception's name.
         MemoryError: memory is exhausted. An OSError of ENOMEM means the same.
     """
-    return decode_scaled(data, _in_full, max_pixels=max_pixels, reserve=reserve).pixels
+    return decode_scaled(data, lambda width, height: 1, max_pixels=max_pixels, reserve=reserve)[0]
 
 
 def decode_scaled(
-    data: bytes,
-    choose: Callable[[int, int], int],
-    *,
-    max_pixels: int,
-    reserve: Reserve | None = None,
+    data: bytes, choose: ChooseScale, *, max_pixels: int, reserve: Reserve | None = None
 ) -> Scaled:
     """Decode as `decode_image` does, but a JPEG at a fraction of its size.
 
@@ -104,8 +94,7 @@ def decode_scaled(
 
     Args:
         data: the whole file.
-        choose: maps the full upright width and height to the denominator of the fraction: 1, 2, 4
-            or 8. Images that Pillow decodes keep their size.
+        choose: chooses the fraction for a JPEG. Images that Pillow decodes keep their size.
         max_pixels: the limit of the full size.
         reserve: see `decode_image`.
 
@@ -120,41 +109,30 @@ def decode_scaled(
         raise
     except Image.DecompressionBombError as error:
         raise Reject("decode", "too_many_pixels", first_line(error)) from error
-    except Exception as error:
-        raise _reject_of(error, data, image_format) from error
     except BaseException as error:
         # Plugins in Rust raise this exception, which is not an `Exception`.
-        if type(error).__name__ != "PanicException":
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise _reject_of(error, data, image_format) from error
-
-
-def _reject_of(error: BaseException, data: bytes, image_format: Format) -> Reject:
-    """Return the reject for an exception of a decoder.
-
-    Raises:
-        OSError: memory is exhausted, which is not a fault of the image.
-    """
-    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
-        raise error
-    name, text = image_format.name, type(error).__name__
-    if str(error).strip():
-        text += f": {first_line(error)}"
-    if image_format.is_cut(data) or "truncated" in text:
-        message = f"{name} ends early, after {len(data)} bytes: {text}"
-        return Reject("decode", "truncated_image", message)
-    return Reject("decode", "corrupt_image", f"{name} is damaged: {text}")
+        if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+            raise
+        name, text = image_format.name, type(error).__name__
+        if str(error).strip():
+            text += f": {first_line(error)}"
+        if image_format.is_cut(data) or "truncated" in text:
+            message = f"{name} ends early, after {len(data)} bytes: {text}"
+            raise Reject("decode", "truncated_image", message) from error
+        raise Reject("decode", "corrupt_image", f"{name} is damaged: {text}") from error
 
 
 def _decode(
     data: bytes,
     image_format: Format,
-    choose: Callable[[int, int], int],
+    choose: ChooseScale,
     max_pixels: int,
     reserve: Reserve | None,
 ) -> Scaled:
     image, is_jpeg = None, image_format is JPEG
-    size = read_plain_size(data) if is_jpeg else image_format.read_size(data)
+    size = image_format.read_size(data)
     if size is not None:
         _require_few_pixels(size, max_pixels)
     if size is None or not is_jpeg:
@@ -179,23 +157,15 @@ def _decode(
 
 def _require_few_pixels(size: tuple[int, int], max_pixels: int) -> None:
     if math.prod(size) > max_pixels:
-        width, height = size
-        raise Reject(
-            "decode",
-            "too_many_pixels",
-            f"{width}x{height} is {width * height} pixels, max_pixels is {max_pixels}",
-        )
-
-
-def _in_full(width: int, height: int) -> int:
-    return 1
+        message = f"{size[0]}x{size[1]} is {math.prod(size)} pixels, max_pixels is {max_pixels}"
+        raise Reject("decode", "too_many_pixels", message)
 
 
 def _decode_jpeg(
     data: bytes,
     size: tuple[int, int],
     image: Image.Image | None,
-    choose: Callable[[int, int], int],
+    choose: ChooseScale,
     reserve: Reserve | None,
 ) -> Scaled | None:
     """Decode with simplejpeg; return None if Pillow must decode.
@@ -219,17 +189,18 @@ def _decode_jpeg(
         coefficients = _COEFFICIENT_BYTES if is_progressive else 0
         reserve(math.prod(size) * per_pixel // denominator**2 + math.prod(size) * coefficients)
     pixels = decode_jpeg(data, size, "GRAY" if to_srgb and is_gray else "RGB", denominator)
-    if pixels is not None and to_srgb:
+    if pixels is None:
+        return None
+    if to_srgb:
         unconverted = Image.fromarray(pixels[..., 0] if is_gray else pixels)
         pixels = np.array(to_srgb.apply(unconverted))
-    return None if pixels is None else Scaled(_turn(pixels, orientation), *upright, denominator)
+    return _turn(pixels, orientation), upright, denominator
 
 
 def _decode_by_pillow(
     image: ImageFile.ImageFile, image_format: Format, reserve: Reserve | None
 ) -> Scaled:
-    is_gray16 = image.mode in _GRAY16_MODES
-    if image.mode not in _MODES and not is_gray16:
+    if image.mode not in _MODES | _GRAY16_MODES:
         message = f"{image_format.name} of mode {image.mode} is not read: its white is unknown"
         raise Reject("decode", "unsupported_format", message)
     if reserve:
@@ -248,7 +219,7 @@ def _decode_by_pillow(
     if alpha is not None:
         rgb = Image.composite(rgb, Image.new("RGB", rgb.size, "white"), alpha)
     pixels = _turn(np.array(rgb), orientation)
-    return Scaled(pixels, pixels.shape[1], pixels.shape[0], 1)
+    return pixels, (pixels.shape[1], pixels.shape[0]), 1
 
 
 def _turn(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 from latentcache.dataset.bucket import Bucket
 from latentcache.dataset.contract import Contract
 from latentcache.errors import ConfigError, Reject
-from latentcache.images.decode import Reserve, decode_image, decode_scaled
+from latentcache.images.decode import Reserve, decode_scaled
 from latentcache.images.resize import Side, resize
 
 # An image is rejected if its resized form has more than this many times the pixels of its bucket:
@@ -27,19 +26,18 @@ MAX_CROP_FACTOR = 16
 # A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size if that is at least this many times the size
 # that it is resized to. After the resize, the decoder's box-like scaling then differs from the full
 # decode by 48 dB. At the target size itself it would be 30 dB.
-DCT_HEADROOM = 2
+_DCT_HEADROOM = 2
 
 
 @dataclass(frozen=True, slots=True)
 class TransformSpec:
-    """The parameters of the transform.
+    """The parameters of the transform; None for a limit accepts all images.
 
-    Args:
+    Attributes:
         buckets: the sizes to choose from, at least one.
-        min_side_px: images with a shorter side are rejected; None accepts all.
-        max_upscale: images that would be enlarged by a larger factor are rejected; None accepts
-            all.
-        max_pixels: images of more pixels are rejected (by `decode_image`, before it decodes).
+        min_side_px: images with a shorter side are rejected.
+        max_upscale: images that would be enlarged by a larger factor are rejected.
+        max_pixels: images of more pixels are rejected before they are decoded.
         dct_scaling: whether large JPEGs are decoded at a fraction of their size (by `load_image`).
     """
 
@@ -101,13 +99,9 @@ def ratio_buckets(resolution_px: int, max_ratio: float, step_px: int) -> tuple[B
 def transform_spec(contract: Contract) -> TransformSpec:
     """Return the parameters of the transform in a contract."""
     terms = contract.transform
-    return TransformSpec(
-        buckets=tuple(Bucket(*size) for size in terms.buckets),
-        min_side_px=terms.min_side_px,
-        max_upscale=terms.max_upscale,
-        max_pixels=terms.max_pixels,
-        dct_scaling=terms.dct_scaling,
-    )
+    buckets = tuple(Bucket(*size) for size in terms.buckets)
+    limits = terms.min_side_px, terms.max_upscale, terms.max_pixels
+    return TransformSpec(buckets, *limits, terms.dct_scaling)
 
 
 def choose_bucket(width_px: int, height_px: int, buckets: Sequence[Bucket]) -> Bucket:
@@ -115,11 +109,6 @@ def choose_bucket(width_px: int, height_px: int, buckets: Sequence[Bucket]) -> B
 
     Of equally near buckets, the one with the most pixels is chosen, then the widest one. The order
     of the buckets does not matter.
-
-    Args:
-        width_px: the width of the image.
-        height_px: the height of the image.
-        buckets: the buckets, at least one.
     """
 
     def distance(bucket: Bucket) -> tuple[float, int, int]:
@@ -141,13 +130,20 @@ def load_image(data: bytes, spec: TransformSpec, reserve: Reserve | None = None)
     Raises:
         Reject: stage `decode` (see `decode_image`) or `transform` (see `transform`).
     """
-    if not spec.dct_scaling:
-        image = decode_image(data, max_pixels=spec.max_pixels, reserve=reserve)
-        return transform(image, spec)
-    choose = partial(_denominator, spec.buckets)
-    scaled = decode_scaled(data, choose, max_pixels=spec.max_pixels, reserve=reserve)
-    placement = _place(scaled.width, scaled.height, spec)
-    return _cut(scaled.pixels, placement, scaled.denominator)
+
+    def choose(width: int, height: int) -> int:
+        if not spec.dct_scaling:
+            return 1
+        new_width, new_height = _covering_size(
+            width, height, choose_bucket(width, height, spec.buckets)
+        )
+        headroom = min(width // new_width, height // new_height) // _DCT_HEADROOM
+        return next(n for n in (8, 4, 2, 1) if n <= max(headroom, 1))
+
+    image, size, denominator = decode_scaled(
+        data, choose, max_pixels=spec.max_pixels, reserve=reserve
+    )
+    return _fit(image, *size, denominator, spec)
 
 
 def transform(image: NDArray[np.uint8], spec: TransformSpec) -> Transformed:
@@ -164,67 +160,38 @@ def transform(image: NDArray[np.uint8], spec: TransformSpec) -> Transformed:
         Reject: stage `transform`; `too_small`, `upscaled` or `aspect_ratio` (the resized image
             would hold more than `MAX_CROP_FACTOR` times the bucket's pixels).
     """
-    return _cut(image, _place(image.shape[1], image.shape[0], spec), 1)
+    return _fit(image, image.shape[1], image.shape[0], 1, spec)
 
 
-@dataclass(frozen=True, slots=True)
-class _Placement:
-    """The bucket and the resized size of an image."""
+def _fit(
+    image: NDArray[np.uint8], width: int, height: int, denominator: int, spec: TransformSpec
+) -> Transformed:
+    """Resize and crop an image, whose width and height `denominator` has already divided."""
 
-    bucket: Bucket
-    width: int
-    height: int
-    new_width: int
-    new_height: int
+    def reject(reason: str, problem: str) -> Reject:
+        return Reject("transform", reason, f"{width}x{height}{problem}")
 
-
-def _place(width: int, height: int, spec: TransformSpec) -> _Placement:
     if spec.min_side_px is not None and min(width, height) < spec.min_side_px:
-        raise _reject(
-            "too_small", f"{width}x{height}: a side is below min_side_px {spec.min_side_px}"
-        )
+        raise reject("too_small", f": a side is below min_side_px {spec.min_side_px}")
     bucket = choose_bucket(width, height, spec.buckets)
     new_width, new_height = _covering_size(width, height, bucket)
     scale = max(bucket.width_px / width, bucket.height_px / height)
     if spec.max_upscale is not None and scale > spec.max_upscale:
-        raise _reject(
+        raise reject(
             "upscaled",
-            f"{width}x{height} to {bucket.name} enlarges {scale:.3g} times, "
-            f"max_upscale is {spec.max_upscale:g}",
+            f" to {bucket.name} enlarges {scale:.3g} times, max_upscale is {spec.max_upscale:g}",
         )
     if new_width * new_height > MAX_CROP_FACTOR * bucket.num_pixels:
-        raise _reject(
+        raise reject(
             "aspect_ratio",
-            f"{width}x{height} to {bucket.name} would crop away more than "
-            f"{MAX_CROP_FACTOR - 1}/{MAX_CROP_FACTOR} of the image",
+            f" to {bucket.name} would crop away more than {MAX_CROP_FACTOR - 1}/{MAX_CROP_FACTOR} "
+            "of the image",
         )
-    return _Placement(bucket, width, height, new_width, new_height)
-
-
-def _cut(image: NDArray[np.uint8], to: _Placement, denominator: int) -> Transformed:
-    bucket = to.bucket
-    top, left = (to.new_height - bucket.height_px) // 2, (to.new_width - bucket.width_px) // 2
-    rows = Side(to.height, to.new_height, top, top + bucket.height_px)
-    columns = Side(to.width, to.new_width, left, left + bucket.width_px)
+    top, left = (new_height - bucket.height_px) // 2, (new_width - bucket.width_px) // 2
+    rows = Side(height, new_height, top, top + bucket.height_px)
+    columns = Side(width, new_width, left, left + bucket.width_px)
     pixels = resize(image, rows, columns, denominator)
-    return Transformed(
-        pixels=torch.from_numpy(pixels).permute(2, 0, 1),
-        bucket=bucket,
-        original_width=to.width,
-        original_height=to.height,
-        crop_top=top,
-        crop_left=left,
-    )
-
-
-def _denominator(buckets: Sequence[Bucket], width: int, height: int) -> int:
-    new_width, new_height = _covering_size(width, height, choose_bucket(width, height, buckets))
-    headroom = min(width // new_width, height // new_height) // DCT_HEADROOM
-    return next(n for n in (8, 4, 2, 1) if n <= max(headroom, 1))
-
-
-def _reject(reason: str, message: str) -> Reject:
-    return Reject("transform", reason, message)
+    return Transformed(torch.from_numpy(pixels).permute(2, 0, 1), bucket, width, height, top, left)
 
 
 def _covering_size(width: int, height: int, bucket: Bucket) -> tuple[int, int]:
