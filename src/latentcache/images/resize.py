@@ -47,7 +47,7 @@ def resize(
     # Pillow 13 resizes the height first if that removes more than twice as many lines as the width.
     removed = height - rows.new_length
     is_height_first = removed > max(0, 2 * (width - columns.new_length))
-    down, across = (_Pass.of(side, denominator) for side in (rows, columns))
+    down, across = _Pass(rows, denominator), _Pass(columns, denominator)
     is_transposed = pixels.stride(0) < pixels.stride(1)
     if is_transposed:  # "down" must be the side with the larger stride in memory
         pixels, down, across = pixels.transpose(0, 1), across, down
@@ -64,39 +64,26 @@ def resize(
     return pixels.numpy().copy()  # a view would keep the whole image in memory
 
 
-@dataclass(frozen=True, slots=True)
 class _Pass:
     """The parameters of the pass along one side.
 
     The kernel begins at an edge of the image, which is also the edge of its first output. It can
     also begin where the two grids coincide again, at whole pixels of both: at output `first`, which
     is at pixel `skip`. This does not affect the outputs [start, stop), and neither do the pixels
-    from `end` on.
+    from `end` on. `scale` is in outputs per pixel.
     """
 
-    scale: float  # outputs per pixel
-    skip: int
-    end: int
-    first: int
-    start: int
-    stop: int
-
-    @classmethod
-    def of(cls, side: Side, denominator: int) -> _Pass:
+    def __init__(self, side: Side, denominator: int) -> None:
         length, new_length = side.length, side.new_length * denominator
         # The radius of the filter in pixels and in outputs, with a margin.
         reach = math.ceil(2 * max(length / new_length, 1)) + 1
         margin = math.ceil(reach * new_length / length)
         period = new_length // math.gcd(length, new_length)
-        first = max(side.start - margin, 0) // period * period
-        return cls(
-            scale=new_length / length,
-            skip=first * length // new_length,
-            end=side.stop * length // new_length + 1 + reach,
-            first=first,
-            start=side.start,
-            stop=side.stop,
-        )
+        self.start, self.stop = side.start, side.stop
+        self.scale = new_length / length
+        self.first = max(side.start - margin, 0) // period * period
+        self.skip = self.first * length // new_length
+        self.end = side.stop * length // new_length + 1 + reach
 
 
 def _resize_down(pixels: torch.Tensor, down: _Pass) -> torch.Tensor:
