@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from latentcache.images import gather as gather_module
+from latentcache.images import tar_source as tar_module
 from latentcache.images.source import (
     NotGrouped,
     RejectedSample,
@@ -113,7 +113,7 @@ def test_a_sparse_member_is_a_reject_and_is_not_read(tmp_path: Path):
 def test_a_field_that_does_not_fit_the_window_costs_its_sample_with_a_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(gather_module, "WINDOW_BYTES", 1000)
+    monkeypatch.setattr(tar_module, "WINDOW_BYTES", 1000)
     members: list[tuple[str, bytes | str]] = [(f"{i}.jpg", b"image") for i in range(3)]
     members += [("0.txt", bytes(900)), ("1.txt", bytes(200)), ("2.txt", bytes(50))]
     found, _ = read(write(tmp_path / "x.tar", members))
@@ -123,7 +123,7 @@ def test_a_field_that_does_not_fit_the_window_costs_its_sample_with_a_reason(
 
 
 def test_too_many_members_to_list_are_one_reject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(gather_module, "MAX_MEMBERS", 5)
+    monkeypatch.setattr(tar_module, "MAX_MEMBERS", 5)
     members = [(f"{i}.jpg", b"image") for i in range(3)] + [(f"{i}.txt", b"c") for i in range(3)]
     found, _ = read(write(tmp_path / "x.tar", members))
     assert reasons(found) == [(None, "not_grouped")]

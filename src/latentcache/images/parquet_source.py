@@ -3,10 +3,6 @@
 A row is a sample, and its columns that are not null are the fields. A large file is split into
 several units by its size alone, so that listing opens no file. Part k of n has the row groups whose
 first byte is in [k·size/n, (k+1)·size/n). The reader finds them in the footer.
-
-pyarrow aborts the process on some damaged footers, and allocates the size that a page header
-claims. Therefore `latentcache.parquet_footer` checks the footer first, and `images.parquet_file`
-checks each page header before Arrow reads it.
 """
 
 from __future__ import annotations
@@ -16,17 +12,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.types as pt
 
-from latentcache.errors import Reject
-from latentcache.images.parquet_columns import (
-    SampleColumns,
-    find_columns,
-    has_path,
-    plain,
-    texts_of,
-)
+from latentcache.errors import FieldMissing, Reject, SourceError
 from latentcache.images.parquet_file import DamagedParquet, ParquetFile
 from latentcache.images.samples import (
     FieldSelection,
@@ -36,7 +26,7 @@ from latentcache.images.samples import (
     Sample,
     SampleStream,
     SourceShard,
-    is_safe_key,
+    key_fault,
     sample_of,
 )
 
@@ -45,6 +35,12 @@ PART_BYTES = 256 * 2**20
 
 # The number of image paths that are read at a time to check whether they can be keys.
 _PATHS_AT_ONCE = 1024
+
+_BINARY = (pt.is_binary, pt.is_large_binary, pt.is_binary_view)
+_TEXT = (pt.is_string, pt.is_large_string, pt.is_string_view)
+_LISTS = (pt.is_list, pt.is_large_list, pt.is_fixed_size_list)
+_KEYS = (*_TEXT, pt.is_integer)
+_SCALARS = (*_KEYS, *_BINARY, pt.is_null, pt.is_boolean, pt.is_floating, pt.is_decimal)
 
 
 def is_parquet(url: str) -> bool:
@@ -75,7 +71,8 @@ def read_parquet(request: ReadRequest) -> SampleStream:
     `on_read` is called with the bytes of each row's fields, and `reserve` with those of each page.
 
     Raises:
-        SourceError: a named column does not exist, or has an unsupported type.
+        FieldMissing: the file lacks a kept column.
+        SourceError: another named column does not exist, or a column has an unsupported type.
     """
     with request.store.open(request.name, readahead=False) as opened:
         try:
@@ -84,9 +81,8 @@ def read_parquet(request: ReadRequest) -> SampleStream:
             reject = Reject("read", "not_parquet", f"its footer cannot be read: {error}")
             return RejectedSample(None, reject)
         selection = request.selection
-        columns = find_columns(file.schema, selection, request.shard.url)
-        if columns.key is None:
-            columns = replace(columns, path=_path_column(file, columns))
+        images = _check_columns(file.schema, selection, request.shard.url)
+        has_path = selection.key is None and _are_paths_keys(file, images)
         names = frozenset(file.schema.names)
         seen: set[str] = set()
         losses: list[str] = []
@@ -94,7 +90,7 @@ def read_parquet(request: ReadRequest) -> SampleStream:
             end, why = row + num_rows, "it ends early"
             try:
                 with file.reading():
-                    for group in _groups(file, number, columns, selection, row):
+                    for group in _groups(file, number, images, selection, has_path, row):
                         row += 1
                         request.on_read(sum(map(len, group.fields.values())))
                         sample = _sample_of(group, selection, seen, f"{row - 1:09d}")
@@ -123,50 +119,42 @@ def _row_groups(file: ParquetFile, shard: SourceShard) -> Iterator[tuple[int, in
         first_row += group.num_rows
 
 
-def _path_column(file: ParquetFile, columns: SampleColumns) -> str | None:
-    """Return the image column whose paths are the keys; None if paths cannot be keys."""
-    name = next((name for name in columns.images if has_path(file.schema.field(name).type)), None)
-    if name is None:
-        return None
-    seen: set[int] = set()
-    for number in range(len(file.row_groups)):
-        try:
-            with file.reading():
-                for batch in file.batches(number, [f"{name}.path"], _PATHS_AT_ONCE):
-                    for path in texts_of(pc.struct_field(plain(batch.column(name)), "path")):
-                        key = _key_of(path) if path else ""
-                        if not key or hash(key) in seen or not is_safe_key(key):
-                            return None
-                        seen.add(hash(key))
-        except DamagedParquet:
-            continue  # the rows of this row group cannot be read either
-    return name
-
-
-def _key_of(path: bytes) -> str:
-    return posixpath.splitext(path)[0].decode("utf-8", "surrogateescape")
+def _sample_of(
+    group: Group, selection: FieldSelection, seen: set[str], row: str
+) -> Sample | RejectedSample:
+    if group.key:
+        return sample_of(group, selection, seen)
+    num_images = int(any(name in selection.image for name in group.names))
+    reject = Reject("read", "no_key", f"its {selection.key!r} is null or empty")
+    return RejectedSample(row, reject, num_images)
 
 
 def _groups(
-    file: ParquetFile, number: int, columns: SampleColumns, selection: FieldSelection, row: int
+    file: ParquetFile,
+    number: int,
+    image_names: list[str],
+    selection: FieldSelection,
+    has_path: bool,
+    row: int,
 ) -> Iterator[Group]:
     """Yield the fields of each row of a row group that begins at `row`; a null key is empty."""
-    for batch in file.batches(number, columns.names):
-        images = {name: plain(batch.column(name)) for name in columns.images}
-        paths = [texts_of(pc.struct_field(a, "path")) for a in images.values() if has_path(a.type)]
+    key_names = [selection.key] if selection.key else []
+    columns = list(dict.fromkeys([*image_names, *selection.keep, *key_names]))
+    for batch in file.batches(number, columns):
+        images = {name: _plain(batch.column(name)) for name in image_names}
+        paths = [_paths(array) for array in images.values() if _has_path(array.type)]
         texts = {
-            name: texts_of(batch.column(name), selection.caption_index) for name in columns.texts
+            name: _texts(batch.column(name), selection.caption_index) for name in selection.keep
         }
-        keys = texts_of(batch.column(columns.key)) if columns.key else []
+        keys = [_texts(batch.column(name)) for name in key_names]
         for name, array in images.items():
             images[name] = pc.struct_field(array, "bytes") if pt.is_struct(array.type) else array
         for index in range(batch.num_rows):
             path = next((column[index] for column in paths if column[index]), None)
-            if columns.key:
-                key = (keys[index] or b"").decode("utf-8", "surrogateescape")
+            if keys:
+                key = (keys[0][index] or b"").decode("utf-8", "surrogateescape")
             else:
-                key = _key_of(path) if path and columns.path else f"{row:09d}"
-            row += 1
+                key = _key_of(path) if path and has_path else f"{row + index:09d}"
             group = Group(key)
             fields: list[tuple[str, Any]] = [(name, images[name][index].as_py()) for name in images]
             fields += [(name, values[index]) for name, values in texts.items()]
@@ -176,13 +164,124 @@ def _groups(
             if path:
                 group.names.add("the path of an image elsewhere")
             yield group
+        row += batch.num_rows
 
 
-def _sample_of(
-    group: Group, selection: FieldSelection, seen: set[str], row: str
-) -> Sample | RejectedSample:
-    if group.key:
-        return sample_of(group, selection, seen)
-    num_images = int(any(name in selection.image for name in group.names))
-    reject = Reject("read", "no_key", f"its {selection.key!r} is null or empty")
-    return RejectedSample(row, reject, num_images)
+def _are_paths_keys(file: ParquetFile, images: list[str]) -> bool:
+    """Return whether the paths of images can be keys, those of the first column that has paths."""
+    name = next((name for name in images if _has_path(file.schema.field(name).type)), None)
+    if name is None:
+        return False
+    seen: set[int] = set()
+    for number in range(len(file.row_groups)):
+        try:
+            with file.reading():
+                for batch in file.batches(number, [f"{name}.path"], _PATHS_AT_ONCE):
+                    for path in _paths(_plain(batch.column(name))):
+                        key = _key_of(path or b"")
+                        if not key or hash(key) in seen or key_fault(key):
+                            return False
+                        seen.add(hash(key))
+        except DamagedParquet:
+            continue  # the rows of this row group cannot be read either
+    return True
+
+
+def _key_of(path: bytes) -> str:
+    return posixpath.splitext(path)[0].decode("utf-8", "surrogateescape")
+
+
+def _check_columns(schema: pa.Schema, selection: FieldSelection, url: str) -> list[str]:
+    """Return the image columns of a file that has all other columns, in types that can be read."""
+    names = [name for name in selection.image if name in schema.names]
+    if not names:
+        raise SourceError(
+            f"{url}: no column holds the image: source.image names {', '.join(selection.image)}, "
+            f"the file has {', '.join(schema.names)}: correct source.image"
+        )
+    for name in names:
+        kind = _type_of(schema, name, url, "image")
+        if pt.is_struct(kind):
+            has_bytes = kind.get_field_index("bytes") >= 0
+            kind = kind.field("bytes").type if has_bytes else pa.int8()
+        if not _is_any(kind, *_BINARY, pt.is_null):
+            raise SourceError(
+                f"{url}: column {name!r} is {schema.field(name).type} and not an image: images are "
+                "binary, or struct<bytes: binary, path: string>"
+            )
+    settings = [("keep", name) for name in selection.keep]
+    for setting, name in [*settings, *([("key", selection.key)] if selection.key else [])]:
+        kind = _type_of(schema, name, url, setting)
+        element = kind.value_type if setting == "keep" and _is_any(kind, *_LISTS) else kind
+        if not _is_any(element, *(_KEYS if setting == "key" else (*_SCALARS, pt.is_temporal))):
+            raise SourceError(
+                f"{url}: column {name!r}, which source.{setting} names, is {kind}: only text, "
+                "numbers, dates and lists of them can be read"
+            )
+    return names
+
+
+def _type_of(schema: pa.Schema, name: str, url: str, setting: str) -> pa.DataType:
+    """Return a column's type, without extension types and dictionaries around it."""
+    indices = schema.get_all_field_indices(name)
+    if len(indices) != 1:
+        has = f"two columns {name!r}" if indices else f"no column {name!r}"
+        error = SourceError if indices or setting != "keep" else FieldMissing
+        raise error(
+            f"{url} has {has}, which source.{setting} names; it has {', '.join(schema.names)}"
+        )
+    kind = schema.field(indices[0]).type
+    if isinstance(kind, pa.BaseExtensionType):
+        kind = kind.storage_type
+    return kind.value_type if pt.is_dictionary(kind) else kind
+
+
+def _is_any(kind: pa.DataType, *checks: Any) -> bool:
+    return any(check(kind) for check in checks)
+
+
+def _plain(array: pa.Array) -> pa.Array:
+    """Return a column without extension types and dictionaries around it."""
+    if isinstance(array, pa.ExtensionArray):
+        array = array.storage
+    return array.dictionary_decode() if pt.is_dictionary(array.type) else array
+
+
+def _has_path(kind: pa.DataType) -> bool:
+    """Return whether a column has structs with the path of an image, as in Hugging Face's files."""
+    if isinstance(kind, pa.BaseExtensionType):
+        kind = kind.storage_type
+    has_field = pt.is_struct(kind) and kind.get_field_index("path") >= 0
+    return has_field and _is_any(kind.field("path").type, *_TEXT)
+
+
+def _paths(images: pa.Array) -> list[bytes | None]:
+    return _texts(pc.struct_field(images, "path"))
+
+
+def _texts(column: pa.Array, list_index: int = 0) -> list[bytes | None]:
+    """Return the values of a column as text; of a list, its element at `list_index` if it has one.
+
+    Strings and binary are returned as stored. Integers, floats, decimals and booleans have the form
+    of JSON, dates and times that of ISO 8601.
+    """
+    array = _plain(column)
+    if _is_any(array.type, *_LISTS):
+        lists = (scalar.values for scalar in array)
+        return [
+            None
+            if values is None or len(values) <= list_index
+            else _texts(values.slice(list_index, 1))[0]
+            for values in lists
+        ]
+    if _is_any(array.type, *_TEXT):
+        array = array.cast(pa.large_string()).cast(pa.large_binary())
+    return [None if value is None else _as_text(value) for value in array.to_pylist()]
+
+
+def _as_text(value: Any) -> bytes:
+    if isinstance(value, bytes):
+        return value
+    if isinstance(value, bool):
+        return b"true" if value else b"false"
+    return str(value.isoformat() if hasattr(value, "isoformat") else value).encode()

@@ -1,8 +1,4 @@
-"""Listed shards, the samples in them, and the rules that all kinds of sources share.
-
-Tars, Parquet files and folders share WebDataset's rules for keys and fields, and the reasons for
-rejecting a sample.
-"""
+"""Shards, samples, and what tars, Parquet files and folders share: WebDataset's keys, rejects."""
 
 from __future__ import annotations
 
@@ -35,13 +31,11 @@ ReserveSample = Callable[[int], None]
 
 @dataclass(frozen=True, slots=True)
 class SourceShard:
-    """The listed source of one unit: canonical absolute URL, size and version.
+    """The listed source of one unit: canonical absolute URL, size, and ETag or equivalent.
 
-    The version is an ETag or the store's equivalent. `range` is `k/n` for the k-th of n parts of a
-    Parquet file, counted from 0. `files` are the files of a folder's slot
-    (`images/folder_source.py`), relative to the folder and sorted by key; size and version then
-    cover all of them. `identity` is the URL that the dataset records, if it differs from `url`
-    (`images/moved.py`).
+    `range` is `k/n` for the k-th of n parts of a Parquet file, counted from 0. `files` are the
+    files of a folder's slot, relative to the folder and sorted by key; size and version then cover
+    all of them. `identity` is the URL that the dataset records, if it differs (`images/moved.py`).
     """
 
     url: str
@@ -77,7 +71,7 @@ class FieldSelection:
     caption_index: int = 0
 
     def is_image(self, name: str) -> bool:
-        """Return whether a field holds an image, according to `image` or its extension."""
+        """Return whether a field holds an image, also one that `image` does not name."""
         return name in self.image or name.rpartition(".")[2] in _IMAGE_ENDINGS
 
     def is_relevant(self, name: str) -> bool:
@@ -150,7 +144,11 @@ class ReadRequest:
 
 
 def require_version(store: Store, listed: ObjectInfo) -> None:
-    """Raise `SourceChanged` if an object is gone, or has another size or version than listed."""
+    """Raise `SourceChanged` if an object is gone, or has another size or version than listed.
+
+    Args:
+        store, listed: the object.
+    """
     url = store.url_of(listed.path)
     try:
         info = store.info(listed.path)
@@ -171,7 +169,12 @@ class Group:
     fault: Reject | None = None
 
     def add(self, name: str, size_bytes: int, selection: FieldSelection) -> bool:
-        """Record a field of the sample, and return whether to read it."""
+        """Record a field of the sample, and return whether to read it.
+
+        Args:
+            name, size_bytes: the field.
+            selection: the fields to read.
+        """
         self.names.add(name)
         is_kept = name in selection.keep
         if self.fault or not (is_kept or name in selection.image):
@@ -190,13 +193,13 @@ class Group:
                 f"its fields hold {self.num_bytes} bytes or more, above source.max_sample_bytes "
                 f"({selection.max_sample_bytes})"
             )
-            self.refuse("oversized_sample", message)
+            self.refuse(Reject("read", "oversized_sample", message))
         return self.fault is None
 
-    def refuse(self, reason: str, message: str) -> None:
+    def refuse(self, fault: Reject) -> None:
         """Make the sample a reject, and free its fields."""
         self.fields.clear()
-        self.fault = self.fault or Reject("read", reason, message)
+        self.fault = self.fault or fault
 
 
 def sample_of(
@@ -205,14 +208,13 @@ def sample_of(
     """Return a sample with the fields that were read, or a reject with the reason.
 
     Args:
-        group: the fields.
-        selection: the fields to read.
+        group, selection: the fields.
         seen: the keys of earlier samples of the shard.
     """
     images = [name for name in selection.image if name in group.names]
     extra = [name for name in group.names if selection.is_image(name) and name not in images[:1]]
     names = frozenset(group.names)
-    fault = _key_fault(group.key)
+    fault = key_fault(group.key)
     if fault is None and group.key in seen:
         fault = Reject("read", "duplicate_key", "an earlier sample of the shard has the same key")
     fault = fault or group.fault
@@ -227,11 +229,10 @@ def sample_of(
 
 
 def key_and_field(path: str) -> tuple[str | None, str]:
-    """Split a path as WebDataset does, into the key and the field.
+    """Split a path at the first dot of the file name into key and field, as WebDataset does.
 
-    The key is the path up to the first dot of the file name. The field is the rest in lower case.
-    The key is None for files that belong to no sample: names without a dot, hidden files and
-    folders at any depth, and `__metadata__`.
+    The field is in lower case. The key is None for files that belong to no sample: names without a
+    dot, hidden files and folders at any depth, and `__metadata__`.
     """
     if _is_of_no_sample(path):
         return None, ""
@@ -243,11 +244,9 @@ def key_and_field(path: str) -> tuple[str | None, str]:
 
 
 def file_key_and_field(path: str) -> tuple[str | None, str]:
-    """Split the path of a file in a folder into the key and the field.
+    """Split the path of a file as `key_and_field` does, but at the last dot of the file name.
 
-    The key is the path up to the last dot of the file name, because names with further dots, such
-    as `Screenshot 10.30.15.jpg`, are common among files. Otherwise the rules are those of
-    `key_and_field`.
+    Names with further dots, such as `Screenshot 10.30.15.jpg`, are common among files.
     """
     stem, dot, ending = path.rpartition(".")
     if not dot or "/" in ending or _is_of_no_sample(path):
@@ -261,12 +260,8 @@ def _is_of_no_sample(path: str) -> bool:
     return any(part.startswith(".") and part not in (".", "..") for part in path.split("/"))
 
 
-def is_safe_key(key: str) -> bool:
-    """Return whether a key can name a row."""
-    return _key_fault(key) is None
-
-
-def _key_fault(key: str) -> Reject | None:
+def key_fault(key: str) -> Reject | None:
+    """Return the reject of a key that cannot name a row."""
     if not is_utf8(key):
         return Reject("read", "key_not_utf8", "the key is not UTF-8")
     if key.startswith("/"):
