@@ -17,16 +17,8 @@ from latentcache.errors import first_line
 
 # What Pillow raises for a damaged file.
 _DAMAGED = (
-    ArithmeticError,
-    EOFError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    SyntaxError,
-    TypeError,
-    ValueError,
-    struct.error,
-    zlib.error,
+    *(ArithmeticError, EOFError, LookupError, OSError, RuntimeError, SyntaxError, TypeError),
+    *(ValueError, struct.error, zlib.error),
 )
 
 # The crops that a VAE encodes are much smaller. An image of this size takes 200 MB when decoded.
@@ -68,7 +60,11 @@ def open_png(data: bytes, size: tuple[int, int]) -> Image.Image:
 
 
 def read_png(data: bytes, size: tuple[int, int]) -> torch.Tensor:
-    """Read an image that `write_png` wrote as uint8 [3, H, W]; see `open_png`."""
+    """Read an image that `write_png` wrote as uint8 [3, H, W].
+
+    Args:
+        data, size: see `open_png`, also for the error.
+    """
     with open_png(data, size) as image:
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 

@@ -92,7 +92,10 @@ class PageHeader:
 
 
 def footer_size(tail: bytes, file_size: int) -> int:
-    """Return the size of a footer in bytes, from the last eight bytes of the file.
+    """Return the size of a footer in bytes.
+
+    Args:
+        tail, file_size: the last eight bytes of the file, and its size in bytes.
 
     Raises:
         DamagedFooter: `tail` is not the end of a Parquet file, or has an impossible size.
@@ -106,7 +109,11 @@ def footer_size(tail: bytes, file_size: int) -> int:
 
 
 def read_footer(data: bytes, file_size: int) -> Footer:
-    """Parse and check a footer, without the eight bytes that end the file.
+    """Parse and check a footer.
+
+    Args:
+        data: the footer without the eight bytes that end the file.
+        file_size: the size of the whole file in bytes.
 
     Raises:
         DamagedFooter: the footer is damaged; the message says how.
@@ -131,11 +138,7 @@ def read_footer(data: bytes, file_size: int) -> Footer:
 
 
 def read_page_header(data: bytes) -> PageHeader | None:
-    """Return the page header at the start of `data`, or None if `data` ends within it.
-
-    Raises:
-        DamagedFooter: `data` does not begin with a page header.
-    """
+    """Return the page header at the start of `data`, or None if `data` ends within it."""
     compact = _Compact(data)
     try:
         tree = compact.struct()

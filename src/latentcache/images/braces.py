@@ -20,7 +20,6 @@ _MAX_PATTERN = 4096
 _MAX_DEPTH = 8
 
 _COMMAND = re.compile(r"^pipe:|^-$|[|`<>\n]|\$[({]|&&")
-_BRACES = re.compile(r"[{}\\]")
 # An escaped character, a range of integers or letters that braceexpand recognises, or one of `{},`.
 _TOKEN = re.compile(
     r"\\.|\{(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?\}|(\{[A-Za-z]\.\.[A-Za-z](?:\.\.-?\d+)?\})|[{},]"
@@ -30,12 +29,11 @@ _TOKEN = re.compile(
 def named_urls(shards: str | Sequence[str], options: StorageOptions) -> list[str]:
     """Expand `shards` as `expand_urls` does, but keep a URL with braces if a file has that name.
 
-    Raises:
-        ConfigError: a URL is not accepted; see `expand_urls`.
-        StorageError: a store cannot be reached.
+    Args:
+        shards, options: one URL or several, and how to reach the stores.
     """
     patterns = [shards] if isinstance(shards, str) else list(shards)
-    literal = {url for url in patterns if _BRACES.search(url) and _is_file(url, options)}
+    literal = {url for url in patterns if re.search(r"[{}\\]", url) and _is_file(url, options)}
     rest = [url for url in patterns if url not in literal]
     return [*sorted(literal), *(expand_urls(rest) if rest or not literal else ())]
 
@@ -46,12 +44,11 @@ def _is_file(url: str, options: StorageOptions) -> bool:
         return False
     folder, name = split_url(url)
     try:
-        Store(folder, options).info(name)
+        return bool(Store(folder, options).info(name))
     except StorageError as error:
         if is_final(error):  # the file does not exist, or access is denied
             return False
         raise
-    return True
 
 
 def expand_urls(shards: str | Sequence[str]) -> list[str]:
@@ -66,8 +63,8 @@ def expand_urls(shards: str | Sequence[str]) -> list[str]:
     num_names = num_characters = 0
     for pattern in patterns:
         _check_pattern(pattern)
-        num_names += (num_here := count_names(pattern))
-        num_characters += num_here * len(pattern)
+        count = count_names(pattern)
+        num_names, num_characters = num_names + count, num_characters + count * len(pattern)
         if num_names > _MAX_NAMES or num_characters > _MAX_CHARACTERS:
             raise ConfigError(
                 f"source.shards: {shown(pattern)} expands to more than {_MAX_NAMES} names: split "

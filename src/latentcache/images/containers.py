@@ -44,7 +44,11 @@ _RATIOS = ((1, 1), (12, 10), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))
 
 
 def without(data: bytes, ranges: list[tuple[int, int]]) -> bytes:
-    """Return `data` without the bytes of some ranges (start, end); `data` itself without ranges."""
+    """Return `data` without some of its bytes; `data` itself if it keeps all.
+
+    Args:
+        data, ranges: the bytes, and start and end of each range to drop, in order.
+    """
     if not ranges:
         return data
     ends = [0, *(end for _, end in ranges)]
@@ -58,9 +62,6 @@ def strip_png(data: bytes) -> tuple[bytes, bytes | None]:
     Returns:
         The file without these chunks, which is `data` itself if nothing is dropped; and the colour
         profile of a dropped iCCP chunk, if it is intact and at most 4 MiB.
-
-    Raises:
-        ValueError: the file has an absurd number of chunks.
     """
     dropped, profile = list[tuple[int, int]](), None
     position, other_bytes, has_pixels = 8, 0, False
@@ -124,14 +125,7 @@ def _inflate(packed: bytes, max_bytes: int) -> bytes | None:
 
 
 def strip_webp(data: bytes) -> bytes:
-    """Drop metadata chunks of WebP that are large or extend beyond the end of the file.
-
-    Returns:
-        The file without these chunks; `data` itself if nothing is dropped.
-
-    Raises:
-        ValueError: the file has an absurd number of chunks.
-    """
+    """Drop metadata chunks of WebP that are large or extend beyond the end of the file."""
     riff_end = 8 + int.from_bytes(data[4:8], "little")
     if riff_end > len(data):
         return data  # the end is missing, which libwebp reports
@@ -191,9 +185,6 @@ def read_jxl_size(data: bytes) -> tuple[int, int]:
     """Return width and height of a JPEG XL before the orientation is applied.
 
     The Pillow plugin decodes a file when it is opened, so the size must be known before.
-
-    Raises:
-        ValueError: the file has no codestream.
     """
     start = 0
     if not data.startswith(JXL_CODESTREAM):

@@ -1,8 +1,6 @@
-"""Decode image bytes to the RGB pixels that a viewer shows, or raise a reject.
+"""Decode image bytes to the RGB pixels that a viewer shows, or raise a reject. Thread-safe.
 
-The functions are thread-safe. Pillow and simplejpeg release the GIL while they decode, so threads
-are enough to use all cores. simplejpeg decodes JPEGs (jpeg.py). Pillow decodes all other formats
-and the JPEGs that simplejpeg does not accept (formats.py).
+Pillow and simplejpeg release the GIL while they decode, so threads are enough to use all cores.
 """
 
 from __future__ import annotations
@@ -29,10 +27,8 @@ _GRAY16_MODES = {"I;16", "I;16B", "I;16L", "I;16N"}
 # The transforms of larger colour profiles are used but not cached for the next image.
 _MAX_CACHED_PROFILE_BYTES = 2**20
 
-# Measured bytes per pixel at the peak of decoding. simplejpeg writes only the array. For
-# progressive files, libjpeg also holds all coefficients until the last scan. Pillow stores a pixel
-# in four bytes and collects the bytes twice before the array is made. Conversions of modes, colour
-# profiles and transparency make further copies.
+# Measured bytes per pixel at the peak of decoding: of simplejpeg, of the coefficients that libjpeg
+# holds of progressive files, and of Pillow's copies in conversions of modes, profiles and alpha.
 _PEAK_BYTES = 3
 _COEFFICIENT_BYTES = 6
 _CONVERTED_PEAK_BYTES = 22
@@ -44,10 +40,7 @@ Reserve: TypeAlias = Callable[[int], None]
 """Called with the bytes that decoding takes from now on, before it takes them. It may wait."""
 
 Scaled: TypeAlias = tuple[NDArray[np.uint8], tuple[int, int], int]
-"""Pixels, the full upright (width, height), and the denominator of the fraction of the size.
-
-The pixels are uint8 [ceil(height / denominator), ceil(width / denominator), 3].
-"""
+"""Pixels uint8 [ceil(height / n), ceil(width / n), 3], the full upright (width, height), and n."""
 
 ChooseScale: TypeAlias = Callable[[int, int], int]
 """Returns the denominator for a full upright width and height: 1, 2, 4 or 8."""
@@ -57,9 +50,6 @@ def decode_image(
     data: bytes, *, max_pixels: int, reserve: Reserve | None = None
 ) -> NDArray[np.uint8]:
     """Decode an image to sRGB. The content determines the format, not the name.
-
-    The formats are JPEG, PNG, WebP, AVIF, GIF, BMP and TIFF, and with the extra `images` also
-    JPEG XL and HEIC.
 
     The EXIF orientation is applied. An embedded ICC profile is converted to sRGB. Unusable profiles
     and unreadable EXIF are ignored, as in viewers. CMYK without a profile is converted by
@@ -93,14 +83,8 @@ def decode_scaled(
     libjpeg computes a smaller image from each block's low frequencies, without decoding the rest.
 
     Args:
-        data: the whole file.
         choose: chooses the fraction for a JPEG. Images that Pillow decodes keep their size.
-        max_pixels: the limit of the full size.
-        reserve: see `decode_image`.
-
-    Raises:
-        Reject: see `decode_image`.
-        MemoryError: see `decode_image`.
+        data, max_pixels, reserve: see `decode_image`, also for the errors.
     """
     image_format = format_of(data)
     try:
@@ -212,10 +196,8 @@ def _decode_by_pillow(
     orientation = _orientation(image)
     opaque, alpha = _split_alpha(_to_8_bit(image))
     to_srgb = _to_srgb_from(opaque, image.info)
-    if to_srgb:
-        rgb = to_srgb.apply(opaque)
-    else:
-        rgb = opaque if opaque.mode == "RGB" else opaque.convert("RGB")
+    rgb = to_srgb.apply(opaque) if to_srgb else opaque
+    rgb = rgb if rgb.mode == "RGB" else rgb.convert("RGB")
     if alpha is not None:
         rgb = Image.composite(rgb, Image.new("RGB", rgb.size, "white"), alpha)
     pixels = _turn(np.array(rgb), orientation)

@@ -1,8 +1,7 @@
 """Folders of image files and accompanying files: `0001.jpg`, `0001.txt`, `0001.json`.
 
-Samples are spread over a fixed number of slots by the hash of their keys. A slot is a unit. A new,
-replaced or deleted file therefore affects one slot, whatever the number of files. Each slot is its
-own source, `<folder>#<slot>/<slots>`, so slots change independently of each other.
+Samples are spread over a fixed number of slots by the hash of their keys, so that a new, replaced
+or deleted file affects one slot. A slot is a unit and a source, `<folder>#<slot>/<slots>`.
 """
 
 from __future__ import annotations
@@ -52,11 +51,8 @@ def slots_of(url: str, num_units: int | None, known: Collection[str]) -> int:
 
     Args:
         url: the canonical URL of the folder.
-        num_units: the number in the config; None if it sets none.
+        num_units: the number in the config, from which the output must not differ.
         known: the sources of the output's units.
-
-    Raises:
-        ConfigError: the config and the output have different numbers.
     """
     matches = (_SLOT.fullmatch(source) for source in known if source.startswith(f"{url}#"))
     existing = {int(match["num_slots"]) for match in matches if match and match["folder"] == url}
@@ -72,16 +68,12 @@ def slots_of(url: str, num_units: int | None, known: Collection[str]) -> int:
 def list_folder(url: str, num_slots: int, options: StorageOptions) -> list[SourceShard]:
     """List the slots of a folder that have files, in order, with one recursive listing.
 
-    Files and folders with a leading dot, and files without a dot in their name, are ignored.
-
     Args:
-        url: the folder.
-        num_slots: the number of its slots.
+        url, num_slots: the folder, and the number of its slots.
         options: how to reach the store.
 
     Raises:
         SourceError: the folder has no file that can belong to a sample.
-        StorageError: the store cannot be reached.
     """
     store = Store(url, options)
     slots: dict[int, list[tuple[str, str, ObjectInfo]]] = {}
@@ -110,11 +102,10 @@ def list_folder(url: str, num_slots: int, options: StorageOptions) -> list[Sourc
 
 
 def list_slot(source: str, options: StorageOptions) -> SourceShard:
-    """List one slot again.
+    """List one slot again; raise `SourceError` if it no longer has files.
 
-    Raises:
-        SourceError: the slot no longer has files.
-        StorageError: the store cannot be reached.
+    Args:
+        source, options: the slot, and how to reach the store.
     """
     match = _SLOT.fullmatch(source)
     assert match
@@ -127,10 +118,8 @@ def list_slot(source: str, options: StorageOptions) -> SourceShard:
 def read_slot(request: ReadRequest) -> Iterator[Sample | RejectedSample]:
     """Stream the samples of a folder's slot, sorted by key; see `images.source.read_shard`.
 
-    Files with the same path up to the last dot of the file name are one sample. The rest of the
-    name, in lower case, is the field. If a sample has several images, the first in order of
-    preference is used, and each other one is a reject `duplicate_key`. An image that is a link to a
-    missing file is a reject `broken_link`.
+    If a sample has several images, the first in order of preference is used, and each other one is
+    a reject `duplicate_key`. An image that is a link to a missing file is a reject `broken_link`.
 
     Threads fetch files ahead. A sample that is larger than `_BYTES_AHEAD` is fetched while no other
     sample is in memory.
@@ -202,21 +191,12 @@ def _choose_files(
 
 
 def _read(store: Store, listed: ObjectInfo) -> bytes:
-    """Read a file, and check that it is the listed version.
-
-    Raises:
-        SourceChanged: the file is another version, or is gone.
-        StorageError: the file cannot be read.
-    """
+    """Read a file, and check that it is the listed version."""
     try:
         data = store.read_bytes(listed.path)
-    except StorageError:
+    finally:
         require_version(store, listed)
-        raise
-    require_version(store, listed)
     if len(data) != listed.size_bytes:
-        raise StorageError(
-            f"{store.url_of(listed.path)}: the connection gave {len(data)} of "
-            f"{listed.size_bytes} bytes"
-        )
+        message = f"the connection gave {len(data)} of {listed.size_bytes} bytes"
+        raise StorageError(f"{store.url_of(listed.path)}: {message}")
     return data

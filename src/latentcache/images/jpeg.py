@@ -1,8 +1,7 @@
-"""Decode JPEGs with libjpeg-turbo through simplejpeg.
+"""Decode JPEGs with libjpeg-turbo through simplejpeg, which makes fewer copies than Pillow.
 
-Pillow uses the same library and gives the same pixels, but makes copies that simplejpeg avoids.
-simplejpeg is used in strict mode: it refuses every file for which libjpeg warns. Pillow tolerates
-some of these warnings, so it decodes the refused files.
+In strict mode simplejpeg refuses every file for which libjpeg warns. Pillow, which tolerates some
+of these warnings and gives the same pixels, decodes the refused files.
 """
 
 from __future__ import annotations
@@ -24,18 +23,14 @@ _PLAIN = {0xE0, *range(0xE3, 0xF0), 0xFE, 0xDB, 0xC4, 0xDD, 0xC0, 0xC1}
 _SEQUENTIAL = (0xC0, 0xC1)
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 
-# A progressive file is decoded scan by scan. Each scan passes over all coefficients, even if it has
-# only a dozen bytes. libjpeg's default script has 10 scans, and no common encoder writes more than
-# about 20. Up to 20 scans are always decoded. More are decoded if scans times pixels is below 1e9
-# (about 5 s of one core), but never more than 500, the limit of libjpeg-turbo's fuzzers and of
-# djpeg's example of `-maxscans`.
+# Each scan of a progressive file passes over all coefficients, even if it has only a dozen bytes.
+# No common encoder writes more than about 20. More are decoded if scans times pixels is below 1e9
+# (about 5 s of one core), but never more than 500, the limit of libjpeg-turbo's fuzzers.
 _MIN_SCANS = 20
 _MAX_SCANS = 500
 _MAX_SCANNED_PIXELS = 10**9
 
-# Metadata of a header beyond this limit is dropped before Pillow reads the file, because Pillow
-# joins segments by copying all of them for each new one. A printing press's colour profile has
-# 3 MB.
+# Pillow copies all segments for each new one that it joins. A printing press's profile has 3 MB.
 _MAX_METADATA_BYTES = 4 * 2**20
 _MAX_SEGMENTS = 65_536
 
@@ -49,9 +44,8 @@ _MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")
 def read_plain_size(data: bytes) -> tuple[int, int] | None:
     """Return width and height if the header has no other information that decoding needs.
 
-    Returns:
-        None for a file that is progressive, CMYK or unusual, for one with several scans, and for
-        one with segments APP1 or APP2, which hold EXIF, XMP and ICC profiles.
+    Return None for a file that is progressive, CMYK or unusual, has several scans, or has segments
+    APP1 or APP2, which hold EXIF, XMP and ICC profiles.
     """
     try:
         if not _is_single_scan(data, _PLAIN):
@@ -63,11 +57,7 @@ def read_plain_size(data: bytes) -> tuple[int, int] | None:
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """Yield marker, start and end of each segment before the first scan or the first non-segment.
-
-    Raises:
-        ValueError: the header has an absurd number of segments.
-    """
+    """Yield marker, start and end of each segment before the first scan or other data."""
     position = 2
     for _ in range(_MAX_SEGMENTS):
         while data[position : position + 2] == b"\xff\xff":
@@ -84,9 +74,11 @@ def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
 
 
 def strip_jpeg(data: bytes, keep: tuple[bytes, ...]) -> bytes:
-    """Drop metadata that does not begin with one of `keep`, and what goes beyond 4 MiB.
+    """Drop metadata except Adobe's colour marker; return `data` itself if nothing is dropped.
 
-    Adobe's colour marker is kept. If nothing is dropped, `data` itself is returned.
+    Args:
+        data: the whole file.
+        keep: segments are kept, up to 4 MiB, if their content begins with one of these.
     """
     num_bytes, dropped = 0, []
     for marker, start, end in _segments(data):
@@ -103,10 +95,10 @@ def strip_jpeg(data: bytes, keep: tuple[bytes, ...]) -> bytes:
 
 
 def require_few_scans(data: bytes, num_pixels: int) -> None:
-    """Reject a file whose scans would occupy a thread for too long.
+    """Raise a `Reject` for a file whose scans would occupy a thread for too long.
 
-    Raises:
-        Reject: stage `decode`, `too_many_scans`.
+    Args:
+        data, num_pixels: the whole file, and the pixels of its image.
     """
     if _is_single_scan(data):
         return
@@ -126,10 +118,7 @@ def require_few_scans(data: bytes, num_pixels: int) -> None:
 
 
 def _is_single_scan(data: bytes, markers: Collection[int] = range(256)) -> bool:
-    """Return whether libjpeg stops after the first scan, and the header has only some markers.
-
-    It does if the file is sequential and the scan has all components.
-    """
+    """Return whether a sequential file has all components in its first scan, and only `markers`."""
     num_components, end = 0, 2
     for marker, start, end in _segments(data):  # noqa: B007  (the last end is used)
         if marker not in markers:
@@ -147,26 +136,20 @@ def decode_jpeg(
 ) -> NDArray[np.uint8] | None:
     """Decode to uint8 [ceil(height / denominator), ceil(width / denominator), channels].
 
+    Return None if simplejpeg refuses the file, so that Pillow must decode it.
+
     Args:
-        data: the whole file.
-        size: its width and height. If libjpeg reads another size, the file is damaged.
+        data, size: the whole file, and the width and height that it should have.
         colorspace: the colour space of the result, `RGB` or `GRAY`.
         denominator: 1, 2, 4 or 8.
-
-    Returns:
-        A new array; None if simplejpeg refuses the file, so that Pillow must decode it.
     """
     width, height = size
+    # simplejpeg uses the smallest fraction of libjpeg (in eighths) that is at least this.
+    least = {"min_height": -(-height // denominator), "min_width": -(-width // denominator)}
     try:
         if simplejpeg.decode_jpeg_header(data)[:2] != (height, width):
             return None
-        pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(
-            data,
-            colorspace,
-            # simplejpeg uses the smallest fraction of libjpeg (in eighths) that is at least this.
-            min_height=-(-height // denominator),
-            min_width=-(-width // denominator),
-        )
+        pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, colorspace, **least)
     except ValueError:
         return None
     return pixels

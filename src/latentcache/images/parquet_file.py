@@ -39,9 +39,8 @@ class DamagedParquet(Exception):
 class ParquetFile:
     """A Parquet file, opened for reading. To Arrow it is the file object that Arrow reads.
 
-    Raises:
-        DamagedParquet: the footer cannot be read.
-        StorageError: the store cannot be read. A short read is such an error.
+    pyarrow aborts the process on some damaged footers, and allocates the size that a page header
+    claims. So `parquet_footer` checks the footer first, and `read` checks each page header.
     """
 
     closed = False  # for Arrow
@@ -85,8 +84,7 @@ class ParquetFile:
         """Yield the rows of a row group in batches of bounded size. Call it in `reading`.
 
         Args:
-            number: the index of the row group.
-            columns: the columns to read, by name or by path.
+            number, columns: the index of the row group, and the names or paths of columns.
             most: the maximum number of rows of a batch.
         """
         group = self.row_groups[number]
@@ -162,7 +160,11 @@ class ParquetFile:
         raise DamagedFooter("a page has no header")
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        """Set the position; see `io.IOBase.seek`."""
+        """Set the position.
+
+        Args:
+            offset, whence: see `io.IOBase.seek`.
+        """
         self._position = (0, self._position, self._size_bytes)[whence] + offset
         return self._position
 

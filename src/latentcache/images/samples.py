@@ -55,13 +55,9 @@ class SourceShard:
 class FieldSelection:
     """The fields to read of a sample: the first field of `image` that it has, and `keep`.
 
-    Attributes:
-        image: the fields that may hold the image, in order of preference; in lower case for tars
-            and folders.
-        keep: further fields.
-        key: the column of Parquet files that holds the key; None derives the key.
-        max_sample_bytes: a sample whose fields to read together hold more bytes is a reject.
-        caption_index: the index of the element to use if a text column of Parquet holds lists.
+    `image` is in order of preference; tars and folders need lower case. A sample whose fields
+    together hold more than `max_sample_bytes` is a reject. For Parquet, `key` is the column that
+    holds the key (None derives it), and `caption_index` the element to use of a list of texts.
     """
 
     image: Sequence[str]
@@ -81,11 +77,10 @@ class FieldSelection:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One sample: the bytes of its image and of its kept fields.
+    """One sample: its image, and those of the kept fields that it has.
 
-    `fields` lacks the kept fields that the sample lacks. `extra_images` are the names of further
-    image fields, such as masks, which are not read. `names` are the names of all fields of the
-    sample; for a row of a Parquet file, the file's columns.
+    `extra_images` are the names of further image fields, such as masks, which are not read. `names`
+    are the names of all fields of the sample; for a row of a Parquet file, the file's columns.
     """
 
     key: str
@@ -124,10 +119,7 @@ SampleStream: TypeAlias = Generator[Sample | RejectedSample, None, RejectedSampl
 
 
 class NotGrouped(SourceError):
-    """A tar must be read in gather mode: its samples are scattered, or it holds links.
-
-    It may be raised after samples were yielded: discard them and read again with `gather=True`.
-    """
+    """A tar must be read with `gather=True`: its samples are scattered, or it holds links."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,7 @@
-"""Sources: list image shards in any store, and stream their samples.
+"""List image shards in any store, and stream their samples: tars, Parquet files and folders.
 
-There are three kinds of sources with one interface: WebDataset tars (`tar_source.py`), Parquet
-files (`parquet_source.py`) and folders of images (`folder_source.py`). Problems appear in one of
-two ways. A problem of the content becomes a `RejectedSample`: the other samples are kept, and every
-loss is recorded. A problem of the transport, or a source that is not the listed version, raises an
+A problem of the content becomes a `RejectedSample`: the other samples are kept, and every loss is
+recorded. A problem of the transport, or a source that is not the listed version, raises an
 exception. All data that was read before must then be discarded.
 """
 
@@ -47,21 +45,8 @@ from latentcache.storage import ObjectInfo, Store, split_url
 from latentcache.storage_options import StorageOptions
 from latentcache.urls import shown
 
-__all__ = [
-    "NotGrouped",
-    "RejectedSample",
-    "Sample",
-    "SourceShard",
-    "expand_urls",
-    "list_shards",
-    "list_source",
-    "read_images",
-    "read_samples",
-    "read_shard",
-    "relist_source",
-    "shard_of",
-    "source_contract",
-]
+# What other packages import from here, beside the functions below.
+__all__ = ["NotGrouped", "RejectedSample", "Sample", "SourceShard", "expand_urls"]
 
 # For this many shards in one folder or more, one listing is cheaper than a request for each.
 _LIST_FROM = 16
@@ -89,16 +74,14 @@ def list_source(
         known: the sources of units that the output has already.
 
     Raises:
-        ConfigError: the names are wrong (see `list_shards`), the number of units is wrong (see
-            `folder_source.slots_of`), or `key` is set and there is no Parquet file.
+        ConfigError: see `list_shards` and `slots_of`; or `key` is set without a Parquet file.
         SourceError: a shard is missing, a glob matches nothing, or a folder has no image.
         StorageError: a store cannot be reached or refuses access.
     """
     options, moved = source.storage, moved_of(source)
     if source.folder is not None:
         url = Store(source.folder, options).url
-        num_slots = slots_of(moved.identity(url), num_units, known)
-        shards = list_folder(url, num_slots, options)
+        shards = list_folder(url, slots_of(moved.identity(url), num_units, known), options)
         files = (file for slot in shards for file in slot.files)
         endings = _lower(source.image)
         if not any(file_key_and_field(file.path)[1] in endings for file in files):
@@ -135,16 +118,12 @@ def _identified(shards: list[SourceShard], moved: Moved) -> list[SourceShard]:
 def relist_source(
     source: str, options: StorageOptions, moved: Moved = NOT_MOVED
 ) -> list[SourceShard]:
-    """List the current shards of one source.
+    """List the current shards of one source; raise `SourceError` if it no longer exists.
 
     Args:
         source: the URL of a file, or a folder's slot.
         options: how to reach the store.
         moved: the move of the source, if it moved.
-
-    Raises:
-        SourceError: the source no longer exists.
-        StorageError: the store cannot be reached.
     """
     url = moved.location(source)
     if is_slot(url):
@@ -161,9 +140,7 @@ def shard_of(unit: Unit, options: StorageOptions, moved: Moved = NOT_MOVED) -> S
     """Return the shard that a unit was made from. A folder's slot is listed again.
 
     Args:
-        unit: the unit.
-        options: how to reach the store.
-        moved: the move of the source, if it moved.
+        unit, options, moved: the unit, how to reach the store, and the move if the source moved.
 
     Raises:
         SourceChanged: the slot now has other files.
@@ -185,6 +162,9 @@ def list_shards(shards: str | Sequence[str], options: StorageOptions) -> list[So
     folder, as do many URLs in one folder. A few URLs cost one request each. If a file's name equals
     the pattern itself, that file is used, and its glob or braces are not expanded.
 
+    Args:
+        shards, options: one URL or several, and how to reach the stores.
+
     Raises:
         ConfigError: a URL is not accepted (see `expand_urls`), a glob is in a folder's name, or the
             extension of a file is not that of a tar or a Parquet file.
@@ -198,8 +178,7 @@ def list_shards(shards: str | Sequence[str], options: StorageOptions) -> list[So
             raise ConfigError(f"source.shards: {shown(url)!r} names no file: add one, or '/*.tar'")
         by_folder.setdefault(folder, []).append(name)
 
-    named: list[SourceShard] = []
-    matched: list[SourceShard] = []
+    named, matched = list[SourceShard](), list[SourceShard]()
     for folder, names in by_folder.items():
         _find(Store(folder, options), names, named, matched)
     require_distinct([shard.url for shard in named])
@@ -239,12 +218,7 @@ def _find(
 
 
 def _shard(store: Store, info: ObjectInfo, glob: str | None = None) -> SourceShard:
-    """Return the shard of a listed file, which `glob` matched if it is given.
-
-    Raises:
-        ConfigError: the file's extension is not that of a tar or a Parquet file.
-        SourceError: the file's name cannot identify a unit.
-    """
+    """Return the shard of a listed file, which `glob` matched if it is given."""
     url = store.url_of(info.path)
     if escaped(url) != url:
         problem = "a control character in its name" if is_utf8(url) else "a name that is not UTF-8"
@@ -297,10 +271,9 @@ def read_shard(
     sample or in the `num_images` of a reject.
 
     Args:
-        shard: the listed shard.
+        shard, options: the listed shard, and how to reach the store.
         image, keep, key, max_sample_bytes, caption_index: see `FieldSelection`. Tars and folders
             compare fields without case.
-        options: how to reach the store.
         gather: read a tar whose samples are scattered, or that holds links.
         on_read: called with the number of bytes of each read: the bytes of the archive for a tar,
             the bytes of the fields for the other kinds.
@@ -351,7 +324,12 @@ def _lower(names: Sequence[str]) -> tuple[str, ...]:
 def read_samples(
     shard: SourceShard, source: SourceContract, **settings: Any
 ) -> Iterator[Sample | RejectedSample]:
-    """Stream a shard's samples with the settings of a contract and further ones of `read_shard`."""
+    """Stream a shard's samples as `read_shard` does, with the settings of a contract.
+
+    Args:
+        shard, source: the listed shard, and the contract for reading samples.
+        settings: the other arguments of `read_shard`.
+    """
     return read_shard(
         shard,
         image=source.image_fields,
@@ -367,17 +345,18 @@ def read_images(
 ) -> Iterator[Sample | RejectedSample]:
     """Stream a shard's samples without kept fields, for callers that process each one at once.
 
-    Raises:
-        SourceChanged: the shard is no longer the listed version.
-        StorageError: the store cannot be read, or cut the connection.
-        SourceError: the compression of the shard is not supported, or it lacks a column.
+    Args:
+        shard, source, options: see `read_samples`, also for the errors.
     """
     keys = set()
-    try:
-        for sample in read_samples(shard, source, keep=(), options=options):
-            keys.add(sample.key)
-            yield sample
-    except NotGrouped:
-        for sample in read_samples(shard, source, keep=(), options=options, gather=True):
-            if sample.key not in keys:
+    for gather in (False, True):
+        try:
+            for sample in read_samples(shard, source, keep=(), options=options, gather=gather):
+                if gather and sample.key in keys:
+                    continue
+                if not gather:
+                    keys.add(sample.key)
                 yield sample
+            return
+        except NotGrouped:
+            continue

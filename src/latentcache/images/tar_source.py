@@ -1,9 +1,7 @@
 """WebDataset tars, plain or gzipped, streamed from front to back.
 
-The usual reader reads each member once. It cannot join a caption to an image that came 10,000
-members earlier, and it cannot read a hard link, whose data is in an earlier member. Such tars are
-read in three passes and bounded memory. The first pass lists the members, the second collects the
-kept fields, which are small, and the third streams the images.
+Tars whose samples are scattered, or that hold links, are read in three passes and bounded memory:
+the first lists the members, the second collects the kept fields, and the third streams the images.
 """
 
 from __future__ import annotations
@@ -61,8 +59,7 @@ def read_tar(request: ReadRequest) -> SampleStream:
     other samples). Without a key: those of `tarstream`, and `not_grouped` (too many members).
 
     If a shard ends too soon, its last sample keeps its complete members. If the cut is within a
-    member of that sample, the sample is lost and counted in the keyless reject. The keyless reject
-    names the sample in both cases.
+    member of that sample, the sample is lost and counted in the keyless reject, which names it.
     """
     if request.gather:
         problem = yield from _gather_samples(request)
@@ -147,7 +144,7 @@ def _read_samples(tar: TarStream, request: ReadRequest) -> SampleStream:
                 group.refuse(fault)
             elif group.add(name, member.size, selection):
                 request.reserve(group.num_bytes)
-                group.fields[name] = tar.read(member)
+                group.fields[name] = tar.read_member(member)
     except Reject as end:
         message, num_images_lost = end.message, 0
         if group is not None and is_of_group and tar.is_in_member:
@@ -314,7 +311,7 @@ class _Index:
                 for number, member in enumerate(tar):
                     if number in users:
                         reserve(max(sample.num_bytes for sample, _ in users[number]))
-                        yield users[number], tar.read(member)
+                        yield users[number], tar.read_member(member)
             except Reject:
                 return  # the first pass reported it
 

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import codecs
 import re
+import reprlib
 from collections import Counter
 
 from latentcache.dataset.columns import Columns
 from latentcache.errors import Reject
 
-# An int64 has at most 19 digits. `int()` would also accept "1_000" and the digits of other scripts,
-# and raises another error for 4,300 digits or more.
+# `int()` would also accept "1_000" and other scripts, and fails differently above 4,300 digits.
 _INTEGER = re.compile(r"([+-]?)0*([0-9]{1,19})")
 _INT64 = range(-(2**63), 2**63)
-
-_MAX_SHOWN = 40  # characters of a bad value in a message
 
 
 def read_columns(
@@ -23,8 +21,7 @@ def read_columns(
     """Return the kept columns of a sample. A column is None if the sample lacks its field.
 
     Args:
-        fields: the bytes of each field by name.
-        columns: the kept columns.
+        fields, columns: the bytes of each field by name, and the kept columns.
         notes: counts the fields that a fallback decoded: `text_as_utf16` and `text_as_cp1252`.
 
     Raises:
@@ -66,6 +63,5 @@ def _to_int64(text: str) -> int:
     match = _INTEGER.fullmatch(text.strip())
     number = int(match[1] + match[2]) if match else None
     if number is None or number not in _INT64:
-        shown = repr(text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "…")
-        raise ValueError(f"{shown} is not an integer of 64 bits")
+        raise ValueError(f"{reprlib.repr(text)} is not an integer of 64 bits")
     return number
