@@ -266,7 +266,7 @@ def test_files_come_in_order_though_fetched_at_once_and_few_are_held(
 ):
     fill(tmp_path, {f"{index:03d}.jpg": bytes([index]) * 1000 for index in range(90)})
     (shard,) = listed(tmp_path, 1)
-    monkeypatch.setattr(folder_module, "_BYTES_AHEAD", 12_000)
+    monkeypatch.setattr(folder_module, "_MAX_BYTES", 12_000)
     read_bytes = Store.read_bytes
     lock, together = threading.Lock(), threading.Barrier(4)
     began: list[str] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 
 from webdataset.shardlists import expand_urls as expand_braces
@@ -91,11 +92,9 @@ def _check_pattern(pattern: str) -> None:
 
 def require_distinct(urls: Sequence[str]) -> None:
     """Raise `ConfigError` if a URL is named twice."""
-    seen: set[str] = set()
-    for url in urls:
-        if url in seen:
-            raise ConfigError(f"source.shards: {url} is named twice: name it once")
-        seen.add(url)
+    if len(set(urls)) < len(urls):
+        url = next(url for url, count in Counter(urls).items() if count > 1)
+        raise ConfigError(f"source.shards: {url} is named twice: name it once")
 
 
 def count_names(pattern: str) -> int:

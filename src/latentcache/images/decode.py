@@ -109,11 +109,7 @@ def decode_scaled(
 
 
 def _decode(
-    data: bytes,
-    image_format: Format,
-    choose: ChooseScale,
-    max_pixels: int,
-    reserve: Reserve | None,
+    data: bytes, image_format: Format, choose: ChooseScale, max_pixels: int, reserve: Reserve | None
 ) -> Scaled:
     image, is_jpeg = None, image_format is JPEG
     size = image_format.read_size(data)

@@ -37,8 +37,8 @@ _SLOT = re.compile(r"(?P<folder>.*)#\d+/(?P<num_slots>\d+)", re.DOTALL)
 
 # Limits of the files that are fetched ahead of the next sample.
 _THREADS = 8
-_FILES_AHEAD = 32
-_BYTES_AHEAD = 64 * 2**20
+_MAX_FILES = 32
+_MAX_BYTES = 64 * 2**20
 
 
 def is_slot(source: str) -> bool:
@@ -121,16 +121,16 @@ def read_slot(request: ReadRequest) -> Iterator[Sample | RejectedSample]:
     If a sample has several images, the first in order of preference is used, and each other one is
     a reject `duplicate_key`. An image that is a link to a missing file is a reject `broken_link`.
 
-    Threads fetch files ahead. A sample that is larger than `_BYTES_AHEAD` is fetched while no other
+    Threads fetch files ahead. A sample that is larger than `_MAX_BYTES` is fetched while no other
     sample is in memory.
     """
-    ahead: deque[tuple[Group, dict[str, Future[bytes]], list[RejectedSample]]] = deque()
+    fetching: deque[tuple[Group, dict[str, Future[bytes]], list[RejectedSample]]] = deque()
     num_files = num_bytes = 0
     pool = ThreadPoolExecutor(_THREADS, "fetch")
 
     def finish_first() -> Iterator[Sample | RejectedSample]:
         nonlocal num_files, num_bytes
-        group, reads, rejects = ahead.popleft()
+        group, reads, rejects = fetching.popleft()
         request.reserve(group.num_bytes)
         num_files -= len(reads)
         num_bytes -= group.num_bytes
@@ -146,15 +146,15 @@ def read_slot(request: ReadRequest) -> Iterator[Sample | RejectedSample]:
             assert key is not None
             group, files, rejects = _choose_files(key, members, request.selection)
             size = group.num_bytes
-            while ahead and (num_files >= _FILES_AHEAD or num_bytes + size > _BYTES_AHEAD):
+            while fetching and (num_files >= _MAX_FILES or num_bytes + size > _MAX_BYTES):
                 yield from finish_first()
-            if size > _BYTES_AHEAD:
+            if size > _MAX_BYTES:
                 request.reserve(size)
             reads = {name: pool.submit(_read, request.store, files[name]) for name in files}
-            ahead.append((group, reads, rejects))
+            fetching.append((group, reads, rejects))
             num_files += len(reads)
             num_bytes += size
-        while ahead:
+        while fetching:
             yield from finish_first()
     finally:
         pool.shutdown(cancel_futures=True)

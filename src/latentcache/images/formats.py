@@ -46,16 +46,11 @@ _NOT_READ = {b"\0\0\0\x0cjP  ": "JPEG 2000", b"%PDF": "PDF", b"8BPS": "PSD", b"q
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """One image format.
+    """One image format: its name, and what `open` does with Pillow: read the header or all.
 
-    Attributes:
-        name: the name in messages.
-        open: reads the header with Pillow; it may also read the pixels.
-        is_cut: returns whether the end of a file is missing.
-        read_size: reads width and height before `open` allocates memory for them; returns None if
-            `open` allocates none or the header has no size.
-        open_bytes: bytes per pixel that `open` allocates.
-        load_bytes: measured minimum of the bytes per pixel that loading allocates.
+    `is_cut` returns whether the end of a file is missing. `read_size` returns width and height if
+    they are needed before `open`. `open` allocates `open_bytes` per pixel, and loading at least
+    `load_bytes`.
     """
 
     name: str
@@ -108,10 +103,6 @@ def _open_png(data: bytes) -> ImageFile.ImageFile:
     if profile:
         image.info["icc_profile"] = profile
     return image
-
-
-def _open_webp(data: bytes) -> ImageFile.ImageFile:
-    return WebPImagePlugin.WebPImageFile(io.BytesIO(containers.strip_webp(data)))
 
 
 def _open_avif(data: bytes) -> ImageFile.ImageFile:
@@ -184,14 +175,6 @@ def _plugin(module: str, name: str) -> Any:
         raise Reject("decode", "unsupported_format", message) from error
 
 
-def _is_short_riff(data: bytes) -> bool:
-    return len(data) < 12 or len(data) < 8 + int.from_bytes(data[4:8], "little")
-
-
-def _is_short_bmp(data: bytes) -> bool:
-    return len(data) < 54 or len(data) < int.from_bytes(data[2:6], "little")
-
-
 def _is_short_iso(data: bytes) -> bool:
     """Return whether a top-level box extends beyond the end of the file."""
     return any(end > len(data) for _, _, end in containers.iso_boxes(data))
@@ -200,7 +183,13 @@ def _is_short_iso(data: bytes) -> bool:
 # Padding may follow the end mark of a JPEG, PNG or GIF.
 JPEG = Format("JPEG", _open_jpeg, lambda data: b"\xff\xd9" not in data[-64:], read_plain_size)
 _PNG = Format("PNG", _open_png, lambda data: b"IEND" not in data[-64:])
-_WEBP = Format("WEBP", _open_webp, _is_short_riff, containers.read_webp_size, load_bytes=20)
+_WEBP = Format(
+    "WEBP",
+    lambda data: WebPImagePlugin.WebPImageFile(io.BytesIO(containers.strip_webp(data))),
+    lambda data: len(data) < 8 + int.from_bytes(data[4:8], "little"),
+    containers.read_webp_size,
+    load_bytes=20,
+)
 _AVIF = Format("AVIF", _open_avif, _is_short_iso, load_bytes=20)
 _HEIC = Format("HEIC", _open_heic, _is_short_iso, load_bytes=20)
 _JXL = Format(
@@ -215,7 +204,11 @@ _GIF = Format(
     lambda data: GifImagePlugin.GifImageFile(_BoundedReads(data)),
     lambda data: not data[-64:].rstrip(b"\0").endswith(b";"),
 )
-_BMP = Format("BMP", lambda data: BmpImagePlugin.BmpImageFile(_BoundedReads(data)), _is_short_bmp)
+_BMP = Format(
+    "BMP",
+    lambda data: BmpImagePlugin.BmpImageFile(_BoundedReads(data)),
+    lambda data: len(data) < max(54, int.from_bytes(data[2:6], "little")),
+)
 _TIFF = Format("TIFF", _open_tiff, lambda data: len(data) < 8, load_bytes=11)
 
 _BY_MAGIC = {

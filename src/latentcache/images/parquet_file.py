@@ -32,10 +32,6 @@ _BATCH_BYTES = 8 * 2**20
 _BATCH_ROWS = 64
 
 
-class DamagedParquet(Exception):
-    """Something in a file cannot be read, or a page takes more memory than a sample may take."""
-
-
 class ParquetFile:
     """A Parquet file, opened for reading. To Arrow it is the file object that Arrow reads.
 
@@ -68,7 +64,7 @@ class ParquetFile:
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Turn the errors of damaged data into `DamagedParquet`, and restore those of the store."""
+        """Turn all errors of damaged data into `DamagedFooter`, and restore those of the store."""
         try:
             yield
         except pa.ArrowMemoryError:
@@ -76,7 +72,7 @@ class ParquetFile:
         except (pa.ArrowException, OSError, UnicodeDecodeError, DamagedFooter) as error:
             if self._failure:
                 raise self._failure from error
-            raise DamagedParquet(first_line(self._damage or error)) from error
+            raise DamagedFooter(first_line(self._damage or error)) from error
 
     def batches(
         self, number: int, columns: Sequence[str], most: int = _BATCH_ROWS
@@ -87,7 +83,7 @@ class ParquetFile:
             number, columns: the index of the row group, and the names or paths of columns.
             most: the maximum number of rows of a batch.
         """
-        group = self.row_groups[number]
+        group, self._damage = self.row_groups[number], None
         chunks = [chunk for chunk in group.columns if _is_selected(chunk, columns)]
         fitting = min(most, _BATCH_BYTES * group.num_rows // max(1, group.total_byte_size))
         for chunk in chunks:

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.types as pt
 
 from latentcache.errors import FieldMissing, Reject, SourceError
-from latentcache.images.parquet_file import DamagedParquet, ParquetFile
+from latentcache.images.parquet_file import ParquetFile
 from latentcache.images.samples import (
     FieldSelection,
     Group,
@@ -29,6 +29,7 @@ from latentcache.images.samples import (
     key_fault,
     sample_of,
 )
+from latentcache.parquet_footer import DamagedFooter
 
 # The approximate size of a part of a file. Units are identified by parts; see docs/format.md.
 PART_BYTES = 256 * 2**20
@@ -77,7 +78,7 @@ def read_parquet(request: ReadRequest) -> SampleStream:
     with request.store.open(request.name, readahead=False) as opened:
         try:
             file = ParquetFile(request, opened)
-        except DamagedParquet as error:
+        except DamagedFooter as error:
             reject = Reject("read", "not_parquet", f"its footer cannot be read: {error}")
             return RejectedSample(None, reject)
         selection = request.selection
@@ -96,7 +97,7 @@ def read_parquet(request: ReadRequest) -> SampleStream:
                         sample = _sample_of(group, selection, seen, f"{row - 1:09d}")
                         seen.add(group.key)
                         yield replace(sample, names=names)
-            except DamagedParquet as error:
+            except DamagedFooter as error:
                 why = str(error)
             if row < end:
                 losses.append(f"{end - row} rows of row group {number} are lost: {why}")
@@ -182,7 +183,7 @@ def _are_paths_keys(file: ParquetFile, images: list[str]) -> bool:
                         if not key or hash(key) in seen or key_fault(key):
                             return False
                         seen.add(hash(key))
-        except DamagedParquet:
+        except DamagedFooter:
             continue  # the rows of this row group cannot be read either
     return True
 

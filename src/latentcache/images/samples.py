@@ -14,6 +14,7 @@ from latentcache.errors import ObjectNotFound, Reject, SourceChanged, SourceErro
 from latentcache.storage import ObjectInfo, Store
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_NOT_UTF8 = re.compile("[\ud800-\udfff]")
 _METADATA = re.compile(r"__[^/]*__($|/)")  # as in webdataset.tariterators.tar_file_iterator
 
 # A file or a field with one of these extensions counts as an image, even if `source.image` does not
@@ -104,8 +105,8 @@ class Sample:
 class RejectedSample:
     """A rejected sample (stage `read`), or, without a key, a problem of the whole shard.
 
-    `num_images` is the number of image files or members that the reject stands for. The first is
-    the reject's own, and the others count as extra images. `names` is as in `Sample`.
+    It stands for `num_images` image files or members, of which all but the first count as extra
+    images. `names` is as in `Sample`.
     """
 
     key: str | None
@@ -124,7 +125,7 @@ class NotGrouped(SourceError):
 
 @dataclass(frozen=True, slots=True)
 class ReadRequest:
-    """A request to read a shard: `name` in `store` for a file; see `images.source.read_shard`."""
+    """The arguments of `images.source.read_shard`; a file is `name` in `store`."""
 
     shard: SourceShard
     store: Store
@@ -267,11 +268,7 @@ def key_fault(key: str) -> Reject | None:
 
 def is_utf8(name: str) -> bool:
     """Return whether the bytes of a name were UTF-8, the encoding of stores and Parquet."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return not _NOT_UTF8.search(name)
 
 
 def escaped(key: str) -> str:

@@ -296,9 +296,7 @@ class _Index:
         return users
 
     def read(
-        self,
-        users: dict[int, list[_Use]],
-        reserve: Callable[[int], None] = lambda num_bytes: None,
+        self, users: dict[int, list[_Use]], reserve: Callable[[int], None] = lambda num_bytes: None
     ) -> Iterator[tuple[list[_Use], bytes]]:
         """Read the tar, and yield the data of the members in `users`, with their users.
 

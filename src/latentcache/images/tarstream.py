@@ -10,7 +10,7 @@ import gzip
 import tarfile
 import zlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 from latentcache.errors import Reject
 
@@ -44,9 +44,9 @@ class TarStream:
 
     def __iter__(self) -> Iterator[tarfile.TarInfo]:
         """Yield each member. Names that are not UTF-8 have surrogate escapes."""
-        options: Any = {"encoding": "utf-8", "errors": "surrogateescape", "tarinfo": _Header}
+        options = {"encoding": "utf-8", "errors": "surrogateescape", "tarinfo": _Header}
         try:
-            tar: Any = tarfile.TarFile(fileobj=self, **options)
+            tar: Any = cast(Any, tarfile.TarFile)(fileobj=self, **options)
             while (member := tar.next()) is not None:
                 tar.members = []  # it would keep every member
                 self._num_header_bytes = 0

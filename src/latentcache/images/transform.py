@@ -3,11 +3,8 @@
 These rules determine which pixels a latent represents. They are part of the dataset's contract, so
 a change to any of them makes every existing cache stale.
 
-The resize is antialiased bicubic, with torch's uint8 kernel, and computes only the pixels that the
-crop needs. The kernel is fast only for contiguous pixels [height, width, channel], and does not
-support crops. So its two passes are called separately, each for the outputs of the crop. The result
-is bit-identical to resizing the whole image and cropping it. No threads are started, because the
-caller's threads use the cores.
+The two passes of torch's uint8 kernel for antialiased bicubic resizing are called separately, each
+for the outputs of the crop alone. The result is bit-identical to cropping the whole resized image.
 """
 
 from __future__ import annotations
