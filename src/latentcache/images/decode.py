@@ -88,7 +88,7 @@ def decode_scaled(
     """
     image_format = format_of(data)
     try:
-        return _decode(data, image_format, choose, max_pixels, reserve)
+        return _decode(data, image_format, choose, max_pixels, reserve or (lambda num_bytes: None))
     except (Reject, MemoryError):
         raise
     except Image.DecompressionBombError as error:
@@ -109,14 +109,14 @@ def decode_scaled(
 
 
 def _decode(
-    data: bytes, image_format: Format, choose: ChooseScale, max_pixels: int, reserve: Reserve | None
+    data: bytes, image_format: Format, choose: ChooseScale, max_pixels: int, reserve: Reserve
 ) -> Scaled:
     image, is_jpeg = None, image_format is JPEG
     size = image_format.read_size(data)
     if size is not None:
         _require_few_pixels(size, max_pixels)
     if size is None or not is_jpeg:
-        if reserve and size is not None:
+        if size is not None:
             reserve(math.prod(size) * image_format.open_bytes)
         image = image_format.open(data)
         size = image.size
@@ -146,7 +146,7 @@ def _decode_jpeg(
     size: tuple[int, int],
     image: Image.Image | None,
     choose: ChooseScale,
-    reserve: Reserve | None,
+    reserve: Reserve,
 ) -> Scaled | None:
     """Decode with simplejpeg; return None if Pillow must decode.
 
@@ -163,11 +163,10 @@ def _decode_jpeg(
     # so such a side must not be flipped.
     while (down < 0 and size[1] % denominator) or (across < 0 and size[0] % denominator):
         denominator //= 2
-    if reserve:
-        turned = _PEAK_BYTES if orientation > 1 else 0
-        per_pixel = _CONVERTED_PEAK_BYTES if to_srgb else _PEAK_BYTES + turned
-        coefficients = _COEFFICIENT_BYTES if is_progressive else 0
-        reserve(math.prod(size) * per_pixel // denominator**2 + math.prod(size) * coefficients)
+    per_pixel = _PEAK_BYTES * 2 if orientation > 1 else _PEAK_BYTES
+    per_pixel = _CONVERTED_PEAK_BYTES if to_srgb else per_pixel
+    coefficients = _COEFFICIENT_BYTES if is_progressive else 0
+    reserve(math.prod(size) * per_pixel // denominator**2 + math.prod(size) * coefficients)
     pixels = decode_jpeg(data, size, "GRAY" if to_srgb and is_gray else "RGB", denominator)
     if pixels is None:
         return None
@@ -177,17 +176,14 @@ def _decode_jpeg(
     return _turn(pixels, orientation), upright, denominator
 
 
-def _decode_by_pillow(
-    image: ImageFile.ImageFile, image_format: Format, reserve: Reserve | None
-) -> Scaled:
+def _decode_by_pillow(image: ImageFile.ImageFile, image_format: Format, reserve: Reserve) -> Scaled:
     if image.mode not in _MODES | _GRAY16_MODES:
         message = f"{image_format.name} of mode {image.mode} is not read: its white is unknown"
         raise Reject("decode", "unsupported_format", message)
-    if reserve:
-        is_plain = image.mode == "RGB" and "icc_profile" not in image.info
-        per_pixel = image_format.open_bytes + image_format.load_bytes
-        per_pixel = per_pixel if is_plain else max(per_pixel, _CONVERTED_PEAK_BYTES)
-        reserve(image.width * image.height * per_pixel)
+    per_pixel = image_format.open_bytes + image_format.load_bytes
+    if image.mode != "RGB" or "icc_profile" in image.info:
+        per_pixel = max(per_pixel, _CONVERTED_PEAK_BYTES)
+    reserve(image.width * image.height * per_pixel)
     image.load()
     orientation = _orientation(image)
     opaque, alpha = _split_alpha(_to_8_bit(image))
