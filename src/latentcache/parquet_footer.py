@@ -1,8 +1,7 @@
-"""Read and check the footer and the page headers of a Parquet file, in bounded time and memory.
+"""Check the footer and the page headers of a Parquet file before pyarrow reads them.
 
 pyarrow aborts the process when it reads a column of a damaged footer, and allocates any size that a
-page header claims. So untrusted files are checked here before pyarrow reads them. The layout is
-`parquet.thrift` of apache/parquet-format, in Thrift's compact protocol.
+page header claims. The layout is `parquet.thrift` of apache/parquet-format (compact protocol).
 """
 
 from __future__ import annotations

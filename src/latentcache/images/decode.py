@@ -51,15 +51,13 @@ def decode_image(
 ) -> NDArray[np.uint8]:
     """Decode an image to sRGB. The content determines the format, not the name.
 
-    The EXIF orientation is applied. An embedded ICC profile is converted to sRGB. Unusable profiles
-    and unreadable EXIF are ignored, as in viewers. CMYK without a profile is converted by
-    complement. Transparency is composited over white. 16-bit gray is scaled by 1/257. For 16-bit
-    colour, Pillow keeps the high byte, which is within one level of that. Only the first frame of
-    an animation and the first page of a document are used.
+    The EXIF orientation and the ICC profile are applied, unless they are unusable. CMYK without a
+    profile is converted by complement. Transparency is composited over white. 16-bit gray is scaled
+    by 1/257. For 16-bit colour, Pillow keeps the high byte, which is within one level of that. Only
+    the first frame of an animation and the first page of a document are used.
 
     Args:
-        data: the whole file.
-        max_pixels: larger images are rejected from their header, before any pixel is decoded.
+        data, max_pixels: the whole file, and the limit above which its header is a reject.
         reserve: called with the bytes that decoding takes, before it takes them; may wait.
 
     Returns:

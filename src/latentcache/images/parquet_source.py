@@ -133,17 +133,17 @@ def _sample_of(
 def _groups(
     file: ParquetFile,
     number: int,
-    image_names: list[str],
+    image_columns: dict[str, bool],
     selection: FieldSelection,
     has_path: bool,
     row: int,
 ) -> Iterator[Group]:
     """Yield the fields of each row of a row group that begins at `row`; a null key is empty."""
     key_names = [selection.key] if selection.key else []
-    columns = list(dict.fromkeys([*image_names, *selection.keep, *key_names]))
+    columns = list(dict.fromkeys([*image_columns, *selection.keep, *key_names]))
     for batch in file.batches(number, columns):
-        images = {name: _plain(batch.column(name)) for name in image_names}
-        paths = [_paths(array) for array in images.values() if _has_path(array.type)]
+        images = {name: _plain(batch.column(name)) for name in image_columns}
+        paths = [_paths(images[name]) for name, has_paths in image_columns.items() if has_paths]
         texts = {
             name: _texts(batch.column(name), selection.caption_index) for name in selection.keep
         }
@@ -168,9 +168,9 @@ def _groups(
         row += batch.num_rows
 
 
-def _are_paths_keys(file: ParquetFile, images: list[str]) -> bool:
+def _are_paths_keys(file: ParquetFile, image_columns: dict[str, bool]) -> bool:
     """Return whether the paths of images can be keys, those of the first column that has paths."""
-    name = next((name for name in images if _has_path(file.schema.field(name).type)), None)
+    name = next((name for name, has_paths in image_columns.items() if has_paths), None)
     if name is None:
         return False
     seen: set[int] = set()
@@ -192,19 +192,26 @@ def _key_of(path: bytes) -> str:
     return posixpath.splitext(path)[0].decode("utf-8", "surrogateescape")
 
 
-def _check_columns(schema: pa.Schema, selection: FieldSelection, url: str) -> list[str]:
-    """Return the image columns of a file that has all other columns, in types that can be read."""
+def _check_columns(schema: pa.Schema, selection: FieldSelection, url: str) -> dict[str, bool]:
+    """Check that a file has the selected columns, in types that can be read.
+
+    Returns:
+        The image columns, and whether they have the paths of images, as in Hugging Face's files.
+    """
     names = [name for name in selection.image if name in schema.names]
     if not names:
         raise SourceError(
             f"{url}: no column holds the image: source.image names {', '.join(selection.image)}, "
             f"the file has {', '.join(schema.names)}: correct source.image"
         )
+    image_columns = {}
     for name in names:
         kind = _type_of(schema, name, url, "image")
+        path = pa.null()
         if pt.is_struct(kind):
-            has_bytes = kind.get_field_index("bytes") >= 0
-            kind = kind.field("bytes").type if has_bytes else pa.int8()
+            path = kind.field("path").type if kind.get_field_index("path") >= 0 else path
+            kind = kind.field("bytes").type if kind.get_field_index("bytes") >= 0 else pa.int8()
+        image_columns[name] = _is_any(path, *_TEXT)
         if not _is_any(kind, *_BINARY, pt.is_null):
             raise SourceError(
                 f"{url}: column {name!r} is {schema.field(name).type} and not an image: images are "
@@ -219,7 +226,7 @@ def _check_columns(schema: pa.Schema, selection: FieldSelection, url: str) -> li
                 f"{url}: column {name!r}, which source.{setting} names, is {kind}: only text, "
                 "numbers, dates and lists of them can be read"
             )
-    return names
+    return image_columns
 
 
 def _type_of(schema: pa.Schema, name: str, url: str, setting: str) -> pa.DataType:
@@ -246,14 +253,6 @@ def _plain(array: pa.Array) -> pa.Array:
     if isinstance(array, pa.ExtensionArray):
         array = array.storage
     return array.dictionary_decode() if pt.is_dictionary(array.type) else array
-
-
-def _has_path(kind: pa.DataType) -> bool:
-    """Return whether a column has structs with the path of an image, as in Hugging Face's files."""
-    if isinstance(kind, pa.BaseExtensionType):
-        kind = kind.storage_type
-    has_field = pt.is_struct(kind) and kind.get_field_index("path") >= 0
-    return has_field and _is_any(kind.field("path").type, *_TEXT)
 
 
 def _paths(images: pa.Array) -> list[bytes | None]:

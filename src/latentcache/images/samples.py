@@ -34,9 +34,8 @@ ReserveSample = Callable[[int], None]
 class SourceShard:
     """The listed source of one unit: canonical absolute URL, size, and ETag or equivalent.
 
-    `range` is `k/n` for the k-th of n parts of a Parquet file, counted from 0. `files` are the
-    files of a folder's slot, relative to the folder and sorted by key; size and version then cover
-    all of them. `identity` is the URL that the dataset records, if it differs (`images/moved.py`).
+    `range` is `k/n` for the k-th of n parts of a Parquet file. `files` are the files of a folder's
+    slot, sorted by key. `identity` is the URL that the dataset records, if it differs.
     """
 
     url: str

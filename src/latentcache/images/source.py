@@ -69,8 +69,7 @@ def list_source(
     """List the shards that a config's `source` section names, sorted by URL. Each becomes a unit.
 
     Args:
-        source: the section of the config.
-        num_units: the number of units for a folder, if the config sets it.
+        source, num_units: the section of the config, and the number of units of a folder if set.
         known: the sources of units that the output has already.
 
     Raises:
@@ -121,8 +120,7 @@ def relist_source(
     """List the current shards of one source; raise `SourceError` if it no longer exists.
 
     Args:
-        source: the URL of a file, or a folder's slot.
-        options: how to reach the store.
+        source, options: the URL of a file or a folder's slot, and how to reach the store.
         moved: the move of the source, if it moved.
     """
     url = moved.location(source)
@@ -260,27 +258,22 @@ def read_shard(
 ) -> Iterator[Sample | RejectedSample]:
     """Stream a shard's samples: a tar in its order, a Parquet file by row, a folder by key.
 
-    All rejects have the stage `read`. Their reasons with a key are: `no_image` (none of the fields
-    in `image`), `duplicate_key` (an earlier sample has the key), `unsafe_key` (an absolute path, a
-    `..`, a control character), `key_not_utf8`, and `oversized_sample` (above `max_sample_bytes`).
-    Bytes that are not allowed in a key are escaped with a backslash. At most one reject has no key:
-    it describes a problem of the whole shard, such as `empty_shard`. The readers of tars, folders
-    and Parquet files document further reasons.
-
     Each image file or member of the shard is a `Sample`, or is counted in the `extra_images` of a
-    sample or in the `num_images` of a reject.
+    sample or in the `num_images` of a reject. Rejects with a key have the reasons `no_image`,
+    `duplicate_key`, `unsafe_key` (an absolute path, a `..`, a control character), `key_not_utf8`,
+    `oversized_sample`, or one that the readers document. At most one reject has no key: a problem
+    of the whole shard, such as `empty_shard`.
 
     Args:
         shard, options: the listed shard, and how to reach the store.
         image, keep, key, max_sample_bytes, caption_index: see `FieldSelection`. Tars and folders
             compare fields without case.
         gather: read a tar whose samples are scattered, or that holds links.
-        on_read: called with the number of bytes of each read: the bytes of the archive for a tar,
-            the bytes of the fields for the other kinds.
+        on_read: called with the bytes of each read of a tar, or of each sample's fields.
         reserve: called before a field is read, with the bytes that its sample then holds.
 
     Raises:
-        NotGrouped: the tar needs `gather`. Like the next two errors, it may be raised after samples
+        NotGrouped: the tar needs `gather`. Like the other errors, it may be raised after samples
             were yielded: discard all of them.
         SourceChanged: the shard is no longer the listed version.
         StorageError: the store cannot be read, or cut the connection.

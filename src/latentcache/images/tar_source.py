@@ -173,18 +173,10 @@ def _gather_samples(request: ReadRequest) -> SampleStream:
     index = _Index(request)
     with _open_pass(request) as tar:
         problem = index.list_members(tar)
-    if problem is not None and problem.reject.reason == "not_grouped":
-        return problem
-    index.resolve_links()
-    index.collect_fields()
-    users = index.users(lambda sample, name: name == sample.image)
-    for samples, data in index.read(users, request.reserve):
-        for sample, name in samples:
-            sample.fields[name] = data
-            yield from index.finish(sample)
-            del index.samples[sample.key]
-    for sample in index.samples.values():  # samples without a readable image
-        yield from index.finish(sample)
+    if problem is None or problem.reject.reason != "not_grouped":
+        index.resolve_links()
+        index.collect_fields()
+        yield from index.stream_samples()
     return problem
 
 
@@ -193,7 +185,7 @@ class _Index:
 
     def __init__(self, request: ReadRequest) -> None:
         self._request, self._selection = request, request.selection
-        self.samples: dict[str, _Sample] = {}
+        self._samples: dict[str, _Sample] = {}
         self._links: list[tuple[_Sample, str, tarfile.TarInfo]] = []
         self._numbers: dict[str, int] = {}  # path -> number of its last member
         self._sizes: dict[int, int] = {}
@@ -219,7 +211,7 @@ class _Index:
                     continue
                 if not (member.isreg() or is_link or selection.is_image(name)):
                     continue
-                sample = self.samples.setdefault(key, _Sample(key))
+                sample = self._samples.setdefault(key, _Sample(key))
                 if name in sample.names:
                     if selection.is_image(name):
                         sample.duplicates.append(member.name)
@@ -237,7 +229,7 @@ class _Index:
             if tar.is_in_member:
                 self._numbers.pop(path, None)
                 if last is not None:
-                    self.samples.pop(last.key)
+                    self._samples.pop(last.key)
                     message += f"; the sample {escaped(last.key)} is lost with it"
                     num_images = sum(map(selection.is_image, last.names)) + len(last.duplicates)
             return RejectedSample(None, Reject("read", end.reason, message), num_images)
@@ -261,7 +253,7 @@ class _Index:
                     break
                 seen.add(path)
                 target = links[path]
-        for sample in self.samples.values():
+        for sample in self._samples.values():
             images = (name for name in self._selection.image if name in sample.names)
             sample.image = next(images, None)
             for name, number in sample.members.items():
@@ -271,7 +263,7 @@ class _Index:
     def collect_fields(self) -> None:
         """Read the kept fields that are not images, as far as they fit into `WINDOW_BYTES`."""
         keep = self._selection.keep
-        users = self.users(lambda sample, name: name in keep and name != sample.image)
+        users = self._users(lambda sample, name: name in keep and name != sample.image)
         num_bytes = 0
         for number in sorted(users):
             if num_bytes + self._sizes[number] <= WINDOW_BYTES:
@@ -281,29 +273,42 @@ class _Index:
                 message = f"the shard is not grouped by key, and its {escaped(name)} does not fit "
                 message += f"beside the {WINDOW_BYTES} bytes of fields that are held: {_REPACK}"
                 sample.refuse(Reject("read", "not_grouped", message))
-        for samples, data in self.read(users):
+        for samples, data in self._read(users, lambda num_bytes: None):
             for sample, name in samples:
                 if not sample.fault:
                     sample.fields[name] = data
 
-    def users(self, is_used: Callable[[_Sample, str], bool]) -> dict[int, list[_Use]]:
+    def stream_samples(self) -> Iterator[Sample | RejectedSample]:
+        """Yield each sample at its image, then those without a readable image."""
+        users = self._users(lambda sample, name: name == sample.image)
+        for samples, data in self._read(users, self._request.reserve):
+            for sample, name in samples:
+                sample.fields[name] = data
+                yield from self._finish(sample)
+                del self._samples[sample.key]
+        for sample in self._samples.values():
+            yield from self._finish(sample)
+
+    def _finish(self, sample: _Sample) -> Iterator[Sample | RejectedSample]:
+        yield sample_of(sample, self._selection)
+        for path in sample.duplicates:
+            message = f"{escaped(path)} is a second image of the sample in the same field"
+            reject = Reject("read", "duplicate_key", message)
+            yield RejectedSample(escaped(sample.key), reject, 1)
+
+    def _users(self, is_used: Callable[[_Sample, str], bool]) -> dict[int, list[_Use]]:
         """Return for each member the samples that read it, with the name of the field."""
         users: dict[int, list[_Use]] = {}
-        for sample in self.samples.values():
+        for sample in self._samples.values():
             for name, number in sample.members.items():
                 if not sample.fault and is_used(sample, name):
                     users.setdefault(number, []).append((sample, name))
         return users
 
-    def read(
-        self, users: dict[int, list[_Use]], reserve: Callable[[int], None] = lambda num_bytes: None
+    def _read(
+        self, users: dict[int, list[_Use]], reserve: Callable[[int], None]
     ) -> Iterator[tuple[list[_Use], bytes]]:
-        """Read the tar, and yield the data of the members in `users`, with their users.
-
-        Args:
-            users: see `users`.
-            reserve: see `images.source.read_shard`.
-        """
+        """Read the tar, and yield the data of the members in `users`, with their users."""
         with _open_pass(self._request) as tar:
             try:
                 for number, member in enumerate(tar):
@@ -312,14 +317,6 @@ class _Index:
                         yield users[number], tar.read_member(member)
             except Reject:
                 return  # the first pass reported it
-
-    def finish(self, sample: _Sample) -> Iterator[Sample | RejectedSample]:
-        """Yield a sample and the rejects of its duplicate images."""
-        yield sample_of(sample, self._selection)
-        for path in sample.duplicates:
-            message = f"{escaped(path)} is a second image of the sample in the same field"
-            reject = Reject("read", "duplicate_key", message)
-            yield RejectedSample(escaped(sample.key), reject, 1)
 
 
 _Use = tuple[_Sample, str]

@@ -1,10 +1,6 @@
 """Fit images to buckets: choose a bucket, resize, crop.
 
-These rules determine which pixels a latent represents. They are part of the dataset's contract, so
-a change to any of them makes every existing cache stale.
-
-The two passes of torch's uint8 kernel for antialiased bicubic resizing are called separately, each
-for the outputs of the crop alone. The result is bit-identical to cropping the whole resized image.
+These rules are part of the dataset's contract: a change to any of them makes every cache stale.
 """
 
 from __future__ import annotations
@@ -34,14 +30,9 @@ _DCT_HEADROOM = 2
 
 @dataclass(frozen=True, slots=True)
 class TransformSpec:
-    """The parameters of the transform; None for a limit accepts all images.
+    """The parameters of the transform; see `config.Transform`. None for a limit accepts all images.
 
-    Attributes:
-        buckets: the sizes to choose from, at least one.
-        min_side_px: images with a shorter side are rejected.
-        max_upscale: images that would be enlarged by a larger factor are rejected.
-        max_pixels: images of more pixels are rejected before they are decoded.
-        dct_scaling: whether large JPEGs are decoded at a fraction of their size (by `load_image`).
+    `dct_scaling` is whether `load_image` decodes large JPEGs at a fraction of their size.
     """
 
     buckets: tuple[Bucket, ...]
@@ -155,8 +146,7 @@ def transform(image: NDArray[np.uint8], spec: TransformSpec) -> Transformed:
     does not fit exactly is rounded to the nearest pixel, half up, so it is never below the bucket.
 
     Args:
-        image: uint8 [height, width, 3], writable.
-        spec: the parameters.
+        image, spec: uint8 [height, width, 3], writable, and the parameters.
 
     Raises:
         Reject: stage `transform`; `too_small`, `upscaled` or `aspect_ratio` (the resized image
@@ -168,7 +158,7 @@ def transform(image: NDArray[np.uint8], spec: TransformSpec) -> Transformed:
 def _fit(
     image: NDArray[np.uint8], width: int, height: int, denominator: int, spec: TransformSpec
 ) -> Transformed:
-    """Resize and crop an image, whose width and height `denominator` has already divided."""
+    """Resize and crop an image that was decoded at 1 / `denominator` of its width and height."""
 
     def reject(reason: str, problem: str) -> Reject:
         return Reject("transform", reason, f"{width}x{height}{problem}")
@@ -204,11 +194,9 @@ def _covering_size(width: int, height: int, bucket: Bucket) -> tuple[int, int]:
 class _Pass:
     """The resize of one side from `length` to `new_length`, and its crop to `num` pixels.
 
-    The kernel begins at an edge of the image, which is also the edge of its first output. It can
-    also begin where the two grids coincide again, at whole pixels of both: at output `first`, which
-    is at pixel `skip`. This does not affect the outputs [start, stop), and neither do the pixels
-    from `end` on. `scale` is in outputs per pixel. The pixels of the image are `denominator` times
-    fewer than `length`, rounded up.
+    The kernel can begin where the grids of pixels and outputs coincide, at whole pixels of both: at
+    output `first`, which is at pixel `skip`. This does not affect the outputs [start, stop), and
+    neither do the pixels from `end` on. `scale` is in outputs per pixel.
     """
 
     def __init__(self, length: int, new_length: int, num: int, denominator: int) -> None:
@@ -227,10 +215,10 @@ class _Pass:
 
 
 def _resize(image: NDArray[np.uint8], rows: _Pass, columns: _Pass) -> NDArray[np.uint8]:
-    """Resize and crop, within 2 levels of Pillow's `BICUBIC` (Keys 1981, a = -0.5).
+    """Resize and crop uint8 [height, width, 3], within 2 levels of Pillow's `BICUBIC`.
 
-    `image` is uint8 [height, width, 3], writable, with contiguous rows or contiguous columns. The
-    result is uint8 [height, width, 3], C-contiguous.
+    The two passes of torch's uint8 kernel (Keys 1981, a = -0.5) are called separately, each for the
+    outputs of the crop alone. The result is bit-identical to cropping the whole resized image.
     """
     pixels, down, across = torch.from_numpy(image), rows, columns
     # Between the passes the pixels are clamped to 0..255, so the order of the passes matters.
