@@ -74,9 +74,11 @@ def strip_png(data: bytes) -> tuple[bytes, bytes | None]:
             break
         is_cut = end > len(data)
         if kind[0] & 0x20 and kind != b"tRNS" and (has_pixels or not is_cut):
-            body = data[start + 8 : end - 4] if length <= _MAX_METADATA_BYTES else b""
+            limit = _MAX_METADATA_BYTES if kind == b"iCCP" else _MAX_INFLATED_BYTES
+            is_used = length <= limit and kind not in _ANIMATION
+            body = data[start + 8 : end - 4] if is_used else b""
             checksum = struct.pack(">I", zlib.crc32(body, zlib.crc32(kind)))
-            is_intact = len(body) == length and data[end - 4 : end] == checksum
+            is_intact = is_used and data[end - 4 : end] == checksum
             if is_intact and _is_harmless(kind, body, other_bytes):
                 other_bytes += length
             else:
@@ -95,7 +97,7 @@ def strip_png(data: bytes) -> tuple[bytes, bytes | None]:
 
 def _is_harmless(kind: bytes, body: bytes, other_bytes: int) -> bool:
     """Return whether Pillow reads an ancillary chunk of PNG without trouble."""
-    if kind in _ANIMATION or not _MIN_BYTES.get(kind, 0) <= len(body) <= _MAX_INFLATED_BYTES:
+    if not _MIN_BYTES.get(kind, 0) <= len(body) <= _MAX_INFLATED_BYTES:
         return False
     keyword, _, text = body.partition(b"\0")
     if kind == b"eXIf":
