@@ -1,8 +1,7 @@
 """Read the size of WebP and JPEG XL files, and drop metadata that keeps Pillow from the pixels.
 
-Ancillary chunks carry metadata. Pillow refuses the whole file if one of them is damaged or large: a
-text of more than 1 MiB, a wrong checksum, a chunk that is too short. Viewers ignore such chunks,
-and so does this module. Critical chunks and PNG's tRNS determine the pixels and are kept.
+Pillow refuses a PNG if an ancillary chunk, which carries metadata, is damaged or large. Viewers
+ignore such chunks. Critical chunks and tRNS determine the pixels and are kept.
 """
 
 from __future__ import annotations
@@ -11,8 +10,8 @@ import struct
 import zlib
 from collections.abc import Iterator
 
-# A file with more chunks is an attack that wastes time. Encoders write IDAT chunks of 8 KiB or
-# more, for which a kibibyte of the file is allowed each.
+# A file with more chunks, and more than one per KiB, is an attack that wastes time. Encoders write
+# IDAT chunks of 8 KiB or more.
 _MAX_CHUNKS = 65_536
 _MAX_BOXES = 1024
 
@@ -37,8 +36,7 @@ _ORIENTATION_TEXTS = (b"exif", b"Raw profile type exif", b"XML:com.adobe.xmp")
 JXL_CONTAINER = b"\0\0\0\x0cJXL \r\n\x87\n"
 JXL_CODESTREAM = b"\xff\x0a"
 
-# The bit lengths of a side that is not small (ISO/IEC 18181-1, SizeHeader), and the ratios of width
-# to height.
+# ISO/IEC 18181-1, SizeHeader: the bit lengths of a side that is not small, and width to height.
 _SIDE_BITS = (9, 13, 18, 30)
 _RATIOS = ((1, 1), (12, 10), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))
 

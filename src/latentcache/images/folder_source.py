@@ -50,8 +50,7 @@ def slots_of(url: str, num_units: int | None, known: Collection[str]) -> int:
     """Return the number of slots of a folder, which never changes for one output.
 
     Args:
-        url: the canonical URL of the folder.
-        num_units: the number in the config, from which the output must not differ.
+        url, num_units: the canonical URL of the folder, and the number that the config sets.
         known: the sources of the output's units.
     """
     matches = (_SLOT.fullmatch(source) for source in known if source.startswith(f"{url}#"))

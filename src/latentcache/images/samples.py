@@ -164,8 +164,7 @@ class Group:
         """Record a field of the sample, and return whether to read it.
 
         Args:
-            name, size_bytes: the field.
-            selection: the fields to read.
+            name, size_bytes, selection: the field, and the fields to read.
         """
         self.names.add(name)
         is_kept = name in selection.keep
@@ -200,8 +199,7 @@ def sample_of(
     """Return a sample with the fields that were read, or a reject with the reason.
 
     Args:
-        group, selection: the fields.
-        seen: the keys of earlier samples of the shard.
+        group, selection, seen: the fields, and the keys of earlier samples of the shard.
     """
     images = [name for name in selection.image if name in group.names]
     extra = [name for name in group.names if selection.is_image(name) and name not in images[:1]]

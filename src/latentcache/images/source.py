@@ -75,7 +75,6 @@ def list_source(
     Raises:
         ConfigError: see `list_shards` and `slots_of`; or `key` is set without a Parquet file.
         SourceError: a shard is missing, a glob matches nothing, or a folder has no image.
-        StorageError: a store cannot be reached or refuses access.
     """
     options, moved = source.storage, moved_of(source)
     if source.folder is not None:
@@ -167,7 +166,6 @@ def list_shards(shards: str | Sequence[str], options: StorageOptions) -> list[So
         ConfigError: a URL is not accepted (see `expand_urls`), a glob is in a folder's name, or the
             extension of a file is not that of a tar or a Parquet file.
         SourceError: a shard is missing, or a glob matches nothing.
-        StorageError: a store cannot be reached or refuses access.
     """
     by_folder: dict[str, list[str]] = {}
     for url in named_urls(shards, options):

@@ -24,10 +24,7 @@ _CHUNK_BYTES = 2**20
 class TarStream:
     """The members of a tar, plain or gzipped. To tarfile it is the file that tarfile reads.
 
-    Args:
-        file: the archive. Its `read` returns no bytes only at the end. Its exceptions are not
-            caught.
-        is_gzip: whether the bytes are a gzipped tar.
+    The `read` of the archive returns no bytes only at the end. Its exceptions are not caught.
 
     Raises:
         Reject: from all methods; `not_a_tar`, `truncated_shard` (the bytes end too soon),

@@ -46,9 +46,8 @@ class TransformSpec:
 class Transformed:
     """An image resized and cropped to its bucket.
 
-    `pixels` is uint8 [3, height_px, width_px], RGB, in channels-last memory format. The offsets are
-    the start of the crop in pixels of the resized image. The sizes are those of the original image
-    after its EXIF orientation. SDXL's micro-conditioning needs both (Podell et al. 2023, 2.2).
+    `pixels` is uint8 [3, height_px, width_px], RGB, channels-last. SDXL's micro-conditioning needs
+    the upright size of the original and the crop's start in the resized image (Podell et al. 2023).
     """
 
     pixels: torch.Tensor
