@@ -57,7 +57,7 @@ def write(num_rows: int, **options: Any) -> bytes:
     use_dictionary=st.booleans(),
     write_page_index=st.booleans(),
 )
-def test_a_footer_says_what_pyarrow_says(num_rows: int, **options: Any):
+def test_footers_equal_pyarrows_metadata(num_rows: int, **options: Any):
     data = write(num_rows, **options)
     footer, expected = parse(data), pq.read_metadata(io.BytesIO(data))
     assert footer.num_rows == expected.num_rows
@@ -98,12 +98,12 @@ def test_a_footer_says_what_pyarrow_says(num_rows: int, **options: Any):
         lambda data: b"PAR1" + data[-8 - footer_size(data[-8:], len(data)) :],  # offsets beyond it
     ],
 )
-def test_a_damaged_footer_is_named(damage: Any):
+def test_a_damaged_footer_raises_damaged_footer(damage: Any):
     with pytest.raises(DamagedFooter):
         parse(damage(write(10)))
 
 
-def test_a_page_header_that_is_cut_asks_for_more():
+def test_a_truncated_page_header_is_none():
     data = write(10)
     start = parse(data).row_groups[0].columns[0].start
     whole = read_page_header(data[start : start + 200])
@@ -111,7 +111,7 @@ def test_a_page_header_that_is_cut_asks_for_more():
     assert read_page_header(data[start : start + whole.header_size - 1]) is None
 
 
-def test_a_dictionary_outside_its_column_is_named():
+def test_a_dictionary_outside_its_column_is_an_error():
     data = write(3, use_dictionary=True)
     footer = data[-8 - footer_size(data[-8:], len(data)) : -8]
     num_named = 0

@@ -17,16 +17,8 @@ from latentcache.errors import first_line
 
 # What Pillow raises for a damaged file.
 _DAMAGED = (
-    ArithmeticError,
-    EOFError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    SyntaxError,
-    TypeError,
-    ValueError,
-    struct.error,
-    zlib.error,
+    *(ArithmeticError, EOFError, LookupError, OSError, RuntimeError, SyntaxError, TypeError),
+    *(ValueError, struct.error, zlib.error),
 )
 
 # The crops that a VAE encodes are much smaller. An image of this size takes 200 MB when decoded.
@@ -56,11 +48,10 @@ def open_png(data: bytes, size: tuple[int, int]) -> Image.Image:
     """
     try:
         image = PngImageFile(BytesIO(data))
-        is_usable = image.size == size and math.prod(size) <= _MAX_PIXELS
-        if not is_usable or image.mode != "RGB":
-            width_px, height_px = image.size
+        if image.size != size or math.prod(size) > _MAX_PIXELS or image.mode != "RGB":
             raise ValueError(
-                f"an image is {image.mode}, {width_px}x{height_px}, not RGB, {size[0]}x{size[1]}"
+                f"an image is {image.mode}, {image.width}x{image.height}, not RGB, "
+                f"{size[0]}x{size[1]}"
             )
         image.load()
     except (*_DAMAGED, Image.DecompressionBombError) as error:
@@ -69,17 +60,10 @@ def open_png(data: bytes, size: tuple[int, int]) -> Image.Image:
 
 
 def read_png(data: bytes, size: tuple[int, int]) -> torch.Tensor:
-    """Read an image that `write_png` wrote; see `open_png`.
+    """Read an image that `write_png` wrote as uint8 [3, H, W].
 
     Args:
-        data: the file.
-        size: the expected (width, height) in pixels.
-
-    Returns:
-        uint8 [3, H, W].
-
-    Raises:
-        ValueError: `data` is not an RGB image of this size as PNG.
+        data, size: see `open_png`, also for the error.
     """
     with open_png(data, size) as image:
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()

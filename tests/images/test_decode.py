@@ -116,7 +116,7 @@ JPEG_OPTIONS: dict[str, dict[str, object]] = {
         if mode == "RGB" or name != "stored as RGB"
     ],
 )
-def test_jpegs_of_every_make_equal_pillows_pixels(name: str, mode: str, size: tuple[int, int]):
+def test_jpegs_of_all_encodings_equal_pillows_pixels(name: str, mode: str, size: tuple[int, int]):
     data = encoded(textured(*size, mode), "JPEG", **JPEG_OPTIONS[name])
     expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
     np.testing.assert_array_equal(decode(data), expected)
@@ -127,7 +127,7 @@ def test_jpegs_of_every_make_equal_pillows_pixels(name: str, mode: str, size: tu
     assert jpeg.read_plain_size(data) == (size if is_plain else None)
 
 
-def test_gray_and_one_bit():
+def test_gray_and_one_bit_images_decode_to_equal_channels():
     gray = np.arange(256, dtype=np.uint8).reshape(16, 16)
     np.testing.assert_array_equal(
         decode(encoded(Image.fromarray(gray), "PNG")), np.stack([gray] * 3, -1)
@@ -137,13 +137,13 @@ def test_gray_and_one_bit():
     np.testing.assert_array_equal(decode(encoded(bits, "PNG"))[..., 1], (gray > 100) * 255)
 
 
-def test_palette():
+def test_a_palette_image_decodes_to_its_colours():
     image = blocks().quantize(16, dither=Image.Dither.NONE)
     assert image.mode == "P"
     np.testing.assert_array_equal(decode(encoded(image, "PNG")), np.asarray(image.convert("RGB")))
 
 
-def test_alpha_is_laid_over_white():
+def test_alpha_is_composited_over_white():
     colour = np.zeros((1, 5, 4), np.uint8)
     colour[..., 0] = 200
     colour[0, :, 3] = [0, 64, 128, 254, 255]
@@ -156,7 +156,7 @@ def test_alpha_is_laid_over_white():
     np.testing.assert_allclose(gray[:, 2], 60 * alpha + 255 * (1 - alpha), atol=1)
 
 
-def test_transparent_colours_without_an_alpha_channel():
+def test_trns_transparency_is_composited_over_white():
     one, two = (200, 10, 20), (30, 40, 50)
     palette = bytes((*one, *two))
     rows = b"\0\x00\x01"
@@ -188,7 +188,7 @@ def test_sixteen_bits_are_scaled_not_truncated():
     assert decode(keyed).shape == (1, 1, 3)
 
 
-def test_cmyk_is_read_as_photoshop_and_pillow_write_it():
+def test_inverted_cmyk_is_decoded():
     image = Image.merge("CMYK", [Image.new("L", (16, 16), ink) for ink in (0, 255, 255, 0)])
     pixels = decode(encoded(image, "JPEG", quality=95))
     assert np.abs(pixels.astype(int) - (255, 0, 0)).max() <= 3
@@ -251,7 +251,7 @@ def test_a_broken_or_foreign_profile_is_ignored(mode: str):
         np.testing.assert_array_equal(decode(encoded(image, "JPEG", icc_profile=profile)), plain)
 
 
-def test_alpha_and_a_profile_together():
+def test_an_image_with_alpha_is_converted_by_its_profile():
     rgba = blocks().convert("RGBA")
     rgba.putalpha(128)
     plain = decode(encoded(rgba, "PNG")).astype(int)
@@ -260,7 +260,7 @@ def test_alpha_and_a_profile_together():
 
 
 @pytest.mark.parametrize("image_format", ["WEBP", "PNG"])
-def test_the_first_frame_of_an_animation_counts(image_format: str):
+def test_the_first_frame_of_an_animation_is_decoded(image_format: str):
     frames = [Image.new("RGB", (24, 16), colour) for colour in ("red", "lime", "blue")]
     data = encoded(
         frames[0],
@@ -292,12 +292,12 @@ def test_the_first_frame_of_an_animation_counts(image_format: str):
         (SAMPLES["webp"][:20] + bytes(len(SAMPLES["webp"]) - 20), "corrupt_image"),
     ],
 )
-def test_what_is_no_image_is_rejected_with_its_reason(data: bytes, reason: str):
+def test_data_that_is_no_image_is_rejected_with_a_reason(data: bytes, reason: str):
     assert reason_of(data) == reason
 
 
 @pytest.mark.parametrize("name", SAMPLES)
-def test_a_cut_anywhere_is_a_reject_unless_every_pixel_is_there(name: str):
+def test_a_truncated_image_is_rejected_unless_all_pixels_are_present(name: str):
     data = SAMPLES[name]
     whole = decode(data)
     for end in range(12, len(data)):
@@ -316,7 +316,7 @@ def test_a_cut_anywhere_is_a_reject_unless_every_pixel_is_there(name: str):
     st.sampled_from(sorted(SAMPLES)),
     st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.binary(min_size=1, max_size=4))),
 )
-def test_damage_never_raises_anything_but_reject(name: str, patches: list[tuple[float, bytes]]):
+def test_damaged_images_raise_only_reject(name: str, patches: list[tuple[float, bytes]]):
     data = bytearray(SAMPLES[name])
     for where, patch in patches:
         start = int(where**2 * len(data))  # more often in the headers
@@ -335,7 +335,7 @@ def test_damage_never_raises_anything_but_reject(name: str, patches: list[tuple[
     st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=6),
     st.floats(0.2, 3),
 )
-def test_of_damaged_jpegs_the_outcome_is_pillows(
+def test_damaged_jpegs_decode_as_in_pillow(
     name: str, patches: list[tuple[float, int]], power: float
 ):
     data = bytearray(SAMPLES[name])
@@ -353,7 +353,7 @@ def test_of_damaged_jpegs_the_outcome_is_pillows(
         np.testing.assert_array_equal(decode(bytes(data)), expected)
 
 
-def test_a_decompression_bomb_is_refused_from_its_header():
+def test_a_decompression_bomb_is_rejected_by_its_header():
     jpeg_bomb = bytearray(SAMPLES["baseline"])
     frame = jpeg_bomb.index(b"\xff\xc0")
     jpeg_bomb[frame + 5 : frame + 9] = struct.pack(">HH", 65_500, 65_500)
@@ -371,12 +371,12 @@ def test_the_pixel_limit_is_inclusive():
     assert reason_of(SAMPLES["png"], max_pixels=48 * 32 - 1) == "too_many_pixels"
 
 
-def test_pillows_own_pixel_limit_does_not_show():
+def test_pillows_own_pixel_limit_does_not_apply():
     """It warns above 89 million pixels, which is an error in these tests."""
     assert reason_of(png(8, 2, (12_000, 8_000), b""), max_pixels=95_999_999) == "too_many_pixels"
 
 
-def test_pillow_stays_silent_about_broken_exif():
+def test_broken_exif_prints_no_warning():
     broken_exif = b"Exif\0\0II*\0\x08\0\0\0\x02\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\x1a\x01\x05\0"
     data = encoded(blocks(), "JPEG", exif=broken_exif)
     with pytest.warns(UserWarning, match="EXIF"):

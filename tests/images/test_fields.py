@@ -51,7 +51,7 @@ def test_text_is_decoded_and_fallbacks_are_counted(
         "utf-32".encode("utf-32"),
     ],
 )
-def test_what_is_no_text_is_a_reject(columns: Columns, data: bytes):
+def test_undecodable_text_is_a_reject(columns: Columns, data: bytes):
     with pytest.raises(Reject, match="field 'json'") as caught:
         read_columns({"json": data}, columns)
     assert (caught.value.stage, caught.value.reason) == ("read", "bad_field")
@@ -70,7 +70,7 @@ def test_what_is_no_text_is_a_reject(columns: Columns, data: bytes):
         (b"0" * 5000 + b"1", 1),
     ],
 )
-def test_a_class_is_an_int64(columns: Columns, data: bytes, number: int):
+def test_cls_is_parsed_as_int64(columns: Columns, data: bytes, number: int):
     assert read_columns({"cls": data}, columns)["cls"] == number
 
 
@@ -82,7 +82,7 @@ def test_a_class_is_an_int64(columns: Columns, data: bytes, number: int):
         "٣".encode(),
     ],
 )
-def test_a_class_that_is_no_int64_is_a_reject(columns: Columns, data: bytes):
+def test_cls_that_is_no_int64_is_a_reject(columns: Columns, data: bytes):
     with pytest.raises(Reject, match=r"field 'cls': .* is not an integer of 64 bits") as caught:
         read_columns({"cls": data}, columns)
     assert (caught.value.stage, caught.value.reason) == ("read", "bad_field")

@@ -19,9 +19,9 @@ from latentcache.images.source import (
     RejectedSample,
     Sample,
     SourceShard,
-    list_again,
     list_source,
     read_shard,
+    relist_source,
 )
 from latentcache.storage import ObjectInfo, Store
 from latentcache.storage_options import StorageOptions
@@ -122,9 +122,9 @@ def test_every_image_file_is_a_row_or_a_reject(
         with pytest.raises(SourceError, match="holds no image files"):
             listed(folder, num_units)
         return
-    found = read_all(listed(folder, num_units))
-    assert sum(sample.num_images for sample in found) == len(images)
-    rows = [sample for sample in found if isinstance(sample, Sample)]
+    results = read_all(listed(folder, num_units))
+    assert sum(sample.num_images for sample in results) == len(images)
+    rows = [sample for sample in results if isinstance(sample, Sample)]
     assert not any(sample.extra_images for sample in rows)
     assert len({sample.key for sample in rows}) == len(rows)
     for sample in rows:
@@ -135,7 +135,7 @@ def test_every_image_file_is_a_row_or_a_reject(
     assert {sample.key for sample in rows} == stems
 
 
-def test_hidden_files_and_folders_are_passed_over(tmp_path: Path):
+def test_hidden_files_and_folders_are_skipped(tmp_path: Path):
     fill(tmp_path, {"a.jpg": b"a", ".b.jpg": b"b", ".git/c.jpg": b"c", "d/.e/f.jpg": b"f"})
     assert [sample.key for sample in read_all(listed(tmp_path))] == ["a"]
 
@@ -145,16 +145,16 @@ def test_links_to_files_are_followed_and_links_to_folders_are_not(tmp_path: Path
     (tmp_path / "images" / "linked.jpg").symlink_to(tmp_path / "elsewhere" / "b.jpg")
     (tmp_path / "images" / "again").symlink_to(tmp_path / "images")
     (tmp_path / "images" / "broken.jpg").symlink_to(tmp_path / "nowhere")
-    found = by_key(read_all(listed(tmp_path / "images")))
+    results = by_key(read_all(listed(tmp_path / "images")))
     broken = ("broken", "broken.jpg is a link to a file that does not exist")
-    assert found == [Sample("a", b"a", {}), broken, Sample("linked", b"b", {})]
+    assert results == [Sample("a", b"a", {}), broken, Sample("linked", b"b", {})]
 
 
 def test_a_name_that_is_not_utf8_is_a_reject(tmp_path: Path):
     (tmp_path / os.fsdecode(b"caf\xe9.jpg")).write_bytes(b"x")
-    (found,) = read_all(listed(tmp_path))
-    assert isinstance(found, RejectedSample)
-    assert (found.key, found.reject.reason) == ("caf\\xe9", "key_not_utf8")
+    (results,) = read_all(listed(tmp_path))
+    assert isinstance(results, RejectedSample)
+    assert (results.key, results.reject.reason) == ("caf\\xe9", "key_not_utf8")
 
 
 def changed(before: Sequence[SourceShard], after: Sequence[SourceShard]) -> list[str]:
@@ -162,7 +162,7 @@ def changed(before: Sequence[SourceShard], after: Sequence[SourceShard]) -> list
     return [shard.url for shard in after if versions.get(shard.url) != shard.version]
 
 
-def test_a_file_touches_one_unit_whether_new_replaced_or_deleted(tmp_path: Path):
+def test_a_new_replaced_or_deleted_file_changes_one_unit(tmp_path: Path):
     fill(tmp_path, {f"{index:03d}.jpg": b"x" for index in range(100)})
     first = listed(tmp_path, 8)
     assert len(first) == 8
@@ -183,7 +183,7 @@ def test_a_file_touches_one_unit_whether_new_replaced_or_deleted(tmp_path: Path)
     assert len(read_all(fifth)) == 100
 
 
-def test_the_number_of_units_stays_what_it_was(tmp_path: Path):
+def test_the_number_of_units_of_an_output_never_changes(tmp_path: Path):
     fill(tmp_path, {f"{index:03d}.jpg": b"x" for index in range(300)})
     url = Store(str(tmp_path)).url
     tree = config_tree(tmp_path)
@@ -197,7 +197,7 @@ def test_the_number_of_units_stays_what_it_was(tmp_path: Path):
         list_source(source, 8, known)
 
 
-def test_a_folder_without_images_is_told(tmp_path: Path):
+def test_a_folder_without_images_is_an_error(tmp_path: Path):
     for folder in (tmp_path, tmp_path / "none"):
         with pytest.raises(SourceError, match="holds no image files"):
             listed(folder)
@@ -208,26 +208,26 @@ def test_a_folder_without_images_is_told(tmp_path: Path):
         listed(tmp_path)
 
 
-def test_a_file_replaced_or_deleted_after_the_listing_has_changed(tmp_path: Path):
+def test_a_file_replaced_or_deleted_after_the_listing_raises_source_changed(tmp_path: Path):
     fill(tmp_path, {f"{index}.jpg": b"x" for index in range(9)})
     (shard,) = listed(tmp_path, 1)
     (tmp_path / "7.jpg").write_bytes(b"y")  # of the same size
     with pytest.raises(SourceChanged, match=r"7\.jpg changed"):
         read(shard)
-    (again,) = list_again(shard.url, OPTIONS)
+    (again,) = relist_source(shard.url, OPTIONS)
     assert again.version != shard.version
     assert len(read(again)) == 9
     (tmp_path / "5.jpg").unlink()
     with pytest.raises(SourceChanged, match=r"5\.jpg was deleted"):
         read(again)
-    assert len(read(*list_again(shard.url, OPTIONS))) == 8
+    assert len(read(*relist_source(shard.url, OPTIONS))) == 8
     for path in tmp_path.iterdir():
         path.unlink()
     with pytest.raises(SourceError, match="holds no image files"):
-        list_again(shard.url, OPTIONS)
+        relist_source(shard.url, OPTIONS)
 
 
-def test_a_slot_that_lost_its_files_is_told(tmp_path: Path):
+def test_relisting_a_slot_without_files_is_an_error(tmp_path: Path):
     fill(tmp_path, {f"{index}.jpg": b"x" for index in range(4)})
     shards = listed(tmp_path, 64)
     assert len(shards) > 1
@@ -235,7 +235,7 @@ def test_a_slot_that_lost_its_files_is_told(tmp_path: Path):
         (tmp_path / file.path).unlink()
     assert listed(tmp_path, 64) == shards[1:], "a slot without files is not listed"
     with pytest.raises(SourceError, match="no longer has files"):
-        list_again(shards[0].url, OPTIONS)
+        relist_source(shards[0].url, OPTIONS)
 
 
 @pytest.mark.parametrize("fault", ["breaks", "is cut"])
@@ -261,12 +261,12 @@ def test_a_failing_connection_is_a_storage_error(
     assert fired == ["6.jpg"]
 
 
-def test_files_come_in_order_though_fetched_at_once_and_few_are_held(
+def test_files_are_fetched_in_parallel_in_order_and_within_the_byte_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     fill(tmp_path, {f"{index:03d}.jpg": bytes([index]) * 1000 for index in range(90)})
     (shard,) = listed(tmp_path, 1)
-    monkeypatch.setattr(folder_module, "_BYTES_AHEAD", 12_000)
+    monkeypatch.setattr(folder_module, "_MAX_BYTES", 12_000)
     read_bytes = Store.read_bytes
     lock, together = threading.Lock(), threading.Barrier(4)
     began: list[str] = []
@@ -287,7 +287,7 @@ def test_files_come_in_order_though_fetched_at_once_and_few_are_held(
     assert sorted(began) == [f"{index:03d}.jpg" for index in range(90)]
 
 
-def test_reading_stops_early(tmp_path: Path):
+def test_closing_the_reader_early_ends_its_threads(tmp_path: Path):
     fill(tmp_path, {f"{index}.jpg": b"x" for index in range(50)})
     (shard,) = listed(tmp_path, 1)
     before = threading.active_count()
@@ -297,7 +297,7 @@ def test_reading_stops_early(tmp_path: Path):
     assert threading.active_count() == before
 
 
-def test_only_fields_that_are_wanted_are_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_only_selected_fields_are_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     fill(tmp_path, {"a.jpg": bytes(100), "a.npy": bytes(500), "b.jpg": bytes(101)})
     read_bytes = Store.read_bytes
     fetched: list[str] = []
@@ -309,14 +309,14 @@ def test_only_fields_that_are_wanted_are_fetched(tmp_path: Path, monkeypatch: py
     reading = read_shard(
         shard, image=IMAGE, keep=KEEP, options=OPTIONS, max_sample_bytes=100, on_read=counts.append
     )
-    found = list(reading)
-    assert found[0] == Sample("a", bytes(100), {})
-    assert isinstance(found[1], RejectedSample)
-    assert found[1].reject.reason == "oversized_sample"
+    results = list(reading)
+    assert results[0] == Sample("a", bytes(100), {})
+    assert isinstance(results[1], RejectedSample)
+    assert results[1].reject.reason == "oversized_sample"
     assert (fetched, counts) == (["a.jpg"], [100])
 
 
-def test_a_folder_on_another_kind_of_store(memory_store: None):
+def test_a_folder_in_a_memory_store_is_read(memory_store: None):
     memory = fsspec.filesystem("memory")
     for name in ("a.jpg", "deep/er/b.jpg", "deep/er/b.txt", ".hidden/c.jpg"):
         memory.pipe_file(f"/photos/{name}", name.encode())
@@ -331,7 +331,7 @@ def test_a_folder_on_another_kind_of_store(memory_store: None):
     memory.rm("/photos", recursive=True)
 
 
-def test_a_walk_finds_what_lies_at_any_depth(tmp_path: Path):
+def test_walk_lists_files_at_any_depth(tmp_path: Path):
     fill(tmp_path, {"a": b"1", "b/c": b"22", "b/d/e": b"333", "other/f": b"4"})
     store = Store(str(tmp_path))
 

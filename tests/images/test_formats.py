@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageCms, ImageOps
 
 from latentcache.errors import Reject
-from latentcache.images import jxl
+from latentcache.images import containers
 from latentcache.images.decode import decode_image
 
 pytest.importorskip("pillow_jxl")
@@ -87,19 +87,19 @@ def test_the_orientation_is_applied(image_format: str, orientation: int):
     np.testing.assert_array_equal(pixels, shown(data))
 
 
-def test_of_jpeg_xl_exif_does_not_turn_what_the_codestream_has_turned():
+def test_the_orientation_of_jpeg_xl_is_applied_once():
     exif = Image.Exif()
     exif[0x0112] = 6
     data = encoded(picture(), "JXL", exif=exif.tobytes())
     assert decode(data).shape == (HEIGHT, WIDTH, 3)
 
 
-def test_a_jpeg_inside_of_jpeg_xl_keeps_its_pixels(tmp_path):
+def test_a_jpeg_recompressed_as_jpeg_xl_keeps_its_pixels(tmp_path):
     (tmp_path / "a.jpg").write_bytes(encoded(picture(), "JPEG"))
     with Image.open(tmp_path / "a.jpg") as image:
         data = encoded(image, "JXL", lossless_jpeg=True)
-    assert data.startswith(jxl.CONTAINER)
-    assert jxl.read_jxl_size(data) == (WIDTH, HEIGHT)
+    assert data.startswith(containers.JXL_CONTAINER)
+    assert containers.read_jxl_size(data) == (WIDTH, HEIGHT)
     np.testing.assert_array_equal(decode(data), decode((tmp_path / "a.jpg").read_bytes()))
 
 
@@ -145,7 +145,7 @@ def test_twelve_bits_of_tiff_are_scaled():
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.int32, np.uint32])
-def test_samples_whose_white_is_unknown_are_a_reject(dtype: type):
+def test_float_and_32_bit_images_are_rejects(dtype: type):
     buffer = io.BytesIO()
     tifffile.imwrite(buffer, np.ones((8, 8), dtype))
     reject = reject_of(buffer.getvalue())
@@ -153,7 +153,7 @@ def test_samples_whose_white_is_unknown_are_a_reject(dtype: type):
 
 
 @pytest.mark.parametrize("image_format", ["AVIF", "GIF", "TIFF", "HEIF"])
-def test_the_first_frame_or_page_counts(image_format: str):
+def test_the_first_frame_or_page_is_decoded(image_format: str):
     frames = [Image.new("RGB", (24, 16), colour) for colour in ("red", "lime", "blue")]
     data = encoded(frames[0], image_format, save_all=True, append_images=frames[1:])
     assert np.abs(decode(data) - (255, 0, 0)).max() <= 3
@@ -170,11 +170,11 @@ def test_the_pixel_limit_is_read_from_the_header(image_format: str):
     "size", [(8, 8), (256, 256), (600, 400), (1000, 37), (3, 700), (1920, 1080)]
 )
 def test_the_size_of_jpeg_xl_is_known_before_it_is_decoded(size: tuple[int, int]):
-    assert jxl.read_jxl_size(encoded(Image.new("L", size), "JXL", effort=1)) == size
+    assert containers.read_jxl_size(encoded(Image.new("L", size), "JXL", effort=1)) == size
 
 
 @pytest.mark.parametrize("image_format", FORMATS)
-def test_a_cut_is_a_reject(image_format: str):
+def test_a_truncated_file_is_a_reject(image_format: str):
     data = encoded(picture(), image_format)
     reasons = {reject_of(data[: len(data) * part // 8]).reason for part in range(1, 7)}
     expected = (

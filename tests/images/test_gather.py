@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from latentcache.images import gather as gather_module
+from latentcache.images import tar_source as tar_module
 from latentcache.images.source import (
     NotGrouped,
     RejectedSample,
@@ -32,8 +32,8 @@ def read(path: Path) -> tuple[list[Sample | RejectedSample], bool]:
         options = StorageOptions()
         return list(read_shard(shard, image=IMAGE, keep=KEEP, options=options)), False
     except NotGrouped:
-        found = list(read_shard(shard, image=IMAGE, keep=KEEP, options=options, gather=True))
-        return found, True
+        results = list(read_shard(shard, image=IMAGE, keep=KEEP, options=options, gather=True))
+        return results, True
 
 
 def write(path: Path, members: list[tuple[str, bytes | str]], kind: str = "w") -> Path:
@@ -50,20 +50,22 @@ def write(path: Path, members: list[tuple[str, bytes | str]], kind: str = "w") -
     return path
 
 
-def reasons(found: list[Sample | RejectedSample]) -> list[tuple[str | None, str]]:
-    return [(s.key, "ok" if isinstance(s, Sample) else s.reject.reason) for s in found]
+def reasons(results: list[Sample | RejectedSample]) -> list[tuple[str | None, str]]:
+    return [(s.key, "ok" if isinstance(s, Sample) else s.reject.reason) for s in results]
 
 
 @pytest.mark.parametrize("kind", ["w", "w:gz"])
-def test_captions_that_come_after_all_images_are_joined(tmp_path: Path, kind: str):
+def test_captions_after_all_images_are_joined_to_their_images(tmp_path: Path, kind: str):
     members = [(f"{i}.jpg", b"image %d" % i) for i in range(50)]
     members += [(f"{i}.txt", b"caption %d" % i) for i in reversed(range(50))]
-    found, gathered = read(write(tmp_path / "x.tar", members, kind))
+    results, gathered = read(write(tmp_path / "x.tar", members, kind))
     assert gathered
-    assert found == [Sample(f"{i}", b"image %d" % i, {"txt": b"caption %d" % i}) for i in range(50)]
+    assert results == [
+        Sample(f"{i}", b"image %d" % i, {"txt": b"caption %d" % i}) for i in range(50)
+    ]
 
 
-def test_links_as_gnu_tar_writes_them_are_followed(tmp_path: Path):
+def test_hard_and_symbolic_links_are_followed(tmp_path: Path):
     folder = tmp_path / "d"
     folder.mkdir()
     (folder / "a.jpg").write_bytes(b"image")
@@ -77,9 +79,9 @@ def test_links_as_gnu_tar_writes_them_are_followed(tmp_path: Path):
     (folder / "c.txt").symlink_to("g.txt")
     command = ["tar", "--sort=name", "-cf", str(tmp_path / "x.tar"), "d"]
     subprocess.run(command, cwd=tmp_path, check=True)
-    found, gathered = read(tmp_path / "x.tar")
+    results, gathered = read(tmp_path / "x.tar")
     assert gathered
-    assert sorted(reasons(found)) == [
+    assert sorted(reasons(results)) == [
         ("d/a", "ok"),
         ("d/b", "ok"),
         ("d/c", "ok"),
@@ -88,10 +90,10 @@ def test_links_as_gnu_tar_writes_them_are_followed(tmp_path: Path):
         ("d/g", "no_image"),
         ("d/sub/d", "ok"),
     ]
-    rows = {sample.key: sample for sample in found if isinstance(sample, Sample)}
+    rows = {sample.key: sample for sample in results if isinstance(sample, Sample)}
     assert {sample.image for sample in rows.values()} == {b"image"}
     assert rows["d/c"].fields == {"txt": b"caption"}
-    assert sum(sample.num_images for sample in found) == 6
+    assert sum(sample.num_images for sample in results) == 6
 
 
 def test_a_sparse_member_is_a_reject_and_is_not_read(tmp_path: Path):
@@ -106,42 +108,44 @@ def test_a_sparse_member_is_a_reject_and_is_not_read(tmp_path: Path):
         command = ["tar", "-S", *form, "-cf", "x.tar", "a.jpg", "b.jpg"]
         subprocess.run(command, cwd=tmp_path, check=True)
         assert (tmp_path / "x.tar").stat().st_size < 2**20
-        found, _ = read(tmp_path / "x.tar")
-        assert reasons(found) == [("a", "sparse_member"), ("b", "ok")], version
+        results, _ = read(tmp_path / "x.tar")
+        assert reasons(results) == [("a", "sparse_member"), ("b", "ok")], version
 
 
-def test_a_field_that_does_not_fit_the_window_costs_its_sample_with_a_reason(
+def test_a_sample_whose_fields_exceed_the_gather_window_is_a_reject(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(gather_module, "WINDOW_BYTES", 1000)
+    monkeypatch.setattr(tar_module, "WINDOW_BYTES", 1000)
     members: list[tuple[str, bytes | str]] = [(f"{i}.jpg", b"image") for i in range(3)]
     members += [("0.txt", bytes(900)), ("1.txt", bytes(200)), ("2.txt", bytes(50))]
-    found, _ = read(write(tmp_path / "x.tar", members))
-    assert sorted(reasons(found)) == [("0", "ok"), ("1", "not_grouped"), ("2", "ok")]
-    (reject,) = [s for s in found if isinstance(s, RejectedSample)]
+    results, _ = read(write(tmp_path / "x.tar", members))
+    assert sorted(reasons(results)) == [("0", "ok"), ("1", "not_grouped"), ("2", "ok")]
+    (reject,) = [s for s in results if isinstance(s, RejectedSample)]
     assert "not grouped by key" in reject.reject.message
 
 
-def test_too_many_members_to_list_are_one_reject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(gather_module, "MAX_MEMBERS", 5)
+def test_a_scattered_tar_with_too_many_members_is_one_reject(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(tar_module, "MAX_MEMBERS", 5)
     members = [(f"{i}.jpg", b"image") for i in range(3)] + [(f"{i}.txt", b"c") for i in range(3)]
-    found, _ = read(write(tmp_path / "x.tar", members))
-    assert reasons(found) == [(None, "not_grouped")]
+    results, _ = read(write(tmp_path / "x.tar", members))
+    assert reasons(results) == [(None, "not_grouped")]
 
 
-def test_a_cut_tar_loses_only_what_was_cut(tmp_path: Path):
+def test_a_truncated_scattered_tar_loses_only_the_cut_sample(tmp_path: Path):
     members = [(f"{i}.jpg", bytes([i]) * 600) for i in range(4)]
     members += [(f"{i}.txt", bytes([65 + i]) * 600) for i in range(4)]
     path = write(tmp_path / "x.tar", members)
     path.write_bytes(path.read_bytes()[: 4 * 1536 + 2 * 1536 + 512 + 100])  # within 2.txt
-    found, _ = read(path)
-    assert sorted(reasons(found), key=str) == [
+    results, _ = read(path)
+    assert sorted(reasons(results), key=str) == [
         ("0", "ok"),
         ("1", "ok"),
         ("3", "ok"),
         (None, "truncated_shard"),
     ]
-    assert sum(sample.num_images for sample in found) == 4
+    assert sum(sample.num_images for sample in results) == 4
 
 
 @pytest.mark.parametrize(
@@ -152,9 +156,9 @@ def test_a_cut_tar_loses_only_what_was_cut(tmp_path: Path):
         ["a.jpg", "b.jpg", "a.jpg", "a.txt"],
     ],
 )
-def test_a_field_that_comes_late_is_seen_wherever_it_lies(tmp_path: Path, names: list[str]):
-    found, _ = read(write(tmp_path / "x.tar", [(name, name.encode()) for name in names]))
-    (row,) = [s for s in found if isinstance(s, Sample) and s.key == "a"]
+def test_a_late_field_of_an_earlier_sample_is_read(tmp_path: Path, names: list[str]):
+    results, _ = read(write(tmp_path / "x.tar", [(name, name.encode()) for name in names]))
+    (row,) = [s for s in results if isinstance(s, Sample) and s.key == "a"]
     assert row.image == b"a.jpg"
     assert row.fields == ({"txt": b"a.txt"} if "a.txt" in names else {})
 
@@ -170,7 +174,7 @@ members = st.lists(st.tuples(st.sampled_from("abcdef"), fields), min_size=1, max
     links=st.booleans(),
     kind=st.sampled_from(["w", "w:gz"]),
 )
-def test_any_order_gives_what_a_reader_of_the_whole_archive_would_give(
+def test_any_order_of_members_gives_the_same_samples(
     tmp_path_factory: pytest.TempPathFactory,
     members: list[tuple[str, str]],
     seed: int,
@@ -191,10 +195,10 @@ def test_any_order_gives_what_a_reader_of_the_whole_archive_would_give(
         key, _, ending = name.partition(".")
         content = contents[data] if isinstance(data, str) else data
         expected.setdefault(key, {}).setdefault(ending.lower(), content)
-    found, _ = read(path)
+    results, _ = read(path)
     num_images = sum(name.lower().endswith(("jpg", "png")) for name in names)
-    assert sum(sample.num_images for sample in found) == num_images
-    rows = {sample.key: sample for sample in found if isinstance(sample, Sample)}
+    assert sum(sample.num_images for sample in results) == num_images
+    rows = {sample.key: sample for sample in results if isinstance(sample, Sample)}
     for key, has in expected.items():
         image = has.get("jpg", has.get("png"))
         if image is None:

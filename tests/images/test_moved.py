@@ -45,7 +45,7 @@ def write(folder: Path, name: str, *, as_tar: bool) -> None:
 
 
 @pytest.mark.parametrize("as_tar", [True, False], ids=["shards", "folder"])
-def test_a_renamed_folder_is_told_and_known_again(
+def test_plan_reports_a_renamed_folder_and_moved_from_keeps_its_rows(
     tmp_path: Path, as_tar: bool, capfd: pytest.CaptureFixture[str]
 ):
     old, new = tmp_path / "old", tmp_path / "deep" / "new"
@@ -86,7 +86,9 @@ def test_a_renamed_folder_is_told_and_known_again(
     assert keys(open_dataset(str(tmp_path / "out"))) == ["a", "b", "c"]
 
 
-def test_a_run_warns_of_sources_that_it_doubles(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+def test_run_warns_about_sources_that_the_output_has_under_another_url(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
     write(tmp_path / "old", "a", as_tar=True)
     run(parse_config(tree_of(tmp_path, shards=f"{tmp_path}/old/*.tar")), quiet=True)
     (tmp_path / "link").symlink_to("old")
@@ -97,7 +99,7 @@ def test_a_run_warns_of_sources_that_it_doubles(tmp_path: Path, capfd: pytest.Ca
     assert f"source.moved_from: file://{tmp_path}/old" in said
 
 
-def test_a_moved_shard_that_changed_takes_the_place_of_its_rows(tmp_path: Path):
+def test_a_moved_shard_that_changed_replaces_its_rows(tmp_path: Path):
     write(tmp_path / "old", "a", as_tar=True)
     run(parse_config(tree_of(tmp_path, shards=f"{tmp_path}/old/*.tar")), quiet=True)
     write_tar(tmp_path / "new" / "a.tar", [("x.png", png(64, 64)), ("y.png", png(64, 64))])
@@ -108,14 +110,14 @@ def test_a_moved_shard_that_changed_takes_the_place_of_its_rows(tmp_path: Path):
     assert keys(open_dataset(str(tmp_path / "out"))) == ["x", "y"]
 
 
-def test_a_shard_that_is_new_is_not_taken_for_a_moved_one(tmp_path: Path):
+def test_a_new_shard_with_a_known_name_is_not_reported_as_moved(tmp_path: Path):
     write(tmp_path / "old", "a", as_tar=True)
     run(parse_config(tree_of(tmp_path, shards=f"{tmp_path}/old/*.tar")), quiet=True)
     write_tar(tmp_path / "new" / "a.tar", [("x.png", png(64, 64)), ("y.png", png(64, 64))])
     assert make_plan(parse_config(tree_of(tmp_path, shards=f"{tmp_path}/new/*.tar"))).twice is None
 
 
-def test_a_bucket_that_was_copied_is_known_by_its_etags(tmp_path: Path, moto: S3Server):
+def test_a_copied_bucket_is_recognized_by_etags(tmp_path: Path, moto: S3Server):
     write(tmp_path / "src", "a", as_tar=True)
     data = (tmp_path / "src" / "a.tar").read_bytes()
     old = moto.make_bucket("moved-old", {"x/a.tar": data})
@@ -135,7 +137,7 @@ def test_a_bucket_that_was_copied_is_known_by_its_etags(tmp_path: Path, moto: S3
     assert run(parse_config(moved), quiet=True).num_committed == 1
 
 
-def test_qa_reads_a_moved_source_where_it_lies_now(tmp_path: Path):
+def test_qa_reads_a_moved_source_at_its_new_url(tmp_path: Path):
     write(tmp_path / "old", "a", as_tar=True)
     run(parse_config(tree_of(tmp_path, shards=f"{tmp_path}/old/*.tar")), quiet=True)
     (tmp_path / "old").rename(tmp_path / "new")
@@ -146,5 +148,5 @@ def test_qa_reads_a_moved_source_where_it_lies_now(tmp_path: Path):
     (record,) = dataset.units
     result = qa_module.QaResult("demo", QaFiles(dataset.store, ()))
     crops = qa_module._fetch(dataset, record, selection, result)
-    assert [key for found in crops.values() for key in found] == ["a"]
+    assert [key for results in crops.values() for key in results] == ["a"]
     assert not result.breaches

@@ -16,7 +16,7 @@ from PIL import Image, ImageCms, ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 
 from latentcache.errors import Reject
-from latentcache.images import formats, png, webp
+from latentcache.images import containers, formats
 from latentcache.images.decode import decode_image
 
 Chunk = tuple[bytes, bytes]
@@ -96,7 +96,7 @@ ODD_CHUNKS: dict[str, list[Chunk]] = {
 
 @pytest.mark.parametrize("name", ODD_CHUNKS)
 @pytest.mark.parametrize("where", ["before the pixels", "after the pixels"])
-def test_an_odd_ancillary_chunk_of_png_costs_no_pixel(name: str, where: str):
+def test_a_png_with_a_damaged_or_large_ancillary_chunk_is_decoded(name: str, where: str):
     odd = ODD_CHUNKS[name]
     before, after = (odd, []) if where == "before the pixels" else ([], odd)
     data = as_png(HEADER, *before, PIXELS, *after, END)
@@ -104,12 +104,12 @@ def test_an_odd_ancillary_chunk_of_png_costs_no_pixel(name: str, where: str):
 
 
 @pytest.mark.parametrize("kind", [b"tEXt", b"iCCP", b"eXIf", b"gAMA", b"prVt", b"acTL"])
-def test_a_wrong_checksum_of_metadata_costs_no_pixel_and_none_of_pixels_is_forgiven(kind: bytes):
-    for place in (1, 2):
+def test_a_png_checksum_may_be_wrong_in_metadata_only(kind: bytes):
+    for index in (1, 2):
         parts = [chunk(*HEADER), chunk(*PIXELS), chunk(*END)]
         bad = bytearray(chunk(kind, b"Comment\0\0and something"))
         bad[-1] ^= 1
-        parts.insert(place, bytes(bad))
+        parts.insert(index, bytes(bad))
         pixels = decode(PLAIN_PNG[:8] + b"".join(parts))
         np.testing.assert_array_equal(pixels, np.asarray(picture()))
     damaged = bytearray(PLAIN_PNG)
@@ -121,12 +121,12 @@ def test_a_plain_png_is_not_copied():
     info = [(b"gAMA", b"\0\0\xb1\x8f"), (b"pHYs", bytes(9)), (b"tEXt", b"Software\0x")]
     profile = (b"iCCP", b"p\0\0" + zlib.compress(SRGB))
     data = as_png(HEADER, *info, profile, (b"eXIf", ORIENTED), PIXELS, (b"tEXt", b"Date\0y"), END)
-    stripped, found = png.strip_chunks(data)
+    stripped, profile = containers.strip_png(data)
     assert stripped is data
-    assert found is None
+    assert profile is None
 
 
-def test_orientation_and_profile_of_png_survive_the_chunks_beside_them():
+def test_png_orientation_and_profile_are_kept_beside_dropped_chunks():
     plain = decode(PLAIN_PNG).astype(int)
     odd = (b"tEXt", b"parameters\0" + BIG)
     profile = (b"iCCP", b"p\0\0" + zlib.compress(SWAPPED))
@@ -141,7 +141,7 @@ def test_orientation_and_profile_of_png_survive_the_chunks_beside_them():
 
 
 @pytest.mark.parametrize("padding", [2**20, 3 * 2**20, 64 * 2**20])
-def test_a_padded_profile_of_png_is_honoured(padding: int):
+def test_a_padded_png_profile_is_applied(padding: int):
     profile = (b"iCCP", b"p\0\0" + zlib.compress(SWAPPED + bytes(padding)))
     pixels = decode(as_png(HEADER, profile, PIXELS, END)).astype(int)
     assert np.abs(pixels - np.asarray(picture())[..., ::-1]).max() <= 2
@@ -155,7 +155,7 @@ def palette_png(depth: int, *chunks: Chunk) -> bytes:
 
 @pytest.mark.parametrize("depth", [1, 2, 4, 8])
 @pytest.mark.parametrize("late", [[], [(b"PLTE", bytes(9))]], ids=["missing", "late"])
-def test_a_palette_that_is_missing_or_late_is_a_reject(depth: int, late: list[Chunk]):
+def test_a_png_with_a_missing_or_late_palette_is_a_reject(depth: int, late: list[Chunk]):
     reject = reject_of(palette_png(depth, *late))
     assert reject.reason == "corrupt_image"
     assert "AssertionError" in reject.message
@@ -173,7 +173,7 @@ def test_a_palette_that_is_missing_or_late_is_a_reject(depth: int, late: list[Ch
         (Image.DecompressionBombError("too large"), "too_many_pixels"),
     ],
 )
-def test_whatever_a_decoder_raises_is_a_reject(
+def test_any_exception_of_a_decoder_is_a_reject(
     monkeypatch: pytest.MonkeyPatch, error: BaseException, reason: str
 ):
     raise_in_load(monkeypatch, error)
@@ -183,9 +183,7 @@ def test_whatever_a_decoder_raises_is_a_reject(
 
 
 @pytest.mark.parametrize("error", [MemoryError(), OSError(12, "Cannot allocate memory")])
-def test_exhausted_memory_is_not_the_images_fault(
-    monkeypatch: pytest.MonkeyPatch, error: BaseException
-):
+def test_exhausted_memory_is_not_a_reject(monkeypatch: pytest.MonkeyPatch, error: BaseException):
     raise_in_load(monkeypatch, error)
     with pytest.raises(type(error)):
         decode(PLAIN_PNG)
@@ -233,12 +231,12 @@ ODD_SEGMENTS: dict[str, bytes] = {
 
 @pytest.mark.parametrize("name", ODD_SEGMENTS)
 @pytest.mark.parametrize("data", [JPEG, PROGRESSIVE], ids=["baseline", "progressive"])
-def test_an_odd_segment_of_jpeg_costs_no_pixel(name: str, data: bytes):
+def test_a_jpeg_with_a_damaged_or_large_segment_is_decoded(name: str, data: bytes):
     odd = data[:2] + ODD_SEGMENTS[name] + data[2:]
     np.testing.assert_array_equal(decode(odd), decode(data))
 
 
-def test_orientation_and_profile_of_jpeg_survive_the_segments_beside_them():
+def test_jpeg_orientation_and_profile_are_kept_beside_dropped_segments():
     data = encoded(picture(), "JPEG", quality=95, exif=EXIF, icc_profile=SWAPPED)
     plain = decode(data)
     assert plain.shape == (48, 32, 3)
@@ -248,7 +246,7 @@ def test_orientation_and_profile_of_jpeg_survive_the_segments_beside_them():
         np.testing.assert_array_equal(decode(odd), plain)
 
 
-def test_a_flood_of_segments_is_a_reject():
+def test_a_jpeg_or_png_with_too_many_segments_is_a_reject():
     flood = JPEG[:2] + segment(0xFE, b"") * 70_000 + JPEG[2:]
     assert "absurd" in reject_of(flood).message
     flood = as_png(HEADER, *[(b"prVt", b"")] * 70_000, PIXELS, END)
@@ -264,17 +262,17 @@ def riff(*chunks: Chunk) -> bytes:
 
 
 def chunks_of(data: bytes) -> list[Chunk]:
-    found, position = [], 12
+    results, position = [], 12
     while position < len(data):
         length = int.from_bytes(data[position + 4 : position + 8], "little")
-        found.append((data[position : position + 4], data[position + 8 : position + 8 + length]))
+        results.append((data[position : position + 4], data[position + 8 : position + 8 + length]))
         position += 8 + length + length % 2
-    return found
+    return results
 
 
 @pytest.mark.parametrize("kind", [b"EXIF", b"XMP ", b"ICCP"])
 @pytest.mark.parametrize("content", [b"", b"\0", BIG[:999], BIG * 4], ids=len)
-def test_odd_metadata_of_webp_costs_no_pixel(kind: bytes, content: bytes):
+def test_a_webp_with_damaged_or_large_metadata_is_decoded(kind: bytes, content: bytes):
     data = encoded(picture(), "WEBP", lossless=True, exif=EXIF, icc_profile=SRGB, xmp=b"<x/>")
     plain = decode(encoded(picture(), "WEBP", lossless=True))
     odd = riff(*((k, content if k == kind else c) for k, c in chunks_of(data)))
@@ -282,11 +280,11 @@ def test_odd_metadata_of_webp_costs_no_pixel(kind: bytes, content: bytes):
     np.testing.assert_array_equal(decode(odd), turned)
 
 
-def test_metadata_of_webp_that_runs_beyond_the_end_costs_no_pixel():
+def test_a_webp_whose_metadata_exceeds_the_file_is_decoded():
     data = encoded(picture(), "WEBP", lossless=True, xmp=b"<x/>")
     start = data.rindex(b"XMP ")
     odd = data[: start + 4] + b"\xff\xff\0\0" + data[start + 8 :]
-    assert webp.strip_metadata(data) is data
+    assert containers.strip_webp(data) is data
     np.testing.assert_array_equal(decode(odd), decode(data))
 
 
@@ -305,14 +303,14 @@ def test_an_avif_with_damaged_exif_keeps_its_pixels():
 # Bombs
 
 
-def test_the_canvas_of_a_webp_is_refused_before_it_is_allocated():
+def test_a_webp_with_a_huge_canvas_is_rejected_before_allocation():
     frames = [Image.new("RGB", (2, 2), colour) for colour in ("red", "blue")]
     data = bytearray(encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:]))
     data[24:30] = (59_999).to_bytes(3, "little") * 2
     assert reject_of(bytes(data), 10**8).message.startswith("60000x60000")
     for options in ({}, {"lossless": True}):
         plain = encoded(picture(), "WEBP", **options)
-        assert webp.read_webp_size(plain) == (48, 32)
+        assert containers.read_webp_size(plain) == (48, 32)
 
 
 def with_scans(data: bytes, num_more: int, between: bytes = b"") -> bytes:
@@ -336,7 +334,7 @@ def never_decoded(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     [b"", b"\xff\xd0\xff\xd7", b"\xff\xff\xff", segment(0xFE, b"x"), segment(0xDD, b"\0\1")],
     ids=["bare", "restarts", "fill", "comment", "interval"],
 )
-def test_a_jpeg_of_many_scans_is_refused_before_it_is_decoded(
+def test_a_jpeg_with_too_many_scans_is_rejected_before_decoding(
     never_decoded: Callable[[], int], mode: str, between: bytes
 ):
     data = encoded(picture().convert(mode), "JPEG", progressive=True)
@@ -344,7 +342,7 @@ def test_a_jpeg_of_many_scans_is_refused_before_it_is_decoded(
     assert not never_decoded()
 
 
-def test_the_limit_of_scans_goes_by_the_size(never_decoded: Callable[[], int]):
+def test_the_limit_of_scans_depends_on_the_image_size(never_decoded: Callable[[], int]):
     large = bytearray(with_scans(encoded(picture().convert("L"), "JPEG", progressive=True), 20))
     frame = large.index(b"\xff\xc2")
     large[frame + 5 : frame + 9] = struct.pack(">HH", 9000, 9000)
@@ -352,7 +350,7 @@ def test_the_limit_of_scans_goes_by_the_size(never_decoded: Callable[[], int]):
     assert not never_decoded()
 
 
-def test_sequential_jpegs_of_many_scans_are_refused():
+def test_sequential_jpegs_with_too_many_scans_are_rejected():
     """The components in scans of their own, which libjpeg then expects more of until the end."""
     parts = picture().convert("YCbCr").split()
     files = [encoded(part, "JPEG", quality=90) for part in parts]
@@ -374,7 +372,7 @@ def test_sequential_jpegs_of_many_scans_are_refused():
     assert reject_of(bomb).reason == "too_many_scans"
 
 
-def test_scans_of_thumbnails_and_of_pictures_behind_the_first_do_not_count():
+def test_scans_of_thumbnails_and_appended_pictures_do_not_count():
     thumbnail = segment(0xE1, b"Exif\0\0" + b"\xff\xda" * 600)
     data = PROGRESSIVE[:2] + thumbnail + PROGRESSIVE[2:] + PROGRESSIVE * 100
     np.testing.assert_array_equal(decode(data), decode(PROGRESSIVE))
@@ -384,7 +382,7 @@ def test_scans_of_thumbnails_and_of_pictures_behind_the_first_do_not_count():
 
 
 @pytest.mark.parametrize("name", ["zTXt bomb", "iCCP bomb", "XMP of 2 MiB"])
-def test_what_metadata_of_png_expands_to_is_never_held(name: str):
+def test_compressed_png_metadata_is_not_held_in_memory(name: str):
     data = as_png(HEADER, *ODD_CHUNKS[name], PIXELS, END)
     decode(data)
     tracemalloc.start()
@@ -394,7 +392,7 @@ def test_what_metadata_of_png_expands_to_is_never_held(name: str):
     assert peak < 12 * 2**20
 
 
-def test_an_image_of_no_pixels_is_a_reject():
+def test_an_image_without_pixels_is_a_reject():
     gif = bytearray(encoded(picture(), "GIF"))
     frame = gif.index(b",\0\0\0\0")
     gif[6:10] = gif[frame + 5 : frame + 9] = bytes(4)
@@ -404,7 +402,7 @@ def test_an_image_of_no_pixels_is_a_reject():
     assert reject_of(bytes(bmp)).reason == "corrupt_image"
 
 
-def test_parsers_that_read_in_a_loop_are_bounded(monkeypatch: pytest.MonkeyPatch):
+def test_the_number_of_reads_of_a_gif_is_limited(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(formats._BoundedReads, "_num_left", 1000)
     gif = encoded(picture(), "GIF")
     start = gif.index(b",")

@@ -95,7 +95,7 @@ def test_rows_become_samples_in_order(tmp_path: Path):
     part_bytes=st.integers(200, 20_000),
     compression=st.sampled_from(["NONE", "SNAPPY"]),
 )
-def test_the_parts_of_a_file_have_each_row_once(
+def test_the_parts_of_a_file_contain_each_row_once(
     tmp_path_factory: pytest.TempPathFactory,
     groups: list[tuple[int, int]],
     part_bytes: int,
@@ -117,13 +117,13 @@ def test_the_parts_of_a_file_have_each_row_once(
     assert {(shard.size_bytes, shard.version) for shard in shards} == {
         (shards[0].size_bytes, shards[0].version)
     }
-    found = [read(shard, ["caption"]) for shard in shards]
+    results = [read(shard, ["caption"]) for shard in shards]
     expected = duckdb.sql(
         f"SELECT image.path, image.bytes, caption FROM read_parquet('{path}')"
     ).fetchall()
     assert [
         (sample.key + ".jpg", sample.image, sample.fields["caption"].decode())
-        for part in found
+        for part in results
         for sample in part
         if isinstance(sample, Sample)
     ] == expected
@@ -139,15 +139,13 @@ def test_the_parts_of_a_file_have_each_row_once(
         )
         for number in range(metadata.num_row_groups)
     ]
-    for index, part in enumerate(found):
+    for index, part in enumerate(results):
         low, high = index * size / len(shards), (index + 1) * size / len(shards)
         mine = [n for (n, _), start in zip(groups, starts, strict=True) if low <= start < high]
         assert len(part) == sum(mine)
 
 
-def test_a_small_file_is_whole_and_a_large_one_in_ranges(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_only_large_files_are_split_into_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = write(tmp_path / "x.parquet", rows_of(40, num_bytes=1000), compression="NONE")
     (whole,) = list_shards(str(path), OPTIONS)
     assert whole.range is None
@@ -158,7 +156,7 @@ def test_a_small_file_is_whole_and_a_large_one_in_ranges(
     ]
 
 
-def test_a_row_without_path_is_called_by_its_number_in_the_file(
+def test_the_key_of_a_row_without_path_is_its_number_in_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     table = pa.table({"image": pa.array([bytes([i]) * 3000 for i in range(30)], pa.binary())})
@@ -167,8 +165,8 @@ def test_a_row_without_path_is_called_by_its_number_in_the_file(
     monkeypatch.setattr(parquet_module, "PART_BYTES", 20_000)
     shards = list_shards(str(path), OPTIONS)
     assert len(shards) > 2
-    found = [sample for shard in shards for sample in read(shard)]
-    assert found == [Sample(f"{i:09d}", bytes([i]) * 3000, {}) for i in range(30)]
+    results = [sample for shard in shards for sample in read(shard)]
+    assert results == [Sample(f"{i:09d}", bytes([i]) * 3000, {}) for i in range(30)]
 
 
 @pytest.mark.parametrize(
@@ -184,11 +182,11 @@ def test_a_row_without_path_is_called_by_its_number_in_the_file(
 def test_a_column_may_hold_the_key(tmp_path: Path, kind: pa.DataType, keys: list[Any]):
     images = [{"bytes": b"x", "path": f"{index}.jpg"} for index in range(3)]
     table = pa.table({"image": pa.array(images, HUGGING_FACE), "id": pa.array(keys, kind)})
-    found = read_table(tmp_path, table, ["id"], key="id")
-    assert [sample.key for sample in found] == list(map(str, keys))
-    assert [sample.fields["id"].decode() for sample in found if isinstance(sample, Sample)] == list(
-        map(str, keys)
-    )
+    results = read_table(tmp_path, table, ["id"], key="id")
+    assert [sample.key for sample in results] == list(map(str, keys))
+    assert [
+        sample.fields["id"].decode() for sample in results if isinstance(sample, Sample)
+    ] == list(map(str, keys))
 
 
 @pytest.mark.parametrize(
@@ -199,29 +197,29 @@ def test_an_image_may_be_any_kind_of_binary(tmp_path: Path, kind: pa.DataType):
     table = pa.table({"jpg": pa.array([b"a", b"b"]).cast(pa.binary())})
     array = table["jpg"].combine_chunks()
     array = array.dictionary_encode() if pa.types.is_dictionary(kind) else array.cast(kind)
-    found = read_table(tmp_path, pa.table({"jpg": array}))
-    assert [sample.image for sample in found if isinstance(sample, Sample)] == [b"a", b"b"]
+    results = read_table(tmp_path, pa.table({"jpg": array}))
+    assert [sample.image for sample in results if isinstance(sample, Sample)] == [b"a", b"b"]
 
 
-def test_of_several_image_columns_the_first_that_a_row_has_is_taken(tmp_path: Path):
+def test_the_first_image_column_that_is_not_null_is_used(tmp_path: Path):
     table = pa.table(
         {"image": pa.array([b"1", b"2"], pa.binary()), "jpg": pa.array([None, b"j"], pa.binary())}
     )
-    found = read_table(tmp_path, table)
-    assert [sample.image for sample in found if isinstance(sample, Sample)] == [b"1", b"j"]
+    results = read_table(tmp_path, table)
+    assert [sample.image for sample in results if isinstance(sample, Sample)] == [b"1", b"j"]
 
 
-def test_rows_that_are_no_samples_are_rejects(tmp_path: Path):
+def test_rows_without_image_bytes_are_rejects(tmp_path: Path):
     image = [
         {"bytes": b"x", "path": "a.jpg"},
         {"bytes": None, "path": "elsewhere/b.jpg"},
         {"bytes": b"z", "path": "v1.0/e.final.jpg"},
     ]
-    found = read_table(tmp_path, pa.table({"image": pa.array(image, HUGGING_FACE)}))
-    assert summary(found) == [("a", "ok"), ("elsewhere/b", "no_image"), ("v1.0/e.final", "ok")]
-    assert isinstance(found[1], RejectedSample)
-    assert "image elsewhere" in found[1].reject.message
-    assert [sample.num_images for sample in found] == [1, 0, 1]
+    results = read_table(tmp_path, pa.table({"image": pa.array(image, HUGGING_FACE)}))
+    assert summary(results) == [("a", "ok"), ("elsewhere/b", "no_image"), ("v1.0/e.final", "ok")]
+    assert isinstance(results[1], RejectedSample)
+    assert "image elsewhere" in results[1].reject.message
+    assert [sample.num_images for sample in results] == [1, 0, 1]
 
 
 @pytest.mark.parametrize(
@@ -236,17 +234,15 @@ def test_rows_that_are_no_samples_are_rejects(tmp_path: Path):
         ["0.png", "a\nb.png", "2.png"],
     ],
 )
-def test_paths_that_cannot_be_keys_leave_the_number_of_the_row(
+def test_keys_are_row_numbers_when_paths_repeat_or_are_unsafe(
     tmp_path: Path, paths: list[str | None]
 ):
     image = [{"bytes": b"%d" % i, "path": path} for i, path in enumerate(paths)]
-    found = read_table(tmp_path, pa.table({"image": pa.array(image, HUGGING_FACE)}))
-    assert found == [Sample(f"{i:09d}", b"%d" % i, {}) for i in range(len(paths))]
+    results = read_table(tmp_path, pa.table({"image": pa.array(image, HUGGING_FACE)}))
+    assert results == [Sample(f"{i:09d}", b"%d" % i, {}) for i in range(len(paths))]
 
 
-def test_all_parts_of_a_file_agree_on_how_keys_are_made(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_all_parts_of_a_file_use_the_same_key_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     image = [{"bytes": bytes([i]) * 3000, "path": f"{i % 39}.png"} for i in range(40)]
     path = tmp_path / "x.parquet"
     pq.write_table(
@@ -277,15 +273,15 @@ def test_columns_of_any_readable_type_become_text(tmp_path: Path):
     pq.write_table(pa.table(columns), tmp_path / "x.parquet")
     keep = [name for name in columns if name != "image"]
     (shard,) = list_shards(str(tmp_path / "x.parquet"), OPTIONS)
-    found = list(read_shard(shard, image=IMAGE, keep=keep, options=OPTIONS, caption_index=1))
-    assert summary(found) == [
+    results = list(read_shard(shard, image=IMAGE, keep=keep, options=OPTIONS, caption_index=1))
+    assert summary(results) == [
         ("000000000", "ok"),
         ("000000001", "ok"),
         ("000000002", "no_image"),
     ]
-    assert isinstance(found[0], Sample)
-    assert isinstance(found[1], Sample)
-    assert found[0].fields == {
+    assert isinstance(results[0], Sample)
+    assert isinstance(results[1], Sample)
+    assert results[0].fields == {
         "binary": b"\xff\xfe",
         "number": b"1.5",
         "yes": b"true",
@@ -295,7 +291,7 @@ def test_columns_of_any_readable_type_become_text(tmp_path: Path):
         "fixed": b"b",
         "big": b"18446744073709551615",
     }
-    assert found[1].fields == {
+    assert results[1].fields == {
         "binary": b"",
         "number": b"-2.0",
         "yes": b"false",
@@ -309,12 +305,12 @@ def test_columns_of_any_readable_type_become_text(tmp_path: Path):
 )
 def test_an_image_column_without_any_image_gives_rejects(tmp_path: Path, kind: pa.DataType):
     values = [None, None] if kind == pa.null() else [{"bytes": None, "path": "a"}, None]
-    found = read_table(tmp_path, pa.table({"image": pa.array(values, kind)}))
-    assert [reason for _, reason in summary(found)] == ["no_image", "no_image"]
-    assert sum(sample.num_images for sample in found) == 0
+    results = read_table(tmp_path, pa.table({"image": pa.array(values, kind)}))
+    assert [reason for _, reason in summary(results)] == ["no_image", "no_image"]
+    assert sum(sample.num_images for sample in results) == 0
 
 
-def test_a_value_above_the_limit_is_a_reject_and_a_page_above_it_costs_its_row_group(
+def test_an_oversized_value_is_a_reject_and_an_oversized_page_loses_its_row_group(
     tmp_path: Path,
 ):
     path = tmp_path / "x.parquet"
@@ -335,15 +331,15 @@ def test_a_value_above_the_limit_is_a_reject_and_a_page_above_it_costs_its_row_g
     )
     (shard,) = list_shards(str(path), OPTIONS)
     reading = read_shard(shard, image=IMAGE, keep=["txt"], options=OPTIONS, max_sample_bytes=1500)
-    found = list(reading)
-    assert summary(found)[:3] == [
+    results = list(reading)
+    assert summary(results)[:3] == [
         ("000000000", "ok"),
         ("000000001", "oversized_sample"),
         ("000000002", "ok"),
     ]
-    assert isinstance(found[-1], RejectedSample)
-    assert found[-1].reject.reason == "corrupt_shard"
-    assert "rows of row group 1 are lost: a page takes" in found[-1].reject.message
+    assert isinstance(results[-1], RejectedSample)
+    assert results[-1].reject.reason == "corrupt_shard"
+    assert "rows of row group 1 are lost: a page takes" in results[-1].reject.message
 
 
 def peak_mib(path: Path, keep: Sequence[str]) -> tuple[list[str], int]:
@@ -355,24 +351,24 @@ from latentcache.storage_options import StorageOptions
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 (shard,) = list_shards({str(path)!r}, StorageOptions())
-before, found = peak(), []
+before, results = peak(), []
 reading = read_shard(shard, image=["image"], keep={list(keep)!r}, options=StorageOptions())
 for sample in reading:
-    found.append("ok" if isinstance(sample, Sample) else sample.reject.reason)
-print(json.dumps([found, peak() - before]))
+    results.append("ok" if isinstance(sample, Sample) else sample.reject.reason)
+print(json.dumps([results, peak() - before]))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
-    found, growth = json.loads(done.stdout)
-    return found, growth
+    results, growth = json.loads(done.stdout)
+    return results, growth
 
 
-def test_small_files_that_claim_gigabytes_take_little_memory(tmp_path: Path):
+def test_small_files_that_expand_to_gigabytes_use_little_memory(tmp_path: Path):
     path = tmp_path / "x.parquet"
     options = {"compression": "ZSTD", "write_statistics": False, "store_schema": False}
     pq.write_table(pa.table({"image": [bytes(2**29)]}), path, use_dictionary=False, **options)
     assert path.stat().st_size < 2**17
-    found, growth = peak_mib(path, [])
-    assert found == ["corrupt_shard"]
+    results, growth = peak_mib(path, [])
+    assert results == ["corrupt_shard"]
     assert growth < 100
     repeated = pa.DictionaryArray.from_arrays(
         pa.array([0] * 64, pa.int32()), pa.array([" " * 2**24])
@@ -380,8 +376,8 @@ def test_small_files_that_claim_gigabytes_take_little_memory(tmp_path: Path):
     table = pa.table({"image": [b"x"] * 64, "txt": repeated})
     pq.write_table(table, path, dictionary_pagesize_limit=2**30, **options)
     assert path.stat().st_size < 2**17
-    found, growth = peak_mib(path, ["txt"])
-    assert found == ["ok"] * 64
+    results, growth = peak_mib(path, ["txt"])
+    assert results == ["ok"] * 64
     assert growth < 300
 
 
@@ -393,7 +389,7 @@ def test_a_key_that_is_null_is_a_reject(tmp_path: Path):
     ]
 
 
-def test_null_columns_are_fields_that_a_sample_lacks(tmp_path: Path):
+def test_null_values_are_missing_fields(tmp_path: Path):
     table = pa.table({"image": pa.array([b"1", b"2"], pa.binary()), "cls": [None, 7]})
     assert read_table(tmp_path, table, ["cls"]) == [
         Sample("000000000", b"1", {}),
@@ -425,7 +421,7 @@ def test_null_columns_are_fields_that_a_sample_lacks(tmp_path: Path):
         ({"image": [b"x"], "id": [b"y"]}, [], "id", "'id', which source.key names, is binary"),
     ],
 )
-def test_columns_that_cannot_be_used_are_named(
+def test_an_unusable_column_is_an_error_that_names_it(
     tmp_path: Path, columns: dict[str, list[Any]], keep: list[str], key: str | None, problem: str
 ):
     with pytest.raises(SourceError, match=rf"x\.parquet.*{problem}"):
@@ -436,13 +432,13 @@ def test_columns_that_cannot_be_used_are_named(
     ("data", "reason"),
     [(b"", "empty_shard"), (b"PAR1", "not_parquet"), (b"no Parquet " * 999, "not_parquet")],
 )
-def test_what_is_no_parquet_file_is_one_reject(tmp_path: Path, data: bytes, reason: str):
+def test_a_file_that_is_not_parquet_is_one_reject(tmp_path: Path, data: bytes, reason: str):
     path = tmp_path / "x.parquet"
     path.write_bytes(data)
     assert summary(read_file(path)) == [(None, reason)]
 
 
-def test_a_file_cut_anywhere_is_one_reject(tmp_path: Path):
+def test_a_truncated_file_is_one_reject(tmp_path: Path):
     data = write(tmp_path / "x.parquet", rows_of(30)).read_bytes()
     for end in range(1, len(data), 97):
         path = tmp_path / "cut.parquet"
@@ -450,17 +446,17 @@ def test_a_file_cut_anywhere_is_one_reject(tmp_path: Path):
         assert summary(read_file(path)) == [(None, "not_parquet")], end
 
 
-def test_damage_costs_the_rows_behind_it_in_their_row_group(tmp_path: Path):
+def test_damage_loses_only_the_rows_of_its_row_group(tmp_path: Path):
     path = write(tmp_path / "x.parquet", rows_of(40), write_page_checksum=True)
     chunk = pq.read_metadata(path).row_group(1).column(0)
     data = bytearray(path.read_bytes())
     data[chunk.data_page_offset + chunk.total_compressed_size // 2] ^= 0xFF
     path.write_bytes(data)
-    found = read_file(path)
+    results = read_file(path)
     good = [f"{index:04d}" for index in range(40) if not 10 <= index < 20]
-    assert summary(found) == [*((key, "ok") for key in good), (None, "corrupt_shard")]
-    assert isinstance(found[-1], RejectedSample)
-    assert "10 rows of row group 1 are lost" in found[-1].reject.message
+    assert summary(results) == [*((key, "ok") for key in good), (None, "corrupt_shard")]
+    assert isinstance(results[-1], RejectedSample)
+    assert "10 rows of row group 1 are lost" in results[-1].reject.message
 
 
 @settings(max_examples=150, deadline=None)
@@ -476,7 +472,7 @@ def test_damage_never_raises_and_leaves_at_most_one_keyless_reject(
         start = int(where * (len(data) - footer_bytes - len(patch)))
         data[start : start + len(patch)] = patch
     path.write_bytes(data)
-    assert [found.key for found in read_file(path)].count(None) <= 1
+    assert [result.key for result in read_file(path)].count(None) <= 1
 
 
 class Faulty:
@@ -516,7 +512,7 @@ def test_a_failing_connection_is_a_storage_error_and_never_damage(
     assert faulty.num_faults == 1
 
 
-def test_a_file_replaced_or_deleted_while_it_is_read_has_changed(
+def test_a_file_replaced_or_deleted_while_it_is_read_raises_source_changed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     path = write(tmp_path / "x.parquet", rows_of(40))
@@ -543,7 +539,7 @@ def test_a_file_replaced_or_deleted_while_it_is_read_has_changed(
         read(shard)
 
 
-def test_a_row_group_is_never_in_memory_twice(tmp_path: Path):
+def test_a_large_row_group_is_read_in_bounded_memory(tmp_path: Path):
     """Of 96 MiB in one row group, a page and a batch."""
     path = tmp_path / "x.parquet"
     schema = pa.schema([("image", HUGGING_FACE)])
@@ -561,7 +557,7 @@ def test_a_row_group_is_never_in_memory_twice(tmp_path: Path):
     assert peak < 48 * 2**20
 
 
-def test_what_is_read_is_counted_row_by_row(tmp_path: Path):
+def test_on_read_counts_the_bytes_of_each_row(tmp_path: Path):
     path = write(tmp_path / "x.parquet", rows_of(12))
     (shard,) = list_shards(str(path), OPTIONS)
     counts: list[int] = []

@@ -54,7 +54,7 @@ def summary(results: list[Sample | RejectedSample]) -> list[tuple[str | None, st
 GOOD = [*pair("a", b"x" * 700), *pair("b/c", b""), ("b/d.json", b"{}"), ("b/d.png", b"y" * 512)]
 
 
-def test_samples_come_in_order_with_the_fields_asked_for(tmp_path: Path):
+def test_samples_have_the_selected_fields_in_tar_order(tmp_path: Path):
     members = [("k1.npy", b"dropped"), ("k1.JPG", b"one"), ("k1.png", b"two"), *pair("k2")]
     assert read_bytes(tmp_path, tar_bytes(members)) == [
         Sample("k1", b"one", {}, extra_images=("png",)),
@@ -78,7 +78,7 @@ endings = st.sampled_from([".jpg", ".JPG", ".txt", ".seg.png", ".png", ".json", 
 
 @settings(deadline=None, max_examples=150)
 @given(st.lists(st.tuples(names, endings, st.binary(max_size=600)), max_size=12))
-def test_good_tars_read_as_webdataset_reads_them(
+def test_tars_are_read_as_webdataset_reads_them(
     tmp_path_factory: pytest.TempPathFactory, parts: list[tuple[str, str, bytes]]
 ):
     members: dict[str, bytes] = {}
@@ -131,7 +131,7 @@ def expected_after_cut(data: bytes, end: int) -> list[tuple[str | None, str]]:
     return rows if is_whole else [*rows, (None, "truncated_shard")]
 
 
-def test_a_tar_cut_anywhere_keeps_what_came_before(tmp_path: Path):
+def test_a_truncated_tar_keeps_the_samples_before_the_cut(tmp_path: Path):
     data = tar_bytes([*GOOD, ("no-image.txt", b"t"), *pair("z" * 120)])
     near_blocks = {b + d for b in range(0, len(data), 512) for d in (-1, 0, 1, 200)}
     for end in sorted(e for e in near_blocks if 0 <= e <= len(data)):
@@ -149,7 +149,7 @@ def _next_key(results: list[Sample | RejectedSample]) -> str:
 
 @settings(deadline=None, max_examples=150)
 @given(st.lists(st.integers(0, 1200), min_size=1, max_size=6), st.floats(0, 1))
-def test_a_tar_cut_anywhere_keeps_what_came_before_for_any_sizes(
+def test_a_truncated_tar_keeps_the_samples_before_the_cut_for_any_sizes(
     tmp_path_factory: pytest.TempPathFactory, sizes: list[int], where: float
 ):
     members = [
@@ -164,12 +164,12 @@ def test_a_tar_cut_anywhere_keeps_what_came_before_for_any_sizes(
     shutil.rmtree(folder)
 
 
-def test_a_cut_within_files_of_no_sample_costs_no_sample(tmp_path: Path):
+def test_a_cut_within_an_ignored_file_loses_no_sample(tmp_path: Path):
     data = tar_bytes([*pair("a"), ("__stats__", b"s" * 1000)], end=False)
     assert summary(read_bytes(tmp_path, data[:-300])) == [("a", "ok"), (None, "truncated_shard")]
 
 
-def test_gzip_is_read_through_and_cut_anywhere(tmp_path: Path):
+def test_gzipped_tars_are_read_whole_and_truncated(tmp_path: Path):
     plain = tar_bytes(GOOD)
     data = gzip.compress(plain, mtime=0)
     whole = read_bytes(tmp_path, plain)
@@ -193,7 +193,7 @@ def test_gzip_is_read_through_and_cut_anywhere(tmp_path: Path):
     assert read_bytes(tmp_path, damaged)[:-1] == whole
 
 
-def test_rejects_with_a_key(tmp_path: Path):
+def test_unsafe_and_duplicate_keys_and_missing_images_are_rejects(tmp_path: Path):
     latin = b"caf\xe9".decode("utf-8", "surrogateescape")
     members = [
         *pair("a"),
@@ -230,7 +230,7 @@ def test_a_sample_whose_fields_together_are_too_large_is_a_reject(tmp_path: Path
     (tmp_path / "x.tar").write_bytes(tar_bytes(members))
     (shard,) = list_shards(str(tmp_path / "x.tar"), OPTIONS)
     reserved: list[int] = []
-    found = list(
+    results = list(
         read_shard(
             shard,
             image=IMAGE,
@@ -240,7 +240,7 @@ def test_a_sample_whose_fields_together_are_too_large_is_a_reject(tmp_path: Path
             reserve=reserved.append,
         )
     )
-    assert summary(found) == [
+    assert summary(results) == [
         ("a", "oversized_sample"),
         ("b", "ok"),
         ("c", "ok"),  # of two images only one is held
@@ -249,14 +249,14 @@ def test_a_sample_whose_fields_together_are_too_large_is_a_reject(tmp_path: Path
     assert max(reserved) == 1000
 
 
-def test_folders_are_passed_over_and_a_device_in_the_place_of_an_image_is_a_reject(tmp_path: Path):
+def test_directories_are_skipped_and_a_device_named_as_an_image_is_a_reject(tmp_path: Path):
     others = []
     for name, kind in (("f.jpg", tarfile.DIRTYPE), ("p.jpg", tarfile.FIFOTYPE)):
         header = tarfile.TarInfo(name)
         header.type = kind
         others.append(header)
-    found = summary(read_bytes(tmp_path, tar_bytes([*others, *pair("a")])))
-    assert found == [("p", "not_a_file"), ("a", "ok")]
+    results = summary(read_bytes(tmp_path, tar_bytes([*others, *pair("a")])))
+    assert results == [("p", "not_a_file"), ("a", "ok")]
 
 
 @pytest.mark.parametrize(
@@ -276,7 +276,7 @@ def test_folders_are_passed_over_and_a_device_in_the_place_of_an_image_is_a_reje
         ),
     ],
 )
-def test_shards_that_are_wrong_as_a_whole(
+def test_a_damaged_shard_has_one_keyless_reject(
     tmp_path: Path, data: bytes, expected: list[tuple[str | None, str]]
 ):
     assert summary(read_bytes(tmp_path, data)) == expected
@@ -297,7 +297,7 @@ def test_damage_never_raises_and_leaves_at_most_one_keyless_reject(
 
 @pytest.mark.parametrize("size", [2**33, -512, 2**60])
 @pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE])
-def test_a_header_with_an_absurd_size_neither_hangs_nor_fills_the_memory(
+def test_a_header_with_a_huge_size_uses_bounded_time_and_memory(
     tmp_path: Path, size: int, kind: bytes
 ):
     header = tarfile.TarInfo("huge.jpg")
@@ -309,12 +309,12 @@ def test_a_header_with_an_absurd_size_neither_hangs_nor_fills_the_memory(
 
 
 @pytest.mark.parametrize("magic", [b"\x28\xb5\x2f\xfd", b"\xfd7zXZ\0", b"BZh9", b"PK\x03\x04"])
-def test_other_compression_is_an_error_that_says_the_mend(tmp_path: Path, magic: bytes):
+def test_unsupported_compression_is_an_error_with_the_fix(tmp_path: Path, magic: bytes):
     with pytest.raises(SourceError, match=r"x\.tar is compressed by .*repack it as \.tar"):
         read_bytes(tmp_path, magic + bytes(2000))
 
 
-def test_a_name_that_begins_like_a_compressed_file_is_a_name(tmp_path: Path):
+def test_a_tar_whose_first_name_looks_like_a_compressed_file_is_read(tmp_path: Path):
     assert summary(read_bytes(tmp_path, tar_bytes(pair("BZh9")))) == [("BZh9", "ok")]
 
 
@@ -338,7 +338,7 @@ def test_a_failing_read_is_a_storage_error(tmp_path: Path, monkeypatch: pytest.M
             read_bytes(tmp_path, data)
 
 
-def test_a_shard_replaced_or_deleted_while_it_is_read_has_changed(
+def test_a_shard_replaced_or_deleted_while_it_is_read_raises_source_changed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     path = tmp_path / "x.tar"
@@ -358,7 +358,7 @@ def test_a_shard_replaced_or_deleted_while_it_is_read_has_changed(
         list(read_shard(shard, image=IMAGE, keep=KEEP, options=OPTIONS))
 
 
-def test_reading_stops_early_without_a_warning(tmp_path: Path):
+def test_closing_the_reader_early_raises_no_warning(tmp_path: Path):
     path = tmp_path / "x.tar"
     path.write_bytes(tar_bytes(GOOD))
     (shard,) = list_shards(str(path), OPTIONS)
@@ -392,7 +392,7 @@ def test_brace_ranges_and_lists_are_expanded():
         "",
     ],
 )
-def test_what_is_no_list_of_urls_is_a_config_error(shards: str | list[str]):
+def test_invalid_shard_patterns_are_config_errors(shards: str | list[str]):
     with pytest.raises(ConfigError, match=r"source\.shards: "):
         expand_urls(shards)
 
@@ -412,16 +412,16 @@ def listed(shards: str | list[str]) -> list[str]:
 def test_shards_are_listed_sorted_with_size_and_version(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    found = list_shards(f"{folder}/b-{{1,0}}.tar", OPTIONS)
-    assert [shard.url for shard in found] == [f"file://{folder}/b-{i}.tar" for i in range(2)]
-    assert {shard.size_bytes for shard in found} == {21}
-    assert all(shard.version for shard in found)
+    results = list_shards(f"{folder}/b-{{1,0}}.tar", OPTIONS)
+    assert [shard.url for shard in results] == [f"file://{folder}/b-{i}.tar" for i in range(2)]
+    assert {shard.size_bytes for shard in results} == {21}
+    assert all(shard.version for shard in results)
     monkeypatch.chdir(folder)
-    assert list_shards(["b-0.tar", "./b-1.tar"], OPTIONS) == found
-    assert list_shards([f"file://{folder}/b-?.tar"], OPTIONS) == found
+    assert list_shards(["b-0.tar", "./b-1.tar"], OPTIONS) == results
+    assert list_shards([f"file://{folder}/b-?.tar"], OPTIONS) == results
 
 
-def test_a_shard_whose_name_is_not_utf8_is_told(tmp_path: Path):
+def test_a_shard_whose_name_is_not_utf8_is_an_error(tmp_path: Path):
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/x\xff.tar")).write_bytes(b"")
     with pytest.raises(SourceError, match=r"x\\xff\.tar has a name that is not UTF-8: rename it"):
         list_shards(f"{tmp_path}/*.tar", OPTIONS)
@@ -433,7 +433,7 @@ def test_globs_match_files_of_one_folder(folder: Path):
     assert listed([f"{folder}/{{b,c}}-*.tar", f"{folder}/b-0.tar"]) == listed(f"{folder}/*.tar")
 
 
-def test_many_urls_of_a_folder_equal_asking_for_each(tmp_path: Path):
+def test_many_urls_of_a_folder_are_found_by_one_listing(tmp_path: Path):
     for i in range(40):
         (tmp_path / f"{i:02}.tar").write_bytes(bytes(i))
     many = list_shards(f"{tmp_path}/{{00..39}}.tar", OPTIONS)
@@ -456,20 +456,20 @@ def test_many_urls_of_a_folder_equal_asking_for_each(tmp_path: Path):
         ("s3://bucket", ConfigError, "names no file"),
     ],
 )
-def test_what_cannot_be_found_is_named(
+def test_shards_that_cannot_be_found_are_errors_that_name_them(
     folder: Path, shards: str, error: type[Exception], text: str
 ):
     with pytest.raises(error, match=text):
         list_shards(shards.replace("{}", str(folder)), OPTIONS)
 
 
-def test_one_file_under_two_names_is_named_twice(folder: Path, monkeypatch: pytest.MonkeyPatch):
+def test_one_file_under_two_names_is_a_config_error(folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(folder)
     with pytest.raises(ConfigError, match=r"b-0\.tar is named twice"):
         list_shards(["b-0.tar", "./b-0.tar"], OPTIONS)
 
 
-def test_a_shard_on_another_kind_of_store(memory_store: None):
+def test_a_shard_in_a_memory_store_is_read(memory_store: None):
     memory = fsspec.filesystem("memory")
     memory.pipe_file("/shards/x.tar", tar_bytes(GOOD))
     (shard,) = list_shards("memory://shards/*.tar", OPTIONS)

@@ -113,7 +113,7 @@ def whole_reference(image: NDArray[np.uint8], bucket: Bucket) -> tuple[torch.Ten
     return pixels[:, top : top + bucket.height_px, left : left + bucket.width_px], meets
 
 
-def test_resizing_no_more_than_the_crop_changes_no_bit():
+def test_resizing_only_the_crop_is_bit_identical_to_resizing_all():
     rng = np.random.default_rng(3)
     num_meeting = 0
     sizes = [(1920, 1080), (1080, 1920), (1280, 720), (196, 8), (379, 134), (181, 16), (13, 45)]
@@ -209,10 +209,10 @@ def test_ratio_buckets_of_512():
     st.sampled_from([8, 32, 64, 128]),
     st.floats(1.0, 16.0),
 )
-def test_ratio_buckets_keep_their_promises(num_steps: int, step_px: int, max_ratio: float):
+def test_ratio_buckets_respect_step_area_and_ratio(num_steps: int, step_px: int, max_ratio: float):
     resolution_px = num_steps * step_px
-    found = ratio_buckets(resolution_px, max_ratio, step_px)
-    sizes = [(b.width_px, b.height_px) for b in found]
+    buckets = ratio_buckets(resolution_px, max_ratio, step_px)
+    sizes = [(b.width_px, b.height_px) for b in buckets]
     assert sizes == sorted(set(sizes))
     assert (resolution_px, resolution_px) in sizes
     assert {(h, w) for w, h in sizes} == set(sizes)
@@ -228,7 +228,7 @@ def test_ratio_buckets_keep_their_promises(num_steps: int, step_px: int, max_rat
     assert short == 0 or long > max_ratio * short
 
 
-def test_a_resolution_off_the_step_is_a_config_error():
+def test_a_resolution_that_is_no_multiple_of_the_step_is_a_config_error():
     with pytest.raises(ConfigError, match=r"transform\.resolution_px 500 .*step_px 64"):
         ratio_buckets(500, 2.0, 64)
 
@@ -242,7 +242,9 @@ def test_a_resolution_off_the_step_is_a_config_error():
         ((1, 60_000), {}, "aspect_ratio", "1x60000"),
     ],
 )
-def test_rejects(size: tuple[int, int], limits: dict[str, float], reason: str, text: str):
+def test_too_small_upscaled_and_elongated_images_are_rejects(
+    size: tuple[int, int], limits: dict[str, float], reason: str, text: str
+):
     image = np.zeros((size[1], size[0], 3), np.uint8)
     with pytest.raises(Reject, match=text) as caught:
         transform(image, spec_of(Bucket(256, 256), **limits))
@@ -276,7 +278,7 @@ def psnr_db(one: torch.Tensor, other: torch.Tensor) -> float:
     ("size", "side", "denominator"),
     [((397, 301), 64, 2), ((613, 517), 64, 4), ((517, 613), 32, 8), ((523, 519), 32, 8)],
 )
-def test_scaled_decoding_is_close_to_the_full_one(
+def test_scaled_decoding_is_close_to_full_decoding(
     size: tuple[int, int], side: int, denominator: int, subsampling: str
 ):
     pixels, _ = draw_image(np.random.default_rng(size[0]), *size)
@@ -317,7 +319,7 @@ def test_scaled_decoding_keeps_orientation_and_gray_and_leaves_other_formats_alo
         assert torch.equal(scaled.pixels, full.pixels)
 
 
-def test_scaled_decoding_rejects_what_the_full_one_rejects():
+def test_scaled_decoding_has_the_same_rejects_as_full_decoding():
     strip = as_jpeg(np.zeros((40, 6000, 3), np.uint8))
     small = as_jpeg(np.zeros((500, 700, 3), np.uint8))
     for spec, data, reason in (
@@ -331,7 +333,7 @@ def test_scaled_decoding_rejects_what_the_full_one_rejects():
         assert caught.value.reason == reason
 
 
-def test_scaled_decoding_needs_twice_the_size():
+def test_jpegs_below_twice_the_size_are_decoded_in_full():
     bucket = Bucket(96, 96)
     for size, is_scaled in (((400, 383), False), ((384, 384), True), ((2000, 383), False)):
         data = as_jpeg(draw_image(np.random.default_rng(1), *size)[0])

@@ -22,7 +22,7 @@ from latentcache.dataset.receipts import Unit, failed_unit, list_failures, read_
 from latentcache.dataset.state import SourceSnapshot, State, require_few
 from latentcache.engine.twice import Twice, find_twice
 from latentcache.errors import ConfigError, SourceError
-from latentcache.images.samples import Wanted, file_key_and_field
+from latentcache.images.samples import FieldSelection, file_key_and_field
 from latentcache.images.source import SourceShard, list_source, source_contract
 from latentcache.images.transform import ratio_buckets
 from latentcache.storage import ObjectInfo, Store
@@ -124,8 +124,8 @@ class Plan:
         files = [file for shard in self.shards for file in shard.files]
         if not files:
             return None
-        fields = Wanted(self.contract.source.image_fields, ())
-        return sum(fields.is_image(file_key_and_field(file.path)[1]) for file in files)
+        selection = FieldSelection(self.contract.source.image_fields, ())
+        return sum(selection.is_image(file_key_and_field(file.path)[1]) for file in files)
 
     @property
     def to_encode(self) -> list[PlannedUnit]:

@@ -40,8 +40,8 @@ from latentcache.engine.waiting import WaitPolicy
 from latentcache.engine.work import Work
 from latentcache.errors import AccessDenied, SourceError, StorageError
 from latentcache.images.moved import Moved, moved_of
-from latentcache.images.samples import Wanted
-from latentcache.images.source import list_again
+from latentcache.images.samples import FieldSelection
+from latentcache.images.source import relist_source
 from latentcache.log import Level
 from latentcache.storage import Store, split_url
 
@@ -156,8 +156,8 @@ class _Driver:
         self.failed: dict[str, str] = {}
         self.replans: Counter[str] = Counter()
         self.num_expired: Counter[str] = Counter()
-        fields = Wanted(plan.contract.source.image_fields, ())
-        self.fields = FieldCheck(self.work.columns, done, fields.is_image)
+        selection = FieldSelection(plan.contract.source.image_fields, ())
+        self.fields = FieldCheck(self.work.columns, done, selection.is_image)
         self._has_said: set[str] = set()
         self._manifest_at = (0, time.monotonic())
 
@@ -308,7 +308,7 @@ class _Driver:
         self.replans[unit.source] += 1
         if event.changed and self.replans[unit.source] <= self.config.compute.unit_retries:
             try:
-                shards = list_again(unit.source, self.config.source.storage, self.moved)
+                shards = relist_source(unit.source, self.config.source.storage, self.moved)
             except (SourceError, StorageError) as error:
                 message = str(error)
             else:

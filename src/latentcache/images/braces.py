@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 
 from webdataset.shardlists import expand_urls as expand_braces
@@ -20,26 +21,20 @@ _MAX_PATTERN = 4096
 _MAX_DEPTH = 8
 
 _COMMAND = re.compile(r"^pipe:|^-$|[|`<>\n]|\$[({]|&&")
-_BRACES = re.compile(r"[{}\\]")
-# The ranges that braceexpand recognises.
-_INTEGERS = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?")
-_LETTERS = re.compile(r"[A-Za-z]\.\.[A-Za-z](?:\.\.-?\d+)?")
-_MAX_DIGITS = 18
+# An escaped character, a range of integers or letters that braceexpand recognises, or one of `{},`.
+_TOKEN = re.compile(
+    r"\\.|\{(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?\}|(\{[A-Za-z]\.\.[A-Za-z](?:\.\.-?\d+)?\})|[{},]"
+)
 
 
 def named_urls(shards: str | Sequence[str], options: StorageOptions) -> list[str]:
     """Expand `shards` as `expand_urls` does, but keep a URL with braces if a file has that name.
 
     Args:
-        shards: one URL or several.
-        options: how to reach the stores.
-
-    Raises:
-        ConfigError: a URL is not accepted; see `expand_urls`.
-        StorageError: a store cannot be reached.
+        shards, options: one URL or several, and how to reach the stores.
     """
     patterns = [shards] if isinstance(shards, str) else list(shards)
-    literal = {url for url in patterns if _BRACES.search(url) and _is_file(url, options)}
+    literal = {url for url in patterns if re.search(r"[{}\\]", url) and _is_file(url, options)}
     rest = [url for url in patterns if url not in literal]
     return [*sorted(literal), *(expand_urls(rest) if rest or not literal else ())]
 
@@ -50,12 +45,11 @@ def _is_file(url: str, options: StorageOptions) -> bool:
         return False
     folder, name = split_url(url)
     try:
-        Store(folder, options).info(name)
+        return bool(Store(folder, options).info(name))
     except StorageError as error:
         if is_final(error):  # the file does not exist, or access is denied
             return False
         raise
-    return True
 
 
 def expand_urls(shards: str | Sequence[str]) -> list[str]:
@@ -70,8 +64,8 @@ def expand_urls(shards: str | Sequence[str]) -> list[str]:
     num_names = num_characters = 0
     for pattern in patterns:
         _check_pattern(pattern)
-        num_names += (num_here := count_names(pattern))
-        num_characters += num_here * len(pattern)
+        count = count_names(pattern)
+        num_names, num_characters = num_names + count, num_characters + count * len(pattern)
         if num_names > _MAX_NAMES or num_characters > _MAX_CHARACTERS:
             raise ConfigError(
                 f"source.shards: {shown(pattern)} expands to more than {_MAX_NAMES} names: split "
@@ -97,22 +91,14 @@ def _check_pattern(pattern: str) -> None:
 
 
 def require_distinct(urls: Sequence[str]) -> None:
-    """Raise an error if a URL is named twice.
-
-    Raises:
-        ConfigError: a URL is named twice.
-    """
-    seen: set[str] = set()
-    for url in urls:
-        if url in seen:
-            raise ConfigError(f"source.shards: {url} is named twice: name it once")
-        seen.add(url)
+    """Raise `ConfigError` if a URL is named twice."""
+    if len(set(urls)) < len(urls):
+        url = next(url for url, count in Counter(urls).items() if count > 1)
+        raise ConfigError(f"source.shards: {url} is named twice: name it once")
 
 
 def count_names(pattern: str) -> int:
-    """Return a lower bound of the number of names that braces expand to, without expanding them.
-
-    Counting stops above two million.
+    """Return an upper bound of the names that braces expand to; it stops above two million.
 
     Raises:
         ConfigError: braces are unbalanced or nested too deep, or the pattern is too long.
@@ -121,39 +107,29 @@ def count_names(pattern: str) -> int:
         raise ConfigError(
             f"source.shards: a URL with braces is longer than {_MAX_PATTERN} characters"
         )
-    # For each open brace: the number of names of the earlier alternatives, the number of names of
-    # the current alternative, and the position after the brace.
-    opened = [(0, 1, 0)]
-    index = 0
-    while index < len(pattern):
-        total, current, start = opened[-1]
-        match pattern[index]:
-            case "\\":
-                index += 1
-            case "{":
-                opened.append((0, 1, index + 1))
-            case "," if len(opened) > 1:
-                opened[-1] = (min(total + current, _MAX_NAMES + 1), 1, start)
-            case "}" if len(opened) > 1:
-                opened.pop()
-                num_names = _range_size(pattern[start:index]) or total + current
-                outer, before, outer_start = opened[-1]
-                opened[-1] = (outer, min(before * num_names, _MAX_NAMES + 1), outer_start)
-            case "}":
+    # For each open brace: the numbers of names of its earlier and of its current alternative.
+    opened = [(0, 1)]
+    for token in _TOKEN.finditer(pattern):
+        total, current = opened[-1]
+        factor = 1
+        if token[1]:
+            factor = abs(int(token[2]) - int(token[1])) // (int(token[3] or 1) or 1) + 1
+        elif token[4]:
+            factor = 2 * 26
+        elif token[0] == "{":
+            opened.append((0, 1))
+            if len(opened) > _MAX_DEPTH:
+                raise ConfigError(f"source.shards: {shown(pattern)} nests braces too deeply")
+            continue
+        elif token[0] == "," and len(opened) > 1:
+            total, current = total + current, 1
+        elif token[0] == "}":
+            opened.pop()
+            if not opened:
                 break
-        if len(opened) > _MAX_DEPTH:
-            raise ConfigError(f"source.shards: {shown(pattern)} nests braces too deeply")
-        index += 1
-    if len(opened) > 1 or index < len(pattern):
+            factor = total + current
+            total, current = opened[-1]
+        opened[-1] = (min(total, _MAX_NAMES + 1), min(current * factor, _MAX_NAMES + 1))
+    if len(opened) != 1:
         raise ConfigError(f"source.shards: {shown(pattern)} has unbalanced braces")
     return opened[0][1]
-
-
-def _range_size(text: str) -> int:
-    """Return the number of names of a range; 0 if the text is not a range."""
-    if match := _INTEGERS.fullmatch(text):
-        if max(len(part or "") for part in match.groups()) > _MAX_DIGITS:
-            return _MAX_NAMES + 1
-        step = int(match[3] or 1) or 1
-        return abs(int(match[2]) - int(match[1])) // step + 1
-    return 26 * 2 if _LETTERS.fullmatch(text) else 0

@@ -1,8 +1,6 @@
-"""Decode image bytes to the RGB pixels that a viewer shows, or raise a reject.
+"""Decode image bytes to the RGB pixels that a viewer shows, or raise a reject. Thread-safe.
 
-The functions are thread-safe. Pillow and simplejpeg release the GIL while they decode, so threads
-are enough to use all cores. simplejpeg decodes JPEGs (jpeg.py). Pillow decodes all other formats
-and the JPEGs that simplejpeg does not accept (formats.py).
+Pillow and simplejpeg release the GIL while they decode, so threads are enough to use all cores.
 """
 
 from __future__ import annotations
@@ -11,9 +9,8 @@ import errno
 import io
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +18,7 @@ from PIL import ExifTags, Image, ImageCms, ImageFile
 
 from latentcache.errors import Reject, first_line
 from latentcache.images.formats import JPEG, Format, format_of
-from latentcache.images.jpeg import decode_jpeg, read_plain_size, require_few_scans
+from latentcache.images.jpeg import decode_jpeg, require_few_scans
 
 # The modes that Pillow converts to 8 bits a channel. In other modes the value of white is unknown.
 _MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"}
@@ -30,10 +27,8 @@ _GRAY16_MODES = {"I;16", "I;16B", "I;16L", "I;16N"}
 # The transforms of larger colour profiles are used but not cached for the next image.
 _MAX_CACHED_PROFILE_BYTES = 2**20
 
-# Measured bytes per pixel at the peak of decoding. simplejpeg writes only the array. For
-# progressive files, libjpeg also holds all coefficients until the last scan. Pillow stores a pixel
-# in four bytes and collects the bytes twice before the array is made. Conversions of modes, colour
-# profiles and transparency make further copies.
+# Measured bytes per pixel at the peak of decoding: of simplejpeg, of the coefficients that libjpeg
+# holds of progressive files, and of Pillow's copies in conversions of modes, profiles and alpha.
 _PEAK_BYTES = 3
 _COEFFICIENT_BYTES = 6
 _CONVERTED_PEAK_BYTES = 22
@@ -41,22 +36,14 @@ _CONVERTED_PEAK_BYTES = 22
 # EXIF orientations as steps through rows and columns. Orientations from 5 on then swap the sides.
 _FLIPS = {2: (1, -1), 3: (-1, -1), 4: (-1, 1), 5: (1, 1), 6: (-1, 1), 7: (-1, -1), 8: (1, -1)}
 
-
-Reserve = Callable[[int], None]
+Reserve: TypeAlias = Callable[[int], None]
 """Called with the bytes that decoding takes from now on, before it takes them. It may wait."""
 
+Scaled: TypeAlias = tuple[NDArray[np.uint8], tuple[int, int], int]
+"""Pixels uint8 [ceil(height / n), ceil(width / n), 3], the full upright (width, height), and n."""
 
-@dataclass(frozen=True, slots=True)
-class Scaled:
-    """An image from `decode_scaled`, with its full upright size.
-
-    `pixels` is uint8 [ceil(height / denominator), ceil(width / denominator), 3].
-    """
-
-    pixels: NDArray[np.uint8]
-    width: int
-    height: int
-    denominator: int
+ChooseScale: TypeAlias = Callable[[int, int], int]
+"""Returns the denominator for a full upright width and height: 1, 2, 4 or 8."""
 
 
 def decode_image(
@@ -64,18 +51,13 @@ def decode_image(
 ) -> NDArray[np.uint8]:
     """Decode an image to sRGB. The content determines the format, not the name.
 
-    The formats are JPEG, PNG, WebP, AVIF, GIF, BMP and TIFF, and with the extra `images` also
-    JPEG XL and HEIC.
-
-    The EXIF orientation is applied. An embedded ICC profile is converted to sRGB. Unusable profiles
-    and unreadable EXIF are ignored, as in viewers. CMYK without a profile is converted by
-    complement. Transparency is composited over white. 16-bit gray is scaled by 1/257. For 16-bit
-    colour, Pillow keeps the high byte, which is within one level of that. Only the first frame of
-    an animation and the first page of a document are used.
+    The EXIF orientation and the ICC profile are applied, unless they are unusable. CMYK without a
+    profile is converted by complement. Transparency is composited over white. 16-bit gray is scaled
+    by 1/257. For 16-bit colour, Pillow keeps the high byte, which is within one level of that. Only
+    the first frame of an animation and the first page of a document are used.
 
     Args:
-        data: the whole file.
-        max_pixels: larger images are rejected from their header, before any pixel is decoded.
+        data, max_pixels: the whole file, and the limit above which its header is a reject.
         reserve: called with the bytes that decoding takes, before it takes them; may wait.
 
     Returns:
@@ -88,77 +70,51 @@ def decode_image(
             exception of a decoder, and their message has the exception's name.
         MemoryError: memory is exhausted. An OSError of ENOMEM means the same.
     """
-    return decode_scaled(data, _in_full, max_pixels=max_pixels, reserve=reserve).pixels
+    return decode_scaled(data, lambda width, height: 1, max_pixels=max_pixels, reserve=reserve)[0]
 
 
 def decode_scaled(
-    data: bytes,
-    choose: Callable[[int, int], int],
-    *,
-    max_pixels: int,
-    reserve: Reserve | None = None,
+    data: bytes, choose: ChooseScale, *, max_pixels: int, reserve: Reserve | None = None
 ) -> Scaled:
     """Decode as `decode_image` does, but a JPEG at a fraction of its size.
 
     libjpeg computes a smaller image from each block's low frequencies, without decoding the rest.
 
     Args:
-        data: the whole file.
-        choose: maps the full upright width and height to the denominator of the fraction: 1, 2, 4
-            or 8. Images that Pillow decodes keep their size.
-        max_pixels: the limit of the full size.
-        reserve: see `decode_image`.
-
-    Raises:
-        Reject: see `decode_image`.
-        MemoryError: see `decode_image`.
+        choose: chooses the fraction for a JPEG. Images that Pillow decodes keep their size.
+        data, max_pixels, reserve: see `decode_image`, also for the errors.
     """
     image_format = format_of(data)
     try:
-        return _decode(data, image_format, choose, max_pixels, reserve)
+        return _decode(data, image_format, choose, max_pixels, reserve or (lambda num_bytes: None))
     except (Reject, MemoryError):
         raise
     except Image.DecompressionBombError as error:
         raise Reject("decode", "too_many_pixels", first_line(error)) from error
-    except Exception as error:
-        raise _reject_of(error, data, image_format) from error
     except BaseException as error:
         # Plugins in Rust raise this exception, which is not an `Exception`.
-        if type(error).__name__ != "PanicException":
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise _reject_of(error, data, image_format) from error
-
-
-def _reject_of(error: BaseException, data: bytes, image_format: Format) -> Reject:
-    """Return the reject for an exception of a decoder.
-
-    Raises:
-        OSError: memory is exhausted, which is not a fault of the image.
-    """
-    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
-        raise error
-    name, text = image_format.name, type(error).__name__
-    if str(error).strip():
-        text += f": {first_line(error)}"
-    if image_format.is_cut(data) or "truncated" in text:
-        message = f"{name} ends early, after {len(data)} bytes: {text}"
-        return Reject("decode", "truncated_image", message)
-    return Reject("decode", "corrupt_image", f"{name} is damaged: {text}")
+        if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+            raise
+        name, text = image_format.name, type(error).__name__
+        if str(error).strip():
+            text += f": {first_line(error)}"
+        if image_format.is_cut(data) or "truncated" in text:
+            message = f"{name} ends early, after {len(data)} bytes: {text}"
+            raise Reject("decode", "truncated_image", message) from error
+        raise Reject("decode", "corrupt_image", f"{name} is damaged: {text}") from error
 
 
 def _decode(
-    data: bytes,
-    image_format: Format,
-    choose: Callable[[int, int], int],
-    max_pixels: int,
-    reserve: Reserve | None,
+    data: bytes, image_format: Format, choose: ChooseScale, max_pixels: int, reserve: Reserve
 ) -> Scaled:
     image, is_jpeg = None, image_format is JPEG
-    size = read_plain_size(data) if is_jpeg else image_format.read_size(data)
+    size = image_format.read_size(data)
     if size is not None:
         _require_few_pixels(size, max_pixels)
     if size is None or not is_jpeg:
-        if reserve and size is not None:
+        if size is not None:
             reserve(math.prod(size) * image_format.open_bytes)
         image = image_format.open(data)
         size = image.size
@@ -179,24 +135,16 @@ def _decode(
 
 def _require_few_pixels(size: tuple[int, int], max_pixels: int) -> None:
     if math.prod(size) > max_pixels:
-        width, height = size
-        raise Reject(
-            "decode",
-            "too_many_pixels",
-            f"{width}x{height} is {width * height} pixels, max_pixels is {max_pixels}",
-        )
-
-
-def _in_full(width: int, height: int) -> int:
-    return 1
+        message = f"{size[0]}x{size[1]} is {math.prod(size)} pixels, max_pixels is {max_pixels}"
+        raise Reject("decode", "too_many_pixels", message)
 
 
 def _decode_jpeg(
     data: bytes,
     size: tuple[int, int],
     image: Image.Image | None,
-    choose: Callable[[int, int], int],
-    reserve: Reserve | None,
+    choose: ChooseScale,
+    reserve: Reserve,
 ) -> Scaled | None:
     """Decode with simplejpeg; return None if Pillow must decode.
 
@@ -213,42 +161,37 @@ def _decode_jpeg(
     # so such a side must not be flipped.
     while (down < 0 and size[1] % denominator) or (across < 0 and size[0] % denominator):
         denominator //= 2
-    if reserve:
-        turned = _PEAK_BYTES if orientation > 1 else 0
-        per_pixel = _CONVERTED_PEAK_BYTES if to_srgb else _PEAK_BYTES + turned
-        coefficients = _COEFFICIENT_BYTES if is_progressive else 0
-        reserve(math.prod(size) * per_pixel // denominator**2 + math.prod(size) * coefficients)
+    per_pixel = _PEAK_BYTES * 2 if orientation > 1 else _PEAK_BYTES
+    per_pixel = _CONVERTED_PEAK_BYTES if to_srgb else per_pixel
+    coefficients = _COEFFICIENT_BYTES if is_progressive else 0
+    reserve(math.prod(size) * per_pixel // denominator**2 + math.prod(size) * coefficients)
     pixels = decode_jpeg(data, size, "GRAY" if to_srgb and is_gray else "RGB", denominator)
-    if pixels is not None and to_srgb:
+    if pixels is None:
+        return None
+    if to_srgb:
         unconverted = Image.fromarray(pixels[..., 0] if is_gray else pixels)
         pixels = np.array(to_srgb.apply(unconverted))
-    return None if pixels is None else Scaled(_turn(pixels, orientation), *upright, denominator)
+    return _turn(pixels, orientation), upright, denominator
 
 
-def _decode_by_pillow(
-    image: ImageFile.ImageFile, image_format: Format, reserve: Reserve | None
-) -> Scaled:
-    is_gray16 = image.mode in _GRAY16_MODES
-    if image.mode not in _MODES and not is_gray16:
+def _decode_by_pillow(image: ImageFile.ImageFile, image_format: Format, reserve: Reserve) -> Scaled:
+    if image.mode not in _MODES | _GRAY16_MODES:
         message = f"{image_format.name} of mode {image.mode} is not read: its white is unknown"
         raise Reject("decode", "unsupported_format", message)
-    if reserve:
-        is_plain = image.mode == "RGB" and "icc_profile" not in image.info
-        per_pixel = image_format.open_bytes + image_format.load_bytes
-        per_pixel = per_pixel if is_plain else max(per_pixel, _CONVERTED_PEAK_BYTES)
-        reserve(image.width * image.height * per_pixel)
+    per_pixel = image_format.open_bytes + image_format.load_bytes
+    if image.mode != "RGB" or "icc_profile" in image.info:
+        per_pixel = max(per_pixel, _CONVERTED_PEAK_BYTES)
+    reserve(image.width * image.height * per_pixel)
     image.load()
     orientation = _orientation(image)
     opaque, alpha = _split_alpha(_to_8_bit(image))
     to_srgb = _to_srgb_from(opaque, image.info)
-    if to_srgb:
-        rgb = to_srgb.apply(opaque)
-    else:
-        rgb = opaque if opaque.mode == "RGB" else opaque.convert("RGB")
+    rgb = to_srgb.apply(opaque) if to_srgb else opaque
+    rgb = rgb if rgb.mode == "RGB" else rgb.convert("RGB")
     if alpha is not None:
         rgb = Image.composite(rgb, Image.new("RGB", rgb.size, "white"), alpha)
     pixels = _turn(np.array(rgb), orientation)
-    return Scaled(pixels, pixels.shape[1], pixels.shape[0], 1)
+    return pixels, (pixels.shape[1], pixels.shape[0]), 1
 
 
 def _turn(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:

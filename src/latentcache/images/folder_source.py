@@ -1,8 +1,7 @@
 """Folders of image files and accompanying files: `0001.jpg`, `0001.txt`, `0001.json`.
 
-Samples are spread over a fixed number of slots by the hash of their keys. A slot is a unit. A new,
-replaced or deleted file therefore affects one slot, whatever the number of files. Each slot is its
-own source, `<folder>#<slot>/<slots>`, so slots change independently of each other.
+Samples are spread over a fixed number of slots by the hash of their keys, so that a new, replaced
+or deleted file affects one slot. A slot is a unit and a source, `<folder>#<slot>/<slots>`.
 """
 
 from __future__ import annotations
@@ -10,21 +9,19 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import deque
-from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import groupby
 
 from latentcache.dataset.contract import canonical_json
 from latentcache.errors import ConfigError, Reject, SourceError, StorageError
 from latentcache.images.samples import (
+    FieldSelection,
     Group,
-    OnRead,
+    ReadRequest,
     RejectedSample,
-    ReserveSample,
     Sample,
     SourceShard,
-    Wanted,
     escaped,
     file_key_and_field,
     require_version,
@@ -34,14 +31,14 @@ from latentcache.storage import DANGLING, ObjectInfo, Store
 from latentcache.storage_options import StorageOptions
 
 # The number of slots of a folder if neither the config nor the output sets it.
-NUM_SLOTS = 64
+_NUM_SLOTS = 64
 
-_SLOT = re.compile(r"(?P<folder>.*)#(?P<slot>\d+)/(?P<num_slots>\d+)", re.DOTALL)
+_SLOT = re.compile(r"(?P<folder>.*)#\d+/(?P<num_slots>\d+)", re.DOTALL)
 
 # Limits of the files that are fetched ahead of the next sample.
 _THREADS = 8
-_FILES_AHEAD = 32
-_BYTES_AHEAD = 64 * 2**20
+_MAX_FILES = 32
+_MAX_BYTES = 64 * 2**20
 
 
 def is_slot(source: str) -> bool:
@@ -49,63 +46,65 @@ def is_slot(source: str) -> bool:
     return _SLOT.fullmatch(source) is not None
 
 
-def slots_of(url: str, wanted: int | None, known: Collection[str]) -> int:
+def slots_of(url: str, num_units: int | None, known: Collection[str]) -> int:
     """Return the number of slots of a folder, which never changes for one output.
 
     Args:
-        url: the canonical URL of the folder.
-        wanted: the number in the config; None if it sets none.
+        url, num_units: the canonical URL of the folder, and the number that the config sets.
         known: the sources of the output's units.
-
-    Raises:
-        ConfigError: the config and the output have different numbers.
     """
     matches = (_SLOT.fullmatch(source) for source in known if source.startswith(f"{url}#"))
     existing = {int(match["num_slots"]) for match in matches if match and match["folder"] == url}
-    others = existing - {wanted}
-    if wanted and others:
+    others = existing - {num_units}
+    if num_units and others:
         raise ConfigError(
-            f"source.num_units is {wanted}, but the output holds {url} in {min(others)} units: "
+            f"source.num_units is {num_units}, but the output holds {url} in {min(others)} units: "
             "leave it out, or give this config another output.url"
         )
-    return wanted or max(existing, default=NUM_SLOTS)
+    return num_units or max(existing, default=_NUM_SLOTS)
 
 
 def list_folder(url: str, num_slots: int, options: StorageOptions) -> list[SourceShard]:
     """List the slots of a folder that have files, in order, with one recursive listing.
 
-    Files and folders with a leading dot, and files without a dot in their name, are ignored.
-
     Args:
-        url: the folder.
-        num_slots: the number of its slots.
+        url, num_slots: the folder, and the number of its slots.
         options: how to reach the store.
 
     Raises:
         SourceError: the folder has no file that can belong to a sample.
-        StorageError: the store cannot be reached.
     """
     store = Store(url, options)
-    slots: dict[int, list[tuple[str, ObjectInfo]]] = {}
+    slots: dict[int, list[tuple[str, str, ObjectInfo]]] = {}
     for info in store.walk():
         key, _ = file_key_and_field(info.path)
         if key is not None:
-            slots.setdefault(_slot_of(key, num_slots), []).append((key, info))
+            digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+            slot = int.from_bytes(digest[:8], "big") % num_slots
+            slots.setdefault(slot, []).append((key, info.path, info))
     if not slots:
         raise SourceError(f"{store.url} holds no image files: check source.folder")
-    return [_shard(f"{store.url}#{slot}/{num_slots}", slots[slot]) for slot in sorted(slots)]
+    shards = []
+    for slot in sorted(slots):
+        # Sorted by key first, because a folder's name may sort between the files of one sample.
+        files = tuple(info for _, _, info in sorted(slots[slot]))
+        # JSON cannot hold bytes that are not UTF-8.
+        contents = sorted(
+            (info.path.encode("utf-8", "backslashreplace").decode(), info.size_bytes, info.version)
+            for info in files
+        )
+        version = hashlib.sha256(canonical_json(contents)).hexdigest()
+        size_bytes = sum(info.size_bytes for info in files)
+        source = f"{store.url}#{slot}/{num_slots}"
+        shards.append(SourceShard(source, size_bytes, version, files=files))
+    return shards
 
 
 def list_slot(source: str, options: StorageOptions) -> SourceShard:
-    """List one slot again.
+    """List one slot again; raise `SourceError` if it no longer has files.
 
     Args:
-        source: the slot, `<folder>#<slot>/<slots>`.
-        options: how to reach the store.
-
-    Raises:
-        SourceError: the slot no longer has files.
-        StorageError: the store cannot be reached.
+        source, options: the slot, and how to reach the store.
     """
     match = _SLOT.fullmatch(source)
     assert match
@@ -115,163 +114,88 @@ def list_slot(source: str, options: StorageOptions) -> SourceShard:
     raise SourceError(f"{source} no longer has files: check source.folder")
 
 
-def _slot_of(key: str, num_slots: int) -> int:
-    digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
-    return int.from_bytes(digest[:8], "big") % num_slots
-
-
-def _shard(source: str, files: list[tuple[str, ObjectInfo]]) -> SourceShard:
-    # Sorted by key first, because a folder's name may sort between the files of one sample.
-    files.sort(key=lambda file: (file[0], file[1].path))
-    infos = tuple(info for _, info in files)
-    listing = sorted((_utf8(info.path), info.size_bytes, info.version) for info in infos)
-    version = hashlib.sha256(canonical_json(listing)).hexdigest()
-    return SourceShard(source, sum(info.size_bytes for info in infos), version, files=infos)
-
-
-def _utf8(path: str) -> str:
-    """Return a name with escapes in place of bytes that are not UTF-8, so that JSON can hold it."""
-    return path.encode("utf-8", "backslashreplace").decode()
-
-
-def read_slot(
-    shard: SourceShard,
-    wanted: Wanted,
-    options: StorageOptions,
-    on_read: OnRead,
-    reserve: ReserveSample,
-) -> Iterator[Sample | RejectedSample]:
+def read_slot(request: ReadRequest) -> Iterator[Sample | RejectedSample]:
     """Stream the samples of a folder's slot, sorted by key; see `images.source.read_shard`.
 
-    Files with the same path up to the last dot of the file name are one sample. The rest of the
-    name, in lower case, is the field. If a sample has several images, the first in order of
-    preference is used, and each other one is a reject `duplicate_key`. An image that is a link to a
-    missing file is a reject `broken_link`.
+    If a sample has several images, the first in order of preference is used, and each other one is
+    a reject `duplicate_key`. An image that is a link to a missing file is a reject `broken_link`.
 
-    Args:
-        shard: the listed slot.
-        wanted: the fields to read.
-        options: how to reach the store.
-        on_read: called with the number of bytes of each file.
-        reserve: called before a sample's files are read, with their bytes.
+    Threads fetch files ahead. A sample that is larger than `_MAX_BYTES` is fetched while no other
+    sample is in memory.
     """
-    match = _SLOT.fullmatch(shard.url)
-    assert match
-    store = Store(match["folder"], options)
-    fetches = _fetch(store, _groups(shard.files, wanted), reserve)
-    try:
-        for files, contents in fetches:
-            for name, content in contents.items():
-                files.group.fields[name] = content
-                on_read(len(content))
-            if files.group.names:
-                yield sample_of(files.group, wanted, ())
-            yield from files.rejects
-    finally:
-        fetches.close()
-
-
-@dataclass(slots=True)
-class _Files:
-    """The files of one sample: those to read, by field, and the rejects of its other images."""
-
-    group: Group
-    found: dict[str, ObjectInfo]
-    rejects: list[RejectedSample]
-
-
-def _groups(files: Sequence[ObjectInfo], wanted: Wanted) -> Iterator[_Files]:
-    """Group the files of a slot, which are sorted by key."""
-    for key, members in groupby(files, lambda file: file_key_and_field(file.path)[0]):
-        assert key is not None
-        yield _files_of(key, list(members), wanted)
-
-
-def _files_of(key: str, members: Sequence[ObjectInfo], wanted: Wanted) -> _Files:
-    files = _Files(Group(key), {}, [])
-    images: list[tuple[int, str, ObjectInfo]] = []
-    for file in members:
-        name = file_key_and_field(file.path)[1]
-        if wanted.is_image(name):
-            rank = wanted.image.index(name) if name in wanted.image else len(wanted.image)
-            images.append((rank, name, file))
-        elif name not in files.group.names and files.group.add(name, file.size_bytes, wanted):
-            files.found[name] = file
-    whole = []
-    for image in sorted(images, key=lambda image: (image[0], image[2].path)):
-        if image[2].version == DANGLING:
-            message = f"{escaped(image[2].path)} is a link to a file that does not exist"
-            reject = Reject("read", "broken_link", message)
-            files.rejects.append(RejectedSample(escaped(key), reject, 1))
-        else:
-            whole.append(image)
-    for _, name, file in whole[:1]:
-        if files.group.add(name, file.size_bytes, wanted):
-            files.found[name] = file
-    for _, _, file in whole[1:]:
-        message = (
-            f"{escaped(file.path)} is a second image of its sample, beside "
-            f"{escaped(whole[0][2].path)}: rename one of them"
-        )
-        reject = Reject("read", "duplicate_key", message)
-        files.rejects.append(RejectedSample(escaped(key), reject, 1))
-    return files
-
-
-def _fetch(
-    store: Store, groups: Iterable[_Files], reserve: ReserveSample
-) -> Generator[tuple[_Files, dict[str, bytes]], None, None]:
-    """Yield groups with the contents of their files, in order. Threads fetch files ahead.
-
-    A sample that is larger than `_BYTES_AHEAD` is fetched while no other sample is in memory.
-    """
-    ahead: deque[tuple[_Files, dict[str, Future[bytes]]]] = deque()
+    fetching: deque[tuple[Group, dict[str, Future[bytes]], list[RejectedSample]]] = deque()
     num_files = num_bytes = 0
+    pool = ThreadPoolExecutor(_THREADS, "fetch")
 
-    def pop() -> tuple[_Files, dict[str, bytes]]:
+    def finish_first() -> Iterator[Sample | RejectedSample]:
         nonlocal num_files, num_bytes
-        files, reads = ahead.popleft()
-        reserve(files.group.num_bytes)
+        group, reads, rejects = fetching.popleft()
+        request.reserve(group.num_bytes)
         num_files -= len(reads)
-        num_bytes -= files.group.num_bytes
-        return files, {name: read.result() for name, read in reads.items()}
+        num_bytes -= group.num_bytes
+        for name, read in reads.items():
+            group.fields[name] = read.result()
+            request.on_read(len(group.fields[name]))
+        if group.names:
+            yield sample_of(group, request.selection)
+        yield from rejects
 
-    with ThreadPoolExecutor(_THREADS, "fetch") as pool:
-        try:
-            for files in groups:
-                size = files.group.num_bytes
-                while ahead and num_bytes + size > _BYTES_AHEAD:
-                    yield pop()
-                if size > _BYTES_AHEAD:
-                    reserve(size)
-                reads = {n: pool.submit(_read, store, file) for n, file in files.found.items()}
-                ahead.append((files, reads))
-                num_files += len(reads)
-                num_bytes += size
-                while num_files > _FILES_AHEAD or (ahead and num_bytes > _BYTES_AHEAD):
-                    yield pop()
-            while ahead:
-                yield pop()
-        finally:
-            pool.shutdown(cancel_futures=True)
+    try:
+        for key, members in groupby(request.shard.files, lambda f: file_key_and_field(f.path)[0]):
+            assert key is not None
+            group, files, rejects = _choose_files(key, members, request.selection)
+            size = group.num_bytes
+            while fetching and (num_files >= _MAX_FILES or num_bytes + size > _MAX_BYTES):
+                yield from finish_first()
+            if size > _MAX_BYTES:
+                request.reserve(size)
+            reads = {name: pool.submit(_read, request.store, files[name]) for name in files}
+            fetching.append((group, reads, rejects))
+            num_files += len(reads)
+            num_bytes += size
+        while fetching:
+            yield from finish_first()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _choose_files(
+    key: str, members: Iterator[ObjectInfo], selection: FieldSelection
+) -> tuple[Group, dict[str, ObjectInfo], list[RejectedSample]]:
+    """Return a sample, its files to read by field, and the rejects of its other images."""
+    group, files = Group(key), dict[str, ObjectInfo]()
+    rejects: list[RejectedSample] = []
+    ranks = {name: rank for rank, name in enumerate(selection.image)}
+    fields = [(file_key_and_field(file.path)[1], file) for file in members]
+    fields.sort(key=lambda item: (ranks.get(item[0], len(ranks)), item[1].path))
+    first = None
+    for name, file in fields:
+        path, reject = escaped(file.path), None
+        if selection.is_image(name):
+            if file.version == DANGLING:
+                message = f"{path} is a link to a file that does not exist"
+                reject = Reject("read", "broken_link", message)
+            elif first is not None:
+                message = f"{path} is a second image of its sample, beside {first}: rename one of"
+                reject = Reject("read", "duplicate_key", f"{message} them")
+            else:
+                first = path
+        elif name in group.names:
+            continue
+        if reject is not None:
+            rejects.append(RejectedSample(escaped(key), reject, 1))
+        elif group.add(name, file.size_bytes, selection):
+            files[name] = file
+    return group, ({} if group.fault else files), rejects
 
 
 def _read(store: Store, listed: ObjectInfo) -> bytes:
-    """Read a file, and check that it is the listed version.
-
-    Raises:
-        SourceChanged: the file is another version, or is gone.
-        StorageError: the file cannot be read.
-    """
+    """Read a file, and check that it is the listed version."""
     try:
         data = store.read_bytes(listed.path)
-    except StorageError:
+    finally:
         require_version(store, listed)
-        raise
-    require_version(store, listed)
     if len(data) != listed.size_bytes:
-        raise StorageError(
-            f"{store.url_of(listed.path)}: the connection gave {len(data)} of "
-            f"{listed.size_bytes} bytes"
-        )
+        message = f"the connection gave {len(data)} of {listed.size_bytes} bytes"
+        raise StorageError(f"{store.url_of(listed.path)}: {message}")
     return data

@@ -25,9 +25,8 @@ from PIL import (
 )
 
 from latentcache.errors import Reject
-from latentcache.images import jpeg, jxl, png, webp
-
-_INSTALL = "pip install 'latentcache[images]'"
+from latentcache.images import containers
+from latentcache.images.jpeg import read_plain_size, strip_jpeg
 
 _MAX_READS = 4_000_000
 
@@ -37,11 +36,9 @@ _TIFF_METADATA = (0x8769, 0x8825, 0xA005)
 _MAX_TILE_PIXELS = 2**22
 _MAX_TIFF_LAYERS = 6  # the maximum number of channels that Pillow reads
 
-# The metadata that a JPEG keeps if it cannot be opened with all of its metadata.
+# A JPEG that cannot be opened with all of its metadata is opened with EXIF, XMP and the colour
+# profile, and then without any.
 _JPEG_METADATA = (b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0", b"ICC_PROFILE\0")
-
-_ISO_BRANDS = {b"avif": "AVIF", b"avis": "AVIF"}
-_ISO_BRANDS |= dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx"), "HEIC")
 
 # Unsupported formats that samples may plausibly have, by their first bytes.
 _NOT_READ = {b"\0\0\0\x0cjP  ": "JPEG 2000", b"%PDF": "PDF", b"8BPS": "PSD", b"qoif": "QOI"}
@@ -49,16 +46,11 @@ _NOT_READ = {b"\0\0\0\x0cjP  ": "JPEG 2000", b"%PDF": "PDF", b"8BPS": "PSD", b"q
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """One image format.
+    """One image format: its name, and what `open` does with Pillow: read the header or all.
 
-    Attributes:
-        name: the name in messages.
-        open: reads the header with Pillow; it may also read the pixels.
-        is_cut: returns whether the end of a file is missing.
-        read_size: reads width and height before `open` allocates memory for them; returns None if
-            `open` allocates none or the header has no size.
-        open_bytes: bytes per pixel that `open` allocates.
-        load_bytes: measured minimum of the bytes per pixel that loading allocates.
+    `is_cut` returns whether the end of a file is missing. `read_size` returns width and height if
+    they are needed before `open`. `open` allocates `open_bytes` per pixel, and loading at least
+    `load_bytes`.
     """
 
     name: str
@@ -80,53 +72,37 @@ def format_of(data: bytes) -> Format:
     for magic, image_format in _BY_MAGIC.items():
         if data.startswith(magic):
             return image_format
-    name = next((name for magic, name in _NOT_READ.items() if data.startswith(magic)), None)
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         return _WEBP
+    name = next((name for magic, name in _NOT_READ.items() if data.startswith(magic)), None)
     if data[4:8] == b"ftyp":
-        name = _iso_format(data)
-    if name == "AVIF":
-        return _AVIF
-    if name == "HEIC":
-        return _HEIC
+        end = min(int.from_bytes(data[:4], "big"), 256)
+        for brand in [data[8:12], *(data[i : i + 4] for i in range(16, end, 4))]:
+            if brand in _BY_BRAND:
+                return _BY_BRAND[brand]
+        name = f"HEIF family ({data[8:12].decode('latin-1')!r})"
     if name is not None:
         known = "JPEG, PNG, WebP, AVIF, GIF, BMP, TIFF, JPEG XL and HEIC"
         raise Reject("decode", "unsupported_format", f"{name} is not read; {known} are")
     raise Reject("decode", "not_an_image", f"begins with {data[:12]!r}: no known image format")
 
 
-def _iso_format(data: bytes) -> str:
-    """Return the name of an ISO base media file's format, by its brands, the major one first."""
-    end = min(int.from_bytes(data[:4], "big"), 256)
-    brands = [data[8:12], *(data[i : i + 4] for i in range(16, end, 4))]
-    found = next((_ISO_BRANDS[brand] for brand in brands if brand in _ISO_BRANDS), None)
-    return found or f"HEIF family ({data[8:12].decode('latin-1')!r})"
-
-
 def _open_jpeg(data: bytes) -> ImageFile.ImageFile:
-    data = jpeg.strip_large_metadata(data)
-    try:
-        return JpegImagePlugin.JpegImageFile(io.BytesIO(data))
-    except Exception:
-        for keep in (_JPEG_METADATA, ()):
-            stripped = jpeg.strip_metadata(data, keep)
-            try:
-                return JpegImagePlugin.JpegImageFile(io.BytesIO(stripped))
-            except Exception:  # noqa: BLE001
-                pass
-        raise
+    errors = []
+    for keep in ((b"",), _JPEG_METADATA, ()):
+        try:
+            return JpegImagePlugin.JpegImageFile(io.BytesIO(strip_jpeg(data, keep)))
+        except Exception as error:  # noqa: BLE001
+            errors.append(error)
+    raise errors[0]
 
 
 def _open_png(data: bytes) -> ImageFile.ImageFile:
-    stripped, profile = png.strip_chunks(data)
+    stripped, profile = containers.strip_png(data)
     image = PngImagePlugin.PngImageFile(io.BytesIO(stripped))
     if profile:
         image.info["icc_profile"] = profile
     return image
-
-
-def _open_webp(data: bytes) -> ImageFile.ImageFile:
-    return WebPImagePlugin.WebPImageFile(io.BytesIO(webp.strip_metadata(data)))
 
 
 def _open_avif(data: bytes) -> ImageFile.ImageFile:
@@ -152,14 +128,6 @@ class _BoundedReads(io.BytesIO):
         if self._num_left < 0:
             raise ValueError("it has an absurd number of blocks")
         return super().read(size)
-
-
-def _open_gif(data: bytes) -> ImageFile.ImageFile:
-    return GifImagePlugin.GifImageFile(_BoundedReads(data))
-
-
-def _open_bmp(data: bytes) -> ImageFile.ImageFile:
-    return BmpImagePlugin.BmpImageFile(_BoundedReads(data))
 
 
 def _open_tiff(data: bytes) -> ImageFile.ImageFile:
@@ -203,54 +171,44 @@ def _plugin(module: str, name: str) -> Any:
     try:
         return import_module(module)
     except ImportError as error:
-        message = f"{name} needs a plugin that is not installed: {_INSTALL}"
+        message = f"{name} needs a plugin that is not installed: pip install 'latentcache[images]'"
         raise Reject("decode", "unsupported_format", message) from error
-
-
-def _ends_with(mark: bytes) -> Callable[[bytes], bool]:
-    """Return a check for a missing end mark, after which some padding may follow."""
-    return lambda data: mark not in data[-64:]
-
-
-def _is_short_gif(data: bytes) -> bool:
-    return not data[-64:].rstrip(b"\0").endswith(b";")
-
-
-def _is_short_riff(data: bytes) -> bool:
-    return len(data) < 12 or len(data) < 8 + int.from_bytes(data[4:8], "little")
-
-
-def _is_short_bmp(data: bytes) -> bool:
-    return len(data) < 54 or len(data) < int.from_bytes(data[2:6], "little")
 
 
 def _is_short_iso(data: bytes) -> bool:
     """Return whether a top-level box extends beyond the end of the file."""
-    position = 0
-    for _ in range(1024):
-        size = int.from_bytes(data[position : position + 4], "big")
-        if size == 1:
-            size = int.from_bytes(data[position + 8 : position + 16], "big")
-        if size < 8:
-            return False
-        position += size
-        if position >= len(data):
-            return position > len(data)
-    return False
+    return any(end > len(data) for _, _, end in containers.iso_boxes(data))
 
 
-def _is_short_jxl(data: bytes) -> bool:
-    return data.startswith(jxl.CONTAINER) and _is_short_iso(data)
-
-
-JPEG = Format("JPEG", _open_jpeg, _ends_with(b"\xff\xd9"))
-_PNG = Format("PNG", _open_png, _ends_with(b"IEND"))
-_WEBP = Format("WEBP", _open_webp, _is_short_riff, webp.read_webp_size, load_bytes=20)
+# Padding may follow the end mark of a JPEG, PNG or GIF.
+JPEG = Format("JPEG", _open_jpeg, lambda data: b"\xff\xd9" not in data[-64:], read_plain_size)
+_PNG = Format("PNG", _open_png, lambda data: b"IEND" not in data[-64:])
+_WEBP = Format(
+    "WEBP",
+    lambda data: WebPImagePlugin.WebPImageFile(io.BytesIO(containers.strip_webp(data))),
+    lambda data: len(data) < 8 + int.from_bytes(data[4:8], "little"),
+    containers.read_webp_size,
+    load_bytes=20,
+)
 _AVIF = Format("AVIF", _open_avif, _is_short_iso, load_bytes=20)
 _HEIC = Format("HEIC", _open_heic, _is_short_iso, load_bytes=20)
-_JXL = Format("JPEG XL", _open_jxl, _is_short_jxl, jxl.read_jxl_size, open_bytes=16)
-_GIF = Format("GIF", _open_gif, _is_short_gif)
-_BMP = Format("BMP", _open_bmp, _is_short_bmp)
+_JXL = Format(
+    "JPEG XL",
+    _open_jxl,
+    lambda data: data.startswith(containers.JXL_CONTAINER) and _is_short_iso(data),
+    containers.read_jxl_size,
+    open_bytes=16,
+)
+_GIF = Format(
+    "GIF",
+    lambda data: GifImagePlugin.GifImageFile(_BoundedReads(data)),
+    lambda data: not data[-64:].rstrip(b"\0").endswith(b";"),
+)
+_BMP = Format(
+    "BMP",
+    lambda data: BmpImagePlugin.BmpImageFile(_BoundedReads(data)),
+    lambda data: len(data) < max(54, int.from_bytes(data[2:6], "little")),
+)
 _TIFF = Format("TIFF", _open_tiff, lambda data: len(data) < 8, load_bytes=11)
 
 _BY_MAGIC = {
@@ -259,10 +217,9 @@ _BY_MAGIC = {
     b"GIF87a": _GIF,
     b"GIF89a": _GIF,
     b"BM": _BMP,
-    b"II*\0": _TIFF,
-    b"MM\0*": _TIFF,
-    b"II+\0": _TIFF,
-    b"MM\0+": _TIFF,
-    jxl.CODESTREAM: _JXL,
-    jxl.CONTAINER: _JXL,
+    **dict.fromkeys((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), _TIFF),
+    containers.JXL_CODESTREAM: _JXL,
+    containers.JXL_CONTAINER: _JXL,
 }
+_HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx")
+_BY_BRAND = {b"avif": _AVIF, b"avis": _AVIF, **dict.fromkeys(_HEIC_BRANDS, _HEIC)}

@@ -1,9 +1,7 @@
 """Moved sources: the URL that the dataset records, and the URL that is read now.
 
-A unit is identified by its source's URL. If a folder is renamed, mounted elsewhere or copied to
-another store, its files look like new sources: all of them would be encoded again, and the dataset
-would have their rows twice. The config's `source.moved_from` names the old folder. Units and
-records then keep the old URLs, and only readers use the new ones.
+A unit is identified by its source's URL, so the dataset would have the rows of a renamed or copied
+folder twice. `source.moved_from` names the old folder, whose URLs units and records then keep.
 """
 
 from __future__ import annotations
@@ -18,13 +16,12 @@ from latentcache.images.braces import named_urls
 from latentcache.storage import Store
 from latentcache.storage_options import StorageOptions
 
+_SLOT = re.compile(r"#\d+/\d+$")
+
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """The folder that the dataset records (`before`) and the folder that is read (`now`).
-
-    Both are canonical URLs. If `before` is None, nothing moved.
-    """
+    """Canonical URLs of the folder that the dataset records, if it moved, and that is read now."""
 
     before: str | None = None
     now: str = ""
@@ -37,8 +34,6 @@ class Moved:
         """Return the present URL of a source that the dataset records as `source`."""
         return _rebased(source, self.before, self.now) if self.before else source
 
-
-_SLOT = re.compile(r"#\d+/\d+$")
 
 NOT_MOVED = Moved()
 
@@ -53,16 +48,14 @@ def moved_of(source: Images) -> Moved:
     before = source.moved_from if isinstance(source, Source) else None
     if before is None:
         return NOT_MOVED
-    options = source.storage
-    return Moved(Store(before, options).url, root_of(source, options))
+    return Moved(Store(before, source.storage).url, root_of(source, source.storage))
 
 
 def root_of(source: Images, options: StorageOptions) -> str:
     """Return the URL of the common folder of all files of a source.
 
     Args:
-        source: the section of the config.
-        options: how to reach the store.
+        source, options: the section of the config, and how to reach the store.
     """
     if source.folder is not None:
         return Store(source.folder, options).url
@@ -74,14 +67,11 @@ def root_of(source: Images, options: StorageOptions) -> str:
 
 
 def old_folder(pairs: Iterable[tuple[str, str]], root: str) -> str | None:
-    """Return the value of `source.moved_from` that explains the present URLs of sources.
+    """Return the folder from which sources moved; None if they did not move together.
 
     Args:
         pairs: (present URL, recorded URL) of sources that look the same.
         root: the present common folder of all sources.
-
-    Returns:
-        The URL of the old folder; None if the sources did not move together.
     """
     folders = set()
     for now, before in pairs:

@@ -1,68 +1,117 @@
-"""A file object for Arrow that checks the pages of a Parquet file before Arrow reads them."""
+"""Read a Parquet file that may be malicious: each page is checked before Arrow reads it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import BinaryIO
 
-from latentcache.errors import StorageError
-from latentcache.images.samples import ReserveSample
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from latentcache.errors import StorageError, first_line
+from latentcache.images.samples import ReadRequest
 from latentcache.parquet_footer import (
     MAX_PAGE_HEADER_BYTES,
     ColumnChunk,
     DamagedFooter,
-    Footer,
     PageHeader,
     footer_size,
     read_footer,
     read_page_header,
 )
-from latentcache.storage import Store
 
 # Most page headers are smaller than this.
 _HEADER_GUESS_BYTES = 256
 
+# The size of a read from the store. Without it Arrow fetches all images of a row group at once.
+_BUFFER_BYTES = 8 * 2**20
 
-class OversizedPage(Exception):
-    """A page would take more memory than a sample may take."""
+# The limits of a batch of rows. A batch has at least one row.
+_BATCH_BYTES = 8 * 2**20
+_BATCH_ROWS = 64
 
 
-class ParquetBytes:
-    """A file object for Arrow. A read returns all requested bytes or raises.
+class ParquetFile:
+    """A Parquet file, opened for reading. To Arrow it is the file object that Arrow reads.
 
-    Arrow may replace the raised exception with its own. `failure` keeps an error of the store, and
-    `damage` keeps the problem of a page.
-
-    Args:
-        store: the store of the file.
-        name: the file's name in the store.
-        file: the file, opened for reading.
-        size_bytes: the listed size of the file.
+    pyarrow aborts the process on some damaged footers, and allocates the size that a page header
+    claims. So `parquet_footer` checks the footer first, and `read` checks each page header.
     """
 
-    closed = False
+    closed = False  # for Arrow
 
-    def __init__(self, store: Store, name: str, file: BinaryIO, size_bytes: int) -> None:
-        self._store, self._name, self._file = store, name, file
-        self._size_bytes = size_bytes
+    def __init__(self, request: ReadRequest, file: BinaryIO) -> None:
+        self._request, self._file = request, file
+        self._size_bytes = request.shard.size_bytes
         self._position = 0
-        self._walks: dict[int, _PageWalk] = {}
-        self.failure: StorageError | None = None
-        self.damage: Exception | None = None
+        # The position of the next page header to check, by start and end of the column chunk.
+        self._next_page: dict[tuple[int, int], int] = {}
+        # Arrow may replace an exception that `read` raises with its own.
+        self._failure: StorageError | None = None
+        self._damage: DamagedFooter | None = None
+        with self.reading():
+            if self._size_bytes < 12:
+                raise DamagedFooter("the file is too short")
+            tail = self._read_at(self._size_bytes - 8, 8)
+            size = footer_size(tail, self._size_bytes)
+            data = self._read_at(self._size_bytes - 8 - size, size)
+            self.row_groups = read_footer(data, self._size_bytes).row_groups
+            self._parquet = pq.ParquetFile(
+                self, pre_buffer=False, buffer_size=_BUFFER_BYTES, page_checksum_verification=True
+            )
+            self.schema = self._parquet.schema_arrow
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Turn all errors of damaged data into `DamagedFooter`, and restore those of the store."""
+        try:
+            yield
+        except pa.ArrowMemoryError:
+            raise
+        except (pa.ArrowException, OSError, UnicodeDecodeError, DamagedFooter) as error:
+            if self._failure:
+                raise self._failure from error
+            raise DamagedFooter(first_line(self._damage or error)) from error
+
+    def batches(
+        self, number: int, columns: Sequence[str], most: int = _BATCH_ROWS
+    ) -> Iterator[pa.RecordBatch]:
+        """Yield the rows of a row group in batches of bounded size. Call it in `reading`.
+
+        Args:
+            number, columns: the index of the row group, and the names or paths of columns.
+            most: the maximum number of rows of a batch.
+        """
+        group, self._damage = self.row_groups[number], None
+        chunks = [chunk for chunk in group.columns if _is_selected(chunk, columns)]
+        fitting = min(most, _BATCH_BYTES * group.num_rows // max(1, group.total_byte_size))
+        for chunk in chunks:
+            self._next_page.setdefault((chunk.start, chunk.end), chunk.start)
+            # Every row may repeat one value that is as large as the dictionary or the page.
+            repeated = chunk.total_uncompressed_size if chunk.may_expand else 1
+            if chunk.dictionary_page_offset is not None and chunk.num_values:
+                header = self._page_header(chunk.dictionary_page_offset, chunk.end)
+                repeated = max(repeated, header.uncompressed_size)
+            fitting = min(fitting, _BATCH_BYTES // max(1, repeated))
+        # Arrow's threads may outlive the process, so they are not used; see dataset/parquet.py.
+        yield from self._parquet.iter_batches(
+            max(1, fitting), [number], list(columns), use_threads=False
+        )
 
     def read(self, size: int = -1) -> bytes:
-        """Read at the current position, and check the page headers in the bytes."""
+        """Read at the current position for Arrow, and check the page headers in the bytes."""
         left = max(0, self._size_bytes - self._position)
         size = left if size < 0 else min(size, left)
         position, data = self._position, self._read_at(self._position, size)
         self._position += size
-        for walk in self._walks.values():
-            if walk.start <= position < walk.end:
-                try:
-                    walk.check(position, data)
-                except (OversizedPage, DamagedFooter) as error:
-                    self.damage = error
-                    raise OSError(str(error)) from error
+        try:
+            for start, end in self._next_page:
+                if start <= position < end:
+                    self._check_pages(start, end, position, data)
+        except DamagedFooter as error:
+            self._damage = error
+            raise OSError(str(error)) from error
         return data
 
     def _read_at(self, position: int, size: int) -> bytes:
@@ -71,20 +120,46 @@ class ParquetBytes:
             data = self._file.read(size)
             if len(data) < size:
                 raise StorageError(
-                    f"{self._store.url_of(self._name)}: the connection gave {len(data)} of {size} "
-                    f"bytes at byte {position}"
+                    f"{self._request.shard.url}: the connection gave {len(data)} of {size} bytes "
+                    f"at byte {position}"
                 )
         except StorageError as error:
-            self.failure = error
+            self._failure = error
             raise
         return data
 
+    def _check_pages(self, start: int, end: int, position: int, data: bytes) -> None:
+        """Check the headers of all pages of a column chunk that begin before the end of `data`."""
+        max_bytes = self._request.selection.max_sample_bytes
+        while (page := self._next_page[start, end]) < min(position + len(data), end):
+            header = None
+            if page >= position:
+                piece = data[page - position : page - position + _HEADER_GUESS_BYTES]
+                header = read_page_header(piece)
+            if header is None:
+                header = self._page_header(page, end)
+            size = max(header.uncompressed_size, header.compressed_size)
+            if size > max_bytes:
+                raise DamagedFooter(
+                    f"a page takes {size} bytes, above source.max_sample_bytes ({max_bytes}): "
+                    "raise it, or write the file with smaller row groups"
+                )
+            self._request.reserve(size)
+            self._next_page[start, end] = page + header.header_size + header.compressed_size
+
+    def _page_header(self, position: int, end: int) -> PageHeader:
+        """Read the page header at a position; raise `DamagedFooter` if none ends before `end`."""
+        for most in (_HEADER_GUESS_BYTES, MAX_PAGE_HEADER_BYTES):
+            header = read_page_header(self._read_at(position, min(most, end - position)))
+            if header is not None:
+                return header
+        raise DamagedFooter("a page has no header")
+
     def seek(self, offset: int, whence: int = 0) -> int:
-        """Set the position; see `io.IOBase.seek`.
+        """Set the position.
 
         Args:
-            offset: bytes.
-            whence: what the offset counts from.
+            offset, whence: see `io.IOBase.seek`.
         """
         self._position = (0, self._position, self._size_bytes)[whence] + offset
         return self._position
@@ -96,96 +171,8 @@ class ParquetBytes:
     def close(self) -> None:
         """Do nothing, because the owner of the file closes it."""
 
-    def read_footer(self) -> Footer:
-        """Read and check the footer.
 
-        Raises:
-            DamagedFooter: the file is not Parquet, or its footer is damaged.
-            StorageError: the store cannot be read.
-        """
-        if self._size_bytes < 12:
-            raise DamagedFooter("the file is too short")
-        tail = self._read_at(self._size_bytes - 8, 8)
-        size = footer_size(tail, self._size_bytes)
-        return read_footer(self._read_at(self._size_bytes - 8 - size, size), self._size_bytes)
-
-    def check_pages(
-        self, footer: Footer, columns: Sequence[str], max_bytes: int, reserve: ReserveSample
-    ) -> None:
-        """Check each page header of some columns before Arrow sees it.
-
-        Args:
-            footer: the footer of the file.
-            columns: the names of top-level columns.
-            max_bytes: the limit of a page's size. Reads of a row group with a larger page fail.
-            reserve: called with the bytes of each page.
-        """
-        for group in footer.row_groups:
-            for chunk in group.columns:
-                if chunk.path[0] in columns:
-                    self._walks[chunk.start] = _PageWalk(self, chunk, max_bytes, reserve)
-
-    def dictionary_size(self, chunk: ColumnChunk) -> int:
-        """Return the bytes of a column chunk's dictionary; 0 if it has none.
-
-        Raises:
-            DamagedFooter: the dictionary has no readable header.
-        """
-        if chunk.dictionary_page_offset is None or not chunk.num_values:
-            return 0
-        return self.page_header(chunk.dictionary_page_offset, chunk.end).uncompressed_size
-
-    def page_header(self, position: int, end: int) -> PageHeader:
-        """Read the page header at a position of the file.
-
-        Args:
-            position: the start of the header.
-            end: the end of the column chunk.
-
-        Raises:
-            DamagedFooter: there is no header before `end`.
-        """
-        for most in (_HEADER_GUESS_BYTES, MAX_PAGE_HEADER_BYTES):
-            header = read_page_header(self._read_at(position, min(most, end - position)))
-            if header is not None:
-                return header
-        raise DamagedFooter("a page has no header")
-
-
-class _PageWalk:
-    """The check of the pages of a column chunk while they are read."""
-
-    def __init__(
-        self, file: ParquetBytes, chunk: ColumnChunk, max_bytes: int, reserve: ReserveSample
-    ) -> None:
-        self._file, self._max_bytes, self._reserve = file, max_bytes, reserve
-        self.start, self.end = chunk.start, chunk.end
-        self._next = chunk.start
-
-    def check(self, position: int, data: bytes) -> None:
-        """Check the headers of all pages that begin before the end of `data`.
-
-        Args:
-            position: the position of `data` in the file.
-            data: the bytes that were read.
-
-        Raises:
-            OversizedPage: a page takes too much memory.
-            DamagedFooter: a page has no readable header.
-        """
-        while self._next < min(position + len(data), self.end):
-            header = None
-            if self._next >= position:
-                offset = self._next - position
-                piece = data[offset : offset + _HEADER_GUESS_BYTES]
-                header = read_page_header(piece)
-            if header is None:
-                header = self._file.page_header(self._next, self.end)
-            size = max(header.uncompressed_size, header.compressed_size)
-            if size > self._max_bytes:
-                raise OversizedPage(
-                    f"a page takes {size} bytes, above source.max_sample_bytes "
-                    f"({self._max_bytes}): raise it, or write the file with smaller row groups"
-                )
-            self._reserve(size)
-            self._next += header.header_size + header.compressed_size
+def _is_selected(chunk: ColumnChunk, columns: Sequence[str]) -> bool:
+    """Return whether Arrow reads a column chunk for these columns."""
+    path = ".".join(chunk.path) + "."
+    return any(path.startswith(f"{column}.") for column in columns)

@@ -1,14 +1,11 @@
-"""Listed shards, the samples in them, and the rules that all kinds of sources share.
-
-Tars, Parquet files and folders share WebDataset's rules for keys and fields, and the reasons for
-rejecting a sample.
-"""
+"""Shards, samples, and what tars, Parquet files and folders share: WebDataset's keys, rejects."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Generator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from webdataset.tariterators import base_plus_ext
 
@@ -17,10 +14,17 @@ from latentcache.errors import ObjectNotFound, Reject, SourceChanged, SourceErro
 from latentcache.storage import ObjectInfo, Store
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_NOT_UTF8 = re.compile("[\ud800-\udfff]")
 _METADATA = re.compile(r"__[^/]*__($|/)")  # as in webdataset.tariterators.tar_file_iterator
 
-OnRead = Callable[[int], None]
-"""Called with the number of bytes of each read."""
+# A file or a field with one of these extensions counts as an image, even if `source.image` does not
+# name it.
+_IMAGE_ENDINGS = frozenset(
+    [
+        *("avif", "bmp", "gif", "heic", "heif", "jfif", "j2k", "jp2", "jpe", "jpeg", "jpg"),
+        *("apng", "dib", "jxl", "pbm", "pgm", "png", "pnm", "ppm", "tga", "tif", "tiff", "webp"),
+    ]
+)
 
 ReserveSample = Callable[[int], None]
 """Called before a field is read, with the bytes that the sample under construction then holds."""
@@ -28,13 +32,10 @@ ReserveSample = Callable[[int], None]
 
 @dataclass(frozen=True, slots=True)
 class SourceShard:
-    """The listed source of one unit: canonical absolute URL, size and version.
+    """The listed source of one unit: canonical absolute URL, size, and ETag or equivalent.
 
-    The version is an ETag or the store's equivalent. `range` is `k/n` for the k-th of n parts of a
-    Parquet file, counted from 0. `files` are the files of a folder's slot
-    (`images/folder_source.py`), relative to the folder and sorted by key; size and version then
-    cover all of them. `identity` is the URL that the dataset records, if it differs from `url`
-    (`images/moved.py`).
+    `range` is `k/n` for the k-th of n parts of a Parquet file. `files` are the files of a folder's
+    slot, sorted by key. `identity` is the URL that the dataset records, if it differs.
     """
 
     url: str
@@ -49,40 +50,14 @@ class SourceShard:
         """The URL that units and records have."""
         return self.identity or self.url
 
-    def require_unchanged(self, store: Store, name: str) -> None:
-        """Check that the file of the shard is still the listed version.
-
-        Args:
-            store: the folder of the file.
-            name: the file's name.
-
-        Raises:
-            SourceChanged: the file is another version, or is gone.
-        """
-        require_version(store, ObjectInfo(name, self.size_bytes, self.version, None))
-
-
-# A file or a field with one of these extensions counts as an image, even if `source.image` does not
-# name it.
-IMAGE_ENDINGS = frozenset(
-    [
-        *("avif", "bmp", "gif", "heic", "heif", "jfif", "j2k", "jp2", "jpe", "jpeg", "jpg"),
-        *("apng", "dib", "jxl", "pbm", "pgm", "png", "pnm", "ppm", "tga", "tif", "tiff", "webp"),
-    ]
-)
-
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class FieldSelection:
     """The fields to read of a sample: the first field of `image` that it has, and `keep`.
 
-    Attributes:
-        image: the fields that may hold the image, in order of preference; in lower case for tars
-            and folders.
-        keep: further fields.
-        key: the column of Parquet files that holds the key; None derives the key.
-        max_sample_bytes: a sample whose fields to read together hold more bytes is a reject.
-        caption_index: the index of the element to use if a text column of Parquet holds lists.
+    `image` is in order of preference; tars and folders need lower case. A sample whose fields
+    together hold more than `max_sample_bytes` is a reject. For Parquet, `key` is the column that
+    holds the key (None derives it), and `caption_index` the element to use of a list of texts.
     """
 
     image: Sequence[str]
@@ -92,8 +67,8 @@ class Wanted:
     caption_index: int = 0
 
     def is_image(self, name: str) -> bool:
-        """Return whether a field holds an image, according to `image` or its extension."""
-        return name in self.image or name.rpartition(".")[2] in IMAGE_ENDINGS
+        """Return whether a field holds an image, also one that `image` does not name."""
+        return name in self.image or name.rpartition(".")[2] in _IMAGE_ENDINGS
 
     def is_relevant(self, name: str) -> bool:
         """Return whether a field is read, or is an image that must be accounted for."""
@@ -102,15 +77,10 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One sample: the bytes of its image and of its kept fields.
+    """One sample: its image, and those of the kept fields that it has.
 
-    Attributes:
-        key: the key, unique within the shard.
-        image: the encoded image.
-        fields: the kept fields by name; a field that the sample lacks is absent.
-        extra_images: the names of further image fields, such as masks, which are not read.
-        names: the names of all fields of the sample; for a row of a Parquet file, the file's
-            columns.
+    `extra_images` are the names of further image fields, such as masks, which are not read. `names`
+    are the names of all fields of the sample; for a row of a Parquet file, the file's columns.
     """
 
     key: str
@@ -134,9 +104,8 @@ class Sample:
 class RejectedSample:
     """A rejected sample (stage `read`), or, without a key, a problem of the whole shard.
 
-    `num_images` is the number of image files or members that the reject stands for. The first is
-    the reject's own, and the others count as extra images. `names` are the names of all fields of
-    the sample, as in `Sample`.
+    It stands for `num_images` image files or members, of which all but the first count as extra
+    images. `names` is as in `Sample`.
     """
 
     key: str | None
@@ -145,22 +114,32 @@ class RejectedSample:
     names: frozenset[str] = field(default=frozenset(), compare=False)
 
 
-class NotGrouped(SourceError):
-    """A tar must be read in gather mode: its samples are scattered, or it holds links.
+SampleStream: TypeAlias = Generator[Sample | RejectedSample, None, RejectedSample | None]
+"""Yields the samples of a file, and returns the problem of the file as a whole."""
 
-    It may be raised after samples were yielded: discard them and read again with `gather=True`.
-    """
+
+class NotGrouped(SourceError):
+    """A tar must be read with `gather=True`: its samples are scattered, or it holds links."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReadRequest:
+    """The arguments of `images.source.read_shard`; a file is `name` in `store`."""
+
+    shard: SourceShard
+    store: Store
+    name: str
+    selection: FieldSelection
+    on_read: Callable[[int], None]
+    reserve: ReserveSample
+    gather: bool
 
 
 def require_version(store: Store, listed: ObjectInfo) -> None:
-    """Check that an object still has the listed size and version.
+    """Raise `SourceChanged` if an object is gone, or has another size or version than listed.
 
     Args:
-        store: the store of the object.
-        listed: the listed size and version.
-
-    Raises:
-        SourceChanged: the object has another size or version, or is gone.
+        store, listed: the object.
     """
     url = store.url_of(listed.path)
     try:
@@ -181,29 +160,31 @@ class Group:
     num_bytes: int = 0
     fault: Reject | None = None
 
-    def add(self, name: str, size_bytes: int, wanted: Wanted) -> bool:
+    def add(self, name: str, size_bytes: int, selection: FieldSelection) -> bool:
         """Record a field of the sample, and return whether to read it.
 
         Args:
-            name: the field.
-            size_bytes: its size.
-            wanted: the fields to read.
+            name, size_bytes, selection: the field, and the fields to read.
         """
         self.names.add(name)
-        if self.fault or (name not in wanted.image and name not in wanted.keep):
+        is_kept = name in selection.keep
+        if self.fault or not (is_kept or name in selection.image):
             return False
-        if name in wanted.image and name not in wanted.keep:
+        if not is_kept:
             # If there are several images, only the first in order of preference is read.
-            rank = wanted.image.index
-            read = [other for other in self.fields if other in wanted.image]
+            rank = selection.image.index
+            read = [other for other in self.fields if other in selection.image]
             if any(rank(other) < rank(name) for other in read):
                 return False
-            for other in set(read).difference(wanted.keep):
+            for other in set(read).difference(selection.keep):
                 self.num_bytes -= len(self.fields.pop(other))
         self.num_bytes += size_bytes
-        if self.num_bytes > wanted.max_sample_bytes:
-            self.fields.clear()
-            self.fault = oversized(self.num_bytes, wanted)
+        if self.num_bytes > selection.max_sample_bytes:
+            message = (
+                f"its fields hold {self.num_bytes} bytes or more, above source.max_sample_bytes "
+                f"({selection.max_sample_bytes})"
+            )
+            self.refuse(Reject("read", "oversized_sample", message))
         return self.fault is None
 
     def refuse(self, fault: Reject) -> None:
@@ -212,33 +193,38 @@ class Group:
         self.fault = self.fault or fault
 
 
-def oversized(num_bytes: int, wanted: Wanted) -> Reject:
-    """Return the reject of a sample that is too large to read.
+def sample_of(
+    group: Group, selection: FieldSelection, seen: Container[str] = ()
+) -> Sample | RejectedSample:
+    """Return a sample with the fields that were read, or a reject with the reason.
 
     Args:
-        num_bytes: a lower bound of its size.
-        wanted: the fields to read, with the limit.
+        group, selection, seen: the fields, and the keys of earlier samples of the shard.
     """
-    message = (
-        f"its fields hold {num_bytes} bytes or more, above source.max_sample_bytes "
-        f"({wanted.max_sample_bytes})"
-    )
-    return Reject("read", "oversized_sample", message)
-
-
-def is_hidden(path: str) -> bool:
-    """Return whether a file, or a folder above it, has a name with a leading dot."""
-    return any(part.startswith(".") and part not in (".", "..") for part in path.split("/"))
+    images = [name for name in selection.image if name in group.names]
+    extra = [name for name in group.names if selection.is_image(name) and name not in images[:1]]
+    names = frozenset(group.names)
+    fault = key_fault(group.key)
+    if fault is None and group.key in seen:
+        fault = Reject("read", "duplicate_key", "an earlier sample of the shard has the same key")
+    fault = fault or group.fault
+    if fault is None and (not images or images[0] not in group.fields):
+        has = ", ".join(sorted(map(escaped, names))) or "nothing"
+        fault = Reject("read", "no_image", f"has {has}, but none of {', '.join(selection.image)}")
+    if fault is not None:
+        return RejectedSample(escaped(group.key), fault, len(images[:1]) + len(extra), names)
+    fields = {name: group.fields[name] for name in selection.keep if name in group.fields}
+    extra_images = tuple(sorted(map(escaped, extra)))
+    return Sample(group.key, group.fields[images[0]], fields, extra_images, names)
 
 
 def key_and_field(path: str) -> tuple[str | None, str]:
-    """Split a path as WebDataset does, into the key and the field.
+    """Split a path at the first dot of the file name into key and field, as WebDataset does.
 
-    The key is the path up to the first dot of the file name. The field is the rest in lower case.
-    The key is None for files that belong to no sample: names without a dot, hidden files and
-    folders at any depth, and `__metadata__`.
+    The field is in lower case. The key is None for files that belong to no sample: names without a
+    dot, hidden files and folders at any depth, and `__metadata__`.
     """
-    if _METADATA.match(path) or is_hidden(path):
+    if _is_of_no_sample(path):
         return None, ""
     key, name = base_plus_ext(path)
     if key is None:
@@ -248,55 +234,24 @@ def key_and_field(path: str) -> tuple[str | None, str]:
 
 
 def file_key_and_field(path: str) -> tuple[str | None, str]:
-    """Split the path of a file in a folder into the key and the field.
+    """Split the path of a file as `key_and_field` does, but at the last dot of the file name.
 
-    The key is the path up to the last dot of the file name, because names with further dots, such
-    as `Screenshot 10.30.15.jpg`, are common among files. The field is the rest in lower case. The
-    key is None for the same names as in `key_and_field`.
+    Names with further dots, such as `Screenshot 10.30.15.jpg`, are common among files.
     """
-    folder, slash, name = path.rpartition("/")
-    stem, dot, ending = name.rpartition(".")
-    if not dot or is_hidden(path) or _METADATA.match(path):
+    stem, dot, ending = path.rpartition(".")
+    if not dot or "/" in ending or _is_of_no_sample(path):
         return None, ""
-    return f"{folder}{slash}{stem}", ending.lower()
+    return stem, ending.lower()
 
 
-def sample_of(group: Group, wanted: Wanted, seen: Container[str]) -> Sample | RejectedSample:
-    """Return a sample with the fields that were read, or a reject with the reason.
-
-    Args:
-        group: the fields.
-        wanted: the fields to read.
-        seen: the keys of earlier samples of the shard.
-    """
-    images = [name for name in wanted.image if name in group.names]
-    extra = [name for name in group.names if wanted.is_image(name) and name not in images[:1]]
-    fault = _key_fault(group.key)
-    if fault is None and group.key in seen:
-        fault = Reject("read", "duplicate_key", "an earlier sample of the shard has the same key")
-    fault = fault or group.fault
-    if fault is None and (not images or images[0] not in group.fields):
-        has = ", ".join(sorted(map(escaped, group.names))) or "nothing"
-        fault = Reject("read", "no_image", f"has {has}, but none of {', '.join(wanted.image)}")
-    if fault is not None:
-        num_images = len(images[:1]) + len(extra)
-        return RejectedSample(escaped(group.key), fault, num_images, frozenset(group.names))
-    fields = {name: group.fields[name] for name in wanted.keep if name in group.fields}
-    return Sample(
-        group.key,
-        group.fields[images[0]],
-        fields,
-        tuple(sorted(map(escaped, extra))),
-        frozenset(group.names),
-    )
+def _is_of_no_sample(path: str) -> bool:
+    if _METADATA.match(path):
+        return True
+    return any(part.startswith(".") and part not in (".", "..") for part in path.split("/"))
 
 
-def is_safe_key(key: str) -> bool:
-    """Return whether a key can name a row."""
-    return _key_fault(key) is None
-
-
-def _key_fault(key: str) -> Reject | None:
+def key_fault(key: str) -> Reject | None:
+    """Return the reject of a key that cannot name a row."""
     if not is_utf8(key):
         return Reject("read", "key_not_utf8", "the key is not UTF-8")
     if key.startswith("/"):
@@ -310,11 +265,7 @@ def _key_fault(key: str) -> Reject | None:
 
 def is_utf8(name: str) -> bool:
     """Return whether the bytes of a name were UTF-8, the encoding of stores and Parquet."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return not _NOT_UTF8.search(name)
 
 
 def escaped(key: str) -> str:

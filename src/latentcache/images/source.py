@@ -1,9 +1,7 @@
-"""Sources: list image shards in any store, and stream their samples.
+"""List image shards in any store, and stream their samples: tars, Parquet files and folders.
 
-There are three kinds of sources with one interface: WebDataset tars (`tar_source.py`), Parquet
-files (`parquet_source.py`) and folders of images (`folder_source.py`). Problems appear in one of
-two ways. A problem of the content becomes a `RejectedSample`: the other samples are kept, and every
-loss is recorded. A problem of the transport, or a source that is not the listed version, raises an
+A problem of the content becomes a `RejectedSample`: the other samples are kept, and every loss is
+recorded. A problem of the transport, or a source that is not the listed version, raises an
 exception. All data that was read before must then be discarded.
 """
 
@@ -13,45 +11,42 @@ import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from typing import Any
 
 from latentcache.config_source import Images
 from latentcache.dataset.contract import MAX_SAMPLE_BYTES, SourceContract
 from latentcache.dataset.receipts import Unit
-from latentcache.errors import ConfigError, ObjectNotFound, SourceChanged, SourceError
+from latentcache.errors import (
+    ConfigError,
+    ObjectNotFound,
+    Reject,
+    SourceChanged,
+    SourceError,
+    StorageError,
+)
 from latentcache.images.braces import expand_urls, named_urls, require_distinct
 from latentcache.images.folder_source import is_slot, list_folder, list_slot, read_slot, slots_of
 from latentcache.images.moved import NOT_MOVED, Moved, moved_of
 from latentcache.images.parquet_source import is_parquet, read_parquet, split_file
 from latentcache.images.samples import (
+    FieldSelection,
     NotGrouped,
+    ReadRequest,
     RejectedSample,
     Sample,
     SourceShard,
-    Wanted,
     escaped,
     file_key_and_field,
     is_utf8,
+    require_version,
 )
 from latentcache.images.tar_source import read_tar
 from latentcache.storage import ObjectInfo, Store, split_url
 from latentcache.storage_options import StorageOptions
 from latentcache.urls import shown
 
-__all__ = [
-    "NotGrouped",
-    "RejectedSample",
-    "Sample",
-    "SourceShard",
-    "expand_urls",
-    "list_again",
-    "list_shards",
-    "list_source",
-    "read_images",
-    "read_samples",
-    "read_shard",
-    "shard_of",
-    "source_contract",
-]
+# What other packages import from here, beside the functions below.
+__all__ = ["NotGrouped", "RejectedSample", "Sample", "SourceShard", "expand_urls"]
 
 # For this many shards in one folder or more, one listing is cheaper than a request for each.
 _LIST_FROM = 16
@@ -74,22 +69,18 @@ def list_source(
     """List the shards that a config's `source` section names, sorted by URL. Each becomes a unit.
 
     Args:
-        source: the section of the config.
-        num_units: the number of units for a folder, if the config sets it.
+        source, num_units: the section of the config, and the number of units of a folder if set.
         known: the sources of units that the output has already.
 
     Raises:
-        ConfigError: the names are wrong (see `list_shards`), the number of units is wrong (see
-            `folder_source.slots_of`), or `key` is set and there is no Parquet file.
+        ConfigError: see `list_shards` and `slots_of`; or `key` is set without a Parquet file.
         SourceError: a shard is missing, a glob matches nothing, or a folder has no image.
-        StorageError: a store cannot be reached or refuses access.
     """
     options, moved = source.storage, moved_of(source)
     if source.folder is not None:
         url = Store(source.folder, options).url
-        num_slots = slots_of(moved.identity(url), num_units, known)
-        slots = list_folder(url, num_slots, options)
-        files = (file for slot in slots for file in slot.files)
+        shards = list_folder(url, slots_of(moved.identity(url), num_units, known), options)
+        files = (file for slot in shards for file in slot.files)
         endings = _lower(source.image)
         if not any(file_key_and_field(file.path)[1] in endings for file in files):
             # If only captions were left in the folder, a run would remove all rows.
@@ -97,14 +88,14 @@ def list_source(
                 f"{url} holds no image files with an extension of source.image "
                 f"({', '.join(source.image)}): check source.folder"
             )
-        return _identified(slots, moved)
-    assert source.shards is not None
-    shards = list_shards(source.shards, options)
-    if source.key and not any(is_parquet(shard.url) for shard in shards):
-        raise ConfigError(
-            f"source.key names the column {source.key!r} of Parquet files, and source.shards has "
-            "none: remove it; the keys of a tar's samples are the names of its files"
-        )
+    else:
+        assert source.shards is not None
+        shards = list_shards(source.shards, options)
+        if source.key and not any(is_parquet(shard.url) for shard in shards):
+            raise ConfigError(
+                f"source.key names the column {source.key!r} of Parquet files, and source.shards "
+                "has none: remove it; the keys of a tar's samples are the names of its files"
+            )
     return _identified(shards, moved)
 
 
@@ -122,36 +113,31 @@ def _identified(shards: list[SourceShard], moved: Moved) -> list[SourceShard]:
     return sorted(identified, key=lambda shard: shard.source)
 
 
-def list_again(source: str, options: StorageOptions, moved: Moved = NOT_MOVED) -> list[SourceShard]:
-    """List the current shards of one source.
+def relist_source(
+    source: str, options: StorageOptions, moved: Moved = NOT_MOVED
+) -> list[SourceShard]:
+    """List the current shards of one source; raise `SourceError` if it no longer exists.
 
     Args:
-        source: the URL of a file, or a folder's slot.
-        options: how to reach the store.
+        source, options: the URL of a file or a folder's slot, and how to reach the store.
         moved: the move of the source, if it moved.
-
-    Raises:
-        SourceError: the source no longer exists.
-        StorageError: the store cannot be reached.
     """
     url = moved.location(source)
     if is_slot(url):
         return _identified([list_slot(url, options)], moved)
     folder, name = split_url(url)
     store = Store(folder, options)
-    info = _ask(store, name)
+    info = _info(store, name)
     if info is None:
         raise SourceError(f"{url} no longer exists: check source.shards")
-    return _identified(_shards_of(_shard(store, info)), moved)
+    return _identified(split_file(_shard(store, info)), moved)
 
 
 def shard_of(unit: Unit, options: StorageOptions, moved: Moved = NOT_MOVED) -> SourceShard:
     """Return the shard that a unit was made from. A folder's slot is listed again.
 
     Args:
-        unit: the unit.
-        options: how to reach the store.
-        moved: the move of the source, if it moved.
+        unit, options, moved: the unit, how to reach the store, and the move if the source moved.
 
     Raises:
         SourceChanged: the slot now has other files.
@@ -174,14 +160,12 @@ def list_shards(shards: str | Sequence[str], options: StorageOptions) -> list[So
     the pattern itself, that file is used, and its glob or braces are not expanded.
 
     Args:
-        shards: one URL or several.
-        options: how to reach the stores.
+        shards, options: one URL or several, and how to reach the stores.
 
     Raises:
         ConfigError: a URL is not accepted (see `expand_urls`), a glob is in a folder's name, or the
             extension of a file is not that of a tar or a Parquet file.
         SourceError: a shard is missing, or a glob matches nothing.
-        StorageError: a store cannot be reached or refuses access.
     """
     by_folder: dict[str, list[str]] = {}
     for url in named_urls(shards, options):
@@ -190,63 +174,51 @@ def list_shards(shards: str | Sequence[str], options: StorageOptions) -> list[So
             raise ConfigError(f"source.shards: {shown(url)!r} names no file: add one, or '/*.tar'")
         by_folder.setdefault(folder, []).append(name)
 
-    named: list[SourceShard] = []
-    matched: list[SourceShard] = []
+    named, matched = list[SourceShard](), list[SourceShard]()
     for folder, names in by_folder.items():
-        exact, globbed = _find(Store(folder, options), names)
-        named += exact
-        matched += globbed
+        _find(Store(folder, options), names, named, matched)
     require_distinct([shard.url for shard in named])
     by_url = {shard.url: shard for shard in (*named, *matched)}
-    return [shard for url in sorted(by_url) for shard in _shards_of(by_url[url])]
+    return [part for url in sorted(by_url) for part in split_file(by_url[url])]
 
 
-def _find(store: Store, names: Sequence[str]) -> tuple[list[SourceShard], list[SourceShard]]:
-    """Return the files with these names in one folder, and the files that their globs match."""
-    named: list[SourceShard] = []
-    matched: list[SourceShard] = []
+def _find(
+    store: Store, names: Sequence[str], named: list[SourceShard], matched: list[SourceShard]
+) -> None:
+    """Add the files with these names in one folder, and the files that their globs match."""
     missing: list[str] = []
     is_listed = len(names) >= _LIST_FROM or any(map(_GLOB.search, names))
-    listing = {info.path: info for info in store.list()} if is_listed else {}
+    infos = {info.path: info for info in store.list()} if is_listed else {}
     for name in names:
-        info = listing.get(name) if is_listed else _ask(store, name)
+        info = infos.get(name) if is_listed else _info(store, name)
         if info is not None:
             named.append(_shard(store, info))
-        elif not _GLOB.search(name):
-            missing.append(store.url_of(name))
-        elif hits := [info for path, info in listing.items() if fnmatchcase(path, name)]:
-            matched += [_shard(store, info, name) for info in hits]
-        else:
-            _refuse_glob(store.url)
-            raise SourceError(f"{store.url_of(name)} matches nothing: check its folder")
-    if missing:
-        _refuse_glob(store.url)
-        more = f" (nor do {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise SourceError(f"{missing[0]} does not exist{more}: check source.shards")
-    return named, matched
-
-
-def _refuse_glob(folder: str) -> None:
-    """Raise an error if a folder in which nothing was found has a glob in its name."""
-    if _GLOB.search(folder):
+            continue
+        is_glob = _GLOB.search(name)
+        hits = [info for path, info in infos.items() if is_glob and fnmatchcase(path, name)]
+        matched += [_shard(store, info, name) for info in hits]
+        if not hits:
+            missing.append(name)
+    if not missing:
+        return
+    if _GLOB.search(store.url):
         raise ConfigError(
-            f"source.shards: {folder!r} has a glob before its last '/', and no folder of that name "
-            "has the files; use braces"
+            f"source.shards: {store.url!r} has a glob before its last '/', and no folder of that "
+            "name has the files; use braces"
         )
+    url = store.url_of(missing[0])
+    if _GLOB.search(missing[0]):
+        raise SourceError(f"{url} matches nothing: check its folder")
+    more = f" (nor do {len(missing) - 1} more)" if len(missing) > 1 else ""
+    raise SourceError(f"{url} does not exist{more}: check source.shards")
 
 
 def _shard(store: Store, info: ObjectInfo, glob: str | None = None) -> SourceShard:
-    """Return the shard of a listed file, which `glob` matched if it is given.
-
-    Raises:
-        ConfigError: the file's extension is not that of a tar or a Parquet file.
-        SourceError: the file's name cannot identify a unit.
-    """
+    """Return the shard of a listed file, which `glob` matched if it is given."""
     url = store.url_of(info.path)
-    if not is_utf8(url):
-        raise SourceError(f"{escaped(url)} has a name that is not UTF-8: rename it")
     if escaped(url) != url:
-        raise SourceError(f"{escaped(url)} has a control character in its name: rename it")
+        problem = "a control character in its name" if is_utf8(url) else "a name that is not UTF-8"
+        raise SourceError(f"{escaped(url)} has {problem}: rename it")
     if not (is_parquet(url) or url.lower().endswith(_TAR_ENDINGS)):
         by_glob = f"{store.url_of(glob)} matches " if glob else ""
         raise ConfigError(
@@ -257,11 +229,7 @@ def _shard(store: Store, info: ObjectInfo, glob: str | None = None) -> SourceSha
     return SourceShard(url, info.size_bytes, info.version)
 
 
-def _shards_of(file: SourceShard) -> list[SourceShard]:
-    return split_file(file) if is_parquet(file.url) else [file]
-
-
-def _ask(store: Store, name: str) -> ObjectInfo | None:
+def _info(store: Store, name: str) -> ObjectInfo | None:
     try:
         return store.info(name)
     except ObjectNotFound as error:
@@ -288,44 +256,56 @@ def read_shard(
 ) -> Iterator[Sample | RejectedSample]:
     """Stream a shard's samples: a tar in its order, a Parquet file by row, a folder by key.
 
-    All rejects have the stage `read`. Their reasons with a key are: `no_image` (none of the fields
-    in `image`), `duplicate_key` (an earlier sample has the key), `unsafe_key` (an absolute path, a
-    `..`, a control character), `key_not_utf8`, and `oversized_sample` (above `max_sample_bytes`).
-    Bytes that are not allowed in a key are escaped with a backslash. At most one reject has no key:
-    it describes a problem of the whole shard. The readers of tars, folders and Parquet files
-    document further reasons.
-
     Each image file or member of the shard is a `Sample`, or is counted in the `extra_images` of a
-    sample or in the `num_images` of a reject.
+    sample or in the `num_images` of a reject. Rejects with a key have the reasons `no_image`,
+    `duplicate_key`, `unsafe_key` (an absolute path, a `..`, a control character), `key_not_utf8`,
+    `oversized_sample`, or one that the readers document. At most one reject has no key: a problem
+    of the whole shard, such as `empty_shard`.
 
     Args:
-        shard: the listed shard.
-        image: the fields that may hold the image, in order of preference. Tars and folders compare
-            them without case.
-        keep: further fields to return.
-        options: how to reach the store.
-        key: the column of Parquet files that holds the key.
-        max_sample_bytes: a sample whose fields together hold more bytes is a reject.
-        caption_index: the index of the element to use if a text column of Parquet holds lists.
+        shard, options: the listed shard, and how to reach the store.
+        image, keep, key, max_sample_bytes, caption_index: see `FieldSelection`. Tars and folders
+            compare fields without case.
         gather: read a tar whose samples are scattered, or that holds links.
-        on_read: called with the number of bytes of each read: the bytes of the archive for a tar,
-            the bytes of the fields for the other kinds.
+        on_read: called with the bytes of each read of a tar, or of each sample's fields.
         reserve: called before a field is read, with the bytes that its sample then holds.
 
     Raises:
-        NotGrouped: the tar needs `gather`. Like the next two errors, it may be raised after samples
+        NotGrouped: the tar needs `gather`. Like the other errors, it may be raised after samples
             were yielded: discard all of them.
         SourceChanged: the shard is no longer the listed version.
         StorageError: the store cannot be read, or cut the connection.
         SourceError: the compression of the shard is not supported, or it lacks a column.
     """
-    if is_parquet(shard.url) and not shard.files:
-        wanted = Wanted(tuple(image), tuple(keep), key, max_sample_bytes, caption_index)
-        return read_parquet(shard, wanted, options, on_read, reserve)
-    wanted = Wanted(_lower(image), _lower(keep), None, max_sample_bytes)
     if shard.files:
-        return read_slot(shard, wanted, options, on_read, reserve)
-    return read_tar(shard, wanted, options, on_read, reserve, gather=gather)
+        folder, name = shard.url.rpartition("#")[0], ""
+    else:
+        folder, name = split_url(shard.url)
+    if shard.files or not is_parquet(shard.url):
+        image, keep = _lower(image), _lower(keep)
+    selection = FieldSelection(image, keep, key, max_sample_bytes, caption_index)
+    store = Store(folder, options)
+    request = ReadRequest(shard, store, name, selection, on_read, reserve, gather)
+    return read_slot(request) if shard.files else _read_file(request)
+
+
+def _read_file(request: ReadRequest) -> Iterator[Sample | RejectedSample]:
+    shard = request.shard
+    listed = ObjectInfo(request.name, shard.size_bytes, shard.version, None)
+    read = read_parquet if is_parquet(shard.url) else read_tar
+    try:
+        if shard.size_bytes == 0:
+            empty = Reject("read", "empty_shard", "the shard holds no bytes")
+            problem: RejectedSample | None = RejectedSample(None, empty)
+        else:
+            problem = yield from read(request)
+    except (StorageError, SourceError):
+        # A replaced or deleted file may appear as missing bytes, or cause any of these errors.
+        require_version(request.store, listed)
+        raise
+    require_version(request.store, listed)
+    if problem is not None:
+        yield problem
 
 
 def _lower(names: Sequence[str]) -> tuple[str, ...]:
@@ -333,37 +313,21 @@ def _lower(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def read_samples(
-    shard: SourceShard,
-    source: SourceContract,
-    *,
-    keep: Sequence[str] = (),
-    options: StorageOptions,
-    gather: bool = False,
-    on_read: Callable[[int], None] = lambda num_bytes: None,
-    reserve: Callable[[int], None] = lambda num_bytes: None,
+    shard: SourceShard, source: SourceContract, **settings: Any
 ) -> Iterator[Sample | RejectedSample]:
-    """Stream a shard's samples with the settings of a contract; see `read_shard`.
+    """Stream a shard's samples as `read_shard` does, with the settings of a contract.
 
     Args:
-        shard: the listed shard.
-        source: the contract for reading samples.
-        keep: further fields to return.
-        options: how to reach the store.
-        gather: read a tar whose samples are scattered, or that holds links.
-        on_read: called with the number of bytes of each read.
-        reserve: called before a field is read, with the bytes that its sample then holds.
+        shard, source: the listed shard, and the contract for reading samples.
+        settings: the other arguments of `read_shard`.
     """
     return read_shard(
         shard,
         image=source.image_fields,
-        keep=keep,
-        options=options,
         key=source.key_column,
         max_sample_bytes=source.max_sample_bytes,
         caption_index=source.caption_index,
-        gather=gather,
-        on_read=on_read,
-        reserve=reserve,
+        **settings,
     )
 
 
@@ -373,21 +337,17 @@ def read_images(
     """Stream a shard's samples without kept fields, for callers that process each one at once.
 
     Args:
-        shard: the listed shard.
-        source: the contract for reading samples.
-        options: how to reach the store.
-
-    Raises:
-        SourceChanged: the shard is no longer the listed version.
-        StorageError: the store cannot be read, or cut the connection.
-        SourceError: the compression of the shard is not supported, or it lacks a column.
+        shard, source, options: see `read_samples`, also for the errors.
     """
     keys = set()
-    try:
-        for sample in read_samples(shard, source, options=options):
-            keys.add(sample.key)
-            yield sample
-    except NotGrouped:
-        for sample in read_samples(shard, source, options=options, gather=True):
-            if sample.key not in keys:
+    for gather in (False, True):
+        try:
+            for sample in read_samples(shard, source, keep=(), options=options, gather=gather):
+                if gather and sample.key in keys:
+                    continue
+                if not gather:
+                    keys.add(sample.key)
                 yield sample
+            return
+        except NotGrouped:
+            continue

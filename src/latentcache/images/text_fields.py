@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import codecs
 import re
+import reprlib
 from collections import Counter
 
 from latentcache.dataset.columns import Columns
 from latentcache.errors import Reject
 
-# An int64 has at most 19 digits. `int()` would also accept "1_000" and the digits of other scripts,
-# and raises another error for 4,300 digits or more.
+# `int()` would also accept "1_000" and other scripts, and fails differently above 4,300 digits.
 _INTEGER = re.compile(r"([+-]?)0*([0-9]{1,19})")
 _INT64 = range(-(2**63), 2**63)
-
-_MAX_SHOWN = 40  # characters of a bad value in a message
 
 
 def read_columns(
@@ -23,15 +21,14 @@ def read_columns(
     """Return the kept columns of a sample. A column is None if the sample lacks its field.
 
     Args:
-        fields: the bytes of each field by name.
-        columns: the kept columns.
-        notes: gets the number of fields that were decoded by a fallback, as `text_as_utf16` and
-            `text_as_cp1252`.
+        fields, columns: the bytes of each field by name, and the kept columns.
+        notes: counts the fields that a fallback decoded: `text_as_utf16` and `text_as_cp1252`.
 
     Raises:
         Reject: stage `read`, `bad_field`: a field is not text, or `cls` is not an int64.
     """
     values: dict[str, str | int | None] = {}
+    notes = Counter() if notes is None else notes
     for column in columns:
         data = fields.get(column.field)
         if data is None:
@@ -42,21 +39,21 @@ def read_columns(
             values[column.name] = _to_int64(text) if column.name == "cls" else text
         except ValueError as error:  # UnicodeDecodeError is one
             raise Reject("read", "bad_field", f"field {column.field!r}: {error}") from error
-        if fallback and notes is not None:
-            notes[f"text_as_{fallback}"] += 1
+        if fallback:
+            notes[fallback] += 1
     return values
 
 
 def _decode(data: bytes) -> tuple[str, str | None]:
-    """Decode text; return it with the name of the fallback encoding, if one was used."""
+    """Decode text; return it with the note of the fallback encoding, if one was used."""
     fallback = None
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        text, fallback = data.decode("utf-16"), "utf16"
+        text, fallback = data.decode("utf-16"), "text_as_utf16"
     else:
         try:
-            text = data.removeprefix(codecs.BOM_UTF8).decode("utf-8")
+            text = data.decode("utf-8-sig")
         except UnicodeDecodeError:
-            text, fallback = data.decode("cp1252"), "cp1252"
+            text, fallback = data.decode("cp1252"), "text_as_cp1252"
     if "\0" in text:
         raise ValueError("it holds a NUL character: binary data, or UTF-16 without a BOM")
     return text.replace("\r\n", "\n"), fallback
@@ -66,6 +63,5 @@ def _to_int64(text: str) -> int:
     match = _INTEGER.fullmatch(text.strip())
     number = int(match[1] + match[2]) if match else None
     if number is None or number not in _INT64:
-        shown = repr(text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "…")
-        raise ValueError(f"{shown} is not an integer of 64 bits")
+        raise ValueError(f"{reprlib.repr(text)} is not an integer of 64 bits")
     return number

@@ -1,14 +1,13 @@
 """Fit images to buckets: choose a bucket, resize, crop.
 
-These rules determine which pixels a latent represents. They are part of the dataset's contract, so
-a change to any of them makes every existing cache stale.
+These rules are part of the dataset's contract: a change to any of them makes every cache stale.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -17,30 +16,23 @@ from numpy.typing import NDArray
 from latentcache.dataset.bucket import Bucket
 from latentcache.dataset.contract import Contract
 from latentcache.errors import ConfigError, Reject
-from latentcache.images.decode import Reserve, decode_image, decode_scaled
-from latentcache.images.resize import Side, resize
+from latentcache.images.decode import Reserve, decode_scaled
 
-# An image is rejected if its resized form has more than this many times the pixels of its bucket:
-# the crop would drop nearly all of it, and a strip of 1 × 60,000 would need gigabytes of memory.
+# The maximum pixels of a resized image, relative to its bucket. Above it the crop would drop nearly
+# all of the image, and a strip of 1 × 60,000 would need gigabytes of memory.
 MAX_CROP_FACTOR = 16
 
 # A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size if that is at least this many times the size
 # that it is resized to. After the resize, the decoder's box-like scaling then differs from the full
 # decode by 48 dB. At the target size itself it would be 30 dB.
-DCT_HEADROOM = 2
+_DCT_HEADROOM = 2
 
 
 @dataclass(frozen=True, slots=True)
 class TransformSpec:
-    """The parameters of the transform.
+    """The parameters of the transform; see `config.Transform`. None for a limit accepts all images.
 
-    Args:
-        buckets: the sizes to choose from, at least one.
-        min_side_px: images with a shorter side are rejected; None accepts all.
-        max_upscale: images that would be enlarged by a larger factor are rejected; None accepts
-            all.
-        max_pixels: images of more pixels are rejected (by `decode_image`, before it decodes).
-        dct_scaling: whether large JPEGs are decoded at a fraction of their size (by `load_image`).
+    `dct_scaling` is whether `load_image` decodes large JPEGs at a fraction of their size.
     """
 
     buckets: tuple[Bucket, ...]
@@ -54,10 +46,8 @@ class TransformSpec:
 class Transformed:
     """An image resized and cropped to its bucket.
 
-    `pixels` is uint8 [3, height_px, width_px], RGB. Its memory format is channels-last, which is
-    the output of decoders and the input of fast encoders. The offsets are the start of the crop in
-    pixels of the resized image. The sizes are those of the original image after its EXIF
-    orientation. SDXL's micro-conditioning needs both (Podell et al. 2023, section 2.2).
+    `pixels` is uint8 [3, height_px, width_px], RGB, channels-last. SDXL's micro-conditioning needs
+    the upright size of the original and the crop's start in the resized image (Podell et al. 2023).
     """
 
     pixels: torch.Tensor
@@ -73,12 +63,11 @@ def ratio_buckets(resolution_px: int, max_ratio: float, step_px: int) -> tuple[B
 
     For every long side that is a multiple of `step_px`, from `resolution_px` upwards, the short
     side is the multiple of `step_px` nearest to `resolution_px**2 / long`. Sizes are included in
-    both orientations as long as long over short is at most `max_ratio`.
+    both orientations.
 
     Args:
-        resolution_px: the side of the square size.
+        resolution_px, step_px: the side of the square size, and the divisor of all sides.
         max_ratio: the maximum of long over short.
-        step_px: the divisor of all sides.
 
     Raises:
         ConfigError: `resolution_px` is not a multiple of `step_px`, so there is no square size.
@@ -101,25 +90,18 @@ def ratio_buckets(resolution_px: int, max_ratio: float, step_px: int) -> tuple[B
 def transform_spec(contract: Contract) -> TransformSpec:
     """Return the parameters of the transform in a contract."""
     terms = contract.transform
-    return TransformSpec(
-        buckets=tuple(Bucket(*size) for size in terms.buckets),
-        min_side_px=terms.min_side_px,
-        max_upscale=terms.max_upscale,
-        max_pixels=terms.max_pixels,
-        dct_scaling=terms.dct_scaling,
-    )
+    buckets = tuple(Bucket(*size) for size in terms.buckets)
+    limits = terms.min_side_px, terms.max_upscale, terms.max_pixels
+    return TransformSpec(buckets, *limits, terms.dct_scaling)
 
 
 def choose_bucket(width_px: int, height_px: int, buckets: Sequence[Bucket]) -> Bucket:
     """Return the bucket with the nearest aspect ratio; ratios are compared as logarithms.
 
-    Of equally near buckets, the one with the most pixels is chosen, then the widest one. The order
-    of the buckets does not matter.
+    Of equally near buckets, the one with the most pixels is chosen, then the widest one.
 
     Args:
-        width_px: the width of the image.
-        height_px: the height of the image.
-        buckets: the buckets, at least one.
+        width_px, height_px, buckets: the size of the image, and the buckets in any order.
     """
 
     def distance(bucket: Bucket) -> tuple[float, int, int]:
@@ -134,20 +116,26 @@ def load_image(data: bytes, spec: TransformSpec, reserve: Reserve | None = None)
     """Decode the bytes of an image, and resize and crop it to its bucket.
 
     Args:
-        data: the whole file.
-        spec: the parameters.
+        data, spec: the whole file, and the parameters.
         reserve: see `decode_image`.
 
     Raises:
         Reject: stage `decode` (see `decode_image`) or `transform` (see `transform`).
     """
-    if not spec.dct_scaling:
-        image = decode_image(data, max_pixels=spec.max_pixels, reserve=reserve)
-        return transform(image, spec)
-    choose = partial(_denominator, spec.buckets)
-    scaled = decode_scaled(data, choose, max_pixels=spec.max_pixels, reserve=reserve)
-    placement = _place(scaled.width, scaled.height, spec)
-    return _cut(scaled.pixels, placement, scaled.denominator)
+
+    def choose(width: int, height: int) -> int:
+        if not spec.dct_scaling:
+            return 1
+        new_width, new_height = _covering_size(
+            width, height, choose_bucket(width, height, spec.buckets)
+        )
+        headroom = min(width // new_width, height // new_height) // _DCT_HEADROOM
+        return next(n for n in (8, 4, 2, 1) if n <= max(headroom, 1))
+
+    image, size, denominator = decode_scaled(
+        data, choose, max_pixels=spec.max_pixels, reserve=reserve
+    )
+    return _fit(image, *size, denominator, spec)
 
 
 def transform(image: NDArray[np.uint8], spec: TransformSpec) -> Transformed:
@@ -157,77 +145,149 @@ def transform(image: NDArray[np.uint8], spec: TransformSpec) -> Transformed:
     does not fit exactly is rounded to the nearest pixel, half up, so it is never below the bucket.
 
     Args:
-        image: uint8 [height, width, 3], writable.
-        spec: the parameters.
+        image, spec: uint8 [height, width, 3], writable, and the parameters.
 
     Raises:
         Reject: stage `transform`; `too_small`, `upscaled` or `aspect_ratio` (the resized image
             would hold more than `MAX_CROP_FACTOR` times the bucket's pixels).
     """
-    return _cut(image, _place(image.shape[1], image.shape[0], spec), 1)
+    return _fit(image, image.shape[1], image.shape[0], 1, spec)
 
 
-@dataclass(frozen=True, slots=True)
-class _Placement:
-    """The bucket and the resized size of an image."""
+def _fit(
+    image: NDArray[np.uint8], width: int, height: int, denominator: int, spec: TransformSpec
+) -> Transformed:
+    """Resize and crop an image that was decoded at 1 / `denominator` of its width and height."""
 
-    bucket: Bucket
-    width: int
-    height: int
-    new_width: int
-    new_height: int
+    def reject(reason: str, problem: str) -> Reject:
+        return Reject("transform", reason, f"{width}x{height}{problem}")
 
-
-def _place(width: int, height: int, spec: TransformSpec) -> _Placement:
     if spec.min_side_px is not None and min(width, height) < spec.min_side_px:
-        raise _reject(
-            "too_small", f"{width}x{height}: a side is below min_side_px {spec.min_side_px}"
-        )
+        raise reject("too_small", f": a side is below min_side_px {spec.min_side_px}")
     bucket = choose_bucket(width, height, spec.buckets)
     new_width, new_height = _covering_size(width, height, bucket)
     scale = max(bucket.width_px / width, bucket.height_px / height)
     if spec.max_upscale is not None and scale > spec.max_upscale:
-        raise _reject(
+        raise reject(
             "upscaled",
-            f"{width}x{height} to {bucket.name} enlarges {scale:.3g} times, "
-            f"max_upscale is {spec.max_upscale:g}",
+            f" to {bucket.name} enlarges {scale:.3g} times, max_upscale is {spec.max_upscale:g}",
         )
     if new_width * new_height > MAX_CROP_FACTOR * bucket.num_pixels:
-        raise _reject(
+        raise reject(
             "aspect_ratio",
-            f"{width}x{height} to {bucket.name} would crop away more than "
-            f"{MAX_CROP_FACTOR - 1}/{MAX_CROP_FACTOR} of the image",
+            f" to {bucket.name} would crop away more than {MAX_CROP_FACTOR - 1}/{MAX_CROP_FACTOR} "
+            "of the image",
         )
-    return _Placement(bucket, width, height, new_width, new_height)
-
-
-def _cut(image: NDArray[np.uint8], to: _Placement, denominator: int) -> Transformed:
-    bucket = to.bucket
-    top, left = (to.new_height - bucket.height_px) // 2, (to.new_width - bucket.width_px) // 2
-    rows = Side(to.height, to.new_height, top, top + bucket.height_px)
-    columns = Side(to.width, to.new_width, left, left + bucket.width_px)
-    pixels = resize(image, rows, columns, denominator)
-    return Transformed(
-        pixels=torch.from_numpy(pixels).permute(2, 0, 1),
-        bucket=bucket,
-        original_width=to.width,
-        original_height=to.height,
-        crop_top=top,
-        crop_left=left,
-    )
-
-
-def _denominator(buckets: Sequence[Bucket], width: int, height: int) -> int:
-    new_width, new_height = _covering_size(width, height, choose_bucket(width, height, buckets))
-    headroom = min(width // new_width, height // new_height) // DCT_HEADROOM
-    return next(n for n in (8, 4, 2, 1) if n <= max(headroom, 1))
-
-
-def _reject(reason: str, message: str) -> Reject:
-    return Reject("transform", reason, message)
+    rows = _Pass(height, new_height, bucket.height_px, denominator)
+    columns = _Pass(width, new_width, bucket.width_px, denominator)
+    pixels = torch.from_numpy(_resize(image, rows, columns)).permute(2, 0, 1)
+    return Transformed(pixels, bucket, width, height, rows.start, columns.start)
 
 
 def _covering_size(width: int, height: int, bucket: Bucket) -> tuple[int, int]:
     if bucket.width_px * height >= bucket.height_px * width:
         return bucket.width_px, (2 * height * bucket.width_px + width) // (2 * width)
     return (2 * width * bucket.height_px + height) // (2 * height), bucket.height_px
+
+
+class _Pass:
+    """The resize of one side from `length` to `new_length`, and its crop to `num` pixels.
+
+    The kernel can begin where the grids of pixels and outputs coincide, at whole pixels of both: at
+    output `first`, which is at pixel `skip`. This does not affect the outputs [start, stop), and
+    neither do the pixels from `end` on. `scale` is in outputs per pixel.
+    """
+
+    def __init__(self, length: int, new_length: int, num: int, denominator: int) -> None:
+        self.num_removed = -(-length // denominator) - new_length
+        self.start = (new_length - num) // 2
+        self.stop = self.start + num
+        new_length *= denominator
+        # The radius of the filter in pixels and in outputs, with a margin.
+        reach = math.ceil(2 * max(length / new_length, 1)) + 1
+        margin = math.ceil(reach * new_length / length)
+        period = new_length // math.gcd(length, new_length)
+        self.scale = new_length / length
+        self.first = max(self.start - margin, 0) // period * period
+        self.skip = self.first * length // new_length
+        self.end = self.stop * length // new_length + 1 + reach
+
+
+def _resize(image: NDArray[np.uint8], rows: _Pass, columns: _Pass) -> NDArray[np.uint8]:
+    """Resize and crop uint8 [height, width, 3], within 2 levels of Pillow's `BICUBIC`.
+
+    The two passes of torch's uint8 kernel (Keys 1981, a = -0.5) are called separately, each for the
+    outputs of the crop alone. The result is bit-identical to cropping the whole resized image.
+    """
+    pixels, down, across = torch.from_numpy(image), rows, columns
+    # Between the passes the pixels are clamped to 0..255, so the order of the passes matters.
+    # Pillow 13 resizes the height first if that removes more than twice as many lines as the width.
+    is_height_first = rows.num_removed > max(0, 2 * columns.num_removed)
+    is_transposed = pixels.stride(0) < pixels.stride(1)
+    if is_transposed:  # "down" must be the side with the larger stride in memory
+        pixels, down, across = pixels.transpose(0, 1), across, down
+        is_height_first = not is_height_first
+    pixels = pixels[down.skip : down.end]
+    if is_height_first:
+        pixels = _resize_across(_resize_down(pixels, down), across)
+    else:
+        pixels = _resize_down(_resize_across(pixels, across), down)
+    pixels = pixels[down.start - down.first : down.stop - down.first]
+    pixels = pixels[:, across.start - across.first : across.stop - across.first]
+    if is_transposed:
+        pixels = pixels.transpose(0, 1)
+    return pixels.numpy().copy()  # a view would keep the whole image in memory
+
+
+def _resize_down(pixels: torch.Tensor, down: _Pass) -> torch.Tensor:
+    """Resize along the first side, from which `skip` pixels are already removed."""
+    height, width, _ = pixels.shape
+    if down.scale == 1:
+        return pixels
+    num = _num_outputs(down.stop - down.first, height)
+    return _bicubic(pixels, (num, width), (down.scale, None))
+
+
+def _resize_across(pixels: torch.Tensor, across: _Pass) -> torch.Tensor:
+    """Resize along the second side, without the outputs before `first`."""
+    height, width, _ = pixels.shape
+    if across.scale == 1:
+        return pixels[:, across.skip :]
+    first, scales = across.first, (None, across.scale)
+    if first == 0:
+        return _bicubic(pixels, (height, _num_outputs(across.stop, width)), scales)
+    # A slice of columns would not be contiguous, which is slow. Instead each row begins at `skip`
+    # and continues into the next row, whose pixels do not affect the outputs of the crop. The last
+    # row has no next row, so it is resized separately.
+    num = _num_outputs(across.stop - first, width)
+    resized = torch.empty(height, num, 3, dtype=torch.uint8)
+    if height > 1:
+        offset = pixels.storage_offset() + 3 * across.skip
+        shifted = pixels.as_strided((height - 1, width, 3), pixels.stride(), offset)
+        _bicubic(shifted, (height - 1, num), scales, out=resized[:-1])
+    last = _bicubic(pixels[-1:], (1, _num_outputs(across.stop, width)), scales)
+    resized[-1, : across.stop - first] = last[0, first : across.stop]
+    return resized
+
+
+def _num_outputs(num: int, length: int) -> int:
+    """Return `num`, or one more if the kernel would otherwise see equal sizes and not resize."""
+    return num + (num == length)
+
+
+def _bicubic(
+    pixels: torch.Tensor,
+    size: tuple[int, int],
+    scales: tuple[float | None, float | None],
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Run the kernel on [height, width, 3] for the first `size` outputs at the given scales."""
+    channels_last = pixels.unsqueeze(0).permute(0, 3, 1, 2)
+    # F.interpolate(…, mode="bicubic", antialias=True) calls this kernel too, but derives the scales
+    # from the sizes.
+    kernel = torch.ops.aten._upsample_bicubic2d_aa
+    if out is None:
+        resized: torch.Tensor = kernel(channels_last, size, False, *scales)
+        return resized[0].permute(1, 2, 0)
+    kernel.out(channels_last, size, False, *scales, out=out.unsqueeze(0).permute(0, 3, 1, 2))
+    return out
