@@ -32,14 +32,11 @@ class Expired:
 
 
 class Committer:
-    """A thread pool that puts receipts while the driver's loop continues.
+    """A thread pool that puts receipts in a store while the driver's loop continues.
 
     A receipt counts only after `ended` or `drain` has yielded it; until then its unit is in
     progress. There are never more puts in progress than threads. If the store is down, the run
     therefore waits, and does not encode units that it cannot commit.
-
-    Args:
-        store: the output.
     """
 
     def __init__(self, store: Store) -> None:
@@ -66,27 +63,24 @@ class Committer:
             StorageError: a receipt could not be put.
         """
         while not self._ended.empty() or self._num_in_progress >= _NUM_THREADS:
-            yield self._take()
+            yield self._next()
 
     def drain(self) -> Iterator[Committed | Expired]:
-        """Yield all puts in progress, each as it ends.
-
-        Raises:
-            StorageError: a receipt could not be put.
-        """
+        """Yield all puts in progress, each as it ends; raises like `ended`."""
         while self._num_in_progress:
-            yield self._take()
+            yield self._next()
 
-    def _take(self) -> Committed | Expired:
+    def _next(self) -> Committed | Expired:
         future = self._ended.get()
         self._num_in_progress -= 1
         return future.result()
 
     def _put(self, finished: Finished) -> Committed | Expired:
-        data = finished.receipt
-        receipt = Receipt.from_bytes(data)
+        receipt = Receipt.from_bytes(finished.receipt)
         try:
-            is_put = self._store.put_if_absent(receipt.path, data, valid_until=finished.valid_until)
+            is_put = self._store.put_if_absent(
+                receipt.path, finished.receipt, valid_until=finished.valid_until
+            )
         except DeadlinePassed:
             return Expired(finished)
         if not is_put:

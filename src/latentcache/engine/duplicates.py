@@ -13,22 +13,18 @@ from latentcache.images.moved import last_part, moved_of, old_folder, root_of, s
 from latentcache.images.source import SourceShard
 
 # The most known sources of the same name, such as `0.tar` in many folders, to compare a new one to.
-_MAX_TRIED = 1000
+_MAX_COMPARED = 1000
 
 
 @dataclass(frozen=True, slots=True)
-class Twice:
-    """New sources that look like known ones.
+class DuplicateSources:
+    """New sources that look like known ones: `num_duplicates` of all `num_new` ones.
 
-    Attributes:
-        num_twice: the number of such sources.
-        num_new: the number of all new sources.
-        example: the URL of one such source.
-        known: the URL of the known source that `example` looks like.
-        moved_from: the setting under which both are the same; None if they did not move together.
+    `example` is the URL of one, and `known` that of the source that it looks like. `moved_from` is
+    the setting under which both are the same; None if the sources did not move together.
     """
 
-    num_twice: int
+    num_duplicates: int
     num_new: int
     example: str
     known: str
@@ -42,15 +38,15 @@ class Twice:
             else "if they are the same files, name them by their old URLs"
         )
         return (
-            f"{self.num_twice} of {self.num_new} new sources look like sources that the output has "
-            f"already, such as {self.example}, which it has as {self.known}: their rows would "
-            f"exist twice; {fix}"
+            f"{self.num_duplicates} of {self.num_new} new sources look like sources that the "
+            f"output has already, such as {self.example}, which it has as {self.known}: their rows "
+            f"would exist twice; {fix}"
         )
 
 
-def find_twice(
+def find_duplicate_sources(
     source: Source, shards: Sequence[SourceShard], state: State, contract: Contract
-) -> Twice | None:
+) -> DuplicateSources | None:
     """Find new sources that the output has under another URL: same name, size and version.
 
     The version is an ETag, or the modification time of a local file, which a rename keeps. The id
@@ -58,28 +54,19 @@ def find_twice(
     URL shows whether the output has it, without a further request to a store.
 
     Args:
-        source: the source of the config.
-        shards: the listed source shards.
-        state: the receipts of the output.
-        contract: the contract of the run.
-
-    Returns:
-        The sources that would exist twice; None if there are none.
+        source, shards: the source of the config, and its listed shards.
+        state, contract: the receipts of the output, and the contract of the run.
     """
-    known = state.sources
+    known, pairs = state.sources, []
     new = [shard for shard in shards if shard.source not in known]
-    if not new or not known:
-        return None
-    candidates, mark = same_names(known), contract.fingerprint
-    pairs: list[tuple[str, str]] = []
+    candidates = same_names(known) if new else {}
     for shard in new:
-        for url in candidates.get(last_part(shard.source), ())[:_MAX_TRIED]:
-            unit = Unit.of(url, shard.size_bytes, shard.version, mark, shard.range)
-            if state.current(unit.id):
+        for url in candidates.get(last_part(shard.source), ())[:_MAX_COMPARED]:
+            identity = (shard.size_bytes, shard.version, contract.fingerprint, shard.range)
+            if state.current(Unit.of(url, *identity).id):
                 pairs.append((shard.url, url))
                 break
     if not pairs:
         return None
     root = moved_of(source).now or root_of(source, source.storage)
-    (example, known_url), *_ = pairs
-    return Twice(len(pairs), len(new), example, known_url, old_folder(pairs, root))
+    return DuplicateSources(len(pairs), len(new), *pairs[0], old_folder(pairs, root))
