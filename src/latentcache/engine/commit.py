@@ -57,16 +57,12 @@ class Committer:
         self._pool.submit(self._put, finished).add_done_callback(self._ended.put)
 
     def ended(self) -> Iterator[Committed | Expired]:
-        """Yield the puts that have ended; wait for one if all threads are busy.
-
-        Raises:
-            StorageError: a receipt could not be put.
-        """
+        """Yield the puts that have ended, or raise their errors; wait for one if all are busy."""
         while not self._ended.empty() or self._num_in_progress >= _NUM_THREADS:
             yield self._next()
 
     def drain(self) -> Iterator[Committed | Expired]:
-        """Yield all puts in progress, each as it ends; raises like `ended`."""
+        """Yield all puts in progress, each as it ends, or raise their errors."""
         while self._num_in_progress:
             yield self._next()
 

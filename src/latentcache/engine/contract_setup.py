@@ -100,8 +100,8 @@ def put_contract(
 
     Args:
         config, output: the config of the run, and its store.
-        requested: the contract that the config requests, which may have open values.
-        resolved: the same contract with the values that this run measured.
+        requested, resolved: the contract that the config requests, which may have open values, and
+            the same with the values that this run measured.
 
     Returns:
         The contract at the output, which has the values of the driver that put it first.

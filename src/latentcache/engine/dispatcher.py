@@ -183,9 +183,7 @@ class Dispatcher:
         """Yield each unit as it ends, and regularly the statistics of the actors.
 
         Raises:
-            ClusterError: actors are repeatedly lost before they are ready.
-            LatentCacheError: an error affects all actors (an unusable checkpoint, a full disk), or
-                waiting cannot fix it (a node of another version or without credentials).
+            LatentCacheError: an error affects all actors, or they are lost before they are ready.
         """
         next_poll = time.monotonic()
         try:
@@ -195,17 +193,20 @@ class Dispatcher:
                 if self._queue and not self._stop.reason:
                     self._start_actors()
                 else:  # no idle actor gets a unit any more, and an autoscaler may remove its node
-                    for idle in [worker for worker in self._workers if not worker.assigned]:
-                        self._end(idle)
+                    for worker in [worker for worker in self._workers if not worker.assigned]:
+                        self._end(worker)
                 if time.monotonic() >= next_poll:
                     every_s = max(_POLL_S, len(self._workers) / _MAX_POLLS_PER_S)
                     next_poll = time.monotonic() + every_s
-                    self._request_stats()
+                    for worker in self._workers:
+                        if worker.node and worker.poll is None:
+                            worker.poll = self._actors.call(worker.actor, "stats")
+                            self._calls[worker.poll] = worker
                     yield Polled([w.stats for w in self._workers if w.stats], self._num_lost)
                 timeout_s = _WAIT_S if self._calls else _WAIT_FOR_ACTORS_S
                 for call in self._actors.wait(list(self._calls), timeout_s):
-                    if worker := self._calls.pop(call, None):  # else its actor was lost
-                        yield from self._process(worker, call)
+                    if caller := self._calls.pop(call, None):  # else its actor was lost
+                        yield from self._process(caller, call)
         finally:
             for worker in list(self._workers):
                 self._end(worker)
@@ -266,12 +267,6 @@ class Dispatcher:
         if len(worker.assigned) == UNITS_PER_ACTOR:
             del self._available[worker]
 
-    def _request_stats(self) -> None:
-        for worker in self._workers:
-            if worker.node and worker.poll is None:
-                worker.poll = self._actors.call(worker.actor, "stats")
-                self._calls[worker.poll] = worker
-
     def _process(self, worker: _Worker, call: Any) -> Iterator[Event]:
         """Process a call that has ended: a unit, a setup, statistics, or the loss of its actor."""
         try:
@@ -283,23 +278,16 @@ class Dispatcher:
             worker.poll = None
             if isinstance(result, dict):
                 worker.stats = result
-        elif call == worker.setup:
-            yield from self._begin(worker, result)
-        else:
-            assignment = worker.assigned.pop(call)
+        elif call != worker.setup:
+            unit, task, valid_until = assignment = worker.assigned.pop(call)
             self._num_assigned -= 1
             self._available.setdefault(worker)
             if isinstance(result, bytes):
-                yield Finished(assignment.task, result, assignment.unit, assignment.valid_until)
+                yield Finished(task, result, unit, valid_until)
             else:
                 yield from self._queue.fail(assignment, result)
-
-    def _begin(
-        self, worker: _Worker, result: str | LatentCacheError | UnitFailure
-    ) -> Iterator[Event]:
-        """Make an actor available after its setup, or raise the error of the setup."""
-        # A store may answer the next actor, so its error only counts as the loss of this one.
-        if isinstance(result, StorageError) and not isinstance(result, AccessDenied | DiskFull):
+        elif isinstance(result, StorageError) and not isinstance(result, AccessDenied | DiskFull):
+            # A store may answer the next actor, so its error only counts as the loss of this one.
             yield from self._lose(worker, ActorLost(str(result), has_crashed=False))
         elif isinstance(result, LatentCacheError):
             raise result

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
 from typing import TypeVar
 
 from latentcache.dataset.contract import require_contract
@@ -163,9 +163,6 @@ class _Collector:
     def choose_manifests(self, keep_last: int | None, keep: AbstractSet[int]) -> None:
         """Choose the kept manifests.
 
-        A complete manifest is old if the next complete one is old, because readers opened it until
-        then.
-
         Args:
             keep_last, keep: see `collect_unreferenced`.
         """
@@ -179,22 +176,16 @@ class _Collector:
         if unknown := keep - set(numbers):
             read_manifest(self._store, min(unknown))  # raises, and names the existing ones
         published = read_published(self._store)
-        always = {numbers[-1], *keep, *([published.manifest] if published else [])}
-        num_left = len(numbers) if keep_last is None else keep_last
-        is_superseded = False  # by a complete manifest that is itself old
-        for number in reversed(numbers):
-            manifest = read_manifest(self._store, number)
-            is_last = num_left > 0 and (manifest.complete or keep_last is None)
-            num_left -= is_last
-            info = infos.get(manifest.path)
-            is_old = info is not None and self._is_old(info)
-            is_past = is_superseded if manifest.complete else is_old
-            is_superseded |= manifest.complete and is_old
-            if info is None or is_last or not is_past or number in always:
-                self.kept.insert(0, manifest)
-            else:
-                self._expired.append(manifest)
-                self.objects["manifests"].append(info)
+        manifests = [read_manifest(self._store, number) for number in numbers]
+        young = {m.number for m in manifests if not self._is_old(infos.get(m.path))}
+        complete = [manifest.number for manifest in manifests if manifest.complete]
+        kept = {numbers[-1], *keep, *young, *([published.manifest] if published else [])}
+        kept.update(numbers if keep_last is None else complete[-keep_last:])
+        # Readers opened a complete manifest until the next one was written.
+        kept.update(number for number, after in pairwise(complete) if after in young)
+        self.kept = [manifest for manifest in manifests if manifest.number in kept]
+        self._expired = [manifest for manifest in manifests if manifest.number not in kept]
+        self.objects["manifests"] = [infos[manifest.path] for manifest in self._expired]
 
     def list_objects(self) -> None:
         """List the objects that nothing refers to."""
@@ -272,19 +263,17 @@ class _Collector:
             if self._is_old(info):
                 yield info
 
-    def _is_old(self, info: ObjectInfo) -> bool:
+    def _is_old(self, info: ObjectInfo | None) -> bool:
         """Return whether an object is old enough to delete; False if its age is unknown."""
-        return info.modified_at is not None and info.modified_at <= self._until
+        modified_at = info.modified_at if info else None
+        return modified_at is not None and modified_at <= self._until
 
     def delete(self) -> bool:
-        """Delete the listed objects.
+        """Delete the listed objects, unless an expired manifest was published meanwhile.
 
         `publish` writes the pointer and then checks that its manifest exists. This function deletes
-        manifests and then checks the pointer. So at least one of the two sees the other.
-
-        Returns:
-            False if an expired manifest was published meanwhile: the manifest is put back, and
-            nothing further is deleted.
+        manifests and then checks the pointer. So at least one of the two sees the other. Then it
+        puts the manifest back, deletes nothing further, and returns False.
         """
         self._num_done = 0
         num_objects = len(self.uploads) + sum(map(len, self.objects.values()))

@@ -72,12 +72,8 @@ class FieldCheck:
     """A buffer that holds receipts back until each kept field has occurred in a sample.
 
     A run that keeps a field which no sample has therefore commits nothing. A run without rows is
-    not checked, because its problem is larger than a field. If the samples have only image fields,
-    the user cannot have meant another field; then `warning` says that the column stays empty.
-
-    Args:
-        columns, committed: the kept columns, and the committed units.
-        is_image: returns whether a field holds an image.
+    not checked, because its problem is larger than a field. If all fields hold images (`is_image`),
+    the user cannot have meant another one; then `warning` says that the column stays empty.
     """
 
     def __init__(
@@ -100,11 +96,7 @@ class FieldCheck:
         return bool(self._missing)
 
     def offer(self, finished: Finished) -> list[Finished]:
-        """Add an encoded unit; return the units whose receipts may be put.
-
-        Raises:
-            ConfigError: a kept field occurs in no sample of many units.
-        """
+        """Add an encoded unit; return the units to commit; raise `ConfigError` like `end`."""
         if not self._missing:
             return [finished]
         receipt = Receipt.from_bytes(finished.receipt)
@@ -119,11 +111,7 @@ class FieldCheck:
         return [] if self._missing else self.release()
 
     def lacks(self, message: str) -> None:
-        """Record that a unit failed because its file has no column for a field.
-
-        Raises:
-            ConfigError: many units failed for this reason, and none was encoded.
-        """
+        """Record a unit whose file lacks a field; raise `ConfigError` if many do, and none has."""
         self._lacking.append(message)
         if len(self._lacking) >= MIN_UNITS:
             self._refuse_if_all_lack(len(self._lacking))
@@ -140,12 +128,9 @@ class FieldCheck:
         return held
 
     def end(self, num_failed: int) -> None:
-        """Check the kept fields at the end of a run that tried every unit, of which some failed.
+        """Raise `ConfigError` at the end of a run if a kept field occurs in no sample.
 
-        A field may occur in failed units, unless all of them failed because they lack a field.
-
-        Raises:
-            ConfigError: a kept field occurs in no sample, and no receipt was put.
+        It may occur in failed units, unless all of them failed because they lack a field.
         """
         if num_failed:
             self._refuse_if_all_lack(num_failed)

@@ -74,9 +74,8 @@ class Lease:
     """The lease of this run or `gc`: renewed while it is active, deleted when it ends.
 
     Args:
-        store: the output.
+        store, is_gc: the output, and whether the holder is a `gc`.
         num_units, num_total: see `RunInfo`; `num_total` is 0 if the output does not grow.
-        is_gc: whether the holder is a `gc`.
     """
 
     def __init__(
@@ -136,8 +135,7 @@ class Lease:
     def require_alone(self) -> None:
         """Raise `IncompleteRun` if another run is active; for stores without conditional writes.
 
-        Every other lease counts, also a younger one: a driver cannot know whether the other listed
-        the leases first. Two drivers that start at the same moment both refuse.
+        Every lease counts: two drivers that start at the same moment both refuse.
         """
         for other in self.others():
             raise IncompleteRun(
@@ -168,8 +166,8 @@ def wait_for_other_runs(
 ) -> None:
     """Wait until no run is active on an output, or request a stop if `on_busy` is `skip`.
 
-    This is called before the run takes its own lease. Two runs may therefore both see a free
-    output, and then join each other, which is safe. With the lease taken first, both might leave.
+    A run calls this before it takes its lease. Two runs may therefore both see a free output, and
+    then join each other, which is safe. With the lease taken first, both might leave.
 
     Args:
         store, on_busy: the output, and the setting of the config.
@@ -205,11 +203,7 @@ def active_runs(store: Store) -> list[RunInfo]:
 
 
 def active_leases(store: Store) -> list[RunInfo]:
-    """Return the valid leases of runs and of `gc`, oldest first.
-
-    Leases of dead processes of this host are left out. A lease that cannot be parsed counts as that
-    of an active run until it is ten minutes old.
-    """
+    """Return the valid leases of runs and of `gc`, oldest first, without dead ones of this host."""
     infos = store.list(RUNS)
     now = store.now() if infos else 0.0
     active = []
@@ -219,18 +213,15 @@ def active_leases(store: Store) -> list[RunInfo]:
         except ObjectNotFound:
             continue  # its holder ended after the listing
         name = info.path.removeprefix(f"{RUNS}/").removesuffix(".json")
-        run = _parse(name, data, now - (info.modified_at or 0.0))
+        age_s = now - (info.modified_at or 0.0)
+        try:
+            tree = load_json(data) | {"run": name, "age_s": age_s}
+            run = build(RunInfo, tree, ignore_unknown=True)  # other releases may write more fields
+        except (TypeError, ValueError):  # `|` refuses a tree that is not an object
+            run = RunInfo(name, "", 0, 0, 0, 0, age_s)
         if run.age_s < STALE_AFTER_S and not _died_here(run):
             active.append(run)
     return sorted(active, key=lambda run: run.run)
-
-
-def _parse(name: str, data: bytes, age_s: float) -> RunInfo:
-    try:
-        tree = load_json(data) | {"run": name, "age_s": age_s}
-        return build(RunInfo, tree, ignore_unknown=True)  # other releases may write more fields
-    except (TypeError, ValueError):  # `|` refuses a tree that is not an object
-        return RunInfo(name, "", 0, 0, 0, 0, age_s)
 
 
 def _died_here(run: RunInfo) -> bool:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from latentcache.config import Config, require_kind
+from latentcache.config_source import Source
 from latentcache.dataset.columns import Columns, columns_of, describe_columns
 from latentcache.dataset.contract import Contract, contract_diff, read_contract
 from latentcache.dataset.receipts import Unit, failed_unit, list_failures, read_failures
 from latentcache.dataset.state import SourceSnapshot, State, require_few
 from latentcache.engine.contract_setup import requested_contract
-from latentcache.engine.duplicates import DuplicateSources, find_duplicate_sources
 from latentcache.errors import ConfigError, SourceError
+from latentcache.images.moved import last_part, moved_of, old_folder, root_of, same_names
 from latentcache.images.samples import Wanted, file_key_and_field
 from latentcache.images.source import SourceShard, list_source
 from latentcache.storage import ObjectInfo, Store
+
+# The most known sources of the same name, such as `0.tar` in many folders, to compare a new one to.
+_MAX_COMPARED = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +48,34 @@ class Sources:
     num_unchanged: int
     num_vanished: int
     on_missing: str
+
+
+@dataclass(frozen=True, slots=True)
+class DuplicateSources:
+    """New sources that look like known ones: `num_duplicates` of all `num_new` ones.
+
+    `example` is the URL of one, and `known` that of the source that it looks like. `moved_from` is
+    the setting under which both are the same; None if the sources did not move together.
+    """
+
+    num_duplicates: int
+    num_new: int
+    example: str
+    known: str
+    moved_from: str | None
+
+    def to_text(self) -> str:
+        """Return a message with the problem and the fix."""
+        fix = (
+            f"if the source moved, set source.moved_from: {self.moved_from}"
+            if self.moved_from
+            else "if they are the same files, name them by their old URLs"
+        )
+        return (
+            f"{self.num_duplicates} of {self.num_new} new sources look like sources that the "
+            f"output has already, such as {self.example}, which it has as {self.known}: their rows "
+            f"would exist twice; {fix}"
+        )
 
 
 @dataclass(frozen=True)
@@ -125,8 +157,7 @@ def make_plan(config: Config, *, retry_rejects: bool = False) -> Plan:
     """List the source, read the receipts, and return the units that are pending; write nothing.
 
     Args:
-        config: the config of the run.
-        retry_rejects: encode units with rejects again, at their next generation.
+        config, retry_rejects: the config, and whether units with rejects are encoded again.
 
     Raises:
         ConfigError: the checkpoint or the source cannot be used, a folder would be cut into another
@@ -153,7 +184,12 @@ def make_plan(config: Config, *, retry_rejects: bool = False) -> Plan:
     try:
         shards = list_source(source, source.num_units, state.sources | state.live.keys())
     except SourceError as error:
-        raise _with_kept_units(error, state) from error
+        if not (num_units := sum(map(len, state.live.values()))):
+            raise
+        raise SourceError(
+            f"{error}; {output.url} keeps its {num_units} units and nothing was changed, because "
+            "such a listing counts as a mistake for every value of source.on_missing"
+        ) from error
     units = units_of(shards, contract)
     if source.on_missing == "drop":  # fail before anything is encoded
         require_few(state.live.keys() - {unit.source for unit in units}, len(state.live))
@@ -173,7 +209,7 @@ def make_plan(config: Config, *, retry_rejects: bool = False) -> Plan:
         pending=pending,
         state=state,
         on_missing=source.on_missing,
-        duplicates=find_duplicate_sources(source, shards, state, contract),
+        duplicates=_find_duplicate_sources(source, shards, state, contract),
     )
 
 
@@ -221,15 +257,28 @@ def plan_unit(
     return PlannedUnit(unit, generation, reason, shard.files, shard.url, kind)
 
 
-def _with_kept_units(error: SourceError, state: State) -> SourceError:
-    """Add to the error of an implausible listing that the committed units are kept."""
-    num_units = sum(map(len, state.live.values()))
-    if not num_units:
-        return error
-    return SourceError(
-        f"{error}; {state.store.url} keeps its {num_units} units and nothing was changed, because "
-        "such a listing counts as a mistake for every value of source.on_missing"
-    )
+def _find_duplicate_sources(
+    source: Source, shards: Sequence[SourceShard], state: State, contract: Contract
+) -> DuplicateSources | None:
+    """Find new sources that the output has under another URL: same name, size and version.
+
+    The version is an ETag, or the modification time of a local file, which a rename keeps. The id
+    of a unit is a hash of these and of the URL. So the id that a new source would have at a known
+    URL shows whether the output has it, without a further request to a store.
+    """
+    known, pairs = state.sources, []
+    new = [shard for shard in shards if shard.source not in known]
+    candidates = same_names(known) if new else {}
+    for shard in new:
+        for url in candidates.get(last_part(shard.source), ())[:_MAX_COMPARED]:
+            identity = (shard.size_bytes, shard.version, contract.fingerprint, shard.range)
+            if state.current(Unit.of(url, *identity).id):
+                pairs.append((shard.url, url))
+                break
+    if not pairs:
+        return None
+    root = moved_of(source).now or root_of(source, source.storage)
+    return DuplicateSources(len(pairs), len(new), *pairs[0], old_folder(pairs, root))
 
 
 def units_of(shards: Iterable[SourceShard], contract: Contract) -> list[Unit]:

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column
 
 from latentcache.bottleneck import STAGES, PipelineLoad
+from latentcache.engine.actors import Polled
 from latentcache.errors import one_line
 from latentcache.log import Level, write_json
 
@@ -96,12 +97,9 @@ class RunProgress:
         self._num_rejects += num_rejects
         self._show()
 
-    def polled(self, stats: list[dict[str, float]], num_lost: int) -> None:
-        """Update the display with the statistics of the actors; called about every two seconds.
-
-        Args:
-            stats, num_lost: `UnitRunner.stats` of each actor, and the number of actors lost so far.
-        """
+    def polled(self, event: Polled) -> None:
+        """Update the display with the statistics of the actors; called about every two seconds."""
+        stats, num_lost = event.stats, event.num_lost
         if num_lost > self._num_lost:
             message = f"{num_lost} actors lost so far"
             self.log("actors_lost", message, "warning", num_lost=num_lost, num_actors=len(stats))

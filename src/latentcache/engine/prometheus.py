@@ -1,9 +1,8 @@
-"""Prometheus metrics of a run, exported by Ray's agent on each node.
+"""Prometheus metrics of a run, exported by Ray's agent on each node, with the prefix `ray_`.
 
 Actors and the driver update them at each poll of the driver, never for single images. Counts
 include attempts that failed later, and lack the last seconds of an actor: metrics are for
-monitoring, and receipts are the record. Ray adds the prefix `ray_` to each name and its own labels,
-such as `WorkerId` and `NodeAddress`. Without an agent nothing is exported.
+monitoring, and receipts are the record.
 """
 
 from __future__ import annotations

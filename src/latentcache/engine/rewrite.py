@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -63,31 +64,21 @@ class Rewriter:
     def _run(self, task: UnitTask) -> Receipt | None:
         if committed := committed_receipt(self.output, task):
             return committed
-        try:
-            try:
-                return self._attempt(task, gather=False)
-            except NotGrouped:
-                return self._attempt(task, gather=True)
-        except _NeedsEncoding:
-            return None
-
-    def _attempt(self, task: UnitTask, *, gather: bool) -> Receipt:
-        with TemporaryDirectory(prefix="latentcache-") as folder:
-            times = stage_times()
-            rewrite = _Rewrite(self.job, self.output, task, Path(folder), times, gather=gather)
-            with self._attempts.watch(rewrite):
-                return rewrite.run()
+        for gather in (False, True):
+            with TemporaryDirectory(prefix="latentcache-") as name, suppress(NotGrouped):
+                job, output, folder, times = self.job, self.output, Path(name), stage_times()
+                rewrite = _Rewrite(job, output, task, folder, times, gather=gather)
+                with self._attempts.watch(rewrite), suppress(_NeedsEncoding):
+                    return rewrite.run()
+                return None
+        return None
 
 
 class _Rewrite(Attempt):
     """One attempt at rewriting one unit; its stages are `fetch`, `write` and `upload`."""
 
     def run(self) -> Receipt:
-        """Rewrite the unit and return its receipt.
-
-        Raises:
-            _NeedsEncoding: the stored files do not suffice.
-        """
+        """Rewrite the unit and return its receipt, or raise `_NeedsEncoding`."""
         name = f"{self.task.unit.id}-{self.task.generation - 1}"
         (before,) = read_receipts(self.output, [name])
         record, qa = before.record, None
@@ -127,11 +118,7 @@ class _Rewrite(Attempt):
         )
 
     def _fetch(self, file: DataFile) -> Path:
-        """Copy a stored file to local disk and check its hash.
-
-        Raises:
-            _NeedsEncoding: the file is missing or damaged.
-        """
+        """Copy a stored file to local disk; it must have its hash."""
         digest = hashlib.sha256()
         target = self.folder / f"stored-{file.path.replace('/', '-')}"
         try:
@@ -152,10 +139,7 @@ class _Rewrite(Attempt):
     def _write_rows(
         self, files: dict[str, list[Path]], rejects: dict[str | None, RejectRow]
     ) -> None:
-        """Read the samples, and write each stored row with the columns of its sample.
-
-        The rows of a bucket are stored in the order of their samples.
-        """
+        """Write each stored row with the columns of its sample; buckets keep the samples' order."""
         tables = {name: _read_table(paths[-1]) for name, paths in files.items()}
         stored = {name: _read_rows(tables[name], paths) for name, paths in files.items()}
         buckets: dict[str | None, str] = {}

@@ -47,6 +47,9 @@ MANIFEST_EVERY_S = 600.0
 # Kubernetes kills a pod 30 s after SIGTERM. Units in progress get this long; the rest of the time
 # is for the manifest.
 GRACE_S = 20.0
+_STOPPING = (
+    f"stopping: units in progress get {GRACE_S:.0f} s to finish; interrupt again to stop at once"
+)
 
 
 def run(
@@ -59,14 +62,12 @@ def run(
 ) -> RunSummary:
     """Encode the units that have no receipt yet, and return how the run ended.
 
-    A run that is called again after an interruption or an error continues where the last one
-    stopped.
+    After an interruption or an error, the next run continues where the last one stopped.
 
     Args:
-        config: the config of the run.
+        config, plan: the config of the run, and its plan; None makes one.
         retry_rejects: encode units with rejects again.
         quiet, log_json: write no progress to stderr, or write JSON objects, one per line.
-        plan: the plan from `make_plan`; None makes one.
 
     Raises:
         ContractMismatch: the output holds latents of another contract.
@@ -118,6 +119,7 @@ def _encode(driver: _Driver, progress: RunProgress) -> Manifest | None:
     """Encode the pending units until all are done or the run is stopped; write the manifest."""
     config, work, stop = driver.config, driver.work, driver.stop
     compute, say_waiting = config.compute, partial(progress.say, "waiting")
+    say_stopping = partial(progress.say, "stopping", _STOPPING, "warning", reason="interrupted")
     threads = None if compute.decode_threads == "auto" else compute.decode_threads
     with Lease(driver.output, len(work.pending), work.num_total) as lease:
         lease.wait_for_gc(stop, say_waiting)
@@ -130,7 +132,7 @@ def _encode(driver: _Driver, progress: RunProgress) -> Manifest | None:
         ):
             _establish_contract(driver, cluster, progress)
             _join(driver, lease, progress)
-            with stop_on_signals(stop, GRACE_S, partial(_say_stopping, progress)):
+            with stop_on_signals(stop, GRACE_S, say_stopping):
                 driver.check_gates()
                 if driver.fields.is_open:
                     work.pending = spread(work.pending)
@@ -178,14 +180,6 @@ def _join(driver: _Driver, lease: Lease, progress: RunProgress) -> None:
         progress.say("joining", f"joining another run: {others[0]} (compute.on_busy)")
 
 
-def _say_stopping(progress: RunProgress) -> None:
-    message = (
-        f"stopping: units in progress get {GRACE_S:.0f} s to finish; interrupt again to stop at "
-        "once"
-    )
-    progress.say("stopping", message, "warning", reason="interrupted")
-
-
 def _may_read(driver: _Driver, unit: Unit) -> bool:
     """Return whether this process may read a source that a store refused to an actor."""
     folder, name = split_url(driver.moved.location(unit.source))
@@ -221,7 +215,7 @@ class _Driver:
         """Encode the units of the dispatcher and put their receipts.
 
         Args:
-            dispatcher, committer, lease: of this run; the lease is renewed.
+            dispatcher, committer, lease: of the run; the lease is renewed.
         """
         dispatcher.min_qa_rows = self.counts.missing_qa_rows()
         for event in dispatcher.run():
@@ -233,7 +227,7 @@ class _Driver:
             elif isinstance(event, Failed):
                 self._handle_failure(event, dispatcher)
             else:
-                self._progress.polled(event.stats, event.num_lost)
+                self._progress.polled(event)
                 self._metrics.update_actors(len(event.stats), event.num_lost)
                 self._update_metrics()
             self._handle_puts(committer.ended(), dispatcher)

@@ -22,13 +22,10 @@ class StopSignal:
         self.deadline: float | None = None
 
     def request(self, reason: str, grace_s: float | None = None) -> None:
-        """Request a stop. Safe in a signal handler.
-
-        A second request keeps the first reason and can only make the deadline earlier.
+        """Request a stop; a second request can only make the deadline earlier. Signal-safe.
 
         Args:
-            reason: the status of the run, such as `interrupted`.
-            grace_s: seconds from now until the deadline; None sets no deadline.
+            reason, grace_s: the status of the run, and the seconds until the deadline, if any.
         """
         self.reason = self.reason or reason
         if grace_s is not None:

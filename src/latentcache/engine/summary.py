@@ -131,8 +131,7 @@ class RunCounts:
         """Return the summary of the run.
 
         Args:
-            manifest, stop_reason, elapsed_s: the newest manifest, why the run was stopped, if it
-                was, and its duration.
+            manifest, stop_reason, elapsed_s: the newest manifest, a reason to stop, the duration.
         """
         work, committed, num_units = self._work, self._work.committed(), len(self._work.units())
         num_other_columns = sum(unit.columns != work.columns for unit in committed)

@@ -104,8 +104,7 @@ def watch(
 
     Args:
         url, options: the URL of the dataset, and the options of the store.
-        every_s: the least pause between two readings in seconds; a pause also lasts at least nine
-            times as long as the reading before it.
+        every_s: the least pause between two readings, which also depends on `_PAUSE_RATIO`.
         clock, wait: return the time in seconds, and wait for a number of seconds.
 
     Raises:
@@ -120,22 +119,17 @@ def watch(
         while len(readings) > 1 and now - readings[0][0] > _WINDOW_S:
             readings.popleft()
         readings.append((now, status))
-        yield _watched(now, status, *readings[0])
+        then, before = readings[0]
+        window_s, rows_per_s, left_s = now - then, None, None
+        if window_s > 0:
+            rows_per_s = (status.num_rows - before.num_rows) / window_s
+            num_committed = status.num_committed - before.num_committed
+            if num_committed > 0 and (status.active_runs or status.complete):
+                left_s = (status.num_units - status.num_committed) * window_s / num_committed
+        yield Watched(status, window_s, rows_per_s, left_s)
         if status.complete and not status.active_runs:
             return
         wait(max(every_s, _PAUSE_RATIO * (now - began)))
-
-
-def _watched(now: float, status: Status, then: float, before: Status) -> Watched:
-    window_s = now - then
-    if window_s <= 0:
-        return Watched(status, 0.0, None, None)
-    rows_per_s = (status.num_rows - before.num_rows) / window_s
-    num_committed = status.num_committed - before.num_committed
-    left_s = None
-    if num_committed > 0 and (status.active_runs or status.complete):
-        left_s = (status.num_units - status.num_committed) * window_s / num_committed
-    return Watched(status, window_s, rows_per_s, left_s)
 
 
 def _duration(seconds: float) -> str:

@@ -105,8 +105,13 @@ class Work:
 
     def write_manifest(self, *, may_complete: bool) -> Manifest | None:
         """Write the next manifest if it differs from the newest one; return the newest one."""
-        # After a lost race for a manifest the source is listed again.
-        snapshots = chain([self.snapshot], iter(self._list_again, None))
+
+        def list_again() -> Iterator[SourceSnapshot]:
+            while True:
+                shards = list_source(self._source, self._source.num_units, self.snapshot.keys())
+                yield group_by_source(units_of(shards, self.contract))
+
+        snapshots = chain([self.snapshot], list_again())  # again after each lost race
         self.state, manifest = write_next(
             self.state,
             self.contract.fingerprint,
@@ -117,7 +122,3 @@ class Work:
             may_complete=may_complete,
         )
         return manifest
-
-    def _list_again(self) -> SourceSnapshot:
-        shards = list_source(self._source, self._source.num_units, self.snapshot.keys())
-        return group_by_source(units_of(shards, self.contract))
