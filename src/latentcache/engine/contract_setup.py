@@ -65,13 +65,8 @@ def requested_contract(config: Config) -> Contract:
             latents_std=arch.latents_std,
         ),
         transform=TransformContract(
-            crop=transform.crop,
-            resample=transform.resample,
             buckets=tuple((*bucket,) for bucket in buckets),
-            min_side_px=transform.min_side_px,
-            max_upscale=transform.max_upscale,
-            max_pixels=transform.max_pixels,
-            dct_scaling=transform.dct_scaling,
+            **transform.model_dump(exclude={"resolution_px", "buckets"}),
         ),
         latents=LatentContract(
             posterior=latents.posterior,

@@ -16,14 +16,14 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import torch
 
 from latentcache.dataset.bucket import Bucket
 from latentcache.dataset.contract import Contract
-from latentcache.dataset.layout import TORCH_DTYPES
+from latentcache.dataset.layout import latent_offsets, row_bytes, row_group_rows, tensor_from_bytes
 from latentcache.dataset.parquet import read_table
 from latentcache.dataset.quantization import to_values
 from latentcache.dataset.receipts import DataFile, Receipt, read_receipts
@@ -140,11 +140,15 @@ class _Rewrite(Attempt):
         self, files: dict[str, list[Path]], rejects: dict[str | None, RejectRow]
     ) -> None:
         """Write each stored row with the columns of its sample; buckets keep the samples' order."""
-        tables = {name: _read_table(paths[-1]) for name, paths in files.items()}
-        stored = {name: _read_rows(tables[name], paths) for name, paths in files.items()}
-        buckets: dict[str | None, str] = {}
-        for name, table in tables.items():
-            buckets |= {row["key"]: name for row in table}
+        stored: dict[str, Iterator[_StoredRow]] = {}
+        bucket_names: dict[str | None, str] = {}
+        for name, paths in files.items():
+            try:
+                table = read_table(paths[-1], ["key", *_SIZES]).to_pylist()
+            except (DatasetError, pa.ArrowException, OSError) as error:
+                raise _NeedsEncoding from error
+            stored[name] = _read_rows(paths, table, self.contract, Bucket.parse(name))
+            bucket_names |= {row["key"]: name for row in table}
         samples = self.read_samples()
         while True:
             with self.times["fetch"].working():
@@ -152,20 +156,19 @@ class _Rewrite(Attempt):
             if sample is None:
                 break
             with self.times["write"].working():
-                name = buckets.pop(sample.key, "")
-                row = next(stored[name], None) if name else None
-                if name and (row is None or row[0].key != sample.key):
+                bucket = bucket_names.pop(sample.key, None)
+                row = next(stored[bucket], None) if bucket else None
+                if bucket and (row is None or row.meta.key != sample.key):
                     raise _NeedsEncoding
-                self._write_sample(sample, row, rejects, name)
-        if buckets:  # rows without a sample
+                self._write_sample(sample, row, rejects)
+        if bucket_names:  # rows without a sample
             raise _NeedsEncoding
 
     def _write_sample(
         self,
         sample: Sample | RejectedSample,
-        row: tuple[RowMeta, torch.Tensor] | None,
+        row: _StoredRow | None,
         rejects: dict[str | None, RejectRow],
-        bucket_name: str,
     ) -> None:
         """Write one sample as a row or a reject, as encoding it would."""
         if isinstance(sample, RejectedSample):
@@ -178,34 +181,40 @@ class _Rewrite(Attempt):
             self.rejects.append(reject_row(sample.key, reject))
             return
         if row:
-            (meta, latent), bucket = row, Bucket.parse(bucket_name)
-            kind = (self.contract.latent_shape(bucket), TORCH_DTYPES[self.contract.latents.dtype])
-            if (latent.shape, latent.dtype) != kind:
-                raise _NeedsEncoding
-            self.writer(bucket).append(latent[None], [replace(meta, columns=columns)])
+            meta = replace(row.meta, columns=columns)
+            self.writer(row.bucket).append(row.latent[None], [meta])
         elif sample.key in rejects:
             self.rejects.append(rejects[sample.key])
         else:
             raise _NeedsEncoding
 
 
-def _read_table(path: Path) -> list[dict[str, Any]]:
-    """Read the keys, sizes and crops of a bucket's rows."""
-    try:
-        return read_table(path, ["key", *_SIZES]).to_pylist()  # type: ignore[no-any-return]
-    except (DatasetError, pa.ArrowException, OSError) as error:
-        raise _NeedsEncoding from error
+class _StoredRow(NamedTuple):
+    """A stored row without its columns, and its latent [C, H, W] in the stored dtype."""
+
+    bucket: Bucket
+    meta: RowMeta
+    latent: torch.Tensor
 
 
 def _read_rows(
-    table: list[dict[str, Any]], paths: list[Path]
-) -> Iterator[tuple[RowMeta, torch.Tensor]]:
-    """Yield the rows of a bucket's files without their columns, and their latents."""
-    try:
-        for row, (_, latent) in zip(table, iterate_latents(paths), strict=True):
-            yield RowMeta(**row, columns={}), latent
-    except (DatasetError, ValueError) as error:
-        raise _NeedsEncoding from error
+    paths: list[Path], table: list[dict[str, Any]], contract: Contract, bucket: Bucket
+) -> Iterator[_StoredRow]:
+    """Yield the rows of a bucket's files, one at a time; `table` holds the fields of `RowMeta`."""
+    size, group_rows = row_bytes(contract, bucket), row_group_rows(contract, bucket)
+    stride = size + (4 if contract.latents.format == "parquet" else 0)
+    dtype, shape = contract.latents.dtype, contract.latent_shape(bucket)
+    with paths[0].open("rb") as raw, paths[-1].open("rb") as last:
+        try:
+            files = [raw, last][: len(paths)]
+            offsets = latent_offsets(files, contract, bucket, len(table))
+        except (DatasetError, OSError) as error:
+            raise _NeedsEncoding from error
+        for index, row in enumerate(table):
+            group, within = divmod(index, group_rows)
+            raw.seek(offsets[group] + within * stride)
+            latent = tensor_from_bytes(raw.read(size), dtype, shape)
+            yield _StoredRow(bucket, RowMeta(**row, columns={}), latent)
 
 
 def _statistics_of(writers: Iterable[BucketWriter], contract: Contract) -> Statistics:

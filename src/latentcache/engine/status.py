@@ -38,13 +38,11 @@ class Status:
         num_units: committed and failed units, or the number of units that an active run will leave
             if that is larger.
         reject_reasons: the most frequent reasons.
-        manifests, complete: the numbers of the manifests, ascending, and whether the newest one is
-            complete.
-        failed: the failure of each unit that was given up and was not committed or replaced since,
-            by unit id.
+        manifests, complete: the numbers of the manifests, and whether the newest is complete.
+        failed: by unit id, the failure of each unit that was not committed or replaced since.
         active_runs, gc_at_work: the runs that hold a valid lease, and whether a `gc` holds one.
         bottleneck: the slowest stage of the latest units and what would help; None without rows.
-        published: the number of the published manifest; None if there is none.
+        published: the number of the published manifest.
     """
 
     num_units: int
