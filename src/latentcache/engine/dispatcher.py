@@ -19,13 +19,7 @@ from latentcache.engine.actors import ActorLost, Actors, Event, Failed, Finished
 from latentcache.engine.job import UNITS_PER_ACTOR, Job, UnitFailure, UnitTask
 from latentcache.engine.plan import PlannedUnit
 from latentcache.engine.stop import StopSignal
-from latentcache.errors import (
-    AccessDenied,
-    ClusterError,
-    DiskFull,
-    LatentCacheError,
-    StorageError,
-)
+from latentcache.errors import AccessDenied, ClusterError, DiskFull, LatentCacheError, StorageError
 
 _POLL_S = 2.0
 

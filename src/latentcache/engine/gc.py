@@ -31,10 +31,8 @@ from latentcache.errors import ConfigError, DatasetError, IncompleteRun, Storage
 from latentcache.storage import ObjectInfo, Store, Upload
 from latentcache.storage_options import StorageOptions
 
-DEFAULT_AGE_DAYS = 7.0
-
 # A driver may put a receipt up to a day after an upload (`PUT_WITHIN_S`). The second day is margin.
-MIN_AGE_DAYS = 2.0
+_MIN_AGE_DAYS = 2.0
 
 # Kinds of objects in the order of their deletion: an object goes before the objects that it names.
 KINDS = {
@@ -47,8 +45,6 @@ KINDS = {
     "temporary": "incomplete files of writers that died",
 }
 
-_DAY_S = 86400.0
-
 # Objects to delete, or receipts to read, between two checks of the lease.
 _BATCH = 1000
 
@@ -58,8 +54,8 @@ _RECEIPT = re.compile(rf"{COMMITS}/([0-9a-f]{{32}}-(?:0|[1-9]\d*))\.json")
 
 T = TypeVar("T")
 
+# Called with the activity, the number of objects done, and their total (None: not known yet).
 Progress = Callable[[str, int, int | None], object]
-"""Called with the activity, the number of objects done, and their total (None: not known yet)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +90,7 @@ def collect_unreferenced(
     delete: bool = False,
     keep_last: int | None = None,
     keep: Sequence[int] = (),
-    older_than_days: float = DEFAULT_AGE_DAYS,
+    older_than_days: float = 7.0,
     storage: StorageOptions | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> Unreferenced:
@@ -117,14 +113,14 @@ def collect_unreferenced(
         raise ConfigError("--keep needs --keep-last, without which all manifests are kept")
     if keep_last is not None and keep_last < 1:
         raise ConfigError(f"--keep-last is {keep_last}, but must be at least 1")
-    if not older_than_days >= MIN_AGE_DAYS:
+    if not older_than_days >= _MIN_AGE_DAYS:
         raise ConfigError(
-            f"--older-than-days is {older_than_days:g}, but must be at least {MIN_AGE_DAYS:g}: a "
+            f"--older-than-days is {older_than_days:g}, but must be at least {_MIN_AGE_DAYS:g}: a "
             "run may put the receipt of a file up to a day after its upload"
         )
     store = Store(url, storage or StorageOptions())
     require_contract(store)
-    until = store.now() - older_than_days * _DAY_S
+    until = store.now() - older_than_days * 86400
     with Lease(store, 0, is_gc=True) if delete else nullcontext() as lease:
         if lease:
             lease.require_exclusive()
