@@ -25,7 +25,7 @@ def write_config(folder: Path, **sections: Any) -> Path:
     return path
 
 
-def test_a_forecast_is_what_the_run_then_takes(tmp_path: Path, cli: Cli) -> None:
+def test_forecast_matches_the_run(tmp_path: Path, cli: Cli) -> None:
     config = write_config(tmp_path)
     before = tree_digest(tmp_path)
     prices = ["--usd-per-cpu-hour", "3600", "--usd-per-gb-month", "1e9"]
@@ -52,9 +52,7 @@ def test_a_forecast_is_what_the_run_then_takes(tmp_path: Path, cli: Cli) -> None
     assert (done.code, done.json["forecast"]) == (0, None)
 
 
-def test_what_a_contract_leaves_open_is_resolved_for_the_trial_alone(
-    tmp_path: Path, cli: Cli
-) -> None:
+def test_forecast_calibrates_int8_and_writes_nothing(tmp_path: Path, cli: Cli) -> None:
     latents = {"dtype": "int8", "calibration": {"num_images": 8}}
     config = write_config(tmp_path, latents=latents)
     result = cli("plan", config, "--calibrate", "8")
@@ -64,7 +62,7 @@ def test_what_a_contract_leaves_open_is_resolved_for_the_trial_alone(
     assert not (tmp_path / "out").exists()
 
 
-def test_what_cannot_be_tried_is_told(tmp_path: Path, cli: Cli) -> None:
+def test_forecast_explains_why_it_cannot_try(tmp_path: Path, cli: Cli) -> None:
     config = write_config(tmp_path)
     priced = cli("plan", config, "--usd-per-gpu-hour", "2")
     assert priced.code == 2
