@@ -77,16 +77,16 @@ def test_int8_range_covers_all_images_by_channel(
 ):
     write_shards(tmp_path, 3, 5)
     calibrated = calibrate(vae, *plan_job(tmp_path, checkpoint, calibration={"num_images": 99}))
-    found = numbers(calibrated)
-    assert (found.num_images, found.seed) == (99, 0)
+    measured = numbers(calibrated)
+    assert (measured.num_images, measured.seed) == (99, 0)
     pictures = [
         np.asarray(draw(64, 64, 100 * shard + index)) for shard in range(3) for index in range(5)
     ]
     pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
     latents = vae.encode(pixels)[:, :4]
-    expected = fit(found, latents.transpose(0, 1).flatten(1))
-    np.testing.assert_allclose(found.scale, expected.scale, rtol=1e-4)
-    np.testing.assert_allclose(found.zero_point, expected.zero_point, atol=1)
+    expected = fit(measured, latents.transpose(0, 1).flatten(1))
+    np.testing.assert_allclose(measured.scale, expected.scale, rtol=1e-4)
+    np.testing.assert_allclose(measured.zero_point, expected.zero_point, atol=1)
     stored, _ = to_stored(latents, calibrated.latents)
     assert drift_db(to_values(stored, calibrated.latents), latents) > 40
 
@@ -97,14 +97,14 @@ def test_calibration_measures_the_stored_posterior(
 ):
     write_shards(tmp_path, 1, 4)
     mean = numbers(calibrate(vae, *plan_job(tmp_path, checkpoint)))
-    found = numbers(calibrate(vae, *plan_job(tmp_path, checkpoint, posterior=posterior)))
+    measured = numbers(calibrate(vae, *plan_job(tmp_path, checkpoint, posterior=posterior)))
     assert mean.scale
-    assert found.scale
+    assert measured.scale
     if posterior == "moments":
-        assert len(found.scale) == 8
-        np.testing.assert_allclose(found.scale[:4], mean.scale, rtol=1e-5)
+        assert len(measured.scale) == 8
+        np.testing.assert_allclose(measured.scale[:4], mean.scale, rtol=1e-5)
     else:  # random weights have a wide posterior
-        assert sum(found.scale) > 1.05 * sum(mean.scale)
+        assert sum(measured.scale) > 1.05 * sum(mean.scale)
 
 
 def test_calibration_is_deterministic_by_seed(tmp_path: Path, checkpoint: Path, vae: KLAutoencoder):

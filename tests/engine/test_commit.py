@@ -60,17 +60,17 @@ class GatedStore(Store):
 
 def test_receipt_counts_only_after_its_put_ended(tmp_path: Path):
     store = GatedStore(str(tmp_path))
-    wanted = receipts(3)
+    expected = receipts(3)
     with Committer(store) as committer:
-        for receipt in wanted:
+        for receipt in expected:
             committer.put(finished(receipt))
         assert not list(committer.ended())
         assert not list_receipt_names(store)
         store.gate.set()
-        found = list(committer.drain())
+        results = list(committer.drain())
         assert not list(committer.drain())
-    assert {c.receipt.record.name for c in found} == set(list_receipt_names(store))
-    assert all(committed.is_ours for committed in found)
+    assert {c.receipt.record.name for c in results} == set(list_receipt_names(store))
+    assert all(committed.is_ours for committed in results)
 
 
 def test_number_of_puts_in_progress_is_bounded(tmp_path: Path):
@@ -105,15 +105,17 @@ def test_receipt_of_the_first_driver_is_used(tmp_path: Path):
 
 def test_failed_put_raises_after_the_other_puts(tmp_path: Path):
     store = GatedStore(str(tmp_path))
-    wanted = receipts(5)
-    store.refused = wanted[2].path
+    expected = receipts(5)
+    store.refused = expected[2].path
     with Committer(store) as committer:
-        for receipt in wanted:
+        for receipt in expected:
             committer.put(finished(receipt))
         store.gate.set()
         with pytest.raises(StorageError, match="cannot reach"):
             list(committer.drain())
-    assert set(list_receipt_names(store)) == {r.record.name for r in wanted if r is not wanted[2]}
+    assert set(list_receipt_names(store)) == {
+        r.record.name for r in expected if r is not expected[2]
+    }
 
 
 def test_expired_receipt_is_not_put(tmp_path: Path):

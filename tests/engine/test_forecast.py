@@ -31,23 +31,23 @@ def test_forecast_matches_the_run(tmp_path: Path, cli: Cli) -> None:
     prices = ["--usd-per-cpu-hour", "3600", "--usd-per-gb-month", "1e9"]
     plan = cli.ok("plan", config, "--calibrate", "20", *prices)
     assert tree_digest(tmp_path) == before, "a plan writes nothing"
-    found = plan["forecast"]
-    assert found["num_tried"] == 20, "the rest of the shards is not read"
-    assert found["num_images"] == pytest.approx(6 * SAMPLES_PER_SHARD, rel=0.1)
+    forecast = plan["forecast"]
+    assert forecast["num_tried"] == 20, "the rest of the shards is not read"
+    assert forecast["num_images"] == pytest.approx(6 * SAMPLES_PER_SHARD, rel=0.1)
     # At a dollar for each second of a CPU and each byte.
-    cpu_s = found["cpu_hours"] * 3600
-    assert found["compute_usd"] == pytest.approx(cpu_s)
-    num_actors, rate = found["num_actors"], found["images_per_s"]
-    assert found["elapsed_s"] == pytest.approx(found["num_images"] / rate / num_actors)
-    per_billion = cpu_s / found["num_images"] * 1e9
-    assert found["compute_usd_per_billion_images"] == pytest.approx(per_billion)
-    assert found["storage_usd_per_month"] == pytest.approx(found["output_bytes"])
-    assert found["gpu_hours"] == 0
-    assert found["bottleneck"].startswith("bottleneck: ")
+    cpu_s = forecast["cpu_hours"] * 3600
+    assert forecast["compute_usd"] == pytest.approx(cpu_s)
+    num_actors, rate = forecast["num_actors"], forecast["images_per_s"]
+    assert forecast["elapsed_s"] == pytest.approx(forecast["num_images"] / rate / num_actors)
+    per_billion = cpu_s / forecast["num_images"] * 1e9
+    assert forecast["compute_usd_per_billion_images"] == pytest.approx(per_billion)
+    assert forecast["storage_usd_per_month"] == pytest.approx(forecast["output_bytes"])
+    assert forecast["gpu_hours"] == 0
+    assert forecast["bottleneck"].startswith("bottleneck: ")
 
     cli.ok("run", config)
     written = sum(path.stat().st_size for path in (tmp_path / "out").glob("data/*/*"))
-    assert found["output_bytes"] == pytest.approx(written, rel=0.25)  # a file has a footer
+    assert forecast["output_bytes"] == pytest.approx(written, rel=0.25)  # a file has a footer
     done = cli("plan", config, "--calibrate", "20", "--json")
     assert (done.code, done.json["forecast"]) == (0, None)
 

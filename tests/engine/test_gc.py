@@ -76,8 +76,8 @@ class Model:
         if name.startswith(".tmp-"):
             return True
         generation, attempt = int(name.split("-")[0]), name.split("-")[1].removesuffix(".parquet")
-        there = self.world.receipts.get(unit, [])
-        is_committed = generation < len(there) and there[generation] == attempt
+        attempts = self.world.receipts.get(unit, [])
+        is_committed = generation < len(attempts) and attempts[generation] == attempt
         return not (is_committed and self.may_count(unit, generation))
 
     def receipt_goes(self, name: str) -> bool:
@@ -118,19 +118,19 @@ class Forgetful(Store):
     missed: frozenset[int] = frozenset()
 
     def list(self, folder: str = "") -> list[ObjectInfo]:
-        found = super().list(folder)
+        infos = super().list(folder)
         if folder != "commits":
-            return found
-        return [info for index, info in enumerate(found) if index not in self.missed]
+            return infos
+        return [info for index, info in enumerate(infos) if index not in self.missed]
 
 
 def assert_nobody_can_bring_back_what_is_gone(world: World, missed: frozenset[int]) -> None:
     store = Forgetful(world.url)
     store.missed = missed
     state, files = State(store), world.files()
-    for unit, there in world.receipts.items():
+    for unit, attempts in world.receipts.items():
         if (current := state.current(unit)) is not None:
-            attempt = there[current.generation] if current.generation < len(there) else None
+            attempt = attempts[current.generation] if current.generation < len(attempts) else None
             assert attempt
             assert sum(attempt in path for path in files) == 3
 
@@ -491,11 +491,11 @@ def test_gc_writes_its_lease_before_it_lists_others(world: World) -> None:
     full(world)
     require_exclusive, leases = Lease.require_exclusive, []
 
-    def look(lease: Lease) -> None:
+    def record_leases(lease: Lease) -> None:
         leases.extend((world.folder / "runs").iterdir())
         require_exclusive(lease)
 
-    with patch.object(Lease, "require_exclusive", look):
+    with patch.object(Lease, "require_exclusive", record_leases):
         world.gc()
     assert [path.name[:3] for path in leases] == ["gc-"]
 

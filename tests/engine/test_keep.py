@@ -153,14 +153,14 @@ def rejects_in(dataset: Dataset) -> list[tuple[Any, ...]]:
 
 
 def expected_columns(samples: dict[str, Sample], keep: list[str]) -> dict[str, dict[str, Any]]:
-    found = {}
+    actual = {}
     for key, fields in samples.items():
         texts = {name: fields[name].decode() if name in fields else None for name in keep}
-        found[key] = {
+        actual[key] = {
             "caption" if name == "txt" else name: int(text) if name == "cls" and text else text
             for name, text in texts.items()
         }
-    return found
+    return actual
 
 
 @pytest.mark.parametrize(
@@ -201,8 +201,8 @@ def test_changed_kept_columns_are_rewritten_without_encoding(
     assert rows_of(second) == rows
     assert rejects_in(second) == rejects
     samples = make_samples(0, 20)
-    wanted = expected_columns(samples, ["cls", "json"])
-    assert columns_in(second) == {key: wanted[key] for key in rows}
+    expected = expected_columns(samples, ["cls", "json"])
+    assert columns_in(second) == {key: expected[key] for key in rows}
     assert [unit.generation for unit in second.units] == [1] * len(second.units)
     assert second.stats.to_json() == first.stats.to_json()
     assert [u.qa and u.qa.num_rows for u in second.units] == [
@@ -298,8 +298,8 @@ def test_sample_rejected_for_a_dropped_field_is_encoded(tmp_path: Path):
     assert (summary.status, summary.num_rows, summary.num_rejects) == ("complete", 2, 0)
     fresh = make_config(tmp_path, source, [], output={"url": f"{tmp_path}/fresh"})
     run(fresh)
-    found, expected = (latentcache.open_dataset(c.output.url) for c in (config, fresh))
-    assert rows_of(found) == rows_of(expected)
+    actual, expected = (latentcache.open_dataset(c.output.url) for c in (config, fresh))
+    assert rows_of(actual) == rows_of(expected)
 
 
 @pytest.mark.parametrize("damage", ["gone", "flipped"])
@@ -383,9 +383,9 @@ def test_unfinished_rewrite_reads_null_for_missing_columns(tmp_path: Path):
     assert latentcache.open_dataset(url).manifest.number == 1, "the newest is not complete"
     assert summary.manifest
     dataset = latentcache.open_dataset(url, summary.manifest)
-    found = columns_in(dataset)
-    assert found["k000"] == {"cls": 0, "json": '{"n": 0}'}
-    assert found["k004"] == {"cls": None, "json": None}
+    actual = columns_in(dataset)
+    assert actual["k000"] == {"cls": 0, "json": '{"n": 0}'}
+    assert actual["k004"] == {"cls": None, "json": None}
     options: dict[str, Any] = {"manifest": summary.manifest, "normalize": False}
     batches = LatentLoader(url, batch_size=1, columns=["key", "cls", "json"], **options)
     by_key = {
@@ -491,8 +491,8 @@ def test_field_of_a_single_sample_is_kept(tmp_path: Path):
     write_tar(tmp_path / "src" / "zzz.tar", members)
     config = make_config(tmp_path, source, ["license"])
     assert run(config).status == "complete"
-    found = columns_in(latentcache.open_dataset(config.output.url))
-    assert [key for key, columns in found.items() if columns["license"]] == ["z"]
+    actual = columns_in(latentcache.open_dataset(config.output.url))
+    assert [key for key, columns in actual.items() if columns["license"]] == ["z"]
     write_tar(tmp_path / "src" / "zzzz.tar", [("y.png", png(64, 64))])
     assert run(config).status == "complete", "it occurred in an earlier run"
 
@@ -570,9 +570,9 @@ def test_reject_reasons_are_sorted_by_count_with_an_example(tmp_path: Path):
     write_tar(tmp_path / "src" / "0.tar", bad.items())
     write_tar(tmp_path / "src" / "1.tar", {"e.cls": b"1"}.items())
     summary = run(make_config(tmp_path, {"shards": f"{tmp_path}/src/*.tar"}, []))
-    found = [(r.reason, r.num_rejects, r.key) for r in summary.reject_reasons]
-    assert found[0] == ("read/no_image", 3, "b")
-    assert [(num, key) for _, num, key in found[1:]] == [(1, "a")]
+    actual = [(r.reason, r.num_rejects, r.key) for r in summary.reject_reasons]
+    assert actual[0] == ("read/no_image", 3, "b")
+    assert [(num, key) for _, num, key in actual[1:]] == [(1, "a")]
 
 
 @pytest.mark.parametrize("num_files", [1, 12])

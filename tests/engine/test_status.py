@@ -36,7 +36,7 @@ class Output:
         self.store = Store(self.url)
         self.contract: Contract = make_contract()
         establish_contract(self.store, self.contract, {})
-        self.listing: dict[str, list[Unit]] = {}
+        self.snapshot: dict[str, list[Unit]] = {}
 
     def unit(self, source: str, version: str = "v1") -> Unit:
         return Unit.of(source, 10, version, self.contract.fingerprint)
@@ -51,15 +51,15 @@ class Output:
     def put(self, receipt: Receipt) -> None:
         assert self.store.put_if_absent(receipt.path, receipt.to_bytes())
         unit = receipt.record.unit
-        self.listing[unit.source] = [unit]
+        self.snapshot[unit.source] = [unit]
 
     def write_manifest(self, *, on_missing: str = "keep") -> None:
-        listing = dict(self.listing)
+        snapshot = dict(self.snapshot)
         write_next(
             State(self.store),
             self.contract.fingerprint,
             4,
-            lambda: listing,
+            lambda: snapshot,
             on_missing=on_missing,
         )
 
@@ -82,9 +82,9 @@ def test_status_bottleneck_is_of_the_latest_units(output: Output):
             fingerprint = output.contract.fingerprint
             output.put(Receipt(record, fingerprint, Statistics.empty(4), stages=stages))
         output.write_manifest()
-    found = read_status(output.url, NOWHERE)
-    assert found.num_committed == 140
-    assert found.bottleneck == "bottleneck: encoder (expected)"
+    status = read_status(output.url, NOWHERE)
+    assert status.num_committed == 140
+    assert status.bottleneck == "bottleneck: encoder (expected)"
 
 
 # Watching.
@@ -183,7 +183,7 @@ def test_failures_before_a_complete_manifest_do_not_count(output: Output):
 
 def test_time_left_is_unknown_without_an_active_run(output: Output):
     output.commit("0.tar")
-    output.listing["1.tar"] = [output.unit("1.tar")]
+    output.snapshot["1.tar"] = [output.unit("1.tar")]
     output.write_manifest()
     lease = Lease(output.store, 3, 4)
     lease.__enter__()
@@ -196,7 +196,7 @@ def test_watch_reads_only_new_objects(output: Output, monkeypatch: pytest.Monkey
     for number in range(50):
         output.commit(f"{number}.tar")
     output.write_manifest()
-    output.listing["more.tar"] = [output.unit("more.tar")]
+    output.snapshot["more.tar"] = [output.unit("more.tar")]
     output.write_manifest()  # not complete
     for number in range(50, 60):
         output.commit(f"{number}.tar")
@@ -227,13 +227,13 @@ def test_watch_reads_only_new_objects(output: Output, monkeypatch: pytest.Monkey
 
 def test_units_that_a_manifest_drops_do_not_count(output: Output):
     def drop() -> None:
-        del output.listing["0.tar"]
+        del output.snapshot["0.tar"]
         output.commit("1.tar", version="v2")
         output.write_manifest(on_missing="drop")
 
     for number in range(20):
         output.commit(f"{number}.tar")
-    output.listing["open.tar"] = [output.unit("open.tar")]
+    output.snapshot["open.tar"] = [output.unit("open.tar")]
     output.write_manifest()
     put_failure(output.store, output.unit("0.tar"), new_attempt(), "before it was committed")
     for path in Path(output.url).glob("failures/*"):
