@@ -32,8 +32,7 @@ def requested_contract(config: Config) -> Contract:
 
     Raises:
         CheckpointError: the checkpoint cannot be used.
-        ConfigError: the side of a bucket is not a multiple of the VAE's downsampling factor, the
-            scaling factor is unknown, or that of the config differs from the checkpoint's.
+        ConfigError: a bucket does not fit the VAE, or the scaling factor is unknown or differs.
     """
     vae = load_vae(config.vae.checkpoint, decoder=False, options=config.vae.storage)
     arch, transform, latents = vae.architecture, config.transform, config.latents

@@ -119,7 +119,7 @@ def make_forecast(config: Config, plan: Plan, num_images: int, prices: Prices) -
         num_images, prices: the number of images to time, and the prices of compute and storage.
 
     Raises:
-        ClusterError: the cluster cannot be reached, or lacks resources that the config requests.
+        ClusterError: the cluster cannot be reached, or lacks what the config requests.
         SourceError: the tried shards cannot be read, or hold no sample.
     """
     compute, to_encode = config.compute, plan.to_encode

@@ -19,7 +19,6 @@ from collections.abc import Set as AbstractSet
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain, pairwise
-from typing import TypeVar
 
 from latentcache.dataset.contract import require_contract
 from latentcache.dataset.manifest import MANIFESTS, Manifest, list_manifests, read_manifest
@@ -51,8 +50,6 @@ _BATCH = 1000
 _FILE = re.compile(r"(?:data|rejects|qa)/([0-9a-f]{32})/(0|[1-9]\d*)-([0-9a-f]{32})[-.][^/]*")
 _REPORT = re.compile(r"qa/report-(\d{8})\.(?:html|json)")
 _RECEIPT = re.compile(rf"{COMMITS}/([0-9a-f]{{32}}-(?:0|[1-9]\d*))\.json")
-
-T = TypeVar("T")
 
 # Called with the activity, the number of objects done, and their total (None: not known yet).
 Progress = Callable[[str, int, int | None], object]
@@ -126,8 +123,7 @@ def collect_unreferenced(
             lease.require_exclusive()
         while True:
             collector = _Collector(store, lease, until, progress)
-            collector.choose_manifests(keep_last, frozenset(keep))
-            collector.list_objects()
+            collector.plan(keep_last, frozenset(keep))
             if not delete or collector.delete():
                 break
     return Unreferenced(
@@ -156,8 +152,8 @@ class _Collector:
         # The highest ones in the newest manifest by unit id, removed units included.
         self._generations: dict[str, int] = {}
 
-    def choose_manifests(self, keep_last: int | None, keep: AbstractSet[int]) -> None:
-        """Choose the kept manifests.
+    def plan(self, keep_last: int | None, keep: AbstractSet[int]) -> None:
+        """Choose the kept manifests, and list the objects that nothing refers to.
 
         Args:
             keep_last, keep: see `collect_unreferenced`.
@@ -182,9 +178,6 @@ class _Collector:
         self.kept = [manifest for manifest in manifests if manifest.number in kept]
         self._expired = [manifest for manifest in manifests if manifest.number not in kept]
         self.objects["manifests"] = [infos[manifest.path] for manifest in self._expired]
-
-    def list_objects(self) -> None:
-        """List the objects that nothing refers to."""
         self._read_units()
         self._list_files()
         for info in self._list_old(COMMITS):
@@ -200,8 +193,8 @@ class _Collector:
             self.uploads = [upload for upload in uploads if upload.started_at <= self._until]
         except StorageError as error:
             self.notes.append(f"multipart uploads are kept: {error}")
-        for infos in self.objects.values():
-            infos.sort(key=lambda info: info.path)
+        for objects in self.objects.values():
+            objects.sort(key=lambda info: info.path)
 
     def _read_units(self) -> None:
         """Read the units of the kept manifests."""
@@ -245,7 +238,9 @@ class _Collector:
                     open_files.setdefault(name, []).append((attempt, info))
                 else:
                     self.objects["files"].append(info)
-        for names in _batches(list(open_files)):
+        open_names = list(open_files)
+        for first in range(0, len(open_names), _BATCH):
+            names = open_names[first : first + _BATCH]
             receipts = read_receipts(self._store, names, missing_ok=True)
             committed = {receipt.record.name: receipt.record.attempt for receipt in receipts}
             for name in names:
@@ -274,10 +269,11 @@ class _Collector:
         self._num_done = 0
         num_objects = len(self.uploads) + sum(map(len, self.objects.values()))
         for kind in KINDS:
-            for infos in _batches(self.objects[kind]):
+            for first in range(0, len(self.objects[kind]), _BATCH):
                 self._step("deleting", 0, num_objects)
-                self._store.delete_many([info.path for info in infos])
-                self._step("deleting", len(infos), num_objects)
+                paths = [info.path for info in self.objects[kind][first : first + _BATCH]]
+                self._store.delete_many(paths)
+                self._step("deleting", len(paths), num_objects)
             published = read_published(self._store) if kind == "manifests" else None
             for manifest in self._expired:
                 if published and published.manifest == manifest.number:
@@ -296,8 +292,3 @@ class _Collector:
             if not self._lease.is_fresh:
                 raise IncompleteRun("stopped: the lease of gc expired; run gc again")
             self._lease.renew()
-
-
-def _batches(items: Sequence[T]) -> Iterator[Sequence[T]]:
-    for first in range(0, len(items), _BATCH):
-        yield items[first : first + _BATCH]

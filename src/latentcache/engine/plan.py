@@ -83,8 +83,7 @@ class Plan:
     """The state of an output and the units that are pending.
 
     Attributes:
-        contract: the contract that the config requests. Before a first run it may be unresolved;
-            its units then have provisional ids.
+        contract: the requested contract; if it is unresolved, unit ids are provisional.
         existing_contract, diff: the contract at the output, and the fields in which the two differ.
         shards, units: the listed source shards, and the unit of each.
         on_missing: what the next manifest does with rows of vanished sources: `keep` or `drop`.
@@ -160,10 +159,8 @@ def make_plan(config: Config, *, retry_rejects: bool = False) -> Plan:
         config, retry_rejects: the config, and whether units with rejects are encoded again.
 
     Raises:
-        ConfigError: the checkpoint or the source cannot be used, a folder would be cut into another
-            number of units than before, or the source folder contains the output.
-        SourceError: a named shard is missing, a glob matches nothing, or more sources are missing
-            than `on_missing: drop` accepts.
+        ConfigError: the checkpoint or the source cannot be used, or the source contains the output.
+        SourceError: shards are missing, or more sources than `on_missing: drop` accepts.
         StorageError: a store cannot be reached.
         DatasetError: the dataset at the output is damaged.
     """

@@ -30,11 +30,10 @@ class RunSummary:
             `skip`), `no_rows`, `too_many_rejects` or `failed_qa`.
         num_committed, num_skipped: units that this run committed, or that were committed already.
         num_other_columns: committed units that have other kept columns than this run requests.
-        manifest: the number of the newest manifest; None if there is none.
+        manifest: the number of the newest manifest.
         reject_reasons: the most frequent reasons of the whole dataset.
         num_qa_rows: rows that QA evaluated, with a mean PSNR of `mean_psnr_db`.
-        bottleneck: a sentence on the slowest stage of this run; None for a run that made no rows or
-            worked less than 10 s.
+        bottleneck: a sentence on the slowest stage of this run, if it worked for at least 10 s.
         breaches: the QA gates that failed.
         failed: the source and the message of each unit that was given up.
     """
