@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
 from latentcache.engine.job import Job, UnitTask
@@ -41,21 +40,17 @@ class Actors(Protocol):
         """
 
     def result(self, call: Any, node: str | None) -> Any:
-        """Return the result of a call that ended; a `UnitFailure` if the call raised an error.
+        """Return the result of a call that ended (`UnitFailure`: its error), or raise `ActorLost`.
 
         Args:
             call, node: the call, and what `setup` of its actor returned (None before its end).
-
-        Raises:
-            ActorLost: the actor was lost before it returned a result.
         """
 
     def kill(self, actor: Any) -> None:
         """End an actor at once, with all its calls."""
 
 
-@dataclass(frozen=True, slots=True)
-class Finished:
+class Finished(NamedTuple):
     """A unit that was encoded and uploaded, with its `receipt`: the bytes to put.
 
     The receipt is of another attempt than `task` if another run has committed the unit. It must not
@@ -68,8 +63,7 @@ class Finished:
     valid_until: float
 
 
-@dataclass(frozen=True, slots=True)
-class Failed:
+class Failed(NamedTuple):
     """A unit that failed for good; for `changed` and `lacks_field` see `UnitFailure`."""
 
     task: UnitTask
@@ -78,8 +72,7 @@ class Failed:
     lacks_field: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Polled:
+class Polled(NamedTuple):
     """The latest `UnitRunner.stats` of each actor, and the number of actors lost so far."""
 
     stats: list[dict[str, float]]

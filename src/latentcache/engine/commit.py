@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from queue import SimpleQueue
+from typing import NamedTuple
 
 from latentcache.dataset.receipts import Receipt, read_receipts
 from latentcache.engine.actors import Finished
@@ -16,16 +16,14 @@ from latentcache.storage import Store
 _NUM_THREADS = 16
 
 
-@dataclass(frozen=True, slots=True)
-class Committed:
+class Committed(NamedTuple):
     """The receipt that is in the store; `is_ours` if it is of the attempt of this run's task."""
 
     receipt: Receipt
     is_ours: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Expired:
+class Expired(NamedTuple):
     """A unit whose receipt was not put in time, so that `gc` may have deleted its files."""
 
     finished: Finished
