@@ -61,7 +61,7 @@ def prepare(folder: Path, num_units: int) -> None:
 def _run_once(folder: Path, plan: Plan, num_manifests: int) -> None:
     """Commit the units in order. No manifest lists the last receipts, as after a killed driver."""
     (folder / "commits").mkdir(exist_ok=True)
-    state, listing = plan.state, plan.listing
+    state, listing = plan.state, plan.snapshot
     for number, unit in enumerate(plan.units[: len(plan.units) - NUM_LEFT], 1):
         receipt = make_receipt(plan.contract, unit, 0, new_attempt())
         (folder / receipt.path).write_bytes(receipt.to_bytes())  # as put_if_absent, without fsync
@@ -136,7 +136,7 @@ def step_open(folder: Path, num_units: int) -> dict[str, Any]:
 def step_replace(folder: Path, num_units: int) -> dict[str, Any]:
     """Encode two units again: their old statistics must be subtracted from the sums."""
     plan = make_plan(make_config(str(folder), num_units, NUM_ACTORS))
-    state, listing = plan.state, plan.listing
+    state, listing = plan.state, plan.snapshot
     found = {}
     for name, unit in zip(("first_manifest_s", "next_manifest_s"), plan.units[::-1], strict=False):
         receipt = make_receipt(plan.contract, unit, 1, new_attempt())

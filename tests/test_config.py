@@ -74,7 +74,7 @@ def test_a_shipped_config_plans_on_local_fixtures(path: Path, local_source: list
     config = load_config(path, local_source)
     plan = make_plan(config)
     assert [planned.reason for planned in plan.pending] == ["new"]
-    assert plan.there is None
+    assert plan.existing_contract is None
     assert not plan.diff
     contract = plan.contract
     assert contract.latents.dtype == config.latents.dtype

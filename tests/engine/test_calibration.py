@@ -72,44 +72,42 @@ def numbers(contract: Contract) -> QuantizationContract:
     return contract.latents.quantization
 
 
-def test_the_range_is_that_of_the_channels_over_all_images(
+def test_int8_range_covers_all_images_by_channel(
     tmp_path: Path, checkpoint: Path, vae: KLAutoencoder
 ):
     write_shards(tmp_path, 3, 5)
     calibrated = calibrate(vae, *plan_job(tmp_path, checkpoint, calibration={"num_images": 99}))
-    found = numbers(calibrated)
-    assert (found.num_images, found.seed) == (99, 0)
+    measured = numbers(calibrated)
+    assert (measured.num_images, measured.seed) == (99, 0)
     pictures = [
         np.asarray(draw(64, 64, 100 * shard + index)) for shard in range(3) for index in range(5)
     ]
     pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
     latents = vae.encode(pixels)[:, :4]
-    expected = fit(found, latents.transpose(0, 1).flatten(1))
-    np.testing.assert_allclose(found.scale, expected.scale, rtol=1e-4)
-    np.testing.assert_allclose(found.zero_point, expected.zero_point, atol=1)
+    expected = fit(measured, latents.transpose(0, 1).flatten(1))
+    np.testing.assert_allclose(measured.scale, expected.scale, rtol=1e-4)
+    np.testing.assert_allclose(measured.zero_point, expected.zero_point, atol=1)
     stored, _ = to_stored(latents, calibrated.latents)
     assert drift_db(to_values(stored, calibrated.latents), latents) > 40
 
 
 @pytest.mark.parametrize("posterior", ["moments", "sample"])
-def test_it_measures_what_will_be_stored(
+def test_calibration_measures_the_stored_posterior(
     tmp_path: Path, checkpoint: Path, vae: KLAutoencoder, posterior: str
 ):
     write_shards(tmp_path, 1, 4)
     mean = numbers(calibrate(vae, *plan_job(tmp_path, checkpoint)))
-    found = numbers(calibrate(vae, *plan_job(tmp_path, checkpoint, posterior=posterior)))
+    measured = numbers(calibrate(vae, *plan_job(tmp_path, checkpoint, posterior=posterior)))
     assert mean.scale
-    assert found.scale
+    assert measured.scale
     if posterior == "moments":
-        assert len(found.scale) == 8
-        np.testing.assert_allclose(found.scale[:4], mean.scale, rtol=1e-5)
+        assert len(measured.scale) == 8
+        np.testing.assert_allclose(measured.scale[:4], mean.scale, rtol=1e-5)
     else:  # random weights have a wide posterior
-        assert sum(found.scale) > 1.05 * sum(mean.scale)
+        assert sum(measured.scale) > 1.05 * sum(mean.scale)
 
 
-def test_the_same_listing_gives_the_same_numbers_and_another_seed_others(
-    tmp_path: Path, checkpoint: Path, vae: KLAutoencoder
-):
+def test_calibration_is_deterministic_by_seed(tmp_path: Path, checkpoint: Path, vae: KLAutoencoder):
     write_shards(tmp_path, 20, 2)
     few = {"num_images": 4}
     first, second = (
@@ -120,7 +118,7 @@ def test_the_same_listing_gives_the_same_numbers_and_another_seed_others(
     assert numbers(other).scale != numbers(first).scale
 
 
-def test_what_cannot_be_read_or_encoded_is_passed_over(
+def test_calibration_skips_unreadable_images_and_shards(
     tmp_path: Path, checkpoint: Path, vae: KLAutoencoder
 ):
     write_shards(tmp_path, 2, 3)
@@ -141,7 +139,7 @@ def test_what_cannot_be_read_or_encoded_is_passed_over(
 @pytest.mark.parametrize(
     ("num_shards", "in_each", "num_opened"), [(20, 3, 16), (3, 12, 3), (36, 1, 32)]
 )
-def test_it_takes_a_few_images_of_a_few_shards(
+def test_calibration_reads_few_images_of_few_shards(
     tmp_path: Path,
     checkpoint: Path,
     vae: KLAutoencoder,
@@ -166,7 +164,9 @@ def test_it_takes_a_few_images_of_a_few_shards(
     assert read.total() == 32
 
 
-def test_no_image_at_all_is_told(tmp_path: Path, checkpoint: Path, vae: KLAutoencoder):
+def test_calibration_without_an_image_is_an_error(
+    tmp_path: Path, checkpoint: Path, vae: KLAutoencoder
+):
     write_tar(tmp_path / "src" / "0.tar", [("a.png", b"text")])
     job, shards = plan_job(tmp_path, checkpoint)
     with pytest.raises(SourceError, match=r"no source shard .*0\.tar, or choose another"):
@@ -204,7 +204,7 @@ def stored_in(receipt: Receipt, folder: Path) -> torch.Tensor:
     return torch.stack([latent for _, latent in iterate_latents([folder / "out" / file.path])])
 
 
-def test_a_unit_counts_what_its_range_did_not_hold(tmp_path: Path, runner: UnitRunner):
+def test_unit_counts_values_outside_the_int8_range(tmp_path: Path, runner: UnitRunner):
     receipt = receipt_of(runner, tmp_path)
     stored, terms = stored_in(receipt, tmp_path), runner.job.contract.latents
     assert stored.dtype == torch.int8
@@ -223,7 +223,7 @@ def test_a_unit_counts_what_its_range_did_not_hold(tmp_path: Path, runner: UnitR
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_latent_that_is_not_finite_is_a_reject_and_never_a_number(
+def test_latent_that_is_not_finite_is_a_reject_in_int8(
     tmp_path: Path, runner: UnitRunner, monkeypatch: pytest.MonkeyPatch, value: float
 ):
     draw_latents = unit_module.draw_latents

@@ -58,22 +58,22 @@ class GatedStore(Store):
         return super().put_if_absent(path, data, **options)
 
 
-def test_a_receipt_counts_when_it_lies_there(tmp_path: Path):
+def test_receipt_counts_only_after_its_put_ended(tmp_path: Path):
     store = GatedStore(str(tmp_path))
-    wanted = receipts(3)
+    expected = receipts(3)
     with Committer(store) as committer:
-        for receipt in wanted:
+        for receipt in expected:
             committer.put(finished(receipt))
         assert not list(committer.ended())
         assert not list_receipt_names(store)
         store.gate.set()
-        found = list(committer.drain())
+        results = list(committer.drain())
         assert not list(committer.drain())
-    assert {c.receipt.record.name for c in found} == set(list_receipt_names(store))
-    assert all(committed.is_ours for committed in found)
+    assert {c.receipt.record.name for c in results} == set(list_receipt_names(store))
+    assert all(committed.is_ours for committed in results)
 
 
-def test_the_loop_stands_still_while_a_store_takes_no_more(tmp_path: Path):
+def test_number_of_puts_in_progress_is_bounded(tmp_path: Path):
     store = GatedStore(str(tmp_path))
     store.opens_at = 16
     num_ended = 0
@@ -87,7 +87,7 @@ def test_the_loop_stands_still_while_a_store_takes_no_more(tmp_path: Path):
     assert num_ended == len(list_receipt_names(store)) == 40
 
 
-def test_the_receipt_of_a_driver_that_was_first_is_taken(tmp_path: Path):
+def test_receipt_of_the_first_driver_is_used(tmp_path: Path):
     store = Store(str(tmp_path))
     (first,) = receipts(1)
     assert store.put_if_absent(first.path, first.to_bytes())
@@ -103,20 +103,22 @@ def test_the_receipt_of_a_driver_that_was_first_is_taken(tmp_path: Path):
     assert committed.receipt.record == met.receipt.record == first.record
 
 
-def test_a_put_that_fails_is_told_and_the_others_are_done(tmp_path: Path):
+def test_failed_put_raises_after_the_other_puts(tmp_path: Path):
     store = GatedStore(str(tmp_path))
-    wanted = receipts(5)
-    store.refused = wanted[2].path
+    expected = receipts(5)
+    store.refused = expected[2].path
     with Committer(store) as committer:
-        for receipt in wanted:
+        for receipt in expected:
             committer.put(finished(receipt))
         store.gate.set()
         with pytest.raises(StorageError, match="cannot reach"):
             list(committer.drain())
-    assert set(list_receipt_names(store)) == {r.record.name for r in wanted if r is not wanted[2]}
+    assert set(list_receipt_names(store)) == {
+        r.record.name for r in expected if r is not expected[2]
+    }
 
 
-def test_a_receipt_that_is_late_is_not_put(tmp_path: Path):
+def test_expired_receipt_is_not_put(tmp_path: Path):
     store = Store(str(tmp_path))
     late, first = receipts(2)
     assert store.put_if_absent(first.path, first.to_bytes())

@@ -137,7 +137,7 @@ def failures(events: Sequence[Event]) -> list[tuple[str, str]]:
     return [(e.task.unit.source, e.message) for e in events if isinstance(e, Failed)]
 
 
-def test_units_go_out_in_order_two_to_an_actor(clock: Clock):
+def test_units_are_dispatched_in_order_two_per_actor(clock: Clock):
     began, actors = clock.now(), Actors(4, clock, {})
     events = list(dispatch(actors, 41))
     assert sorted(sources(events)) == [unit.source for unit in UNITS[:41]]
@@ -147,14 +147,14 @@ def test_units_go_out_in_order_two_to_an_actor(clock: Clock):
     assert len(actors.started) == len(actors.killed) == 4, "none is left behind"
 
 
-def test_no_more_actors_start_than_there_is_work_for(clock: Clock):
+def test_no_more_actors_start_than_units_exist(clock: Clock):
     actors = Actors(256, clock, {})
     assert len(sources(list(dispatch(actors, 3)))) == 3
     assert len(actors.started) == 3
     assert actors.most_in_hand == 1, "the fewest first"
 
 
-def test_figures_are_polled_in_bounds(clock: Clock):
+def test_poll_interval_grows_with_the_number_of_actors(clock: Clock):
     for num_actors, every_s in ((2, 2.0), (96, 3.0)):
         began, actors = clock.now(), Actors(num_actors, clock, {})
         actors._unit_s = lambda unit: 60.0
@@ -163,7 +163,7 @@ def test_figures_are_polled_in_bounds(clock: Clock):
         assert len(polled) == pytest.approx((clock.now() - began) / every_s, abs=2)
 
 
-def test_a_crash_beside_another_unit_counts_against_neither(clock: Clock):
+def test_crash_with_two_units_in_progress_fails_neither(clock: Clock):
     # The first has its actor to itself when it crashes again: with no retries left, it is given up.
     actors = Actors(2, clock, {"004.tar": [CRASH]})
     events = list(dispatch(actors, 20, retries=0))
@@ -175,7 +175,7 @@ def test_a_crash_beside_another_unit_counts_against_neither(clock: Clock):
     assert len(actors.started) == 3
 
 
-def test_a_crash_alone_counts_and_a_unit_is_given_up(clock: Clock):
+def test_unit_that_crashes_alone_fails_after_its_retries(clock: Clock):
     actors = Actors(2, clock, {"004.tar": [CRASH] * 9})
     events = list(dispatch(actors, 20, retries=1))
     ((source, message),) = failures(events)
@@ -185,7 +185,7 @@ def test_a_crash_alone_counts_and_a_unit_is_given_up(clock: Clock):
     assert sorted(sources(events)) == [u.source for u in UNITS[:20] if u.source != source]
 
 
-def test_a_preemption_is_no_failure(clock: Clock):
+def test_preemption_does_not_count_as_failure(clock: Clock):
     actors = Actors(2, clock, {"004.tar": [PREEMPTION] * 9})
     events = list(dispatch(actors, 20, retries=0))
     assert sorted(sources(events)) == [unit.source for unit in UNITS[:20]]
@@ -195,7 +195,7 @@ def test_a_preemption_is_no_failure(clock: Clock):
     assert 1 <= polled[-1].num_lost <= 9
 
 
-def test_a_unit_whose_node_is_always_lost_is_given_up_and_drags_none_along(clock: Clock):
+def test_unit_whose_node_is_always_lost_runs_alone_and_then_fails(clock: Clock):
     actors = Actors(1, clock, {"004.tar": [PREEMPTION] * 99})
     events = list(dispatch(actors, 20, retries=0, preemptions=4))
     ((source, message),) = failures(events)
@@ -215,7 +215,9 @@ def test_a_unit_whose_node_is_always_lost_is_given_up_and_drags_none_along(clock
         ("cut lost cut cut", "cut"),
     ],
 )
-def test_the_two_budgets_are_apart(clock: Clock, attempts: str, expected: str | None):
+def test_failures_and_preemptions_are_counted_separately(
+    clock: Clock, attempts: str, expected: str | None
+):
     ends = {"lost": PREEMPTION, "cut": UnitFailure("cut")}
     actors = Actors(1, clock, {"000.tar": [ends[end] for end in attempts.split()]})
     events = list(dispatch(actors, 1, retries=2, preemptions=3))
@@ -227,7 +229,7 @@ def test_the_two_budgets_are_apart(clock: Clock, attempts: str, expected: str | 
         assert expected in message
 
 
-def test_with_nothing_left_to_hand_out_idle_actors_end(clock: Clock):
+def test_idle_actors_end_when_no_unit_is_pending(clock: Clock):
     actors = Actors(3, clock, {})
     actors._unit_s = lambda unit: 100.0 if unit.source == "000.tar" else 1.0
     num_alive = [
@@ -240,7 +242,7 @@ def test_with_nothing_left_to_hand_out_idle_actors_end(clock: Clock):
     assert len(actors.started) == 3
 
 
-def test_a_unit_that_comes_back_late_gets_an_actor_again(clock: Clock):
+def test_lost_unit_gets_a_new_actor_after_idle_ones_ended(clock: Clock):
     actors = Actors(2, clock, {"000.tar": [CRASH]})
     actors._unit_s = lambda unit: 100.0 if unit.source == "000.tar" else 1.0
     assert len(sources(list(dispatch(actors, 2)))) == 2
@@ -248,7 +250,7 @@ def test_a_unit_that_comes_back_late_gets_an_actor_again(clock: Clock):
     assert actors.most_in_hand == 1
 
 
-def test_what_the_driver_may_read_and_an_actor_may_not_ends_the_run(clock: Clock):
+def test_source_denied_to_an_actor_only_ends_the_run(clock: Clock):
     denied = UnitFailure("on node n7: access to 003.tar denied", denied=True)
     with pytest.raises(AccessDenied, match=r"on node n7: .* give every node the same credentials"):
         list(dispatch(Actors(2, clock, {"003.tar": [denied]}), 10, may_read=lambda unit: True))
@@ -258,7 +260,7 @@ def test_what_the_driver_may_read_and_an_actor_may_not_ends_the_run(clock: Clock
     assert len(sources(events)) == 9
 
 
-def test_while_suspects_wait_the_other_actors_go_on(clock: Clock):
+def test_other_actors_continue_while_suspects_wait(clock: Clock):
     began, actors = clock.now(), Actors(8, clock, {"003.tar": [CRASH]})
     events = list(dispatch(actors, 80))
     assert sorted(sources(events)) == [unit.source for unit in UNITS[:80]]
@@ -266,7 +268,7 @@ def test_while_suspects_wait_the_other_actors_go_on(clock: Clock):
     assert clock.now() - began <= 12
 
 
-def test_a_failure_is_tried_again_and_a_changed_source_is_not(clock: Clock):
+def test_failed_unit_is_retried_unless_its_source_changed(clock: Clock):
     faults = {
         "001.tar": [UnitFailure("a cut connection")],
         "002.tar": [UnitFailure("a cut connection")] * 2,
@@ -282,14 +284,14 @@ def test_a_failure_is_tried_again_and_a_changed_source_is_not(clock: Clock):
     assert len(sources(events)) == 8
 
 
-def test_what_no_other_unit_can_mend_ends_the_run(clock: Clock):
+def test_fatal_unit_failure_ends_the_run(clock: Clock):
     actors = Actors(2, clock, {"003.tar": [UnitFailure("no room", fatal=DiskFull("no room"))]})
     with pytest.raises(DiskFull):
         list(dispatch(actors, 10))
     assert len(actors.killed) == 2
 
 
-def test_actors_that_never_get_ready_are_given_up_with_pauses(clock: Clock):
+def test_actors_that_never_get_ready_end_the_run_after_backoff(clock: Clock):
     began, actors = clock.now(), Actors(1, clock, {})
     actors.num_dead_on_arrival = 99
     with pytest.raises(ClusterError, match="die before they are ready: died at once"):
@@ -308,7 +310,7 @@ def test_actors_that_never_get_ready_are_given_up_with_pauses(clock: Clock):
     assert len(actors.started) <= 60
 
 
-def test_a_store_that_a_new_actor_cannot_reach_is_asked_again_by_the_next(clock: Clock):
+def test_store_error_in_setup_is_retried_by_the_next_actor(clock: Clock):
     actors = Actors(1, clock, {})
     actors.setups = [StorageError("on node n7: cannot reach s3://vae")] * 4
     assert len(sources(list(dispatch(actors, 3)))) == 3
@@ -327,7 +329,7 @@ def test_a_store_that_a_new_actor_cannot_reach_is_asked_again_by_the_next(clock:
         (UnitFailure("on node n7: no CUDA"), ClusterError),
     ],
 )
-def test_what_no_other_actor_can_mend_ends_the_run_before_it_begins(
+def test_fatal_setup_error_ends_the_run(
     clock: Clock, said: LatentCacheError | UnitFailure, raised: type[LatentCacheError]
 ):
     actors = Actors(2, clock, {})
@@ -337,7 +339,7 @@ def test_what_no_other_actor_can_mend_ends_the_run_before_it_begins(
     assert len(actors.started) == len(actors.killed) == 2
 
 
-def test_a_wish_to_stop_lets_units_in_hand_finish_until_its_deadline(clock: Clock):
+def test_stop_request_lets_units_in_progress_finish_until_the_deadline(clock: Clock):
     for grace_s, num_done in ((None, 6), (6.0, 6), (2.0, 4), (0.0, 4)):
         stop, done = StopSignal(), 0
         actors = Actors(2, clock, {})
@@ -351,7 +353,7 @@ def test_a_wish_to_stop_lets_units_in_hand_finish_until_its_deadline(clock: Cloc
         assert len(actors.killed) == 2
 
 
-def test_units_may_be_added_while_it_runs(clock: Clock):
+def test_unit_added_during_the_loop_is_dispatched(clock: Clock):
     actors = Actors(1, clock, {"000.tar": [UnitFailure("another version", changed=True)]})
     dispatcher = Dispatcher(actors, JOB, planned(1), Retries(0, 0), StopSignal())
     events = []
@@ -413,7 +415,7 @@ def cost_of_a_run(
     return counting
 
 
-def test_what_a_unit_costs_the_driver_does_not_grow_with_their_number(
+def test_driver_cost_per_unit_does_not_grow_with_the_number_of_units(
     tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ):
     few = cost_of_a_run(tmp_path / "few", 500, clock, monkeypatch)
@@ -429,7 +431,7 @@ def test_what_a_unit_costs_the_driver_does_not_grow_with_their_number(
         assert counting.asked.total() < 10, counting.asked
 
 
-def test_a_resume_reads_the_parts_and_what_no_manifest_names(
+def test_resume_reads_manifest_parts_and_only_unnamed_receipts(
     tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ):
     cost_of_a_run(tmp_path, 500, clock, monkeypatch)

@@ -153,7 +153,7 @@ DONE = ("done", 0)
     retries=st.builds(Retries, st.integers(0, 2), st.integers(0, 4)),
     script=st.lists(st.tuples(st.sampled_from(HAPPENINGS), st.integers(0, 7)), max_size=60),
 )
-def test_whatever_happens_every_unit_ends_once_and_within_its_budgets(
+def test_every_unit_ends_once_within_its_retries_for_any_history_of_nodes(
     num_actors: int, num_units: int, retries: Retries, script: list[tuple[str, int]]
 ):
     fleet = Fleet(num_actors, script)

@@ -25,36 +25,34 @@ def write_config(folder: Path, **sections: Any) -> Path:
     return path
 
 
-def test_a_forecast_is_what_the_run_then_takes(tmp_path: Path, cli: Cli) -> None:
+def test_forecast_matches_the_run(tmp_path: Path, cli: Cli) -> None:
     config = write_config(tmp_path)
     before = tree_digest(tmp_path)
     prices = ["--usd-per-cpu-hour", "3600", "--usd-per-gb-month", "1e9"]
     plan = cli.ok("plan", config, "--calibrate", "20", *prices)
     assert tree_digest(tmp_path) == before, "a plan writes nothing"
-    found = plan["forecast"]
-    assert found["num_tried"] == 20, "the rest of the shards is not read"
-    assert found["num_images"] == pytest.approx(6 * SAMPLES_PER_SHARD, rel=0.1)
+    forecast = plan["forecast"]
+    assert forecast["num_tried"] == 20, "the rest of the shards is not read"
+    assert forecast["num_images"] == pytest.approx(6 * SAMPLES_PER_SHARD, rel=0.1)
     # At a dollar for each second of a CPU and each byte.
-    cpu_s = found["cpu_hours"] * 3600
-    assert found["compute_usd"] == pytest.approx(cpu_s)
-    num_actors, rate = found["num_actors"], found["images_per_s"]
-    assert found["elapsed_s"] == pytest.approx(found["num_images"] / rate / num_actors)
-    per_billion = cpu_s / found["num_images"] * 1e9
-    assert found["compute_usd_per_billion_images"] == pytest.approx(per_billion)
-    assert found["storage_usd_per_month"] == pytest.approx(found["output_bytes"])
-    assert found["gpu_hours"] == 0
-    assert found["bottleneck"].startswith("bottleneck: ")
+    cpu_s = forecast["cpu_hours"] * 3600
+    assert forecast["compute_usd"] == pytest.approx(cpu_s)
+    num_actors, rate = forecast["num_actors"], forecast["images_per_s"]
+    assert forecast["elapsed_s"] == pytest.approx(forecast["num_images"] / rate / num_actors)
+    per_billion = cpu_s / forecast["num_images"] * 1e9
+    assert forecast["compute_usd_per_billion_images"] == pytest.approx(per_billion)
+    assert forecast["storage_usd_per_month"] == pytest.approx(forecast["output_bytes"])
+    assert forecast["gpu_hours"] == 0
+    assert forecast["bottleneck"].startswith("bottleneck: ")
 
     cli.ok("run", config)
     written = sum(path.stat().st_size for path in (tmp_path / "out").glob("data/*/*"))
-    assert found["output_bytes"] == pytest.approx(written, rel=0.25)  # a file has a footer
+    assert forecast["output_bytes"] == pytest.approx(written, rel=0.25)  # a file has a footer
     done = cli("plan", config, "--calibrate", "20", "--json")
     assert (done.code, done.json["forecast"]) == (0, None)
 
 
-def test_what_a_contract_leaves_open_is_resolved_for_the_trial_alone(
-    tmp_path: Path, cli: Cli
-) -> None:
+def test_forecast_calibrates_int8_and_writes_nothing(tmp_path: Path, cli: Cli) -> None:
     latents = {"dtype": "int8", "calibration": {"num_images": 8}}
     config = write_config(tmp_path, latents=latents)
     result = cli("plan", config, "--calibrate", "8")
@@ -64,7 +62,7 @@ def test_what_a_contract_leaves_open_is_resolved_for_the_trial_alone(
     assert not (tmp_path / "out").exists()
 
 
-def test_what_cannot_be_tried_is_told(tmp_path: Path, cli: Cli) -> None:
+def test_forecast_explains_why_it_cannot_try(tmp_path: Path, cli: Cli) -> None:
     config = write_config(tmp_path)
     priced = cli("plan", config, "--usd-per-gpu-hour", "2")
     assert priced.code == 2

@@ -76,8 +76,8 @@ class Model:
         if name.startswith(".tmp-"):
             return True
         generation, attempt = int(name.split("-")[0]), name.split("-")[1].removesuffix(".parquet")
-        there = self.world.receipts.get(unit, [])
-        is_committed = generation < len(there) and there[generation] == attempt
+        attempts = self.world.receipts.get(unit, [])
+        is_committed = generation < len(attempts) and attempts[generation] == attempt
         return not (is_committed and self.may_count(unit, generation))
 
     def receipt_goes(self, name: str) -> bool:
@@ -118,26 +118,26 @@ class Forgetful(Store):
     missed: frozenset[int] = frozenset()
 
     def list(self, folder: str = "") -> list[ObjectInfo]:
-        found = super().list(folder)
+        infos = super().list(folder)
         if folder != "commits":
-            return found
-        return [info for index, info in enumerate(found) if index not in self.missed]
+            return infos
+        return [info for index, info in enumerate(infos) if index not in self.missed]
 
 
 def assert_nobody_can_bring_back_what_is_gone(world: World, missed: frozenset[int]) -> None:
     store = Forgetful(world.url)
     store.missed = missed
     state, files = State(store), world.files()
-    for unit, there in world.receipts.items():
+    for unit, attempts in world.receipts.items():
         if (current := state.current(unit)) is not None:
-            attempt = there[current.generation] if current.generation < len(there) else None
+            attempt = attempts[current.generation] if current.generation < len(attempts) else None
             assert attempt
             assert sum(attempt in path for path in files) == 3
 
 
 @settings(max_examples=90, print_blob=True)
 @given(data=st.data())
-def test_after_any_history_what_is_named_stays_and_all_else_goes(data: st.DataObject) -> None:
+def test_gc_deletes_exactly_the_unreferenced_objects_after_any_history(data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as folder:
         world = World(Path(folder))
         live_through(data, world, 14)
@@ -227,7 +227,7 @@ def kinds(listed: Unreferenced) -> dict[str, int]:
 NUM_LOST = 3 * (3 + 1 + 1 + 1)  # files of attempts without a receipt: lost, abandoned, litter
 
 
-def test_by_default_every_manifest_stays(world: World) -> None:
+def test_gc_keeps_all_manifests_by_default(world: World) -> None:
     deleted = full(world).gc()
     assert kinds(deleted) == {"files": NUM_LOST, "parts": 1, "temporary": 2}
     assert deleted.kept == [1, 2, 3, 4]
@@ -235,7 +235,7 @@ def test_by_default_every_manifest_stays(world: World) -> None:
         assert verify(world.url, number, quick=True).ok
 
 
-def test_units_of_manifests_that_go_are_deleted_with_their_receipts(world: World) -> None:
+def test_gc_deletes_units_and_receipts_of_expired_manifests(world: World) -> None:
     deleted = full(world).gc(keep_last=1)
     # Of the first manifest: the old version of a.tar, and the first generation of b.tar.
     assert kinds(deleted) == {
@@ -268,7 +268,7 @@ def test_units_of_manifests_that_go_are_deleted_with_their_receipts(world: World
     assert f"{world.unit('a.tar').id}-1" in world.names_in(6)
 
 
-def test_kept_numbers_and_the_published_one_stay(world: World) -> None:
+def test_gc_keeps_listed_and_published_manifests(world: World) -> None:
     publish(full(world).url, 1)
     assert world.gc(keep_last=1).kept == [1, 4]
     with pytest.raises(ConfigError, match="--keep needs --keep-last"):
@@ -278,7 +278,7 @@ def test_kept_numbers_and_the_published_one_stay(world: World) -> None:
         world.gc(keep_last=1, keep=[7])
 
 
-def test_what_readers_were_given_until_today_stays(world: World) -> None:
+def test_gc_keeps_a_manifest_that_was_the_newest_until_today(world: World) -> None:
     """Manifest 4 is old, but it was the newest one until a moment ago."""
     full(world)
     world.change("b.tar")
@@ -289,7 +289,7 @@ def test_what_readers_were_given_until_today_stays(world: World) -> None:
     assert world.gc(keep_last=1).kept == [5]
 
 
-def test_a_receipt_that_no_manifest_named_goes_once_a_newer_version_is_named(world: World) -> None:
+def test_gc_deletes_an_unnamed_receipt_after_a_newer_version_is_named(world: World) -> None:
     world.commit("a.tar")
     first = world.unit("a.tar")
     world.write(without="a.tar", drop=True)
@@ -305,7 +305,7 @@ def test_a_receipt_that_no_manifest_named_goes_once_a_newer_version_is_named(wor
     assert State(world.store).generation(first.id) == 0, "its generation stays taken"
 
 
-def test_a_receipt_that_no_manifest_named_yet_stays(world: World) -> None:
+def test_gc_keeps_a_receipt_that_no_manifest_names_yet(world: World) -> None:
     world.commit("a.tar")
     world.write()
     world.commit("a.tar")  # again, as with --retry-rejects
@@ -318,7 +318,7 @@ def test_a_receipt_that_no_manifest_named_yet_stays(world: World) -> None:
     assert verify(world.url, list_manifests(world.store)[-1], quick=True).ok
 
 
-def test_a_lower_generation_stays_until_a_manifest_names_a_higher_one(world: World) -> None:
+def test_gc_keeps_a_lower_generation_until_a_manifest_names_a_higher_one(world: World) -> None:
     """A frozen driver may know the lower one alone, and name it with the next number."""
     world.commit("b.tar")
     world.write()
@@ -333,7 +333,7 @@ def test_a_lower_generation_stays_until_a_manifest_names_a_higher_one(world: Wor
     assert f"{world.unit('a.tar').id}-1" in world.names_in(list_manifests(world.store)[-1])
 
 
-def test_old_hints_about_failures_go(world: World) -> None:
+def test_gc_deletes_old_failure_records(world: World) -> None:
     world.commit("b.tar")
     world.write()
     world.age()
@@ -347,18 +347,18 @@ def test_old_hints_about_failures_go(world: World) -> None:
     assert read_failures(world.store, hints) == {}, "listed before, and read after"
 
 
-def test_what_is_young_stays(world: World) -> None:
+def test_gc_keeps_objects_younger_than_older_than_days(world: World) -> None:
     assert world.store.put_if_absent("x", b"")
     assert kinds(full(world).gc(keep_last=1, older_than_days=9)) == {}
 
 
 @pytest.mark.parametrize("days", [1.9, 0, -1])
-def test_files_that_a_driver_may_still_name_cannot_be_deleted(world: World, days: float) -> None:
+def test_gc_rejects_older_than_days_below_two(world: World, days: float) -> None:
     with pytest.raises(ConfigError, match="at least 2"):
         full(world).gc(older_than_days=days)
 
 
-def test_a_manifest_published_while_it_is_deleted_is_put_back(world: World) -> None:
+def test_gc_puts_back_a_manifest_that_is_published_meanwhile(world: World) -> None:
     """The pointer comes after the last look at it, and before the manifest goes."""
     full(world)
     data = world.store.read_bytes("manifests/00000001.json")
@@ -378,7 +378,7 @@ def test_a_manifest_published_while_it_is_deleted_is_put_back(world: World) -> N
         assert verify(world.url, number, quick=True).ok
 
 
-def test_a_manifest_that_is_deleted_while_it_is_published_is_not(world: World) -> None:
+def test_publish_fails_for_a_manifest_that_gc_deletes_meanwhile(world: World) -> None:
     publish(full(world).url, 4)
     put = Store.put
 
@@ -391,7 +391,7 @@ def test_a_manifest_that_is_deleted_while_it_is_published_is_not(world: World) -
     assert json.loads(world.store.read_bytes(PUBLISHED_PATH))["manifest"] == 4
 
 
-def test_a_receipt_that_no_listing_shows_keeps_its_files(world: World) -> None:
+def test_gc_keeps_files_of_a_receipt_that_the_listing_lacks(world: World) -> None:
     """It is put after the files were listed, or the listing lacks it: each is read by its name."""
     world.commit("b.tar")
     world.write()
@@ -418,7 +418,7 @@ class Killed(BaseException):
     """kill -9."""
 
 
-def test_killed_anywhere_it_ends_the_same(tmp_path: Path) -> None:
+def test_gc_killed_at_any_change_can_be_run_again(tmp_path: Path) -> None:
     undisturbed = full(World(tmp_path / "undisturbed"))
     undisturbed.gc(keep_last=1)
     left = shape_of(undisturbed)
@@ -475,7 +475,7 @@ def kill_at(when: int, world: World) -> bool:
 @pytest.mark.parametrize(
     ("is_gc", "message"), [(False, "a run is active"), (True, "another gc is active")]
 )
-def test_beside_a_run_or_another_gc_it_stops(world: World, is_gc: bool, message: str) -> None:
+def test_gc_stops_if_a_run_or_another_gc_is_active(world: World, is_gc: bool, message: str) -> None:
     full(world)
     before = world.files()
     with Lease(world.store, 1, is_gc=is_gc) as lease:
@@ -486,21 +486,21 @@ def test_beside_a_run_or_another_gc_it_stops(world: World, is_gc: bool, message:
     assert world.gc().num_objects
 
 
-def test_its_lease_is_there_before_it_looks_for_others(world: World) -> None:
+def test_gc_writes_its_lease_before_it_lists_others(world: World) -> None:
     """So a run that does the same sees it, if it does not see the run."""
     full(world)
     require_exclusive, leases = Lease.require_exclusive, []
 
-    def look(lease: Lease) -> None:
+    def record_leases(lease: Lease) -> None:
         leases.extend((world.folder / "runs").iterdir())
         require_exclusive(lease)
 
-    with patch.object(Lease, "require_exclusive", look):
+    with patch.object(Lease, "require_exclusive", record_leases):
         world.gc()
     assert [path.name[:3] for path in leases] == ["gc-"]
 
 
-def test_a_gc_that_was_frozen_stops_and_a_run_that_began_meanwhile_loses_nothing(
+def test_frozen_gc_stops_and_a_run_meanwhile_loses_nothing(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full(world)
@@ -530,7 +530,7 @@ def test_a_gc_that_was_frozen_stops_and_a_run_that_began_meanwhile_loses_nothing
         assert verify(world.url, number, quick=True).ok
 
 
-def test_what_is_not_ours_is_left_alone(world: World) -> None:
+def test_gc_ignores_files_with_unknown_names(world: World) -> None:
     full(world)
     strange = ["data/readme.txt", "data/x/1-2.parquet", "qa/notes.txt", "rejects/a.parquet"]
     strange.append(f"data/{'0' * 32}/007-{'1' * 32}-8x8.parquet")
@@ -541,7 +541,7 @@ def test_what_is_not_ours_is_left_alone(world: World) -> None:
     assert all(world.store.exists(path) for path in strange)
 
 
-def test_a_number_that_gc_made_free_is_not_taken_again(world: World) -> None:
+def test_manifest_numbers_are_not_reused_after_gc(world: World) -> None:
     """A driver that was frozen since manifest 1, which is gone by now, must not put a second 2."""
     for source in SOURCES:
         world.commit(source)

@@ -10,7 +10,7 @@ from latentcache.engine.progress import RunProgress
 
 
 @pytest.mark.parametrize("width", [60, 80, 140])
-def test_a_narrow_terminal_shows_the_counts_whole(
+def test_narrow_terminal_shows_complete_counts(
     width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     for name, value in {"COLUMNS": str(width), "FORCE_COLOR": "1", "TERM": "xterm"}.items():

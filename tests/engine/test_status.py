@@ -49,7 +49,7 @@ class Output:
         self.store = Store(self.url)
         self.contract: Contract = make_contract()
         establish_contract(self.store, self.contract, {})
-        self.listing: dict[str, list[Unit]] = {}
+        self.snapshot: dict[str, list[Unit]] = {}
 
     def unit(self, source: str, version: str = "v1") -> Unit:
         return Unit.of(source, 10, version, self.contract.fingerprint)
@@ -65,15 +65,15 @@ class Output:
     def put(self, receipt: Receipt) -> None:
         assert self.store.put_if_absent(receipt.path, receipt.to_bytes())
         unit = receipt.record.unit
-        self.listing[unit.source] = [unit]
+        self.snapshot[unit.source] = [unit]
 
     def write_manifest(self, *, on_missing: str = "keep") -> None:
-        listing = dict(self.listing)
+        snapshot = dict(self.snapshot)
         write_next(
             State(self.store),
             self.contract.fingerprint,
             4,
-            lambda: listing,
+            lambda: snapshot,
             on_missing=on_missing,
         )
 
@@ -83,7 +83,7 @@ def output(tmp_path: Path) -> Output:
     return Output(tmp_path / "out")
 
 
-def test_the_bottleneck_is_that_of_the_latest_units(output: Output):
+def test_status_bottleneck_is_of_the_latest_units(output: Output):
     threads = {"decode": 4, "encode": 1}
     for day, busy in enumerate(({"decode": 90.0, "encode": 1.0}, {"decode": 1.0, "encode": 9.0})):
         for number in range(70):
@@ -96,9 +96,9 @@ def test_the_bottleneck_is_that_of_the_latest_units(output: Output):
             fingerprint = output.contract.fingerprint
             output.put(Receipt(record, fingerprint, Statistics.empty(4), stages=stages))
         output.write_manifest()
-    found = read_status(output.url, NOWHERE)
-    assert found.num_committed == 140
-    assert found.bottleneck == "bottleneck: encoder (expected)"
+    status = read_status(output.url, NOWHERE)
+    assert status.num_committed == 140
+    assert status.bottleneck == "bottleneck: encoder (expected)"
 
 
 # Watching.
@@ -135,7 +135,7 @@ def without_runs(status: Status) -> Status:
     return replace(status, active_runs=[])
 
 
-def test_watching_tells_rates_and_ends_with_the_run(output: Output):
+def test_watch_yields_rates_and_ends_with_the_run(output: Output):
     def end() -> None:
         output.commit("4.tar")
         output.write_manifest()
@@ -167,7 +167,7 @@ def test_watching_tells_rates_and_ends_with_the_run(output: Output):
     assert clock.waited == [10.0] * 4
 
 
-def test_what_failed_before_a_complete_manifest_is_settled(output: Output):
+def test_failures_before_a_complete_manifest_do_not_count(output: Output):
     def fail(source: str) -> None:
         put_failure(output.store, output.unit(source), new_attempt(), f"{source}: broken")
 
@@ -195,9 +195,9 @@ def test_what_failed_before_a_complete_manifest_is_settled(output: Output):
     assert seen == [["1.tar: broken"], ["1.tar: broken"], [], ["2.tar: broken"]]
 
 
-def test_where_no_run_is_at_work_the_time_left_is_not_known(output: Output):
+def test_time_left_is_unknown_without_an_active_run(output: Output):
     output.commit("0.tar")
-    output.listing["1.tar"] = [output.unit("1.tar")]
+    output.snapshot["1.tar"] = [output.unit("1.tar")]
     output.write_manifest()
     lease = Lease(output.store, 3, 4)
     lease.__enter__()
@@ -206,11 +206,11 @@ def test_where_no_run_is_at_work_the_time_left_is_not_known(output: Output):
     assert [next(watching).left_s for _ in range(3)] == [None, 20.0, None]
 
 
-def test_watching_reads_only_what_is_new(output: Output, monkeypatch: pytest.MonkeyPatch):
+def test_watch_reads_only_new_objects(output: Output, monkeypatch: pytest.MonkeyPatch):
     for number in range(50):
         output.commit(f"{number}.tar")
     output.write_manifest()
-    output.listing["more.tar"] = [output.unit("more.tar")]
+    output.snapshot["more.tar"] = [output.unit("more.tar")]
     output.write_manifest()  # not complete
     for number in range(50, 60):
         output.commit(f"{number}.tar")
@@ -239,15 +239,15 @@ def test_watching_reads_only_what_is_new(output: Output, monkeypatch: pytest.Mon
     assert total == 63
 
 
-def test_what_a_manifest_drops_counts_no_more(output: Output):
+def test_units_that_a_manifest_drops_do_not_count(output: Output):
     def drop() -> None:
-        del output.listing["0.tar"]
+        del output.snapshot["0.tar"]
         output.commit("1.tar", version="v2")
         output.write_manifest(on_missing="drop")
 
     for number in range(20):
         output.commit(f"{number}.tar")
-    output.listing["open.tar"] = [output.unit("open.tar")]
+    output.snapshot["open.tar"] = [output.unit("open.tar")]
     output.write_manifest()
     put_failure(output.store, output.unit("0.tar"), new_attempt(), "before it was committed")
     for path in Path(output.url).glob("failures/*"):
@@ -263,7 +263,7 @@ def test_what_a_manifest_drops_counts_no_more(output: Output):
     assert not any(status.failed for status in seen)
 
 
-def test_a_unit_that_was_repaired_and_fails_has_failed(output: Output):
+def test_removed_unit_that_fails_again_counts_as_failed(output: Output):
     name = output.commit("0.tar").record.name
     output.commit("1.tar")
     output.write_manifest()
@@ -283,7 +283,7 @@ def test_a_unit_that_was_repaired_and_fails_has_failed(output: Output):
     assert [list(status.failed.values()) for status in seen] == [[], ["0.tar: broken"]]
 
 
-def test_gc_is_no_run(output: Output):
+def test_status_does_not_count_gc_as_a_run(output: Output):
     output.commit("0.tar")
     assert not read_status(output.url, NOWHERE).gc_at_work
     with Lease(output.store, 0, is_gc=True):
@@ -295,14 +295,14 @@ def test_gc_is_no_run(output: Output):
     assert ["gc", "active"] in [line.split() for line in text.getvalue().splitlines()]
 
 
-def test_where_reading_takes_long_it_is_read_less_often(output: Output):
+def test_watch_pauses_nine_times_as_long_as_it_reads(output: Output):
     output.commit("0.tar")
     clock = Clock((0.0, lambda: None), (0.0, output.write_manifest), reading_s=3.0)
     assert len(list(clock.watch(output))) == 3
     assert clock.waited == [27.0, 27.0]
 
 
-def test_a_watched_dataset_as_a_terminal_shows_it(output: Output):
+def test_watch_table_and_line_show_counts_rates_and_escaped_failures(output: Output):
     output.commit("0.tar", num_rows=1234)
     put_failure(output.store, output.unit("1.tar"), new_attempt(), "1.tar\x1b[2J: [red]broken[/]")
     with Lease(output.store, 7, 8):

@@ -61,14 +61,14 @@ def test_plan_reports_a_renamed_folder_and_moved_from_keeps_its_rows(
     new.parent.mkdir()
     old.rename(new)
     plan = make_plan(parse_config(source(new)))
-    assert plan.twice is not None
-    assert plan.twice.num_twice == plan.twice.num_new == len(plan.pending)
-    assert plan.twice.moved_from == f"file://{old}"
-    assert f"set source.moved_from: file://{old}" in plan.twice.to_text()
+    assert plan.duplicates is not None
+    assert plan.duplicates.num_duplicates == plan.duplicates.num_new == len(plan.pending)
+    assert plan.duplicates.moved_from == f"file://{old}"
+    assert f"set source.moved_from: file://{old}" in plan.duplicates.to_text()
 
-    moved = parse_config(source(new, moved_from=plan.twice.moved_from))
+    moved = parse_config(source(new, moved_from=plan.duplicates.moved_from))
     plan = make_plan(moved)
-    assert (plan.pending, plan.twice, plan.sources.num_vanished) == ([], None, 0)
+    assert (plan.pending, plan.duplicates, plan.sources.num_vanished) == ([], None, 0)
     assert run(moved, quiet=True).num_committed == 0
 
     write(new, "c", as_tar=as_tar)
@@ -114,7 +114,10 @@ def test_a_new_shard_with_a_known_name_is_not_reported_as_moved(tmp_path: Path):
     write(tmp_path / "old", "a", as_tar=True)
     run(parse_config(tree_of(tmp_path, shards=f"{tmp_path}/old/*.tar")), quiet=True)
     write_tar(tmp_path / "new" / "a.tar", [("x.png", png(64, 64)), ("y.png", png(64, 64))])
-    assert make_plan(parse_config(tree_of(tmp_path, shards=f"{tmp_path}/new/*.tar"))).twice is None
+    assert (
+        make_plan(parse_config(tree_of(tmp_path, shards=f"{tmp_path}/new/*.tar"))).duplicates
+        is None
+    )
 
 
 def test_a_copied_bucket_is_recognized_by_etags(tmp_path: Path, moto: S3Server):
@@ -127,10 +130,10 @@ def test_a_copied_bucket_is_recognized_by_etags(tmp_path: Path, moto: S3Server):
     moto.client.copy_object(Bucket="moved-new", Key="y/a.tar", CopySource="moved-old/x/a.tar")
     moto.client.delete_object(Bucket="moved-old", Key="x/a.tar")
     plan = make_plan(parse_config(tree_of(tmp_path, shards=f"{new}/y/*.tar", storage=storage)))
-    assert plan.twice is not None
-    assert plan.twice.moved_from == f"{old}/x"
+    assert plan.duplicates is not None
+    assert plan.duplicates.moved_from == f"{old}/x"
     moved = tree_of(
-        tmp_path, shards=f"{new}/y/*.tar", storage=storage, moved_from=plan.twice.moved_from
+        tmp_path, shards=f"{new}/y/*.tar", storage=storage, moved_from=plan.duplicates.moved_from
     )
     assert not make_plan(parse_config(moved)).pending
     moto.client.put_object(Bucket="moved-new", Key="y/b.tar", Body=data)

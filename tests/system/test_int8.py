@@ -240,7 +240,7 @@ import latentcache
 
 config = latentcache.load_config(sys.argv[1])
 plan = latentcache.make_plan(config)
-assert plan.there is None and not plan.contract.is_resolved
+assert plan.existing_contract is None and not plan.contract.is_resolved
 output = pathlib.Path(sys.argv[2])
 output.mkdir()
 shutil.copy(sys.argv[3], output / "contract.json")

@@ -18,7 +18,7 @@ from checkpoints import (
     write_folder,
 )
 from latentcache import load_vae, parse_config
-from latentcache.engine.plan import wanted_contract
+from latentcache.engine.contract_setup import requested_contract
 from latentcache.errors import ConfigError
 from makers import config_tree
 
@@ -28,7 +28,7 @@ SIXTEEN = TINY_KL_F8 | {"latent_channels": 16, "use_quant_conv": False}
 def factors(folder: Path, checkpoint: Path, **vae: Any) -> tuple[float, float]:
     """What the contract of a run says of the scaling and shift factors."""
     tree = config_tree(folder, vae={"checkpoint": str(checkpoint), **vae})
-    contract = wanted_contract(parse_config(tree)).vae
+    contract = requested_contract(parse_config(tree)).vae
     return contract.scaling_factor, contract.shift_factor
 
 

@@ -226,7 +226,7 @@ def plan_command(
                     }
                     for p in plan.pending
                 ],
-                "sources_twice": asdict(plan.twice) if plan.twice else None,
+                "sources_twice": asdict(plan.duplicates) if plan.duplicates else None,
                 "contract_diff": plan.diff,
                 "forecast": asdict(forecast) if forecast else None,
             }
@@ -237,8 +237,8 @@ def plan_command(
             print_text(forecast.to_text())
         elif calibrate and not plan.diff:
             print_line("no units to calibrate on")
-    if plan.twice:
-        complain(plan.twice.to_text())
+    if plan.duplicates:
+        complain(plan.duplicates.to_text())
     if plan.diff:
         complain(f"{plan.output.url} was created with different settings; `run` will refuse:")
         for line in plan.diff:

@@ -1,10 +1,9 @@
-"""The protocol between the driver's loop and a cluster, and the events of the loop."""
+"""The protocol between the dispatcher and a cluster, and the events of the dispatcher."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from latentcache.engine.job import Job, UnitTask
 from latentcache.engine.plan import PlannedUnit
@@ -19,7 +18,7 @@ class ActorLost(Exception):
 
 
 class Actors(Protocol):
-    """The operations that the loop needs of a cluster; actors and calls are opaque handles."""
+    """The operations that the dispatcher needs; actors and calls are opaque handles."""
 
     num_actors: int
 
@@ -27,44 +26,35 @@ class Actors(Protocol):
         """Request one more actor, which may be pending until the cluster has resources for it."""
 
     def call(self, actor: Any, method: Literal["setup", "run_unit", "stats"], *args: Any) -> Any:
-        """Start a call of an actor's method; return its handle.
+        """Start a call of an actor's method and return its handle.
 
         Args:
-            actor: from `start_actor`.
-            method: the name of the method; see `engine.cluster`.
-            args: the arguments of the method.
+            actor, method, args: the actor, the name of its method, and the arguments.
         """
 
     def wait(self, calls: Sequence[Any], timeout_s: float) -> Sequence[Any]:
         """Return the calls that have ended, as soon as there is one.
 
         Args:
-            calls: calls in progress; with none, the function waits for `timeout_s`.
-            timeout_s: the longest wait in seconds.
+            calls, timeout_s: the calls, and the longest wait; without calls it is always that long.
         """
 
     def result(self, call: Any, node: str | None) -> Any:
-        """Return the result of a call; a `UnitFailure` if the call raised an error.
+        """Return the result of a call that ended (`UnitFailure`: its error), or raise `ActorLost`.
 
         Args:
-            call: a call that has ended.
-            node: the node of its actor, as returned by `setup`; None before the setup ended.
-
-        Raises:
-            ActorLost: the actor was lost before it returned a result.
+            call, node: the call, and what `setup` of its actor returned (None before its end).
         """
 
     def kill(self, actor: Any) -> None:
         """End an actor at once, with all its calls."""
 
 
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """A unit that was encoded and uploaded; `receipt` holds the bytes to put.
+class Finished(NamedTuple):
+    """A unit that was encoded and uploaded, with its `receipt`: the bytes to put.
 
-    The receipt belongs to another attempt than `task` if another run has committed the unit. It may
-    be put until `valid_until`, in seconds of `clock.boot_time_s`; after that, `unit` must be
-    encoded again.
+    The receipt is of another attempt than `task` if another run has committed the unit. It must not
+    be put after `valid_until`, in seconds of `clock.boot_time_s`.
     """
 
     task: UnitTask
@@ -73,12 +63,8 @@ class Finished:
     valid_until: float
 
 
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """A unit that was given up.
-
-    `changed` is set if its source has another version now. For `lacks_field` see `UnitFailure`.
-    """
+class Failed(NamedTuple):
+    """A unit that failed for good; for `changed` and `lacks_field` see `UnitFailure`."""
 
     task: UnitTask
     message: str
@@ -86,8 +72,7 @@ class Failed:
     lacks_field: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Polled:
+class Polled(NamedTuple):
     """The latest `UnitRunner.stats` of each actor, and the number of actors lost so far."""
 
     stats: list[dict[str, float]]
@@ -97,12 +82,8 @@ class Polled:
 Event = Finished | Failed | Polled
 
 
-@dataclass(frozen=True, slots=True)
-class Retries:
-    """How often a unit is tried again: after its own failures, and after its node was lost.
-
-    The two are counted separately, because a preemption is not caused by the unit.
-    """
+class Retries(NamedTuple):
+    """How often a unit is tried again after its own failures, and after losses of its node."""
 
     failures: int
     preemptions: int

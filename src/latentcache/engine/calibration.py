@@ -40,8 +40,7 @@ def calibrate(vae: KLAutoencoder, job: Job, shards: Sequence[SourceShard]) -> Co
 
     Args:
         vae: the VAE in fp32, on the device of the run.
-        job: the job of the run.
-        shards: the source shards.
+        job, shards: the job of the run, and its source shards.
 
     Raises:
         SourceError: int8 must be calibrated, and no image can be encoded.
@@ -54,24 +53,28 @@ def calibrate(vae: KLAutoencoder, job: Job, shards: Sequence[SourceShard]) -> Co
         contract = replace(contract, latents=replace(contract.latents, precision=precision))
     quantization = contract.latents.quantization
     if quantization and quantization.scale is None:
-        quantization = fit(quantization, _encode_sample(vae, job, contract, shards))
+        order = random.Random(quantization.seed).sample(shards, len(shards))
+        each = math.ceil(quantization.num_images / min(len(shards), _CALIBRATION_SHARDS))
+        samples = chain.from_iterable(islice(_images(job, shard), each) for shard in order)
+        images_used = islice(samples, quantization.num_images)
+        values = _encode_sample(vae, job, contract, images_used)
+        if values is None:
+            raise SourceError(
+                "int8 is calibrated on images, and no source shard has one that can be encoded: "
+                f"check {shards[0].url}, or choose another latents.dtype"
+            )
+        quantization = fit(quantization, values)
         contract = replace(contract, latents=replace(contract.latents, quantization=quantization))
     return contract
 
 
 def _encode_sample(
-    vae: KLAutoencoder, job: Job, contract: Contract, shards: Sequence[SourceShard]
-) -> torch.Tensor:
-    """Encode a seeded sample of the images as the run does.
-
-    Returns:
-        Latent values by stored channel, [C, n].
-    """
+    vae: KLAutoencoder, job: Job, contract: Contract, sample: Iterator[tuple[str, Transformed]]
+) -> torch.Tensor | None:
+    """Encode images as the run does; return their latent values by channel, [C, n], if any."""
     terms = contract.latents
-    assert terms.quantization
     encoder = LatentEncoder(vae, terms.precision, job.batch_size)
     values_by_channel: list[torch.Tensor] = []
-    sample = _sample(job, shards)
     while batch := list(islice(sample, _CALIBRATION_BATCH)):
         buckets: dict[Bucket, list[tuple[str, torch.Tensor]]] = {}
         for name, image in batch:
@@ -85,21 +88,8 @@ def _encode_sample(
             stride = latents.shape[2] // _VALUES_PER_IMAGE | 1
             values_by_channel.append(latents[:, :, ::stride].transpose(0, 1).flatten(1))
     if not any(values.numel() for values in values_by_channel):
-        raise SourceError(
-            "int8 is calibrated on images, and no source shard has one that can be encoded: check "
-            f"{shards[0].url}, or choose another latents.dtype"
-        )
+        return None
     return torch.cat(values_by_channel, dim=1)
-
-
-def _sample(job: Job, shards: Sequence[SourceShard]) -> Iterator[tuple[str, Transformed]]:
-    """Yield the first images of several shards, in an order that the seed determines."""
-    spec = job.contract.latents.quantization
-    assert spec
-    order = random.Random(spec.seed).sample(shards, len(shards))
-    each = math.ceil(spec.num_images / min(len(shards), _CALIBRATION_SHARDS))
-    samples = (islice(_images(job, shard), each) for shard in order)
-    return islice(chain.from_iterable(samples), spec.num_images)
 
 
 def _images(job: Job, shard: SourceShard) -> Iterator[tuple[str, Transformed]]:

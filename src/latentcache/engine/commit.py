@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from queue import SimpleQueue
+from typing import NamedTuple
 
 from latentcache.dataset.receipts import Receipt, read_receipts
 from latentcache.engine.actors import Finished
@@ -16,30 +16,25 @@ from latentcache.storage import Store
 _NUM_THREADS = 16
 
 
-@dataclass(frozen=True, slots=True)
-class Committed:
+class Committed(NamedTuple):
     """The receipt that is in the store; `is_ours` if it is of the attempt of this run's task."""
 
     receipt: Receipt
     is_ours: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Expired:
+class Expired(NamedTuple):
     """A unit whose receipt was not put in time, so that `gc` may have deleted its files."""
 
     finished: Finished
 
 
 class Committer:
-    """A thread pool that puts receipts while the driver's loop continues.
+    """A thread pool that puts receipts in a store while the driver's loop continues.
 
     A receipt counts only after `ended` or `drain` has yielded it; until then its unit is in
     progress. There are never more puts in progress than threads. If the store is down, the run
     therefore waits, and does not encode units that it cannot commit.
-
-    Args:
-        store: the output.
     """
 
     def __init__(self, store: Store) -> None:
@@ -60,33 +55,26 @@ class Committer:
         self._pool.submit(self._put, finished).add_done_callback(self._ended.put)
 
     def ended(self) -> Iterator[Committed | Expired]:
-        """Yield the puts that have ended; wait for one if all threads are busy.
-
-        Raises:
-            StorageError: a receipt could not be put.
-        """
+        """Yield the puts that have ended, or raise their errors; wait for one if all are busy."""
         while not self._ended.empty() or self._num_in_progress >= _NUM_THREADS:
-            yield self._take()
+            yield self._next()
 
     def drain(self) -> Iterator[Committed | Expired]:
-        """Yield all puts in progress, each as it ends.
-
-        Raises:
-            StorageError: a receipt could not be put.
-        """
+        """Yield all puts in progress, each as it ends, or raise their errors."""
         while self._num_in_progress:
-            yield self._take()
+            yield self._next()
 
-    def _take(self) -> Committed | Expired:
+    def _next(self) -> Committed | Expired:
         future = self._ended.get()
         self._num_in_progress -= 1
         return future.result()
 
     def _put(self, finished: Finished) -> Committed | Expired:
-        data = finished.receipt
-        receipt = Receipt.from_bytes(data)
+        receipt = Receipt.from_bytes(finished.receipt)
         try:
-            is_put = self._store.put_if_absent(receipt.path, data, valid_until=finished.valid_until)
+            is_put = self._store.put_if_absent(
+                receipt.path, finished.receipt, valid_until=finished.valid_until
+            )
         except DeadlinePassed:
             return Expired(finished)
         if not is_put:

@@ -1,67 +1,104 @@
-"""The contract of a run: open values are measured, and it is put before the first unit."""
+"""The contract of a run: what its config requests, put before the first unit."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from importlib.metadata import version
 
 from latentcache import __version__
-from latentcache.config import Config
+from latentcache.config import Calibration, Config, RatioBuckets
+from latentcache.dataset.bucket import Bucket
 from latentcache.dataset.contract import (
     CONTRACT_PATH,
     Contract,
+    LatentContract,
+    QuantizationContract,
+    TransformContract,
+    VaeContract,
     establish_contract,
     read_contract,
     require_same,
 )
-from latentcache.engine.cluster import Cluster
-from latentcache.engine.job import make_job
-from latentcache.engine.progress import RunProgress
-from latentcache.engine.worker import calibrate_contract
-from latentcache.errors import ContractMismatch
-from latentcache.images.source import SourceShard
+from latentcache.errors import ConfigError, ContractMismatch
+from latentcache.images.source import source_contract
+from latentcache.images.transform import ratio_buckets
 from latentcache.storage import Store
-from latentcache.vae.weights import absolute_url
+from latentcache.vae.architecture import FAMILY
+from latentcache.vae.scaling import resolve_scaling
+from latentcache.vae.weights import absolute_url, encoder_fingerprint, load_vae
 
 
-def resolve_contract(
-    config: Config,
-    contract: Contract,
-    shards: Sequence[SourceShard],
-    cluster: Cluster,
-    progress: RunProgress,
-) -> Contract:
-    """Return the contract with its open values measured on a worker.
+def requested_contract(config: Config) -> Contract:
+    """Return the contract that a config requests; reads the checkpoint.
 
-    Args:
-        config: the config of the run.
-        contract: the contract that the config requests.
-        shards: the source shards whose images are measured.
-        cluster: the cluster of the worker.
-        progress: shows that int8 is calibrated.
+    Raises:
+        CheckpointError: the checkpoint cannot be used.
+        ConfigError: a bucket does not fit the VAE, or the scaling factor is unknown or differs.
     """
-    if contract.is_resolved:
-        return contract
-    if quantization := contract.latents.quantization:
-        num_images = quantization.num_images
-        message = f"calibrating int8 on {num_images} images"
-        progress.say("calibrating", message, num_images=num_images)
-    job = make_job(config, contract, cluster.num_cpus_per_actor)
-    return cluster.ask(calibrate_contract, job, shards)
+    vae = load_vae(config.vae.checkpoint, decoder=False, options=config.vae.storage)
+    arch, transform, latents = vae.architecture, config.transform, config.latents
+    scaling_factor, shift_factor = resolve_scaling(
+        arch, config.vae.scaling_factor, config.vae.shift_factor, config.vae.checkpoint
+    )
+    buckets = _buckets(config)
+    for bucket in buckets:
+        if bucket.width_px % arch.downsample_factor or bucket.height_px % arch.downsample_factor:
+            raise ConfigError(
+                f"transform: {bucket.name} is not a multiple of {arch.downsample_factor} px, the "
+                "factor by which this VAE divides each side: choose other sizes"
+            )
+    precision = config.compute.precision
+    if precision == "auto" and config.compute.num_gpus == 0:
+        precision = "fp32"  # on a GPU it depends on real images
+    calibration = latents.calibration or Calibration()
+    quantization = QuantizationContract(calibration.num_images, calibration.seed)
+    return Contract(
+        vae=VaeContract(
+            family=FAMILY,
+            encoder_fingerprint=encoder_fingerprint(vae),
+            architecture=arch.encoder_fields,
+            latent_channels=arch.latent_channels,
+            downsample_factor=arch.downsample_factor,
+            scaling_factor=scaling_factor,
+            shift_factor=shift_factor,
+            latents_mean=arch.latents_mean,
+            latents_std=arch.latents_std,
+        ),
+        transform=TransformContract(
+            buckets=tuple((*bucket,) for bucket in buckets),
+            **transform.model_dump(exclude={"resolution_px", "buckets"}),
+        ),
+        latents=LatentContract(
+            posterior=latents.posterior,
+            dtype=latents.dtype,
+            format=latents.format,
+            precision=precision,
+            quantization=quantization if latents.dtype == "int8" else None,
+        ),
+        source=source_contract(config.source),
+    )
 
 
-def put_contract(config: Config, output: Store, wanted: Contract, resolved: Contract) -> Contract:
+def _buckets(config: Config) -> tuple[Bucket, ...]:
+    resolution_px, buckets = config.transform.resolution_px, config.transform.buckets
+    if buckets is None:
+        return (Bucket(resolution_px, resolution_px),)
+    if isinstance(buckets, RatioBuckets):
+        return ratio_buckets(resolution_px, buckets.max_ratio, buckets.step_px)
+    return tuple(sorted(Bucket(*size) for size in buckets))
+
+
+def put_contract(
+    config: Config, output: Store, requested: Contract, resolved: Contract
+) -> Contract:
     """Put the contract if there is none, and probe whether the store has conditional writes.
 
     Args:
-        config: the config of the run.
-        output: the store.
-        wanted: the contract that the config requests, which may have open values.
-        resolved: the same contract with the values that this run measured.
+        config, output: the config of the run, and its store.
+        requested, resolved: the contract that the config requests, which may have open values, and
+            the same with the values that this run measured.
 
     Returns:
-        The contract at the output. If another driver put it first, it has the values of that
-        driver.
+        The contract at the output, which has the values of the driver that put it first.
 
     Raises:
         ContractMismatch: the output has a different contract.
@@ -79,7 +116,7 @@ def put_contract(config: Config, output: Store, wanted: Contract, resolved: Cont
         existing = read_contract(output)
         if existing is None:
             raise
-        resolved = wanted.resolved_as(existing)
+        resolved = requested.resolved_as(existing)
         require_same(output, existing, resolved)
         data = establish_contract(output, resolved, provenance)
     output.probe_conditional(CONTRACT_PATH, data)

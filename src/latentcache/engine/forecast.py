@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 import torch
 
@@ -33,12 +34,8 @@ from latentcache.storage_options import StorageOptions
 _NUM_SHARDS = 4
 
 
-@dataclass(frozen=True, slots=True)
-class Trial:
-    """The result of one worker: `num_samples` samples, rejects included, in `elapsed_s` seconds.
-
-    It read `source_bytes` and wrote `output_bytes`. `bottleneck` names its slowest stage.
-    """
+class _Trial(NamedTuple):
+    """What one worker did in `elapsed_s`; `num_samples` includes rejects."""
 
     device: str
     num_samples: int
@@ -47,34 +44,13 @@ class Trial:
     output_bytes: int
     bottleneck: str
 
-    @property
-    def images_per_s(self) -> float:
-        """The rate of one actor in samples per second."""
-        return self.num_samples / self.elapsed_s
 
-
-@dataclass(frozen=True, slots=True)
-class Prices:
+class Prices(NamedTuple):
     """Prices in US dollars: per GPU-hour, CPU-hour, and GB and month; None if unknown."""
 
     gpu_hour: float | None = None
     cpu_hour: float | None = None
     gb_month: float | None = None
-
-    def compute(self, gpu_hours: float, cpu_hours: float) -> float | None:
-        """Return the price of compute time in US dollars; None if no price is known.
-
-        Args:
-            gpu_hours: hours of GPUs.
-            cpu_hours: hours of CPUs.
-        """
-        parts = [(self.gpu_hour, gpu_hours), (self.cpu_hour, cpu_hours)]
-        known = [price * hours for price, hours in parts if price is not None]
-        return sum(known) if known else None
-
-    def storage(self, num_bytes: int) -> float | None:
-        """Return the price of a month of storage in US dollars; None if it is unknown."""
-        return None if self.gb_month is None else self.gb_month * num_bytes / 1e9
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,34 +115,34 @@ def make_forecast(config: Config, plan: Plan, num_images: int, prices: Prices) -
     """Encode images of the pending shards on a worker of the cluster, and extrapolate.
 
     Args:
-        config: the config of the run.
-        plan: a plan with units to encode.
-        num_images: the number of images to time.
-        prices: the prices of compute time and storage.
+        config, plan: the config of the run, and a plan with units to encode.
+        num_images, prices: the number of images to time, and the prices of compute and storage.
 
     Raises:
-        ClusterError: the cluster cannot be reached, or lacks resources that the config requests.
+        ClusterError: the cluster cannot be reached, or lacks what the config requests.
         SourceError: the tried shards cannot be read, or hold no sample.
     """
-    assert plan.to_encode
-    compute = config.compute
+    compute, to_encode = config.compute, plan.to_encode
     threads = None if compute.decode_threads == "auto" else compute.decode_threads
-    pending = {planned.unit.source for planned in plan.to_encode}
+    pending = {planned.unit.source for planned in to_encode}
     shards = [shard for shard in plan.shards if shard.source in pending]
     wait_policy = WaitPolicy(compute.wait_for_gpus_s)
     with Cluster(compute.num_gpus, compute.num_cpu_actors, threads, wait_policy) as cluster:
         job = make_job(config, plan.contract, cluster.num_cpus_per_actor)
-        trial: Trial = cluster.ask(try_out, job, shards, num_images)
-        num_actors = min(cluster.num_actors, len(plan.to_encode))
+        trial: _Trial = cluster.ask(_try_out, job, shards, num_images)
+        num_actors = min(cluster.num_actors, len(to_encode))
         num_gpus, num_cpus = cluster.num_gpus_per_actor, cluster.num_cpus_per_actor
-    num_bytes = sum(planned.unit.num_bytes for planned in plan.to_encode)
+    images_per_s = trial.num_samples / trial.elapsed_s
+    num_bytes = sum(planned.unit.num_bytes for planned in to_encode)
     num_pending = round(num_bytes * trial.num_samples / trial.source_bytes)
-    actor_hours = num_pending / trial.images_per_s / 3600
+    actor_hours = num_pending / images_per_s / 3600
     gpu_hours, cpu_hours = actor_hours * num_gpus, actor_hours * num_cpus
     output_bytes = round(num_pending * trial.output_bytes / trial.num_samples)
-    usd = prices.compute(gpu_hours, cpu_hours)
+    costs = [(prices.gpu_hour, gpu_hours), (prices.cpu_hour, cpu_hours)]
+    known = [price * hours for price, hours in costs if price is not None]
+    usd, gb_month = sum(known) if known else None, prices.gb_month
     return Forecast(
-        images_per_s=trial.images_per_s,
+        images_per_s=images_per_s,
         device=trial.device,
         bottleneck=trial.bottleneck,
         num_tried=trial.num_samples,
@@ -179,22 +155,12 @@ def make_forecast(config: Config, plan: Plan, num_images: int, prices: Prices) -
         upload_bytes_per_s=trial.output_bytes / trial.elapsed_s,
         compute_usd=usd,
         compute_usd_per_billion_images=None if usd is None else usd / num_pending * 1e9,
-        storage_usd_per_month=prices.storage(output_bytes),
+        storage_usd_per_month=None if gb_month is None else gb_month * output_bytes / 1e9,
     )
 
 
-def try_out(job: Job, shards: Sequence[SourceShard], num_images: int, device: str) -> Trial:
-    """Encode images of a few shards in this process.
-
-    Args:
-        job: the job of the run.
-        shards: the shards to choose from.
-        num_images: the number of images to time; further ones before them warm up the process.
-        device: the device to encode on.
-
-    Raises:
-        LatentCacheError: a unit failed.
-    """
+def _try_out(job: Job, shards: Sequence[SourceShard], num_images: int, device: str) -> _Trial:
+    """Encode the first images of a few shards in this process, after some that warm it up."""
     if not job.contract.is_resolved:
         job = replace(job, contract=calibrate_contract(job, shards, device))
     chosen = random.Random(0).sample(shards, min(len(shards), _NUM_SHARDS))
@@ -215,7 +181,7 @@ def try_out(job: Job, shards: Sequence[SourceShard], num_images: int, device: st
     if not num_samples:
         raise SourceError(f"{chosen[0].url} holds no sample to calibrate on")
     is_cuda = device == "cuda"
-    return Trial(
+    return _Trial(
         device=torch.cuda.get_device_name() if is_cuda else f"{job.decode_threads} CPUs",
         num_samples=num_samples,
         elapsed_s=elapsed_s,

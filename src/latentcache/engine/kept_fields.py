@@ -27,26 +27,18 @@ T = TypeVar("T")
 
 
 def spread(units: Sequence[T]) -> list[T]:
-    """Return the units with `MIN_UNITS` units from all parts of the source first.
+    """Return units with `MIN_UNITS` of them, from all parts of the sequence, first.
 
     So a field that only some shards have occurs early.
-
-    Args:
-        units: the units in the order of the source.
     """
-    first = [index * len(units) // MIN_UNITS for index in range(MIN_UNITS)]
+    first = dict.fromkeys(index * len(units) // MIN_UNITS for index in range(MIN_UNITS))
     if len(units) <= MIN_UNITS:
         return list(units)
-    chosen = set(first)
-    return [units[i] for i in first] + [u for i, u in enumerate(units) if i not in chosen]
+    return [units[i] for i in first] + [u for i, u in enumerate(units) if i not in first]
 
 
 class SeenFields:
-    """The names of the fields that a unit's samples have.
-
-    Args:
-        columns: the kept columns.
-    """
+    """The names of the fields that a unit's samples have; `columns` are the kept columns."""
 
     def __init__(self, columns: Columns) -> None:
         self._kept = {column.field for column in columns}
@@ -72,36 +64,31 @@ class SeenFields:
     @property
     def names(self) -> tuple[str, ...]:
         """Sorted fields of samples: all kept ones, and others up to `MAX_FIELDS` in total."""
-        kept = sorted(self._names & self._kept)
-        return tuple(sorted([*kept, *sorted(self._names - self._kept)][:MAX_FIELDS]))
+        kept_first = sorted(self._names, key=lambda name: (name not in self._kept, name))
+        return tuple(sorted(kept_first[:MAX_FIELDS]))
 
 
 class FieldCheck:
     """A buffer that holds receipts back until each kept field has occurred in a sample.
 
     A run that keeps a field which no sample has therefore commits nothing. A run without rows is
-    not checked, because its problem is larger than a field. If the samples have only image fields,
-    the user cannot have meant another field; then `warning` says that the column stays empty.
-
-    Args:
-        columns: the kept columns.
-        done: the committed units.
-        is_image: returns whether a field holds an image.
+    not checked, because its problem is larger than a field. If all fields hold images (`is_image`),
+    the user cannot have meant another one; then `warning` says that the column stays empty.
     """
 
     def __init__(
-        self, columns: Columns, done: Iterable[UnitSummary], is_image: Callable[[str], bool]
+        self, columns: Columns, committed: Iterable[UnitSummary], is_image: Callable[[str], bool]
     ) -> None:
         self._is_image = is_image
         self.warning: str | None = None
         self._missing = {column.field for column in columns}
-        for unit in done:
+        for unit in committed:
             kept = {column.field for column in unit.columns}
             self._missing -= kept.difference(unit.absent_fields)
         self._held: list[Finished] = []
         self._names: set[str] = set()
         self._num_samples = self._num_rows = 0
-        self._lacking: list[str] = []
+        self._lacking: list[str] = []  # messages of the units whose files lack a field
 
     @property
     def is_open(self) -> bool:
@@ -109,11 +96,7 @@ class FieldCheck:
         return bool(self._missing)
 
     def offer(self, finished: Finished) -> list[Finished]:
-        """Add an encoded unit; return the units whose receipts may be put.
-
-        Raises:
-            ConfigError: a kept field occurs in no sample of many units.
-        """
+        """Add an encoded unit; return the units to commit; raise `ConfigError` like `end`."""
         if not self._missing:
             return [finished]
         receipt = Receipt.from_bytes(finished.receipt)
@@ -122,22 +105,13 @@ class FieldCheck:
         self._num_samples += receipt.record.num_samples
         self._num_rows += receipt.record.num_rows
         self._held.append(finished)
-        is_enough = len(self._held) >= MIN_UNITS and self._num_samples >= MIN_SAMPLES
-        if is_enough and self._missing and self._num_rows:
-            self._judge(f"the first {len(self._held)} units")
-        if is_enough:
+        if len(self._held) >= MIN_UNITS and self._num_samples >= MIN_SAMPLES:
+            self._require_fields(f"the first {len(self._held)} units")
             self._missing.clear()
         return [] if self._missing else self.release()
 
     def lacks(self, message: str) -> None:
-        """Record that a unit failed because its file has no column for a field.
-
-        Args:
-            message: names the file, the field, and the columns of the file.
-
-        Raises:
-            ConfigError: many units failed for this reason, and none was encoded.
-        """
+        """Record a unit whose file lacks a field; raise `ConfigError` if many do, and none has."""
         self._lacking.append(message)
         if len(self._lacking) >= MIN_UNITS:
             self._refuse_if_all_lack(len(self._lacking))
@@ -154,22 +128,18 @@ class FieldCheck:
         return held
 
     def end(self, num_failed: int) -> None:
-        """Check the kept fields at the end of a run that tried every unit.
+        """Raise `ConfigError` at the end of a run if a kept field occurs in no sample.
 
-        A field may occur in failed units, unless all of them failed because they lack a field.
-
-        Args:
-            num_failed: the number of units that were given up.
-
-        Raises:
-            ConfigError: a kept field occurs in no sample, and no receipt was put.
+        It may occur in failed units, unless all of them failed because they lack a field.
         """
         if num_failed:
             self._refuse_if_all_lack(num_failed)
-        elif self._missing and self._num_rows:
-            self._judge("the source")
+        else:
+            self._require_fields("the source")
 
-    def _judge(self, where: str) -> None:
+    def _require_fields(self, where: str) -> None:
+        if not self._missing or not self._num_rows:
+            return
         missing, names = ", ".join(sorted(self._missing)), sorted(self._names)
         if all(map(self._is_image, names)):
             self.warning = (

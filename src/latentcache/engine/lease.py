@@ -9,6 +9,7 @@ so at least one sees the other. Then `gc` stops, and a run waits.
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import socket
@@ -43,20 +44,18 @@ _ours: set[str] = set()
 
 @dataclass(frozen=True, slots=True)
 class RunInfo:
-    """A run, or a `gc`, that holds a lease.
+    """A run, or a `gc`, that holds a lease; `host` is empty if the lease cannot be parsed.
 
-    `num_units` is the number of units that the run encodes, and `num_total` the number that the
-    output has afterwards, existing ones included. `age_s` is the time since the last renewal in
-    seconds, by the store's clock. If a lease cannot be parsed, `host` is empty and all other
-    numbers are 0.
+    The run encodes `num_units` units, and the output has `num_total` afterwards. `age_s` is the
+    time since the last renewal in seconds, by the store's clock.
     """
 
     run: str
-    host: str
-    pid: int
-    num_units: int
-    num_total: int
-    num_committed: int
+    host: Annotated[str, Pattern(r"[\x21-\x7e]{1,255}")]
+    pid: Annotated[int, Range(1, 2**31 - 1)]
+    num_units: Count
+    num_total: Count
+    num_committed: Count
     age_s: float
 
     @property
@@ -75,10 +74,8 @@ class Lease:
     """The lease of this run or `gc`: renewed while it is active, deleted when it ends.
 
     Args:
-        store: the output.
-        num_units: the number of units that the run encodes.
-        num_total: the number of units that the output has afterwards; 0 if it does not grow.
-        is_gc: whether the holder is a `gc`.
+        store, is_gc: the output, and whether the holder is a `gc`.
+        num_units, num_total: see `RunInfo`; `num_total` is 0 if the output does not grow.
     """
 
     def __init__(
@@ -86,13 +83,11 @@ class Lease:
     ) -> None:
         started = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
         self.run = f"{_GC_PREFIX if is_gc else ''}{started}-{secrets.token_hex(4)}"
-        self._store = store
-        self._num_units = num_units
-        self._num_total = num_total
-        self._path = f"{RUNS}/{self.run}.json"
-        self._renew_at = 0.0
-        self._renewed_at = 0.0
         self.num_committed = 0
+        self._counts = {"num_units": num_units, "num_total": num_total}
+        self._store = store
+        self._path = f"{RUNS}/{self.run}.json"
+        self._renewed_at = -math.inf
 
     def __enter__(self) -> Lease:
         _ours.add(self.run)
@@ -105,21 +100,19 @@ class Lease:
 
     def renew(self) -> None:
         """Write the lease again if a minute has passed since the last time."""
-        if time.monotonic() < self._renew_at:
+        now = clock.boot_time_s()
+        if now - self._renewed_at < RENEW_EVERY_S:
             return
-        self._renew_at = time.monotonic() + RENEW_EVERY_S
-        renewed_at = clock.boot_time_s()
         tree = {
             "run": self.run,
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "num_units": self._num_units,
-            "num_total": self._num_total,
+            **self._counts,
             "num_committed": self.num_committed,
             "renewed_at": datetime.now(UTC).isoformat(),
         }
         self._store.put(self._path, json.dumps(tree).encode())
-        self._renewed_at = renewed_at
+        self._renewed_at = now
 
     @property
     def is_fresh(self) -> bool:
@@ -131,25 +124,34 @@ class Lease:
         return [run for run in active_runs(self._store) if run.run != self.run]
 
     def require_exclusive(self) -> None:
-        """Check that no run and no other `gc` is active on the output.
-
-        Raises:
-            IncompleteRun: a run or another `gc` holds a lease that is less than ten minutes old.
-        """
+        """Raise `IncompleteRun` if a run or another `gc` is active on the output."""
         for other in active_leases(self._store):
             if other.run != self.run:
-                lease = self._store.url_of(f"{RUNS}/{other.run}.json")
                 raise IncompleteRun(
                     f"{'another gc' if other.is_gc else 'a run'} is active on {self._store.url}, "
-                    f"{other}: wait until it ends, or delete {lease} if it died"
+                    f"{other}: wait until it ends, or delete {self._url_of(other)} if it died"
                 )
+
+    def require_alone(self) -> None:
+        """Raise `IncompleteRun` if another run is active; for stores without conditional writes.
+
+        Every lease counts: two drivers that start at the same moment both refuse.
+        """
+        for other in self.others():
+            raise IncompleteRun(
+                f"{self._store.url} has no conditional writes, so it allows one run at a time, and "
+                f"another run is active, {other}: wait for it (`compute.on_busy: wait`), or "
+                f"delete {self._url_of(other)} if it died"
+            )
+
+    def _url_of(self, other: RunInfo) -> str:
+        return self._store.url_of(f"{RUNS}/{other.run}.json")
 
     def wait_for_gc(self, stop: StopSignal, say: Callable[[str], None]) -> None:
         """Wait until no `gc` is active on the output; renew the lease meanwhile.
 
         Args:
-            stop: ends the wait when it has a reason.
-            say: shows a line to the user.
+            stop, say: ends the wait when it has a reason; shows a line to the user.
         """
 
         def active_gcs() -> list[RunInfo]:
@@ -158,37 +160,18 @@ class Lease:
 
         _wait_while(active_gcs, "waiting for gc to end: {}", stop, say)
 
-    def require_alone(self) -> None:
-        """Check that no other run is active; for stores without conditional writes.
 
-        Every other lease counts, also a younger one: a driver cannot know whether the other listed
-        the leases first. Two drivers that start at the same moment both refuse.
-
-        Raises:
-            IncompleteRun: another run holds a lease that is less than ten minutes old.
-        """
-        for other in self.others():
-            lease = self._store.url_of(f"{RUNS}/{other.run}.json")
-            raise IncompleteRun(
-                f"{self._store.url} has no conditional writes, so it allows one run at a time, and "
-                f"another run is active, {other}: wait for it (`compute.on_busy: wait`), or "
-                f"delete {lease} if it died"
-            )
-
-
-def stand_aside(
+def wait_for_other_runs(
     store: Store, on_busy: Literal["skip", "wait"], stop: StopSignal, say: Callable[[str], None]
 ) -> None:
-    """Leave the output to the active run: request a stop, or wait until that run has ended.
+    """Wait until no run is active on an output, or request a stop if `on_busy` is `skip`.
 
-    This is called before the run takes its own lease. Two runs may therefore both see a free
-    output, and then join each other, which is safe. With the lease taken first, both might leave.
+    A run calls this before it takes its lease. Two runs may therefore both see a free output, and
+    then join each other, which is safe. With the lease taken first, both might leave.
 
     Args:
-        store: the output.
-        on_busy: `skip` or `wait`.
-        stop: gets the reason `skipped` for `skip`; any reason ends the wait.
-        say: shows a line to the user.
+        store, on_busy: the output, and the setting of the config.
+        stop, say: ends the wait, and gets the reason `skipped`; shows a line to the user.
     """
     if on_busy == "skip":
         stop.request("skipped")
@@ -214,70 +197,42 @@ def _wait_while(
                 time.sleep(_CHECK_STOP_EVERY_S)
 
 
-@dataclass(frozen=True, slots=True)
-class _LeaseFile:
-    """The fields that readers use; other releases may write more fields."""
-
-    host: Annotated[str, Pattern(r"[\x21-\x7e]{1,255}")]
-    pid: Annotated[int, Range(1, 2**31 - 1)]
-    num_units: Count
-    num_total: Count
-    num_committed: Count
-
-
 def active_runs(store: Store) -> list[RunInfo]:
     """Return the active runs of an output; see `active_leases`."""
     return [lease for lease in active_leases(store) if not lease.is_gc]
 
 
 def active_leases(store: Store) -> list[RunInfo]:
-    """Return the valid leases of runs and of `gc`, oldest first.
-
-    Leases of dead processes of this host are left out. A lease that cannot be parsed counts as that
-    of an active run until it is ten minutes old.
-    """
-    leases = store.list(RUNS)
-    now = store.now() if leases else 0.0
+    """Return the valid leases of runs and of `gc`, oldest first, without dead ones of this host."""
+    infos = store.list(RUNS)
+    now = store.now() if infos else 0.0
     active = []
-    for info in leases:
+    for info in infos:
         try:
             data = store.read_bytes(info.path)
         except ObjectNotFound:
             continue  # its holder ended after the listing
         name = info.path.removeprefix(f"{RUNS}/").removesuffix(".json")
-        run = _parse(name, data, now - (info.modified_at or 0.0))
+        age_s = now - (info.modified_at or 0.0)
+        try:
+            tree = load_json(data) | {"run": name, "age_s": age_s}
+            run = build(RunInfo, tree, ignore_unknown=True)  # other releases may write more fields
+        except (TypeError, ValueError):  # `|` refuses a tree that is not an object
+            run = RunInfo(name, "", 0, 0, 0, 0, age_s)
         if run.age_s < STALE_AFTER_S and not _died_here(run):
             active.append(run)
     return sorted(active, key=lambda run: run.run)
 
 
-def _parse(name: str, data: bytes, age_s: float) -> RunInfo:
-    try:
-        lease = build(_LeaseFile, load_json(data), ignore_unknown=True)
-    except ValueError:
-        return RunInfo(name, "", 0, 0, 0, 0, age_s)
-    return RunInfo(
-        run=name,
-        host=lease.host,
-        pid=lease.pid,
-        num_units=lease.num_units,
-        num_total=lease.num_total,
-        num_committed=lease.num_committed,
-        age_s=age_s,
-    )
-
-
 def _died_here(run: RunInfo) -> bool:
     if run.host != socket.gethostname():
         return False
-    return run.run not in _ours if run.pid == os.getpid() else not _is_running(run.pid)
-
-
-def _is_running(pid: int) -> bool:
+    if run.pid == os.getpid():
+        return run.run not in _ours
     try:
-        os.kill(pid, 0)
+        os.kill(run.pid, 0)
     except ProcessLookupError:
-        return False
-    except PermissionError:
         return True
-    return True
+    except PermissionError:  # it is a process of another user
+        pass
+    return False

@@ -2,46 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from latentcache.config import Calibration, Config, RatioBuckets, require_kind
-from latentcache.dataset.bucket import Bucket
+from latentcache.config import Config, require_kind
+from latentcache.config_source import Source
 from latentcache.dataset.columns import Columns, columns_of, describe_columns
-from latentcache.dataset.contract import (
-    Contract,
-    LatentContract,
-    QuantizationContract,
-    TransformContract,
-    VaeContract,
-    contract_diff,
-    read_contract,
-)
+from latentcache.dataset.contract import Contract, contract_diff, read_contract
 from latentcache.dataset.receipts import Unit, failed_unit, list_failures, read_failures
 from latentcache.dataset.state import SourceSnapshot, State, require_few
-from latentcache.engine.twice import Twice, find_twice
+from latentcache.engine.contract_setup import requested_contract
 from latentcache.errors import ConfigError, SourceError
+from latentcache.images.moved import last_part, moved_of, old_folder, root_of, same_names
 from latentcache.images.samples import FieldSelection, file_key_and_field
-from latentcache.images.source import SourceShard, list_source, source_contract
-from latentcache.images.transform import ratio_buckets
+from latentcache.images.source import SourceShard, list_source
 from latentcache.storage import ObjectInfo, Store
-from latentcache.vae.architecture import FAMILY
-from latentcache.vae.scaling import resolve_scaling
-from latentcache.vae.weights import encoder_fingerprint, load_vae
+
+# The most known sources of the same name, such as `0.tar` in many folders, to compare a new one to.
+_MAX_COMPARED = 1000
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedUnit:
-    """A unit to encode or to rewrite.
+    """A unit to encode, or to rewrite with other kept columns and its stored latents.
 
-    Attributes:
-        unit: the unit.
-        generation: the generation of its next receipt.
-        reason: why the unit is pending, for the user.
-        files: the files of a folder's slot; empty for other sources.
-        url: the present URL of a source that moved; None if it did not move.
-        kind: `rewrite` writes the rows again with other kept columns and keeps the stored latents.
+    `generation` is that of its next receipt, and `reason` says why it is pending. `files` are those
+    of a folder's slot, and `url` is the present URL of a source that moved.
     """
 
     unit: Unit
@@ -54,11 +41,7 @@ class PlannedUnit:
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """Counts of sources: the listing compared with the newest manifest.
-
-    `num_vanished` counts sources that are no longer listed. The next manifest keeps their rows, or
-    drops them with `on_missing: drop`.
-    """
+    """Counts of listed sources compared with the newest manifest; vanished ones are not listed."""
 
     num_new: int
     num_changed: int
@@ -67,65 +50,85 @@ class Sources:
     on_missing: str
 
 
+@dataclass(frozen=True, slots=True)
+class DuplicateSources:
+    """New sources that look like known ones: `num_duplicates` of all `num_new` ones.
+
+    `example` is the URL of one, and `known` that of the source that it looks like. `moved_from` is
+    the setting under which both are the same; None if the sources did not move together.
+    """
+
+    num_duplicates: int
+    num_new: int
+    example: str
+    known: str
+    moved_from: str | None
+
+    def to_text(self) -> str:
+        """Return a message with the problem and the fix."""
+        fix = (
+            f"if the source moved, set source.moved_from: {self.moved_from}"
+            if self.moved_from
+            else "if they are the same files, name them by their old URLs"
+        )
+        return (
+            f"{self.num_duplicates} of {self.num_new} new sources look like sources that the "
+            f"output has already, such as {self.example}, which it has as {self.known}: their rows "
+            f"would exist twice; {fix}"
+        )
+
+
 @dataclass(frozen=True)
 class Plan:
     """The state of an output and the units that are pending.
 
     Attributes:
-        output: the store of the dataset.
-        contract: the contract that the config requests. Before a first run it may be unresolved;
-            its units then have provisional ids.
-        there: the contract at the output; None before a first run.
-        diff: the fields in which `contract` and `there` differ.
-        shards: the listed source shards.
-        units: the unit of each shard, in the same order.
-        pending: the units to encode or to rewrite.
-        state: the receipts and the newest manifest of the output.
+        contract: the requested contract; if it is unresolved, unit ids are provisional.
+        existing_contract, diff: the contract at the output, and the fields in which the two differ.
+        shards, units: the listed source shards, and the unit of each.
         on_missing: what the next manifest does with rows of vanished sources: `keep` or `drop`.
-        twice: new sources that look like known ones; None if there are none.
+        duplicates: new sources that look like known ones; None if there are none.
     """
 
     output: Store
     contract: Contract
-    there: Contract | None
+    existing_contract: Contract | None
     diff: list[str]
     shards: list[SourceShard]
     units: list[Unit]
     pending: list[PlannedUnit]
     state: State
     on_missing: str
-    twice: Twice | None = None
+    duplicates: DuplicateSources | None = None
 
     @property
     def sources(self) -> Sources:
         """Counts of new, changed, unchanged and vanished sources against the newest manifest."""
-        listing, live = self.listing, self.state.live
-        changed = [
-            source
-            for source in listing.keys() & live.keys()
-            if {unit.id for unit in listing[source]} != {unit.unit_id for unit in live[source]}
-        ]
+        listed, live = self.snapshot, self.state.live
+        common = listed.keys() & live.keys()
+        num_changed = sum(
+            {unit.id for unit in listed[source]} != {unit.unit_id for unit in live[source]}
+            for source in common
+        )
         return Sources(
-            num_new=len(listing.keys() - live.keys()),
-            num_changed=len(changed),
-            num_unchanged=len(listing.keys() & live.keys()) - len(changed),
-            num_vanished=len(live.keys() - listing.keys()),
+            num_new=len(listed) - len(common),
+            num_changed=num_changed,
+            num_unchanged=len(common) - num_changed,
+            num_vanished=len(live) - len(common),
             on_missing=self.on_missing,
         )
 
     @property
-    def listing(self) -> SourceSnapshot:
+    def snapshot(self) -> SourceSnapshot:
         """The units of each listed source."""
-        return by_source(self.units)
+        return group_by_source(self.units)
 
     @property
     def num_images(self) -> int | None:
         """The number of image files of a folder; None for sources whose listing shows none."""
         files = [file for shard in self.shards for file in shard.files]
-        if not files:
-            return None
-        selection = FieldSelection(self.contract.source.image_fields, ())
-        return sum(selection.is_image(file_key_and_field(file.path)[1]) for file in files)
+        is_image = FieldSelection(self.contract.source.image_fields, ()).is_image
+        return sum(is_image(file_key_and_field(file.path)[1]) for file in files) if files else None
 
     @property
     def to_encode(self) -> list[PlannedUnit]:
@@ -150,220 +153,144 @@ class Plan:
 
 
 def make_plan(config: Config, *, retry_rejects: bool = False) -> Plan:
-    """List the source, read the receipts, and return the units that are pending.
+    """List the source, read the receipts, and return the units that are pending; write nothing.
 
     Args:
-        config: the config of the run.
-        retry_rejects: encode units with rejects again, at their next generation.
-
-    Returns:
-        The plan; nothing is written.
+        config, retry_rejects: the config, and whether units with rejects are encoded again.
 
     Raises:
-        ConfigError: the checkpoint or the source cannot be used, a folder would be cut into another
-            number of units than before, or the source folder contains the output.
-        SourceError: a named shard is missing, a glob matches nothing, or more sources are missing
-            than `on_missing: drop` accepts.
+        ConfigError: the checkpoint or the source cannot be used, or the source contains the output.
+        SourceError: shards are missing, or more sources than `on_missing: drop` accepts.
         StorageError: a store cannot be reached.
         DatasetError: the dataset at the output is damaged.
     """
     require_kind(config, Config)
-    output = Store(config.output.url, config.output.storage)
-    _require_apart(config, output)
-    contract = wanted_contract(config)
-    there = read_contract(output)
-    if there:
-        contract = contract.resolved_as(there)
+    source, output = config.source, Store(config.output.url, config.output.storage)
+    if source.folder is not None:  # each run would list the files of earlier runs
+        folder = Store(source.folder, source.storage).url
+        if f"{output.url}/".startswith(f"{folder}/"):
+            raise ConfigError(
+                f"output.url, {output.url}, is inside source.folder, whose files are read: choose "
+                "a folder outside it"
+            )
+    contract = requested_contract(config)
+    existing = read_contract(output)
+    if existing:
+        contract = contract.resolved_as(existing)
     state = State(output)
     try:
-        known = state.sources | state.live.keys()
-        shards = list_source(config.source, config.source.num_units, known)
+        shards = list_source(source, source.num_units, state.sources | state.live.keys())
     except SourceError as error:
-        raise _with_kept_units(error, state) from error
+        if not (num_units := sum(map(len, state.live.values()))):
+            raise
+        raise SourceError(
+            f"{error}; {output.url} keeps its {num_units} units and nothing was changed, because "
+            "such a listing counts as a mistake for every value of source.on_missing"
+        ) from error
     units = units_of(shards, contract)
-    diff = contract_diff(there, contract) if there else []
-    on_missing = config.source.on_missing
-    missing = state.live.keys() - {unit.source for unit in units}
-    if on_missing == "drop":
-        require_few(missing, len(state.live))  # fail before anything is encoded
-    reason = "another contract" if diff else "changed"
-    failures = _read_failures(output, units, state)
-    columns = columns_of(config.source.keep)
-    pending = list(_pending(shards, units, state, columns, failures, retry_rejects, reason))
-    twice = find_twice(config.source, shards, state, contract)
-    return Plan(output, contract, there, diff, shards, units, pending, state, on_missing, twice)
-
-
-def _require_apart(config: Config, output: Store) -> None:
-    """Refuse a folder that contains the output: each run would list the files of earlier runs."""
-    if config.source.folder is None:
-        return
-    folder = Store(config.source.folder, config.source.storage).url
-    if f"{output.url}/".startswith(f"{folder}/"):
-        raise ConfigError(
-            f"output.url, {output.url}, is inside source.folder, whose files are read: choose a "
-            "folder outside it"
-        )
-
-
-def _read_failures(output: Store, units: Iterable[Unit], state: State) -> dict[str, str]:
-    """Return the last recorded failure of each unit that has no receipt, by unit id."""
-    left = {unit.id for unit in units if not state.current(unit.id)}
-    hints = list_failures(output) if left else []
-    last = {failed_unit(hint.path): hint.path for hint in hints}
-    return read_failures(output, (path for unit, path in last.items() if unit in left))
-
-
-def _with_kept_units(error: SourceError, state: State) -> SourceError:
-    """Add to the error of an implausible listing that the committed units are kept."""
-    num_units = sum(map(len, state.live.values()))
-    if not num_units:
-        return error
-    return SourceError(
-        f"{error}; {state.store.url} keeps its {num_units} units and nothing was changed, because "
-        "such a listing counts as a mistake for every value of source.on_missing"
+    if source.on_missing == "drop":  # fail before anything is encoded
+        require_few(state.live.keys() - {unit.source for unit in units}, len(state.live))
+    diff = contract_diff(existing, contract) if existing else []
+    columns, pending = columns_of(source.keep), []
+    reasons = _reasons(units, state, "another contract" if diff else "changed")
+    for shard, unit, reason in zip(shards, units, reasons, strict=True):
+        if planned := plan_unit(shard, unit, state, columns, reason, retry_rejects):
+            pending.append(planned)
+    return Plan(
+        output=output,
+        contract=contract,
+        existing_contract=existing,
+        diff=diff,
+        shards=shards,
+        units=units,
+        pending=pending,
+        state=state,
+        on_missing=source.on_missing,
+        duplicates=_find_duplicate_sources(source, shards, state, contract),
     )
 
 
-def units_of(shards: Iterable[SourceShard], contract: Contract) -> list[Unit]:
-    """Return the units of shards under a contract.
+def _reasons(units: Iterable[Unit], state: State, known: str) -> Iterator[str]:
+    """Yield why each unit has no receipt; `known` is the reason for units of known sources."""
+    sources = state.sources
+    uncommitted = {unit.id for unit in units if not state.current(unit.id)}
+    hints = list_failures(state.store) if uncommitted else []
+    last = {failed_unit(hint.path): hint.path for hint in hints}
+    paths = (path for unit, path in last.items() if unit in uncommitted)
+    failures = read_failures(state.store, paths)
+    for unit in units:
+        if state.generation(unit.id) >= 0:
+            yield "removed before: encoded again"
+        elif unit.id in failures:
+            yield f"failed before: {failures[unit.id]}"
+        else:
+            yield known if unit.source in sources else "new"
+
+
+def plan_unit(
+    shard: SourceShard,
+    unit: Unit,
+    state: State,
+    columns: Columns,
+    reason: str,
+    retry_rejects: bool = False,
+) -> PlannedUnit | None:
+    """Plan what a unit needs; return None if it is committed with the requested columns.
 
     Args:
-        shards: source shards.
-        contract: its fingerprint is part of each unit's id.
+        shard, unit, state, columns: the unit, the receipts of the output, and the kept columns.
+        reason, retry_rejects: why it is pending if it is not committed; encode rejects again.
+    """
+    committed = state.current(unit.id)
+    kind: Literal["encode", "rewrite"] = "encode"
+    if committed and retry_rejects and committed.num_rejects:
+        reason = f"retry of {committed.num_rejects} rejects"
+    elif committed:
+        if committed.columns == columns:
+            return None
+        before, after = describe_columns(committed.columns), describe_columns(columns)
+        reason, kind = f"kept columns changed: {before} -> {after}", "rewrite"
+    generation = state.generation(unit.id) + 1
+    return PlannedUnit(unit, generation, reason, shard.files, shard.url, kind)
+
+
+def _find_duplicate_sources(
+    source: Source, shards: Sequence[SourceShard], state: State, contract: Contract
+) -> DuplicateSources | None:
+    """Find new sources that the output has under another URL: same name, size and version.
+
+    The version is an ETag, or the modification time of a local file, which a rename keeps. The id
+    of a unit is a hash of these and of the URL. So the id that a new source would have at a known
+    URL shows whether the output has it, without a further request to a store.
+    """
+    known, pairs = state.sources, []
+    new = [shard for shard in shards if shard.source not in known]
+    candidates = same_names(known) if new else {}
+    for shard in new:
+        for url in candidates.get(last_part(shard.source), ())[:_MAX_COMPARED]:
+            identity = (shard.size_bytes, shard.version, contract.fingerprint, shard.range)
+            if state.current(Unit.of(url, *identity).id):
+                pairs.append((shard.url, url))
+                break
+    if not pairs:
+        return None
+    root = moved_of(source).now or root_of(source, source.storage)
+    return DuplicateSources(len(pairs), len(new), *pairs[0], old_folder(pairs, root))
+
+
+def units_of(shards: Iterable[SourceShard], contract: Contract) -> list[Unit]:
+    """Return the units of shards.
+
+    Args:
+        shards, contract: the shards, and the contract whose fingerprint is part of each unit's id.
     """
     mark = contract.fingerprint
     return [Unit.of(s.source, s.size_bytes, s.version, mark, s.range) for s in shards]
 
 
-def by_source(units: Iterable[Unit]) -> dict[str, list[Unit]]:
+def group_by_source(units: Iterable[Unit]) -> dict[str, list[Unit]]:
     """Group units by their source."""
     groups: dict[str, list[Unit]] = {}
     for unit in units:
         groups.setdefault(unit.source, []).append(unit)
     return groups
-
-
-def _pending(
-    shards: Iterable[SourceShard],
-    units: Iterable[Unit],
-    state: State,
-    columns: Columns,
-    failures: dict[str, str],
-    retry_rejects: bool,
-    known: str,
-) -> Iterable[PlannedUnit]:
-    known_sources = state.sources
-    for shard, unit in zip(shards, units, strict=True):
-        done = state.current(unit.id)
-        generation = state.generation(unit.id) + 1
-        if done and not (retry_rejects and done.num_rejects):
-            if rewrite := rewrite_of(shard, unit, state, columns):
-                yield rewrite
-            continue
-        if done:
-            reason = f"retry of {done.num_rejects} rejects"
-        elif generation:
-            reason = "removed before: encoded again"
-        elif unit.id in failures:
-            reason = f"failed before: {failures[unit.id]}"
-        elif unit.source in known_sources:
-            reason = known
-        else:
-            reason = "new"
-        yield PlannedUnit(unit, generation, reason, shard.files, shard.url)
-
-
-def rewrite_of(
-    shard: SourceShard, unit: Unit, state: State, columns: Columns
-) -> PlannedUnit | None:
-    """Return a plan to rewrite a committed unit, or None if its kept columns are right.
-
-    Args:
-        shard: the source shard of the unit.
-        unit: the unit.
-        state: the receipts of the output.
-        columns: the kept columns that the config requests.
-    """
-    done = state.current(unit.id)
-    if done is None or done.columns == columns:
-        return None
-    before, after = describe_columns(done.columns), describe_columns(columns)
-    reason = f"kept columns changed: {before} -> {after}"
-    return PlannedUnit(unit, done.generation + 1, reason, shard.files, shard.url, kind="rewrite")
-
-
-def wanted_contract(config: Config) -> Contract:
-    """Return the contract that a config requests; reads the checkpoint.
-
-    Raises:
-        CheckpointError: the checkpoint cannot be used.
-        ConfigError: the side of a bucket is not a multiple of the VAE's downsampling factor, the
-            scaling factor is unknown, or that of the config differs from the checkpoint's.
-    """
-    options = config.vae.storage
-    vae = load_vae(config.vae.checkpoint, decoder=False, options=options)
-    arch = vae.architecture
-    scaling_factor, shift_factor = resolve_scaling(
-        arch, config.vae.scaling_factor, config.vae.shift_factor, config.vae.checkpoint
-    )
-    buckets = _buckets(config)
-    for bucket in buckets:
-        if bucket.width_px % arch.downsample_factor or bucket.height_px % arch.downsample_factor:
-            raise ConfigError(
-                f"transform: {bucket.name} is not a multiple of {arch.downsample_factor} px, the "
-                "factor by which this VAE divides each side: choose other sizes"
-            )
-    return Contract(
-        vae=VaeContract(
-            family=FAMILY,
-            encoder_fingerprint=encoder_fingerprint(vae),
-            architecture=arch.encoder_fields,
-            latent_channels=arch.latent_channels,
-            downsample_factor=arch.downsample_factor,
-            scaling_factor=scaling_factor,
-            shift_factor=shift_factor,
-            latents_mean=arch.latents_mean,
-            latents_std=arch.latents_std,
-        ),
-        transform=TransformContract(
-            crop=config.transform.crop,
-            resample=config.transform.resample,
-            buckets=tuple((*bucket,) for bucket in buckets),
-            min_side_px=config.transform.min_side_px,
-            max_upscale=config.transform.max_upscale,
-            max_pixels=config.transform.max_pixels,
-            dct_scaling=config.transform.dct_scaling,
-        ),
-        latents=LatentContract(
-            posterior=config.latents.posterior,
-            dtype=config.latents.dtype,
-            format=config.latents.format,
-            precision=_known_precision(config),
-            quantization=_quantization(config),
-        ),
-        source=source_contract(config.source),
-    )
-
-
-def _known_precision(config: Config) -> str:
-    # On a CPU, `auto` is fp32. On a GPU it depends on real images.
-    if config.compute.precision == "auto" and config.compute.num_gpus == 0:
-        return "fp32"
-    return config.compute.precision
-
-
-def _quantization(config: Config) -> QuantizationContract | None:
-    if config.latents.dtype != "int8":
-        return None
-    calibration = config.latents.calibration or Calibration()
-    return QuantizationContract(calibration.num_images, calibration.seed)
-
-
-def _buckets(config: Config) -> tuple[Bucket, ...]:
-    resolution_px, buckets = config.transform.resolution_px, config.transform.buckets
-    if buckets is None:
-        return (Bucket(resolution_px, resolution_px),)
-    if isinstance(buckets, RatioBuckets):
-        return ratio_buckets(resolution_px, buckets.max_ratio, buckets.step_px)
-    return tuple(sorted(Bucket(*size) for size in buckets))

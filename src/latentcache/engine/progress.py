@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column
 
 from latentcache.bottleneck import STAGES, PipelineLoad
+from latentcache.engine.actors import Polled
 from latentcache.errors import one_line
 from latentcache.log import Level, write_json
 
@@ -28,15 +29,14 @@ class RunProgress:
 
     Args:
         num_units: the number of units that the run encodes.
-        quiet: show nothing.
-        log_json: write one JSON object per line, for log collectors; see `latentcache.log`.
+        quiet, log_json: show nothing, or write JSON objects, one per line (see `latentcache.log`).
     """
 
     def __init__(self, num_units: int, *, quiet: bool = False, log_json: bool = False) -> None:
         self._console = Console(stderr=True, quiet=quiet, emoji=False)
         self._log_json = log_json and not quiet
         self._num_units = num_units
-        self._began = self._said = time.monotonic()
+        self._began = self._shown_at = time.monotonic()
         self._num_done = self._num_rows = self._num_rejects = self._num_lost = 0
         self._stats: list[dict[str, float]] = []
         self._previous: tuple[float, list[dict[str, float]]] = (self._began, [])
@@ -69,10 +69,8 @@ class RunProgress:
         """Print a line, above the bar if there is one, or write it to the JSON log.
 
         Args:
-            event: the name of the event in the JSON log.
+            event, level, fields: the event of the JSON log, its level, and its further fields.
             message: the line for the user.
-            level: the level in the JSON log.
-            fields: further fields in the JSON log.
         """
         if self._log_json:
             write_json(event, message, level, **fields)
@@ -83,10 +81,7 @@ class RunProgress:
         """Write to the JSON log only, for events that users see from the bar or at the end.
 
         Args:
-            event: the name of the event.
-            message: the message of the event.
-            level: its level.
-            fields: its further fields.
+            event, message, level, fields: see `say`.
         """
         if self._log_json:
             write_json(event, message, level, **fields)
@@ -95,27 +90,21 @@ class RunProgress:
         """Count a committed unit.
 
         Args:
-            num_rows: its number of rows.
-            num_rejects: its number of rejects.
+            num_rows, num_rejects: its numbers of rows and of rejects.
         """
         self._num_done += 1
         self._num_rows += num_rows
         self._num_rejects += num_rejects
         self._show()
 
-    def polled(self, stats: list[dict[str, float]], num_lost: int) -> None:
-        """Update the display with the statistics of the actors; called about every two seconds.
-
-        Args:
-            stats: `UnitRunner.stats` of each actor.
-            num_lost: the number of actors lost so far.
-        """
+    def polled(self, event: Polled) -> None:
+        """Update the display with the statistics of the actors; called about every two seconds."""
+        stats, num_lost = event.stats, event.num_lost
         if num_lost > self._num_lost:
             message = f"{num_lost} actors lost so far"
             self.log("actors_lost", message, "warning", num_lost=num_lost, num_actors=len(stats))
         self._num_lost = num_lost
-        now = time.monotonic()
-        then, before = self._previous
+        now, (then, before) = time.monotonic(), self._previous
         self._stats = stats
         if len(before) != len(stats):  # an actor came or went
             self._previous = (now, stats)
@@ -125,51 +114,41 @@ class RunProgress:
         self._show()
 
     def _show(self) -> None:
-        if self._live:
-            self._live.update(self._task, completed=self._num_done, note=self._note())
-        elif time.monotonic() - self._said >= _PLAIN_EVERY_S:
-            self._said = time.monotonic()
-            self.say(
-                "progress",
-                f"{self._num_done}/{self._num_units} units, {self._note()}",
-                num_done=self._num_done,
-                num_units=self._num_units,
-                num_rows=self._num_rows,
-                num_rejects=self._num_rejects,
-                images_per_s=round(self._images_per_s, 1),
-                left_s=None if self._left_s is None else round(self._left_s),
-                num_actors=len(self._stats),
-                num_lost=self._num_lost,
-                bottleneck=self._bottleneck or None,
-            )
-
-    @property
-    def _elapsed_s(self) -> float:
-        return max(time.monotonic() - self._began, 1e-9)
-
-    @property
-    def _images_per_s(self) -> float:
+        now = time.monotonic()
+        if not self._live and now - self._shown_at < _PLAIN_EVERY_S:
+            return
+        elapsed_s, left_s = max(now - self._began, 1e-9), None
         # Actors count rows before their unit is committed. Their counts are lost with an actor.
         num_encoded = sum(stats.get("num_rows", 0) for stats in self._stats)
-        return max(self._num_rows, num_encoded) / self._elapsed_s
-
-    @property
-    def _left_s(self) -> float | None:
-        if not self._num_done:
-            return None
-        return self._elapsed_s / self._num_done * (self._num_units - self._num_done)
-
-    def _note(self) -> str:
-        parts = [f"{self._images_per_s:.1f} images/s", f"{self._num_rejects} rejects"]
-        if not self._live and self._left_s is not None:
-            parts.append(f"{self._left_s:.0f} s left")
-        if not self._stats:
-            parts.append("waiting for Ray to start actors")
-        if self._bottleneck:
-            parts.append(self._bottleneck)
-        if self._num_lost:
-            parts.append(f"{self._num_lost} actors lost")
-        return ", ".join(parts)
+        images_per_s = max(self._num_rows, num_encoded) / elapsed_s
+        if self._num_done:
+            left_s = elapsed_s / self._num_done * (self._num_units - self._num_done)
+        parts = [
+            f"{images_per_s:.1f} images/s",
+            f"{self._num_rejects} rejects",
+            "" if self._live or left_s is None else f"{left_s:.0f} s left",
+            "" if self._stats else "waiting for Ray to start actors",
+            self._bottleneck,
+            f"{self._num_lost} actors lost" if self._num_lost else "",
+        ]
+        note = ", ".join(filter(None, parts))
+        if self._live:
+            self._live.update(self._task, completed=self._num_done, note=note)
+            return
+        self._shown_at = now
+        self.say(
+            "progress",
+            f"{self._num_done}/{self._num_units} units, {note}",
+            num_done=self._num_done,
+            num_units=self._num_units,
+            num_rows=self._num_rows,
+            num_rejects=self._num_rejects,
+            images_per_s=round(images_per_s, 1),
+            left_s=None if left_s is None else round(left_s),
+            num_actors=len(self._stats),
+            num_lost=self._num_lost,
+            bottleneck=self._bottleneck or None,
+        )
 
 
 def bottleneck(
@@ -178,8 +157,7 @@ def bottleneck(
     """Return the slowest stage between two polls of the same actors; "" if there is none.
 
     Args:
-        before: `UnitRunner.stats` of each actor at the first poll.
-        after: the same at the second poll.
+        before, after: `UnitRunner.stats` of each actor at the two polls.
         seconds: the time between the polls.
     """
     loads = PipelineLoad()

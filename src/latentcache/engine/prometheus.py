@@ -1,9 +1,8 @@
-"""Prometheus metrics of a run, exported by Ray's agent on each node.
+"""Prometheus metrics of a run, exported by Ray's agent on each node, with the prefix `ray_`.
 
 Actors and the driver update them at each poll of the driver, never for single images. Counts
 include attempts that failed later, and lack the last seconds of an actor: metrics are for
-monitoring, and receipts are the record. Ray adds the prefix `ray_` to each name and its own labels,
-such as `WorkerId` and `NodeAddress`. Without an agent nothing is exported.
+monitoring, and receipts are the record.
 """
 
 from __future__ import annotations
@@ -14,10 +13,20 @@ from typing import Any
 
 from latentcache.bottleneck import STAGES
 
-_ACTOR_COUNTERS = {
-    "num_rows": ("latentcache_images_encoded_total", "Images that became latents."),
-    "num_source_bytes": ("latentcache_source_read_bytes_total", "Bytes read from the source."),
-    "num_output_bytes": ("latentcache_output_written_bytes_total", "Bytes put into the output."),
+# By name without the prefix `latentcache_`; one that ends in `_total` is a counter, else a gauge.
+_DESCRIPTIONS = {
+    "images_encoded_total": "Images that became latents.",
+    "source_read_bytes_total": "Bytes read from the source.",
+    "output_written_bytes_total": "Bytes put into the output.",
+    "images_rejected_total": "Samples that were rejected.",
+    "stage_busy_seconds_total": "Busy time of a stage's threads; its rate over their number is the "
+    "occupancy.",
+    "stage_threads": "Threads of a stage.",
+    "units_committed_total": "Units whose receipt was put.",
+    "units_pending": "Units still to be encoded.",
+    "units_failed": "Units that were given up.",
+    "actors": "Active actors.",
+    "actors_lost_total": "Actors that were lost.",
 }
 
 
@@ -29,117 +38,72 @@ class _Metrics:
         self._metrics: dict[str, Any] = {}
         self._totals: dict[tuple[str, ...], float] = {}
 
-    def count(self, name: str, description: str, total: float, **labels: str) -> None:
-        """Set the total of a counter; a total below an earlier one changes nothing.
+    def _set(self, name: str, value: float, **labels: str) -> None:
+        """Set a gauge, or a counter's total; a total below an earlier one changes nothing."""
+        from ray.util.metrics import Counter, Gauge
 
-        Args:
-            name: the name of the metric.
-            description: its description.
-            total: the new total.
-            labels: further labels.
-        """
-        from ray.util.metrics import Counter
-
+        is_counter = name.endswith("_total")
         key = (name, *labels.values())
-        increase = total - self._totals.get(key, 0.0)
-        if increase > 0:
-            self._totals[key] = total
-            self._get(Counter, name, description, labels).inc(increase, self._labels | labels)
-
-    def set(self, name: str, description: str, value: float, **labels: str) -> None:
-        """Set a gauge. Ray drops a gauge that is not set repeatedly.
-
-        Args:
-            name: the name of the metric.
-            description: its description.
-            value: the new value.
-            labels: further labels.
-        """
-        from ray.util.metrics import Gauge
-
-        self._get(Gauge, name, description, labels).set(value, self._labels | labels)
-
-    def _get(self, kind: Any, name: str, description: str, labels: Mapping[str, str]) -> Any:
+        increase = value - self._totals.get(key, 0.0)
+        if is_counter and increase <= 0:
+            return
         if name not in self._metrics:
-            self._metrics[name] = kind(name, description, (*self._labels, *labels))
-        return self._metrics[name]
+            kind = Counter if is_counter else Gauge
+            names = (*self._labels, *labels)
+            self._metrics[name] = kind(f"latentcache_{name}", _DESCRIPTIONS[name], names)
+        if is_counter:
+            self._totals[key] = value
+            self._metrics[name].inc(increase, self._labels | labels)
+        else:  # Ray drops a gauge that is not set repeatedly
+            self._metrics[name].set(value, self._labels | labels)
 
 
-class ActorMetrics:
-    """The metrics of one actor.
-
-    Args:
-        dataset: the name of the config.
-    """
+class ActorMetrics(_Metrics):
+    """The metrics of one actor of the config `dataset`."""
 
     def __init__(self, dataset: str) -> None:
         import ray
 
         device = "".join(f"gpu{number}" for number in ray.get_gpu_ids()) or "cpu"
-        self._metrics = _Metrics(dataset=dataset, actor=f"{socket.gethostname()}/{device}")
+        super().__init__(dataset=dataset, actor=f"{socket.gethostname()}/{device}")
 
     def update(self, stats: Mapping[str, float], rejects: Mapping[tuple[str, str], int]) -> None:
         """Update the metrics.
 
         Args:
-            stats: `UnitRunner.stats`.
-            rejects: the number of rejects by stage and reason.
+            stats, rejects: `UnitRunner.stats`, and the number of rejects by stage and reason.
         """
-        for key, (name, description) in _ACTOR_COUNTERS.items():
-            self._metrics.count(name, description, stats[key])
+        self._set("images_encoded_total", stats["num_rows"])
+        self._set("source_read_bytes_total", stats["num_source_bytes"])
+        self._set("output_written_bytes_total", stats["num_output_bytes"])
         for (stage, reason), number in rejects.items():
-            self._metrics.count(
-                "latentcache_images_rejected_total",
-                "Samples that were rejected.",
-                number,
-                stage=stage,
-                reason=reason,
-            )
+            self._set("images_rejected_total", number, stage=stage, reason=reason)
         for stage in STAGES:
-            self._metrics.count(
-                "latentcache_stage_busy_seconds_total",
-                "Busy time of a stage's threads; its rate over their number is the occupancy.",
-                stats[f"{stage}_busy_s"],
-                stage=stage,
-            )
-            self._metrics.set(
-                "latentcache_stage_threads",
-                "Threads of a stage.",
-                stats[f"{stage}_num_threads"],
-                stage=stage,
-            )
+            self._set("stage_busy_seconds_total", stats[f"{stage}_busy_s"], stage=stage)
+            self._set("stage_threads", stats[f"{stage}_num_threads"], stage=stage)
 
 
-class RunMetrics:
-    """The metrics of the driver of a run.
-
-    Args:
-        dataset: the name of the config.
-    """
+class RunMetrics(_Metrics):
+    """The metrics of the driver of a run of the config `dataset`."""
 
     def __init__(self, dataset: str) -> None:
-        self._metrics = _Metrics(dataset=dataset)
+        super().__init__(dataset=dataset)
 
     def update_units(self, num_committed: int, num_pending: int, num_failed: int) -> None:
         """Update the counts of units.
 
         Args:
-            num_committed: units that this run committed.
-            num_pending: units that are still to be encoded.
-            num_failed: units that were given up.
+            num_committed, num_pending, num_failed: units by their state in this run.
         """
-        self._metrics.count(
-            "latentcache_units_committed_total", "Units whose receipt was put.", num_committed
-        )
-        self._metrics.set("latentcache_units_pending", "Units still to be encoded.", num_pending)
-        self._metrics.set("latentcache_units_failed", "Units that were given up.", num_failed)
+        self._set("units_committed_total", num_committed)
+        self._set("units_pending", num_pending)
+        self._set("units_failed", num_failed)
 
     def update_actors(self, num_actors: int, num_lost: int) -> None:
         """Update the counts of actors.
 
         Args:
-            num_actors: active actors.
-            num_lost: actors lost so far.
+            num_actors, num_lost: active actors, and actors lost so far.
         """
-        self._metrics.set("latentcache_actors", "Active actors.", num_actors)
-        self._metrics.count("latentcache_actors_lost_total", "Actors that were lost.", num_lost)
+        self._set("actors", num_actors)
+        self._set("actors_lost_total", num_lost)

@@ -9,35 +9,25 @@ kept.
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import torch
 
 from latentcache.dataset.bucket import Bucket
 from latentcache.dataset.contract import Contract
-from latentcache.dataset.layout import (
-    latent_offsets,
-    row_bytes,
-    row_group_rows,
-    tensor_from_bytes,
-)
+from latentcache.dataset.layout import latent_offsets, row_bytes, row_group_rows, tensor_from_bytes
 from latentcache.dataset.parquet import read_table
 from latentcache.dataset.quantization import to_values
-from latentcache.dataset.receipts import DataFile, QaFile, Receipt, read_receipts
-from latentcache.dataset.shards import (
-    BucketWriter,
-    RejectRow,
-    RowMeta,
-    iterate_latents,
-)
+from latentcache.dataset.receipts import DataFile, Receipt, read_receipts
+from latentcache.dataset.shards import BucketWriter, RejectRow, RowMeta, iterate_latents
 from latentcache.dataset.statistics import Statistics
 from latentcache.engine.attempt import Attempt, AttemptLog, reject_row, stage_times
 from latentcache.engine.boundary import at_boundary, committed_receipt
@@ -59,16 +49,13 @@ class _NeedsEncoding(Exception):
 
 
 class Rewriter:
-    """A rewriter of units in this process; `run` may be called from two threads at once.
-
-    Args:
-        job: the settings that all units share.
-    """
+    """A rewriter of units of a job; `run` may be called from two threads at once."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
         self.output = Store(job.output_url, job.output_storage)
         self._attempts = AttemptLog()
+        self.stats = self._attempts.stats
 
     def run(self, task: UnitTask) -> Receipt | UnitFailure | None:
         """Rewrite one unit and upload its files; return None if it must be encoded instead."""
@@ -77,73 +64,69 @@ class Rewriter:
     def _run(self, task: UnitTask) -> Receipt | None:
         if committed := committed_receipt(self.output, task):
             return committed
-        try:
-            try:
-                return self._attempt(task, gather=False)
-            except NotGrouped:
-                return self._attempt(task, gather=True)
-        except _NeedsEncoding:
-            return None
-
-    def _attempt(self, task: UnitTask, *, gather: bool) -> Receipt:
-        with TemporaryDirectory(prefix="latentcache-") as folder:
-            rewrite = _Rewrite(self.job, self.output, task, Path(folder), gather=gather)
-            with self._attempts.watch(rewrite):
-                return rewrite.run()
-
-    def stats(self) -> dict[str, float]:
-        """Return cumulative statistics; see `AttemptLog.stats`."""
-        return self._attempts.stats()
+        for gather in (False, True):
+            with TemporaryDirectory(prefix="latentcache-") as name, suppress(NotGrouped):
+                job, output, folder, times = self.job, self.output, Path(name), stage_times()
+                rewrite = _Rewrite(job, output, task, folder, times, gather=gather)
+                with self._attempts.watch(rewrite), suppress(_NeedsEncoding):
+                    return rewrite.run()
+                return None
+        return None
 
 
 class _Rewrite(Attempt):
     """One attempt at rewriting one unit; its stages are `fetch`, `write` and `upload`."""
 
-    def __init__(
-        self, job: Job, output: Store, task: UnitTask, folder: Path, *, gather: bool
-    ) -> None:
-        super().__init__(job, output, task, folder, stage_times(), gather=gather)
-
     def run(self) -> Receipt:
-        """Rewrite the unit and return its receipt.
-
-        Raises:
-            _NeedsEncoding: the stored files do not suffice.
-        """
+        """Rewrite the unit and return its receipt, or raise `_NeedsEncoding`."""
         name = f"{self.task.unit.id}-{self.task.generation - 1}"
         (before,) = read_receipts(self.output, [name])
-        with ExitStack() as stack:
-            with self.times["fetch"].working():
-                stored = [
-                    stack.enter_context(rows) for rows in self._fetch_rows(before.record.files)
-                ]
-                rejects = self._fetch_rejects(before.record.rejects)
-                qa = self._fetch_qa(before.record.qa)
-            with self.writing():
-                self._write_rows(stored, rejects)
-        if self.samples.num_samples != before.record.num_samples:
+        record, qa = before.record, None
+        with self.times["fetch"].working():
+            files: dict[str, list[Path]] = {}
+            for file in record.files:
+                files.setdefault(file.bucket, []).append(self._fetch(file))
+            # Rejects of samples with read errors are not kept: these samples are read again.
+            rows = read_table(self._fetch(record.rejects)).to_pylist() if record.rejects else []
+            rejects = {row["key"]: RejectRow(**row) for row in rows if row["stage"] != "read"}
+            if record.qa:  # it stays valid, because the latents do not change
+                path = f"qa/{self.task.unit.id}/{self.stem}.parquet"
+                file = replace(record.qa.file, path=path)
+                qa = self._fetch(record.qa.file), replace(record.qa, file=file)
+        with self.writing():
+            self._write_rows(files, rejects)
+        if self.samples.num_samples != record.num_samples:
             raise _NeedsEncoding
-        return self._finish(before, [rows.bucket for rows in stored], qa)
-
-    def _fetch_rows(self, files: Iterable[DataFile]) -> Iterator[_StoredRows]:
-        """Copy the files of the unit's rows to local disk and open them, bucket by bucket."""
-        groups: dict[str, list[DataFile]] = {}
-        for file in files:
-            groups.setdefault(file.bucket, []).append(file)
-        for bucket, group in groups.items():
-            paths = [self._fetch(file) for file in group]
-            yield _StoredRows(bucket, paths, self.contract, group[-1].num_rows)
+        buckets = map(Bucket.parse, files)
+        writers = [self.writers[bucket] for bucket in buckets if bucket in self.writers]
+        record = self.publish(writers, lambda: qa)
+        statistics = before.statistics
+        if record.num_rows != before.record.num_rows:
+            statistics = _statistics_of(writers, self.contract)
+        # Notes on encoding the latents stay; those on reading texts are new.
+        kept = (before.notes or {}).items()
+        notes = {name: number for name, number in kept if not name.startswith("text_as_")}
+        return replace(
+            before,
+            record=record,
+            statistics=statistics,
+            notes=notes | dict(self.notes),
+            stages={stage: times.to_json() for stage, times in self.times.items()},
+            elapsed_s=self.elapsed_s,
+            extra_image_fields=self.samples.extra_image_fields,
+            fields=self.seen.names,
+        )
 
     def _fetch(self, file: DataFile) -> Path:
-        """Copy a stored file to local disk and check its hash.
-
-        Raises:
-            _NeedsEncoding: the file is missing or damaged.
-        """
-        store, digest = self.output, hashlib.sha256()
+        """Copy a stored file to local disk; it must have its hash."""
+        digest = hashlib.sha256()
         target = self.folder / f"stored-{file.path.replace('/', '-')}"
         try:
-            with store.open(file.path) as source, named_local(target), target.open("wb") as copy:
+            with (
+                self.output.open(file.path) as source,
+                named_local(target),
+                target.open("wb") as copy,
+            ):
                 while chunk := source.read(_CHUNK_BYTES):
                     digest.update(chunk)
                     copy.write(chunk)
@@ -153,145 +136,85 @@ class _Rewrite(Attempt):
             raise _NeedsEncoding
         return target
 
-    def _fetch_rejects(self, file: DataFile | None) -> dict[str | None, RejectRow]:
-        """Return the rejects of samples that were read without error, by key.
-
-        Only these stay valid; samples with read errors are read again.
-        """
-        if file is None:
-            return {}
-        table = read_table(self._fetch(file))
-        rows = (RejectRow(**row) for row in table.to_pylist())
-        return {row.key: row for row in rows if row.stage != "read"}
-
-    def _fetch_qa(self, qa: QaFile | None) -> tuple[Path, QaFile] | None:
-        """Copy the QA file of the unit, which stays valid because the latents do not change."""
-        if qa is None:
-            return None
-        path = f"qa/{self.task.unit.id}/{self.stem}.parquet"
-        return self._fetch(qa.file), replace(qa, file=replace(qa.file, path=path))
-
-    def _write_rows(self, stored: list[_StoredRows], rejects: dict[str | None, RejectRow]) -> None:
-        """Read the samples, and write each stored row with the columns of its sample."""
-        left = {key: (rows, index) for rows in stored for index, key in enumerate(rows.keys)}
-        for sample in self._read_timed():
-            position = left.pop(sample.key, None) if sample.key is not None else None
-            with self.times["write"].working():
-                self._write_sample(sample, position, rejects)
-        if left:  # rows without a sample
-            raise _NeedsEncoding
-
-    def _read_timed(self) -> Iterator[Sample | RejectedSample]:
-        """Yield the samples, and count the time of reading them."""
+    def _write_rows(
+        self, files: dict[str, list[Path]], rejects: dict[str | None, RejectRow]
+    ) -> None:
+        """Write each stored row with the columns of its sample; buckets keep the samples' order."""
+        stored: dict[str, Iterator[_StoredRow]] = {}
+        bucket_names: dict[str | None, str] = {}
+        for name, paths in files.items():
+            try:
+                table = read_table(paths[-1], ["key", *_SIZES]).to_pylist()
+            except (DatasetError, pa.ArrowException, OSError) as error:
+                raise _NeedsEncoding from error
+            stored[name] = _read_rows(paths, table, self.contract, Bucket.parse(name))
+            bucket_names |= {row["key"]: name for row in table}
         samples = self.read_samples()
         while True:
             with self.times["fetch"].working():
                 sample = next(samples, None)
             if sample is None:
-                return
-            yield sample
+                break
+            with self.times["write"].working():
+                bucket = bucket_names.pop(sample.key, None)
+                row = next(stored[bucket], None) if bucket else None
+                if bucket and (row is None or row.meta.key != sample.key):
+                    raise _NeedsEncoding
+                self._write_sample(sample, row, rejects)
+        if bucket_names:  # rows without a sample
+            raise _NeedsEncoding
 
     def _write_sample(
         self,
         sample: Sample | RejectedSample,
-        position: tuple[_StoredRows, int] | None,
+        row: _StoredRow | None,
         rejects: dict[str | None, RejectRow],
     ) -> None:
         """Write one sample as a row or a reject, as encoding it would."""
         if isinstance(sample, RejectedSample):
-            self.rejects.append(
-                reject_row(sample.key, sample.reject, has_image=sample.num_images > 0)
-            )
+            has_image = sample.num_images > 0
+            self.rejects.append(reject_row(sample.key, sample.reject, has_image=has_image))
             return
         try:
             columns = read_columns(sample.fields, self.columns, self.notes)
         except Reject as reject:
             self.rejects.append(reject_row(sample.key, reject))
             return
-        if position is None:
-            if sample.key not in rejects:
-                raise _NeedsEncoding
+        if row:
+            meta = replace(row.meta, columns=columns)
+            self.writer(row.bucket).append(row.latent[None], [meta])
+        elif sample.key in rejects:
             self.rejects.append(rejects[sample.key])
-            return
-        rows, index = position
-        row = RowMeta(sample.key, **rows.sizes(index), columns=columns)
-        self.writer(rows.bucket).append(rows.read_latent(index)[None], [row])
-
-    def _finish(
-        self, before: Receipt, buckets: list[Bucket], qa: tuple[Path, QaFile] | None
-    ) -> Receipt:
-        """Upload the closed files and return the receipt."""
-        writers = [self.writers[bucket] for bucket in buckets if bucket in self.writers]
-        record = self.publish(writers, lambda: qa)
-        statistics = before.statistics
-        if record.num_rows != before.record.num_rows:
-            statistics = _statistics_of(writers, self.contract)
-        return replace(
-            before,
-            record=record,
-            statistics=statistics,
-            notes=_notes_after(before, self.notes),
-            stages={stage: times.to_json() for stage, times in self.times.items()},
-            elapsed_s=self.elapsed_s,
-            extra_image_fields=self.samples.extra_image_fields,
-            fields=self.seen.names,
-        )
+        else:
+            raise _NeedsEncoding
 
 
-class _StoredRows:
-    """The rows of one bucket in files on local disk; `keys` is in the order of the rows.
+class _StoredRow(NamedTuple):
+    """A stored row without its columns, and its latent [C, H, W] in the stored dtype."""
 
-    Args:
-        name: the name of the bucket, `WIDTHxHEIGHT`.
-        paths: the Parquet file, or the safetensors file and the Parquet file of its rows.
-        contract: the contract of the files.
-        num_rows: the number of rows in the files.
+    bucket: Bucket
+    meta: RowMeta
+    latent: torch.Tensor
 
-    Raises:
-        _NeedsEncoding: the layout of the files differs from the contract.
-    """
 
-    def __init__(self, name: str, paths: list[Path], contract: Contract, num_rows: int) -> None:
-        self.bucket = Bucket.parse(name)
-        self._dtype = contract.latents.dtype
-        self._shape = contract.latent_shape(self.bucket)
-        self._size = row_bytes(contract, self.bucket)
-        self._stride = self._size + (4 if contract.latents.format == "parquet" else 0)
-        self._group_rows = row_group_rows(contract, self.bucket)
-        self._raw = paths[0].open("rb")
+def _read_rows(
+    paths: list[Path], table: list[dict[str, Any]], contract: Contract, bucket: Bucket
+) -> Iterator[_StoredRow]:
+    """Yield the rows of a bucket's files, one at a time; `table` holds the fields of `RowMeta`."""
+    size, group_rows = row_bytes(contract, bucket), row_group_rows(contract, bucket)
+    stride = size + (4 if contract.latents.format == "parquet" else 0)
+    dtype, shape = contract.latents.dtype, contract.latent_shape(bucket)
+    with paths[0].open("rb") as raw, paths[-1].open("rb") as last:
         try:
-            with paths[-1].open("rb") as rows:
-                files = [self._raw] if len(paths) == 1 else [self._raw, rows]
-                self._offsets = latent_offsets(files, contract, self.bucket, num_rows)
-            table = read_table(paths[-1], ["key", *_SIZES])
-        except (DatasetError, pa.ArrowException, OSError) as error:
-            self._raw.close()
+            files = [raw, last][: len(paths)]
+            offsets = latent_offsets(files, contract, bucket, len(table))
+        except (DatasetError, OSError) as error:
             raise _NeedsEncoding from error
-        self.keys: list[str] = table["key"].to_pylist()
-        self._sizes = {name: table[name].to_numpy() for name in _SIZES}
-
-    def __enter__(self) -> _StoredRows:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._raw.close()
-
-    def sizes(self, index: int) -> dict[str, int]:
-        """Return the original size and the crop offset of a row, in pixels."""
-        return {name: int(values[index]) for name, values in self._sizes.items()}
-
-    def read_latent(self, index: int) -> torch.Tensor:
-        """Read the latent of a row, [C, H, W] in the stored dtype."""
-        group, within = divmod(index, self._group_rows)
-        self._raw.seek(self._offsets[group] + within * self._stride)
-        data = self._raw.read(self._size)
-        return tensor_from_bytes(data, self._dtype, self._shape)
-
-
-def _notes_after(before: Receipt, texts: Counter[str]) -> dict[str, int]:
-    """Return the earlier notes on encoding the latents, and the new notes on reading texts."""
-    kept = (before.notes or {}).items()
-    return {name: n for name, n in kept if not name.startswith("text_as_")} | dict(texts)
+        for index, row in enumerate(table):
+            group, within = divmod(index, group_rows)
+            raw.seek(offsets[group] + within * stride)
+            latent = tensor_from_bytes(raw.read(size), dtype, shape)
+            yield _StoredRow(bucket, RowMeta(**row, columns={}), latent)
 
 
 def _statistics_of(writers: Iterable[BucketWriter], contract: Contract) -> Statistics:

@@ -11,11 +11,10 @@ from types import FrameType
 
 
 class StopSignal:
-    """A request to stop a run early.
+    """A request to stop a run early; `reason` is None until there is one.
 
-    After a request no more units are dispatched, and units in progress may run until `deadline`, in
-    seconds of `time.monotonic`. With the deadline None they may finish. `reason` is None until a
-    stop is requested.
+    After a request no more units are dispatched. Units in progress may run until `deadline`, in
+    seconds of `time.monotonic`; None lets them finish.
     """
 
     def __init__(self) -> None:
@@ -23,13 +22,10 @@ class StopSignal:
         self.deadline: float | None = None
 
     def request(self, reason: str, grace_s: float | None = None) -> None:
-        """Request a stop. Safe in a signal handler.
-
-        A second request keeps the first reason and can only make the deadline earlier.
+        """Request a stop; a second request can only make the deadline earlier. Signal-safe.
 
         Args:
-            reason: the status of the run, such as `interrupted`.
-            grace_s: seconds from now until the deadline; None sets no deadline.
+            reason, grace_s: the status of the run, and the seconds until the deadline, if any.
         """
         self.reason = self.reason or reason
         if grace_s is not None:
@@ -46,27 +42,25 @@ class StopSignal:
 def stop_on_signals(
     stop: StopSignal, grace_s: float, on_first: Callable[[], None]
 ) -> Iterator[None]:
-    """Turn SIGINT and SIGTERM into a stop request inside the context.
+    """Turn SIGINT and SIGTERM into a stop request inside the context; main thread only.
 
-    Enter it after Ray has started, because Ray sets handlers of its own. Outside the main thread it
-    does nothing.
+    Enter it after Ray has started, because Ray sets handlers of its own.
 
     Args:
-        stop: gets the request.
-        grace_s: seconds that units in progress get after the first signal; a second one gives none.
+        stop, grace_s: get the request, and the seconds after a first signal; a second gives none.
         on_first: called once after the first signal, to inform the user.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def ask(number: int, frame: FrameType | None) -> None:
-        again = stop.reason is not None
-        stop.request("interrupted", grace_s=0.0 if again else grace_s)
-        if not again:
+    def handle(number: int, frame: FrameType | None) -> None:
+        is_first = stop.reason is None
+        stop.request("interrupted", grace_s=grace_s if is_first else 0.0)
+        if is_first:
             on_first()
 
-    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -11,8 +11,7 @@ from latentcache import __version__
 from latentcache.errors import ClusterError
 
 
-@dataclass(frozen=True, slots=True)
-class Versions:
+class Versions(NamedTuple):
     """The versions of this package, which determines every stored byte, and of torch.
 
     The patch release and the build of torch may differ: a driver without a GPU has `2.13.0+cpu`,
@@ -28,23 +27,15 @@ class Versions:
         return cls(__version__, str(torch.__version__))
 
     def require_here(self) -> None:
-        """Check that this process has the versions of the driver.
-
-        Raises:
-            ClusterError: a version differs; names the node, both versions and the fix.
-        """
-        here = Versions.here()
-        for name, expected, actual in (
-            ("latentcache", self.latentcache, here.latentcache),
-            ("torch", _release(self.torch), _release(here.torch)),
-        ):
-            if expected != actual:
+        """Raise `ClusterError` if this process has other versions than the driver."""
+        for name, driver, node in zip(self._fields, self, Versions.here(), strict=True):
+            if _significant(name, driver) != _significant(name, node):
                 raise ClusterError(
-                    f"node {socket.gethostname()} has {name} {getattr(here, name)}, but the driver "
-                    f"has {getattr(self, name)}: install the same version on every node"
+                    f"node {socket.gethostname()} has {name} {node}, but the driver has {driver}: "
+                    "install the same version on every node"
                 )
 
 
-def _release(version: str) -> str:
-    """Return the major and minor version, such as `2.13` of `2.13.1+cu130`."""
-    return ".".join(version.split(".")[:2])
+def _significant(name: str, version: str) -> str:
+    """Return the part of a version that must match: `2.13` of torch `2.13.1+cu130`."""
+    return ".".join(version.split(".")[:2]) if name == "torch" else version

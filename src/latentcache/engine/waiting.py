@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from latentcache.errors import one_line
 
@@ -16,14 +16,10 @@ def _print_line(line: str) -> None:
     print(one_line(line), file=sys.stderr, flush=True)
 
 
-@dataclass(frozen=True, slots=True)
-class WaitPolicy:
-    """How long to wait for GPUs, and what to call during a wait.
+class WaitPolicy(NamedTuple):
+    """How many seconds a cluster may have no GPU, and what to call during a wait.
 
-    Args:
-        wait_for_gpus_s: how many seconds a cluster may have no GPU.
-        say: shows one line to the user.
-        keep_alive: called about once a second, such as to renew the lease.
+    `say` shows a line to the user; `keep_alive` is called each second, such as to renew a lease.
     """
 
     wait_for_gpus_s: float = 0.0

@@ -23,6 +23,8 @@ _WINDOW_S = 600.0
 # takes long, so reading gets at most a tenth of the time.
 _PAUSE_RATIO = 9.0
 
+_MAX_FAILURES = 5
+
 
 @dataclass(frozen=True, slots=True)
 class Watched:
@@ -38,64 +40,55 @@ class Watched:
 
     def to_json(self) -> dict[str, Any]:
         """Return all fields as a JSON object, with the fields of the status at the top level."""
-        return {
-            **asdict(self.status),
-            "window_s": round(self.window_s, 3),
-            "rows_per_s": self.rows_per_s,
-            "left_s": self.left_s,
-        }
+        rates = {"rows_per_s": self.rows_per_s, "left_s": self.left_s}
+        return {**asdict(self.status), "window_s": round(self.window_s, 3), **rates}
 
     def to_line(self) -> str:
         """Return the status as one line of text."""
         status = self.status
-        parts = [f"{status.num_committed}/{status.num_units} units", f"{status.num_rows} rows"]
-        if self.rows_per_s is not None:
-            parts.append(f"{self.rows_per_s:.1f} rows/s")
-        if self.left_s is not None:
-            parts.append(f"{self.left_s:.0f} s left")
-        parts += [f"{status.num_rejects} rejects", f"{len(status.failed)} failed"]
-        parts.append(f"{len(status.active_runs)} active runs")
-        if status.bottleneck:
-            parts.append(status.bottleneck)
-        return one_line(", ".join(parts))
+        parts = [
+            f"{status.num_committed}/{status.num_units} units",
+            f"{status.num_rows} rows",
+            None if self.rows_per_s is None else f"{self.rows_per_s:.1f} rows/s",
+            None if self.left_s is None else f"{self.left_s:.0f} s left",
+            f"{status.num_rejects} rejects",
+            f"{len(status.failed)} failed",
+            f"{len(status.active_runs)} active runs",
+            status.bottleneck,
+        ]
+        return one_line(", ".join(part for part in parts if part))
 
-    def to_table(self, url: str, most_failures: int = 5) -> Table:
-        """Return the status as a table for a terminal.
-
-        Args:
-            url: the URL of the dataset.
-            most_failures: how many failed units to list.
-        """
+    def to_table(self, url: str) -> Table:
+        """Return the status as a table for a terminal."""
         status = self.status
-        table = Table.grid(padding=(0, 2))
-
-        def add(name: str, text: str) -> None:
-            table.add_row(Text(name, "bold"), Text(one_line(text)))
-
         share = status.num_committed / max(1, status.num_units)
-        add("dataset", url)
-        add("units", f"{status.num_committed} of {status.num_units} ({share:.1%})")
         rate = ""
         if self.rows_per_s is not None:
             rate = f", {self.rows_per_s:,.1f}/s over the last {_duration(self.window_s)}"
-        add("rows", f"{status.num_rows:,}{rate}")
-        add("time left", "not known" if self.left_s is None else _duration(self.left_s))
         num_samples = max(1, status.num_rows + status.num_rejects)
-        add("rejects", f"{status.num_rejects:,} ({status.num_rejects / num_samples:.2%})")
         newest = str(status.manifests[-1]) if status.manifests else "none yet"
-        add("manifest", newest + ("" if status.complete else ", not complete"))
-        add("bottleneck", (status.bottleneck or "not known").removeprefix("bottleneck: "))
+        lines = [
+            ("dataset", url),
+            ("units", f"{status.num_committed} of {status.num_units} ({share:.1%})"),
+            ("rows", f"{status.num_rows:,}{rate}"),
+            ("time left", "not known" if self.left_s is None else _duration(self.left_s)),
+            ("rejects", f"{status.num_rejects:,} ({status.num_rejects / num_samples:.2%})"),
+            ("manifest", newest + ("" if status.complete else ", not complete")),
+            ("bottleneck", (status.bottleneck or "not known").removeprefix("bottleneck: ")),
+        ]
         for run in status.active_runs:
-            add("run", f"{run.host}, pid {run.pid}, seen {run.age_s:.0f} s ago")
+            lines.append(("run", f"{run.host}, pid {run.pid}, seen {run.age_s:.0f} s ago"))
         if not status.active_runs:
-            add("run", "none active")
+            lines.append(("run", "none active"))
         if status.gc_at_work:
-            add("gc", "active")
-        for number, message in enumerate(status.failed.values()):
-            if number == most_failures:
-                add("", f"and {len(status.failed) - most_failures} more")
-                break
-            add("failed", message)
+            lines.append(("gc", "active"))
+        failures = list(status.failed.values())
+        lines += [("failed", message) for message in failures[:_MAX_FAILURES]]
+        if failures[_MAX_FAILURES:]:
+            lines.append(("", f"and {len(failures) - _MAX_FAILURES} more"))
+        table = Table.grid(padding=(0, 2))
+        for name, text in lines:
+            table.add_row(Text(name, "bold"), Text(one_line(text)))
         return table
 
 
@@ -110,12 +103,9 @@ def watch(
     """Yield the status repeatedly, until the dataset is complete and no run is active.
 
     Args:
-        url: the URL of the dataset.
-        options: the options of the store.
-        every_s: the least pause between two readings in seconds; a pause also lasts at least nine
-            times as long as the reading before it.
-        clock: returns the time in seconds.
-        wait: waits for a number of seconds.
+        url, options: the URL of the dataset, and the options of the store.
+        every_s: the least pause between two readings, which also depends on `_PAUSE_RATIO`.
+        clock, wait: return the time in seconds, and wait for a number of seconds.
 
     Raises:
         DatasetError: there is no dataset at the URL.
@@ -129,22 +119,17 @@ def watch(
         while len(readings) > 1 and now - readings[0][0] > _WINDOW_S:
             readings.popleft()
         readings.append((now, status))
-        yield _watched(now, status, *readings[0])
+        then, before = readings[0]
+        window_s, rows_per_s, left_s = now - then, None, None
+        if window_s > 0:
+            rows_per_s = (status.num_rows - before.num_rows) / window_s
+            num_committed = status.num_committed - before.num_committed
+            if num_committed > 0 and (status.active_runs or status.complete):
+                left_s = (status.num_units - status.num_committed) * window_s / num_committed
+        yield Watched(status, window_s, rows_per_s, left_s)
         if status.complete and not status.active_runs:
             return
         wait(max(every_s, _PAUSE_RATIO * (now - began)))
-
-
-def _watched(now: float, status: Status, then: float, before: Status) -> Watched:
-    window_s = now - then
-    if window_s <= 0:
-        return Watched(status, 0.0, None, None)
-    rows_per_s = (status.num_rows - before.num_rows) / window_s
-    num_done = status.num_committed - before.num_committed
-    left_s = None
-    if num_done > 0 and (status.active_runs or status.complete):
-        left_s = (status.num_units - status.num_committed) * window_s / num_done
-    return Watched(status, window_s, rows_per_s, left_s)
 
 
 def _duration(seconds: float) -> str:
