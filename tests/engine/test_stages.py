@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latentcache.engine.stages import ByteBudget, OldestFirstPool, PrefetchIterator, StageTimes
+from latentcache.engine.stages import ByteBudget, OldestFirstPool, StageTimes
+from latentcache.prefetch import PrefetchIterator, map_ahead
 
 # So long that only a hang reaches it; nothing here waits for time to pass.
 HANG_S = 60.0
@@ -140,7 +141,7 @@ def test_stopping_lets_a_waiting_consumer_go():
 
 def test_times_are_counted():
     times = StageTimes()
-    with PrefetchIterator(range(10), 1, times) as background:
+    with PrefetchIterator(times.produce(range(10)), 1) as background:
         assert list(background) == list(range(10))
     assert times.busy_s > 0
     assert times.wait_s >= 0
@@ -149,6 +150,27 @@ def test_times_are_counted():
     with pytest.raises(ValueError, match="inside"), times.working():
         raise ValueError("inside")
     assert times.busy_s > before
+
+
+@given(st.lists(st.integers()), st.integers(1, 4))
+def test_map_ahead_keeps_the_order(items: list[int], num_threads: int):
+    assert list(map_ahead(lambda n: n + 1, items, num_threads)) == [n + 1 for n in items]
+
+
+def test_map_ahead_advances_its_items_only_as_far_as_its_threads_compute():
+    items = Counted(10)
+    results = map_ahead(str, items, 3)
+    for num_taken in range(5):
+        assert next(results) == str(num_taken)
+        assert [event.is_set() for event in items.given].count(True) == num_taken + 3
+    results.close()  # type: ignore[attr-defined]
+
+
+def test_map_ahead_raises_an_error_after_the_results_before_it():
+    results = map_ahead(lambda n: 1 // n, [1, 1, 0, 1], 2)
+    assert [next(results), next(results)] == [1, 1]
+    with pytest.raises(ZeroDivisionError):
+        next(results)
 
 
 @pytest.fixture

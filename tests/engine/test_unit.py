@@ -472,7 +472,7 @@ def test_two_units_at_once_give_what_they_give_one_by_one(tmp_path: Path, make: 
         alone = [bench.receipt(index) for index in range(2)]
         with ThreadPoolExecutor(2) as threads:
             together = list(threads.map(bench.receipt, range(2)))
-        assert not bench.runner.attempts.active
+        assert not bench.runner.active
         for one, other in zip(alone, together, strict=True):
             assert one.record.attempt != other.record.attempt
             assert bench.rejects(one) == bench.rejects(other)
@@ -601,7 +601,7 @@ def many(tmp_path: Path) -> None:
 def check_recovery(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a failure the same runner still works, and nothing of the failure lies there."""
     monkeypatch.undo()
-    assert not bench.runner.attempts.active
+    assert not bench.runner.active
     data = bench.folder / "out" / "data"
     assert not list(data.rglob("*")) if data.exists() else True
     assert bench.receipt().record.num_rows == 120

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from latentcache.engine.stages import ByteBudget
+from latentcache.engine.stages import ByteBudget, StageTimes
 from latentcache.images.source import RejectedSample, Sample
 
 # Bytes of a sample under construction that each unit may hold beside the shared budget. Nearly all
@@ -23,18 +23,21 @@ class SampleBudget:
     Args:
         fetched: the budget, which also holds samples that wait to be decoded.
         max_sample_bytes: the largest size of a sample.
+        times: the times of reading, which count a wait for bytes as busy unless it is moved.
     """
 
-    def __init__(self, fetched: ByteBudget, max_sample_bytes: int) -> None:
+    def __init__(
+        self, fetched: ByteBudget, max_sample_bytes: int, times: StageTimes | None = None
+    ) -> None:
         self._fetched = fetched
         self._max_sample_bytes = max_sample_bytes
+        self._times = times or StageTimes()
         self._held = 0
-        self.waited_s = 0.0
 
     def reserve(self, num_bytes: int) -> None:
         """Wait until the sample under construction may hold `num_bytes` in total."""
         if num_bytes > _FREE_BYTES and not self._held:
-            self.waited_s += self._fetched.acquire(self._max_sample_bytes)
+            self._acquire(self._max_sample_bytes)
             self._held = self._max_sample_bytes
 
     def finish(self, num_bytes: int) -> None:
@@ -43,7 +46,11 @@ class SampleBudget:
             self._fetched.release(self._held - num_bytes)
             self._held = 0
         else:
-            self.waited_s += self._fetched.acquire(num_bytes)
+            self._acquire(num_bytes)
+
+    def _acquire(self, num_bytes: int) -> None:
+        waited_s = self._fetched.acquire(num_bytes)
+        self._times.add(busy_s=-waited_s, wait_s=waited_s)
 
     def close(self) -> None:
         """Release the bytes of an unfinished sample."""
@@ -55,9 +62,7 @@ class SampleCounts:
     """Counts of the samples and images of a shard, to be checked against rows and rejects."""
 
     def __init__(self) -> None:
-        self.num_samples = 0
-        self.num_images = 0
-        self.num_extra_images = 0
+        self.num_samples = self.num_images = self.num_extra_images = 0
         self.extra_image_fields: list[str] = []
 
     def add(self, sample: Sample | RejectedSample) -> None:
@@ -65,13 +70,9 @@ class SampleCounts:
         self.num_samples += 1
         self.num_images += sample.num_images
         self.num_extra_images += max(0, sample.num_images - 1)
-        if isinstance(sample, Sample):
-            for name in sample.extra_images:
-                if (
-                    name not in self.extra_image_fields
-                    and len(self.extra_image_fields) < _MAX_FIELDS
-                ):
-                    self.extra_image_fields.append(name)
+        if isinstance(sample, Sample) and sample.extra_images:
+            fields = dict.fromkeys([*self.extra_image_fields, *sample.extra_images])
+            self.extra_image_fields = list(fields)[:_MAX_FIELDS]
 
     def check(
         self, title: str, num_rows: int, num_rejects: int, num_rejects_with_image: int
@@ -80,8 +81,7 @@ class SampleCounts:
 
         Args:
             title: the title of the unit, for the error.
-            num_rows: the number of rows written.
-            num_rejects: the number of rejects written.
+            num_rows, num_rejects: the numbers of rows and rejects written.
             num_rejects_with_image: the number of these rejects that stand for an image.
 
         Raises:

@@ -1,82 +1,133 @@
-"""The common part of encoding and rewriting a unit: files, counts, uploads, the record."""
+"""The common part of encoding and rewriting units: files, counts, uploads, statistics."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from threading import Lock
+from typing import Any
 
 from latentcache.bottleneck import STAGES
 from latentcache.dataset.bucket import Bucket
-from latentcache.dataset.receipts import DataFile, QaFile, UnitRecord
+from latentcache.dataset.receipts import DataFile, QaFile, Receipt, UnitRecord, read_receipts
 from latentcache.dataset.rejects import count_reasons
 from latentcache.dataset.shards import BucketWriter, RejectRow, describe_file, write_rejects
 from latentcache.engine.accounting import SampleCounts
-from latentcache.engine.job import UNITS_PER_ACTOR, Job, UnitTask
+from latentcache.engine.boundary import at_boundary
+from latentcache.engine.job import UNITS_PER_ACTOR, Job, UnitFailure, UnitTask
 from latentcache.engine.kept_fields import SeenFields
 from latentcache.engine.stages import StageTimes
-from latentcache.errors import Reject
+from latentcache.errors import Reject, StorageError
 from latentcache.images.samples import ReserveSample
-from latentcache.images.source import RejectedSample, Sample, read_samples
+from latentcache.images.source import NotGrouped, RejectedSample, Sample, read_samples
 from latentcache.storage import Store
 
+_COUNTS = ("num_rows", "num_rejects", "num_source_bytes", "num_output_bytes")
 
-def stage_times(num_threads: dict[str, int] | None = None) -> dict[str, StageTimes]:
-    """Return new times for all stages, in the order in which a sample passes them.
+
+class AttemptRunner:
+    """A runner of units in this process; several threads may call `run` at once.
 
     Args:
+        job: the settings that all units share.
         num_threads: the number of threads of each stage whose threads serve all units; the other
             stages have one thread per unit.
     """
-    shared = num_threads or {}
-    return {stage: StageTimes(shared.get(stage, UNITS_PER_ACTOR)) for stage in STAGES}
+
+    def __init__(self, job: Job, num_threads: Mapping[str, int] | None = None) -> None:
+        self.job = job
+        self.output = Store(job.output_url, job.output_storage)
+        self.active: list[Attempt] = []
+        self._num_threads = dict.fromkeys(STAGES, UNITS_PER_ACTOR) | dict(num_threads or {})
+        # Statistics of ended attempts.
+        self._ended: dict[str, float] = dict.fromkeys(_COUNTS, 0)
+        for stage in STAGES:
+            self._ended |= {f"{stage}_busy_s": 0.0, f"{stage}_wait_s": 0.0}
+        self._lock = Lock()
+
+    def run(self, task: UnitTask) -> Receipt | UnitFailure:
+        """Run one unit and upload its files; return its receipt, or why it failed.
+
+        If another run has committed the unit, its receipt is returned. Errors become a failure; see
+        `at_boundary`.
+        """
+        return at_boundary(task, partial(self._run, task))
+
+    def _run(self, task: UnitTask) -> Receipt:
+        if committed := self._committed_receipt(task):
+            return committed
+        try:
+            return self._attempt(task, gather=False)
+        except NotGrouped:
+            return self._attempt(task, gather=True)
+
+    def _committed_receipt(self, task: UnitTask) -> Receipt | None:
+        if task.max_samples is not None:
+            return None
+        try:
+            (receipt,) = read_receipts(self.output, [f"{task.unit.id}-{task.generation}"])
+        except StorageError:  # the unit may then be encoded for nothing, but no row is lost
+            return None
+        return receipt
+
+    def _attempt(self, task: UnitTask, *, gather: bool) -> Receipt:
+        with TemporaryDirectory(prefix="latentcache-") as folder:
+            attempt = self._new_attempt(task, Path(folder), gather)
+            self.active.append(attempt)
+            try:
+                return attempt.run()
+            finally:
+                with self._lock:
+                    self.active.remove(attempt)
+                    self._ended = _sum(self._ended, attempt.stats())
+
+    def _new_attempt(self, task: UnitTask, folder: Path, gather: bool) -> Attempt:
+        raise NotImplementedError
+
+    def new_times(self) -> dict[str, StageTimes]:
+        """Return new times for all stages, in the order in which a sample passes them."""
+        return {stage: StageTimes(self._num_threads[stage]) for stage in STAGES}
+
+    def stats(self) -> dict[str, float]:
+        """Return the sums over ended and active attempts, and the number of threads.
+
+        These are the names of `_COUNTS`, and for each stage `<stage>_busy_s`, `<stage>_wait_s` and
+        `<stage>_num_threads`.
+        """
+        with self._lock:
+            sums = self._ended
+            for attempt in self.active:
+                sums = _sum(sums, attempt.stats())
+        return sums | {f"{stage}_num_threads": n for stage, n in self._num_threads.items()}
 
 
-def reject_row(
-    key: str | None, reject: Reject, thumbnail: bytes | None = None, *, has_image: bool = True
-) -> RejectRow:
-    """Return the reject row of a sample.
-
-    Args:
-        key: the key of the sample; None if it has none.
-        reject: why the sample was rejected.
-        thumbnail: a small encoded picture of the image, if it could be decoded.
-        has_image: whether the sample has an image.
-    """
-    return RejectRow(key, reject.stage, reject.reason, reject.message, thumbnail, has_image)
+def _sum(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float]:
+    return {name: value + second[name] for name, value in first.items()}
 
 
 class Attempt:
     """One attempt at one unit.
 
     Args:
-        job: the settings that all units share.
-        output: the store of the dataset.
+        runner: the runner of this process.
         task: the unit and its attempt.
         folder: a local folder that only this attempt uses.
-        times: the times of each stage.
         gather: read a tar whose samples are not grouped by key.
     """
 
-    def __init__(
-        self,
-        job: Job,
-        output: Store,
-        task: UnitTask,
-        folder: Path,
-        times: dict[str, StageTimes],
-        *,
-        gather: bool,
-    ) -> None:
-        self.job, self.output, self.task, self.folder = job, output, task, folder
-        self.contract, self.columns = job.contract, job.columns
+    def __init__(self, runner: AttemptRunner, task: UnitTask, folder: Path, gather: bool) -> None:
+        self.job, self.output, self.task, self.folder = runner.job, runner.output, task, folder
+        self.contract, self.columns = self.job.contract, self.job.columns
         self.gather = gather
         self.stem = f"{task.generation}-{task.attempt}"
         self.began = time.perf_counter()
-        self.times = times
+        self.times = runner.new_times()
         self.samples = SampleCounts()
         self.seen = SeenFields(self.columns)
         self.rejects: list[RejectRow] = []
@@ -84,29 +135,23 @@ class Attempt:
         self.writers: dict[Bucket, BucketWriter] = {}
         self.num_source_bytes = self.num_output_bytes = 0
 
-    @property
-    def counts(self) -> dict[str, int]:
-        """Counts so far: rows, rejects, bytes read from the source, bytes written to the output."""
-        return {
-            "num_rows": sum(writer.num_rows for writer in list(self.writers.values())),
-            "num_rejects": len(self.rejects),
-            "num_source_bytes": self.num_source_bytes,
-            "num_output_bytes": self.num_output_bytes,
-        }
+    def run(self) -> Receipt:
+        """Make and upload the files of the unit, and return its receipt."""
+        raise NotImplementedError
 
-    @property
-    def elapsed_s(self) -> float:
-        """Seconds since the attempt began."""
-        return round(time.perf_counter() - self.began, 3)
+    def stats(self) -> dict[str, float]:
+        """Return the counts and times so far; see `AttemptRunner.stats`."""
+        num_rows = sum(writer.num_rows for writer in list(self.writers.values()))
+        counts = (num_rows, len(self.rejects), self.num_source_bytes, self.num_output_bytes)
+        stats: dict[str, float] = dict(zip(_COUNTS, counts, strict=True))
+        for stage, times in self.times.items():
+            stats |= {f"{stage}_busy_s": times.busy_s, f"{stage}_wait_s": times.wait_s}
+        return stats
 
     def read_samples(
         self, reserve: ReserveSample = lambda num_bytes: None
     ) -> Iterator[Sample | RejectedSample]:
-        """Yield the samples of the source in order, and count them.
-
-        Args:
-            reserve: see `read_samples` in `images/source.py`.
-        """
+        """Yield the samples of the source in order, and count them; see `images.source`."""
         samples = read_samples(
             self.task.shard,
             self.contract.source,
@@ -146,21 +191,15 @@ class Attempt:
             raise
 
     def publish(
-        self,
-        writers: Iterable[BucketWriter],
-        qa: Callable[[], tuple[Path, QaFile] | None],
+        self, writers: Iterable[BucketWriter], qa: Callable[[], tuple[Path, QaFile] | None]
     ) -> UnitRecord:
-        """Check the closed files and upload them.
+        """Check the closed files, upload them, and return the record of the unit.
 
         Args:
             writers: the writers of the unit's buckets, in the order of the record.
             qa: writes the local QA file; returns its path and its entry in the record, or None.
-
-        Returns:
-            The record of the unit.
         """
         files: list[tuple[Path, DataFile]] = []
-        rejects: DataFile | None = None
         num_rows, unit = 0, self.task.unit
         with self.times["write"].working():
             for writer in writers:
@@ -169,21 +208,21 @@ class Attempt:
                 for local in writer.paths:
                     path, name = f"data/{unit.id}/{local.name}", writer.bucket.name
                     files.append((local, describe_file(local, path, writer.num_rows, name)))
-            local = self.folder / f"{self.stem}.parquet"
+            uploads, rejects = list(files), None
             if self.rejects:
+                local = self.folder / f"{self.stem}.parquet"
                 write_rejects(local, self.rejects)
                 path = f"rejects/{unit.id}/{local.name}"
                 rejects = describe_file(local, path, len(self.rejects), "")
+                uploads.append((local, rejects))
         num_with_image = sum(row.has_image for row in self.rejects)
         self.samples.check(unit.title, num_rows, len(self.rejects), num_with_image)
-        qa_file = qa()
+        if qa_file := qa():
+            uploads.append((qa_file[0], qa_file[1].file))
         with self.times["upload"].working():
-            for data, file in files:
-                self._upload(data, file)
-            if rejects:
-                self._upload(local, rejects)
-            if qa_file:
-                self._upload(qa_file[0], qa_file[1].file)
+            for local, file in uploads:
+                self.output.put_file(local, file.path)
+                self.num_output_bytes += file.size_bytes
         return UnitRecord(
             unit=unit,
             generation=self.task.generation,
@@ -201,57 +240,24 @@ class Attempt:
             reject_reasons=count_reasons(self.rejects),
         )
 
-    def _upload(self, local: Path, file: DataFile) -> None:
-        self.output.put_file(local, file.path)
-        self.num_output_bytes += file.size_bytes
+    def measured(self) -> dict[str, Any]:
+        """Return the fields of the receipt that this attempt measured."""
+        return {
+            "stages": {stage: times.to_json() for stage, times in self.times.items()},
+            "elapsed_s": round(time.perf_counter() - self.began, 3),
+            "extra_image_fields": self.samples.extra_image_fields,
+            "fields": self.seen.names,
+        }
 
 
-class AttemptLog:
-    """Statistics of the attempts of a process, both ended and active.
+def reject_row(
+    key: str | None, reject: Reject, thumbnail: bytes | None = None, *, has_image: bool = True
+) -> RejectRow:
+    """Return the reject row of a sample.
 
     Args:
-        num_threads: see `stage_times`.
+        key, reject: the key of the sample, if it has one, and why it was rejected.
+        thumbnail: a small encoded picture of the image, if it could be decoded.
+        has_image: whether the sample has an image.
     """
-
-    def __init__(self, num_threads: dict[str, int] | None = None) -> None:
-        self._num_threads = num_threads
-        self._times = self.new_times()
-        self._counts: Counter[str] = Counter()
-        self.active: list[Attempt] = []
-
-    def new_times(self) -> dict[str, StageTimes]:
-        """Return new times for all stages."""
-        return stage_times(self._num_threads)
-
-    @contextmanager
-    def watch(self, attempt: Attempt) -> Iterator[None]:
-        """Count an attempt as active inside the context, and as ended afterwards."""
-        self.active.append(attempt)
-        try:
-            yield
-        finally:
-            self.active.remove(attempt)
-            self._counts.update(attempt.counts)
-            for stage, times in attempt.times.items():
-                self._times[stage].add(times.busy_s, times.wait_s)
-
-    def stats(self) -> dict[str, float]:
-        """Return cumulative statistics.
-
-        These are `num_rows`, `num_rejects`, `num_source_bytes`, `num_output_bytes`, and for each
-        stage `<stage>_busy_s`, `<stage>_wait_s` and `<stage>_num_threads`.
-        """
-        stages, active = self.new_times(), list(self.active)
-        for attempt_times in [self._times, *(attempt.times for attempt in active)]:
-            for stage, times in attempt_times.items():
-                stages[stage].add(times.busy_s, times.wait_s)
-        names = ("num_rows", "num_rejects", "num_source_bytes", "num_output_bytes")
-        counts = [self._counts, *(attempt.counts for attempt in active)]
-        return {
-            **{name: sum(count[name] for count in counts) for name in names},
-            **{
-                f"{stage}_{name}": value
-                for stage, times in stages.items()
-                for name, value in times.to_json().items()
-            },
-        }
+    return RejectRow(key, reject.stage, reject.reason, reject.message, thumbnail, has_image)

@@ -10,7 +10,6 @@ from typing import TypeVar
 
 import torch
 
-from latentcache.dataset.receipts import Receipt, read_receipts
 from latentcache.engine.job import UnitFailure, UnitTask
 from latentcache.errors import (
     AccessDenied,
@@ -19,10 +18,8 @@ from latentcache.errors import (
     FieldMissing,
     LatentCacheError,
     SourceChanged,
-    StorageError,
     one_line,
 )
-from latentcache.storage import Store
 
 R = TypeVar("R")
 
@@ -39,14 +36,12 @@ def at_boundary(task: UnitTask, run: Callable[[], R]) -> R | UnitFailure:
     """
     try:
         return run()
-    except SourceChanged as error:
-        return UnitFailure(str(error), changed=True)
-    except (DiskFull, ConfigError) as error:
-        return UnitFailure(str(error), fatal=error)
     except LatentCacheError as error:
         return UnitFailure(
             str(error),
+            changed=isinstance(error, SourceChanged),
             denied=isinstance(error, AccessDenied),
+            fatal=error if isinstance(error, DiskFull | ConfigError) else None,
             lacks_field=isinstance(error, FieldMissing),
         )
     except torch.AcceleratorError:
@@ -55,24 +50,5 @@ def at_boundary(task: UnitTask, run: Callable[[], R]) -> R | UnitFailure:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             full = DiskFull("no room left on the local disk (TMPDIR)")
             return UnitFailure(str(full), fatal=full)
-        lines = map(one_line, traceback.format_exc().splitlines())
-        print("\n".join(lines), file=sys.stderr)
+        print("\n".join(map(one_line, traceback.format_exc().splitlines())), file=sys.stderr)
         return UnitFailure(one_line(f"{task.unit.title}: {type(error).__name__}: {error}"))
-
-
-def committed_receipt(output: Store, task: UnitTask) -> Receipt | None:
-    """Return the receipt that another run has put for a task; None if there is none.
-
-    A store error also returns None: the unit is then encoded for nothing, but no row is lost.
-
-    Args:
-        output: the store of the dataset.
-        task: the unit; a trial (`max_samples`) has no receipt.
-    """
-    if task.max_samples is not None:
-        return None
-    try:
-        (receipt,) = read_receipts(output, [f"{task.unit.id}-{task.generation}"])
-    except StorageError:
-        return None
-    return receipt

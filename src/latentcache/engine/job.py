@@ -97,7 +97,7 @@ class UnitTask:
         unit: the unit.
         generation: the generation of its receipt.
         attempt: the id of the attempt.
-        qa_wanted: the least number of QA rows, by bucket.
+        min_qa_rows: the least number of QA rows, by bucket.
         max_samples: read no more samples; such a trial has a receipt that must not be put.
         files: the files of a folder's slot; empty for other sources.
         rewrites: write the rows of the generation before this one again with other columns.
@@ -107,7 +107,7 @@ class UnitTask:
     unit: Unit
     generation: int
     attempt: str
-    qa_wanted: dict[str, int] = field(default_factory=dict)
+    min_qa_rows: dict[str, int] = field(default_factory=dict)
     max_samples: int | None = None
     files: tuple[ObjectInfo, ...] = ()
     rewrites: bool = False

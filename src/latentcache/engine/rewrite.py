@@ -16,7 +16,6 @@ from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pyarrow as pa
 import torch
@@ -39,13 +38,12 @@ from latentcache.dataset.shards import (
     iterate_latents,
 )
 from latentcache.dataset.statistics import Statistics
-from latentcache.engine.attempt import Attempt, AttemptLog, reject_row, stage_times
-from latentcache.engine.boundary import at_boundary, committed_receipt
-from latentcache.engine.job import Job, UnitFailure, UnitTask
+from latentcache.engine.attempt import Attempt, AttemptRunner, reject_row
+from latentcache.engine.boundary import at_boundary
+from latentcache.engine.job import UnitFailure, UnitTask
 from latentcache.errors import DatasetError, ObjectNotFound, Reject
-from latentcache.images.source import NotGrouped, RejectedSample, Sample
+from latentcache.images.source import RejectedSample, Sample
 from latentcache.images.text_fields import read_columns
-from latentcache.storage import Store
 from latentcache.storage.failures import named_local
 
 _SIZES = ("original_width", "original_height", "crop_top", "crop_left")
@@ -58,51 +56,25 @@ class _NeedsEncoding(Exception):
     """The unit cannot be rewritten from its stored files."""
 
 
-class Rewriter:
-    """A rewriter of units in this process; `run` may be called from two threads at once.
+class Rewriter(AttemptRunner):
+    """A rewriter of units in this process; two threads may call it at once."""
 
-    Args:
-        job: the settings that all units share.
-    """
-
-    def __init__(self, job: Job) -> None:
-        self.job = job
-        self.output = Store(job.output_url, job.output_storage)
-        self._attempts = AttemptLog()
-
-    def run(self, task: UnitTask) -> Receipt | UnitFailure | None:
+    def rewrite(self, task: UnitTask) -> Receipt | UnitFailure | None:
         """Rewrite one unit and upload its files; return None if it must be encoded instead."""
-        return at_boundary(task, partial(self._run, task))
+        return at_boundary(task, partial(self._rewrite, task))
 
-    def _run(self, task: UnitTask) -> Receipt | None:
-        if committed := committed_receipt(self.output, task):
-            return committed
+    def _rewrite(self, task: UnitTask) -> Receipt | None:
         try:
-            try:
-                return self._attempt(task, gather=False)
-            except NotGrouped:
-                return self._attempt(task, gather=True)
+            return self._run(task)
         except _NeedsEncoding:
             return None
 
-    def _attempt(self, task: UnitTask, *, gather: bool) -> Receipt:
-        with TemporaryDirectory(prefix="latentcache-") as folder:
-            rewrite = _Rewrite(self.job, self.output, task, Path(folder), gather=gather)
-            with self._attempts.watch(rewrite):
-                return rewrite.run()
-
-    def stats(self) -> dict[str, float]:
-        """Return cumulative statistics; see `AttemptLog.stats`."""
-        return self._attempts.stats()
+    def _new_attempt(self, task: UnitTask, folder: Path, gather: bool) -> Attempt:
+        return _Rewrite(self, task, folder, gather)
 
 
 class _Rewrite(Attempt):
     """One attempt at rewriting one unit; its stages are `fetch`, `write` and `upload`."""
-
-    def __init__(
-        self, job: Job, output: Store, task: UnitTask, folder: Path, *, gather: bool
-    ) -> None:
-        super().__init__(job, output, task, folder, stage_times(), gather=gather)
 
     def run(self) -> Receipt:
         """Rewrite the unit and return its receipt.
@@ -231,10 +203,7 @@ class _Rewrite(Attempt):
             record=record,
             statistics=statistics,
             notes=_notes_after(before, self.notes),
-            stages={stage: times.to_json() for stage, times in self.times.items()},
-            elapsed_s=self.elapsed_s,
-            extra_image_fields=self.samples.extra_image_fields,
-            fields=self.seen.names,
+            **self.measured(),
         )
 
 

@@ -43,7 +43,7 @@ class ActorRunner:
 
     def run(self, task: UnitTask) -> Receipt | UnitFailure:
         """Run one unit and return its receipt or failure; two threads may call this at once."""
-        if task.rewrites and (rewritten := self._rewriter.run(task)):
+        if task.rewrites and (rewritten := self._rewriter.rewrite(task)):
             return rewritten
         loaded = at_boundary(task, self.load)
         return loaded if isinstance(loaded, UnitFailure) else loaded.run(task)
