@@ -68,9 +68,9 @@ def test_with_the_threads_it_asks_for_decoding_holds_nothing_up(
     assert found
     if found.stage == "decode":
         others_s = max(encode_s, fetch_s / 2)
-        assert decode_s / found.num_threads_wanted <= others_s
-        assert decode_s / (found.num_threads_wanted - 1) > others_s
-        short = found.num_threads_wanted - 4
+        assert decode_s / found.num_threads_needed <= others_s
+        assert decode_s / (found.num_threads_needed - 1) > others_s
+        short = found.num_threads_needed - 4
         assert f"add {short} thread" in str(found)
         assert f"compute.decode_threads: {math.ceil(decode_s / others_s)}" in str(found)
 

@@ -76,7 +76,7 @@ class PrefetchIterator(Generic[T]):
             raise self._error
 
 
-def map_ahead(function: Callable[[S], T], items: Iterable[S], num_threads: int) -> Iterator[T]:
+def prefetch_map(function: Callable[[S], T], items: Iterable[S], num_threads: int) -> Iterator[T]:
     """Yield `function(item)` for each item, in order; each thread computes one result ahead.
 
     Unlike `Executor.map`, this bounds the results in memory, and advances `items` only as needed.

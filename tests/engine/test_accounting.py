@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from latentcache import open_dataset, parse_config
 from latentcache.engine import run as run_module
-from latentcache.engine.accounting import SampleBudget, SampleCounts
-from latentcache.engine.stages import ByteBudget
+from latentcache.engine.attempt import SampleCounts
+from latentcache.engine.stages import ByteBudget, SampleBudget
 from latentcache.errors import Reject
 from latentcache.images.samples import RejectedSample, Sample
 from makers import config_tree, png, write_tar
@@ -107,7 +107,7 @@ def test_two_units_that_read_large_samples_share_the_budget_and_neither_waits_fo
 
     threads = [threading.Thread(target=read, args=([200, 30, 150, 200, 90],)) for _ in range(2)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("latentcache.engine.accounting._FREE_BYTES", 20)
+        patch.setattr("latentcache.engine.stages._FREE_BYTES", 20)
         for thread in threads:
             thread.start()
         for thread in threads:

@@ -58,9 +58,7 @@ def write_demo_data(
 
     Args:
         folder: the output folder; created if it does not exist.
-        num_shards: the number of tars.
-        samples_per_shard: the number of samples in each tar.
-        seed: the seed of the pictures.
+        num_shards, samples_per_shard, seed: how much to draw, from which seed.
         broken: whether the last sample of each shard is broken, with a fault that changes from
             shard to shard. A shard of one sample has no broken sample.
     """

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import sys
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,33 +14,71 @@ from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Lock
-from typing import Any
+from typing import Any, TypeVar
+
+import torch
 
 from latentcache.bottleneck import STAGES
 from latentcache.dataset.bucket import Bucket
 from latentcache.dataset.receipts import DataFile, QaFile, Receipt, UnitRecord, read_receipts
 from latentcache.dataset.rejects import count_reasons
 from latentcache.dataset.shards import BucketWriter, RejectRow, describe_file, write_rejects
-from latentcache.engine.accounting import SampleCounts
-from latentcache.engine.boundary import at_boundary
 from latentcache.engine.job import UNITS_PER_ACTOR, Job, UnitFailure, UnitTask
 from latentcache.engine.kept_fields import SeenFields
 from latentcache.engine.stages import StageTimes
-from latentcache.errors import Reject, StorageError
+from latentcache.errors import (
+    AccessDenied,
+    ConfigError,
+    DiskFull,
+    FieldMissing,
+    LatentCacheError,
+    Reject,
+    SourceChanged,
+    StorageError,
+    one_line,
+)
 from latentcache.images.samples import ReserveSample
 from latentcache.images.source import NotGrouped, RejectedSample, Sample, read_samples
 from latentcache.storage import Store
 
+R = TypeVar("R")
+
+# The most names of extra image fields that a receipt lists.
+_MAX_FIELDS = 16
+
 _COUNTS = ("num_rows", "num_rejects", "num_source_bytes", "num_output_bytes")
+
+
+def at_boundary(task: UnitTask, run: Callable[[], R]) -> R | UnitFailure:
+    """Return the result of `run`, or the failure of the unit if `run` raises.
+
+    Args:
+        task, run: the unit, for messages, and a function that encodes or rewrites it.
+    """
+    try:
+        return run()
+    except LatentCacheError as error:
+        return UnitFailure(
+            str(error),
+            changed=isinstance(error, SourceChanged),
+            denied=isinstance(error, AccessDenied),
+            fatal=error if isinstance(error, DiskFull | ConfigError) else None,
+            lacks_field=isinstance(error, FieldMissing),
+        )
+    except torch.AcceleratorError:  # the GPU is lost, which is not the fault of the unit
+        raise
+    except Exception as error:  # noqa: BLE001  (the unit boundary)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            full = DiskFull("no room left on the local disk (TMPDIR)")
+            return UnitFailure(str(full), fatal=full)
+        print("\n".join(map(one_line, traceback.format_exc().splitlines())), file=sys.stderr)
+        return UnitFailure(one_line(f"{task.unit.title}: {type(error).__name__}: {error}"))
 
 
 class AttemptRunner:
     """A runner of units in this process; several threads may call `run` at once.
 
-    Args:
-        job: the settings that all units share.
-        num_threads: the number of threads of each stage whose threads serve all units; the other
-            stages have one thread per unit.
+    `num_threads` has the stages whose threads serve all units; the others have one thread per unit.
     """
 
     def __init__(self, job: Job, num_threads: Mapping[str, int] | None = None) -> None:
@@ -54,8 +95,7 @@ class AttemptRunner:
     def run(self, task: UnitTask) -> Receipt | UnitFailure:
         """Run one unit and upload its files; return its receipt, or why it failed.
 
-        If another run has committed the unit, its receipt is returned. Errors become a failure; see
-        `at_boundary`.
+        If another run has committed the unit, its receipt is returned.
         """
         return at_boundary(task, partial(self._run, task))
 
@@ -95,10 +135,9 @@ class AttemptRunner:
         return {stage: StageTimes(self._num_threads[stage]) for stage in STAGES}
 
     def stats(self) -> dict[str, float]:
-        """Return the sums over ended and active attempts, and the number of threads.
+        """Return sums over ended and active attempts: `_COUNTS`, and for each stage its times.
 
-        These are the names of `_COUNTS`, and for each stage `<stage>_busy_s`, `<stage>_wait_s` and
-        `<stage>_num_threads`.
+        These are `<stage>_busy_s` and `<stage>_wait_s`, and beside them `<stage>_num_threads`.
         """
         with self._lock:
             sums = self._ended
@@ -111,14 +150,48 @@ def _sum(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, f
     return {name: value + second[name] for name, value in first.items()}
 
 
-class Attempt:
-    """One attempt at one unit.
+class SampleCounts:
+    """Counts of the samples and images of a shard, to be checked against rows and rejects."""
 
-    Args:
-        runner: the runner of this process.
-        task: the unit and its attempt.
-        folder: a local folder that only this attempt uses.
-        gather: read a tar whose samples are not grouped by key.
+    def __init__(self) -> None:
+        self.num_samples = self.num_images = self.num_extra_images = 0
+        self.extra_image_fields: list[str] = []
+
+    def add(self, sample: Sample | RejectedSample) -> None:
+        """Count a sample that was read."""
+        self.num_samples += 1
+        self.num_images += sample.num_images
+        self.num_extra_images += max(0, sample.num_images - 1)
+        if isinstance(sample, Sample) and sample.extra_images:
+            fields = dict.fromkeys([*self.extra_image_fields, *sample.extra_images])
+            self.extra_image_fields = list(fields)[:_MAX_FIELDS]
+
+    def check(
+        self, title: str, num_rows: int, num_rejects: int, num_rejects_with_image: int
+    ) -> None:
+        """Raise unless samples = rows + rejects, and images = rows + rejects + extra images.
+
+        Args:
+            title, num_rows, num_rejects: the title of the unit, and what was written.
+            num_rejects_with_image: the number of these rejects that stand for an image.
+        """
+        if num_rows + num_rejects != self.num_samples:
+            raise AssertionError(
+                f"{title}: {self.num_samples} samples were read, but {num_rows} rows and "
+                f"{num_rejects} rejects were written"
+            )
+        if num_rows + num_rejects_with_image + self.num_extra_images != self.num_images:
+            raise AssertionError(
+                f"{title}: {self.num_images} images were read, but {num_rows} rows, "
+                f"{num_rejects_with_image} rejects with an image and {self.num_extra_images} extra "
+                "images were written"
+            )
+
+
+class Attempt:
+    """One attempt at one unit, with a local folder of its own.
+
+    With `gather` it reads a tar whose samples are not grouped by key.
     """
 
     def __init__(self, runner: AttemptRunner, task: UnitTask, folder: Path, gather: bool) -> None:
@@ -257,7 +330,6 @@ def reject_row(
 
     Args:
         key, reject: the key of the sample, if it has one, and why it was rejected.
-        thumbnail: a small encoded picture of the image, if it could be decoded.
-        has_image: whether the sample has an image.
+        thumbnail, has_image: a small picture of the image, if decoded, and whether it has an image.
     """
     return RejectRow(key, reject.stage, reject.reason, reject.message, thumbnail, has_image)

@@ -38,8 +38,7 @@ from latentcache.dataset.shards import (
     iterate_latents,
 )
 from latentcache.dataset.statistics import Statistics
-from latentcache.engine.attempt import Attempt, AttemptRunner, reject_row
-from latentcache.engine.boundary import at_boundary
+from latentcache.engine.attempt import Attempt, AttemptRunner, at_boundary, reject_row
 from latentcache.engine.job import UnitFailure, UnitTask
 from latentcache.errors import DatasetError, ObjectNotFound, Reject
 from latentcache.images.source import RejectedSample, Sample

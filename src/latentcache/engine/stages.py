@@ -14,6 +14,10 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+# Bytes of a sample under construction that each unit may hold beside the shared budget. Nearly all
+# samples are smaller, so reading them does not wait.
+_FREE_BYTES = 32 * 2**20
+
 
 class StageTimes:
     """The times of one stage for one unit; thread-safe.
@@ -125,13 +129,49 @@ class ByteBudget:
         return not self._held or self._held + num_bytes <= self._num_bytes
 
 
-class OldestFirstPool:
-    """Threads that several units share; among queued jobs the one with the lowest rank runs first.
+class SampleBudget:
+    """The bytes of the sample that a unit is reading, held in a budget that units share.
 
-    Args:
-        name: the prefix of the names of the threads.
-        num_threads: the number of jobs that run at once.
+    A thread must not wait for bytes while it holds bytes of the same budget, because two units
+    could then wait for each other. So the first `_FREE_BYTES` of a sample are not counted, and a
+    larger sample acquires `max_sample_bytes` at once. `fetched` also holds the samples that wait to
+    be decoded. `times` count a wait as waiting and not as busy.
     """
+
+    def __init__(
+        self, fetched: ByteBudget, max_sample_bytes: int, times: StageTimes | None = None
+    ) -> None:
+        self._fetched = fetched
+        self._max_sample_bytes = max_sample_bytes
+        self._times = times or StageTimes()
+        self._held = 0
+
+    def reserve(self, num_bytes: int) -> None:
+        """Wait until the sample under construction may hold `num_bytes` in total."""
+        if num_bytes > _FREE_BYTES and not self._held:
+            self._acquire(self._max_sample_bytes)
+            self._held = self._max_sample_bytes
+
+    def finish(self, num_bytes: int) -> None:
+        """Hold `num_bytes` for the finished sample; its consumer releases them."""
+        if self._held:
+            self._fetched.release(self._held - num_bytes)
+            self._held = 0
+        else:
+            self._acquire(num_bytes)
+
+    def _acquire(self, num_bytes: int) -> None:
+        waited_s = self._fetched.acquire(num_bytes)
+        self._times.add(busy_s=-waited_s, wait_s=waited_s)
+
+    def close(self) -> None:
+        """Release the bytes of an unfinished sample."""
+        self._fetched.release(self._held)
+        self._held = 0
+
+
+class OldestFirstPool:
+    """Threads that several units share; the queued job with the lowest rank runs first."""
 
     def __init__(self, name: str, num_threads: int) -> None:
         self.num_threads = num_threads
@@ -147,11 +187,10 @@ class OldestFirstPool:
             thread.start()
 
     def submit(self, rank: int, job: Callable[[], T], times: StageTimes | None = None) -> Future[T]:
-        """Queue a job and return the future of its result.
+        """Queue a job for the unit of a rank, and return the future of its result.
 
         Args:
-            rank: the rank of the job's unit; lower ranks run first.
-            job: the function to run.
+            rank, job: lower ranks run first.
             times: counts when the job is queued and when it runs.
         """
         future: Future[T] = Future()

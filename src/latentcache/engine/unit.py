@@ -17,7 +17,6 @@ from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,10 +27,9 @@ from latentcache.dataset.quantization import is_finite, to_stored, to_values
 from latentcache.dataset.receipts import QaFile, Receipt
 from latentcache.dataset.shards import RejectRow, RowMeta
 from latentcache.dataset.statistics import Statistics
-from latentcache.engine.accounting import SampleBudget
 from latentcache.engine.attempt import Attempt, AttemptRunner, reject_row
 from latentcache.engine.job import Job, UnitTask
-from latentcache.engine.stages import ByteBudget, OldestFirstPool
+from latentcache.engine.stages import ByteBudget, OldestFirstPool, SampleBudget
 from latentcache.errors import Reject
 from latentcache.image_files import write_thumbnail
 from latentcache.images.decode import Reserve, decode_image
@@ -52,7 +50,7 @@ _MAX_THUMBNAILS = 8
 _MIN_TOGETHER = 8
 
 # Batches of a unit that may wait for the encoder or the writer, besides one for each encode thread.
-_BATCHES_AHEAD = 1
+_EXTRA_BATCHES = 1
 
 # An actor uses less than 2 GiB besides its model, for images of any size. Python with torch and
 # pyarrow uses a quarter of that. These budgets limit what the two units of an actor hold together:
@@ -136,7 +134,7 @@ class _Encoding(Attempt):
         num_threads = runner.decode_pool.num_threads
         crop_bytes = max(_crop_bytes(bucket) for bucket in runner.spec.buckets)
         max_decoded = min(2 * num_threads + 16, max(num_threads, _CROPPED_BYTES // crop_bytes))
-        max_batches = runner.encode_pool.num_threads + _BATCHES_AHEAD
+        max_batches = runner.encode_pool.num_threads + _EXTRA_BATCHES
         with self.writing(), ExitStack() as stack:
             samples = self.times["fetch"].produce(self._decode_all())
             decoding = stack.enter_context(PrefetchIterator(samples, max_decoded))
@@ -172,7 +170,7 @@ class _Encoding(Attempt):
                 budget.finish(num_bytes)
                 job = partial(self._decode_in_budget, sample)
                 future = self.runner.decode_pool.submit(self.rank, job, times["decode"])
-                future.add_done_callback(partial(_release, fetched, num_bytes))
+                future.add_done_callback(lambda _, held=num_bytes: fetched.release(held))
                 yield future
         finally:
             budget.close()
@@ -202,7 +200,7 @@ class _Encoding(Attempt):
             done = load_image(sample.image, spec, reserve)
         except Reject as reject:
             thumbnail = None
-            if reject.stage == "transform" and self._wants_thumbnail(reject):
+            if reject.stage == "transform" and self._needs_thumbnail(reject):
                 with suppress(Reject):  # decoding the full image may fail
                     image = decode_image(sample.image, max_pixels=spec.max_pixels, reserve=reserve)
                     thumbnail = write_thumbnail(torch.from_numpy(image).permute(2, 0, 1))
@@ -239,12 +237,12 @@ class _Encoding(Attempt):
             yield self._encode(bucket, group)
 
     def _encode(self, bucket: Bucket, group: list[_Decoded]) -> _Batch:
-        num_bytes = len(group) * _crop_bytes(bucket)
-        self.runner.batched.acquire(num_bytes)
+        batched, num_bytes = self.runner.batched, len(group) * _crop_bytes(bucket)
+        batched.acquire(num_bytes)
         images = torch.stack([done.pixels for done, _ in group])
         job = partial(self.runner.encoder.start, images)
         encoding = self.runner.encode_pool.submit(self.rank, job, self.times["encode"])
-        encoding.add_done_callback(partial(_release, self.runner.batched, num_bytes))
+        encoding.add_done_callback(lambda _: batched.release(num_bytes))
         return bucket, [row for _, row in group], images, encoding
 
     def _write(
@@ -262,9 +260,7 @@ class _Encoding(Attempt):
             if index in encoded.bad:
                 message = "the latent is not finite, even in fp32"
             reject = Reject("encode", "not_finite", message)
-            thumbnail = None
-            if self._wants_thumbnail(reject):
-                thumbnail = write_thumbnail(images[index])
+            thumbnail = write_thumbnail(images[index]) if self._needs_thumbnail(reject) else None
             self._reject(reject_row(rows[index].key, reject, thumbnail))
         kept = stored[finite]
         if not len(kept):
@@ -276,7 +272,7 @@ class _Encoding(Attempt):
         values = to_values(kept, self.contract.latents)
         self.statistics = self.statistics.merge(Statistics.of(values.numpy()))
 
-    def _wants_thumbnail(self, reject: Reject) -> bool:
+    def _needs_thumbnail(self, reject: Reject) -> bool:
         # `_reject` counts thumbnails in the order of the samples, so the first rejects get them.
         return self.num_thumbnails[reject.reason] < _MAX_THUMBNAILS
 
@@ -309,7 +305,3 @@ class _Encoding(Attempt):
 
 def _crop_bytes(bucket: Bucket) -> int:
     return 3 * bucket.width_px * bucket.height_px
-
-
-def _release(budget: ByteBudget, num_bytes: int, _: Future[Any]) -> None:
-    budget.release(num_bytes)

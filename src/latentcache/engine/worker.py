@@ -9,7 +9,7 @@ import torch
 
 from latentcache.dataset.contract import Contract
 from latentcache.dataset.receipts import Receipt
-from latentcache.engine.boundary import at_boundary
+from latentcache.engine.attempt import at_boundary
 from latentcache.engine.calibration import calibrate
 from latentcache.engine.job import Job, UnitFailure, UnitTask
 from latentcache.engine.rewrite import Rewriter
@@ -25,18 +25,12 @@ from latentcache.vae.weights import encoder_fingerprint, load_vae
 class ActorRunner:
     """The runner of one actor: rewrites units without an encoder, and encodes all others.
 
-    Args:
-        job: the settings that all units share; with `loads_late` the encoder is loaded when the
-            first unit needs it.
-        device: `cuda` or `cpu`.
-
-    Raises:
-        ClusterError: see `load_runner`.
-        CheckpointError: see `load_runner`.
+    With `loads_late` of the job, the encoder is loaded when the first unit needs it; see
+    `load_runner`.
     """
 
     def __init__(self, job: Job, device: str) -> None:
-        self.job, self._device = job, device
+        self._job, self._device = job, device
         self._rewriter = Rewriter(job)
         self._lock = Lock()
         self._encoding = None if job.loads_late else load_runner(job, device)
@@ -52,18 +46,17 @@ class ActorRunner:
         """Return the runner that encodes; load it at the first call."""
         with self._lock:
             if self._encoding is None:
-                self._encoding = load_runner(self.job, self._device)
+                self._encoding = load_runner(self._job, self._device)
             return self._encoding
 
     def stats(self) -> dict[str, float]:
-        """Return cumulative statistics; see `UnitRunner.stats`."""
-        rewritten, encoding = self._rewriter.stats(), self._encoding
-        if encoding is None:
-            return rewritten
-        encoded = encoding.stats()
+        """Return cumulative statistics; see `AttemptRunner.stats`."""
+        stats = self._rewriter.stats()
+        if self._encoding is None:
+            return stats
         return {
-            name: value if name.endswith("_num_threads") else value + rewritten[name]
-            for name, value in encoded.items()
+            name: value if name.endswith("_num_threads") else value + stats[name]
+            for name, value in self._encoding.stats().items()
         }
 
     @property
@@ -73,11 +66,10 @@ class ActorRunner:
 
 
 def load_runner(job: Job, device: str) -> UnitRunner:
-    """Load the models and return the runner that encodes units.
+    """Load the models on a device (`cuda` or `cpu`) and return the runner that encodes units.
 
     Args:
-        job: the settings that all units share.
-        device: `cuda` or `cpu`.
+        job, device: the settings that all units share, and the device.
 
     Raises:
         ClusterError: this node cannot use the device, or reads another checkpoint than the driver.
@@ -88,9 +80,8 @@ def load_runner(job: Job, device: str) -> UnitRunner:
     encoder = LatentEncoder(vae, job.contract.latents.precision, job.batch_size)
     runner = UnitRunner(job, encoder, evaluator)
     # The runner's threads use all cores. If few of them encode at once, torch's threads help.
-    num_encoding = runner.encode_pool.num_threads
-    num_threads = torch.get_num_threads() // num_encoding if device == "cpu" else 1
-    torch.set_num_threads(max(1, num_threads))
+    num_threads = torch.get_num_threads() // runner.encode_pool.num_threads
+    torch.set_num_threads(max(1, num_threads) if device == "cpu" else 1)
     return runner
 
 
@@ -98,9 +89,7 @@ def calibrate_contract(job: Job, shards: Sequence[SourceShard], device: str) -> 
     """Return the contract of a job with its open values measured; see `engine/calibration.py`.
 
     Args:
-        job: the job of the run.
-        shards: the source shards.
-        device: `cuda` or `cpu`.
+        job, shards, device: the job of the run, its source shards, and `cuda` or `cpu`.
     """
     return calibrate(_load_vae(job, device), job, shards)
 
