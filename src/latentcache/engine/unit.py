@@ -170,7 +170,7 @@ class _Encoding(Attempt):
                 budget.finish(num_bytes)
                 job = partial(self._decode_in_budget, sample)
                 future = self.runner.decode_pool.submit(self.rank, job, times["decode"])
-                future.add_done_callback(lambda _, held=num_bytes: fetched.release(held))
+                future.add_done_callback(partial(lambda held, _: fetched.release(held), num_bytes))
                 yield future
         finally:
             budget.close()
