@@ -88,7 +88,7 @@ def load_lpips(
         raise ConfigError(f"{url} returns no LPIPS features: use StyleGAN2-ADA's vgg16.pt")
 
     def distance(images: Tensor, reference: Tensor) -> Tensor:
-        squared = (network(images.float()) - network(reference.float())).square()
+        squared = (network(images) - network(reference)).square()
         return squared.sum(dim=1, dtype=torch.float64)
 
     return _few_at_once(distance)
@@ -151,7 +151,8 @@ def _load_script(
 ) -> tuple[Features, torch.Size]:
     """Return a function that calls a TorchScript network, and the shape of its output for `probe`.
 
-    The call of `probe` reports a wrong network before hours of work.
+    The function converts images to the dtype of `probe`. A wrong network fails for `probe`, before
+    hours of work.
     """
     file = _read(url, sha256, options)
     with warnings.catch_warnings():
@@ -177,7 +178,7 @@ def _load_script(
 
     @torch.inference_mode()
     def call(images: Tensor) -> Tensor:
-        features: Tensor = network(images.to(device), **arguments)
+        features: Tensor = network(images.to(device).to(probe.dtype), **arguments)
         return features
 
     return call, output.shape

@@ -7,7 +7,7 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
@@ -22,7 +22,13 @@ from latentcache.bottleneck import STAGES
 from latentcache.dataset.bucket import Bucket
 from latentcache.dataset.receipts import DataFile, QaFile, Receipt, UnitRecord, read_receipts
 from latentcache.dataset.rejects import count_reasons
-from latentcache.dataset.shards import BucketWriter, RejectRow, describe_file, write_rejects
+from latentcache.dataset.shards import (
+    BucketWriter,
+    RejectRow,
+    RowMeta,
+    describe_file,
+    write_rejects,
+)
 from latentcache.engine.job import UNITS_PER_ACTOR, Job, UnitFailure, UnitTask
 from latentcache.engine.kept_fields import SeenFields
 from latentcache.engine.stages import StageTimes
@@ -45,8 +51,6 @@ R = TypeVar("R")
 
 # The most names of extra image fields that a receipt lists.
 _MAX_FIELDS = 16
-
-_COUNTS = ("num_rows", "num_rejects", "num_source_bytes", "num_output_bytes")
 
 
 def at_boundary(task: UnitTask, run: Callable[[], R]) -> R | UnitFailure:
@@ -75,22 +79,43 @@ def at_boundary(task: UnitTask, run: Callable[[], R]) -> R | UnitFailure:
         return UnitFailure(one_line(f"{task.unit.title}: {type(error).__name__}: {error}"))
 
 
-class AttemptRunner:
-    """A runner of units in this process; several threads may call `run` at once.
+class Totals:
+    """The counts and times of all attempts of a process so far; thread-safe."""
 
-    `num_threads` has the stages whose threads serve all units; the others have one thread per unit.
-    """
-
-    def __init__(self, job: Job, num_threads: Mapping[str, int] | None = None) -> None:
-        self.job = job
-        self.output = Store(job.output_url, job.output_storage)
-        self.active: list[Attempt] = []
-        self._num_threads = dict.fromkeys(STAGES, UNITS_PER_ACTOR) | dict(num_threads or {})
-        # Statistics of ended attempts.
-        self._ended: dict[str, float] = dict.fromkeys(_COUNTS, 0)
-        for stage in STAGES:
-            self._ended |= {f"{stage}_busy_s": 0.0, f"{stage}_wait_s": 0.0}
+    def __init__(self) -> None:
+        self.times = {stage: StageTimes(UNITS_PER_ACTOR) for stage in STAGES}
+        self.rejects: Counter[tuple[str, str]] = Counter()  # by stage and reason
+        names = ("num_rows", "num_rejects", "num_source_bytes", "num_output_bytes")
+        self._counts = dict.fromkeys(names, 0)
         self._lock = Lock()
+
+    def count(self, **numbers: int) -> None:
+        """Add to some of the counts."""
+        with self._lock:
+            for name, number in numbers.items():
+                self._counts[name] += number
+
+    def count_reject(self, row: RejectRow) -> None:
+        """Count one more reject."""
+        with self._lock:
+            self.rejects[row.stage, row.reason] += 1
+            self._counts["num_rejects"] += 1
+
+    def stats(self) -> dict[str, float]:
+        """Return the counts, and `StageTimes.to_json` with the prefix `<stage>_`."""
+        stats: dict[str, float] = {**self._counts}
+        for stage, times in self.times.items():
+            stats |= {f"{stage}_{name}": value for name, value in times.to_json().items()}
+        return stats
+
+
+class AttemptRunner:
+    """A runner of units in this process; several threads may call `run` at once."""
+
+    def __init__(self, job: Job, totals: Totals) -> None:
+        self.job = job
+        self.totals = totals
+        self.output = Store(job.output_url, job.output_storage)
 
     def run(self, task: UnitTask) -> Receipt | UnitFailure:
         """Run one unit and upload its files; return its receipt, or why it failed.
@@ -118,36 +143,14 @@ class AttemptRunner:
 
     def _attempt(self, task: UnitTask, *, gather: bool) -> Receipt:
         with TemporaryDirectory(prefix="latentcache-") as folder:
-            attempt = self._new_attempt(task, Path(folder), gather)
-            self.active.append(attempt)
-            try:
-                return attempt.run()
-            finally:
-                with self._lock:
-                    self.active.remove(attempt)
-                    self._ended = _sum(self._ended, attempt.stats())
+            return self._new_attempt(task, Path(folder), gather).run()
 
     def _new_attempt(self, task: UnitTask, folder: Path, gather: bool) -> Attempt:
         raise NotImplementedError
 
-    def new_times(self) -> dict[str, StageTimes]:
-        """Return new times for all stages, in the order in which a sample passes them."""
-        return {stage: StageTimes(self._num_threads[stage]) for stage in STAGES}
-
     def stats(self) -> dict[str, float]:
-        """Return sums over ended and active attempts: `_COUNTS`, and for each stage its times.
-
-        These are `<stage>_busy_s` and `<stage>_wait_s`, and beside them `<stage>_num_threads`.
-        """
-        with self._lock:
-            sums = self._ended
-            for attempt in self.active:
-                sums = _sum(sums, attempt.stats())
-        return sums | {f"{stage}_num_threads": n for stage, n in self._num_threads.items()}
-
-
-def _sum(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float]:
-    return {name: value + second[name] for name, value in first.items()}
+        """Return the counts and times of all attempts; see `Totals.stats`."""
+        return self.totals.stats()
 
 
 class SampleCounts:
@@ -195,31 +198,22 @@ class Attempt:
     """
 
     def __init__(self, runner: AttemptRunner, task: UnitTask, folder: Path, gather: bool) -> None:
-        self.job, self.output, self.task, self.folder = runner.job, runner.output, task, folder
+        self.job, self.output, self.totals = runner.job, runner.output, runner.totals
+        self.task, self.folder, self.gather = task, folder, gather
         self.contract, self.columns = self.job.contract, self.job.columns
-        self.gather = gather
         self.stem = f"{task.generation}-{task.attempt}"
         self.began = time.perf_counter()
-        self.times = runner.new_times()
+        totals = runner.totals.times.items()
+        self.times = {stage: StageTimes(total.num_threads, total) for stage, total in totals}
         self.samples = SampleCounts()
         self.seen = SeenFields(self.columns)
         self.rejects: list[RejectRow] = []
         self.notes: Counter[str] = Counter()
         self.writers: dict[Bucket, BucketWriter] = {}
-        self.num_source_bytes = self.num_output_bytes = 0
 
     def run(self) -> Receipt:
         """Make and upload the files of the unit, and return its receipt."""
         raise NotImplementedError
-
-    def stats(self) -> dict[str, float]:
-        """Return the counts and times so far; see `AttemptRunner.stats`."""
-        num_rows = sum(writer.num_rows for writer in list(self.writers.values()))
-        counts = (num_rows, len(self.rejects), self.num_source_bytes, self.num_output_bytes)
-        stats: dict[str, float] = dict(zip(_COUNTS, counts, strict=True))
-        for stage, times in self.times.items():
-            stats |= {f"{stage}_busy_s": times.busy_s, f"{stage}_wait_s": times.wait_s}
-        return stats
 
     def read_samples(
         self, reserve: ReserveSample = lambda num_bytes: None
@@ -231,7 +225,7 @@ class Attempt:
             keep=tuple(column.field for column in self.columns),
             options=self.job.source_storage,
             gather=self.gather,
-            on_read=self._count_bytes,
+            on_read=lambda num_bytes: self.totals.count(num_source_bytes=num_bytes),
             reserve=reserve,
         )
         for sample in islice(samples, self.task.max_samples):
@@ -239,16 +233,18 @@ class Attempt:
             self.seen.add(sample.names)
             yield sample
 
-    def _count_bytes(self, num_bytes: int) -> None:
-        self.num_source_bytes += num_bytes
-
-    def writer(self, bucket: Bucket) -> BucketWriter:
-        """Return the writer of a bucket; create it at the first call."""
+    def _append(self, bucket: Bucket, latents: torch.Tensor, rows: Sequence[RowMeta]) -> None:
+        """Write rows to the files of their bucket, which the first call creates."""
         if bucket not in self.writers:
             stem = self.folder / f"{self.stem}-{bucket.name}"
             unit_id = self.task.unit.id
             self.writers[bucket] = BucketWriter(stem, self.contract, self.columns, unit_id, bucket)
-        return self.writers[bucket]
+        self.writers[bucket].append(latents, rows)
+        self.totals.count(num_rows=len(rows))
+
+    def _reject(self, row: RejectRow) -> None:
+        self.rejects.append(row)
+        self.totals.count_reject(row)
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -295,7 +291,7 @@ class Attempt:
         with self.times["upload"].working():
             for local, file in uploads:
                 self.output.put_file(local, file.path)
-                self.num_output_bytes += file.size_bytes
+                self.totals.count(num_output_bytes=file.size_bytes)
         return UnitRecord(
             unit=unit,
             generation=self.task.generation,

@@ -170,23 +170,22 @@ class _Rewrite(Attempt):
     ) -> None:
         """Write one sample as a row or a reject, as encoding it would."""
         if isinstance(sample, RejectedSample):
-            self.rejects.append(
-                reject_row(sample.key, sample.reject, has_image=sample.num_images > 0)
-            )
+            has_image = sample.num_images > 0
+            self._reject(reject_row(sample.key, sample.reject, has_image=has_image))
             return
         try:
             columns = read_columns(sample.fields, self.columns, self.notes)
         except Reject as reject:
-            self.rejects.append(reject_row(sample.key, reject))
+            self._reject(reject_row(sample.key, reject))
             return
         if position is None:
             if sample.key not in rejects:
                 raise _NeedsEncoding
-            self.rejects.append(rejects[sample.key])
+            self._reject(rejects[sample.key])
             return
         rows, index = position
         row = RowMeta(sample.key, **rows.sizes(index), columns=columns)
-        self.writer(rows.bucket).append(rows.read_latent(index)[None], [row])
+        self._append(rows.bucket, rows.read_latent(index)[None], [row])
 
     def _finish(
         self, before: Receipt, buckets: list[Bucket], qa: tuple[Path, QaFile] | None

@@ -25,11 +25,12 @@ class StageTimes:
     `busy_s` is the work of its threads in seconds. `wait_s` is the time in seconds in which the
     stage had work and did none: its thread waited for a full queue, or all its jobs were queued
     behind those of another unit. `num_threads` is the number of threads in the process that can do
-    this work at once, for all units together.
+    this work at once, for all units together. What is added counts in `total`, too.
     """
 
-    def __init__(self, num_threads: int = 1) -> None:
+    def __init__(self, num_threads: int = 1, total: StageTimes | None = None) -> None:
         self.num_threads = num_threads
+        self._total = total
         self.busy_s = 0.0
         self.wait_s = 0.0
         self._lock = threading.Lock()
@@ -45,6 +46,8 @@ class StageTimes:
         with self._lock:
             self.busy_s += busy_s
             self.wait_s += wait_s
+        if self._total:
+            self._total.add(busy_s, wait_s)
 
     @contextmanager
     def working(self) -> Iterator[None]:
@@ -82,11 +85,11 @@ class StageTimes:
     def _change(self, queued: int = 0, running: int = 0) -> None:
         with self._lock:
             now = time.perf_counter()
-            if self._num_queued and not self._num_running:
-                self.wait_s += now - self._since
+            waited_s = now - self._since if self._num_queued and not self._num_running else 0.0
             self._since = now
             self._num_queued += queued
             self._num_running += running
+        self.add(wait_s=waited_s)
 
     def to_json(self) -> dict[str, float]:
         """Return the times and the number of threads, with seconds rounded to milliseconds."""

@@ -27,7 +27,7 @@ from latentcache.dataset.quantization import is_finite, to_stored, to_values
 from latentcache.dataset.receipts import QaFile, Receipt
 from latentcache.dataset.shards import RejectRow, RowMeta
 from latentcache.dataset.statistics import Statistics
-from latentcache.engine.attempt import Attempt, AttemptRunner, reject_row
+from latentcache.engine.attempt import Attempt, AttemptRunner, Totals, reject_row
 from latentcache.engine.job import Job, UnitTask
 from latentcache.engine.stages import ByteBudget, OldestFirstPool, SampleBudget
 from latentcache.errors import Reject
@@ -73,25 +73,30 @@ class UnitRunner(AttemptRunner):
         job: the settings that all units share.
         encoder: the encoder of the VAE.
         evaluator: the models of QA; None without QA.
+        totals: the totals of this process.
     """
 
     def __init__(
-        self, job: Job, encoder: LatentEncoder, evaluator: QaEvaluator | None = None
+        self,
+        job: Job,
+        encoder: LatentEncoder,
+        evaluator: QaEvaluator | None = None,
+        totals: Totals | None = None,
     ) -> None:
+        super().__init__(job, totals or Totals())
         self.encoder = encoder
         self.evaluator = evaluator
         self.spec = transform_spec(job.contract)
         self.decode_pool = OldestFirstPool("decode", job.decode_threads)
         num_pixels = max(bucket.width_px * bucket.height_px for bucket in self.spec.buckets)
-        num_encode_threads = encoder.num_threads(num_pixels)
-        self.encode_pool = OldestFirstPool("encode", num_encode_threads)
-        # QA runs on the threads of the encoder.
-        num_threads = dict.fromkeys(("encode", "qa"), num_encode_threads)
-        super().__init__(job, {"decode": job.decode_threads, **num_threads})
+        self.encode_pool = OldestFirstPool("encode", encoder.num_threads(num_pixels))
+        # All units share these threads, and QA runs on those of the encoder.
+        self.totals.times["decode"].num_threads = self.decode_pool.num_threads
+        for stage in ("encode", "qa"):
+            self.totals.times[stage].num_threads = self.encode_pool.num_threads
         self.fetched = ByteBudget(_FETCHED_BYTES)
         self.decoding = ByteBudget(_DECODING_BYTES)
         self.batched = ByteBudget(_BATCHED_BYTES)
-        self.rejects: Counter[tuple[str, str]] = Counter()  # by stage and reason
         self.ranks = itertools.count()  # of attempts, in the order in which they began
         self.versions = {
             "latentcache": __version__,
@@ -266,7 +271,7 @@ class _Encoding(Attempt):
         if not len(kept):
             return
         kept_rows = [row for row, good in zip(rows, finite.tolist(), strict=True) if good]
-        self.writer(bucket).append(kept, kept_rows)
+        self._append(bucket, kept, kept_rows)
         if self.contract.latents.quantization:
             self.notes["clamped_values"] += int(num_clamped[finite].sum())
         values = to_values(kept, self.contract.latents)
@@ -280,8 +285,7 @@ class _Encoding(Attempt):
         self.num_thumbnails[row.reason] += row.thumbnail is not None
         if self.num_thumbnails[row.reason] > _MAX_THUMBNAILS:
             row = replace(row, thumbnail=None)
-        self.rejects.append(row)
-        self.runner.rejects[row.stage, row.reason] += 1
+        super()._reject(row)
 
     def _evaluate(self) -> tuple[Path, QaFile] | None:
         """Evaluate the sampled rows, as they are stored in the closed files; write the QA file."""

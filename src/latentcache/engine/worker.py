@@ -9,7 +9,7 @@ import torch
 
 from latentcache.dataset.contract import Contract
 from latentcache.dataset.receipts import Receipt
-from latentcache.engine.attempt import at_boundary
+from latentcache.engine.attempt import Totals, at_boundary
 from latentcache.engine.calibration import calibrate
 from latentcache.engine.job import Job, UnitFailure, UnitTask
 from latentcache.engine.rewrite import Rewriter
@@ -30,10 +30,13 @@ class ActorRunner:
     """
 
     def __init__(self, job: Job, device: str) -> None:
-        self._job, self._device = job, device
-        self._rewriter = Rewriter(job)
+        self.job, self._device = job, device
+        self._totals = Totals()
+        self._rewriter = Rewriter(job, self._totals)
         self._lock = Lock()
-        self._encoding = None if job.loads_late else load_runner(job, device)
+        self._encoding: UnitRunner | None = None
+        if not job.loads_late:
+            self.load()
 
     def run(self, task: UnitTask) -> Receipt | UnitFailure:
         """Run one unit and return its receipt or failure; two threads may call this at once."""
@@ -46,30 +49,25 @@ class ActorRunner:
         """Return the runner that encodes; load it at the first call."""
         with self._lock:
             if self._encoding is None:
-                self._encoding = load_runner(self._job, self._device)
+                self._encoding = load_runner(self.job, self._device, self._totals)
             return self._encoding
 
     def stats(self) -> dict[str, float]:
-        """Return cumulative statistics; see `AttemptRunner.stats`."""
-        stats = self._rewriter.stats()
-        if self._encoding is None:
-            return stats
-        return {
-            name: value if name.endswith("_num_threads") else value + stats[name]
-            for name, value in self._encoding.stats().items()
-        }
+        """Return cumulative statistics; see `Totals.stats`."""
+        return self._totals.stats()
 
     @property
     def rejects(self) -> dict[tuple[str, str], int]:
         """The number of rejects so far, by stage and reason."""
-        return dict(self._encoding.rejects) if self._encoding else {}
+        return dict(self._totals.rejects)
 
 
-def load_runner(job: Job, device: str) -> UnitRunner:
+def load_runner(job: Job, device: str, totals: Totals | None = None) -> UnitRunner:
     """Load the models on a device (`cuda` or `cpu`) and return the runner that encodes units.
 
     Args:
         job, device: the settings that all units share, and the device.
+        totals: the totals of this process.
 
     Raises:
         ClusterError: this node cannot use the device, or reads another checkpoint than the driver.
@@ -78,7 +76,7 @@ def load_runner(job: Job, device: str) -> UnitRunner:
     vae = _load_vae(job, device)
     evaluator = load_evaluator(job.contract, vae, job.qa.models) if job.qa else None
     encoder = LatentEncoder(vae, job.contract.latents.precision, job.batch_size)
-    runner = UnitRunner(job, encoder, evaluator)
+    runner = UnitRunner(job, encoder, evaluator, totals)
     # The runner's threads use all cores. If few of them encode at once, torch's threads help.
     num_threads = torch.get_num_threads() // runner.encode_pool.num_threads
     torch.set_num_threads(max(1, num_threads) if device == "cpu" else 1)
