@@ -89,7 +89,8 @@ class StageTimes:
             self._since = now
             self._num_queued += queued
             self._num_running += running
-        self.add(wait_s=waited_s)
+        if waited_s:
+            self.add(wait_s=waited_s)
 
     def to_json(self) -> dict[str, float]:
         """Return the times and the number of threads, with seconds rounded to milliseconds."""
