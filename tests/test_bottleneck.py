@@ -41,7 +41,7 @@ def loads_of(**busy_s: float) -> PipelineLoad:
         ({"decode": 4.0}, "bottleneck: decoding; add 1 thread"),
     ],
 )
-def test_the_stage_that_takes_longest_with_its_threads_is_named(
+def test_bottleneck_is_the_stage_that_takes_longest_with_its_threads(
     busy_s: dict[str, float], prefix: str
 ):
     assert str(loads_of(**busy_s).bottleneck).startswith(prefix)
@@ -61,21 +61,21 @@ def test_a_run_whose_stages_worked_less_than_ten_seconds_gets_no_advice():
 
 
 @given(st.floats(0.1, 1e4), st.floats(0.1, 1e4), st.floats(0.1, 1e4))
-def test_with_the_threads_it_asks_for_decoding_holds_nothing_up(
+def test_with_the_suggested_threads_decoding_is_not_the_slowest_stage(
     decode_s: float, encode_s: float, fetch_s: float
 ):
     found = loads_of(decode=decode_s, encode=encode_s, fetch=fetch_s).bottleneck
     assert found
     if found.stage == "decode":
         others_s = max(encode_s, fetch_s / 2)
-        assert decode_s / found.num_threads_wanted <= others_s
-        assert decode_s / (found.num_threads_wanted - 1) > others_s
-        short = found.num_threads_wanted - 4
+        assert decode_s / found.num_threads_needed <= others_s
+        assert decode_s / (found.num_threads_needed - 1) > others_s
+        short = found.num_threads_needed - 4
         assert f"add {short} thread" in str(found)
         assert f"compute.decode_threads: {math.ceil(decode_s / others_s)}" in str(found)
 
 
-def test_receipts_of_actors_with_other_threads_add_up():
+def test_receipts_of_actors_with_different_threads_add_up():
     loads = PipelineLoad()
     for num_threads, busy_s in ((4, 40.0), (8, 80.0)):  # ten seconds each
         loads.add_receipt(
@@ -95,7 +95,7 @@ def stats(**busy_s: float) -> dict[str, float]:
     return found | {f"{stage}_busy_s": busy_s.get(stage, 0.0) for stage in STAGES}
 
 
-def test_between_two_polls_only_what_is_new_counts():
+def test_live_bottleneck_counts_only_work_between_two_polls():
     before = [stats(decode=1000.0), stats(encode=3.0)]
     after = [stats(decode=1004.0, encode=8.0), stats(encode=12.0)]
     assert bottleneck(before, after, 10.0) == "bottleneck: encoder (expected)"
@@ -103,6 +103,6 @@ def test_between_two_polls_only_what_is_new_counts():
     assert bottleneck(before, after, 10.0).startswith("bottleneck: decoding; add 3 threads")
 
 
-def test_who_is_idle_holds_nothing_up():
+def test_idle_actors_have_no_bottleneck():
     assert bottleneck([stats()], [stats(encode=1.0)], 10.0) == ""
     assert bottleneck([stats()], [stats()], 10.0) == ""

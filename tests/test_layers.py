@@ -25,6 +25,7 @@ LAYERS = {
     "startup": 0.25,
     "clock": 0.25,
     "log": 0.25,
+    "prefetch": 0.25,
     "urls": 0.25,
     "yaml_files": 0.25,
     "config_errors": 0.25,

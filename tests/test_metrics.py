@@ -54,7 +54,7 @@ def test_psnr_and_ssim_are_those_of_scikit_image(change: str, size: tuple[int, i
         assert ssims[index].item() == pytest.approx(ssim_by_skimage(image, other), abs=1e-9)
 
 
-def test_equal_images_are_as_like_as_can_be():
+def test_equal_images_have_ssim_one_and_infinite_psnr():
     images = as_tensor(images_of(40, 24))
     assert ssim(images, images).tolist() == pytest.approx([1.0] * 3, abs=1e-12)
     assert psnr_db(images, images).tolist() == [float("inf")] * 3
@@ -114,7 +114,7 @@ def test_frechet_distance_of_fewer_images_than_features(num_a: int, num_b: int):
 
 
 @pytest.mark.parametrize("num", [2, 20, 400])
-def test_a_set_has_no_distance_from_itself(num: int):
+def test_frechet_distance_of_a_set_from_itself_is_zero(num: int):
     a = features(num, 128)
     assert distance(a, a) == pytest.approx(0, abs=1e-6)
     assert distance(a, a[::-1]) == pytest.approx(0, abs=1e-6)
@@ -122,13 +122,13 @@ def test_a_set_has_no_distance_from_itself(num: int):
     assert distance(a, shifted) == pytest.approx(128 * 0.25, abs=1e-6)
 
 
-def test_features_that_never_vary_are_no_trouble():
+def test_frechet_distance_of_constant_features():
     a = np.ones((10, 5))
     assert distance(a, a) == 0
     assert distance(a, a + 2) == pytest.approx(20)
 
 
-def test_one_image_has_no_distance():
+def test_frechet_distance_needs_two_vectors():
     with pytest.raises(ValueError, match="at least two"):
         distance(np.ones((1, 3)), np.ones((9, 3)))
 

@@ -78,7 +78,7 @@ def test_a_batch_of_any_size_is_measured_image_by_image(files: dict[str, Path]):
 
 
 @pytest.mark.parametrize("name", LOADERS)
-def test_a_wrong_hash_is_told_and_nothing_is_loaded(
+def test_a_wrong_hash_is_an_error_before_anything_is_loaded(
     files: dict[str, Path], name: str, monkeypatch: pytest.MonkeyPatch
 ):
     def never(*_: object, **__: object) -> None:
@@ -94,7 +94,7 @@ def test_a_wrong_hash_is_told_and_nothing_is_loaded(
 
 
 @pytest.mark.parametrize("name", LOADERS)
-def test_a_file_that_is_not_there_is_told(name: str, tmp_path: Path):
+def test_a_missing_network_file_is_an_error(name: str, tmp_path: Path):
     for path in (tmp_path / "nowhere.pt", tmp_path):
         with pytest.raises(ConfigError, match="no network"):
             LOADERS[name](str(path), "0" * 64)
@@ -110,7 +110,9 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("name", "given", "message"), WRONG)
-def test_another_network_is_told(files: dict[str, Path], name: str, given: str, message: str):
+def test_a_different_network_is_an_error(
+    files: dict[str, Path], name: str, given: str, message: str
+):
     with pytest.raises(ConfigError, match=re.escape(message)) as caught:
         LOADERS[name](**named(files[given]))
     assert "\n" not in str(caught.value)
@@ -119,7 +121,7 @@ def test_another_network_is_told(files: dict[str, Path], name: str, given: str, 
 
 @pytest.mark.parametrize("name", LOADERS)
 @pytest.mark.parametrize("data", [b"", b"no network at all", b"PK\x03\x04 cut off"])
-def test_what_is_no_network_is_told(name: str, data: bytes, tmp_path: Path):
+def test_a_file_that_is_no_network_is_an_error(name: str, data: bytes, tmp_path: Path):
     path = tmp_path / "file.pt"
     path.write_bytes(data)
     with pytest.raises(ConfigError, match=r"file\.pt is not a"):
@@ -130,14 +132,14 @@ def test_what_is_no_network_is_told(name: str, data: bytes, tmp_path: Path):
     "state",
     [{}, {"features.0.weight": torch.zeros(64, 3, 3, 3)}, {"features.0.weight": 3}, [1, 2]],
 )
-def test_a_state_dict_of_something_else_is_told(state: object, tmp_path: Path):
+def test_a_state_dict_of_another_model_is_an_error(state: object, tmp_path: Path):
     path = tmp_path / "other.pth"
     torch.save(state, path)
     with pytest.raises(ConfigError, match=r"other\.pth is not a (plain VGG16|PyTorch state dict)"):
         load_vgg16(**named(path))
 
 
-def test_a_network_may_lie_in_a_store(files: dict[str, Path], moto: S3Server):
+def test_networks_load_from_a_store(files: dict[str, Path], moto: S3Server):
     bucket = moto.make_bucket("networks", {"deep/lpips.pt": files["lpips"].read_bytes()})
     network = named(files["lpips"]) | {"url": f"{bucket}/deep/lpips.pt"}
     distance = load_lpips(**network, options=moto.options)

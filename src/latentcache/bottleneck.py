@@ -49,9 +49,8 @@ class PipelineLoad:
         """Add work of a stage.
 
         Args:
-            stage: name of the stage.
-            busy_s: seconds of work, summed over threads.
-            wait_s: seconds of waiting, summed over threads.
+            stage, busy_s, wait_s: the stage, and its work and waiting in seconds, summed over
+                threads.
             num_threads: number of threads that did the work.
         """
         load = self.stages.setdefault(stage, StageLoad())
@@ -80,10 +79,9 @@ class PipelineLoad:
         alone_s = {stage: load.alone_s for stage, load in self.stages.items() if load.alone_s}
         if not alone_s:
             return None
-        turns = [stage for stage in ("encode", "qa") if stage in alone_s]
-        if turns:
-            shared_s = sum(alone_s.pop(stage) for stage in turns)
-            alone_s[max(turns, key=lambda stage: self.stages[stage].alone_s)] = shared_s
+        sharing = {stage: alone_s.pop(stage) for stage in ("encode", "qa") if stage in alone_s}
+        if sharing:
+            alone_s[max(sharing, key=lambda stage: sharing[stage])] = sum(sharing.values())
         # If another stage is equally slow, more decode threads would not help.
         slowest = max(alone_s, key=lambda stage: (alone_s[stage], stage != "decode"))
         if slowest != "decode":
@@ -99,21 +97,21 @@ class PipelineLoad:
 class Bottleneck:
     """The slowest stage of a run; `alone_s` is as in `StageLoad`.
 
-    For decoding, `num_threads` is the number of threads of each actor, and `num_threads_wanted` the
-    number with which decoding would not be the slowest stage. Both are 0 for other stages.
+    For decoding, `num_threads` is the number of threads of each actor, and `num_threads_needed` the
+    number with which decoding would not be the slowest stage.
     """
 
     stage: str
     alone_s: float
     num_threads: int = 0
-    num_threads_wanted: int = 0
+    num_threads_needed: int = 0
 
     def __str__(self) -> str:
         if self.stage != "decode":
             return f"bottleneck: {_TEXT.get(self.stage, self.stage)}"
-        num_short = max(1, self.num_threads_wanted - self.num_threads)
-        threads = "1 thread" if num_short == 1 else f"{num_short} threads"
-        total = self.num_threads + num_short
+        num_more = max(1, self.num_threads_needed - self.num_threads)
+        threads = "1 thread" if num_more == 1 else f"{num_more} threads"
+        total = self.num_threads + num_more
         return (
             f"bottleneck: decoding; add {threads} to each actor (compute.decode_threads: {total})"
         )

@@ -18,15 +18,11 @@ _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def write_json(event: str, message: str, level: Level = "info", **fields: Any) -> None:
-    """Write one JSON object in ASCII to stderr, with the time and the arguments.
-
-    Credentials in any of the arguments are redacted.
+    """Write one JSON object in ASCII to stderr, with the time and the redacted arguments.
 
     Args:
         event: a stable name of the event.
-        message: one line for people.
-        level: the severity.
-        fields: further members of the object.
+        message, level: one line for people, and its severity; `fields` are further members.
     """
     time = datetime.now(UTC).isoformat(timespec="milliseconds")
     tree = {"time": time, "level": level, "event": event, "message": message, **fields}
@@ -71,9 +67,9 @@ class _Prints(io.TextIOBase):
 
 def size_text(num_bytes: int) -> str:
     """Return a number of bytes as text for people: `1.5 MiB`."""
-    size, unit = float(num_bytes), "B"
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if size < 1024 or unit == "TiB":
-            break
+    size = float(num_bytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} B" if unit == "B" else f"{size:,.1f} {unit}"
         size /= 1024
-    return f"{size:.0f} B" if unit == "B" else f"{size:,.1f} {unit}"
+    return f"{size:,.1f} TiB"

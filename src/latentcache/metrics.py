@@ -25,8 +25,7 @@ def psnr_db(images: Tensor, reference: Tensor) -> Tensor:
     """Return the peak signal-to-noise ratio of each image in dB; infinite for equal images.
 
     Args:
-        images: uint8 [B, 3, H, W].
-        reference: the same shape and dtype; the peak is 255.
+        images, reference: uint8 [B, 3, H, W]; the peak is 255.
 
     Returns:
         float64 [B].
@@ -45,14 +44,15 @@ def ssim(images: Tensor, reference: Tensor) -> Tensor:
     a side is below 11 px, the window has the largest odd side that fits.
 
     Args:
-        images: uint8 [B, 3, H, W].
-        reference: the same shape and dtype.
+        images, reference: uint8 [B, 3, H, W].
 
     Returns:
         float64 [B].
     """
     x, y = images.double() / 255, reference.double() / 255
-    window = _gaussian(min(_SSIM_WINDOW_PX, *x.shape[2:]))
+    half = (min(_SSIM_WINDOW_PX, *x.shape[2:]) - 1) // 2
+    window = np.exp(-0.5 * np.square(np.arange(-half, half + 1) / _SSIM_SIGMA_PX))
+    window /= window.sum()
     mean_x, mean_y = _local_mean(x, window), _local_mean(y, window)
     variance_x = _local_mean(x * x, window) - mean_x * mean_x
     variance_y = _local_mean(y * y, window) - mean_y * mean_y
@@ -62,36 +62,26 @@ def ssim(images: Tensor, reference: Tensor) -> Tensor:
     return (above / below).mean(dim=(1, 2, 3))
 
 
-def _gaussian(longest_px: int) -> list[float]:
-    """Return the weights of a Gaussian window of odd length; they sum to 1."""
-    half = (longest_px - 1) // 2
-    offsets = np.arange(-half, half + 1)
-    weights = np.exp(-0.5 * np.square(offsets / _SSIM_SIGMA_PX))
-    return list((weights / weights.sum()).tolist())
-
-
-def _local_mean(maps: Tensor, window: list[float]) -> Tensor:
+def _local_mean(maps: Tensor, window: Float64) -> Tensor:
     """Return weighted means at all positions where the window lies within maps [B, C, H, W]."""
     for dim in (2, 3):
         # Sum over shifts, because convolutions in float64 on a CPU are several times slower.
         length = maps.shape[dim] - len(window) + 1
         sums = torch.zeros_like(maps.narrow(dim, 0, length))
-        for offset, weight in enumerate(window):
+        for offset, weight in enumerate(window.tolist()):
             sums.add_(maps.narrow(dim, offset, length), alpha=weight)
         maps = sums
     return maps
 
 
 def drift_db(latents: Tensor, reference: Tensor) -> float:
-    """Return the ratio of signal variance to squared error of latents, in dB.
+    """Return the ratio of signal variance to squared error over a batch of latents, in dB.
+
+    It is inf for equal latents, and -inf if any value is not finite.
 
     Args:
         latents: [B, C, H, W], any float dtype.
-        reference: the reference latents of the same shape; their variance within each channel is
-            the signal.
-
-    Returns:
-        The ratio over the whole batch; inf for equal latents, -inf if any value is not finite.
+        reference: the same shape; its variance within each channel is the signal.
     """
     signal = reference.double()
     error = (latents.double() - signal).square().sum()
@@ -127,10 +117,7 @@ class FeatureStatistics:
         return cls(len(vectors), mean, vectors.T @ vectors)
 
     def merge(self, other: FeatureStatistics) -> FeatureStatistics:
-        """Return the statistics of both sets of vectors.
-
-        The formula is the pairwise update of Chan, Golub and LeVeque (1979).
-        """
+        """Return the statistics of both sets of vectors (Chan, Golub and LeVeque 1979)."""
         count = self.count + other.count
         if not self.count or not other.count:
             return self if self.count else other
@@ -157,8 +144,7 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     eigenvalues are zero; their rounding errors are set to zero.
 
     Args:
-        a: statistics of at least two vectors.
-        b: statistics of at least two vectors with the same number of features.
+        a, b: statistics of at least two vectors each, with the same number of features.
 
     Raises:
         ValueError: a set has fewer than two vectors, and so no covariance.

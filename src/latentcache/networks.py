@@ -12,7 +12,6 @@ import pickle
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from io import BytesIO
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +25,9 @@ Features = Callable[[Tensor], Tensor]
 """A function from uint8 [B, 3, H, W] on any device to float32 [B, D] on the network's device."""
 
 Distance = Callable[[Tensor, Tensor], Tensor]
-"""A function from two batches, uint8 [B, 3, H, W] on any device, to float64 [B] on the network's
-device."""
+"""A function from two batches of images like `Features` gets to float64 [B] on its device."""
+
+Device = str | torch.device
 
 NUM_INCEPTION_FEATURES = 2048
 
@@ -39,21 +39,15 @@ _PIXELS_AT_ONCE = 4 * 256 * 256
 # Simonyan and Zisserman 2015, configuration D. Each block between two poolings has the indices of
 # its convolutions in torchvision's `features`, and their number of channels.
 _VGG16_BLOCKS = (
-    ((0, 2), 64),
-    ((5, 7), 128),
-    ((10, 12, 14), 256),
-    ((17, 19, 21), 512),
-    ((24, 26, 28), 512),
+    *(((0, 2), 64), ((5, 7), 128), ((10, 12, 14), 256)),
+    *(((17, 19, 21), 512), ((24, 26, 28), 512)),
 )
 # The mean and standard deviation of ImageNet (RGB) with which torchvision's weights were trained.
-_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_IMAGENET_MEAN_STD = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 def load_inception(
-    url: str,
-    sha256: str,
-    options: StorageOptions = StorageOptions(),
-    device: str | torch.device = "cpu",
+    url: str, sha256: str, options: StorageOptions = StorageOptions(), device: Device = "cpu"
 ) -> Features:
     """Load the Inception network of the Fréchet distance, `inception-2015-12-05.pt`.
 
@@ -63,96 +57,63 @@ def load_inception(
     Args:
         url: path or URL of the file.
         sha256: SHA-256 of the file, lower-case hex.
-        options: options of the store.
-        device: device of the network.
+        options, device: options of the store, and the device of the network.
 
     Raises:
         ConfigError: there is no such file, its hash differs, or it is not such a network.
         StorageError: the store cannot be reached.
     """
-    network = _load_script(url, sha256, options)
-    arguments = {"return_features": True}
-    probe_features = _try(url, network, _PROBE, arguments)
-    if probe_features.shape[1:] != (NUM_INCEPTION_FEATURES,):
+    network, shape = _load_script(url, sha256, options, device, _PROBE, return_features=True)
+    if shape[1:] != (NUM_INCEPTION_FEATURES,):
         raise ConfigError(
-            f"{url} returns features of shape {list(probe_features.shape[1:])}, not "
+            f"{url} returns features of shape {list(shape[1:])}, not "
             f"[{NUM_INCEPTION_FEATURES}]: use StyleGAN2-ADA's inception-2015-12-05.pt"
         )
-    network = network.to(device)
-
-    @torch.inference_mode()
-    def features(images: Tensor) -> Tensor:
-        out: Tensor = network(images.to(device), **arguments)
-        return out
-
-    return features
+    return network
 
 
 def load_lpips(
-    url: str,
-    sha256: str,
-    options: StorageOptions = StorageOptions(),
-    device: str | torch.device = "cpu",
+    url: str, sha256: str, options: StorageOptions = StorageOptions(), device: Device = "cpu"
 ) -> Distance:
     """Load LPIPS (Zhang et al. 2018, on VGG16) as StyleGAN2-ADA published it: `vgg16.pt`.
 
     The TorchScript file returns features whose summed squared difference is the distance.
 
     Args:
-        url, sha256, options, device: as for `load_inception`.
-
-    Raises:
-        ConfigError: there is no such file, its hash differs, or it is not such a network.
-        StorageError: the store cannot be reached.
+        url, sha256, options, device: as for `load_inception`, which raises the same errors.
     """
-    network = _load_script(url, sha256, options)
     arguments = {"resize_images": False, "return_lpips": True}
-    if _try(url, network, _PROBE.float(), arguments).ndim != 2:
+    network, shape = _load_script(url, sha256, options, device, _PROBE.float(), **arguments)
+    if len(shape) != 2:
         raise ConfigError(f"{url} returns no LPIPS features: use StyleGAN2-ADA's vgg16.pt")
-    network = network.to(device)
 
     def distance(images: Tensor, reference: Tensor) -> Tensor:
-        a, b = (network(x.to(device).float(), **arguments) for x in (images, reference))
-        squared: Tensor = (a - b).square()
+        squared = (network(images) - network(reference)).square()
         return squared.sum(dim=1, dtype=torch.float64)
 
     return _few_at_once(distance)
 
 
 def load_vgg16(
-    url: str,
-    sha256: str,
-    options: StorageOptions = StorageOptions(),
-    device: str | torch.device = "cpu",
+    url: str, sha256: str, options: StorageOptions = StorageOptions(), device: Device = "cpu"
 ) -> Distance:
     """Load a plain VGG16 and return PSIM, an unweighted perceptual distance.
 
     PSIM is LPIPS without its learned weights (the baseline of Zhang et al. 2018, equation 1 with
     w = 1). The activations after relu1_2, 2_2, 3_3, 4_3 and 5_3 are divided by their length over
     the channels. Their squared difference is summed over the channels, averaged over space, and
-    summed over the layers.
+    summed over the layers. The file is a state dict as PyTorch saves it, with torchvision's names
+    (`features.0.weight`, …); its classifier is not used.
 
     Args:
-        url: path or URL of a state dict as PyTorch saves it, with torchvision's names
-            (`features.0.weight`, …); its classifier is not used.
-        sha256: SHA-256 of the file, lower-case hex.
-        options: options of the store.
-        device: device of the network.
-
-    Raises:
-        ConfigError: there is no such file, its hash differs, or it is not such a state dict.
-        StorageError: the store cannot be reached.
+        url, sha256, options, device: as for `load_inception`, which raises the same errors.
     """
     weights = {name: tensor.to(device) for name, tensor in _load_vgg16(url, sha256, options)}
 
     def distance(images: Tensor, reference: Tensor) -> Tensor:
-        pairs = zip(
-            _vgg16_layers(weights, images.to(device)),
-            _vgg16_layers(weights, reference.to(device)),
-            strict=True,
-        )
-        layers = [(a - b).square().sum(dim=1).double().mean(dim=(1, 2)) for a, b in pairs]
-        return torch.stack(layers).sum(dim=0)
+        layers = (_vgg16_layers(weights, x.to(device)) for x in (images, reference))
+        squared = [(a - b).square().sum(dim=1).double() for a, b in zip(*layers, strict=True)]
+        return torch.stack([maps.mean(dim=(1, 2)) for maps in squared]).sum(dim=0)
 
     return _few_at_once(distance)
 
@@ -185,26 +146,26 @@ def _read(url: str, sha256: str, options: StorageOptions) -> BytesIO:
     return BytesIO(data)
 
 
-def _load_script(url: str, sha256: str, options: StorageOptions) -> torch.jit.ScriptModule:
+def _load_script(
+    url: str, sha256: str, options: StorageOptions, device: Device, probe: Tensor, **arguments: bool
+) -> tuple[Features, torch.Size]:
+    """Return a function that calls a TorchScript network, and the shape of its output for `probe`.
+
+    The function converts images to the dtype of `probe`. A wrong network fails for `probe`, before
+    hours of work.
+    """
     file = _read(url, sha256, options)
     with warnings.catch_warnings():
         # torch deprecates TorchScript, but these networks were published in no other format.
         warnings.simplefilter("ignore", DeprecationWarning)
         try:
             load: Callable[..., torch.jit.ScriptModule] = torch.jit.load
-            network = load(file, map_location="cpu")
+            network = load(file, map_location="cpu").eval()
         except (RuntimeError, ValueError) as error:
             raise ConfigError(f"{url} is not a TorchScript file: {first_line(error)}") from error
-    return network.eval()
-
-
-@torch.inference_mode()
-def _try(
-    url: str, network: torch.jit.ScriptModule, probe: Tensor, arguments: Mapping[str, Any]
-) -> Tensor:
-    """Call a network once, so that a wrong one is reported before hours of work."""
     try:
-        output = network(probe, **arguments)
+        with torch.inference_mode():
+            output = network(probe, **arguments)
     except (RuntimeError, torch.jit.Error) as error:
         called = ", ".join(f"{name}={value}" for name, value in arguments.items())
         raise ConfigError(
@@ -213,7 +174,14 @@ def _try(
         ) from error
     if not isinstance(output, Tensor):
         raise ConfigError(f"{url} does not return a tensor: use one of StyleGAN2-ADA's networks")
-    return output
+    network = network.to(device)
+
+    @torch.inference_mode()
+    def call(images: Tensor) -> Tensor:
+        features: Tensor = network(images.to(device).to(probe.dtype), **arguments)
+        return features
+
+    return call, output.shape
 
 
 def _load_vgg16(url: str, sha256: str, options: StorageOptions) -> Iterator[tuple[str, Tensor]]:
@@ -245,10 +213,7 @@ def _load_vgg16(url: str, sha256: str, options: StorageOptions) -> Iterator[tupl
 
 def _vgg16_layers(weights: Mapping[str, Tensor], images: Tensor) -> Iterator[Tensor]:
     """Yield the last activations of each block, [B, C, h, w], of length 1 over the channels."""
-    mean, std = (
-        torch.tensor(values, device=images.device)[:, None, None]
-        for values in (_IMAGENET_MEAN, _IMAGENET_STD)
-    )
+    mean, std = torch.tensor(_IMAGENET_MEAN_STD, device=images.device)[..., None, None]
     x = (images.float() / 255 - mean) / std
     for index, (numbers, _) in enumerate(_VGG16_BLOCKS):
         if index:

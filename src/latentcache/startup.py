@@ -1,7 +1,4 @@
-"""The process-wide settings of this package, made when a command or an actor starts.
-
-Importing a module of this package changes no setting.
-"""
+"""The settings of the whole process, made when a command or an actor starts, not on import."""
 
 from __future__ import annotations
 
@@ -20,10 +17,7 @@ _RAY_SETTINGS = {
 
 
 def start_process() -> None:
-    """Set the warning filters, and the environment variables of Ray that are not set yet.
-
-    A second call changes nothing.
-    """
+    """Set the warning filters, and Ray's variables that are not set; a second call does nothing."""
     for name, value in _RAY_SETTINGS.items():
         os.environ.setdefault(name, value)
     # Pillow warns of oddities in metadata that do not affect the pixels. `catch_warnings` is not

@@ -28,7 +28,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, DemoData]:
     return folder, write_demo_data(folder, num_shards=5, samples_per_shard=13)
 
 
-def test_every_sample_reads_and_the_broken_ones_have_the_reason_counted(
+def test_samples_are_readable_and_broken_ones_are_counted_by_reason(
     demo: tuple[Path, DemoData],
 ):
     folder, made = demo
@@ -63,9 +63,7 @@ def test_every_sample_reads_and_the_broken_ones_have_the_reason_counted(
     assert len(shapes) == 60
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_one_others(
-    demo: tuple[Path, DemoData], tmp_path: Path
-):
+def test_bytes_depend_only_on_the_seed_and_the_shard(demo: tuple[Path, DemoData], tmp_path: Path):
     folder, _ = demo
     write_demo_data(tmp_path / "again", num_shards=2, samples_per_shard=13)
     write_demo_data(tmp_path / "other", num_shards=1, samples_per_shard=2, seed=1)
@@ -75,7 +73,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_one_others(
     assert not (folder / "demo-000000.tar").read_bytes().startswith(first[:20_000])
 
 
-def test_without_broken_samples_none_is_counted(tmp_path: Path):
+def test_broken_false_writes_no_broken_samples(tmp_path: Path):
     made = write_demo_data(tmp_path, num_shards=1, samples_per_shard=3, broken=False)
     assert (made.num_samples, made.num_broken, made.num_by_reason) == (3, 0, {})
     assert write_demo_data(tmp_path, num_shards=1, samples_per_shard=1).num_broken == 0

@@ -11,7 +11,9 @@ from latentcache.demo.draw import draw_image
 
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 2**32), width_px=st.integers(1, 90), height_px=st.integers(1, 90))
-def test_any_size_and_the_same_for_a_seed(seed: int, width_px: int, height_px: int) -> None:
+def test_pictures_of_any_size_depend_only_on_the_seed(
+    seed: int, width_px: int, height_px: int
+) -> None:
     first, caption = draw_image(np.random.default_rng(seed), width_px, height_px)
     again, same_caption = draw_image(np.random.default_rng(seed), width_px, height_px)
     assert first.dtype == np.uint8
@@ -21,7 +23,7 @@ def test_any_size_and_the_same_for_a_seed(seed: int, width_px: int, height_px: i
     assert caption.strip()
 
 
-def test_varied_and_like_photographs() -> None:
+def test_pictures_are_varied_and_have_the_statistics_of_photographs() -> None:
     """Bounds around what 250 photographs at this size measured, the number in each comment."""
     rng = np.random.default_rng(1)
     drawn = [draw_image(rng, 256, 256) for _ in range(64)]

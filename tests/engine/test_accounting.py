@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from latentcache import open_dataset, parse_config
 from latentcache.engine import run as run_module
-from latentcache.engine.accounting import SampleBudget, SampleCounts
-from latentcache.engine.stages import ByteBudget
+from latentcache.engine.attempt import SampleCounts
+from latentcache.engine.stages import ByteBudget, SampleBudget
 from latentcache.errors import Reject
 from latentcache.images.samples import RejectedSample, Sample
 from makers import config_tree, png, write_tar
@@ -67,9 +67,7 @@ samples = st.one_of(
 
 
 @given(st.lists(samples, max_size=8), st.integers(0, 7))
-def test_a_row_or_a_reject_that_goes_missing_is_an_error(
-    found: list[Sample | RejectedSample], lost: int
-):
+def test_a_lost_row_or_reject_is_an_error(found: list[Sample | RejectedSample], lost: int):
     counts = SampleCounts()
     for sample in found:
         counts.add(sample)
@@ -86,8 +84,8 @@ def test_a_row_or_a_reject_that_goes_missing_is_an_error(
             counts.check("unit", rows - 1, len(rejects) + 1, with_image)
 
 
-def test_two_units_that_read_large_samples_share_the_budget_and_neither_waits_for_ever():
-    room, held, peak, lock = ByteBudget(256), [0], [0], threading.Lock()
+def test_two_units_with_large_samples_share_a_budget_without_deadlock():
+    fetched, held, peak, lock = ByteBudget(256), [0], [0], threading.Lock()
 
     def change(num_bytes: int) -> None:
         with lock:
@@ -95,23 +93,23 @@ def test_two_units_that_read_large_samples_share_the_budget_and_neither_waits_fo
             peak[0] = max(peak[0], held[0])
 
     def read(sizes: list[int]) -> None:
-        budget = SampleBudget(room, 200)
+        budget = SampleBudget(fetched, 200)
         for size in sizes:
             for num_bytes in range(10, size + 1, 10):
                 budget.reserve(num_bytes)
             change(size)
             budget.finish(size)
             change(-size)
-            room.release(size)
+            fetched.release(size)
         budget.close()
 
     threads = [threading.Thread(target=read, args=([200, 30, 150, 200, 90],)) for _ in range(2)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("latentcache.engine.accounting._FREE_BYTES", 20)
+        patch.setattr("latentcache.engine.stages._FREE_BYTES", 20)
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join(timeout=60)
     assert not any(thread.is_alive() for thread in threads)
     assert peak[0] <= 256
-    assert room.acquire(256) >= 0  # all was given back
+    assert fetched.acquire(256) >= 0  # all was given back

@@ -25,7 +25,7 @@ def num_that_fit(shapes: list[NodeShape], num_cpus: int, with_gpu: bool) -> int:
 
 
 @given(NODES, st.integers(1, 40), st.booleans())
-def test_auto_takes_the_most_that_leaves_room_for_all(
+def test_auto_takes_the_most_cpus_with_which_all_actors_fit(
     shapes: list[NodeShape], num_actors: int, with_gpu: bool
 ):
     most = num_that_fit(shapes, 1, with_gpu)
@@ -55,14 +55,14 @@ def test_auto_takes_the_most_that_leaves_room_for_all(
         ([NodeShape(0, 0), NodeShape(12, 1)], 40, True, 12),
     ],
 )
-def test_what_clusters_come_to(
+def test_auto_cpus_of_typical_clusters(
     shapes: list[NodeShape], num_actors: int, with_gpu: bool, expected: int
 ):
     found = cpus_per_actor(shapes, num_actors, with_gpu=with_gpu, decode_threads=None)
     assert found == expected
 
 
-def test_what_no_node_can_hold_is_refused():
+def test_decode_threads_that_fit_on_no_node_are_refused():
     shapes = [NodeShape(96, 0), NodeShape(8, 1)]
     assert cpus_per_actor(shapes, 1, with_gpu=True, decode_threads=8) == 8
     with pytest.raises(ClusterError, match=r"decode_threads is 9, .* node with a GPU has 8 CPUs"):

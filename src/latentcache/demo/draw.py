@@ -27,20 +27,17 @@ _SYLLABLES = "ka lo mi tra ven sul do pe ri chan ost ber ly qua zin for gu hem".
 def draw_image(
     rng: np.random.Generator, width_px: int, height_px: int
 ) -> tuple[NDArray[np.uint8], str]:
-    """Draw one picture. The same generator state and size give the same picture.
+    """Draw one picture; return its pixels, uint8 [height_px, width_px, 3], and a caption.
 
     Args:
-        rng: the generator.
-        width_px: the width.
-        height_px: the height.
-
-    Returns:
-        The pixels, uint8 [height_px, width_px, 3], and a caption.
+        rng, width_px, height_px: the same state of the generator and size give the same picture.
     """
     canvas, caption = _draw_scene(rng, width_px, height_px)
     canvas = _adjust_tones(rng, canvas)
-    if rng.random() < 0.5:
-        canvas = canvas + _grain(rng, width_px, height_px)
+    if rng.random() < 0.5:  # sensor noise of up to about 5 of 255 levels
+        amplitude = np.float32(rng.uniform(0.0, 0.02))
+        noise = rng.standard_normal((height_px, width_px, 1), dtype=np.float32)
+        canvas = canvas + amplitude * noise
     pixels = np.rint(canvas * 255.0).clip(0, 255).astype(np.uint8)
     if rng.random() < 0.3:
         pixels, words = _write_text(rng, pixels)
@@ -80,14 +77,16 @@ def _leaves(rng: np.random.Generator, width: int, height: int) -> Layer:
         waves = rng.normal(0.0, rng.uniform(20.0, 160.0), (2, num_rows)).astype(np.float32)
         depth = np.where(striped, rng.uniform(0.02, 0.4, num_rows), 0.0).astype(np.float32)
         light += depth[index] * np.sin(waves[0][index] * x + waves[1][index] * y)
-    canvas = _halve(colours[index] * light[..., None])
+    large = colours[index] * light[..., None]
+    canvas = 0.25 * (large[::2, ::2] + large[1::2, ::2] + large[::2, 1::2] + large[1::2, 1::2])
 
     roughness = np.abs(rng.normal(0.0, rng.uniform(0.02, 0.16), num_rows)).astype(np.float32)
     noise = _power_noise(rng, width, height, slope=rng.uniform(0.4, 1.3))
     canvas += (roughness[index[::2, ::2]] * noise)[..., None]
     if rng.random() < 0.3:  # objects behind are out of focus
         canvas = _blur(canvas, radius_px=rng.uniform(0.3, 2.0))
-    return canvas, f"{_count_word(num_leaves)} overlapping {kind}"
+    count = "a few" if num_leaves < 120 else "many" if num_leaves < 450 else "countless"
+    return canvas, f"{count} overlapping {kind}"
 
 
 def _index_map(
@@ -177,8 +176,7 @@ def _palette(rng: np.random.Generator, num_colours: int) -> Floats:
     for i in np.flatnonzero(vivid):
         hue, saturation, value = rng.random(), rng.uniform(0.5, 1.0), rng.uniform(0.3, 1.0)
         colours[i] = colorsys.hsv_to_rgb(hue, saturation, value)
-    palette: Floats = colours.clip(0.0, 1.0)
-    return palette
+    return colours.clip(0.0, 1.0)
 
 
 def _power_noise(
@@ -191,8 +189,7 @@ def _power_noise(
     radius[0, 0] = np.inf
     white = rng.standard_normal((height, width), dtype=np.float32)
     noise = np.fft.irfft2(np.fft.rfft2(white) * radius**-slope, s=(height, width))
-    scaled: Floats = (noise / max(float(noise.std()), 1e-12)).astype(np.float32)
-    return scaled
+    return (noise / max(float(noise.std()), 1e-12)).astype(np.float32)
 
 
 def _adjust_tones(rng: np.random.Generator, canvas: Floats) -> Floats:
@@ -203,14 +200,7 @@ def _adjust_tones(rng: np.random.Generator, canvas: Floats) -> Floats:
         light = 1.0 + rng.normal(0.0, 0.35) * x + rng.normal(0.0, 0.35) * y
         canvas = canvas * light[..., None]
     gamma = np.exp(rng.normal(0.0, 0.25))
-    toned: Floats = canvas.clip(0.0, 1.0) ** np.float32(gamma)
-    return toned
-
-
-def _grain(rng: np.random.Generator, width: int, height: int) -> Floats:
-    """Draw sensor noise, [H, W, 1], of up to about 5 of 255 levels."""
-    amplitude = np.float32(rng.uniform(0.0, 0.02))
-    return amplitude * rng.standard_normal((height, width, 1), dtype=np.float32)
+    return canvas.clip(0.0, 1.0) ** np.float32(gamma)
 
 
 def _write_text(
@@ -239,8 +229,7 @@ def _blur(canvas: Floats, radius_px: float) -> Floats:
     fx = np.fft.rfftfreq(canvas.shape[1])[None, :, None]
     response = np.exp(-2.0 * (np.pi * radius_px) ** 2 * (fx**2 + fy**2)).astype(np.float32)
     spectrum = np.fft.rfft2(canvas, axes=(0, 1)) * response
-    blurred: Floats = np.fft.irfft2(spectrum, s=canvas.shape[:2], axes=(0, 1)).astype(np.float32)
-    return blurred
+    return np.fft.irfft2(spectrum, s=canvas.shape[:2], axes=(0, 1)).astype(np.float32)
 
 
 def _grid(width: int, height: int) -> tuple[Floats, Floats]:
@@ -248,15 +237,3 @@ def _grid(width: int, height: int) -> tuple[Floats, Floats]:
     y = np.linspace(-0.5, 0.5, height, dtype=np.float32)[:, None]
     x = np.linspace(-0.5, 0.5, width, dtype=np.float32)[None, :]
     return np.broadcast_to(y, (height, width)), np.broadcast_to(x, (height, width))
-
-
-def _halve(canvas: Floats) -> Floats:
-    """Return the mean of each 2×2 pixels."""
-    half: Floats = 0.25 * (
-        canvas[::2, ::2] + canvas[1::2, ::2] + canvas[::2, 1::2] + canvas[1::2, 1::2]
-    )
-    return half
-
-
-def _count_word(count: int) -> str:
-    return "a few" if count < 120 else "many" if count < 450 else "countless"

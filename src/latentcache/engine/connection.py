@@ -1,10 +1,9 @@
 """The connection to Ray: a private cluster of this process, or the one at RAY_ADDRESS.
 
 A private cluster listens on loopback addresses only and requires a random token, so that no other
-user and no other machine can run code in it. An existing cluster is not changed.
-
-Calls into Ray may block without end, and abort the process after a minute, once the processes that
-they call are dead. So each connection watches those processes, and `require_alive` reports a loss.
+user and no other machine can run code in it. Calls into Ray block without end, and abort the
+process after a minute, once the processes that they call are dead. So each connection watches those
+processes, and `require_alive` reports a loss.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
-from contextlib import suppress
-from typing import Any, TypeVar
+from contextlib import ExitStack, contextmanager, suppress
+from typing import TypeVar
 
 import ray
 from ray._private import ray_constants, ray_logging, services, worker
@@ -65,11 +64,7 @@ _Address = tuple[str, int]
 
 
 def connect() -> Connection:
-    """Start a private cluster, or join the one at RAY_ADDRESS (`local` means a private one).
-
-    Raises:
-        ClusterError: Ray cannot be started, or does not answer at RAY_ADDRESS.
-    """
+    """Start a private cluster, or join the one at RAY_ADDRESS, or raise a `ClusterError`."""
     start_process()
     # Ray reads this variable on import, which may have been before `start_process` set it.
     ray_logging.RAY_DEDUP_LOGS = ray_constants.env_bool("RAY_DEDUP_LOGS", True)
@@ -79,28 +74,21 @@ def connect() -> Connection:
     return PrivateCluster() if address == "local" else JoinedCluster(address)
 
 
-class Connection:
-    """A connection to Ray; the user closes it."""
+class Connection(ExitStack):
+    """A connection to Ray; `close` leaves the cluster, and ends a private one."""
 
     def require_alive(self) -> None:
-        """Raise if Ray's own processes are lost.
+        """Raise a `ClusterError` that names the cause if a process of Ray itself is lost."""
+        if loss := self._loss():
+            raise ClusterError(f"{loss}; committed units are kept; run again")
 
-        Raises:
-            ClusterError: a process of Ray is lost; names it and the cause.
-        """
-        raise NotImplementedError
-
-    def close(self) -> None:
-        """Leave the cluster, and end a private one."""
+    def _loss(self) -> str | None:
         raise NotImplementedError
 
     def ask(self, function: Callable[[], T]) -> T:
-        """Return the result of a function that calls the head of the cluster.
+        """Return the result of a function that calls the head of the cluster; see `require_alive`.
 
         The function runs on a thread, because such a call does not return once the head is dead.
-
-        Raises:
-            ClusterError: Ray is lost.
         """
         self.require_alive()
         answer: Future[T] = Future()
@@ -119,33 +107,24 @@ class Connection:
         except RayError as error:
             raise ClusterError(f"Ray does not answer: {first_line(error)}") from error
 
-    def wait(self, ref: Any) -> None:
-        """Wait until a call has ended.
-
-        Raises:
-            ClusterError: Ray is lost.
-        """
-        while not ray.wait([ref], timeout=_CHECK_EVERY_S)[0]:
-            self.require_alive()
-
 
 class PrivateCluster(Connection):
     """A cluster of this process alone, on loopback addresses, behind a random token."""
 
     def __init__(self) -> None:
-        self._folder = _make_folder()
-        self._environment = _Environment()
-        self._processes: list[tuple[str, Any]] = []
+        super().__init__()
+        folder = _make_folder()
+        self.callback(shutil.rmtree, folder, ignore_errors=True)
         try:
-            # Without these variables Ray replaces a loopback address by one that others can reach.
-            self._environment.set_for_private_cluster()
+            self.enter_context(_private_environment())
+            self.callback(ray.shutdown)
             ray.init(
                 address="local",
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level="ERROR",
                 _node_ip_address="127.0.0.1",
-                _temp_dir=f"{self._folder}/r",  # Ray opens it to all users, not its parent
+                _temp_dir=f"{folder}/r",  # Ray opens it to all users, not its parent
             )
             node = worker._global_node
             if node.node_ip_address != "127.0.0.1":
@@ -159,62 +138,38 @@ class PrivateCluster(Connection):
             if isinstance(error, ClusterError) or not isinstance(error, Exception):
                 raise
             raise ClusterError(
-                f"cannot start Ray with its files in {os.path.dirname(self._folder)}: "
-                f"{first_line(error)}"
+                f"cannot start Ray with its files in {os.path.dirname(folder)}: {first_line(error)}"
             ) from error
 
-    def require_alive(self) -> None:
-        """Raise if the GCS or the raylet has ended."""
+    def _loss(self) -> str | None:
         for kind, process in self._processes:
             if (code := process.poll()) is not None:
                 how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
-                raise ClusterError(
-                    f"Ray's {kind} of this run {how}, perhaps because memory ran out: committed "
-                    "units are kept; run again"
-                )
-
-    def close(self) -> None:
-        """End the cluster, delete its files, and restore the environment."""
-        try:
-            ray.shutdown()
-        finally:
-            self._environment.restore()
-            shutil.rmtree(self._folder, ignore_errors=True)
+                return f"Ray's {kind} of this run {how}, perhaps because memory ran out"
+        return None
 
 
-class _Environment:
-    """The environment variables that a private cluster inherits, and their earlier values."""
-
-    def __init__(self) -> None:
-        self._before: dict[str, str | None] = {}
-        self._is_cluster_enabled = ray_constants.ENABLE_RAY_CLUSTER
-
-    def set_for_private_cluster(self) -> None:
-        """Set a random token and the variables of workers."""
-        variables = {
-            # In the environment, because every user of the machine can read a command line.
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        }
-        variables |= {
-            name: value for name, value in WORKER_ENVIRONMENT.items() if name not in os.environ
-        }
-        self._before = {name: os.environ.get(name) for name in variables}
+@contextmanager
+def _private_environment() -> Iterator[None]:
+    """Set a random token and the variables of workers, which all processes of Ray inherit."""
+    variables = {name: v for name, v in WORKER_ENVIRONMENT.items() if name not in os.environ}
+    # In the environment, because every user of the machine can read a command line.
+    variables |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    before = {name: os.environ[name] for name in variables if name in os.environ}
+    is_cluster_enabled = ray_constants.ENABLE_RAY_CLUSTER
+    try:
         os.environ.update(variables)
-        # In Ray's terms a cluster is one that other machines reach. Ray reads its own variable for
-        # this on import, which may have been earlier.
+        # Else Ray replaces a loopback address by one that others can reach. In its terms a cluster
+        # is one that other machines reach. It reads its variable for this on import, which may
+        # have been earlier.
         ray_constants.ENABLE_RAY_CLUSTER = False
         _forget_authentication()
-
-    def restore(self) -> None:
-        """Restore the earlier values."""
-        for name, value in self._before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-        self._before = {}
-        ray_constants.ENABLE_RAY_CLUSTER = self._is_cluster_enabled
+        yield
+    finally:
+        for name in variables:
+            os.environ.pop(name, None)
+        os.environ.update(before)
+        ray_constants.ENABLE_RAY_CLUSTER = is_cluster_enabled
         _forget_authentication()
 
 
@@ -226,23 +181,6 @@ def _forget_authentication() -> None:
 
 def _make_folder() -> str:
     """Create a private folder for Ray's files, with a path that is short enough for its sockets."""
-    tried = []
-    for folder in _folders():
-        if len(os.fsencode(folder)) > _MAX_FOLDER_BYTES:
-            continue
-        try:
-            return tempfile.mkdtemp(prefix="lc-", dir=folder)
-        except OSError as error:
-            tried.append(f"{folder} ({error.strerror})")
-    raise ClusterError(
-        "Ray needs a writable folder with a path of at most "
-        f"{_MAX_FOLDER_BYTES} bytes: set RAY_TMPDIR to one"
-        + (f"; tried {', '.join(tried)}" if tried else "")
-    )
-
-
-def _folders() -> Iterator[str]:
-    """Yield the folder of the environment, then folders with short paths."""
     for name in ("RAY_TMPDIR", "TMPDIR"):
         folder = os.environ.get(name)
         if folder is None or (name == "TMPDIR" and not folder):  # tempfile treats it as unset
@@ -251,51 +189,48 @@ def _folders() -> Iterator[str]:
             raise ClusterError(
                 f"{name} is {folder!r}, which is not a writable folder: create it, or unset {name}"
             )
-    named = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR")
-    yield os.path.abspath(named or tempfile.gettempdir())
-    yield from _SHORT_FOLDERS
-    if runtime := os.environ.get("XDG_RUNTIME_DIR"):
-        yield runtime
+    named = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or tempfile.gettempdir()
+    tried = []
+    for folder in (os.path.abspath(named), *_SHORT_FOLDERS, os.environ.get("XDG_RUNTIME_DIR")):
+        if folder and len(os.fsencode(folder)) <= _MAX_FOLDER_BYTES:
+            try:
+                return tempfile.mkdtemp(prefix="lc-", dir=folder)
+            except OSError as error:
+                tried.append(f"{folder} ({error.strerror})")
+    reasons = f"; tried {', '.join(tried)}" if tried else ""
+    raise ClusterError(
+        f"Ray needs a writable folder with a path of at most {_MAX_FOLDER_BYTES} bytes: set "
+        f"RAY_TMPDIR to one{reasons}"
+    )
 
 
 class JoinedCluster(Connection):
     """An existing cluster, which is probed regularly."""
 
     def __init__(self, address: str) -> None:
+        super().__init__()
         self._name = f"the Ray cluster at {address} (RAY_ADDRESS)"
         self._lost: str | None = None
         self._closed = threading.Event()
-        watched = self._require_answer(address)
+        # Ray's client (`ray://`) has its own timeout and connection.
+        watched = [] if "://" in address else [self._probe_head(address)]
         try:
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+            self.callback(ray.shutdown)
+            self.callback(self._closed.set)
         except Exception as error:  # Ray raises bare ones too
             raise ClusterError(f"cannot join {self._name}: {first_line(error)}") from error
         if watched:
-            watched += self._raylet()
+            watched += _own_raylet()
             threading.Thread(
                 target=self._watch, args=(watched,), name="ray-watch", daemon=True
             ).start()
 
-    def require_alive(self) -> None:
-        """Raise if the head, or this node's raylet, has not answered for too long."""
-        if self._lost:
-            raise ClusterError(
-                f"{self._name} is lost: {self._lost}; committed units are kept; run again"
-            )
+    def _loss(self) -> str | None:
+        return f"{self._name} is lost: {self._lost}" if self._lost else None
 
-    def close(self) -> None:
-        """Leave the cluster."""
-        self._closed.set()
-        ray.shutdown()
-
-    def _require_answer(self, address: str) -> list[_Address]:
-        """Raise within seconds if the cluster does not answer, for which Ray needs minutes.
-
-        Returns:
-            The addresses to watch; empty for a Ray client, which has its own timeout.
-        """
-        if "://" in address:  # Ray's client, which has its own timeout and connection
-            return []
+    def _probe_head(self, address: str) -> _Address:
+        """Return the address of the head; raise within seconds if it does not answer."""
         try:
             resolved = services.canonicalize_bootstrap_address(address)
             if not resolved:
@@ -303,21 +238,12 @@ class JoinedCluster(Connection):
             host, _, port = resolved.rpartition(":")
             head = (host.strip("[]"), int(port))
             _probe(head)
+            return head
         except (OSError, ValueError, OverflowError) as error:
             raise ClusterError(
                 f"cannot join {self._name}: {_reason(error)}; correct RAY_ADDRESS, or unset it to "
                 "run without a cluster"
             ) from error
-        return [head]
-
-    def _raylet(self) -> list[_Address]:
-        """Return the address of the raylet that this driver is connected to; empty if unknown."""
-        with suppress(RayError):
-            here = ray.get_runtime_context().get_node_id()
-            for node in ray.nodes():
-                if node["NodeID"] == here:
-                    return [(node["NodeManagerAddress"], node["NodeManagerPort"])]
-        return []
 
     def _watch(self, addresses: Sequence[_Address]) -> None:
         answered_at = dict.fromkeys(addresses, time.monotonic())
@@ -327,11 +253,20 @@ class JoinedCluster(Connection):
                     _probe(address)
                     answered_at[address] = time.monotonic()
                 except OSError as error:
-                    silent_s = time.monotonic() - answered_at[address]
-                    if silent_s >= _LOST_AFTER_S:
+                    if time.monotonic() - answered_at[address] >= _LOST_AFTER_S:
                         host, port = address
                         self._lost = f"{host}:{port} does not answer ({_reason(error)})"
                         return
+
+
+def _own_raylet() -> list[_Address]:
+    """Return the address of the raylet that this driver is connected to; empty if unknown."""
+    with suppress(RayError):
+        own = ray.get_runtime_context().get_node_id()
+        for node in ray.nodes():
+            if node["NodeID"] == own:
+                return [(node["NodeManagerAddress"], node["NodeManagerPort"])]
+    return []
 
 
 def _probe(address: _Address) -> None:
@@ -340,11 +275,8 @@ def _probe(address: _Address) -> None:
         if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
             return
         connection.sendall(_HTTP2_PREFACE)
-        header = b""
-        while len(header) < 9:
-            if not (received := connection.recv(9 - len(header))):
-                break
-            header += received
+        with connection.makefile("rb") as stream:
+            header = stream.read(9)
     if len(header) < 9 or header[3] != _HTTP2_SETTINGS:
         raise ConnectionError("the process that listens there is not a Ray cluster")
 

@@ -21,7 +21,7 @@ UNITS_PER_ACTOR = 2
 
 @dataclass(frozen=True, slots=True)
 class QaJob:
-    """The fraction of rows that QA evaluates, the seed of their draw, and the models."""
+    """The share of rows that QA evaluates, the seed of their sample, and the models to use."""
 
     fraction: float
     seed: int
@@ -30,10 +30,10 @@ class QaJob:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """The settings that all units of a run share; `name` is that of the config.
+    """The settings that all units of a run share.
 
-    `columns` are the kept columns. With `loads_late` an actor loads the encoder when the first unit
-    needs it, because a run may have nothing to encode.
+    `name` is that of the config, and `columns` are the kept columns. With `loads_late` an actor
+    loads the encoder when the first unit needs it, because a run may have nothing to encode.
     """
 
     contract: Contract
@@ -54,12 +54,19 @@ def make_job(config: Config, contract: Contract, decode_threads: int) -> Job:
     """Return the part of a config that actors need.
 
     Args:
-        config: the config of the run.
-        contract: the contract of the run.
-        decode_threads: the number of decode threads of an actor.
+        config, contract, decode_threads: of the run, and the number of decode threads of an actor.
     """
-    batch_size = config.compute.batch_size
-    output_storage = config.output.storage
+    batch_size, output_storage, qa = config.compute.batch_size, config.output.storage, config.qa
+    qa_job = None
+    if qa:
+        models = QaModels(
+            # An actor loads only the encoder of the VAE, so the decoder is always named.
+            decoder=absolute_url(qa.decoder or config.vae.checkpoint),
+            lpips=(absolute_url(qa.lpips.url), qa.lpips.sha256) if qa.lpips else None,
+            decoder_storage=qa.storage if qa.decoder else config.vae.storage,
+            lpips_storage=qa.storage,
+        )
+        qa_job = QaJob(qa.fraction, qa.seed, models)
     return Job(
         contract=contract,
         columns=columns_of(config.source.keep),
@@ -70,34 +77,17 @@ def make_job(config: Config, contract: Contract, decode_threads: int) -> Job:
         output_storage=output_storage,
         batch_size=None if batch_size == "auto" else batch_size,
         decode_threads=decode_threads,
-        qa=_qa_job(config),
+        qa=qa_job,
         name=config.name,
     )
 
 
-def _qa_job(config: Config) -> QaJob | None:
-    qa = config.qa
-    if qa is None:
-        return None
-    models = QaModels(
-        # An actor loads only the encoder of the VAE, so the decoder is always named.
-        decoder=absolute_url(qa.decoder or config.vae.checkpoint),
-        lpips=(absolute_url(qa.lpips.url), qa.lpips.sha256) if qa.lpips else None,
-        decoder_storage=qa.storage if qa.decoder else config.vae.storage,
-        lpips_storage=qa.storage,
-    )
-    return QaJob(qa.fraction, qa.seed, models)
-
-
 @dataclass(frozen=True, slots=True)
 class UnitTask:
-    """One attempt at one unit.
+    """One attempt at one unit, with the generation of its receipt and the id of the attempt.
 
     Attributes:
-        unit: the unit.
-        generation: the generation of its receipt.
-        attempt: the id of the attempt.
-        qa_wanted: the least number of QA rows, by bucket.
+        min_qa_rows: the least number of QA rows, by bucket.
         max_samples: read no more samples; such a trial has a receipt that must not be put.
         files: the files of a folder's slot; empty for other sources.
         rewrites: write the rows of the generation before this one again with other columns.
@@ -107,7 +97,7 @@ class UnitTask:
     unit: Unit
     generation: int
     attempt: str
-    qa_wanted: dict[str, int] = field(default_factory=dict)
+    min_qa_rows: dict[str, int] = field(default_factory=dict)
     max_samples: int | None = None
     files: tuple[ObjectInfo, ...] = ()
     rewrites: bool = False
@@ -124,16 +114,14 @@ class UnitTask:
 
 @dataclass(frozen=True, slots=True)
 class UnitFailure:
-    """Why an attempt has no receipt.
+    """Why an attempt has no receipt; `message` is for the user.
 
     Attributes:
-        message: the error, for the user.
         changed: the source no longer has the listed version.
         denied: a store refused access to this node. If the driver may read the source, the cause is
             the node, not the unit.
         fatal: an error that ends the run, because it affects all units, such as a full disk.
-        lacks_field: its file has no column for a field of the config, so another attempt would fail
-            too.
+        lacks_field: its file lacks a field of the config, so another attempt would fail too.
     """
 
     message: str

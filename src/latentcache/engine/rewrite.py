@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -29,13 +27,11 @@ from latentcache.dataset.quantization import to_values
 from latentcache.dataset.receipts import DataFile, Receipt, read_receipts
 from latentcache.dataset.shards import BucketWriter, RejectRow, RowMeta, iterate_latents
 from latentcache.dataset.statistics import Statistics
-from latentcache.engine.attempt import Attempt, AttemptLog, reject_row, stage_times
-from latentcache.engine.boundary import at_boundary, committed_receipt
-from latentcache.engine.job import Job, UnitFailure, UnitTask
+from latentcache.engine.attempt import Attempt, AttemptRunner, at_boundary, reject_row
+from latentcache.engine.job import UnitFailure, UnitTask
 from latentcache.errors import DatasetError, ObjectNotFound, Reject
-from latentcache.images.source import NotGrouped, RejectedSample, Sample
+from latentcache.images.source import RejectedSample, Sample
 from latentcache.images.text_fields import read_columns
-from latentcache.storage import Store
 from latentcache.storage.failures import named_local
 
 _SIZES = ("original_width", "original_height", "crop_top", "crop_left")
@@ -48,30 +44,21 @@ class _NeedsEncoding(Exception):
     """The unit cannot be rewritten from its stored files."""
 
 
-class Rewriter:
-    """A rewriter of units of a job; `run` may be called from two threads at once."""
+class Rewriter(AttemptRunner):
+    """A rewriter of units in this process; two threads may call it at once."""
 
-    def __init__(self, job: Job) -> None:
-        self.job = job
-        self.output = Store(job.output_url, job.output_storage)
-        self._attempts = AttemptLog()
-        self.stats = self._attempts.stats
-
-    def run(self, task: UnitTask) -> Receipt | UnitFailure | None:
+    def rewrite(self, task: UnitTask) -> Receipt | UnitFailure | None:
         """Rewrite one unit and upload its files; return None if it must be encoded instead."""
-        return at_boundary(task, partial(self._run, task))
+        return at_boundary(task, partial(self._rewrite, task))
 
-    def _run(self, task: UnitTask) -> Receipt | None:
-        if committed := committed_receipt(self.output, task):
-            return committed
-        for gather in (False, True):
-            with TemporaryDirectory(prefix="latentcache-") as name, suppress(NotGrouped):
-                job, output, folder, times = self.job, self.output, Path(name), stage_times()
-                rewrite = _Rewrite(job, output, task, folder, times, gather=gather)
-                with self._attempts.watch(rewrite), suppress(_NeedsEncoding):
-                    return rewrite.run()
-                return None
-        return None
+    def _rewrite(self, task: UnitTask) -> Receipt | None:
+        try:
+            return self._run(task)
+        except _NeedsEncoding:
+            return None
+
+    def _new_attempt(self, task: UnitTask, folder: Path, gather: bool) -> Attempt:
+        return _Rewrite(self, task, folder, gather)
 
 
 class _Rewrite(Attempt):
@@ -111,10 +98,7 @@ class _Rewrite(Attempt):
             record=record,
             statistics=statistics,
             notes=notes | dict(self.notes),
-            stages={stage: times.to_json() for stage, times in self.times.items()},
-            elapsed_s=self.elapsed_s,
-            extra_image_fields=self.samples.extra_image_fields,
-            fields=self.seen.names,
+            **self.measured(),
         )
 
     def _fetch(self, file: DataFile) -> Path:
@@ -173,18 +157,18 @@ class _Rewrite(Attempt):
         """Write one sample as a row or a reject, as encoding it would."""
         if isinstance(sample, RejectedSample):
             has_image = sample.num_images > 0
-            self.rejects.append(reject_row(sample.key, sample.reject, has_image=has_image))
+            self._reject(reject_row(sample.key, sample.reject, has_image=has_image))
             return
         try:
             columns = read_columns(sample.fields, self.columns, self.notes)
         except Reject as reject:
-            self.rejects.append(reject_row(sample.key, reject))
+            self._reject(reject_row(sample.key, reject))
             return
         if row:
             meta = replace(row.meta, columns=columns)
-            self.writer(row.bucket).append(row.latent[None], [meta])
+            self._append(row.bucket, row.latent[None], [meta])
         elif sample.key in rejects:
-            self.rejects.append(rejects[sample.key])
+            self._reject(rejects[sample.key])
         else:
             raise _NeedsEncoding
 

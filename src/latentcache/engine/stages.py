@@ -1,10 +1,4 @@
-"""The building blocks of a unit's pipeline: stages on their own threads, and shared resources.
-
-`PrefetchIterator` runs an iterator ahead of its consumer, through a bounded queue. Several of them
-form a pipeline in which every stage waits for the slowest one. `OldestFirstPool` runs the jobs of
-several units on shared threads, the oldest unit first. `ByteBudget` bounds the bytes that threads
-hold.
-"""
+"""What the stages of a unit's pipeline share: times, a limit on bytes, and threads of all units."""
 
 from __future__ import annotations
 
@@ -16,9 +10,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+# Bytes of a sample under construction that each unit may hold beside the shared budget. Nearly all
+# samples are smaller, so reading them does not wait.
+_FREE_BYTES = 32 * 2**20
 
 
 class StageTimes:
@@ -27,11 +25,12 @@ class StageTimes:
     `busy_s` is the work of its threads in seconds. `wait_s` is the time in seconds in which the
     stage had work and did none: its thread waited for a full queue, or all its jobs were queued
     behind those of another unit. `num_threads` is the number of threads in the process that can do
-    this work at once, for all units together.
+    this work at once, for all units together. What is added counts in `total`, too.
     """
 
-    def __init__(self, num_threads: int = 1) -> None:
+    def __init__(self, num_threads: int = 1, total: StageTimes | None = None) -> None:
         self.num_threads = num_threads
+        self._total = total
         self.busy_s = 0.0
         self.wait_s = 0.0
         self._lock = threading.Lock()
@@ -42,12 +41,13 @@ class StageTimes:
         """Add to both times.
 
         Args:
-            busy_s: busy seconds.
-            wait_s: waiting seconds.
+            busy_s, wait_s: seconds; negative ones correct what was counted.
         """
         with self._lock:
             self.busy_s += busy_s
             self.wait_s += wait_s
+        if self._total:
+            self._total.add(busy_s, wait_s)
 
     @contextmanager
     def working(self) -> Iterator[None]:
@@ -57,6 +57,16 @@ class StageTimes:
             yield
         finally:
             self.add(busy_s=time.perf_counter() - began)
+
+    def produce(self, items: Iterable[T]) -> Iterator[T]:
+        """Yield the items; count the time inside `items` as busy, and other time as waiting."""
+        began = time.perf_counter()
+        for item in items:
+            produced = time.perf_counter()
+            yield item
+            now = time.perf_counter()
+            self.add(busy_s=produced - began, wait_s=now - produced)
+            began = now
 
     def queued(self) -> None:
         """Count one more job that waits for a thread."""
@@ -75,19 +85,17 @@ class StageTimes:
     def _change(self, queued: int = 0, running: int = 0) -> None:
         with self._lock:
             now = time.perf_counter()
-            if self._num_queued and not self._num_running:
-                self.wait_s += now - self._since
+            waited_s = now - self._since if self._num_queued and not self._num_running else 0.0
             self._since = now
             self._num_queued += queued
             self._num_running += running
+        if waited_s:
+            self.add(wait_s=waited_s)
 
     def to_json(self) -> dict[str, float]:
         """Return the times and the number of threads, with seconds rounded to milliseconds."""
-        return {
-            "busy_s": round(self.busy_s, 3),
-            "wait_s": round(self.wait_s, 3),
-            "num_threads": self.num_threads,
-        }
+        times = {"busy_s": round(self.busy_s, 3), "wait_s": round(self.wait_s, 3)}
+        return {**times, "num_threads": self.num_threads}
 
 
 class ByteBudget:
@@ -95,9 +103,6 @@ class ByteBudget:
 
     So no request starves: a large request waits for earlier ones, and later ones wait for the large
     one. A request for more than `num_bytes` is granted when nothing else is held.
-
-    Args:
-        num_bytes: the limit in bytes.
     """
 
     def __init__(self, num_bytes: int) -> None:
@@ -128,90 +133,54 @@ class ByteBudget:
         return not self._held or self._held + num_bytes <= self._num_bytes
 
 
-class PrefetchIterator(Generic[T]):
-    """An iterator over `items` that runs on its own thread, up to `depth` items ahead.
+class SampleBudget:
+    """The bytes of the sample that a unit is reading, held in a budget that units share.
 
-    Use it as a context manager: leaving the context stops the thread at its next item. The consumer
-    gets an error of `items` after the items before the error.
-
-    Args:
-        items: the items; only the new thread iterates over them.
-        depth: the largest number of finished items that wait.
-        times: counts busy time while `items` runs, and waiting time while the queue is full.
+    A thread must not wait for bytes while it holds bytes of the same budget, because two units
+    could then wait for each other. So the first `_FREE_BYTES` of a sample are not counted, and a
+    larger sample acquires `max_sample_bytes` at once. `fetched` also holds the samples that wait to
+    be decoded. `times` count a wait as waiting and not as busy.
     """
 
-    def __init__(self, items: Iterable[T], depth: int, times: StageTimes | None = None) -> None:
-        self._items = items
-        self._depth = depth
+    def __init__(
+        self, fetched: ByteBudget, max_sample_bytes: int, times: StageTimes | None = None
+    ) -> None:
+        self._fetched = fetched
+        self._max_sample_bytes = max_sample_bytes
         self._times = times or StageTimes()
-        self._queue: deque[T] = deque()
-        self._changed = threading.Condition()
-        self._stopped = False
-        self._finished = False
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._held = 0
 
-    def __enter__(self) -> PrefetchIterator[T]:
-        self._thread.start()
-        return self
+    def reserve(self, num_bytes: int) -> None:
+        """Wait until the sample under construction may hold `num_bytes` in total."""
+        if num_bytes > _FREE_BYTES and not self._held:
+            self._acquire(self._max_sample_bytes)
+            self._held = self._max_sample_bytes
 
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-        self._thread.join()
+    def finish(self, num_bytes: int) -> None:
+        """Hold `num_bytes` for the finished sample; its consumer releases them."""
+        if self._held:
+            self._fetched.release(self._held - num_bytes)
+            self._held = 0
+        else:
+            self._acquire(num_bytes)
 
-    def stop(self) -> None:
-        """Stop the consumer at once and the thread at its next item."""
-        with self._changed:
-            self._stopped = True
-            self._changed.notify_all()
+    def _acquire(self, num_bytes: int) -> None:
+        waited_s = self._fetched.acquire(num_bytes)
+        self._times.add(busy_s=-waited_s, wait_s=waited_s)
 
-    def _run(self) -> None:
-        try:
-            began = time.perf_counter()
-            for item in self._items:
-                produced = time.perf_counter()
-                with self._changed:
-                    self._changed.wait_for(lambda: len(self._queue) < self._depth or self._stopped)
-                    if self._stopped:
-                        break
-                    self._queue.append(item)
-                    self._changed.notify_all()
-                now = time.perf_counter()
-                self._times.add(busy_s=produced - began, wait_s=now - produced)
-                began = now
-        except BaseException as error:  # noqa: BLE001  (the consumer raises it)
-            self._error = error
-        with self._changed:
-            self._finished = True
-            self._changed.notify_all()
-
-    def __iter__(self) -> Iterator[T]:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._queue or self._finished or self._stopped)
-                if self._stopped:
-                    return
-                if not self._queue:
-                    break
-                item = self._queue.popleft()
-                self._changed.notify_all()
-            yield item
-        if self._error is not None:
-            raise self._error
+    def close(self) -> None:
+        """Release the bytes of an unfinished sample."""
+        self._fetched.release(self._held)
+        self._held = 0
 
 
 class OldestFirstPool:
-    """Threads that several units share; among queued jobs the one with the lowest rank runs first.
-
-    Args:
-        name: the prefix of the names of the threads.
-        num_threads: the number of jobs that run at once.
-    """
+    """Threads that several units share; the queued job with the lowest rank runs first."""
 
     def __init__(self, name: str, num_threads: int) -> None:
         self.num_threads = num_threads
-        self._waiting: list[tuple[int, int, Future[Any], Callable[[], Any]]] = []
-        self._tickets = itertools.count()
+        self._jobs: list[tuple[int, int, Future[Any], Callable[[], Any]]] = []  # a heap
+        self._tickets = itertools.count()  # jobs of one rank run in order of submission
         self._changed = threading.Condition()
         self._closed = False
         self._threads = [
@@ -222,15 +191,11 @@ class OldestFirstPool:
             thread.start()
 
     def submit(self, rank: int, job: Callable[[], T], times: StageTimes | None = None) -> Future[T]:
-        """Queue a job.
+        """Queue a job for the unit of a rank, and return the future of its result.
 
         Args:
-            rank: the rank of the job's unit; lower ranks run first.
-            job: the function to run.
+            rank, job: lower ranks run first.
             times: counts when the job is queued and when it runs.
-
-        Returns:
-            The future of the job's result.
         """
         future: Future[T] = Future()
         times = times or StageTimes()
@@ -241,18 +206,18 @@ class OldestFirstPool:
 
         times.queued()
         with self._changed:
-            heapq.heappush(self._waiting, (rank, next(self._tickets), future, timed))
+            heapq.heappush(self._jobs, (rank, next(self._tickets), future, timed))
             self._changed.notify()
         return future
 
     def drop(self, rank: int) -> None:
         """Cancel the jobs of a rank that have not started."""
         with self._changed:
-            for entry in self._waiting:
-                if entry[0] == rank:
-                    entry[2].cancel()
-            self._waiting = [entry for entry in self._waiting if entry[0] != rank]
-            heapq.heapify(self._waiting)
+            for job in self._jobs:
+                if job[0] == rank:
+                    job[2].cancel()
+            self._jobs = [job for job in self._jobs if job[0] != rank]
+            heapq.heapify(self._jobs)
 
     def close(self) -> None:
         """End the threads after their present jobs, without starting queued ones."""
@@ -265,10 +230,10 @@ class OldestFirstPool:
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._closed)
+                self._changed.wait_for(lambda: self._jobs or self._closed)
                 if self._closed:
                     return
-                _, _, future, job = heapq.heappop(self._waiting)
+                _, _, future, job = heapq.heappop(self._jobs)
             if future.set_running_or_notify_cancel():
                 try:
                     future.set_result(job())

@@ -17,8 +17,6 @@ from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,26 +24,21 @@ import torch
 from latentcache import __version__
 from latentcache.dataset.bucket import Bucket
 from latentcache.dataset.quantization import is_finite, to_stored, to_values
-from latentcache.dataset.receipts import QaFile, Receipt, UnitRecord
-from latentcache.dataset.shards import (
-    RejectRow,
-    RowMeta,
-)
+from latentcache.dataset.receipts import QaFile, Receipt
+from latentcache.dataset.shards import RejectRow, RowMeta
 from latentcache.dataset.statistics import Statistics
-from latentcache.engine.accounting import SampleBudget
-from latentcache.engine.attempt import Attempt, AttemptLog, reject_row
-from latentcache.engine.boundary import at_boundary, committed_receipt
-from latentcache.engine.job import Job, UnitFailure, UnitTask
-from latentcache.engine.stages import ByteBudget, OldestFirstPool, PrefetchIterator
+from latentcache.engine.attempt import Attempt, AttemptRunner, Totals, reject_row
+from latentcache.engine.job import Job, UnitTask
+from latentcache.engine.stages import ByteBudget, OldestFirstPool, SampleBudget
 from latentcache.errors import Reject
 from latentcache.image_files import write_thumbnail
 from latentcache.images.decode import Reserve, decode_image
-from latentcache.images.source import NotGrouped, RejectedSample, Sample
+from latentcache.images.source import RejectedSample, Sample
 from latentcache.images.text_fields import read_columns
 from latentcache.images.transform import Transformed, load_image, transform_spec
+from latentcache.prefetch import PrefetchIterator
 from latentcache.qa.evaluator import QaEvaluator, QaSample
 from latentcache.qa.qa_files import QaRow, write_qa
-from latentcache.storage import Store
 from latentcache.vae.encoder import Encoded, LatentEncoder, draw_latents
 
 # The most rejects of one reason in one unit that get a thumbnail, if they can be decoded.
@@ -56,7 +49,7 @@ _MAX_THUMBNAILS = 8
 _MIN_TOGETHER = 8
 
 # Batches of a unit that may wait for the encoder or the writer, besides one for each encode thread.
-_BATCHES_AHEAD = 1
+_EXTRA_BATCHES = 1
 
 # An actor uses less than 2 GiB besides its model, for images of any size. Python with torch and
 # pyarrow uses a quarter of that. These budgets limit what the two units of an actor hold together:
@@ -72,96 +65,49 @@ _BATCHED_BYTES = 256 * 2**20
 _CROPPED_BYTES = 128 * 2**20
 
 
-class UnitRunner:
-    """A runner of units in this process; `run` may be called from two threads at once.
+class UnitRunner(AttemptRunner):
+    """A runner that encodes units; `run` may be called from two threads at once.
 
     Args:
         job: the settings that all units share.
         encoder: the encoder of the VAE.
         evaluator: the models of QA; None without QA.
+        totals: the totals of this process.
     """
 
     def __init__(
-        self, job: Job, encoder: LatentEncoder, evaluator: QaEvaluator | None = None
+        self,
+        job: Job,
+        encoder: LatentEncoder,
+        evaluator: QaEvaluator | None = None,
+        totals: Totals | None = None,
     ) -> None:
-        self.job = job
+        super().__init__(job, totals or Totals())
         self.encoder = encoder
         self.evaluator = evaluator
-        self.output = Store(job.output_url, job.output_storage)
         self.spec = transform_spec(job.contract)
         self.decode_pool = OldestFirstPool("decode", job.decode_threads)
         num_pixels = max(bucket.width_px * bucket.height_px for bucket in self.spec.buckets)
         self.encode_pool = OldestFirstPool("encode", encoder.num_threads(num_pixels))
+        # All units share these threads, and QA runs on those of the encoder.
+        self.totals.times["decode"].num_threads = self.decode_pool.num_threads
+        for stage in ("encode", "qa"):
+            self.totals.times[stage].num_threads = self.encode_pool.num_threads
         self.fetched = ByteBudget(_FETCHED_BYTES)
         self.decoding = ByteBudget(_DECODING_BYTES)
         self.batched = ByteBudget(_BATCHED_BYTES)
-        # All units share the threads of the decoder and of the encoder, which QA uses too.
-        num_encode_threads = self.encode_pool.num_threads
-        self.attempts = AttemptLog(
-            {
-                "decode": self.decode_pool.num_threads,
-                "encode": num_encode_threads,
-                "qa": num_encode_threads,
-            }
-        )
-        self.rejects: Counter[tuple[str, str]] = Counter()  # by stage and reason
-        self._ranks = itertools.count()
-        self._versions = {
+        self.ranks = itertools.count()  # of attempts, in the order in which they began
+        self.versions = {
             "latentcache": __version__,
             "torch": torch.__version__,
             "pillow": version("pillow"),
             "simplejpeg": version("simplejpeg"),
         }
         if triton := encoder.triton:
-            self._versions["triton"] = triton
+            self.versions["triton"] = triton
 
-    def run(self, task: UnitTask) -> Receipt | UnitFailure:
-        """Encode one unit and upload its files; return the receipt or the failure of the unit.
-
-        If another run has committed the unit, its receipt is returned. Errors become a failure; see
-        `at_boundary`.
-        """
-        return at_boundary(task, partial(self._run, task))
-
-    def _run(self, task: UnitTask) -> Receipt:
-        if committed := committed_receipt(self.output, task):
-            return committed
-        try:
-            return self._attempt(task, gather=False)
-        except NotGrouped:
-            return self._attempt(task, gather=True)
-
-    def _attempt(self, task: UnitTask, *, gather: bool) -> Receipt:
-        with TemporaryDirectory(prefix="latentcache-") as folder:
-            attempt = _Encoding(self, task, next(self._ranks), Path(folder), gather=gather)
-            with self.attempts.watch(attempt):
-                return attempt.run()
-
-    def stats(self) -> dict[str, float]:
-        """Return cumulative statistics; see `AttemptLog.stats`."""
-        return self.attempts.stats()
-
-    def receipt(self, attempt: _Encoding, record: UnitRecord) -> Receipt:
-        """Return the receipt of a finished attempt.
-
-        Args:
-            attempt: the attempt.
-            record: its record.
-        """
-        notes = dict(attempt.notes)
-        if self.evaluator and self.evaluator.agreement_db is not None:
-            notes["decoder_agreement_db"] = int(self.evaluator.agreement_db)
-        return Receipt(
-            record=record,
-            contract_fingerprint=self.job.contract.fingerprint,
-            statistics=attempt.statistics,
-            stages={stage: times.to_json() for stage, times in attempt.times.items()},
-            elapsed_s=attempt.elapsed_s,
-            versions=self._versions,
-            notes=notes,
-            extra_image_fields=attempt.samples.extra_image_fields,
-            fields=attempt.seen.names,
-        )
+    def _new_attempt(self, task: UnitTask, folder: Path, gather: bool) -> Attempt:
+        return _Encoding(self, task, folder, gather)
 
 
 _Decoded = tuple[Transformed, RowMeta]
@@ -172,35 +118,32 @@ _Batch = tuple[Bucket, list[RowMeta], torch.Tensor, "Future[Callable[[], Encoded
 class _Encoding(Attempt):
     """One attempt at encoding one unit; its methods are in the order of the data flow."""
 
-    def __init__(
-        self, runner: UnitRunner, task: UnitTask, rank: int, folder: Path, *, gather: bool
-    ) -> None:
-        times = runner.attempts.new_times()
-        super().__init__(runner.job, runner.output, task, folder, times, gather=gather)
+    def __init__(self, runner: UnitRunner, task: UnitTask, folder: Path, gather: bool) -> None:
+        super().__init__(runner, task, folder, gather)
         self.runner = runner
-        self.rank = rank
+        self.rank = next(runner.ranks)
         self.notes["encoded_again_in_fp32"] = 0
         if gather:
             self.notes["gathered_by_key"] = 1
         if self.contract.latents.quantization:
             self.notes["clamped_values"] = 0
         self.num_thumbnails: Counter[str] = Counter()
-        self.sample: QaSample | None = None
-        if (qa := runner.job.qa) and runner.evaluator:
-            self.sample = QaSample(qa.fraction, qa.seed, task.qa_wanted, task.unit.id, folder)
+        self.qa_sample: QaSample | None = None
+        if (qa := self.job.qa) and runner.evaluator:
+            unit_id = task.unit.id
+            self.qa_sample = QaSample(qa.fraction, qa.seed, task.min_qa_rows, unit_id, folder)
         self.statistics = Statistics.empty(self.contract.stored_channels)
 
     def run(self) -> Receipt:
-        runner = self.runner
+        runner, evaluator = self.runner, self.runner.evaluator
         num_threads = runner.decode_pool.num_threads
         crop_bytes = max(_crop_bytes(bucket) for bucket in runner.spec.buckets)
         max_decoded = min(2 * num_threads + 16, max(num_threads, _CROPPED_BYTES // crop_bytes))
+        max_batches = runner.encode_pool.num_threads + _EXTRA_BATCHES
         with self.writing(), ExitStack() as stack:
-            decoding = stack.enter_context(
-                PrefetchIterator(self._decode_all(), max_decoded, self.times["fetch"])
-            )
-            depth = runner.encode_pool.num_threads + _BATCHES_AHEAD
-            batches = stack.enter_context(PrefetchIterator(self._batch(decoding), depth))
+            samples = self.times["fetch"].produce(self._decode_all())
+            decoding = stack.enter_context(PrefetchIterator(samples, max_decoded))
+            batches = stack.enter_context(PrefetchIterator(self._batch(decoding), max_batches))
             stack.callback(runner.decode_pool.drop, self.rank)
             stack.callback(runner.encode_pool.drop, self.rank)
             stack.callback(decoding.stop)
@@ -211,21 +154,28 @@ class _Encoding(Attempt):
                 with self.times["write"].working():
                     self._write(bucket, rows, images, encoded)
         record = self.publish(self.writers.values(), self._evaluate)
-        return self.runner.receipt(self, record)
+        if evaluator and evaluator.agreement_db is not None:
+            self.notes["decoder_agreement_db"] = int(evaluator.agreement_db)
+        return Receipt(
+            record=record,
+            contract_fingerprint=self.contract.fingerprint,
+            statistics=self.statistics,
+            versions=runner.versions,
+            notes=dict(self.notes),
+            **self.measured(),
+        )
 
     def _decode_all(self) -> Iterator[Future[_Outcome]]:
         """Read samples in order, queue each to be decoded, and yield the future of its result."""
-        budget = SampleBudget(self.runner.fetched, self.contract.source.max_sample_bytes)
+        fetched, times = self.runner.fetched, self.times
+        budget = SampleBudget(fetched, self.contract.source.max_sample_bytes, times["fetch"])
         try:
             for sample in self.read_samples(budget.reserve):
                 num_bytes = sample.num_bytes if isinstance(sample, Sample) else 0
                 budget.finish(num_bytes)
-                # `PrefetchIterator` counts this thread as busy. Count its waiting time as such.
-                self.times["fetch"].add(-budget.waited_s, budget.waited_s)
-                budget.waited_s = 0.0
                 job = partial(self._decode_in_budget, sample)
-                future = self.runner.decode_pool.submit(self.rank, job, self.times["decode"])
-                future.add_done_callback(partial(_release, self.runner.fetched, num_bytes))
+                future = self.runner.decode_pool.submit(self.rank, job, times["decode"])
+                future.add_done_callback(partial(lambda held, _: fetched.release(held), num_bytes))
                 yield future
         finally:
             budget.close()
@@ -255,7 +205,7 @@ class _Encoding(Attempt):
             done = load_image(sample.image, spec, reserve)
         except Reject as reject:
             thumbnail = None
-            if reject.stage == "transform" and self._wants_thumbnail(reject):
+            if reject.stage == "transform" and self._needs_thumbnail(reject):
                 with suppress(Reject):  # decoding the full image may fail
                     image = decode_image(sample.image, max_pixels=spec.max_pixels, reserve=reserve)
                     thumbnail = write_thumbnail(torch.from_numpy(image).permute(2, 0, 1))
@@ -281,37 +231,27 @@ class _Encoding(Attempt):
             (image, row), notes = outcome
             self.notes.update(notes)
             bucket = image.bucket
-            if self.sample:
-                self.sample.offer(bucket.name, row.key, image.pixels)
+            if self.qa_sample:
+                self.qa_sample.offer(bucket.name, row.key, image.pixels)
             group = groups.setdefault(bucket, [])
             group.append((image, row))
             size = self.runner.encoder.batch_size(bucket.width_px, bucket.height_px)
             if len(group) >= -(-_MIN_TOGETHER // size) * size:
-                yield self._encode_in_budget(bucket, groups.pop(bucket))
+                yield self._encode(bucket, groups.pop(bucket))
         for bucket, group in groups.items():
-            yield self._encode_in_budget(bucket, group)
+            yield self._encode(bucket, group)
 
-    def _encode_in_budget(self, bucket: Bucket, group: list[_Decoded]) -> _Batch:
-        num_bytes = len(group) * _crop_bytes(bucket)
-        self.runner.batched.acquire(num_bytes)
-        batch = self._encode_later(bucket, group)
-        batch[-1].add_done_callback(partial(_release, self.runner.batched, num_bytes))
-        return batch
-
-    def _encode_later(self, bucket: Bucket, group: list[_Decoded]) -> _Batch:
-        rows = [row for _, row in group]
+    def _encode(self, bucket: Bucket, group: list[_Decoded]) -> _Batch:
+        batched, num_bytes = self.runner.batched, len(group) * _crop_bytes(bucket)
+        batched.acquire(num_bytes)
         images = torch.stack([done.pixels for done, _ in group])
-
-        start = partial(self.runner.encoder.start, images)
-        job = self.runner.encode_pool.submit(self.rank, start, self.times["encode"])
-        return bucket, rows, images, job
+        job = partial(self.runner.encoder.start, images)
+        encoding = self.runner.encode_pool.submit(self.rank, job, self.times["encode"])
+        encoding.add_done_callback(lambda _: batched.release(num_bytes))
+        return bucket, [row for _, row in group], images, encoding
 
     def _write(
-        self,
-        bucket: Bucket,
-        rows: list[RowMeta],
-        images: torch.Tensor,
-        encoded: Encoded,
+        self, bucket: Bucket, rows: list[RowMeta], images: torch.Tensor, encoded: Encoded
     ) -> None:
         self.notes["encoded_again_in_fp32"] += encoded.num_in_fp32
         posterior, keys = self.contract.latents.posterior, [row.key for row in rows]
@@ -325,21 +265,19 @@ class _Encoding(Attempt):
             if index in encoded.bad:
                 message = "the latent is not finite, even in fp32"
             reject = Reject("encode", "not_finite", message)
-            thumbnail = None
-            if self._wants_thumbnail(reject):
-                thumbnail = write_thumbnail(images[index])
+            thumbnail = write_thumbnail(images[index]) if self._needs_thumbnail(reject) else None
             self._reject(reject_row(rows[index].key, reject, thumbnail))
         kept = stored[finite]
         if not len(kept):
             return
         kept_rows = [row for row, good in zip(rows, finite.tolist(), strict=True) if good]
-        self.writer(bucket).append(kept, kept_rows)
+        self._append(bucket, kept, kept_rows)
         if self.contract.latents.quantization:
             self.notes["clamped_values"] += int(num_clamped[finite].sum())
         values = to_values(kept, self.contract.latents)
         self.statistics = self.statistics.merge(Statistics.of(values.numpy()))
 
-    def _wants_thumbnail(self, reject: Reject) -> bool:
+    def _needs_thumbnail(self, reject: Reject) -> bool:
         # `_reject` counts thumbnails in the order of the samples, so the first rejects get them.
         return self.num_thumbnails[reject.reason] < _MAX_THUMBNAILS
 
@@ -347,31 +285,27 @@ class _Encoding(Attempt):
         self.num_thumbnails[row.reason] += row.thumbnail is not None
         if self.num_thumbnails[row.reason] > _MAX_THUMBNAILS:
             row = replace(row, thumbnail=None)
-        self.rejects.append(row)
-        self.runner.rejects[row.stage, row.reason] += 1
+        super()._reject(row)
 
     def _evaluate(self) -> tuple[Path, QaFile] | None:
         """Evaluate the sampled rows, as they are stored in the closed files; write the QA file."""
-        qa, evaluator = self.job.qa, self.runner.evaluator
-        if not (qa and evaluator and self.sample):
+        if not self.qa_sample:
             return None
+        qa, evaluator = self.job.qa, self.runner.evaluator
+        assert qa
+        assert evaluator
 
         def submit(job: Callable[[], list[QaRow]]) -> list[QaRow]:
             return self.runner.encode_pool.submit(self.rank, job, self.times["qa"]).result()
 
-        num_channels = self.contract.vae.latent_channels
-        signal = float(np.square(self.statistics.std[:num_channels]).mean())
-        rows = self.sample.evaluate(self.writers.values(), evaluator, signal, submit)
+        std = self.statistics.std[: self.contract.vae.latent_channels]
+        signal = float(np.square(std).mean())
+        rows = self.qa_sample.evaluate(self.writers.values(), evaluator, signal, submit)
         local = self.folder / "qa.parquet"
         path = f"qa/{self.task.unit.id}/{self.stem}.parquet"
-        decoder = qa.models.decoder or self.job.checkpoint
-        file = write_qa(local, path, rows, decoder)
+        file = write_qa(local, path, rows, qa.models.decoder or self.job.checkpoint)
         return (local, file) if file else None
 
 
 def _crop_bytes(bucket: Bucket) -> int:
     return 3 * bucket.width_px * bucket.height_px
-
-
-def _release(budget: ByteBudget, num_bytes: int, _: Future[Any]) -> None:
-    budget.release(num_bytes)

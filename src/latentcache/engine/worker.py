@@ -9,7 +9,7 @@ import torch
 
 from latentcache.dataset.contract import Contract
 from latentcache.dataset.receipts import Receipt
-from latentcache.engine.boundary import at_boundary
+from latentcache.engine.attempt import Totals, at_boundary
 from latentcache.engine.calibration import calibrate
 from latentcache.engine.job import Job, UnitFailure, UnitTask
 from latentcache.engine.rewrite import Rewriter
@@ -25,25 +25,22 @@ from latentcache.vae.weights import encoder_fingerprint, load_vae
 class ActorRunner:
     """The runner of one actor: rewrites units without an encoder, and encodes all others.
 
-    Args:
-        job: the settings that all units share; with `loads_late` the encoder is loaded when the
-            first unit needs it.
-        device: `cuda` or `cpu`.
-
-    Raises:
-        ClusterError: see `load_runner`.
-        CheckpointError: see `load_runner`.
+    With `loads_late` of the job, the encoder is loaded when the first unit needs it; see
+    `load_runner`.
     """
 
     def __init__(self, job: Job, device: str) -> None:
         self.job, self._device = job, device
-        self._rewriter = Rewriter(job)
+        self._totals = Totals()
+        self._rewriter = Rewriter(job, self._totals)
         self._lock = Lock()
-        self._encoding = None if job.loads_late else load_runner(job, device)
+        self._encoding: UnitRunner | None = None
+        if not job.loads_late:
+            self.load()
 
     def run(self, task: UnitTask) -> Receipt | UnitFailure:
         """Run one unit and return its receipt or failure; two threads may call this at once."""
-        if task.rewrites and (rewritten := self._rewriter.run(task)):
+        if task.rewrites and (rewritten := self._rewriter.rewrite(task)):
             return rewritten
         loaded = at_boundary(task, self.load)
         return loaded if isinstance(loaded, UnitFailure) else loaded.run(task)
@@ -52,32 +49,25 @@ class ActorRunner:
         """Return the runner that encodes; load it at the first call."""
         with self._lock:
             if self._encoding is None:
-                self._encoding = load_runner(self.job, self._device)
+                self._encoding = load_runner(self.job, self._device, self._totals)
             return self._encoding
 
     def stats(self) -> dict[str, float]:
-        """Return cumulative statistics; see `UnitRunner.stats`."""
-        rewritten, encoding = self._rewriter.stats(), self._encoding
-        if encoding is None:
-            return rewritten
-        encoded = encoding.stats()
-        return {
-            name: value if name.endswith("_num_threads") else value + rewritten[name]
-            for name, value in encoded.items()
-        }
+        """Return cumulative statistics; see `Totals.stats`."""
+        return self._totals.stats()
 
     @property
     def rejects(self) -> dict[tuple[str, str], int]:
         """The number of rejects so far, by stage and reason."""
-        return dict(self._encoding.rejects) if self._encoding else {}
+        return dict(self._totals.rejects)
 
 
-def load_runner(job: Job, device: str) -> UnitRunner:
-    """Load the models and return the runner that encodes units.
+def load_runner(job: Job, device: str, totals: Totals | None = None) -> UnitRunner:
+    """Load the models on a device (`cuda` or `cpu`) and return the runner that encodes units.
 
     Args:
-        job: the settings that all units share.
-        device: `cuda` or `cpu`.
+        job, device: the settings that all units share, and the device.
+        totals: the totals of this process.
 
     Raises:
         ClusterError: this node cannot use the device, or reads another checkpoint than the driver.
@@ -86,11 +76,10 @@ def load_runner(job: Job, device: str) -> UnitRunner:
     vae = _load_vae(job, device)
     evaluator = QaEvaluator(job.contract, vae, job.qa.models) if job.qa else None
     encoder = LatentEncoder(vae, job.contract.latents.precision, job.batch_size)
-    runner = UnitRunner(job, encoder, evaluator)
+    runner = UnitRunner(job, encoder, evaluator, totals)
     # The runner's threads use all cores. If few of them encode at once, torch's threads help.
-    num_encoding = runner.encode_pool.num_threads
-    num_threads = torch.get_num_threads() // num_encoding if device == "cpu" else 1
-    torch.set_num_threads(max(1, num_threads))
+    num_threads = torch.get_num_threads() // runner.encode_pool.num_threads
+    torch.set_num_threads(max(1, num_threads) if device == "cpu" else 1)
     return runner
 
 
@@ -98,9 +87,7 @@ def calibrate_contract(job: Job, shards: Sequence[SourceShard], device: str) -> 
     """Return the contract of a job with its open values measured; see `engine/calibration.py`.
 
     Args:
-        job: the job of the run.
-        shards: the source shards.
-        device: `cuda` or `cpu`.
+        job, shards, device: the job of the run, its source shards, and `cuda` or `cpu`.
     """
     return calibrate(_load_vae(job, device), job, shards)
 
