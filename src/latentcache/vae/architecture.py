@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, get_type_hints
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from latentcache.errors import CheckpointError
 
@@ -15,6 +16,31 @@ FAMILY = "AutoencoderKL"
 # Far above any published autoencoder. Without limits, a config or a file could request a model of
 # any size.
 _MAX_BLOCKS, _MAX_LAYERS, _MAX_CHANNELS = 8, 32, 2**14
+
+# The descriptions follow `field = value` in errors.
+_Boolean = Annotated[bool, Field(strict=True, description="is neither true nor false")]
+_Channels = Annotated[
+    int,
+    Field(
+        strict=True,
+        ge=1,
+        le=_MAX_CHANNELS,
+        description=f"is not a positive integer of at most {_MAX_CHANNELS}",
+    ),
+]
+_Number = Annotated[float, Field(strict=True, gt=-(2.0**64), lt=2.0**64)]
+_Numbers = Annotated[
+    tuple[_Number, ...] | None, Field(description="is not a list of finite numbers")
+]
+
+_ENCODER_FIELDS = (
+    "block_out_channels",
+    "layers_per_block",
+    "latent_channels",
+    "norm_num_groups",
+    "use_quant_conv",
+    "mid_block_add_attention",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,18 +53,29 @@ class Architecture:
     a file without a config does not determine it.
     """
 
-    block_out_channels: tuple[int, ...] = (64,)
-    layers_per_block: int = 1
-    latent_channels: int = 4
-    norm_num_groups: int = 32
-    use_quant_conv: bool = True
-    use_post_quant_conv: bool = True
-    mid_block_add_attention: bool = True
-    scaling_factor: float | None = 0.18215
-    shift_factor: float | None = None
-    latents_mean: tuple[float, ...] | None = None
-    latents_std: tuple[float, ...] | None = None
-    force_upcast: bool = True
+    block_out_channels: Annotated[
+        tuple[_Channels, ...],
+        Field(
+            min_length=1,
+            max_length=_MAX_BLOCKS,
+            description=f"is not a list of 1 to {_MAX_BLOCKS} positive integers of at most "
+            f"{_MAX_CHANNELS}",
+        ),
+    ] = (64,)
+    layers_per_block: Annotated[
+        _Channels,
+        Field(le=_MAX_LAYERS, description=f"is not a positive integer of at most {_MAX_LAYERS}"),
+    ] = 1
+    latent_channels: _Channels = 4
+    norm_num_groups: _Channels = 32
+    use_quant_conv: _Boolean = True
+    use_post_quant_conv: _Boolean = True
+    mid_block_add_attention: _Boolean = True
+    scaling_factor: Annotated[_Number | None, Field(description="is not a finite number")] = 0.18215
+    shift_factor: Annotated[_Number | None, Field(description="is not a finite number")] = None
+    latents_mean: _Numbers = None
+    latents_std: _Numbers = None
+    force_upcast: _Boolean = True
 
     @property
     def downsample_factor(self) -> int:
@@ -48,136 +85,51 @@ class Architecture:
     @property
     def encoder_fields(self) -> dict[str, Any]:
         """The fields that determine the encoder, as plain JSON; others do not affect latents."""
-        return {
-            "block_out_channels": list(self.block_out_channels),
-            "layers_per_block": self.layers_per_block,
-            "latent_channels": self.latent_channels,
-            "norm_num_groups": self.norm_num_groups,
-            "use_quant_conv": self.use_quant_conv,
-            "mid_block_add_attention": self.mid_block_add_attention,
-        }
+        values = {field: getattr(self, field) for field in _ENCODER_FIELDS}
+        return values | {"block_out_channels": list(self.block_out_channels)}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], name: str = "config.json") -> Architecture:
         """Read a diffusers config.
 
         Args:
-            config: the content of the config.
-            name: the name of the config in errors.
+            config, name: the content of the config, and its name in errors.
 
         Raises:
             CheckpointError: the autoencoder is of another family, or a field has an unusable value.
         """
-        fields = _Fields(config, name)
-        fields.require_family()
-        architecture = cls(
-            block_out_channels=fields.integers("block_out_channels", (64,)),
-            layers_per_block=fields.integer("layers_per_block", 1, _MAX_LAYERS),
-            latent_channels=fields.integer("latent_channels", 4, _MAX_CHANNELS),
-            norm_num_groups=fields.integer("norm_num_groups", 32, _MAX_CHANNELS),
-            use_quant_conv=fields.boolean("use_quant_conv", True),
-            use_post_quant_conv=fields.boolean("use_post_quant_conv", True),
-            mid_block_add_attention=fields.boolean("mid_block_add_attention", True),
-            scaling_factor=fields.positive("scaling_factor", 0.18215),
-            shift_factor=fields.optional_number("shift_factor"),
-            latents_mean=fields.optional_numbers("latents_mean"),
-            latents_std=fields.optional_numbers("latents_std"),
-            force_upcast=fields.boolean("force_upcast", True),
-        )
-        num_groups = architecture.norm_num_groups
-        if any(channels % num_groups for channels in architecture.block_out_channels):
-            raise fields.error("block_out_channels", f"has no {num_groups} equal norm groups")
-        for field in ("latents_mean", "latents_std"):
-            values = getattr(architecture, field)
-            if values is not None and len(values) != architecture.latent_channels:
-                raise fields.error(field, "needs one value per latent channel")
-        if architecture.latents_std and min(architecture.latents_std) <= 0:
-            raise fields.error("latents_std", "needs values above 0")
-        return architecture
 
+        def require(field: str, is_valid: bool, problem: str) -> None:
+            if not is_valid:
+                value = reprlib.repr(config.get(field))
+                raise CheckpointError(f"{name}: {field} = {value} {problem}")
 
-class _Fields:
-    """Typed reads from a JSON object; a failure raises a CheckpointError that names the field."""
-
-    def __init__(self, config: Mapping[str, Any], name: str) -> None:
-        self.config = config
-        self.name = name
-
-    def error(self, field: str, problem: str) -> CheckpointError:
-        value = reprlib.repr(self.config.get(field))
-        return CheckpointError(f"{self.name}: {field} = {value} {problem}")
-
-    def require_family(self) -> None:
-        """Raise an error if the config is not an AutoencoderKL with the blocks of `model.py`."""
-        if self.config.get("_class_name", FAMILY) != FAMILY:
-            raise self.error("_class_name", "is not supported: only AutoencoderKL is")
+        is_family = config.get("_class_name", FAMILY) == FAMILY
+        require("_class_name", is_family, f"is not supported: only {FAMILY} is")
+        try:
+            fields = {field: config[field] for field in get_type_hints(cls) if field in config}
+            self = TypeAdapter(cls).validate_python(fields)
+        except ValidationError as error:
+            field = str(error.errors()[0]["loc"][0])
+            hint = get_type_hints(cls, include_extras=True)[field]
+            require(field, False, hint.__metadata__[-1].description)
+        is_positive = self.scaling_factor is not None and self.scaling_factor > 0
+        require("scaling_factor", is_positive, "is not a number above 0")
+        num_blocks, num_groups = len(self.block_out_channels), self.norm_num_groups
         for field, known in (
             ("act_fn", "silu"),
             ("in_channels", 3),
             ("out_channels", 3),
+            ("down_block_types", ["DownEncoderBlock2D"] * num_blocks),
+            ("up_block_types", ["UpDecoderBlock2D"] * num_blocks),
         ):
-            if self.config.get(field, known) != known:
-                raise self.error(field, f"is not supported: only {known!r} is")
-        num_blocks = len(self.integers("block_out_channels", (64,)))
-        for field, block in (
-            ("down_block_types", "DownEncoderBlock2D"),
-            ("up_block_types", "UpDecoderBlock2D"),
-        ):
-            if self.config.get(field, [block] * num_blocks) != [block] * num_blocks:
-                raise self.error(field, f"is not supported: only {num_blocks} of {block} is")
-
-    def integer(self, field: str, default: int, largest: int) -> int:
-        value = self.config.get(field, default)
-        if type(value) is not int or value < 1:
-            raise self.error(field, "is not a positive integer")
-        if value > largest:
-            raise self.error(field, f"is more than {largest}, the supported maximum")
-        return value
-
-    def integers(self, field: str, default: tuple[int, ...]) -> tuple[int, ...]:
-        value = self.config.get(field, default)
-        if (
-            not isinstance(value, list | tuple)
-            or not value
-            or any(type(item) is not int or item < 1 for item in value)
-        ):
-            raise self.error(field, "is not a list of positive integers")
-        if len(value) > _MAX_BLOCKS or max(value) > _MAX_CHANNELS:
-            raise self.error(
-                field, f"is not supported: at most {_MAX_BLOCKS} of at most {_MAX_CHANNELS} are"
-            )
-        return tuple(value)
-
-    def boolean(self, field: str, default: bool) -> bool:
-        value = self.config.get(field, default)
-        if not isinstance(value, bool):
-            raise self.error(field, "is neither true nor false")
-        return value
-
-    def number(self, field: str, default: float) -> float:
-        return self._finite(field, self.config.get(field, default), "is not a number")
-
-    def positive(self, field: str, default: float) -> float:
-        value = self.number(field, default)
-        if value <= 0:
-            raise self.error(field, "is not above 0")
-        return value
-
-    def optional_number(self, field: str) -> float | None:
-        return None if self.config.get(field) is None else self.number(field, 0.0)
-
-    def optional_numbers(self, field: str) -> tuple[float, ...] | None:
-        value = self.config.get(field)
-        if value is None:
-            return None
-        if not isinstance(value, list):
-            raise self.error(field, "is not a list of numbers")
-        return tuple(self._finite(field, item, "is not a list of numbers") for item in value)
-
-    def _finite(self, field: str, value: object, problem: str) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self.error(field, problem)
-        # An integer that does not fit into a float is as unusable as infinity.
-        if not math.isfinite(value) if isinstance(value, float) else abs(value) > 2**64:
-            raise self.error(field, "is not finite")
-        return float(value)
+            is_known = config.get(field, known) == known
+            require(field, is_known, f"is not supported: only {known!r} is")
+        has_groups = all(channels % num_groups == 0 for channels in self.block_out_channels)
+        require("block_out_channels", has_groups, f"has no {num_groups} equal norm groups")
+        for field in ("latents_mean", "latents_std"):
+            numbers = getattr(self, field)
+            has_all = numbers is None or len(numbers) == self.latent_channels
+            require(field, has_all, "needs one value per latent channel")
+        require("latents_std", min(self.latents_std or (1.0,)) > 0, "needs values above 0")
+        return self
