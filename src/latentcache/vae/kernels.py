@@ -56,8 +56,7 @@ def to_input(images: Tensor, dtype: torch.dtype) -> Tensor:
     """Convert uint8 [B, 3, H, W] to [B, H, W, 8]: three channels in [-1, 1], then zeros.
 
     Args:
-        images: the images.
-        dtype: the dtype of the result.
+        images, dtype: the images, and the dtype of the result.
     """
     batch, _, height, width = images.shape
     images = images.contiguous()
@@ -81,44 +80,29 @@ def group_norm(
     """Normalise x + bias by group, optionally with SiLU.
 
     Args:
-        x: [B, H, W, C] in any float dtype.
+        x: [B, H, W, C] in any float dtype, as is the result.
         bias: float32 [C], not added to x yet; None means zero.
         statistics: the statistics of x + bias from `add`; None computes them here.
-        weight: float32 [C].
-        shift: float32 [C].
-        num_groups: a divisor of C.
-        eps: added to the variance.
+        weight, shift, num_groups, eps: as in `torch.nn.GroupNorm`; float32 [C].
         silu: whether SiLU follows.
-
-    Returns:
-        A tensor of x's shape and dtype.
     """
     if statistics is None:
         statistics = _sum(x, None, bias, None, num_groups)
-    batch, height, width, channels = x.shape
-    lanes = _Lanes(channels, num_groups)
-    chunk_pixels, num_chunks = _chunks(batch, height * width, lanes.block)
+    sizes, constants = _layout(x, num_groups)
     out = torch.empty_like(x)
-    normalise_kernel[(num_chunks, batch)](
+    normalise_kernel[statistics.shape[1], x.shape[0]](
         x,
         x if bias is None else bias,
         statistics,
         weight,
         shift,
         out,
-        height * width,
-        chunk_pixels,
-        num_chunks,
+        *sizes,
         eps,
-        C=channels,
-        G=num_groups,
-        GP=lanes.groups,
-        DP=lanes.depth,
-        BLOCK=lanes.block,
-        CHUNKS=triton.next_power_of_2(num_chunks),
+        CHUNKS=triton.next_power_of_2(statistics.shape[1]),
         HAS_BIAS=bias is not None,
         SILU=silu,
-        num_warps=NUM_WARPS,
+        **constants,
     )
     return out
 
@@ -127,14 +111,12 @@ def add(x: Tensor, h: Tensor, bias: Tensor | None, num_groups: int) -> tuple[Ten
     """Add two maps and a bias, and compute the statistics of the sum by group.
 
     Args:
-        x: [B, H, W, C].
-        h: a map of x's shape.
+        x, h: two maps [B, H, W, C].
         bias: float32 [C]; None means zero.
         num_groups: a divisor of C.
 
     Returns:
-        The sum, with x's shape and dtype; and its statistics for `group_norm`, float32
-        [B, chunks, 2, groups].
+        The sum, with x's shape and dtype, and its statistics: float32 [B, chunks, 2, groups].
     """
     out = torch.empty_like(x)
     return out, _sum(x, h, bias, out, num_groups)
@@ -144,9 +126,7 @@ def add_padded(x: Tensor, h: Tensor | None, bias: Tensor | None) -> Tensor:
     """Sum like `add`, and pad with a row of zeros at the bottom and a column at the right.
 
     Args:
-        x: [B, H, W, C].
-        h: a map of x's shape; None means zero.
-        bias: float32 [C]; None means zero.
+        x, h, bias: as for `add`; None means zero.
 
     Returns:
         [B, H + 1, W + 1, C], the input of a stride-2 convolution of the encoder.
@@ -182,9 +162,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     queries that are computed at once.
 
     Args:
-        q: the scaled queries, [B, n, C].
-        k: the keys, [B, n, C].
-        v: the values, [B, n, C].
+        q, k, v: the scaled queries, the keys and the values, [B, n, C].
     """
     batch, length, _ = q.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -194,30 +172,21 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         images = slice(image, image + num_images)
         for query in range(0, length, num_queries):
             queries = slice(query, query + num_queries)
-            scores = _product(q[images, queries], k[images].mT)
-            weights, sums = _exponentials(scores, v.dtype)
-            torch.div(_product(weights, v[images]), sums, out=out[images, queries])
+            scores = _multiply(q[images, queries], k[images].mT)
+            weights, sums = _exponentiate(scores, v.dtype)
+            torch.div(_multiply(weights, v[images]), sums, out=out[images, queries])
     return out
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
+def _multiply(a: Tensor, b: Tensor) -> Tensor:
     """Multiply batches of matrices of any float dtype; the result is float32."""
     if a.is_cuda and a.dtype != torch.float32:
         return torch.bmm(a, b, out_dtype=torch.float32)
     return torch.bmm(a.float(), b.float())
 
 
-def _exponentials(scores: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return exp(s - max) of each row, and the sums of the rows: a softmax without its division.
-
-    Args:
-        scores: float32 [..., n], contiguous.
-        dtype: the dtype of the exponentials.
-
-    Returns:
-        The exponentials, with the shape of `scores`; and the sums of the rounded exponentials,
-        float32 [..., 1].
-    """
+def _exponentiate(scores: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return exp(s - max) of each row in `dtype`, and the float32 sums of the rounded rows."""
     length = scores.shape[-1]
     out = torch.empty_like(scores, dtype=dtype)
     sums = scores.new_empty((*scores.shape[:-1], 1))
@@ -229,48 +198,40 @@ def _exponentials(scores: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return out, sums
 
 
-class _Lanes:
-    """The layout of channels in a tile: the groups and their channels, padded to powers of two."""
+def _layout(x: Tensor, num_groups: int) -> tuple[tuple[int, int, int], dict[str, int]]:
+    """Split images into chunks of whole tiles, with groups padded to powers of two.
 
-    def __init__(self, channels: int, num_groups: int) -> None:
-        self.groups = triton.next_power_of_2(num_groups)
-        self.depth = triton.next_power_of_2(channels // num_groups)
-        self.block = max(1, TILE // (self.groups * self.depth))
-        """The pixels of a tile."""
-
-
-def _chunks(batch: int, num_pixels: int, block: int) -> tuple[int, int]:
-    """Split an image into chunks of whole tiles; return the pixels of a chunk and their number."""
+    Returns:
+        The pixels of an image, the pixels of a chunk and the chunks of an image; and the constants
+        of a kernel.
+    """
+    batch, height, width, channels = x.shape
+    groups, depth = (triton.next_power_of_2(n) for n in (num_groups, channels // num_groups))
+    block = max(1, TILE // (groups * depth))
     max_chunks = min(MAX_CHUNKS, triton.cdiv(NUM_PROGRAMS, batch))
-    chunk_pixels = triton.cdiv(triton.cdiv(num_pixels, max_chunks), block) * block
-    return chunk_pixels, triton.cdiv(num_pixels, chunk_pixels)
+    chunk_pixels = triton.cdiv(triton.cdiv(height * width, max_chunks), block) * block
+    constants = {"C": channels, "G": num_groups, "GP": groups, "DP": depth, "BLOCK": block}
+    num_chunks = triton.cdiv(height * width, chunk_pixels)
+    return (height * width, chunk_pixels, num_chunks), constants | {"num_warps": NUM_WARPS}
 
 
 def _sum(
     x: Tensor, h: Tensor | None, bias: Tensor | None, out: Tensor | None, num_groups: int
 ) -> Tensor:
     """Return the statistics of x + h + bias, and write the sum to `out` if it is given."""
-    batch, height, width, channels = x.shape
-    lanes = _Lanes(channels, num_groups)
-    chunk_pixels, num_chunks = _chunks(batch, height * width, lanes.block)
-    statistics = x.new_empty((batch, num_chunks, 2, lanes.groups), dtype=torch.float32)
-    sum_kernel[(num_chunks, batch)](
+    sizes, constants = _layout(x, num_groups)
+    shape = (x.shape[0], sizes[2], 2, constants["GP"])
+    statistics = x.new_empty(shape, dtype=torch.float32)
+    sum_kernel[sizes[2], x.shape[0]](
         x,
         x if h is None else h,
         x if bias is None else bias,
         x if out is None else out,
         statistics,
-        height * width,
-        chunk_pixels,
-        num_chunks,
-        C=channels,
-        G=num_groups,
-        GP=lanes.groups,
-        DP=lanes.depth,
-        BLOCK=lanes.block,
+        *sizes,
         HAS_H=h is not None,
         HAS_BIAS=bias is not None,
         WRITES=out is not None,
-        num_warps=NUM_WARPS,
+        **constants,
     )
     return statistics
