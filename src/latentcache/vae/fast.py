@@ -1,17 +1,8 @@
 """The encoder of `model.py`, optimised for the device: the same function with fused operations.
 
-Weights are converted once, to the precision and to channels-last. All maps are [B, H, W, C], the
-layout of tensor cores and of a CPU's vector units. `kernels.py` on a GPU and `plain.py` on a CPU
-have the operations between the convolutions. Four optimisations do not change the function:
-
-- On a GPU the bias of a convolution is added by the next operation that reads the map.
-- The sum at the end of a residual block also computes the statistics of the next norm, or writes
-  the row and column of zeros that the halving convolution needs.
-- `quant_conv`, a 1×1 convolution, is multiplied into `conv_out` before it.
-- The scale of attention is multiplied into `to_q`. The bias of `to_v` is added after `to_out`,
-  which is equivalent because the weights of attention sum to one.
-
-The tests compare this encoder with the reference `model.py`.
+Maps are [B, H, W, C]. Weights are converted once: `quant_conv` is multiplied into `conv_out`, the
+scale of attention into `to_q`, and the bias of `to_v` is added after `to_out`, because the weights
+of attention sum to one. `kernels.py` on a GPU and `plain.py` on a CPU have the other operations.
 """
 
 from __future__ import annotations
@@ -49,9 +40,7 @@ _Map = tuple[Tensor, Tensor | None]  # [B, H, W, C], and its statistics by group
 
 
 def fastest_encode(vae: KLAutoencoder, dtype: torch.dtype) -> Encode:
-    """Return the fastest encode function for the VAE's device; it copies the weights.
-
-    On a GPU without a working triton, which needs a C compiler, it is the reference itself.
+    """Return the fastest encode function for the VAE's device; a copy of the reference at worst.
 
     Args:
         vae, dtype: the VAE in fp32 on its device; and the dtype of the computation.
@@ -65,10 +54,7 @@ def fastest_encode(vae: KLAutoencoder, dtype: torch.dtype) -> Encode:
 
 
 def triton_version(device: torch.device) -> str | None:
-    """Return the version of triton that `fastest_encode` uses on a device; None on a CPU.
-
-    If triton cannot be used on a GPU, the result is `unusable: ` and the reason.
-    """
+    """Return the version of triton on a GPU, or `unusable: ` and the reason; None on a CPU."""
     if device.type != "cuda":
         return None
     kernels = _working_kernels(device)

@@ -1,20 +1,14 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 """Triton kernels for the operations between the encoder's convolutions, on NHWC maps.
 
-torch's GroupNorm converts to NCHW. With the SiLU, the residual sum and the convolution's bias it
-makes five passes over a map. The kernels here make two: one sums and computes statistics, and one
-normalises. Channels are contiguous. A program processes a chunk of one image's pixels, so that a
-batch of one image uses a GPU as fully as a batch of 64.
-
-Statistics are float32 and accurate for values far from zero: sums are of differences from a pixel
-of the chunk, and chunks are merged as in Chan, Golub and LeVeque, "Algorithms for Computing the
-Sample Variance" (1983), equation 2.1. There are no atomics, so the same batch gives the same bits.
-
-Only this file and `triton_kernels.py` import triton. `fast.py` imports this file if there is a GPU.
-With TRITON_INTERPRET=1 it runs on CPU tensors, which the tests use.
+One pass over a map sums and computes statistics, another normalises. A program processes a chunk of
+one image's pixels. Chunks are merged as in Chan, Golub and LeVeque (1983), equation 2.1, in a fixed
+order. With TRITON_INTERPRET=1 this runs on CPU tensors, which the tests use.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -28,15 +22,13 @@ from latentcache.vae.triton_kernels import (
     to_input_kernel,
 )
 
-# The values of a tile and the warps of a program. With 16 values per thread, each thread issues two
-# reads of 16 bytes from each map before it needs the first, and a multiprocessor of sm_90 has
-# registers for two or three programs at once. This was never measured on a GPU; bench/encoder.py
-# tries other values.
+# The values of a tile and the warps of a program: 16 values per thread, in two reads of 16 bytes.
+# This was never measured on a GPU; bench/encoder.py tries other values.
 TILE = 4096
 NUM_WARPS = 8
 
-# The number of programs, which fills a large GPU several times; and the maximum number of chunks of
-# one image, which is limited because each normalising program reads the statistics of all chunks.
+# The number of programs fills a large GPU several times. The chunks of one image are limited,
+# because each normalising program reads the statistics of all of them.
 NUM_PROGRAMS = 2048
 MAX_CHUNKS = 256
 
@@ -47,7 +39,7 @@ FOLDS_BIAS = True
 NUM_INPUT_CHANNELS = 8
 
 # The maximum number of attention scores in memory: 512 MiB in float32, and half of that for their
-# exponentials. One image of 1024 px has twice as many, and eight images of 512 px exactly as many.
+# exponentials. Eight images of 512 px have as many.
 MAX_SCORES = 2**27
 _MAX_SOFTMAX_TILE = 16384
 
@@ -90,20 +82,9 @@ def group_norm(
         statistics = _sum(x, None, bias, None, num_groups)
     sizes, constants = _layout(x, num_groups)
     out = torch.empty_like(x)
-    normalise_kernel[statistics.shape[1], x.shape[0]](
-        x,
-        x if bias is None else bias,
-        statistics,
-        weight,
-        shift,
-        out,
-        *sizes,
-        eps,
-        CHUNKS=triton.next_power_of_2(statistics.shape[1]),
-        HAS_BIAS=bias is not None,
-        SILU=silu,
-        **constants,
-    )
+    maps = x, x if bias is None else bias, statistics, weight, shift, out
+    constants |= {"CHUNKS": triton.next_power_of_2(sizes[2]), "HAS_BIAS": bias is not None}
+    normalise_kernel[sizes[2], x.shape[0]](*maps, *sizes, eps, SILU=silu, **constants)
     return out
 
 
@@ -136,30 +117,18 @@ def add_padded(x: Tensor, h: Tensor | None, bias: Tensor | None) -> Tensor:
     lanes = triton.next_power_of_2(channels)
     block = max(1, TILE // lanes)
     grid = (triton.cdiv((height + 1) * (width + 1), block), batch)
-    pad_kernel[grid](
-        x,
-        x if h is None else h,
-        x if bias is None else bias,
-        out,
-        height,
-        width,
-        C=channels,
-        LANES=lanes,
-        BLOCK=block,
-        HAS_H=h is not None,
-        HAS_BIAS=bias is not None,
-        num_warps=NUM_WARPS,
-    )
+    constants = {"C": channels, "LANES": lanes, "BLOCK": block, "num_warps": NUM_WARPS}
+    flags = {"HAS_H": h is not None, "HAS_BIAS": bias is not None}
+    maps = x, x if h is None else h, x if bias is None else bias, out
+    pad_kernel[grid](*maps, height, width, **constants, **flags)
     return out
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Return softmax(q kᵀ) v.
+    """Return softmax(q kᵀ) v, of at most `MAX_SCORES` scores at once.
 
-    One head of 512 channels exceeds the limit of flash attention (256), and torch's fallback does
-    not keep an accumulator of that width in registers. Two matrix products with float32 scores
-    between them move more bytes, but are still limited by arithmetic. `MAX_SCORES` limits the
-    queries that are computed at once.
+    One head of 512 channels exceeds the limit of flash attention (256). Two matrix products with
+    float32 scores between them move more bytes, but are still limited by arithmetic.
 
     Args:
         q, k, v: the scaled queries, the keys and the values, [B, n, C].
@@ -198,12 +167,11 @@ def _exponentiate(scores: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return out, sums
 
 
-def _layout(x: Tensor, num_groups: int) -> tuple[tuple[int, int, int], dict[str, int]]:
+def _layout(x: Tensor, num_groups: int) -> tuple[tuple[int, int, int], dict[str, Any]]:
     """Split images into chunks of whole tiles, with groups padded to powers of two.
 
     Returns:
-        The pixels of an image, the pixels of a chunk and the chunks of an image; and the constants
-        of a kernel.
+        (pixels of an image, pixels of a chunk, chunks of an image), and the kernel's constants.
     """
     batch, height, width, channels = x.shape
     groups, depth = (triton.next_power_of_2(n) for n in (num_groups, channels // num_groups))
@@ -222,16 +190,7 @@ def _sum(
     sizes, constants = _layout(x, num_groups)
     shape = (x.shape[0], sizes[2], 2, constants["GP"])
     statistics = x.new_empty(shape, dtype=torch.float32)
-    sum_kernel[sizes[2], x.shape[0]](
-        x,
-        x if h is None else h,
-        x if bias is None else bias,
-        x if out is None else out,
-        statistics,
-        *sizes,
-        HAS_H=h is not None,
-        HAS_BIAS=bias is not None,
-        WRITES=out is not None,
-        **constants,
-    )
+    maps = (x if operand is None else operand for operand in (x, h, bias, out))
+    flags = {"HAS_H": h is not None, "HAS_BIAS": bias is not None, "WRITES": out is not None}
+    sum_kernel[sizes[2], x.shape[0]](*maps, statistics, *sizes, **constants, **flags)
     return statistics

@@ -1,13 +1,9 @@
 # ruff: noqa: D102  (the docstring of a class describes its `forward`)
-"""The KL autoencoder of Stable Diffusion, SDXL, SD3 and FLUX, in plain PyTorch.
+"""The KL autoencoder of Stable Diffusion, SDXL, SD3 and FLUX (Rombach et al., 2022, appendix G).
 
-This is the eager reference: every faster implementation is compared with it. Modules and parameters
-have the names of diffusers' current `AutoencoderKL`, with attention as linear layers (`to_q`,
-`to_k`, `to_v`, `to_out.0`). `weights.py` maps every checkpoint to these canonical names, and the
-encoder's fingerprint is computed over them.
-
-Architecture: Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models" (2022),
-appendix G; GroupNorm with eps 1e-6, SiLU, 3×3 convolutions, one attention head at the bottom.
+This is the eager reference, with which every faster implementation is compared. Parameters have the
+names of diffusers' current `AutoencoderKL`. `weights.py` maps every checkpoint to these canonical
+names, and the encoder's fingerprint is computed over them.
 """
 
 from __future__ import annotations
@@ -23,12 +19,11 @@ from torch import Tensor, nn
 from latentcache.errors import ConfigError
 from latentcache.vae.architecture import Architecture
 
-GROUP_NORM_EPS = 1e-6
 LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0  # diffusers' DiagonalGaussianDistribution clamps to these
 
 
 def _norm(num_groups: int, channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(num_groups, channels, eps=GROUP_NORM_EPS)
+    return nn.GroupNorm(num_groups, channels, eps=1e-6)
 
 
 class ResnetBlock(nn.Module):
@@ -40,11 +35,8 @@ class ResnetBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = _norm(num_groups, out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.conv_shortcut = (
-            nn.Identity()
-            if in_channels == out_channels
-            else nn.Conv2d(in_channels, out_channels, 1)
-        )
+        is_same = in_channels == out_channels
+        self.conv_shortcut = nn.Identity() if is_same else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
@@ -111,11 +103,7 @@ class Upsample(nn.Module):
 def _blocks(
     widths: Sequence[int], num_layers: int, num_groups: int, name: str, resample: type[nn.Module]
 ) -> nn.Sequential:
-    """Return the blocks of an encoder or a decoder.
-
-    Each block has residual blocks at one size, and all blocks except the last resample to the next
-    size with the layer `<name>.0`.
-    """
+    """Return residual blocks at each width; all except the last end with a layer `<name>.0`."""
     blocks = nn.Sequential()
     for index, width in enumerate(widths):
         channels = [widths[max(index - 1, 0)]] + [width] * num_layers

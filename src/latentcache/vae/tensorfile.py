@@ -1,12 +1,8 @@
 """Read the named tensors of a checkpoint file, without executing anything in the file.
 
-The containers are safetensors, PyTorch's zip (1.6 and later), the older bare pickle, and a zip with
-one of those, such as `kl-f8.zip`. PyTorch never opens a file: it would choose a reader by its own
-rules, and one of its readers runs TorchScript. The tensors are views of the file's bytes.
-
-Zip readers differ in which central directory they use, so one file can show different members to
-different readers. Here the end records, the central directory and every local header must agree.
-Every other file is refused. Their layout is in PKWARE's APPNOTE.TXT, sections 4.3 and 4.5.3.
+PyTorch never opens a file: it would choose a reader by its own rules, and one of them runs
+TorchScript. Zip readers differ in which directory they use. So the end records, the directory and
+the local headers must agree. Their layout is in PKWARE's APPNOTE.TXT, sections 4.3 and 4.5.3.
 """
 
 from __future__ import annotations
@@ -73,8 +69,6 @@ _REFUSED = (
     TypeError,
     ValueError,
 )
-
-_Members = Mapping[str, tuple[zipfile.ZipInfo, memoryview]]  # with their packed bytes
 
 
 def read_tensors(path: Path, name: str, *, is_inner: bool = False) -> dict[str, Tensor]:
@@ -152,10 +146,11 @@ def _read_zip(file: BinaryIO, name: str, *, is_inner: bool) -> dict[str, Tensor]
         if len(archive.infolist()) != num_members:
             raise Malformed("its zip directory has another number of members than its end record")
         members = _locate_members(data[:directory_at], archive)
-        if any(member.endswith("/constants.pkl") for member in members):
+        names = archive.namelist()
+        if any(member.endswith("/constants.pkl") for member in names):
             raise Malformed("it is a TorchScript archive: only weights can be read")
-        if any(member.endswith("/data.pkl") for member in members):
-            return _read_archive(members, len(data))
+        if any(member.endswith("/data.pkl") for member in names):
+            return _read_archive(archive, members, len(data))
         if is_inner:
             raise Malformed("it is a zip file in a zip file")
         return _read_inner(archive, name)
@@ -189,19 +184,15 @@ def _find_directory(data: memoryview) -> tuple[int, int]:
     return offset, num_members
 
 
-def _locate_members(data: memoryview, archive: zipfile.ZipFile) -> _Members:
-    """Check the local headers against the directory; return the members by name.
-
-    Args:
-        data: the bytes before the directory.
-        archive: the same file.
-    """
-    members: dict[str, tuple[zipfile.ZipInfo, memoryview]] = {}
+def _locate_members(data: memoryview, archive: zipfile.ZipFile) -> dict[str, memoryview]:
+    """Check the local headers against the directory; return the bytes of uncompressed members."""
+    members: dict[str, memoryview] = {}
+    names: set[str] = set()
     end = 0
     for info in sorted(archive.infolist(), key=lambda info: info.header_offset):
         shown = repr(one_line(info.filename[:200]))
         at, utf_8 = info.header_offset, info.flag_bits & _IS_UTF_8
-        if info.filename in members:
+        if info.filename in names:
             raise Malformed(f"two members have the name {shown}")
         if at < end:
             raise Malformed(f"the member {shown} overlaps another")
@@ -225,7 +216,9 @@ def _locate_members(data: memoryview, archive: zipfile.ZipFile) -> _Members:
             raise Malformed(f"the member {shown} and the zip directory disagree")
         if flags & _IS_ENCRYPTED or method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise Malformed(f"the member {shown} is encrypted, or packed unusually")
-        members[info.filename] = info, data[start:end]
+        names.add(info.filename)
+        if method == zipfile.ZIP_STORED:
+            members[info.filename] = data[start:end]
     return members
 
 
@@ -254,28 +247,25 @@ def _read_inner(archive: zipfile.ZipFile, name: str) -> dict[str, Tensor]:
         return read_tensors(unpacked, inner_name, is_inner=True)
 
 
-def _read_archive(members: _Members, num_bytes: int) -> dict[str, Tensor]:
+def _read_archive(
+    archive: zipfile.ZipFile, members: Mapping[str, memoryview], num_bytes: int
+) -> dict[str, Tensor]:
     """Read a PyTorch zip: a pickle, and one member for each storage that it names."""
-    stored = {
-        name: content
-        for name, (info, content) in members.items()
-        if info.compress_type == zipfile.ZIP_STORED
-    }
-    pickles = [name for name in members if name.endswith("/data.pkl")]
-    if len(pickles) != 1:
-        raise Malformed(f"it has {len(pickles)} members named data.pkl")
-    if pickles[0] not in stored:
+    names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+    if len(names) != 1:
+        raise Malformed(f"it has {len(names)} members named data.pkl")
+    pickled = members.get(names[0])
+    if pickled is None:
         raise Malformed("its data.pkl is compressed, which PyTorch does not do")
-    folder = pickles[0].removesuffix("data.pkl")
-    if stored.get(f"{folder}byteorder", b"little")[:8] != b"little":
+    folder = names[0].removesuffix("data.pkl")
+    if members.get(f"{folder}byteorder", b"little")[:8] != b"little":
         raise Malformed("it was saved on a machine of another byte order")
-    pickled = stored[pickles[0]]
     # PyTorch has an option to leave checksums out. They are then 0.
-    if members[pickles[0]][0].CRC not in (0, zlib.crc32(pickled)):
+    if archive.getinfo(names[0]).CRC not in (0, zlib.crc32(pickled)):
         raise Malformed("its data.pkl does not match its checksum")
     storages: dict[str, StoredStorage] = {}
     loaded = load_pickle(io.BytesIO(pickled[:_MAX_PICKLE_BYTES]), storages)
-    contents = {key: stored.get(f"{folder}data/{key}") for key in storages}
+    contents = {key: members.get(f"{folder}data/{key}") for key in storages}
     return _view_tensors(loaded, contents, num_bytes)
 
 
@@ -283,10 +273,11 @@ def _read_bare_pickle(data: memoryview) -> dict[str, Tensor]:
     """Read PyTorch's older format: five pickles, then the length and the bytes of each storage."""
     file = io.BytesIO(data[:_MAX_PICKLE_BYTES])
     storages: dict[str, StoredStorage] = {}
-    if load_pickle(file, {}) != _MAGIC or load_pickle(file, {}) != _PROTOCOL:
+    pickles = (load_pickle(file, storages) for _ in range(5))
+    if next(pickles) != _MAGIC or next(pickles) != _PROTOCOL:
         raise Malformed("it is a pickle, but not from PyTorch")
-    load_pickle(file, {})  # describes the writing system; big-endian lengths fail the checks
-    loaded, keys = load_pickle(file, storages), load_pickle(file, {})
+    # The third describes the writing system. Big-endian lengths fail the checks.
+    _, loaded, keys = pickles
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
         raise Malformed("its storages have no names")
     contents: dict[str, memoryview | None] = {}

@@ -1,10 +1,8 @@
-"""Interpret the pickles in PyTorch files without Python's unpickler.
+"""Interpret the pickles in PyTorch files (`torch/serialization.py`) without Python's unpickler.
 
-`pickletools.genops` parses the opcodes, and makes only numbers, text and bytes. Nothing is imported
-and no attribute is set. These values are kept: integers, text, tuples, lists, dicts with text keys,
-and descriptions of PyTorch's storages and tensors. Every other value becomes None, so that a
-Lightning checkpoint with its optimizer and callbacks can be read. `torch/serialization.py` and
-`torch/_utils.py` define how PyTorch uses pickles.
+`pickletools.genops` parses the opcodes. Nothing is imported and no attribute is set. Integers,
+text, tuples, lists, dicts with text keys, and descriptions of storages and tensors are kept. Every
+other value becomes None, so that a Lightning checkpoint with its optimizer can be read.
 """
 
 from __future__ import annotations
