@@ -214,7 +214,8 @@ def _locate_members(data: memoryview, archive: zipfile.ZipFile) -> dict[str, mem
             or (has_sizes and any(a not in (b, _SATURATED_32) for a, b in pairs))
         ):
             raise Malformed(f"the member {shown} and the zip directory disagree")
-        if flags & _IS_ENCRYPTED or method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        is_usual = method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+        if flags & _IS_ENCRYPTED or info.volume or not is_usual:
             raise Malformed(f"the member {shown} is encrypted, or packed unusually")
         names.add(info.filename)
         if method == zipfile.ZIP_STORED:

@@ -159,12 +159,12 @@ def _set_items(target: object, *items: object) -> None:
 
 def _call(function: object, arguments: object) -> object:
     if isinstance(function, FunctionType) and isinstance(arguments, tuple):
-        return function(*arguments)
+        return function(*arguments[:4])  # more are not used, and may be a million
     return None
 
 
 def _describe_storage(pid: object, storages: dict[str, StoredStorage]) -> StoredStorage | None:
-    match pid:
+    match pid[:7] if isinstance(pid, tuple) else None:
         case ("storage", None, *_):
             return None  # a type of elements that no weights have
         case ("storage", torch.dtype() as dtype, str(key), _, int(num_elements), *view) if (
@@ -178,7 +178,7 @@ def _describe_storage(pid: object, storages: dict[str, StoredStorage]) -> Stored
 
 
 def _rebuild_tensor(
-    storage: object = None, offset: Any = None, size: Any = None, stride: Any = None, *_: object
+    storage: object = None, offset: Any = None, size: Any = None, stride: Any = None
 ) -> StoredTensor | None:
     """Describe the result of `torch._utils._rebuild_tensor_v2`; check that it fits the storage."""
     if not isinstance(storage, StoredStorage):
