@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, get_type_hints
-
-from pydantic import Field, TypeAdapter, ValidationError
+from typing import Any
 
 from latentcache.errors import CheckpointError
 
@@ -16,22 +14,6 @@ FAMILY = "AutoencoderKL"
 # Far above any published autoencoder. Without limits, a config or a file could request a model of
 # any size.
 _MAX_BLOCKS, _MAX_LAYERS, _MAX_CHANNELS = 8, 32, 2**14
-
-# The descriptions follow `field = value` in errors.
-_Boolean = Annotated[bool, Field(strict=True, description="is neither true nor false")]
-_Channels = Annotated[
-    int,
-    Field(
-        strict=True,
-        ge=1,
-        le=_MAX_CHANNELS,
-        description=f"is not a positive integer of at most {_MAX_CHANNELS}",
-    ),
-]
-_Number = Annotated[float, Field(strict=True, gt=-(2.0**64), lt=2.0**64)]
-_Numbers = Annotated[
-    tuple[_Number, ...] | None, Field(description="is not a list of finite numbers")
-]
 
 _ENCODER_FIELDS = (
     "block_out_channels",
@@ -53,29 +35,18 @@ class Architecture:
     a file without a config does not determine it.
     """
 
-    block_out_channels: Annotated[
-        tuple[_Channels, ...],
-        Field(
-            min_length=1,
-            max_length=_MAX_BLOCKS,
-            description=f"is not a list of 1 to {_MAX_BLOCKS} positive integers of at most "
-            f"{_MAX_CHANNELS}",
-        ),
-    ] = (64,)
-    layers_per_block: Annotated[
-        _Channels,
-        Field(le=_MAX_LAYERS, description=f"is not a positive integer of at most {_MAX_LAYERS}"),
-    ] = 1
-    latent_channels: _Channels = 4
-    norm_num_groups: _Channels = 32
-    use_quant_conv: _Boolean = True
-    use_post_quant_conv: _Boolean = True
-    mid_block_add_attention: _Boolean = True
-    scaling_factor: Annotated[_Number | None, Field(description="is not a finite number")] = 0.18215
-    shift_factor: Annotated[_Number | None, Field(description="is not a finite number")] = None
-    latents_mean: _Numbers = None
-    latents_std: _Numbers = None
-    force_upcast: _Boolean = True
+    block_out_channels: tuple[int, ...] = (64,)
+    layers_per_block: int = 1
+    latent_channels: int = 4
+    norm_num_groups: int = 32
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    mid_block_add_attention: bool = True
+    scaling_factor: float | None = 0.18215
+    shift_factor: float | None = None
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
+    force_upcast: bool = True
 
     @property
     def downsample_factor(self) -> int:
@@ -106,16 +77,17 @@ class Architecture:
 
         is_family = config.get("_class_name", FAMILY) == FAMILY
         require("_class_name", is_family, f"is not supported: only {FAMILY} is")
-        try:
-            fields = {field: config[field] for field in get_type_hints(cls) if field in config}
-            self = TypeAdapter(cls).validate_python(fields)
-        except ValidationError as error:
-            field = str(error.errors()[0]["loc"][0])
-            hint = get_type_hints(cls, include_extras=True)[field]
-            require(field, False, hint.__metadata__[-1].description)
-        is_positive = self.scaling_factor is not None and self.scaling_factor > 0
-        require("scaling_factor", is_positive, "is not a number above 0")
+        values: dict[str, Any] = {}
+        for fields, convert, problem in _READERS:
+            for field in fields:
+                if field in config and (config[field] is not None or field not in _OPTIONAL):
+                    values[field] = convert(config[field])
+                    require(field, values[field] is not None, problem)
+        self = cls(**values)
+        require("scaling_factor", values.get("scaling_factor", 1.0) > 0, "is not above 0")
         num_blocks, num_groups = len(self.block_out_channels), self.norm_num_groups
+        is_short = num_blocks <= _MAX_BLOCKS
+        require("block_out_channels", is_short, f"has more than {_MAX_BLOCKS} values")
         for field, known in (
             ("act_fn", "silu"),
             ("in_channels", 3),
@@ -133,3 +105,43 @@ class Architecture:
             require(field, has_all, "needs one value per latent channel")
         require("latents_std", min(self.latents_std or (1.0,)) > 0, "needs values above 0")
         return self
+
+
+def _integer(value: object, largest: int = _MAX_CHANNELS) -> int | None:
+    return value if type(value) is int and 1 <= value <= largest else None
+
+
+def _number(value: Any) -> float | None:
+    """Return a finite number as a float, which may not hold larger integers."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number and abs(value) < 2**64 else None
+
+
+def _items(value: Any, convert: Callable[[Any], Any]) -> tuple[Any, ...] | None:
+    items = tuple(map(convert, value)) if isinstance(value, list | tuple) else (None,)
+    return None if None in items else items
+
+
+_OPTIONAL = ("shift_factor", "latents_mean", "latents_std")
+_COUNT = "is not a positive integer of at most"
+# Fields, a function that returns None for a value that is not valid, and the problem with it.
+_READERS: tuple[tuple[tuple[str, ...], Callable[[Any], Any], str], ...] = (
+    (
+        ("block_out_channels",),
+        lambda value: _items(value, _integer) or None,
+        f"is not a list of positive integers of at most {_MAX_CHANNELS}",
+    ),
+    (("layers_per_block",), lambda v: _integer(v, _MAX_LAYERS), f"{_COUNT} {_MAX_LAYERS}"),
+    (("latent_channels", "norm_num_groups"), _integer, f"{_COUNT} {_MAX_CHANNELS}"),
+    (
+        ("use_quant_conv", "use_post_quant_conv", "mid_block_add_attention", "force_upcast"),
+        lambda value: value if isinstance(value, bool) else None,
+        "is neither true nor false",
+    ),
+    (("scaling_factor", "shift_factor"), _number, "is not a number that is finite"),
+    (
+        ("latents_mean", "latents_std"),
+        lambda value: _items(value, _number),
+        "is not a list of finite numbers",
+    ),
+)
