@@ -161,6 +161,7 @@ def test_a_zip_whose_headers_disagree_is_refused(write: Write) -> None:
         "prefix": b"PK\x03\x04" + bytes(60) + data,
         "suffix": data + b"x",
         "cut": data[:-1],
+        "sizes": data.replace(struct.pack("<2I", 12, 12), struct.pack("<2I", 12, 11)),
     }
     for content in broken.values():
         refused(write(content))

@@ -212,6 +212,7 @@ def _locate_members(data: memoryview, archive: zipfile.ZipFile) -> dict[str, mem
             or name != info.orig_filename
             or end > len(data)
             or (has_sizes and any(a not in (b, _SATURATED_32) for a, b in pairs))
+            or (method == zipfile.ZIP_STORED and info.compress_size != info.file_size)
         ):
             raise Malformed(f"the member {shown} and the zip directory disagree")
         is_usual = method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
