@@ -149,7 +149,7 @@ def too_little_memory_halves_the_batch(vaes: Vaes) -> str:
 
 def what_overflows_is_encoded_again_in_fp32(vaes: Vaes) -> str:
     vae = copy.deepcopy(vaes.demo)
-    vae.encoder.conv_in.weight.data *= 1e6
+    vae.encoder.get_parameter("conv_in.weight").data *= 1e6
     images = noise(3, 128, 128)
     encoded = LatentEncoder(vae, "fp16", batch_size=4).encode(images)
     assert (encoded.num_in_fp32, encoded.bad) == (3, ()), encoded.num_in_fp32

@@ -31,7 +31,7 @@ def saturating(half: float) -> Callable[[int], float]:
 
 
 @pytest.mark.parametrize(
-    ("rate", "fits", "most", "found", "last"),
+    ("rate", "fits", "most", "expected", "last"),
     [
         (saturating(1.0), 128, 128, 32, 64),  # 970, and after it 985
         (saturating(10.0), 128, 128, 128, 128),  # still rising at the end
@@ -43,11 +43,11 @@ def saturating(half: float) -> Callable[[int], float]:
         (saturating(1.0), 0, 128, 1, 1),  # nothing fits: encoding will say so
     ],
 )
-def test_the_smallest_that_is_about_as_fast(
-    rate: Callable[[int], float], fits: int, most: int, found: int, last: int
+def test_the_smallest_batch_size_within_3_percent_of_the_best_rate_is_chosen(
+    rate: Callable[[int], float], fits: int, most: int, expected: int, last: int
 ):
     gpu = Gpu(rate, fits)
-    assert find_batch_size(gpu, most) == found
+    assert find_batch_size(gpu, most) == expected
     assert gpu.asked == [2**k for k in range(last.bit_length())]
 
 
@@ -57,7 +57,7 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "latentcache" / "batch_sizes.json"
 
 
-def test_it_is_searched_once_for_images_of_about_one_size(file: Path):
+def test_the_search_runs_once_for_images_of_about_the_same_size(file: Path):
     gpu = Gpu(saturating(1.0))
     assert remembered_batch_size("a", 256, 256, gpu) == 32
     num_asked = len(gpu.asked)
@@ -73,20 +73,20 @@ def test_it_is_searched_once_for_images_of_about_one_size(file: Path):
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"a, about 65536 px": "many"}', b"\xff"])
-def test_a_damaged_file_costs_a_search(file: Path, damage: bytes):
+def test_a_damaged_cache_file_causes_a_new_search(file: Path, damage: bytes):
     file.parent.mkdir(parents=True)
     file.write_bytes(damage)
     assert remembered_batch_size("a", 256, 256, Gpu(saturating(1.0))) == 32
     assert json.loads(file.read_text()) == {"a, about 65536 px": 32}
 
 
-def test_a_file_that_cannot_be_written_costs_a_search(file: Path):
+def test_a_cache_file_that_cannot_be_written_causes_a_new_search(file: Path):
     file.parent.parent.write_bytes(b"a file where the folder should be")
     for _ in range(2):
         assert remembered_batch_size("a", 256, 256, Gpu(saturating(1.0))) == 32
 
 
-def test_large_images_come_in_few(file: Path):
+def test_large_images_limit_the_batch_size(file: Path):
     gpu = Gpu(lambda size: float(size))
     assert remembered_batch_size("a", 1024, 1024, gpu) == 8
     assert remembered_batch_size("a", 8192, 8192, gpu) == 1

@@ -74,7 +74,7 @@ def test_the_batch_size_depends_on_the_bucket_unless_it_is_given(vae: KLAutoenco
     assert LatentEncoder(vae, "fp32", batch_size=7).batch_size(4096, 4096) == 7
 
 
-def test_running_out_of_memory_halves_the_bucket_and_loses_nothing(vae: KLAutoencoder):
+def test_out_of_memory_halves_the_batch_size_of_the_bucket_and_keeps_all_images(vae: KLAutoencoder):
     images = images_of(11)
     expected = vae.encode(images)
     spy = Spy(vae, fits=2)
@@ -91,7 +91,7 @@ def test_running_out_of_memory_halves_the_bucket_and_loses_nothing(vae: KLAutoen
     assert spy.num_failed == 2
 
 
-def test_an_image_that_does_not_fit_alone_is_an_error(vae: KLAutoencoder):
+def test_out_of_memory_with_one_image_is_raised(vae: KLAutoencoder):
     spy = Spy(vae, fits=0)
     with pytest.raises(torch.OutOfMemoryError):
         LatentEncoder(vae, "fp32", batch_size=4, encode=spy).encode(images_of(4))
@@ -99,7 +99,7 @@ def test_an_image_that_does_not_fit_alone_is_an_error(vae: KLAutoencoder):
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_a_narrow_precision_stays_near_fp32_and_leaves_the_vae_alone(
+def test_16_bit_encoding_is_near_fp32_and_does_not_change_the_vae(
     vae: KLAutoencoder, precision: str
 ):
     images = images_of(2)
@@ -112,7 +112,7 @@ def test_a_narrow_precision_stays_near_fp32_and_leaves_the_vae_alone(
     assert torch.equal(vae.encode(images), expected)
 
 
-def test_what_overflows_in_fp16_is_encoded_again_in_fp32(vae: KLAutoencoder):
+def test_images_that_overflow_in_fp16_are_encoded_again_in_fp32(vae: KLAutoencoder):
     """SDXL's VAE does so: its activations leave float16, not float32."""
     vae.encoder.conv_in.weight.data *= 1e6
     images = images_of(3)
@@ -123,7 +123,7 @@ def test_what_overflows_in_fp16_is_encoded_again_in_fp32(vae: KLAutoencoder):
     torch.testing.assert_close(encoded.moments, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_only_the_bad_images_of_a_batch_are_encoded_again_or_given_up(vae: KLAutoencoder):
+def test_only_images_that_are_not_finite_are_encoded_again_or_reported_as_bad(vae: KLAutoencoder):
     images = images_of(5)
     expected = vae.encode(images)
     encode, calls = vae.encode, []
@@ -145,7 +145,7 @@ def test_only_the_bad_images_of_a_batch_are_encoded_again_or_given_up(vae: KLAut
     torch.testing.assert_close(encoded.moments[good], expected[good], rtol=1e-4, atol=1e-4)
 
 
-def test_a_cpu_encodes_as_many_images_at_once_as_its_memory_bears(
+def test_the_number_of_cpu_threads_is_limited_by_memory(
     vae: KLAutoencoder, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
@@ -156,16 +156,16 @@ def test_a_cpu_encodes_as_many_images_at_once_as_its_memory_bears(
     assert LatentEncoder(vae, "fp32", batch_size=32).num_threads(256 * 256) == 1
 
 
-def test_a_cpu_starts_batches_on_several_threads_and_anyone_collects(vae: KLAutoencoder):
+def test_a_cpu_starts_batches_on_several_threads_and_any_thread_collects(vae: KLAutoencoder):
     images = images_of(6)
     expected = vae.encode(images)
     encoder = LatentEncoder(vae, "fp32")
     with ThreadPoolExecutor(3) as pool:
         started = list(pool.map(encoder.start, images.split(1)))
-    found = [collect() for collect in reversed(started)][::-1]
-    moments = torch.cat([encoded.moments for encoded in found])
+    actual = [collect() for collect in reversed(started)][::-1]
+    moments = torch.cat([encoded.moments for encoded in actual])
     torch.testing.assert_close(moments, expected, rtol=1e-4, atol=1e-4)
-    assert all(0 < encoded.busy_s <= encoded.start_s for encoded in found)
+    assert all(0 < encoded.busy_s <= encoded.start_s for encoded in actual)
 
 
 # How a GPU's encoder uses streams and events, on a stand-in that completes every operation at
@@ -183,7 +183,9 @@ def on(gpu: FakeGpu, encoder: LatentEncoder) -> LatentEncoder:
     return encoder
 
 
-def test_on_a_gpu_tails_are_padded_and_cut(vae: KLAutoencoder, gpu: FakeGpu):
+def test_on_a_gpu_partial_batches_are_padded_and_the_padding_is_removed(
+    vae: KLAutoencoder, gpu: FakeGpu
+):
     images, spy = images_of(7), Spy(vae)
     encoder = on(gpu, LatentEncoder(vae, "fp32", batch_size=3, encode=spy))
     encoded = encoder.encode(images)
@@ -192,7 +194,7 @@ def test_on_a_gpu_tails_are_padded_and_cut(vae: KLAutoencoder, gpu: FakeGpu):
     assert encoded.busy_s > 0
 
 
-def test_a_gpu_has_a_few_batches_in_hand_and_another_thread_collects(
+def test_a_gpu_has_at_most_three_batches_in_progress_and_another_thread_collects(
     vae: KLAutoencoder, gpu: FakeGpu
 ):
     images, spy = images_of(12), Spy(vae)
@@ -201,11 +203,13 @@ def test_a_gpu_has_a_few_batches_in_hand_and_another_thread_collects(
     # Three go at once; each one after that waits for the oldest. No device is synchronised.
     assert gpu.waits == [0, 1, 2]
     with ThreadPoolExecutor(1) as pool:
-        found = [pool.submit(collect).result().moments for collect in started]
-    torch.testing.assert_close(torch.cat(found), vae.encode(images), rtol=1e-4, atol=1e-4)
+        actual = [pool.submit(collect).result().moments for collect in started]
+    torch.testing.assert_close(torch.cat(actual), vae.encode(images), rtol=1e-4, atol=1e-4)
 
 
-def test_a_full_gpu_waits_for_its_batches_before_it_takes_less(vae: KLAutoencoder, gpu: FakeGpu):
+def test_out_of_memory_on_a_gpu_waits_for_batches_in_progress_before_halving(
+    vae: KLAutoencoder, gpu: FakeGpu
+):
     images, spy = images_of(12), Spy(vae)
     encoder = on(gpu, LatentEncoder(vae, "fp32", batch_size=4, encode=spy))
     encoder.start(images[:4])
@@ -219,7 +223,7 @@ def test_a_full_gpu_waits_for_its_batches_before_it_takes_less(vae: KLAutoencode
         encoder.start(images)
 
 
-def test_on_a_gpu_one_thread_encodes_and_another_again_in_fp32(vae: KLAutoencoder, gpu: FakeGpu):
+def test_on_a_gpu_the_collecting_thread_encodes_again_in_fp32(vae: KLAutoencoder, gpu: FakeGpu):
     images = images_of(5)
     expected = vae.encode(images)
 
@@ -234,7 +238,7 @@ def test_on_a_gpu_one_thread_encodes_and_another_again_in_fp32(vae: KLAutoencode
     torch.testing.assert_close(encoded.moments, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_gpu_tries_batch_sizes_once(vae: KLAutoencoder, gpu: FakeGpu):
+def test_a_gpu_measures_batch_sizes_once_and_caches_the_result(vae: KLAutoencoder, gpu: FakeGpu):
     spies = [Spy(vae, fits=4) for _ in range(3)]
     first, second, other = (on(gpu, LatentEncoder(vae, "fp32", encode=spy)) for spy in spies)
     size = first.batch_size(64, 32)
@@ -260,14 +264,14 @@ def moments_of(num: int, logvar: float) -> Tensor:
     return torch.cat([mean, torch.full_like(mean, logvar)], dim=1)
 
 
-def test_mean_and_moments_are_the_encoders_own():
+def test_posterior_mean_and_moments_are_the_encoders_output():
     moments = moments_of(3, -1.0)
     keys = ["a", "b", "c"]
     assert torch.equal(draw_latents(moments, "moments", "u", keys), moments)
     assert torch.equal(draw_latents(moments, "mean", "u", keys), moments[:, :4])
 
 
-def test_a_sample_depends_on_unit_and_key_alone():
+def test_a_posterior_sample_depends_only_on_unit_and_key():
     moments = moments_of(3, 0.0)
     drawn = draw_latents(moments, "sample", "u", ["a", "b", "c"])
     assert torch.equal(drawn, draw_latents(moments, "sample", "u", ["a", "b", "c"]))
@@ -283,14 +287,14 @@ def test_a_sample_depends_on_unit_and_key_alone():
     assert not torch.equal(one, draw_latents(moments[:1], "sample", "ua", ["b"]))
 
 
-def test_the_noise_never_moves():
+def test_posterior_noise_is_the_same_in_all_releases():
     """Rows of one unit that were drawn by two releases must be the same."""
     drawn = draw_latents(torch.zeros(1, 2, 1, 4), "sample", "unit", ["key"])
     expected = [0.1739713, 0.5049616, -0.4968230, 0.6239539]
     assert drawn.flatten().tolist() == pytest.approx(expected, abs=1e-6)
 
 
-def test_samples_have_the_posteriors_mean_and_deviation():
+def test_posterior_samples_have_the_mean_and_standard_deviation():
     logvar = -2.0
     moments = moments_of(1, logvar).expand(2000, -1, -1, -1)
     drawn = draw_latents(moments, "sample", "u", [f"k{index}" for index in range(2000)])
@@ -303,16 +307,16 @@ def test_samples_have_the_posteriors_mean_and_deviation():
 # The measures.
 
 
-def test_psnr_is_numpys():
+def test_psnr_matches_numpy():
     one, other = images_of(4), images_of(5)[1:]
-    found = psnr_db(one, other)
+    actual = psnr_db(one, other)
     a, b = one.numpy().astype(np.float64), other.numpy().astype(np.float64)
     expected = 10 * np.log10(255**2 / ((a - b) ** 2).mean(axis=(1, 2, 3)))
-    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-12)
+    np.testing.assert_allclose(actual.numpy(), expected, rtol=1e-12)
     assert torch.isinf(psnr_db(one, one)).all()
 
 
-def test_drift_is_numpys():
+def test_drift_matches_numpy():
     generator = torch.Generator().manual_seed(0)
     reference = torch.randn((3, 4, 5, 6), generator=generator) + 7
     latents = reference + 1e-3 * torch.randn(reference.shape, generator=generator)

@@ -51,8 +51,8 @@ def exact_norm(
     return (F.silu(out) if silu else out).permute(0, 2, 3, 1)
 
 
-def assert_near(found: Tensor, expected: Tensor, tolerance: float) -> None:
-    torch.testing.assert_close(found.double(), expected.double(), rtol=tolerance, atol=tolerance)
+def assert_near(actual: Tensor, expected: Tensor, tolerance: float) -> None:
+    torch.testing.assert_close(actual.double(), expected.double(), rtol=tolerance, atol=tolerance)
 
 
 # Batch, height, width, channels, groups: one pixel; what fills no tile; groups of no power of two;
@@ -76,10 +76,10 @@ def test_group_norm(shape: tuple[int, ...], dtype: torch.dtype):
     x, bias = noise(*size, channels, dtype=dtype) * 3 + 1, noise(channels, seed=1)
     weight, shift = noise(channels, seed=2), noise(channels, seed=3)
     for given, silu in ((None, False), (bias, True)):
-        found = kernels.group_norm(x, given, None, weight, shift, num_groups, 1e-6, silu)
-        assert found.dtype == dtype
+        actual = kernels.group_norm(x, given, None, weight, shift, num_groups, 1e-6, silu)
+        assert actual.dtype == dtype
         expected = exact_norm(x, given, weight, shift, num_groups, silu)
-        assert_near(found, expected, TOLERANCES[dtype])
+        assert_near(actual, expected, TOLERANCES[dtype])
 
 
 @pytest.mark.parametrize("far", [1e3, 1e5])
@@ -87,22 +87,22 @@ def test_group_norm_far_from_zero(far: float):
     """Where a mean of squares less a squared mean has no digit left."""
     x = noise(2, 20, 20, 64) + far
     weight, shift = torch.ones(64, device=DEVICE), torch.zeros(64, device=DEVICE)
-    found = kernels.group_norm(x, None, None, weight, shift, 8, 1e-6, False)
+    actual = kernels.group_norm(x, None, None, weight, shift, 8, 1e-6, False)
     expected = exact_norm(x, None, weight, shift, 8, False)
-    assert_near(found, expected, far * 2**-23)
+    assert_near(actual, expected, far * 2**-23)
     x = noise(1, 20, 20, 64) + torch.linspace(-far, far, 64, device=DEVICE)  # channels far apart
-    found = kernels.group_norm(x, None, None, weight, shift, 8, 1e-6, False)
-    assert_near(found, exact_norm(x, None, weight, shift, 8, False), 1e-4)
+    actual = kernels.group_norm(x, None, None, weight, shift, 8, 1e-6, False)
+    assert_near(actual, exact_norm(x, None, weight, shift, 8, False), 1e-4)
 
 
 def test_group_norm_of_a_constant_is_its_shift():
     x = torch.full((1, 16, 16, 32), 3.0, device=DEVICE)
     weight, shift = torch.ones(32, device=DEVICE), noise(32)
-    found = kernels.group_norm(x, None, None, weight, shift, 32, 1e-6, False)
-    assert torch.equal(found, shift.expand_as(found))
+    actual = kernels.group_norm(x, None, None, weight, shift, 32, 1e-6, False)
+    assert torch.equal(actual, shift.expand_as(actual))
 
 
-def test_the_same_batch_gives_the_same_bits_and_images_do_not_mix():
+def test_group_norm_is_deterministic_and_independent_of_other_images():
     x = noise(3, 20, 10, 128, dtype=torch.float16)
     weight, shift = noise(128, seed=1), noise(128, seed=2)
     first, again = (
@@ -116,7 +116,7 @@ def test_the_same_batch_gives_the_same_bits_and_images_do_not_mix():
 
 
 @pytest.mark.parametrize(("shape", "dtype"), CASES)
-def test_a_sum_knows_its_own_statistics(shape: tuple[int, ...], dtype: torch.dtype):
+def test_add_returns_the_statistics_of_the_sum(shape: tuple[int, ...], dtype: torch.dtype):
     *size, channels, num_groups = shape
     x, h = noise(*size, channels, dtype=dtype), noise(*size, channels, seed=1, dtype=dtype) + 2
     bias = noise(channels, seed=2)
@@ -125,20 +125,20 @@ def test_a_sum_knows_its_own_statistics(shape: tuple[int, ...], dtype: torch.dty
         out, statistics = kernels.add(x, h, given, num_groups)
         expected = x.double() + h.double() + (0 if given is None else given.double())
         assert_near(out, expected, TOLERANCES[dtype])
-        found = kernels.group_norm(out, None, statistics, weight, shift, num_groups, 1e-6, True)
+        actual = kernels.group_norm(out, None, statistics, weight, shift, num_groups, 1e-6, True)
         expected = exact_norm(out, None, weight, shift, num_groups, True)
-        assert_near(found, expected, TOLERANCES[dtype])
+        assert_near(actual, expected, TOLERANCES[dtype])
 
 
 @pytest.mark.parametrize("module", MODULES)
 @pytest.mark.parametrize("shape", [(1, 1, 1, 16), (2, 7, 5, 48), (3, 16, 24, 128)])
-def test_a_padded_sum_has_a_row_and_a_column_of_zeros(module: ModuleType, shape: tuple[int, ...]):
+def test_add_padded_appends_a_row_and_a_column_of_zeros(module: ModuleType, shape: tuple[int, ...]):
     x, h, bias = noise(*shape), noise(*shape, seed=1), noise(shape[3], seed=2)
     for other in (None, h):
         for given in (None, bias):
-            found = module.add_padded(x.clone(), other, given)
+            actual = module.add_padded(x.clone(), other, given)
             expected = x + (0 if other is None else other) + (0 if given is None else given)
-            assert_near(found, F.pad(expected, (0, 0, 0, 1, 0, 1)), 1e-6)
+            assert_near(actual, F.pad(expected, (0, 0, 0, 1, 0, 1)), 1e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -156,14 +156,14 @@ def test_attention(dtype: torch.dtype, most: int, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_images_become_maps(module: ModuleType):
+def test_to_input_converts_pixels_to_normalised_maps(module: ModuleType):
     images = torch.arange(256, dtype=torch.uint8, device=DEVICE).repeat(6).view(2, 3, 8, 32)
-    found = module.to_input(images, torch.float32)
+    actual = module.to_input(images, torch.float32)
     expected = (images.double() / 127.5 - 1).permute(0, 2, 3, 1)
-    assert_near(found[..., :3], expected, 1e-6)
-    assert not found[..., 3:].any()
-    assert found.shape == (2, 8, 32, module.NUM_INPUT_CHANNELS)
-    assert found.is_contiguous()
+    assert_near(actual[..., :3], expected, 1e-6)
+    assert not actual[..., 3:].any()
+    assert actual.shape == (2, 8, 32, module.NUM_INPUT_CHANNELS)
+    assert actual.is_contiguous()
 
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -208,28 +208,30 @@ def _fp32_is_fp32() -> None:
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_the_fast_encoder_is_the_reference(vae: KLAutoencoder, images: Tensor, module: ModuleType):
+def test_the_fast_encoder_matches_the_reference(
+    vae: KLAutoencoder, images: Tensor, module: ModuleType
+):
     expected = vae.encode(images)
-    found = FastEncoder(vae, torch.float32, module)(images)
-    assert found.dtype == torch.float32
-    assert found.is_contiguous()
+    actual = FastEncoder(vae, torch.float32, module)(images)
+    assert actual.dtype == torch.float32
+    assert actual.is_contiguous()
     assert expected.std() > 0.1
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("module", MODULES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_in_16_bits_the_fast_encoder_drifts_no_further(
+def test_the_fast_encoder_in_16_bits_has_no_more_drift_than_the_reference(
     vae: KLAutoencoder, images: Tensor, module: ModuleType, dtype: torch.dtype
 ):
     expected = vae.encode(images)
-    found_db = drift_db(FastEncoder(vae, dtype, module)(images), expected)
-    eager_db = drift_db(copy.deepcopy(vae).to(dtype).encode(images), expected)
-    assert found_db > eager_db - 3
-    assert found_db < 90, "it was not computed in 16 bits"
+    actual_db = drift_db(FastEncoder(vae, dtype, module)(images), expected)
+    expected_db = drift_db(copy.deepcopy(vae).to(dtype).encode(images), expected)
+    assert actual_db > expected_db - 3
+    assert actual_db < 90, "it was not computed in 16 bits"
 
 
-def test_the_fast_encoder_leaves_its_weights_alone(images: Tensor):
+def test_the_fast_encoder_does_not_change_the_vae(images: Tensor):
     vae = make_vae("kl-f8")
     before = {name: tensor.clone() for name, tensor in vae.state_dict().items()}
     for module in MODULES:
@@ -237,7 +239,7 @@ def test_the_fast_encoder_leaves_its_weights_alone(images: Tensor):
     assert all(torch.equal(tensor, before[name]) for name, tensor in vae.state_dict().items())
 
 
-def test_they_compile_for_gpus():
+def test_kernels_compile_for_gpus_with_wide_accesses_and_without_spills():
     """With wide accesses and nothing spilt; the compiler needs no GPU."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     script = Path(__file__).parents[1] / "support" / "compile_kernels.py"

@@ -32,7 +32,7 @@ def factors(folder: Path, checkpoint: Path, **vae: Any) -> tuple[float, float]:
     return contract.scaling_factor, contract.shift_factor
 
 
-def test_a_lone_file_needs_its_factor(tmp_path: Path) -> None:
+def test_a_file_without_config_needs_a_scaling_factor(tmp_path: Path) -> None:
     lone = write_compvis_checkpoint(tmp_path / "sdxl_vae.safetensors")
     with pytest.raises(ConfigError, match=r"sdxl_vae\.safetensors .* set vae\.scaling_factor") as e:
         factors(tmp_path, lone)
@@ -44,13 +44,15 @@ def test_a_lone_file_needs_its_factor(tmp_path: Path) -> None:
     assert load_vae(str(lone)).architecture.scaling_factor is None
 
 
-def test_a_lone_file_of_sixteen_channels_is_sd3s_or_fluxs(tmp_path: Path) -> None:
+def test_a_16_channel_file_without_config_takes_the_given_factors(tmp_path: Path) -> None:
     lone = write_compvis_checkpoint(tmp_path / "ae.safetensors", SIXTEEN)
     given = {"scaling_factor": 0.3611, "shift_factor": 0.1159}
     assert factors(tmp_path, lone, **given) == (0.3611, 0.1159)
 
 
-def test_a_config_beside_the_file_decides_and_is_not_contradicted(tmp_path: Path) -> None:
+def test_factors_of_a_config_beside_the_file_are_used_and_cannot_be_contradicted(
+    tmp_path: Path,
+) -> None:
     fields = SIXTEEN | {"scaling_factor": 1.5305, "shift_factor": 0.0609}
     lone = write_compvis_checkpoint(tmp_path / "vae.safetensors", fields)
     folder = write_diffusers_folder(tmp_path, fields)
@@ -63,7 +65,7 @@ def test_a_config_beside_the_file_decides_and_is_not_contradicted(tmp_path: Path
             factors(tmp_path, checkpoint, shift_factor=0)
 
 
-def test_a_diffusers_config_without_a_factor_means_diffusers_default(tmp_path: Path) -> None:
+def test_a_diffusers_config_without_a_factor_has_the_diffusers_default(tmp_path: Path) -> None:
     """As the hub's sd-vae-ft-mse has it."""
     reference = make_reference(TINY_KL_F8)
     fields = {k: v for k, v in dict(reference.config).items() if k != "scaling_factor"}
@@ -83,7 +85,7 @@ def test_a_diffusers_config_without_a_factor_means_diffusers_default(tmp_path: P
     ],
     ids=["sd", "sdxl", "measured", "playground", "nan", "alone"],
 )
-def test_a_whole_checkpoint_says_its_factor(
+def test_the_scaling_factor_of_a_whole_checkpoint_is_recognised(
     tmp_path: Path, beside: dict[str, torch.Tensor], factor: float | None
 ) -> None:
     state = to_compvis(dict(make_reference(TINY_KL_F8).state_dict()))
@@ -93,13 +95,13 @@ def test_a_whole_checkpoint_says_its_factor(
         with pytest.raises(ConfigError, match=r"set vae\.scaling_factor"):
             factors(tmp_path, tmp_path / "whole.safetensors")
     else:
-        found, shift = factors(tmp_path, tmp_path / "whole.safetensors")
-        assert found == pytest.approx(factor)
+        actual, shift = factors(tmp_path, tmp_path / "whole.safetensors")
+        assert actual == pytest.approx(factor)
         assert shift == 0
 
 
 @pytest.mark.parametrize("value", [0, -0.18215, float("nan"), float("inf"), "x"])
-def test_a_factor_is_a_finite_number_above_zero(tmp_path: Path, value: Any) -> None:
+def test_a_factor_that_is_not_finite_and_positive_is_refused(tmp_path: Path, value: Any) -> None:
     tree = config_tree(tmp_path, vae={"checkpoint": "demo", "scaling_factor": value})
     with pytest.raises(ConfigError, match=r"vae\.scaling_factor"):
         parse_config(tree)

@@ -111,7 +111,7 @@ def test_refuses_other_images(images: Tensor) -> None:
         load_vae("demo", decoder=False).encode(images)
 
 
-def test_refuses_to_decode_what_it_cannot() -> None:
+def test_decode_refuses_wrong_shapes_and_a_missing_decoder() -> None:
     with pytest.raises(ConfigError, match="without its decoder"):
         load_vae("demo", decoder=False).decode(torch.zeros(1, 16, 4, 4))
     with pytest.raises(ConfigError, match="decode needs"):
@@ -135,7 +135,7 @@ def test_refuses_to_decode_what_it_cannot() -> None:
         ({"latents_mean": [0.0]}, "latents_mean = .* needs one value per latent channel"),
     ],
 )
-def test_names_the_config_field_that_is_wrong(fields: dict[str, Any], message: str) -> None:
+def test_config_errors_name_the_field(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         Architecture.from_config(fields)
 
@@ -147,7 +147,7 @@ def test_to_uint8_inverts_the_normalisation() -> None:
 
 
 @torch.inference_mode()
-def test_demo_reconstructs_what_it_never_saw() -> None:
+def test_the_demo_vae_reconstructs_new_pictures() -> None:
     vae = load_vae("demo")
     rng = np.random.default_rng(2**32)  # no seed of the trainer's
     pictures = np.stack([draw_image(rng, 128, 128)[0] for _ in range(32)])

@@ -81,7 +81,7 @@ def lightning(state: dict[str, torch.Tensor]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
 @pytest.mark.parametrize("spelling", ["new", "new conv", "old", "old conv"])
-def test_diffusers_spellings(
+def test_old_and_new_diffusers_parameter_names(
     tmp_path: Path, expected: KLAutoencoder, spelling: str, suffix: str
 ) -> None:
     folder = write_folder(tmp_path, CONFIG, spell_attention(STATE, spelling), suffix=suffix)
@@ -129,15 +129,15 @@ def test_whole_stable_diffusion_checkpoint(tmp_path: Path, expected: KLAutoencod
     state["model_ema.num_updates"] = torch.zeros((), dtype=torch.int64)
     state["betas"] = torch.zeros(1000)
     torch.save(lightning(state), tmp_path / "sd.ckpt")
-    found = load_vae(f"{tmp_path}/sd.ckpt")
-    assert_same(found, expected)
-    assert found.architecture.scaling_factor == 0.18215
+    actual = load_vae(f"{tmp_path}/sd.ckpt")
+    assert_same(actual, expected)
+    assert actual.architecture.scaling_factor == 0.18215
     state["conditioner.embedders.0.weight"] = torch.zeros(3)
     safetensors.torch.save_file(state, tmp_path / "sdxl.safetensors")
     assert load_vae(f"{tmp_path}/sdxl.safetensors").architecture.scaling_factor == 0.13025
 
 
-def test_config_beside_a_compvis_file_decides(tmp_path: Path) -> None:
+def test_a_config_beside_a_compvis_file_determines_the_architecture(tmp_path: Path) -> None:
     fields = TINY_KL_F8 | {"latent_channels": 16, "scaling_factor": 0.3611, "use_quant_conv": False}
     path = write_compvis_checkpoint(tmp_path / "ae.safetensors", fields)
     assert load_vae(str(path)).architecture.scaling_factor is None
@@ -146,7 +146,7 @@ def test_config_beside_a_compvis_file_decides(tmp_path: Path) -> None:
     assert encoder_fingerprint(load_vae(str(path))) == encoder_fingerprint(load_vae(str(folder)))
 
 
-def test_real_size_in_both_layouts(tmp_path: Path) -> None:
+def test_a_vae_of_published_size_in_both_layouts(tmp_path: Path) -> None:
     state = dict(make_reference(KL_F8).state_dict())
     vae = load_vae(str(write_folder(tmp_path, KL_F8, state)), decoder=False)
     torch.save({"state_dict": to_compvis(state)}, tmp_path / "kl-f8.ckpt")
@@ -183,7 +183,9 @@ def test_half_precision_weights_become_float32(tmp_path: Path) -> None:
         encoder_fingerprint(load_vae(str(tmp_path / "half"), dtype=torch.float16))
 
 
-def test_fingerprint_moves_with_the_encoder_only(tmp_path: Path, expected: KLAutoencoder) -> None:
+def test_the_fingerprint_changes_only_with_the_encoder(
+    tmp_path: Path, expected: KLAutoencoder
+) -> None:
     def fingerprint_with(changed: str, config: dict[str, Any] = CONFIG) -> str:
         state = {name: tensor.clone() for name, tensor in STATE.items()}
         if changed:
@@ -250,7 +252,7 @@ def replaced(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
     ],
     ids=["missing", "many-missing", "surplus", "misshapen", "integers", "nan"],
 )
-def test_names_the_tensors_that_do_not_fit(
+def test_errors_name_the_tensors_that_do_not_fit(
     tmp_path: Path, state: dict[str, torch.Tensor], message: str
 ) -> None:
     folder = write_folder(tmp_path, CONFIG, state)
@@ -269,7 +271,7 @@ def test_names_the_tensors_that_do_not_fit(
     ],
     ids=["empty", "html", "lfs", "text"],
 )
-def test_names_what_is_not_a_checkpoint(
+def test_errors_describe_files_that_are_not_checkpoints(
     tmp_path: Path, content: bytes, message: str, suffix: str
 ) -> None:
     folder = write_folder(tmp_path, CONFIG, {"a": torch.zeros(1)}, suffix=suffix)
@@ -278,7 +280,7 @@ def test_names_what_is_not_a_checkpoint(
         load_vae(str(folder))
 
 
-def test_names_what_is_missing(tmp_path: Path) -> None:
+def test_errors_name_missing_files(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"nowhere/config\.json does not exist"):
         load_vae(f"{tmp_path}/nowhere")
     with pytest.raises(CheckpointError, match=r"nothing\.ckpt.*vae\.checkpoint"):
@@ -296,7 +298,7 @@ def test_names_what_is_missing(tmp_path: Path) -> None:
         load_vae(str(folder))
 
 
-def test_refuses_torchscript_and_crowded_zips(tmp_path: Path) -> None:
+def test_torchscript_and_zips_with_two_checkpoints_are_refused(tmp_path: Path) -> None:
     for members, message in (
         (["a/data.pkl", "a/constants.pkl"], "TorchScript"),
         (["a.ckpt", "b.ckpt"], "holds 2 checkpoints"),
@@ -325,9 +327,7 @@ SMALL_FILES = {form: small_file(form) for form in ("safetensors", "zip", "legacy
     max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(st.sampled_from(sorted(SMALL_FILES)), st.data())
-def test_damage_is_always_a_checkpoint_error(
-    tmp_path: Path, form: str, data: st.DataObject
-) -> None:
+def test_any_damage_is_a_checkpoint_error(tmp_path: Path, form: str, data: st.DataObject) -> None:
     """A file cut off anywhere, or with a bit changed, is a named error: whole, it lacks tensors."""
     content = bytearray(SMALL_FILES[form])
     where = data.draw(st.integers(0, len(content) - 1), label="where")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,15 @@ FAMILY = "AutoencoderKL"
 # Far above any published autoencoder. Without limits, a config or a file could request a model of
 # any size.
 _MAX_BLOCKS, _MAX_LAYERS, _MAX_CHANNELS = 8, 32, 2**14
+
+_ENCODER_FIELDS = (
+    "block_out_channels",
+    "layers_per_block",
+    "latent_channels",
+    "norm_num_groups",
+    "use_quant_conv",
+    "mid_block_add_attention",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,136 +56,92 @@ class Architecture:
     @property
     def encoder_fields(self) -> dict[str, Any]:
         """The fields that determine the encoder, as plain JSON; others do not affect latents."""
-        return {
-            "block_out_channels": list(self.block_out_channels),
-            "layers_per_block": self.layers_per_block,
-            "latent_channels": self.latent_channels,
-            "norm_num_groups": self.norm_num_groups,
-            "use_quant_conv": self.use_quant_conv,
-            "mid_block_add_attention": self.mid_block_add_attention,
-        }
+        values = {field: getattr(self, field) for field in _ENCODER_FIELDS}
+        return values | {"block_out_channels": list(self.block_out_channels)}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], name: str = "config.json") -> Architecture:
         """Read a diffusers config.
 
         Args:
-            config: the content of the config.
-            name: the name of the config in errors.
+            config, name: the content of the config, and its name in errors.
 
         Raises:
             CheckpointError: the autoencoder is of another family, or a field has an unusable value.
         """
-        fields = _Fields(config, name)
-        fields.require_family()
-        architecture = cls(
-            block_out_channels=fields.integers("block_out_channels", (64,)),
-            layers_per_block=fields.integer("layers_per_block", 1, _MAX_LAYERS),
-            latent_channels=fields.integer("latent_channels", 4, _MAX_CHANNELS),
-            norm_num_groups=fields.integer("norm_num_groups", 32, _MAX_CHANNELS),
-            use_quant_conv=fields.boolean("use_quant_conv", True),
-            use_post_quant_conv=fields.boolean("use_post_quant_conv", True),
-            mid_block_add_attention=fields.boolean("mid_block_add_attention", True),
-            scaling_factor=fields.positive("scaling_factor", 0.18215),
-            shift_factor=fields.optional_number("shift_factor"),
-            latents_mean=fields.optional_numbers("latents_mean"),
-            latents_std=fields.optional_numbers("latents_std"),
-            force_upcast=fields.boolean("force_upcast", True),
-        )
-        num_groups = architecture.norm_num_groups
-        if any(channels % num_groups for channels in architecture.block_out_channels):
-            raise fields.error("block_out_channels", f"has no {num_groups} equal norm groups")
-        for field in ("latents_mean", "latents_std"):
-            values = getattr(architecture, field)
-            if values is not None and len(values) != architecture.latent_channels:
-                raise fields.error(field, "needs one value per latent channel")
-        if architecture.latents_std and min(architecture.latents_std) <= 0:
-            raise fields.error("latents_std", "needs values above 0")
-        return architecture
 
+        def require(field: str, is_valid: bool, problem: str) -> None:
+            if not is_valid:
+                value = reprlib.repr(config.get(field))
+                raise CheckpointError(f"{name}: {field} = {value} {problem}")
 
-class _Fields:
-    """Typed reads from a JSON object; a failure raises a CheckpointError that names the field."""
-
-    def __init__(self, config: Mapping[str, Any], name: str) -> None:
-        self.config = config
-        self.name = name
-
-    def error(self, field: str, problem: str) -> CheckpointError:
-        value = reprlib.repr(self.config.get(field))
-        return CheckpointError(f"{self.name}: {field} = {value} {problem}")
-
-    def require_family(self) -> None:
-        """Raise an error if the config is not an AutoencoderKL with the blocks of `model.py`."""
-        if self.config.get("_class_name", FAMILY) != FAMILY:
-            raise self.error("_class_name", "is not supported: only AutoencoderKL is")
+        is_family = config.get("_class_name", FAMILY) == FAMILY
+        require("_class_name", is_family, f"is not supported: only {FAMILY} is")
+        values: dict[str, Any] = {}
+        for fields, convert, problem in _READERS:
+            for field in fields:
+                if field in config and (config[field] is not None or field not in _OPTIONAL):
+                    values[field] = convert(config[field])
+                    require(field, values[field] is not None, problem)
+        self = cls(**values)
+        require("scaling_factor", values.get("scaling_factor", 1.0) > 0, "is not above 0")
+        num_blocks, num_groups = len(self.block_out_channels), self.norm_num_groups
+        is_short = num_blocks <= _MAX_BLOCKS
+        require("block_out_channels", is_short, f"has more than {_MAX_BLOCKS} values")
         for field, known in (
             ("act_fn", "silu"),
             ("in_channels", 3),
             ("out_channels", 3),
+            ("down_block_types", ["DownEncoderBlock2D"] * num_blocks),
+            ("up_block_types", ["UpDecoderBlock2D"] * num_blocks),
         ):
-            if self.config.get(field, known) != known:
-                raise self.error(field, f"is not supported: only {known!r} is")
-        num_blocks = len(self.integers("block_out_channels", (64,)))
-        for field, block in (
-            ("down_block_types", "DownEncoderBlock2D"),
-            ("up_block_types", "UpDecoderBlock2D"),
-        ):
-            if self.config.get(field, [block] * num_blocks) != [block] * num_blocks:
-                raise self.error(field, f"is not supported: only {num_blocks} of {block} is")
+            is_known = config.get(field, known) == known
+            require(field, is_known, f"is not supported: only {known!r} is")
+        has_groups = all(channels % num_groups == 0 for channels in self.block_out_channels)
+        require("block_out_channels", has_groups, f"has no {num_groups} equal norm groups")
+        for field in ("latents_mean", "latents_std"):
+            numbers = getattr(self, field)
+            has_all = numbers is None or len(numbers) == self.latent_channels
+            require(field, has_all, "needs one value per latent channel")
+        require("latents_std", min(self.latents_std or (1.0,)) > 0, "needs values above 0")
+        return self
 
-    def integer(self, field: str, default: int, largest: int) -> int:
-        value = self.config.get(field, default)
-        if type(value) is not int or value < 1:
-            raise self.error(field, "is not a positive integer")
-        if value > largest:
-            raise self.error(field, f"is more than {largest}, the supported maximum")
-        return value
 
-    def integers(self, field: str, default: tuple[int, ...]) -> tuple[int, ...]:
-        value = self.config.get(field, default)
-        if (
-            not isinstance(value, list | tuple)
-            or not value
-            or any(type(item) is not int or item < 1 for item in value)
-        ):
-            raise self.error(field, "is not a list of positive integers")
-        if len(value) > _MAX_BLOCKS or max(value) > _MAX_CHANNELS:
-            raise self.error(
-                field, f"is not supported: at most {_MAX_BLOCKS} of at most {_MAX_CHANNELS} are"
-            )
-        return tuple(value)
+def _integer(value: object, largest: int = _MAX_CHANNELS) -> int | None:
+    return value if type(value) is int and 1 <= value <= largest else None
 
-    def boolean(self, field: str, default: bool) -> bool:
-        value = self.config.get(field, default)
-        if not isinstance(value, bool):
-            raise self.error(field, "is neither true nor false")
-        return value
 
-    def number(self, field: str, default: float) -> float:
-        return self._finite(field, self.config.get(field, default), "is not a number")
+def _number(value: Any) -> float | None:
+    """Return a finite number as a float, which may not hold larger integers."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number and abs(value) < 2**64 else None
 
-    def positive(self, field: str, default: float) -> float:
-        value = self.number(field, default)
-        if value <= 0:
-            raise self.error(field, "is not above 0")
-        return value
 
-    def optional_number(self, field: str) -> float | None:
-        return None if self.config.get(field) is None else self.number(field, 0.0)
+def _items(value: Any, convert: Callable[[Any], Any]) -> tuple[Any, ...] | None:
+    items = tuple(map(convert, value)) if isinstance(value, list | tuple) else (None,)
+    return None if None in items else items
 
-    def optional_numbers(self, field: str) -> tuple[float, ...] | None:
-        value = self.config.get(field)
-        if value is None:
-            return None
-        if not isinstance(value, list):
-            raise self.error(field, "is not a list of numbers")
-        return tuple(self._finite(field, item, "is not a list of numbers") for item in value)
 
-    def _finite(self, field: str, value: object, problem: str) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self.error(field, problem)
-        # An integer that does not fit into a float is as unusable as infinity.
-        if not math.isfinite(value) if isinstance(value, float) else abs(value) > 2**64:
-            raise self.error(field, "is not finite")
-        return float(value)
+_OPTIONAL = ("shift_factor", "latents_mean", "latents_std")
+_COUNT = "is not a positive integer of at most"
+# Fields, a function that returns None for a value that is not valid, and the problem with it.
+_READERS: tuple[tuple[tuple[str, ...], Callable[[Any], Any], str], ...] = (
+    (
+        ("block_out_channels",),
+        lambda value: _items(value, _integer) or None,
+        f"is not a list of positive integers of at most {_MAX_CHANNELS}",
+    ),
+    (("layers_per_block",), lambda v: _integer(v, _MAX_LAYERS), f"{_COUNT} {_MAX_LAYERS}"),
+    (("latent_channels", "norm_num_groups"), _integer, f"{_COUNT} {_MAX_CHANNELS}"),
+    (
+        ("use_quant_conv", "use_post_quant_conv", "mid_block_add_attention", "force_upcast"),
+        lambda value: value if isinstance(value, bool) else None,
+        "is neither true nor false",
+    ),
+    (("scaling_factor", "shift_factor"), _number, "is not a number that is finite"),
+    (
+        ("latents_mean", "latents_std"),
+        lambda value: _items(value, _number),
+        "is not a list of finite numbers",
+    ),
+)

@@ -27,15 +27,11 @@ _MAX_IDLE_DOUBLINGS = 2
 
 
 def find_batch_size(measure: Callable[[int], float], most: int) -> int:
-    """Return the smallest power of two whose rate is within 3% of the best.
+    """Return the smallest power of two whose rate is within 3% of the best; 1 if none fits.
 
     Args:
-        measure: returns images/s at a batch size. If it raises `torch.OutOfMemoryError`, no larger
-            size is tried.
+        measure: returns images/s at a batch size, or raises `torch.OutOfMemoryError`.
         most: the largest size to try.
-
-    Returns:
-        A batch size; 1 if no size could be measured.
     """
     rates: dict[int, float] = {}
     best, num_idle, size = 0.0, 0, 1
@@ -62,11 +58,11 @@ def remembered_batch_size(
     Args:
         encoder: a description of everything else that affects the rate: device, software,
             precision, and the sizes of the network.
-        width_px: the width of the images.
-        height_px: the height of the images.
+        width_px, height_px: the size of the images.
         measure: see `find_batch_size`.
     """
-    path = _cache_home() / "latentcache" / "batch_sizes.json"
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
+    path = home / "latentcache" / "batch_sizes.json"
     num_pixels = width_px * height_px
     key = f"{encoder}, about {2 ** round(math.log2(num_pixels))} px"
     size = _read(path).get(key)
@@ -76,10 +72,6 @@ def remembered_batch_size(
         with contextlib.suppress(OSError):
             _write(path, {**_read(path), key: size})
     return size
-
-
-def _cache_home() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
 
 
 def _read(path: Path) -> dict[str, object]:

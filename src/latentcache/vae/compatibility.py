@@ -19,19 +19,18 @@ from latentcache.vae.model import KLAutoencoder
 MIN_AGREEMENT_DB = 50.0
 
 
-def require_family(vae: KLAutoencoder, name: str, wanted: Architecture | VaeContract) -> None:
+def require_family(vae: KLAutoencoder, name: str, other: Architecture | VaeContract) -> None:
     """Raise an error if the latents of a VAE have another shape than the latents to decode.
 
     Args:
-        vae: the VAE.
-        name: the name of the VAE in errors.
-        wanted: the VAE of the latents to decode.
+        vae, name: the VAE, and its name in errors.
+        other: the VAE of the latents to decode.
 
     Raises:
         ConfigError: the shapes differ.
     """
     for field in ("latent_channels", "downsample_factor"):
-        given, value = getattr(vae.architecture, field), getattr(wanted, field)
+        given, value = getattr(vae.architecture, field), getattr(other, field)
         if given != value:
             raise ConfigError(
                 f"{name} is of another family: its {field} is {given}, that of the latents is "
@@ -40,15 +39,11 @@ def require_family(vae: KLAutoencoder, name: str, wanted: Architecture | VaeCont
 
 
 def require_agreement(own: Tensor, latents: Tensor, name: str) -> float:
-    """Raise an error if a VAE's own encoder does not agree with the latents that it must decode.
+    """Return the agreement in dB of a VAE's own encoder with the latents that it must decode.
 
     Args:
-        own: the latents of some images from the VAE's own encoder, [B, C, h, w].
-        latents: the latents of these images from the encoder in use, of the same shape.
+        own, latents: the latents of some images, [B, C, h, w], from both encoders.
         name: the name of the VAE in errors.
-
-    Returns:
-        The agreement of the two, in dB.
 
     Raises:
         ConfigError: the agreement is below `MIN_AGREEMENT_DB`.

@@ -30,15 +30,12 @@ PRECISION_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.
 # effect on training.
 MIN_DRIFT_DB = 55.0
 
-# The pixels that a CPU thread encodes at once with `batch_size: auto`: one image of 256 px. On two
-# cores with the demo VAE, two threads with one image each encoded 77 images/s. torch's own two
-# threads encoded 67 with one image, 73 with two, 60 with four and 48 with eight, because larger
-# batches do not fit into the cache (bench/results/encoder.json).
+# The pixels that a CPU thread encodes at once with `batch_size: auto`: one image of 256 px, because
+# larger batches do not fit into the cache (bench/results/encoder.json).
 _CPU_BATCH_PIXELS = 256 * 256
 
-# The memory limit of the images that a CPU encodes at once. Each image needs four maps of the first
-# block's width. Every thread of a small actor can encode an image, unless the images or the network
-# are large.
+# The memory limit of the images that a CPU encodes at once, and the maps of the first block's width
+# that each image needs.
 _CPU_BYTES = 2**30
 _MAPS_AT_ONCE = 4
 
@@ -49,8 +46,7 @@ _MAX_IN_FLIGHT = 3
 def require_fp32() -> None:
     """Disable TF32 for float32 convolutions in this process.
 
-    By default cuDNN computes float32 convolutions in TF32. It has ten bits of mantissa, like
-    float16, so it is neither a reference for float16 nor a fallback if float16 fails.
+    TF32 has ten bits of mantissa, like float16, so it is no reference or fallback for float16.
     """
     torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
 
@@ -88,11 +84,9 @@ class Encoded:
 class LatentEncoder:
     """An encoder of batches on one device.
 
-    On a GPU, one thread starts batches and another collects them. Pixels are copied from pinned
-    memory to the device on a second stream, and moments are copied back on a third. Only two calls
-    block: `start` waits for the batch before the last two, and the collecting thread waits for its
-    batch. On a CPU, several threads may start batches at once, and each thread encodes the batch
-    that it starts.
+    On a GPU, one thread starts batches and another collects them. `start` waits only for the batch
+    before the last two, and the collecting thread for its batch. On a CPU, several threads may
+    start batches at once, and each thread encodes the batch that it starts.
 
     Args:
         vae: the VAE in fp32 on its device; its decoder is not used.
@@ -140,23 +134,22 @@ class LatentEncoder:
         """Return the batch size of a bucket. On a GPU, the first call may measure several sizes.
 
         Args:
-            width_px: the width of the bucket.
-            height_px: the height of the bucket.
+            width_px, height_px: the size of the bucket.
         """
         bucket = (width_px, height_px)
         with self._choosing:
             if bucket not in self._limits:
-                self._limits[bucket] = self._batch_size or self._auto_batch_size(*bucket)
+                self._limits[bucket] = self._batch_size or self._choose_batch_size(*bucket)
             return self._limits[bucket]
 
     def encode(self, images: Tensor) -> Encoded:
-        """Encode uint8 [B, 3, H, W] from the CPU; `start` documents the errors."""
+        """Encode uint8 [B, 3, H, W] from the CPU. Errors: see `start`."""
         return self.start(images)()
 
     def start(self, images: Tensor) -> Callable[[], Encoded]:
         """Start to encode uint8 [B, 3, H, W] from the CPU. The images must not change afterwards.
 
-        If the GPU runs out of memory, the batch size of this bucket is halved permanently.
+        If the device runs out of memory, the batch size of this bucket is halved permanently.
 
         Returns:
             A function that waits for the moments and returns them. Any thread may call it, once.
@@ -191,9 +184,8 @@ class LatentEncoder:
         if self._gpu:
             return self._gpu.start(self._encode, images, full)
         began = time.perf_counter()
-        moments = self._encode(images)
-        busy_s = time.perf_counter() - began
-        return lambda: (moments, busy_s)
+        result = self._encode(images), time.perf_counter() - began
+        return lambda: result
 
     @torch.inference_mode()
     def _collect(self, images: Tensor, parts: Sequence[_Part], start_s: float) -> Encoded:
@@ -217,11 +209,14 @@ class LatentEncoder:
         torch.cuda.empty_cache()
         return self._reference.encode(images.to(self._device)).cpu()
 
-    def _auto_batch_size(self, width_px: int, height_px: int) -> int:
+    def _choose_batch_size(self, width_px: int, height_px: int) -> int:
         if not self._gpu:
             return max(1, _CPU_BATCH_PIXELS // (width_px * height_px))
+        device = torch.cuda.get_device_properties(self._device)
+        gib = round(device.total_memory / 2**30)
+        gpu = f"{device.name} with {gib} GiB, torch {torch.__version__}"
         fields = self._reference.architecture.encoder_fields
-        encoder = f"{self._gpu.name}, {self._precision}, {json.dumps(fields, sort_keys=True)}"
+        encoder = f"{gpu}, {self._precision}, {json.dumps(fields, sort_keys=True)}"
         measure = partial(self._gpu.measure, self._encode, width_px, height_px)
         return remembered_batch_size(encoder, width_px, height_px, measure)
 
@@ -229,8 +224,8 @@ class LatentEncoder:
 class _Gpu:
     """The streams of a GPU, and its batches in progress.
 
-    Compute runs on the current stream, which is the same for all threads of the process. Other
-    work, such as QA, is queued on the same stream and reuses the same memory.
+    Pixels are copied to the device on a second stream, and moments back on a third. Compute runs on
+    the current stream, which is the same for all threads of the process and for QA.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -240,24 +235,16 @@ class _Gpu:
         self._in_flight: deque[torch.cuda.Event] = deque()
         self._lock = threading.RLock()
 
-    @property
-    def name(self) -> str:
-        """The description of the device and of torch, on which a batch size depends."""
-        device = torch.cuda.get_device_properties(self._device)
-        gib = round(device.total_memory / 2**30)
-        return f"{device.name} with {gib} GiB, torch {torch.__version__}"
-
     def start(self, encode: Encode, images: Tensor, full: int) -> _Part:
         """Enqueue one batch, and return a function that waits for its moments.
 
-        Every tensor is freed before the GPU has used it. This is safe. torch reuses pinned memory
-        only after the copies from and to it are done. It reuses a GPU's memory only after the work
-        that was enqueued before on its own stream and on the streams that it was recorded on.
+        Tensors may be freed before the GPU has used them. torch reuses pinned memory only after the
+        copies from and to it, and a GPU's memory only after the work enqueued before on its own
+        stream and on those that it was recorded on.
 
         Args:
-            encode: encodes a batch on the device.
-            images: uint8 [B, 3, H, W] on the CPU, at most `full` images.
-            full: the number of images to which the batch is padded.
+            encode, images: encodes a batch on the device; and uint8 [B, 3, H, W] on the CPU.
+            full: the number of images to which the batch is padded, at least B.
         """
         num_images = len(images)
         with self._lock, torch.cuda.device(self._device), _autotuned():
@@ -272,10 +259,7 @@ class _Gpu:
                 pixels = pinned.to(self._device, non_blocking=True)
             compute.wait_stream(self._copy_in)
             pixels.record_stream(compute)
-            began, ended = _event(enable_timing=True), _event(enable_timing=True)
-            began.record()
-            moments = encode(pixels)
-            ended.record()
+            began, moments, ended = _timed(encode, pixels)
             self._copy_out.wait_event(ended)
             result = torch.empty(moments.shape, dtype=moments.dtype, pin_memory=True)
             with torch.cuda.stream(self._copy_out):
@@ -294,10 +278,10 @@ class _Gpu:
     def finish(self) -> bool:
         """Wait for the batches in progress, and return whether there were any."""
         with self._lock:
-            num_waited = len(self._in_flight)
+            had_any = bool(self._in_flight)
             while self._in_flight:
                 self._in_flight.popleft().synchronize()
-        return num_waited > 0
+        return had_any
 
     @torch.inference_mode()
     def measure(self, encode: Encode, width_px: int, height_px: int, batch_size: int) -> float:
@@ -305,9 +289,7 @@ class _Gpu:
 
         Args:
             encode: encodes a batch on the device.
-            width_px: the width of the images.
-            height_px: the height of the images.
-            batch_size: the images of a batch.
+            width_px, height_px, batch_size: the sizes of the batch.
         """
         shape = (batch_size, 3, height_px, width_px)
         with self._lock, torch.cuda.device(self._device), _autotuned():
@@ -316,10 +298,7 @@ class _Gpu:
             images = torch.randint(0, 256, shape, dtype=torch.uint8, device=self._device)
             seconds: list[float] = []
             for _ in range(5):
-                began, ended = _event(enable_timing=True), _event(enable_timing=True)
-                began.record()
-                encode(images)
-                ended.record()
+                began, _, ended = _timed(encode, images)
                 ended.synchronize()
                 seconds.append(began.elapsed_time(ended) / 1e3)
         return batch_size / min(seconds[2:])
@@ -327,6 +306,15 @@ class _Gpu:
 
 def _event(*, enable_timing: bool = False, blocking: bool = False) -> torch.cuda.Event:
     return torch.cuda.Event(enable_timing, blocking)  # type: ignore[no-untyped-call]
+
+
+def _timed(encode: Encode, pixels: Tensor) -> tuple[torch.cuda.Event, Tensor, torch.cuda.Event]:
+    """Encode between two events of the current stream."""
+    began, ended = _event(enable_timing=True), _event(enable_timing=True)
+    began.record()
+    moments = encode(pixels)
+    ended.record()
+    return began, moments, ended
 
 
 @contextmanager
@@ -343,18 +331,14 @@ def _autotuned() -> Iterator[None]:
 def draw_latents(
     moments: torch.Tensor, posterior: str, unit_id: str, keys: Sequence[str]
 ) -> torch.Tensor:
-    """Return the latents to store, computed from moments.
+    """Return the latents to store, computed from moments: float32 [B, C, H, W].
 
     Args:
         moments: float32 [B, 2C, H, W], mean then log-variance.
         posterior: `mean` returns the first half of the channels, `moments` all of them. `sample`
             draws from N(mean, exp(logvar)) with Philox noise. The noise depends only on (unit, key)
             through their SHA-256, so every attempt draws the same latents.
-        unit_id: the unit's id.
-        keys: the keys of the B rows.
-
-    Returns:
-        float32 [B, C, H, W], or [B, 2C, H, W] for `moments`.
+        unit_id, keys: the unit's id, and the keys of the B rows.
     """
     if posterior == "moments":
         return moments
@@ -374,9 +358,7 @@ def draw_latents(
 def resolve_precision(vae: KLAutoencoder, images: Sequence[Tensor]) -> str:
     """Return the fastest precision whose drift from fp32 on real images is at least `MIN_DRIFT_DB`.
 
-    On a CPU the result is always fp32. bfloat16 would be twice as fast there, but it has only eight
-    bits of precision: its drift is 46 dB with the demo VAE and 31 dB with a random kl-f8, and it
-    can never reach 55 dB. float16 would reach 55 dB, but is slower than fp32.
+    On a CPU the result is always fp32: float16 is slower there, and bfloat16 never reaches 55 dB.
 
     Args:
         vae: the VAE in fp32 on its device.

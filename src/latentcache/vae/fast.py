@@ -1,17 +1,8 @@
 """The encoder of `model.py`, optimised for the device: the same function with fused operations.
 
-Weights are converted once, to the precision and to channels-last. All maps are [B, H, W, C], the
-layout of tensor cores and of a CPU's vector units. `kernels.py` on a GPU and `plain.py` on a CPU
-have the operations between the convolutions. Four optimisations do not change the function:
-
-- On a GPU the bias of a convolution is added by the next operation that reads the map.
-- The sum at the end of a residual block also computes the statistics of the next norm, or writes
-  the row and column of zeros that the halving convolution needs.
-- `quant_conv`, a 1×1 convolution, is multiplied into `conv_out` before it.
-- The scale of attention is multiplied into `to_q`. The bias of `to_v` is added after `to_out`,
-  which is equivalent because the weights of attention sum to one.
-
-The tests compare this encoder with the reference `model.py`.
+Maps are [B, H, W, C]. Weights are converted once: `quant_conv` is multiplied into `conv_out`, the
+scale of attention into `to_q`, and the bias of `to_v` is added after `to_out`, because the weights
+of attention sum to one. `kernels.py` on a GPU and `plain.py` on a CPU have the other operations.
 """
 
 from __future__ import annotations
@@ -22,8 +13,8 @@ import importlib
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,9 +26,9 @@ from latentcache.vae.model import (
     LOGVAR_MAX,
     LOGVAR_MIN,
     Attention,
-    DownBlock,
     Downsample,
     KLAutoencoder,
+    MidBlock,
     ResnetBlock,
     require_images,
 )
@@ -49,13 +40,10 @@ _Map = tuple[Tensor, Tensor | None]  # [B, H, W, C], and its statistics by group
 
 
 def fastest_encode(vae: KLAutoencoder, dtype: torch.dtype) -> Encode:
-    """Return the fastest encode function for the VAE's device; it copies the weights.
-
-    On a GPU without a working triton, which needs a C compiler, it is the reference itself.
+    """Return the fastest encode function for the VAE's device; a copy of the reference at worst.
 
     Args:
-        vae: the VAE in fp32 on its device.
-        dtype: the dtype of the computation.
+        vae, dtype: the VAE in fp32 on its device; and the dtype of the computation.
     """
     if vae.device.type != "cuda":
         return FastEncoder(vae, dtype, plain)
@@ -66,10 +54,7 @@ def fastest_encode(vae: KLAutoencoder, dtype: torch.dtype) -> Encode:
 
 
 def triton_version(device: torch.device) -> str | None:
-    """Return the version of triton that `fastest_encode` uses on a device; None on a CPU.
-
-    If triton cannot be used on a GPU, the result is `unusable: ` and the reason.
-    """
+    """Return the version of triton on a GPU, or `unusable: ` and the reason; None on a CPU."""
     if device.type != "cuda":
         return None
     kernels = _working_kernels(device)
@@ -94,41 +79,48 @@ def _working_kernels(device: torch.device) -> ModuleType | str:
     return kernels
 
 
+class _Target(NamedTuple):
+    """The dtype to which layers are converted, and the module `kernels` or `plain`."""
+
+    dtype: torch.dtype
+    kernels: ModuleType
+
+
 class FastEncoder:
     """A VAE's encoder and `quant_conv`, with the interface of `KLAutoencoder.encode`.
 
     Args:
         vae: the VAE in fp32; its weights are converted once, on construction.
-        dtype: the dtype of the computation.
-        kernels: the module `kernels` or `plain`.
+        dtype, kernels: the dtype of the computation; and the module `kernels` or `plain`.
     """
 
     @torch.no_grad()
     def __init__(self, vae: KLAutoencoder, dtype: torch.dtype, kernels: ModuleType) -> None:
         self._kernels, self._dtype = kernels, dtype
         self._factor = vae.architecture.downsample_factor
-        target = _Target(dtype, kernels)
-        encoder, middle = vae.encoder, vae.encoder.mid_block
-        self._conv_in = target.conv_in(encoder.conv_in)
-        layers: list[nn.Module] = []
-        for block in encoder.down_blocks:
-            assert isinstance(block, DownBlock)
-            layers += [*block.resnets, *block.downsamplers]
-        layers += [middle.resnets[0], *middle.attentions, middle.resnets[1]]
-        self._layers: list[_Resnet | _Attention | _Halving] = []
-        bias = self._conv_in.left_bias
+        target, parts = _Target(dtype, kernels), dict(vae.encoder.named_children())
+        # Images get additional channels of zeros.
+        weight, bias = _weights(parts["conv_in"])
+        num_zeros = kernels.NUM_INPUT_CHANNELS - weight.shape[1]
+        self._conv_in = _Conv(F.pad(weight, (0, 0, 0, 0, 0, num_zeros)), bias, target)
+        self._layers: list[_Resnet | _Attention] = []
+        deferred_bias = self._conv_in.deferred_bias
+        layers = _layers(parts["down_blocks"], parts["mid_block"])
         for layer, following in zip(layers, [*layers[1:], None], strict=True):
             if isinstance(layer, ResnetBlock):
-                halves = isinstance(following, Downsample)
-                self._layers.append(_Resnet(layer, bias, target, pads=halves))
+                halve = following if isinstance(following, Downsample) else None
+                self._layers.append(_Resnet(layer, halve, deferred_bias, target))
             elif isinstance(layer, Attention):
-                self._layers.append(_Attention(layer, bias, target))
-            else:
-                assert isinstance(layer, Downsample)
-                self._layers.append(_Halving(layer, target))
-            bias = self._layers[-1].left_bias
-        self._norm_out = target.norm(encoder.conv_norm_out, bias)
-        self._conv_out = target.conv_out(encoder.conv_out, vae.quant_conv)
+                self._layers.append(_Attention(layer, deferred_bias, target))
+            deferred_bias = self._layers[-1].deferred_bias
+        self._norm_out = _norm(parts["conv_norm_out"], deferred_bias, kernels, silu=True)
+        weight, bias = _weights(parts["conv_out"])
+        if isinstance(vae.quant_conv, nn.Conv2d):
+            matrix, quant_bias = _weights(vae.quant_conv)
+            matrix = matrix[:, :, 0, 0]
+            weight = torch.einsum("om,mihw->oihw", matrix, weight)
+            bias = matrix @ bias + quant_bias
+        self._conv_out = _Conv(weight, bias, target)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
@@ -138,65 +130,62 @@ class FastEncoder:
         statistics = None
         for layer in self._layers:
             x, statistics = layer(x, statistics)
-        moments = self._conv_out(self._norm_out(x, statistics, silu=True)).float()
-        if self._conv_out.left_bias is not None:
-            moments = moments + self._conv_out.left_bias
+        moments = self._conv_out(self._norm_out(x, statistics=statistics)).float()
+        if self._conv_out.deferred_bias is not None:
+            moments = moments + self._conv_out.deferred_bias
         mean, logvar = moments.permute(0, 3, 1, 2).chunk(2, dim=1)
         moments = torch.cat([mean, logvar.clamp(LOGVAR_MIN, LOGVAR_MAX)], dim=1)
         return moments.contiguous()
 
 
-@dataclass(frozen=True, slots=True)
-class _Target:
-    """The target of the conversion of layers."""
+def _layers(down_blocks: nn.Module, middle: nn.Module) -> list[nn.Module]:
+    """Return the layers between the first convolution and the last norm, in their order."""
+    assert isinstance(middle, MidBlock)
+    down = [
+        layer
+        for block in down_blocks.children()
+        for part in block.children()
+        for layer in part.children()
+    ]
+    return [*down, middle.resnets[0], *middle.attentions, middle.resnets[1]]
 
-    dtype: torch.dtype
-    kernels: ModuleType
 
-    def norm(self, norm: nn.Module, bias: Tensor | None) -> _Norm:
-        assert isinstance(norm, nn.GroupNorm)
-        return _Norm(norm, bias, self.kernels)
+def _weights(layer: nn.Module) -> tuple[Tensor, Tensor]:
+    """Return the weight and the bias of a layer."""
+    assert isinstance(layer.weight, Tensor)
+    assert isinstance(layer.bias, Tensor)
+    return layer.weight, layer.bias
 
-    def conv(self, conv: nn.Conv2d) -> _Conv:
-        assert conv.bias is not None
-        return _Conv(conv.weight, conv.bias, self)
 
-    def conv_in(self, conv: nn.Conv2d) -> _Conv:
-        """Convert the first convolution, for images with additional channels of zeros."""
-        assert conv.bias is not None
-        num_zeros = self.kernels.NUM_INPUT_CHANNELS - conv.in_channels
-        return _Conv(F.pad(conv.weight, (0, 0, 0, 0, 0, num_zeros)), conv.bias, self)
-
-    def conv_out(self, conv: nn.Conv2d, quant_conv: nn.Module) -> _Conv:
-        """Convert the last convolution and `quant_conv` to one convolution.
-
-        Args:
-            conv: the last convolution.
-            quant_conv: a 1×1 convolution, or the identity.
-        """
-        assert conv.bias is not None
-        weight, bias = conv.weight, conv.bias
-        if isinstance(quant_conv, nn.Conv2d):
-            assert quant_conv.bias is not None
-            matrix = quant_conv.weight[:, :, 0, 0]
-            weight = torch.einsum("om,mihw->oihw", matrix, weight)
-            bias = matrix @ bias + quant_conv.bias
-        return _Conv(weight, bias, self)
+def _norm(
+    norm: nn.Module, bias: Tensor | None, kernels: ModuleType, *, silu: bool
+) -> Callable[..., Tensor]:
+    """Return a function of a map and its statistics; `bias` is not added to the map yet."""
+    assert isinstance(norm, nn.GroupNorm)
+    return functools.partial(
+        kernels.group_norm,
+        bias=bias,
+        weight=norm.weight,
+        shift=norm.bias,
+        num_groups=norm.num_groups,
+        eps=norm.eps,
+        silu=silu,
+    )
 
 
 class _Conv:
     """A convolution of [B, H, W, C], with stride 1 unless its input is already padded.
 
-    `left_bias` is the bias that the next operation must add; None if the convolution adds it.
+    `deferred_bias` is the bias that the next operation must add; None if the convolution adds it.
     """
 
     def __init__(
         self, weight: Tensor, bias: Tensor, target: _Target, *, is_padded: bool = False
     ) -> None:
-        folds = target.kernels.FOLDS_BIAS
+        defers = target.kernels.FOLDS_BIAS
         self._weight = weight.to(target.dtype).contiguous(memory_format=torch.channels_last)
-        self._bias = None if folds else bias.to(target.dtype)
-        self.left_bias = bias if folds else None
+        self._bias = None if defers else bias.to(target.dtype)
+        self.deferred_bias = bias if defers else None
         self._stride, self._padding = (2, 0) if is_padded else (1, weight.shape[2] // 2)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -205,56 +194,46 @@ class _Conv:
         return x.permute(0, 2, 3, 1).contiguous()  # copies only degenerate shapes
 
 
-class _Norm:
-    """A GroupNorm, optionally with SiLU, of a map whose bias may not be added yet."""
-
-    def __init__(self, norm: nn.GroupNorm, bias: Tensor | None, kernels: ModuleType) -> None:
-        self._norm, self._bias, self._kernels = norm, bias, kernels
-
-    def __call__(self, x: Tensor, statistics: Tensor | None, *, silu: bool) -> Tensor:
-        norm = self._norm
-        out: Tensor = self._kernels.group_norm(
-            x, self._bias, statistics, norm.weight, norm.bias, norm.num_groups, norm.eps, silu
-        )
-        return out
-
-
 class _Resnet:
-    """A residual block; `pads` adds the zeros that a halving convolution after it needs."""
+    """A residual block, and the halving convolution after it, if any."""
 
     def __init__(
-        self, block: ResnetBlock, bias: Tensor | None, target: _Target, *, pads: bool
+        self, block: ResnetBlock, halve: Downsample | None, bias: Tensor | None, target: _Target
     ) -> None:
-        self._kernels, self._pads = target.kernels, pads
+        self._kernels = target.kernels
         self._num_groups = block.norm1.num_groups
-        self._norm1 = target.norm(block.norm1, bias)
-        self._conv1 = target.conv(block.conv1)
-        self._norm2 = target.norm(block.norm2, self._conv1.left_bias)
+        self._norm1 = _norm(block.norm1, bias, target.kernels, silu=True)
+        self._conv1 = _Conv(*_weights(block.conv1), target)
+        self._norm2 = _norm(block.norm2, self._conv1.deferred_bias, target.kernels, silu=True)
+        weight2, bias2 = _weights(block.conv2)
         self._shortcut: Tensor | None = None
-        assert block.conv2.bias is not None
-        bias2 = block.conv2.bias
         if isinstance(block.conv_shortcut, nn.Conv2d):
-            assert block.conv_shortcut.bias is not None
-            matrix = block.conv_shortcut.weight[:, :, 0, 0]
+            matrix, shortcut_bias = _weights(block.conv_shortcut)
+            matrix = matrix[:, :, 0, 0]
             self._shortcut = matrix.to(target.dtype).t()
-            bias2 = bias2 + block.conv_shortcut.bias
+            bias2 = bias2 + shortcut_bias
             if bias is not None:
                 bias2, bias = bias2 + matrix @ bias, None
-        self._conv2 = _Conv(block.conv2.weight, bias2, target)
-        self._bias = _sum(self._conv2.left_bias, bias)
-        self.left_bias = self._bias if self._shortcut is not None and not pads else None
+        self._conv2 = _Conv(weight2, bias2, target)
+        self._bias = _add(self._conv2.deferred_bias, bias)
+        self._halve = halve and _Conv(*_weights(halve.conv), target, is_padded=True)
+        if self._halve:
+            self.deferred_bias = self._halve.deferred_bias
+        else:
+            self.deferred_bias = self._bias if self._shortcut is not None else None
 
     def __call__(self, x: Tensor, statistics: Tensor | None) -> _Map:
         # Separate statements keep at most three maps alive at once.
-        h = self._norm1(x, statistics, silu=True)
+        h = self._norm1(x, statistics=statistics)
         h = self._conv1(h)
-        h = self._norm2(h, None, silu=True)
+        h = self._norm2(h, statistics=None)
         h = self._conv2(h)
         if self._shortcut is not None:
             h.view(-1, h.shape[3]).addmm_(x.view(-1, x.shape[3]), self._shortcut)
-        if self._pads:
+        if self._halve:
             other = None if self._shortcut is not None else x
-            return self._kernels.add_padded(h, other, self._bias), None
+            h = self._kernels.add_padded(h, other, self._bias)
+            return self._halve(h), None
         if self._shortcut is not None:
             return h, None
         out: _Map = self._kernels.add(h, x, self._bias, self._num_groups)
@@ -266,38 +245,25 @@ class _Attention:
 
     def __init__(self, layer: Attention, bias: Tensor | None, target: _Target) -> None:
         self._kernels = target.kernels
-        self._norm = target.norm(layer.group_norm, bias)
-        q, k, v, out = layer.to_q, layer.to_k, layer.to_v, layer.to_out[0]
-        assert isinstance(out, nn.Linear)
+        self._norm = _norm(layer.group_norm, bias, target.kernels, silu=False)
+        q, k, v = layer.to_q, layer.to_k, layer.to_v
         scale = q.in_features**-0.5
         weights = [q.weight * scale, k.weight, v.weight]
         biases = [q.bias * scale, k.bias, torch.zeros_like(v.bias)]
         self._to_qkv = torch.cat(weights).to(target.dtype)
         self._qkv_bias = torch.cat(biases).to(target.dtype)
-        self._to_out = out.weight.to(target.dtype).t()
-        self.left_bias = _sum(out.bias + out.weight @ v.bias, bias)
+        out_weight, out_bias = _weights(layer.to_out[0])
+        self._to_out = out_weight.to(target.dtype).t()
+        self.deferred_bias = _add(out_bias + out_weight @ v.bias, bias)
 
     def __call__(self, x: Tensor, statistics: Tensor | None) -> _Map:
         batch, height, width, channels = x.shape
-        tokens = self._norm(x, statistics, silu=False).view(batch, height * width, channels)
+        tokens = self._norm(x, statistics=statistics).view(batch, height * width, channels)
         qkv = F.linear(tokens, self._to_qkv, self._qkv_bias)
         h: Tensor = self._kernels.attend(*qkv.chunk(3, dim=2))
         x.view(-1, channels).addmm_(h.reshape(-1, channels), self._to_out)
         return x, None
 
 
-class _Halving:
-    """A convolution of stride 2 on a map that is already padded."""
-
-    def __init__(self, layer: Downsample, target: _Target) -> None:
-        assert layer.conv.bias is not None
-        self._conv = _Conv(layer.conv.weight, layer.conv.bias, target, is_padded=True)
-        self.left_bias = self._conv.left_bias
-
-    def __call__(self, x: Tensor, statistics: Tensor | None) -> _Map:
-        assert statistics is None
-        return self._conv(x), None
-
-
-def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b

@@ -1,20 +1,14 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 """Triton kernels for the operations between the encoder's convolutions, on NHWC maps.
 
-torch's GroupNorm converts to NCHW. With the SiLU, the residual sum and the convolution's bias it
-makes five passes over a map. The kernels here make two: one sums and computes statistics, and one
-normalises. Channels are contiguous. A program processes a chunk of one image's pixels, so that a
-batch of one image uses a GPU as fully as a batch of 64.
-
-Statistics are float32 and accurate for values far from zero: sums are of differences from a pixel
-of the chunk, and chunks are merged as in Chan, Golub and LeVeque, "Algorithms for Computing the
-Sample Variance" (1983), equation 2.1. There are no atomics, so the same batch gives the same bits.
-
-Only this file and `triton_kernels.py` import triton. `fast.py` imports this file if there is a GPU.
-With TRITON_INTERPRET=1 it runs on CPU tensors, which the tests use.
+One pass over a map sums and computes statistics, another normalises. A program processes a chunk of
+one image's pixels. Chunks are merged as in Chan, Golub and LeVeque (1983), equation 2.1, in a fixed
+order. With TRITON_INTERPRET=1 this runs on CPU tensors, which the tests use.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -28,15 +22,13 @@ from latentcache.vae.triton_kernels import (
     to_input_kernel,
 )
 
-# The values of a tile and the warps of a program. With 16 values per thread, each thread issues two
-# reads of 16 bytes from each map before it needs the first, and a multiprocessor of sm_90 has
-# registers for two or three programs at once. This was never measured on a GPU; bench/encoder.py
-# tries other values.
+# The values of a tile and the warps of a program: 16 values per thread, in two reads of 16 bytes.
+# This was never measured on a GPU; bench/encoder.py tries other values.
 TILE = 4096
 NUM_WARPS = 8
 
-# The number of programs, which fills a large GPU several times; and the maximum number of chunks of
-# one image, which is limited because each normalising program reads the statistics of all chunks.
+# The number of programs fills a large GPU several times. The chunks of one image are limited,
+# because each normalising program reads the statistics of all of them.
 NUM_PROGRAMS = 2048
 MAX_CHUNKS = 256
 
@@ -47,7 +39,7 @@ FOLDS_BIAS = True
 NUM_INPUT_CHANNELS = 8
 
 # The maximum number of attention scores in memory: 512 MiB in float32, and half of that for their
-# exponentials. One image of 1024 px has twice as many, and eight images of 512 px exactly as many.
+# exponentials. Eight images of 512 px have as many.
 MAX_SCORES = 2**27
 _MAX_SOFTMAX_TILE = 16384
 
@@ -56,8 +48,7 @@ def to_input(images: Tensor, dtype: torch.dtype) -> Tensor:
     """Convert uint8 [B, 3, H, W] to [B, H, W, 8]: three channels in [-1, 1], then zeros.
 
     Args:
-        images: the images.
-        dtype: the dtype of the result.
+        images, dtype: the images, and the dtype of the result.
     """
     batch, _, height, width = images.shape
     images = images.contiguous()
@@ -81,45 +72,19 @@ def group_norm(
     """Normalise x + bias by group, optionally with SiLU.
 
     Args:
-        x: [B, H, W, C] in any float dtype.
+        x: [B, H, W, C] in any float dtype, as is the result.
         bias: float32 [C], not added to x yet; None means zero.
         statistics: the statistics of x + bias from `add`; None computes them here.
-        weight: float32 [C].
-        shift: float32 [C].
-        num_groups: a divisor of C.
-        eps: added to the variance.
+        weight, shift, num_groups, eps: as in `torch.nn.GroupNorm`; float32 [C].
         silu: whether SiLU follows.
-
-    Returns:
-        A tensor of x's shape and dtype.
     """
     if statistics is None:
         statistics = _sum(x, None, bias, None, num_groups)
-    batch, height, width, channels = x.shape
-    lanes = _Lanes(channels, num_groups)
-    chunk_pixels, num_chunks = _chunks(batch, height * width, lanes.block)
+    sizes, constants = _layout(x, num_groups)
     out = torch.empty_like(x)
-    normalise_kernel[(num_chunks, batch)](
-        x,
-        x if bias is None else bias,
-        statistics,
-        weight,
-        shift,
-        out,
-        height * width,
-        chunk_pixels,
-        num_chunks,
-        eps,
-        C=channels,
-        G=num_groups,
-        GP=lanes.groups,
-        DP=lanes.depth,
-        BLOCK=lanes.block,
-        CHUNKS=triton.next_power_of_2(num_chunks),
-        HAS_BIAS=bias is not None,
-        SILU=silu,
-        num_warps=NUM_WARPS,
-    )
+    maps = x, x if bias is None else bias, statistics, weight, shift, out
+    constants |= {"CHUNKS": triton.next_power_of_2(sizes[2]), "HAS_BIAS": bias is not None}
+    normalise_kernel[sizes[2], x.shape[0]](*maps, *sizes, eps, SILU=silu, **constants)
     return out
 
 
@@ -127,14 +92,12 @@ def add(x: Tensor, h: Tensor, bias: Tensor | None, num_groups: int) -> tuple[Ten
     """Add two maps and a bias, and compute the statistics of the sum by group.
 
     Args:
-        x: [B, H, W, C].
-        h: a map of x's shape.
+        x, h: two maps [B, H, W, C].
         bias: float32 [C]; None means zero.
         num_groups: a divisor of C.
 
     Returns:
-        The sum, with x's shape and dtype; and its statistics for `group_norm`, float32
-        [B, chunks, 2, groups].
+        The sum, with x's shape and dtype, and its statistics: float32 [B, chunks, 2, groups].
     """
     out = torch.empty_like(x)
     return out, _sum(x, h, bias, out, num_groups)
@@ -144,9 +107,7 @@ def add_padded(x: Tensor, h: Tensor | None, bias: Tensor | None) -> Tensor:
     """Sum like `add`, and pad with a row of zeros at the bottom and a column at the right.
 
     Args:
-        x: [B, H, W, C].
-        h: a map of x's shape; None means zero.
-        bias: float32 [C]; None means zero.
+        x, h, bias: as for `add`; None means zero.
 
     Returns:
         [B, H + 1, W + 1, C], the input of a stride-2 convolution of the encoder.
@@ -156,35 +117,21 @@ def add_padded(x: Tensor, h: Tensor | None, bias: Tensor | None) -> Tensor:
     lanes = triton.next_power_of_2(channels)
     block = max(1, TILE // lanes)
     grid = (triton.cdiv((height + 1) * (width + 1), block), batch)
-    pad_kernel[grid](
-        x,
-        x if h is None else h,
-        x if bias is None else bias,
-        out,
-        height,
-        width,
-        C=channels,
-        LANES=lanes,
-        BLOCK=block,
-        HAS_H=h is not None,
-        HAS_BIAS=bias is not None,
-        num_warps=NUM_WARPS,
-    )
+    constants = {"C": channels, "LANES": lanes, "BLOCK": block, "num_warps": NUM_WARPS}
+    flags = {"HAS_H": h is not None, "HAS_BIAS": bias is not None}
+    maps = x, x if h is None else h, x if bias is None else bias, out
+    pad_kernel[grid](*maps, height, width, **constants, **flags)
     return out
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Return softmax(q kᵀ) v.
+    """Return softmax(q kᵀ) v, of at most `MAX_SCORES` scores at once.
 
-    One head of 512 channels exceeds the limit of flash attention (256), and torch's fallback does
-    not keep an accumulator of that width in registers. Two matrix products with float32 scores
-    between them move more bytes, but are still limited by arithmetic. `MAX_SCORES` limits the
-    queries that are computed at once.
+    One head of 512 channels exceeds the limit of flash attention (256). Two matrix products with
+    float32 scores between them move more bytes, but are still limited by arithmetic.
 
     Args:
-        q: the scaled queries, [B, n, C].
-        k: the keys, [B, n, C].
-        v: the values, [B, n, C].
+        q, k, v: the scaled queries, the keys and the values, [B, n, C].
     """
     batch, length, _ = q.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -194,30 +141,21 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         images = slice(image, image + num_images)
         for query in range(0, length, num_queries):
             queries = slice(query, query + num_queries)
-            scores = _product(q[images, queries], k[images].mT)
-            weights, sums = _exponentials(scores, v.dtype)
-            torch.div(_product(weights, v[images]), sums, out=out[images, queries])
+            scores = _multiply(q[images, queries], k[images].mT)
+            weights, sums = _exponentiate(scores, v.dtype)
+            torch.div(_multiply(weights, v[images]), sums, out=out[images, queries])
     return out
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
+def _multiply(a: Tensor, b: Tensor) -> Tensor:
     """Multiply batches of matrices of any float dtype; the result is float32."""
     if a.is_cuda and a.dtype != torch.float32:
         return torch.bmm(a, b, out_dtype=torch.float32)
     return torch.bmm(a.float(), b.float())
 
 
-def _exponentials(scores: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return exp(s - max) of each row, and the sums of the rows: a softmax without its division.
-
-    Args:
-        scores: float32 [..., n], contiguous.
-        dtype: the dtype of the exponentials.
-
-    Returns:
-        The exponentials, with the shape of `scores`; and the sums of the rounded exponentials,
-        float32 [..., 1].
-    """
+def _exponentiate(scores: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return exp(s - max) of each row in `dtype`, and the float32 sums of the rounded rows."""
     length = scores.shape[-1]
     out = torch.empty_like(scores, dtype=dtype)
     sums = scores.new_empty((*scores.shape[:-1], 1))
@@ -229,48 +167,30 @@ def _exponentials(scores: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return out, sums
 
 
-class _Lanes:
-    """The layout of channels in a tile: the groups and their channels, padded to powers of two."""
+def _layout(x: Tensor, num_groups: int) -> tuple[tuple[int, int, int], dict[str, Any]]:
+    """Split images into chunks of whole tiles, with groups padded to powers of two.
 
-    def __init__(self, channels: int, num_groups: int) -> None:
-        self.groups = triton.next_power_of_2(num_groups)
-        self.depth = triton.next_power_of_2(channels // num_groups)
-        self.block = max(1, TILE // (self.groups * self.depth))
-        """The pixels of a tile."""
-
-
-def _chunks(batch: int, num_pixels: int, block: int) -> tuple[int, int]:
-    """Split an image into chunks of whole tiles; return the pixels of a chunk and their number."""
+    Returns:
+        (pixels of an image, pixels of a chunk, chunks of an image), and the kernel's constants.
+    """
+    batch, height, width, channels = x.shape
+    groups, depth = (triton.next_power_of_2(n) for n in (num_groups, channels // num_groups))
+    block = max(1, TILE // (groups * depth))
     max_chunks = min(MAX_CHUNKS, triton.cdiv(NUM_PROGRAMS, batch))
-    chunk_pixels = triton.cdiv(triton.cdiv(num_pixels, max_chunks), block) * block
-    return chunk_pixels, triton.cdiv(num_pixels, chunk_pixels)
+    chunk_pixels = triton.cdiv(triton.cdiv(height * width, max_chunks), block) * block
+    constants = {"C": channels, "G": num_groups, "GP": groups, "DP": depth, "BLOCK": block}
+    num_chunks = triton.cdiv(height * width, chunk_pixels)
+    return (height * width, chunk_pixels, num_chunks), constants | {"num_warps": NUM_WARPS}
 
 
 def _sum(
     x: Tensor, h: Tensor | None, bias: Tensor | None, out: Tensor | None, num_groups: int
 ) -> Tensor:
     """Return the statistics of x + h + bias, and write the sum to `out` if it is given."""
-    batch, height, width, channels = x.shape
-    lanes = _Lanes(channels, num_groups)
-    chunk_pixels, num_chunks = _chunks(batch, height * width, lanes.block)
-    statistics = x.new_empty((batch, num_chunks, 2, lanes.groups), dtype=torch.float32)
-    sum_kernel[(num_chunks, batch)](
-        x,
-        x if h is None else h,
-        x if bias is None else bias,
-        x if out is None else out,
-        statistics,
-        height * width,
-        chunk_pixels,
-        num_chunks,
-        C=channels,
-        G=num_groups,
-        GP=lanes.groups,
-        DP=lanes.depth,
-        BLOCK=lanes.block,
-        HAS_H=h is not None,
-        HAS_BIAS=bias is not None,
-        WRITES=out is not None,
-        num_warps=NUM_WARPS,
-    )
+    sizes, constants = _layout(x, num_groups)
+    shape = (x.shape[0], sizes[2], 2, constants["GP"])
+    statistics = x.new_empty(shape, dtype=torch.float32)
+    maps = (x if operand is None else operand for operand in (x, h, bias, out))
+    flags = {"HAS_H": h is not None, "HAS_BIAS": bias is not None, "WRITES": out is not None}
+    sum_kernel[sizes[2], x.shape[0]](*maps, statistics, *sizes, **constants, **flags)
     return statistics

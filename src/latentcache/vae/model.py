@@ -1,16 +1,16 @@
 # ruff: noqa: D102  (the docstring of a class describes its `forward`)
-"""The KL autoencoder of Stable Diffusion, SDXL, SD3 and FLUX, in plain PyTorch.
+"""The KL autoencoder of Stable Diffusion, SDXL, SD3 and FLUX (Rombach et al., 2022, appendix G).
 
-This is the eager reference: every faster implementation is compared with it. Modules and parameters
-have the names of diffusers' current `AutoencoderKL`, with attention as linear layers (`to_q`,
-`to_k`, `to_v`, `to_out.0`). `weights.py` maps every checkpoint to these canonical names, and the
-encoder's fingerprint is computed over them.
-
-Architecture: Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models" (2022),
-appendix G; GroupNorm with eps 1e-6, SiLU, 3×3 convolutions, one attention head at the bottom.
+This is the eager reference, with which every faster implementation is compared. Parameters have the
+names of diffusers' current `AutoencoderKL`. `weights.py` maps every checkpoint to these canonical
+names, and the encoder's fingerprint is computed over them.
 """
 
 from __future__ import annotations
+
+import itertools
+from collections import OrderedDict
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +19,11 @@ from torch import Tensor, nn
 from latentcache.errors import ConfigError
 from latentcache.vae.architecture import Architecture
 
-GROUP_NORM_EPS = 1e-6
 LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0  # diffusers' DiagonalGaussianDistribution clamps to these
 
 
 def _norm(num_groups: int, channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(num_groups, channels, eps=GROUP_NORM_EPS)
+    return nn.GroupNorm(num_groups, channels, eps=1e-6)
 
 
 class ResnetBlock(nn.Module):
@@ -36,11 +35,8 @@ class ResnetBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = _norm(num_groups, out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.conv_shortcut = (
-            nn.Identity()
-            if in_channels == out_channels
-            else nn.Conv2d(in_channels, out_channels, 1)
-        )
+        is_same = in_channels == out_channels
+        self.conv_shortcut = nn.Identity() if is_same else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
@@ -73,13 +69,10 @@ class MidBlock(nn.Module):
     def __init__(self, channels: int, num_groups: int, attention: bool) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(ResnetBlock(channels, channels, num_groups) for _ in range(2))
-        self.attentions = nn.ModuleList([Attention(channels, num_groups)] if attention else [])
+        self.attentions = nn.Sequential(*[Attention(channels, num_groups)] if attention else [])
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.resnets[0](x)
-        for attention in self.attentions:
-            x = attention(x)
-        out: Tensor = self.resnets[1](x)
+        out: Tensor = self.resnets[1](self.attentions(self.resnets[0](x)))
         return out
 
 
@@ -107,147 +100,81 @@ class Upsample(nn.Module):
         return out
 
 
-class DownBlock(nn.Module):
-    """The residual blocks at one size of the encoder, then a `Downsample` unless it is the last."""
-
-    def __init__(
-        self, in_channels: int, out_channels: int, *, num_layers: int, num_groups: int, last: bool
-    ) -> None:
-        super().__init__()
-        self.resnets = nn.ModuleList(
-            ResnetBlock(in_channels if i == 0 else out_channels, out_channels, num_groups)
-            for i in range(num_layers)
-        )
-        self.downsamplers = nn.ModuleList([] if last else [Downsample(out_channels)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in (*self.resnets, *self.downsamplers):
-            x = layer(x)
-        return x
+def _blocks(
+    widths: Sequence[int], num_layers: int, num_groups: int, name: str, resample: type[nn.Module]
+) -> nn.Sequential:
+    """Return residual blocks at each width; all except the last end with a layer `<name>.0`."""
+    blocks = nn.Sequential()
+    for index, width in enumerate(widths):
+        channels = [widths[max(index - 1, 0)]] + [width] * num_layers
+        resnets = [ResnetBlock(*pair, num_groups) for pair in itertools.pairwise(channels)]
+        last = [resample(width)] if index < len(widths) - 1 else []
+        parts = {"resnets": nn.Sequential(*resnets), name: nn.Sequential(*last)}
+        blocks.append(nn.Sequential(OrderedDict(parts)))
+    return blocks
 
 
-class UpBlock(nn.Module):
-    """The residual blocks at one size of the decoder, then an `Upsample` unless it is the last."""
-
-    def __init__(
-        self, in_channels: int, out_channels: int, *, num_layers: int, num_groups: int, last: bool
-    ) -> None:
-        super().__init__()
-        self.resnets = nn.ModuleList(
-            ResnetBlock(in_channels if i == 0 else out_channels, out_channels, num_groups)
-            for i in range(num_layers)
-        )
-        self.upsamplers = nn.ModuleList([] if last else [Upsample(out_channels)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in (*self.resnets, *self.upsamplers):
-            x = layer(x)
-        return x
+def _encoder(arch: Architecture) -> nn.Sequential:
+    """Return the encoder: [B, 3, H, W] in [-1, 1] -> [B, 2C, H/f, W/f], before `quant_conv`."""
+    widths, groups = arch.block_out_channels, arch.norm_num_groups
+    layers = OrderedDict[str, nn.Module](
+        conv_in=nn.Conv2d(3, widths[0], 3, padding=1),
+        down_blocks=_blocks(widths, arch.layers_per_block, groups, "downsamplers", Downsample),
+        mid_block=MidBlock(widths[-1], groups, arch.mid_block_add_attention),
+        conv_norm_out=_norm(groups, widths[-1]),
+        conv_act=nn.SiLU(),
+        conv_out=nn.Conv2d(widths[-1], 2 * arch.latent_channels, 3, padding=1),
+    )
+    return nn.Sequential(layers)
 
 
-class Encoder(nn.Module):
-    """The encoder: [B, 3, H, W] in [-1, 1] -> [B, 2C, H/f, W/f], before `quant_conv`."""
-
-    def __init__(self, arch: Architecture) -> None:
-        super().__init__()
-        widths, groups = arch.block_out_channels, arch.norm_num_groups
-        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
-        self.down_blocks = nn.ModuleList(
-            DownBlock(
-                widths[max(i - 1, 0)],
-                width,
-                num_layers=arch.layers_per_block,
-                num_groups=groups,
-                last=i == len(widths) - 1,
-            )
-            for i, width in enumerate(widths)
-        )
-        self.mid_block = MidBlock(widths[-1], groups, arch.mid_block_add_attention)
-        self.conv_norm_out = _norm(groups, widths[-1])
-        self.conv_out = nn.Conv2d(widths[-1], 2 * arch.latent_channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
-        for block in self.down_blocks:
-            x = block(x)
-        x = self.mid_block(x)
-        out: Tensor = self.conv_out(F.silu(self.conv_norm_out(x)))
-        return out
-
-
-class Decoder(nn.Module):
-    """The decoder: [B, C, h, w] after `post_quant_conv` -> [B, 3, f*h, f*w], about [-1, 1]."""
-
-    def __init__(self, arch: Architecture) -> None:
-        super().__init__()
-        widths, groups = arch.block_out_channels[::-1], arch.norm_num_groups
-        self.conv_in = nn.Conv2d(arch.latent_channels, widths[0], 3, padding=1)
-        self.mid_block = MidBlock(widths[0], groups, arch.mid_block_add_attention)
-        self.up_blocks = nn.ModuleList(
-            UpBlock(
-                widths[max(i - 1, 0)],
-                width,
-                num_layers=arch.layers_per_block + 1,
-                num_groups=groups,
-                last=i == len(widths) - 1,
-            )
-            for i, width in enumerate(widths)
-        )
-        self.conv_norm_out = _norm(groups, widths[-1])
-        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
-
-    def forward(self, z: Tensor) -> Tensor:
-        x = self.mid_block(self.conv_in(z))
-        for block in self.up_blocks:
-            x = block(x)
-        out: Tensor = self.conv_out(F.silu(self.conv_norm_out(x)))
-        return out
+def _decoder(arch: Architecture) -> nn.Sequential:
+    """Return the decoder: [B, C, h, w] after `post_quant_conv` -> [B, 3, f*h, f*w]."""
+    widths, groups = arch.block_out_channels[::-1], arch.norm_num_groups
+    layers = OrderedDict[str, nn.Module](
+        conv_in=nn.Conv2d(arch.latent_channels, widths[0], 3, padding=1),
+        mid_block=MidBlock(widths[0], groups, arch.mid_block_add_attention),
+        up_blocks=_blocks(widths, arch.layers_per_block + 1, groups, "upsamplers", Upsample),
+        conv_norm_out=_norm(groups, widths[-1]),
+        conv_act=nn.SiLU(),
+        conv_out=nn.Conv2d(widths[-1], 3, 3, padding=1),
+    )
+    return nn.Sequential(layers)
 
 
 class KLAutoencoder(nn.Module):
-    """An encoder from images to the moments of a diagonal Gaussian, and a decoder back.
-
-    Args:
-        architecture: the sizes.
-        decoder: whether to have a decoder; a job that only encodes needs none.
-    """
+    """An encoder from images to the moments of a diagonal Gaussian, and its decoder if needed."""
 
     def __init__(self, architecture: Architecture, *, decoder: bool = True) -> None:
         super().__init__()
         self.architecture = architecture
         channels = architecture.latent_channels
-        self.encoder = Encoder(architecture)
-        self.quant_conv = (
-            nn.Conv2d(2 * channels, 2 * channels, 1)
-            if architecture.use_quant_conv
-            else nn.Identity()
-        )
-        self.decoder = Decoder(architecture) if decoder else None
+        self.encoder = _encoder(architecture)
+        has_conv, has_post_conv = architecture.use_quant_conv, architecture.use_post_quant_conv
+        self.quant_conv = nn.Conv2d(2 * channels, 2 * channels, 1) if has_conv else nn.Identity()
+        self.decoder = _decoder(architecture) if decoder else None
         self.post_quant_conv = (
-            nn.Conv2d(channels, channels, 1)
-            if decoder and architecture.use_post_quant_conv
-            else nn.Identity()
+            nn.Conv2d(channels, channels, 1) if decoder and has_post_conv else nn.Identity()
         )
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the computation."""
-        return self.encoder.conv_in.weight.dtype
+        return next(self.encoder.parameters()).dtype
 
     @property
     def device(self) -> torch.device:
         """The device of the modules; inputs must be on it."""
-        return self.encoder.conv_in.weight.device
+        return next(self.encoder.parameters()).device
 
     def encode(self, images: Tensor) -> Tensor:
-        """Encode images to the posterior's moments.
+        """Encode RGB images to the posterior's moments.
 
         Args:
-            images: uint8 [B, 3, H, W], RGB; H and W multiples of `downsample_factor`.
+            images: uint8 [B, 3, H, W]; H and W multiples of `downsample_factor`.
 
         Returns:
-            float32 [B, 2C, H/f, W/f]: the mean, then the log-variance clamped to [-30, 20]. Neither
-            is scaled.
+            float32 [B, 2C, H/f, W/f]: the unscaled mean, then the log-variance in [-30, 20].
 
         Raises:
             ConfigError: `images` has another dtype or shape.
@@ -284,11 +211,10 @@ def require_images(images: Tensor, factor: int) -> None:
     """Raise an error if a tensor is not a batch of images that an encoder accepts.
 
     Args:
-        images: the tensor.
-        factor: the required divisor of the sides.
+        images, factor: the tensor, uint8 [B, 3, H, W]; and the required divisor of H and W.
 
     Raises:
-        ConfigError: the tensor is not uint8 [B, 3, H, W], or H or W is not a multiple of `factor`.
+        ConfigError: the tensor has another dtype or shape.
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         shape = list(images.shape)

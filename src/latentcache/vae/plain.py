@@ -1,8 +1,8 @@
 """The functions of `kernels.py` with torch's own operations, for CPUs.
 
 Convolutions on CPUs add their bias themselves. Maps are [B, H, W, C] as in `kernels.py`. torch's
-GroupNorm keeps this order on a CPU. SiLU works in place, because new memory is the largest cost
-there.
+GroupNorm keeps this order on a CPU, and computes the statistics. SiLU and `add` work in place,
+because new memory is the largest cost there.
 """
 
 from __future__ import annotations
@@ -16,12 +16,7 @@ NUM_INPUT_CHANNELS = 3
 
 
 def to_input(images: Tensor, dtype: torch.dtype) -> Tensor:
-    """Convert uint8 [B, 3, H, W] to [B, H, W, 3] in [-1, 1].
-
-    Args:
-        images: the images.
-        dtype: the dtype of the result.
-    """
+    """Convert uint8 [B, 3, H, W] to [B, H, W, 3] in [-1, 1]. Args: see `kernels.to_input`."""
     return images.permute(0, 2, 3, 1).float().div_(127.5).sub_(1.0).to(dtype).contiguous()
 
 
@@ -35,21 +30,7 @@ def group_norm(
     eps: float,
     silu: bool,
 ) -> Tensor:
-    """Normalise x + bias by group, optionally with SiLU.
-
-    Args:
-        x: [B, H, W, C] in any float dtype.
-        bias: float32 [C], not added to x yet; None means zero.
-        statistics: ignored, because torch computes the statistics.
-        weight: float32 [C].
-        shift: float32 [C].
-        num_groups: a divisor of C.
-        eps: added to the variance.
-        silu: whether SiLU follows.
-
-    Returns:
-        A tensor of x's shape and dtype.
-    """
+    """Normalise x + bias by group, optionally with SiLU. Args: see `kernels.group_norm`."""
     if bias is not None:
         x = x + bias.to(x.dtype)
     weight, shift = weight.to(x.dtype), shift.to(x.dtype)
@@ -58,23 +39,8 @@ def group_norm(
     return F.silu(out, inplace=True) if silu else out
 
 
-def add(
-    x: Tensor,
-    h: Tensor,
-    bias: Tensor | None,
-    num_groups: int,
-) -> tuple[Tensor, Tensor | None]:
-    """Add a map and a bias to the first map in place.
-
-    Args:
-        x: [B, H, W, C], overwritten with the sum.
-        h: a map of x's shape.
-        bias: float32 [C]; None means zero.
-        num_groups: ignored.
-
-    Returns:
-        The sum, and None, because `group_norm` computes the statistics.
-    """
+def add(x: Tensor, h: Tensor, bias: Tensor | None, num_groups: int) -> tuple[Tensor, None]:
+    """Add a map and a bias to x in place; there are no statistics. Args: see `kernels.add`."""
     x += h
     if bias is not None:
         x += bias.to(x.dtype)
@@ -82,16 +48,7 @@ def add(
 
 
 def add_padded(x: Tensor, h: Tensor | None, bias: Tensor | None) -> Tensor:
-    """Sum like `add`, and pad with a row of zeros at the bottom and a column at the right.
-
-    Args:
-        x: [B, H, W, C].
-        h: a map of x's shape; None means zero.
-        bias: float32 [C]; None means zero.
-
-    Returns:
-        [B, H + 1, W + 1, C], the input of a stride-2 convolution of the encoder.
-    """
+    """Sum, and pad at the bottom and at the right. Args: see `kernels.add_padded`."""
     batch, height, width, channels = x.shape
     out = x.new_empty((batch, height + 1, width + 1, channels))
     out[:, height].zero_()
@@ -107,12 +64,6 @@ def add_padded(x: Tensor, h: Tensor | None, bias: Tensor | None) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Return softmax(q kᵀ) v.
-
-    Args:
-        q: the scaled queries, [B, n, C].
-        k: the keys, [B, n, C].
-        v: the values, [B, n, C].
-    """
+    """Return softmax(q kᵀ) v. Args: see `kernels.attend`."""
     q, k, v = (tensor.unsqueeze(1) for tensor in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, scale=1.0).squeeze(1)

@@ -1,8 +1,7 @@
 """Determine the scaling factor of a checkpoint's latents from its config, its tensors or the user.
 
-A diffusion model is trained on `(z - shift_factor) * scaling_factor`. A diffusers config has both
-values. A file without a config does not, and shapes do not determine them: SDXL's autoencoder has
-the same shapes as Stable Diffusion's.
+A diffusion model is trained on `(z - shift_factor) * scaling_factor`. Shapes do not determine them:
+SDXL's autoencoder has the same shapes as Stable Diffusion's.
 """
 
 from __future__ import annotations
@@ -29,11 +28,9 @@ _SD, _SDXL = 0.18215, 0.13025
 def recognised_factor(tensors: Mapping[str, Tensor]) -> float | None:
     """Return the scaling factor that the tensors of a CompVis checkpoint determine, or None.
 
-    A `LatentDiffusion` that was trained with a measured factor has it as the buffer `scale_factor`
-    (CompVis's `ddpm.py`). Otherwise the networks beside the autoencoder show the family of a whole
-    checkpoint: `conditioner` means SDXL, unless `edm_mean` shows that it is Playground's, which
-    scales by channel. A U-Net without `conditioner` means Stable Diffusion 1 or 2. An autoencoder
-    alone does not determine the factor.
+    CompVis's `ddpm.py` stores a measured factor as the buffer `scale_factor`. Otherwise the other
+    networks in the file show the family: `conditioner` means SDXL, unless `edm_mean` shows that it
+    is Playground's, which scales by channel. A U-Net alone means Stable Diffusion 1 or 2.
     """
     if (buffer := tensors.get("scale_factor")) is not None and buffer.numel() == 1:
         factor = float(buffer)
@@ -57,10 +54,8 @@ def resolve_scaling(
     """Return the scaling factor and the shift factor that a checkpoint and a config specify.
 
     Args:
-        architecture: the architecture of the checkpoint.
-        scaling_factor: `vae.scaling_factor` of the config; None if it is not set.
-        shift_factor: `vae.shift_factor` of the config; None if it is not set.
-        checkpoint: the URL of the checkpoint, for errors.
+        architecture, checkpoint: of the checkpoint, and its URL for errors.
+        scaling_factor, shift_factor: of the config; None if they are not set.
 
     Raises:
         ConfigError: the checkpoint and the config contradict each other, or neither has the scaling

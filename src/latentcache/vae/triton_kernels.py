@@ -28,11 +28,9 @@ def to_input_kernel(images, out, num_pixels, OUT: tl.constexpr, BLOCK: tl.conste
     """Convert uint8 NCHW to [-1, 1] in NHWC; channels after the third are zero.
 
     Args:
-        images: uint8 [B, 3, num_pixels].
-        out: [B, num_pixels, OUT] in any float dtype.
-        num_pixels: the pixels of an image.
+        images, out: uint8 [B, 3, num_pixels]; and [B, num_pixels, OUT] in any float dtype.
+        num_pixels, BLOCK: the pixels of an image; and those of a program.
         OUT: the number of output channels.
-        BLOCK: the pixels of a program.
     """
     image = tl.program_id(1).to(tl.int64)
     pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -65,6 +63,21 @@ def _tile_mask(is_pixel, exists, C: tl.constexpr, LANES: tl.constexpr):
         return is_pixel[:, None]
     else:
         return is_pixel[:, None] & exists[None, :]
+
+
+@triton.jit
+def _group_statistics(
+    origin, sums, squares, weight, count, D: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr
+):
+    """Return the mean and the scatter of each group, from sums of differences from `origin`."""
+    # Each channel first, then its group: its variance includes the differences between channels.
+    total = tl.sum(sums, axis=0)
+    mean = tl.reshape(origin + total / count, (GP, DP))
+    scatter = tl.reshape(tl.sum(squares, axis=0) - total * (total / count), (GP, DP))
+    weight = tl.reshape(weight, (GP, DP))
+    group_mean = tl.sum(mean * weight, axis=1) / D
+    apart = (mean - group_mean[:, None]) * weight
+    return group_mean, tl.sum(scatter * weight + count * apart * apart, axis=1)
 
 
 @triton.jit
@@ -122,18 +135,12 @@ def sum_kernel(
         sums += difference
         squares += difference * difference
 
-    # Each channel first, then its group: its variance includes the differences between channels.
     count = (last - first).to(tl.float32)
-    total = tl.sum(sums, axis=0)
-    mean = tl.reshape(origin + total / count, (GP, DP))
-    scatter = tl.reshape(tl.sum(squares, axis=0) - total * (total / count), (GP, DP))
-    weight = tl.reshape(exists.to(tl.float32), (GP, DP))
-    group_mean = tl.sum(mean * weight, axis=1) / (C // G)
-    apart = (mean - group_mean[:, None]) * weight
-    group_scatter = tl.sum(scatter * weight + count * apart * apart, axis=1)
+    weight = exists.to(tl.float32)
+    mean, scatter = _group_statistics(origin, sums, squares, weight, count, C // G, GP, DP)
     target = statistics + (image * num_chunks + chunk) * 2 * GP + tl.arange(0, GP)
-    tl.store(target, group_mean)
-    tl.store(target + GP, group_scatter)
+    tl.store(target, mean)
+    tl.store(target + GP, scatter)
 
 
 @triton.jit
@@ -216,15 +223,10 @@ def pad_kernel(
     """Add the bias and another map, and pad with zeros at the bottom and at the right.
 
     Args:
-        x: [B, height, width, C] in any float dtype.
-        h: a map like x, added if HAS_H.
+        x, h: [B, height, width, C] in any float dtype; h is added if HAS_H.
         bias: float32 [C], added if HAS_BIAS.
         out: [B, height + 1, width + 1, C].
-        height: the height of x.
-        width: the width of x.
-        C, BLOCK: see the module.
-        LANES: C, rounded up to a power of two.
-        HAS_H, HAS_BIAS: see above.
+        LANES: C, rounded up to a power of two. Others: see the module.
     """
     image = tl.program_id(1).to(tl.int64)
     num_padded = (height + 1) * (width + 1)
@@ -251,10 +253,9 @@ def exponentials_kernel(scores, out, sums, length, BLOCK: tl.constexpr):
     """Write exp(s - max) for a row of scores, and the sum of these exponentials.
 
     Args:
-        scores: float32 [rows, length].
+        scores, length: float32 [rows, length].
         out: [rows, length] in any float dtype, for the exponentials.
         sums: float32 [rows], for the sums of the rounded exponentials.
-        length: the length of a row.
         BLOCK: the elements that a program reads at once.
     """
     row = tl.program_id(0).to(tl.int64)

@@ -1,8 +1,7 @@
 """Load a `KLAutoencoder` from a checkpoint's URL, and compute the fingerprint of its encoder.
 
-Two layouts are supported: diffusers (`config.json` beside the weights, or a pipeline with a `vae/`
-folder) and the original CompVis layout, alone or inside a whole Stable Diffusion checkpoint. The
-tensors of both are renamed to the names of `model.py`.
+The layouts are diffusers' and the original CompVis layout, alone or inside a whole Stable Diffusion
+checkpoint. The tensors of both are renamed to the names of `model.py`.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import hashlib
 import importlib.resources
 import json
 import re
-import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from latentcache.dataset.contract import canonical_json
 from latentcache.errors import CheckpointError, ConfigError, ObjectNotFound, first_line
 from latentcache.storage import Store, split_url
 from latentcache.storage_options import StorageOptions
@@ -66,11 +65,10 @@ _COMPVIS_RENAMES = (
     (r"^(encoder|decoder)\.norm_out\.", r"\1.conv_norm_out."),
 )
 _DIFFUSERS_RENAMES = (  # the names of attention in diffusers before 0.17
-    (r"\.attentions\.0\.(q)uery\.", r".attentions.0.to_\1."),
-    (r"\.attentions\.0\.(k)ey\.", r".attentions.0.to_\1."),
-    (r"\.attentions\.0\.(v)alue\.", r".attentions.0.to_\1."),
+    (r"\.attentions\.0\.(?:(q)uery|(k)ey|(v)alue)\.", r".attentions.0.to_\1\2\3."),
     (r"\.attentions\.0\.proj_attn\.", ".attentions.0.to_out.0."),
 )
+_UP_BLOCK = re.compile(r"^decoder\.up_blocks\.(\d+)\.")
 _ATTENTION_MATRIX = re.compile(r"\.attentions\.0\.to_(q|k|v|out\.0)\.weight$")
 
 
@@ -90,8 +88,7 @@ def load_vae(
             (`.safetensors`, `.bin`, `.ckpt`, `.pt`, `.pth`, or a `.zip` of one); or `demo`. A
             `config.json` beside a file determines its architecture. A CompVis file needs no config,
             but then `architecture.scaling_factor` may be None; see `scaling.py`.
-        device: the device of the modules.
-        dtype: the dtype of the computation; weights of any float dtype are accepted.
+        device, dtype: of the modules; weights of any float dtype are accepted.
         decoder: whether to load the decoder; without it the VAE needs less memory.
         options: how to reach the store.
 
@@ -134,16 +131,12 @@ def encoder_fingerprint(vae: KLAutoencoder) -> str:
     if vae.dtype != torch.float32:
         raise ConfigError(f"the fingerprint needs a float32 VAE, not {vae.dtype}")
     fields = {"family": FAMILY, **vae.architecture.encoder_fields}
-    digest = hashlib.sha256(_canonical_json(fields))
+    digest = hashlib.sha256(canonical_json(fields) + b"\n")
     for name, tensor in sorted(vae.state_dict().items()):
         if not name.startswith(_DECODER):
-            digest.update(_canonical_json([name, list(tensor.shape)]))
+            digest.update(canonical_json([name, list(tensor.shape)]) + b"\n")
             digest.update(tensor.cpu().contiguous().numpy().astype("<f4", copy=False).data)
     return digest.hexdigest()
-
-
-def _canonical_json(value: object) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode() + b"\n"
 
 
 def _read(
@@ -195,15 +188,13 @@ def _find_weights(store: Store, url: str) -> tuple[str, str]:
 @contextmanager
 def _local_file(store: Store, name: str) -> Iterator[Path]:
     """Yield the path of a local object, or of a temporary download of a remote one."""
-    store.info(name)  # raises ObjectNotFound if the object is missing
-    local = store.local_path(name)
-    if local is not None:
+    size_bytes = store.info(name).size_bytes  # raises ObjectNotFound if the object is missing
+    if local := store.local_path(name):
         yield local
         return
     with tempfile.TemporaryDirectory(prefix="latentcache-") as folder:
         path = Path(folder, "checkpoint" + Path(name).suffix)
-        with store.named(name), store.open(name) as source, path.open("wb") as target:
-            shutil.copyfileobj(source, target, 8 * 2**20)
+        store.get_file(name, path, size_bytes)
         yield path
 
 
@@ -223,44 +214,41 @@ def _recognise(
 ) -> tuple[Architecture, dict[str, Tensor]]:
     """Detect the layout by the names; return the architecture and the canonically named tensors."""
     scaling_factor = recognised_factor(tensors)
-    if any(key.startswith(_FIRST_STAGE) for key in tensors):
-        tensors = {
-            key.removeprefix(_FIRST_STAGE): tensor
-            for key, tensor in tensors.items()
-            if key.startswith(_FIRST_STAGE)
-        }
+    inner = {
+        key.removeprefix(_FIRST_STAGE): tensor
+        for key, tensor in tensors.items()
+        if key.startswith(_FIRST_STAGE)
+    }
+    tensors = inner or tensors
     if not any(key.startswith("encoder.down.") for key in tensors):
         if config is None:
             raise CheckpointError(
                 f"{name} is not a CompVis checkpoint and has no config.json: put its config.json "
                 "beside it"
             )
-        named = {_rename(key, _DIFFUSERS_RENAMES): tensor for key, tensor in tensors.items()}
-        return Architecture.from_config(config, name=f"the config.json of {name}"), named
+        tensors = _rename(tensors, _DIFFUSERS_RENAMES)
+        return Architecture.from_config(config, name=f"the config.json of {name}"), tensors
     tensors = {k: t for k, t in tensors.items() if not k.startswith(_NOT_WEIGHTS)}
-    named = {_rename(key, _COMPVIS_RENAMES): tensor for key, tensor in tensors.items()}
-    named = _reverse_up_blocks(named)
-    if config is not None and config.get("_class_name") == FAMILY:
-        return Architecture.from_config(config, name=f"the config.json beside {name}"), named
-    architecture = _infer_architecture(named, name)
-    return replace(architecture, scaling_factor=scaling_factor), named
-
-
-def _rename(name: str, renames: Iterable[tuple[str, str]]) -> str:
-    for pattern, replacement in renames:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-def _reverse_up_blocks(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Number the decoder's blocks from the latent's side; CompVis numbers from the image's."""
-    pattern = re.compile(r"^decoder\.up_blocks\.(\d+)\.")
-    indices = [int(match[1]) for name in tensors if (match := pattern.match(name))]
-    last = max(indices, default=0)
-    return {
-        pattern.sub(lambda match: f"decoder.up_blocks.{last - int(match[1])}.", name): tensor
-        for name, tensor in tensors.items()
+    tensors = _rename(tensors, _COMPVIS_RENAMES)
+    # CompVis numbers the decoder's blocks from the image's side, diffusers from the latent's.
+    last = max((int(match[1]) for match in map(_UP_BLOCK.match, tensors) if match), default=0)
+    tensors = {
+        _UP_BLOCK.sub(lambda match: f"decoder.up_blocks.{last - int(match[1])}.", key): tensor
+        for key, tensor in tensors.items()
     }
+    if config is not None and config.get("_class_name") == FAMILY:
+        return Architecture.from_config(config, name=f"the config.json beside {name}"), tensors
+    architecture = _infer_architecture(tensors, name)
+    return replace(architecture, scaling_factor=scaling_factor), tensors
+
+
+def _rename(tensors: Mapping[str, Tensor], renames: Iterable[tuple[str, str]]) -> dict[str, Tensor]:
+    renamed = {}
+    for name, tensor in tensors.items():
+        for pattern, replacement in renames:
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = tensor
+    return renamed
 
 
 def _infer_architecture(tensors: Mapping[str, Tensor], name: str) -> Architecture:
@@ -272,8 +260,7 @@ def _infer_architecture(tensors: Mapping[str, Tensor], name: str) -> Architectur
         return int(tensors[tensor].shape[0])
 
     def count(pattern: str) -> int:
-        matches = (re.match(pattern, key) for key in tensors)
-        return len({match[1] for match in matches if match})
+        return len({match[1] for key in tensors if (match := re.match(pattern, key))})
 
     widths = tuple(
         out_channels(f"encoder.down_blocks.{i}.resnets.0.conv1.weight")
@@ -292,15 +279,15 @@ def _infer_architecture(tensors: Mapping[str, Tensor], name: str) -> Architectur
 
 
 def _fit(
-    tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], name: str
+    tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], name: str
 ) -> dict[str, Tensor]:
     """Check the tensors against the model's; return float32 copies with attention as matrices."""
-    if missing := wanted.keys() - tensors.keys():
+    if missing := expected.keys() - tensors.keys():
         raise CheckpointError(f"{name} lacks {_some(missing)}: the VAE is incomplete")
-    if surplus := tensors.keys() - wanted.keys():
+    if surplus := tensors.keys() - expected.keys():
         raise CheckpointError(f"{name} has {_some(surplus)} that its architecture does not have")
     fitted, misshapen, broken = {}, [], []
-    for key, target in wanted.items():
+    for key, target in expected.items():
         tensor = tensors[key]
         if _ATTENTION_MATRIX.search(key) and tensor.shape[2:] == (1, 1):
             tensor = tensor[:, :, 0, 0]

@@ -265,8 +265,8 @@ def check(data: bytes, folder: Path) -> str:
         message = str(error)
         assert "\n" not in message
         assert _NAMES[kind] in message or _WEIGHTS in message
-        found = re.search(r"damaged|lacks|does not fit|has NaN|that its architecture", message)
-        outcome = found[0] if found else "other"
+        match = re.search(r"damaged|lacks|does not fit|has NaN|that its architecture", message)
+        outcome = match[0] if match else "other"
     finally:
         _is_checking = False
     assert not _harm, f"something ran: {_harm}"
