@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
@@ -18,19 +18,9 @@ from typing import Any, ClassVar, cast
 
 import fsspec
 
-from latentcache.errors import (
-    AccessDenied,
-    ConfigError,
-    DiskFull,
-    ObjectNotFound,
-    StorageError,
-    first_line,
-)
-from latentcache.storage.failures import NO_ROOM, FinalStorageError, chain_of, http_status
+from latentcache.errors import AccessDenied, ConfigError, ObjectNotFound, StorageError, first_line
+from latentcache.storage.failures import FinalStorageError, disk_full, http_statuses, is_full
 from latentcache.storage_options import StorageOptions
-
-# The HTTP statuses of a conditional put if the object exists or if another request is writing it.
-_PRECONDITION_FAILED = (409, 412)
 
 DANGLING = "dangling"
 """The version of a local link whose target does not exist."""
@@ -67,8 +57,7 @@ class Backend:
     """A folder of a remote store, through the fsspec client of its protocol.
 
     Args:
-        url: the URL of the folder, without a `/` at its end.
-        options: how to reach the store.
+        url, options: the URL of the folder, without a `/` at its end, and how to reach the store.
 
     Raises:
         ConfigError: the client of the protocol is not installed.
@@ -94,7 +83,6 @@ class Backend:
 
     def __init__(self, url: str, options: StorageOptions) -> None:
         self.url, self.options = url, options
-        self._protocol = url.split("://")[0]
         _ = self.client  # raises now if the client cannot be used
 
     @classmethod
@@ -106,7 +94,7 @@ class Backend:
     def client(self) -> Any:
         """The client of the current process, so that a store made before a fork works after it."""
         kind: Any = type(self)  # mypy considers a class with class variables not hashable
-        return _client(kind, self._protocol, self.options, os.getpid())
+        return _client(kind, self.url.partition("://")[0], self.options, os.getpid())
 
     def full(self, path: str) -> str:
         """Return the client's name for a path."""
@@ -116,12 +104,11 @@ class Backend:
         """Read a whole object."""
         return cast(bytes, self.client.cat_file(self.full(path)))
 
-    def open(self, path: str, *, readahead: bool = True) -> Any:
+    def open(self, path: str, readahead: bool) -> Any:
         """Open an object for reading.
 
         Args:
-            path: the path in the store.
-            readahead: whether a read fetches a block of `read_block_bytes`.
+            path, readahead: the path, and whether a read fetches a block of `read_block_bytes`.
         """
         options = {} if readahead else {"cache_type": "none"}
         return self.client.open(self.full(path), "rb", block_size=self.read_block_bytes, **options)
@@ -129,18 +116,12 @@ class Backend:
     def info(self, path: str) -> ObjectInfo | None:
         """Return an object's size and version; None if the path is a folder."""
         details = self.client.info(self.full(path), **self.info_options)
-        return None if details["type"] == "directory" else self.info_of(path, details)
+        return None if details["type"] == "directory" else self._info_of(path, details)
 
-    def info_of(self, path: str, details: dict[str, Any]) -> ObjectInfo:
-        """Return the client's description of an object as an `ObjectInfo`.
-
-        Args:
-            path: the path in the store.
-            details: the client's description.
-        """
+    def _info_of(self, path: str, details: dict[str, Any]) -> ObjectInfo:
         version = next((details[name] for name in self.versions if details.get(name)), None)
-        changed = details.get("LastModified") or details.get("last_modified")
-        changed = changed or details.get("mtime") or details.get("updated")
+        names = ("LastModified", "last_modified", "mtime", "updated")
+        changed = next((details[name] for name in names if details.get(name)), None)
         if isinstance(changed, datetime):
             changed = changed.timestamp()
         return ObjectInfo(
@@ -157,11 +138,15 @@ class Backend:
         names = [(prefix + e["name"].rstrip("/").rpartition("/")[2], e) for e in entries]
         # A client lists a file as itself if `folder` is a file. Such an entry is not in the folder.
         infos = [
-            self.info_of(path, entry)
+            self._info_of(path, entry)
             for path, entry in names
             if entry["type"] == "file" and entry["size"] is not None
         ]
         return infos, [path for path, entry in names if entry["type"] == "directory"]
+
+    def temp_files(self) -> Iterator[ObjectInfo]:
+        """Yield the temporary files: active ones, and those of killed writers."""
+        return iter(())
 
     def now(self) -> float:
         """Return the store's time in seconds since 1970; the host's time if it is unknown."""
@@ -171,8 +156,7 @@ class Backend:
         """Upload a local file.
 
         Args:
-            local: the file to upload.
-            path: its path in the store.
+            local, path: the file, and its path in the store.
         """
         self.client.put_file(str(local), self.full(path))
 
@@ -180,21 +164,27 @@ class Backend:
         """Write a small object, replacing any object at its path.
 
         Args:
-            path: the path in the store.
-            data: the content.
+            path, data: the path and the content.
         """
         self.client.pipe_file(self.full(path), data)
 
-    def create(self, path: str, data: bytes) -> None:
-        """Write a small object with one conditional PUT.
+    def create(self, path: str, data: bytes) -> bool:
+        """Write a small object with one conditional PUT, if its path is free.
 
         After any error, it is unknown whether the object was written.
 
         Args:
-            path: the path in the store.
-            data: the content.
+            path, data: the path and the content.
+
+        Returns:
+            Whether the object at the path now holds `data`.
         """
         self.client.pipe_file(self.full(path), data, mode="create")
+        return True
+
+    def can_create(self) -> bool | None:
+        """Return whether `create` is exclusive; None if only a second put can show it."""
+        return None
 
     def delete(self, path: str) -> None:
         """Delete an object."""
@@ -209,32 +199,22 @@ class Backend:
         """Return the error of this package for an exception of the client, with how to fix it.
 
         Args:
-            error: what the client raised.
-            url: the object's URL.
+            error, url: what the client raised, and the object's URL.
         """
-        if isinstance(error, StorageError):
-            return error
-        kind, where = type(error).__name__, self.where
-        if isinstance(error, OSError):
-            if error.errno in NO_ROOM:
-                return self.full_error(url)
-            if error.errno in (errno.ENOSYS, errno.ENAMETOOLONG):
-                return FinalStorageError(f"{url}{where} cannot do that: {first_line(error)}")
+        if is_full(error):
+            return disk_full(url)
+        reason, kind = first_line(error), type(error).__name__
+        if isinstance(error, OSError) and error.errno in (errno.ENOSYS, errno.ENAMETOOLONG):
+            return FinalStorageError(f"{url}{self.where} cannot do that: {reason}")
         if isinstance(error, IsADirectoryError):
             return ObjectNotFound(f"{url} is a folder, not a file")
         if isinstance(error, FileNotFoundError | NotADirectoryError):
             return ObjectNotFound(f"{url}: no such file")
         if kind in self.denied or isinstance(error, PermissionError):
-            return AccessDenied(
-                f"access to {url} denied: {first_line(error)}; check the credentials"
-            )
+            return AccessDenied(f"access to {url} denied: {reason}; check the credentials")
         if kind in self.invalid:
-            return FinalStorageError(f"{url}: {first_line(error)}")
-        return StorageError(f"cannot reach or use {url}{where}: {first_line(error)}")
-
-    def full_error(self, url: str) -> DiskFull:
-        """Return the error of a full store."""
-        return DiskFull(f"no room left to write {url}: free some space and run again")
+            return FinalStorageError(f"{url}: {reason}")
+        return StorageError(f"cannot reach or use {url}{self.where}: {reason}")
 
     @property
     def where(self) -> str:
@@ -245,11 +225,10 @@ class Backend:
         """Return whether an error means that a conditional put failed because the object exists.
 
         Clients raise it in several forms (s3fs: `FileExistsError`, or an `OSError` with errno 5, 16
-        or 22), so the HTTP status of the cause decides.
+        or 22), so the HTTP status of the cause decides. 409: another request is writing the object.
         """
-        statuses = [http_status(link) for link in chain_of(error)]
-        known = [status for status in statuses if status is not None]
-        return bool(known) and all(status in _PRECONDITION_FAILED for status in known)
+        statuses = set(http_statuses(error))
+        return bool(statuses) and statuses <= {409, 412}
 
 
 @lru_cache(maxsize=64)
@@ -261,11 +240,10 @@ def _client(kind: Any, protocol: str, options: StorageOptions, pid: int) -> Any:
     """
     try:
         return fsspec.filesystem(protocol, skip_instance_cache=True, **kind.arguments(options))
-    except ImportError as error:
-        fix = f": pip install 'latentcache[{kind.extra}]'" if kind.extra else ""
+    except (ImportError, ValueError) as error:
+        needs_extra = kind.extra and isinstance(error, ImportError)
+        fix = f": pip install 'latentcache[{kind.extra}]'" if needs_extra else ""
         raise ConfigError(f"cannot use {protocol}:// URLs: {error}{fix}") from error
-    except ValueError as error:
-        raise ConfigError(f"cannot use {protocol}:// URLs: {error}") from error
 
 
 def forget_clients() -> None:

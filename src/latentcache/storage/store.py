@@ -1,11 +1,11 @@
 """`Store`: all reads and writes of this package.
 
-The store adds retries, URLs in error messages and the put-if-absent protocol. A backend for each
-protocol does the rest; see `backend.py`.
+It adds retries, URLs in errors and the put-if-absent protocol to the backend of a protocol.
 """
 
 from __future__ import annotations
 
+import io
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -20,8 +20,7 @@ from latentcache import clock
 from latentcache.errors import DeadlinePassed, ObjectNotFound, StorageError
 from latentcache.storage.backend import Backend, Entries, ObjectInfo, Upload
 from latentcache.storage.failures import named_local
-from latentcache.storage.local import LocalBackend
-from latentcache.storage.retries import Access, StoreFile
+from latentcache.storage.retries import Access
 from latentcache.storage.s3 import S3Backend
 from latentcache.storage_options import StorageOptions
 from latentcache.urls import check_url
@@ -63,52 +62,39 @@ class _Reading(Access):
         that decodes the bytes, such as Arrow, therefore means damaged data.
 
         Args:
-            path: the path in the store.
-            readahead: whether a read from a remote store may fetch more than the requested bytes.
+            path, readahead: the path, and whether a read may fetch more than the requested bytes.
         """
         file = self._retry(path, lambda: self._open(path, readahead))
-        return cast(BinaryIO, StoreFile(self, path, file))
+        return cast(BinaryIO, _StoreFile(self, path, file))
 
     def _open(self, path: str, readahead: bool = True) -> Any:
-        return self._backend.open(path, readahead=readahead)
+        return self._backend.open(path, readahead)
 
-    def get_file(
-        self, path: str, local: Path, size_bytes: int, given_up: Event | None = None
-    ) -> None:
+    def get_file(self, path: str, local: Path, size_bytes: int, stop: Event | None = None) -> None:
         """Download a whole object to a local path, overwriting an existing file in place.
 
-        Errors of the local disk name the local path.
-
         Args:
-            path: the path in the store.
-            local: the file to write.
-            size_bytes: the object's size. If the object has this size and the store sends another
-                number of bytes, the connection was cut, and the download is retried.
-            given_up: once this event is set, a failure is not retried.
+            path, local: the path in the store, and the file, which errors of the local disk name.
+            size_bytes: the object's size. If the store sends another number of bytes of an object
+                of this size, the connection was cut, and the download is retried.
+            stop: once this event is set, a failure is not retried.
 
         Raises:
             ObjectNotFound: there is no such object, or it has another size.
         """
-        self._retry(path, lambda: self._get_file(path, local, size_bytes), given_up)
+        self._retry(path, lambda: self._get_file(path, local, size_bytes), stop)
 
     def _get_file(self, path: str, local: Path, size_bytes: int) -> None:
-        num_bytes = 0
+        url, num_bytes = self.url_of(path), 0
         with self._open(path) as source:
             if source.size is not None and source.size != size_bytes:
-                raise ObjectNotFound(
-                    f"{self.url_of(path)} has {source.size} bytes, not {size_bytes}"
-                )
+                raise ObjectNotFound(f"{url} has {source.size} bytes, not {size_bytes}")
+            file = _StoreFile(self, path, source)
             with named_local(local), local.open("wb") as target:
-                while True:
-                    with self.named(path):
-                        chunk = source.read(Backend.read_block_bytes)
-                    if not chunk:
-                        break
+                while chunk := file.read(Backend.read_block_bytes):
                     num_bytes += target.write(chunk)
         if num_bytes != size_bytes:
-            raise StorageError(
-                f"{self.url_of(path)}: the connection gave {num_bytes} of {size_bytes} bytes"
-            )
+            raise StorageError(f"{url}: the connection gave {num_bytes} of {size_bytes} bytes")
 
     def info(self, path: str) -> ObjectInfo:
         """Return an object's size and version."""
@@ -143,13 +129,12 @@ class _Reading(Access):
         On a local disk, links to files count as files, and links to folders are not followed.
         """
         if isinstance(self._backend, S3Backend):
-            token: str | None = None
-            list_page = partial(self._backend.page, folder)
-            while True:
-                infos, token = self._retry(folder, partial(list_page, token))
+            token: str | None = ""
+            while token is not None:
+                list_page = partial(self._backend.page, folder, token)
+                infos, token = self._retry(folder, list_page)
                 yield from infos
-                if token is None:
-                    return
+            return
         with ThreadPoolExecutor(_THREADS) as pool:
             left = [folder]
             while left:
@@ -178,14 +163,10 @@ class _Reading(Access):
 
     def temp_files(self) -> Iterator[ObjectInfo]:
         """Yield the temporary files on a local disk: active ones, and those of killed writers."""
-        if isinstance(self._backend, LocalBackend):
-            yield from self._backend.temp_files()
+        return self._backend.temp_files()
 
     def now(self) -> float:
-        """Return the time of the store's clock, in seconds since 1970.
-
-        S3 sends its time. For disks and other stores, the clock of this host is used.
-        """
+        """Return the time in seconds since 1970: of S3's clock, otherwise of this host's."""
         return self._retry("", self._backend.now)
 
 
@@ -201,8 +182,8 @@ class Store(_Reading):
         options: how to reach the store; ignored for local folders.
 
     Raises:
-        ConfigError: the URL or the endpoint is not accepted (see `urls.check_url` and
-            `urls.check_endpoint`), or the client of the protocol is not installed.
+        ConfigError: the URL or the endpoint is not accepted (see `urls.py`), or the client of the
+            protocol is not installed.
     """
 
     def __init__(
@@ -216,8 +197,7 @@ class Store(_Reading):
         """Upload a whole, closed local file.
 
         Args:
-            local: the file to upload.
-            path: its path in the store, which no other process writes.
+            local, path: the file, and its path in the store, which no other process writes.
         """
         self._retry(path, lambda: self._backend.put_file(local, path))
 
@@ -225,17 +205,14 @@ class Store(_Reading):
         """Write a small object, replacing any object at its path (leases and pointers only).
 
         Args:
-            path: the path in the store.
-            data: the content.
+            path, data: the path in the store, and the content.
         """
         self._retry(path, lambda: self._backend.put(path, data))
 
     def delete(self, path: str) -> None:
         """Delete an object. A missing object is not an error."""
-        try:
+        with suppress(ObjectNotFound):
             self._retry(path, lambda: self._backend.delete(path))
-        except ObjectNotFound:
-            return
 
     def delete_many(
         self, paths: Sequence[str], progress: Callable[[int], object] = lambda num_deleted: None
@@ -243,8 +220,7 @@ class Store(_Reading):
         """Delete objects as `delete` does, many at a time.
 
         Args:
-            paths: the objects.
-            progress: called after each batch with the number of objects in it.
+            paths, progress: the objects, and a function that gets the size of each deleted batch.
         """
         is_paged = isinstance(self._backend, S3Backend)
         size = S3Backend.page_size if is_paged else _THREADS
@@ -278,10 +254,9 @@ class Store(_Reading):
         object means another try. `data` must differ between writers of which only one may win.
 
         Args:
-            path: the path in the store.
-            data: the content.
-            valid_until: the time of `clock.boot_time_s` after which no try begins. It is checked
-                before each try, so that a process that was frozen between two tries puts nothing.
+            path, data: the path in the store, and the content.
+            valid_until: the time of `clock.boot_time_s` after which no try begins, not even in a
+                process that was frozen between two tries.
 
         Returns:
             Whether the object at the path now holds `data`.
@@ -289,31 +264,22 @@ class Store(_Reading):
         Raises:
             DeadlinePassed: it is later than `valid_until`.
         """
-        backend = self._backend
-
-        def create() -> bool:
-            if clock.boot_time_s() > valid_until:
-                raise DeadlinePassed(f"{self.url_of(path)} was not put in time")
-            if isinstance(backend, LocalBackend):
-                return backend.create_exclusively(path, data)
-            return self._create(path, data)
-
         # This read decides nothing on a store with conditional writes. A store without them would
         # replace the object.
         if not self.is_local and (current := self._read_or_none(path)) is not None:
             return current == data
-        return self._retry(path, create)
+        return self._retry(path, lambda: self._create(path, data, valid_until))
 
-    def _create(self, path: str, data: bytes) -> bool:
+    def _create(self, path: str, data: bytes, valid_until: float) -> bool:
+        if clock.boot_time_s() > valid_until:
+            raise DeadlinePassed(f"{self.url_of(path)} was not put in time")
         try:
             with self.named(path):
-                self._backend.create(path, data)
+                return self._backend.create(path, data)
         except StorageError:
-            current = self._read_or_none(path)
-            if current is None:
+            if self.is_local or (current := self._read_or_none(path)) is None:
                 raise
             return current == data
-        return True
 
     @property
     def is_conditional(self) -> bool:
@@ -327,24 +293,20 @@ class Store(_Reading):
         `unknown`, which callers must treat as a no.
 
         Args:
-            path: an object that already holds `data`. A store without conditional writes replaces
-                it with the same bytes, which does no harm.
-            data: the content of the object.
+            path, data: an object that exists, and its content, so that a second put does no harm.
 
         Returns:
             Whether the store refuses a second put.
         """
-        if isinstance(self._backend, LocalBackend):
-            is_exclusive = self._retry("", self._backend.can_create_exclusively)
-            self.conditional = "yes" if is_exclusive else "no"
-            return self.is_conditional
-        try:
-            with self.named(path):
-                self._backend.create(path, data)
-            self.conditional = "no"
-        except StorageError as error:
-            is_refused = self._backend.is_precondition_failure(error)
-            self.conditional = "yes" if is_refused else "unknown"
+        can_create = self._retry("", self._backend.can_create) if self.is_local else None
+        self.conditional = "yes" if can_create else "no"
+        if can_create is None:
+            try:
+                with self.named(path):
+                    self._backend.create(path, data)
+            except StorageError as error:
+                is_refused = self._backend.is_precondition_failure(error)
+                self.conditional = "yes" if is_refused else "unknown"
         return self.is_conditional
 
     def _read_or_none(self, path: str) -> bytes | None:
@@ -352,3 +314,31 @@ class Store(_Reading):
             return self.read_bytes(path)
         except ObjectNotFound:
             return None
+
+
+class _StoreFile(io.RawIOBase):
+    """An open object. Its reads raise `StorageError`."""
+
+    def __init__(self, store: Access, path: str, file: Any) -> None:
+        self._store, self._path, self._file = store, path, file
+
+    def read(self, size: int = -1) -> bytes:
+        with self._store.named(self._path):
+            return cast(bytes, self._file.read(size))
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        with self._store.named(self._path):
+            return int(self._file.seek(offset, whence))
+
+    def tell(self) -> int:
+        return int(self._file.tell())
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
