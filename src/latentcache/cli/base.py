@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec, TextIO
 
 import typer
 from typer import Argument, Option
@@ -67,30 +67,18 @@ ManifestNumber = Annotated[
 ]
 
 
-class _Stdout:
-    """The real stdout. Ray's processes write to file descriptor 1, which becomes stderr."""
-
-    def __init__(self) -> None:
-        sys.stdout.flush()
-        self.file = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="backslashreplace")
-        os.dup2(2, 1)
-
-    def print(self, text: str) -> None:
-        """Print a line. A closed pipe is not an error."""
-        try:
-            print(text, file=self.file, flush=True)
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
-
-
-_stdout: _Stdout | None = None
+# The real stdout, for results: file descriptor 1, to which Ray's processes write, becomes stderr.
+stdout: TextIO | None = None
 _log_json = False
 
 
-def stdout() -> _Stdout:
-    """Return the real stdout, for results."""
-    assert _stdout
-    return _stdout
+def _print(text: str) -> None:
+    """Print a line of a result. A closed pipe is not an error."""
+    assert stdout
+    try:
+        print(text, file=stdout, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
 
 
 def print_lines(*lines: str) -> None:
@@ -98,7 +86,7 @@ def print_lines(*lines: str) -> None:
     from latentcache.errors import one_line
 
     for line in lines:
-        stdout().print(one_line(line))
+        _print(one_line(line))
 
 
 def print_json(tree: dict[str, Any]) -> None:
@@ -106,7 +94,7 @@ def print_json(tree: dict[str, Any]) -> None:
     from latentcache.log import redacted
 
     text = json.dumps(redacted(tree), ensure_ascii=False)
-    stdout().print("".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text))
+    _print("".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text))
 
 
 def print_result(result: Any, lines: Iterable[str], as_json: bool) -> None:
@@ -127,10 +115,8 @@ def progress(what: str, total: float | None = None) -> Iterator[Callable[..., No
     """Show a progress bar on stderr if it is a terminal.
 
     Args:
-        what, total: the text beside the bar, and the number of steps if it is known.
-
-    Yields:
-        A function that gets the number of steps done and the total, and may change the text.
+        what, total: the text beside the bar, and the number of steps if it is known. The function
+            that is yielded updates them.
     """
     from rich.console import Console
     from rich.progress import Progress
@@ -170,12 +156,14 @@ def command(function: Callable[P, int | None]) -> Callable[P, None]:
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        global _stdout, _log_json
+        global stdout, _log_json
         from latentcache.errors import ConfigError, LatentCacheError
         from latentcache.startup import start_process
 
         start_process()
-        _stdout = _Stdout()
+        sys.stdout.flush()
+        stdout = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="backslashreplace")
+        os.dup2(2, 1)
         _log_json = bool(kwargs.get("log_json"))
         as_json = bool(kwargs.get("json_"))
         try:
@@ -218,11 +206,7 @@ def locate(target: str, overrides: list[str] | None) -> tuple[str, StorageOption
     """Return the URL of a dataset, how to reach it, and its config if the target is one.
 
     Args:
-        target: the URL of the dataset, or the path of its config.
-        overrides: the `--set` options, which only a config can have.
-
-    Raises:
-        ConfigError: the config is wrong, or a URL has overrides.
+        target, overrides: the URL or the config, and the `--set` options of a config.
     """
     from latentcache.config import load_config
     from latentcache.errors import ConfigError

@@ -8,20 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from latentcache.cli.base import (
-    MAX_LINES,
-    Json,
-    ManifestNumber,
-    Overrides,
-    Target,
-    app,
-    command,
-    complain,
-    locate,
-    manifest_name,
-    print_result,
-    progress,
-)
+from latentcache.cli import base
 
 if TYPE_CHECKING:
     from latentcache.config import Config
@@ -30,19 +17,19 @@ if TYPE_CHECKING:
     from latentcache.engine.gc import Unreferenced
 
 
-@app.command("verify")
-@command
+@base.app.command("verify")
+@base.command
 def verify_command(
-    target: Target,
-    set_: Overrides = None,
-    manifest: ManifestNumber = None,
+    target: base.Target,
+    set_: base.Overrides = None,
+    manifest: base.ManifestNumber = None,
     quick: Annotated[
         bool, Option("--quick", help="Check only that each file exists and has the right size.")
     ] = False,
     repair: Annotated[
         bool, Option("--repair", help="Remove damaged units. The next run encodes them again.")
     ] = False,
-    json_: Json = False,
+    json_: base.Json = False,
 ) -> int:
     """Check every file that a manifest references.
 
@@ -50,8 +37,8 @@ def verify_command(
     """
     from latentcache.dataset.verify import verify
 
-    url, options, _ = locate(target, set_)
-    with progress("verifying") as update:
+    url, options, _ = base.locate(target, set_)
+    with base.progress("verifying") as update:
         result = verify(url, manifest, storage=options, quick=quick, repair=repair, progress=update)
     verdict = "ok" if result.ok else f"{len(result.problems)} problems"
     lines = [
@@ -59,23 +46,23 @@ def verify_command(
         f"{verdict}: manifest {result.manifest}, {result.num_units} units, {result.num_files} "
         f"files, {result.num_rows} rows, {result.num_rejects} rejects",
     ]
-    print_result(result, lines, json_)
+    base.print_result(result, lines, json_)
     if result.repaired:
         num_removed = len(result.repaired)
-        complain(f"{num_removed} units removed; run `latentcache run` to encode them again")
+        base.complain(f"{num_removed} units removed; run `latentcache run` to encode them again")
     elif not result.ok and not repair:
-        complain(
+        base.complain(
             "`latentcache verify --repair` removes the damaged units, and the next run encodes them"
         )
     return 0 if result.ok else 3
 
 
-@app.command("inspect")
-@command
+@base.app.command("inspect")
+@base.command
 def inspect_command(
-    target: Target,
-    set_: Overrides = None,
-    manifest: ManifestNumber = None,
+    target: base.Target,
+    set_: base.Overrides = None,
+    manifest: base.ManifestNumber = None,
     num_rows: Annotated[
         int | None,
         Option("--rows", min=0, help="Number of rows to show. Default: 5, with --image 24."),
@@ -92,7 +79,7 @@ def inspect_command(
         ),
     ] = None,
     seed: Annotated[int, Option(min=0, help="Random seed of --image.")] = 0,
-    json_: Json = False,
+    json_: base.Json = False,
 ) -> None:
     """Show the contract, totals, buckets, statistics, and some rows and rejects."""
     from latentcache.dataset.inspect import describe, render
@@ -101,14 +88,14 @@ def inspect_command(
 
     if decoder and not image:
         raise ConfigError("--decoder needs --image")
-    url, options, config = locate(target, set_)
+    url, options, config = base.locate(target, set_)
     dataset = open_dataset(url, manifest, storage=options)
     if image:
         drawn = _draw_rows(dataset, image, num_rows, decoder, config, seed)
-        print_result(drawn, [f"{drawn['num_rows']} rows in {image}"], json_)
+        base.print_result(drawn, [f"{drawn['num_rows']} rows in {image}"], json_)
         return
     described = describe(dataset, 5 if num_rows is None else num_rows)
-    print_result(described, [] if json_ else render(described).split("\n"), json_)
+    base.print_result(described, [] if json_ else render(described).split("\n"), json_)
 
 
 def _draw_rows(
@@ -131,22 +118,22 @@ def _draw_rows(
         checkpoint, storage = config.vae.checkpoint, config.vae.storage
     vae, notes = load_decoder(dataset, decoder or checkpoint, storage)
     for note in notes:
-        complain(note)
-    with progress("decoding") as update:
+        base.complain(note)
+    with base.progress("decoding") as update:
         num_drawn = save_sheet(
             dataset, vae, image, num_rows or DEFAULT_NUM_ROWS, seed=seed, progress=update
         )
     return {"image": str(image), "num_rows": num_drawn, "notes": notes}
 
 
-@app.command("diff")
-@command
+@base.app.command("diff")
+@base.command
 def diff_command(
-    target: Target,
+    target: base.Target,
     before: Annotated[
         Any,
         Argument(
-            parser=manifest_name,
+            parser=base.manifest_name,
             metavar="N",
             help="First manifest: a number or `published`. Default: the complete one before M.",
             show_default=False,
@@ -155,32 +142,32 @@ def diff_command(
     after: Annotated[
         Any,
         Argument(
-            parser=manifest_name,
+            parser=base.manifest_name,
             metavar="M",
             help="Second manifest: a number or `published`. Default: the newest complete one.",
             show_default=False,
         ),
     ] = None,
-    set_: Overrides = None,
-    json_: Json = False,
+    set_: base.Overrides = None,
+    json_: base.Json = False,
 ) -> None:
     """List the units that were added, replaced or removed between two manifests."""
     from latentcache.dataset.diff import diff_manifests
 
-    url, options, _ = locate(target, set_)
+    url, options, _ = base.locate(target, set_)
     diff = diff_manifests(url, before, after, storage=options)
-    print_result(diff, _diff_lines(diff), json_)
+    base.print_result(diff, _diff_lines(diff), json_)
 
 
 def _diff_lines(diff: ManifestDiff) -> Iterator[str]:
     for kind in ("added", "replaced", "removed"):
         sources = getattr(diff, kind)
-        for each in sources[:MAX_LINES]:
+        for each in sources[: base.MAX_LINES]:
             gone, new = (sum(u.num_rows for u in units) for units in (each.before, each.after))
             rows = f"{gone} -> {new}" if kind == "replaced" else f"{gone + new}"
             yield f"{kind:9}  {each.source}  {rows} rows"
-        if len(sources) > MAX_LINES:
-            yield f"… and {len(sources) - MAX_LINES} more {kind}"
+        if len(sources) > base.MAX_LINES:
+            yield f"… and {len(sources) - base.MAX_LINES} more {kind}"
     yield f"{'':10}{'units':>10}{'rows':>14}{'rejects':>12}"
     numbers = {"before": diff.before, "after": diff.after}
     for name in ("before", "added", "replaced", "replacing", "removed", "after"):
@@ -189,10 +176,10 @@ def _diff_lines(diff: ManifestDiff) -> Iterator[str]:
         yield f"{label:10}{counts.num_units:>10}{counts.num_rows:>14}{counts.num_rejects:>12}"
 
 
-@app.command("publish")
-@command
+@base.app.command("publish")
+@base.command
 def publish_command(
-    target: Target,
+    target: base.Target,
     number: Annotated[
         int | None,
         Argument(
@@ -204,23 +191,23 @@ def publish_command(
     force: Annotated[
         bool, Option("--force", help="Allow a manifest older than the published one.")
     ] = False,
-    set_: Overrides = None,
-    json_: Json = False,
+    set_: base.Overrides = None,
+    json_: base.Json = False,
 ) -> None:
     """Publish a complete manifest: readers open it as `published`."""
     from latentcache.dataset.publish import publish
 
-    url, options, _ = locate(target, set_)
+    url, options, _ = base.locate(target, set_)
     published = publish(url, number, force=force, storage=options)
     line = f"published: manifest {published.manifest}, at {published.published_at}"
-    print_result(published, [line], json_)
+    base.print_result(published, [line], json_)
 
 
-@app.command("gc")
-@command
+@base.app.command("gc")
+@base.command
 def gc_command(
-    target: Target,
-    set_: Overrides = None,
+    target: base.Target,
+    set_: base.Overrides = None,
     delete: Annotated[
         bool, Option("--delete", help="Delete the files. Without it, nothing is changed.")
     ] = False,
@@ -241,7 +228,7 @@ def gc_command(
     older_than_days: Annotated[
         float, Option(help="Keep younger files, by the store's clock. At least 2.")
     ] = 7.0,
-    json_: Json = False,
+    json_: base.Json = False,
 ) -> None:
     """List unreferenced files (dry run); --delete removes them.
 
@@ -251,8 +238,8 @@ def gc_command(
 
     from latentcache.engine.gc import collect_unreferenced
 
-    url, options, _ = locate(target, set_)
-    with progress("listing") as update:
+    url, options, _ = base.locate(target, set_)
+    with base.progress("listing") as update:
         result = collect_unreferenced(
             url,
             delete=delete,
@@ -263,9 +250,9 @@ def gc_command(
             progress=lambda what, done, total: update(done, total, what),
         )
     for note in result.notes:
-        complain(note)
+        base.complain(note)
     totals = {"num_objects": result.num_objects, "num_bytes": result.num_bytes}
-    print_result(asdict(result) | totals, _unreferenced_lines(result), json_)
+    base.print_result(asdict(result) | totals, _unreferenced_lines(result), json_)
 
 
 def _unreferenced_lines(result: Unreferenced) -> Iterator[str]:

@@ -7,19 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
-from latentcache.cli.base import (
-    ConfigPath,
-    Json,
-    ManifestNumber,
-    Overrides,
-    Target,
-    app,
-    command,
-    complain,
-    locate,
-    print_result,
-    progress,
-)
+from latentcache.cli import base
 
 if TYPE_CHECKING:
     from latentcache.config import Qa
@@ -72,12 +60,12 @@ _MaxRejects = Annotated[
 _Report = Annotated[Path | None, Option(help="Write the report to this .html or .json file.")]
 
 
-@app.command("qa")
-@command
+@base.app.command("qa")
+@base.command
 def qa_command(
-    target: Target,
-    set_: Overrides = None,
-    manifest: ManifestNumber = None,
+    target: base.Target,
+    set_: base.Overrides = None,
+    manifest: base.ManifestNumber = None,
     num_rows: _Rows = 256,
     num_units: _Units = 0,
     source: _Sources = None,
@@ -88,7 +76,7 @@ def qa_command(
     min_drift_db: _MinDrift = None,
     max_rejects: _MaxRejects = None,
     report: _Report = None,
-    json_: Json = False,
+    json_: base.Json = False,
 ) -> int:
     """Decode stored latents and compare them with their images. Exits 3 if a gate fails.
 
@@ -104,7 +92,7 @@ def qa_command(
     from latentcache.qa.report import require_writable
     from latentcache.storage_options import StorageOptions
 
-    url, options, config = locate(target, set_)
+    url, options, config = base.locate(target, set_)
     gates = {
         "min_psnr_db": min_psnr_db,
         "min_drift_db": min_drift_db,
@@ -149,7 +137,7 @@ def _evaluate(
     lpips = (qa.lpips.url, qa.lpips.sha256) if qa.lpips else None
     models, gates = QaModels(qa.decoder, lpips, qa.storage, qa.storage), Gates.of(qa)
     with TemporaryDirectory(prefix="latentcache-") as folder:
-        with progress("decoding", selection.num_rows) as update:
+        with base.progress("decoding", selection.num_rows) as update:
             result = reevaluate(
                 dataset,
                 models,
@@ -171,14 +159,16 @@ def _evaluate(
         if report:
             save_report(made, report)
     for line in (*result.notes, *(f"QA: {breach}" for breach in result.breaches)):
-        complain(line)
-    print_result(made.to_json(), made.to_text().split("\n"), as_json)
+        base.complain(line)
+    base.print_result(made.to_json(), made.to_text().split("\n"), as_json)
     return 3 if result.breaches else 0
 
 
-@app.command("eval")
-@command
-def eval_command(config: ConfigPath, set_: Overrides = None, json_: Json = False) -> None:
+@base.app.command("eval")
+@base.command
+def eval_command(
+    config: base.ConfigPath, set_: base.Overrides = None, json_: base.Json = False
+) -> None:
     """Compare decoders on your images: print the table of the sd-vae-ft-mse model card."""
     from contextlib import ExitStack
 
@@ -195,6 +185,6 @@ def eval_command(config: ConfigPath, set_: Overrides = None, json_: Json = False
 
             cluster = Cluster(compute.num_gpus, compute.num_cpu_actors, None)
             run = stack.enter_context(cluster).map
-        result = evaluate(plan, run, stack.enter_context(progress("evaluating")))
+        result = evaluate(plan, run, stack.enter_context(base.progress("evaluating")))
     lines = [*render_card(result).split("\n"), "", f"written to {result.output}"]
-    print_result(result, lines, json_)
+    base.print_result(result, lines, json_)

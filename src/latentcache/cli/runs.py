@@ -10,22 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
-from latentcache.cli.base import (
-    MAX_LINES,
-    ConfigPath,
-    Json,
-    Overrides,
-    Target,
-    app,
-    command,
-    complain,
-    locate,
-    print_json,
-    print_lines,
-    print_result,
-    progress,
-    stdout,
-)
+from latentcache.cli import base
 
 if TYPE_CHECKING:
     from latentcache.config import Config
@@ -36,18 +21,18 @@ if TYPE_CHECKING:
     from latentcache.engine.watch import Watched
 
 
-@app.command("run")
-@command
+@base.app.command("run")
+@base.command
 def run_command(
-    config: ConfigPath,
-    set_: Overrides = None,
+    config: base.ConfigPath,
+    set_: base.Overrides = None,
     retry_rejects: Annotated[
         bool, Option("--retry-rejects", help="Encode units that have rejects again.")
     ] = False,
     log_json: Annotated[
         bool, Option("--log-json", help="Print each line on stderr as one JSON object.")
     ] = False,
-    json_: Json = False,
+    json_: base.Json = False,
 ) -> int:
     """Encode the units that are not done yet. After an interruption, run it again to resume."""
     from dataclasses import asdict
@@ -63,19 +48,19 @@ def run_command(
     summary = run(parsed, retry_rejects=retry_rejects, log_json=log_json)
     if not log_json:  # with --log-json, each failure was logged when it happened
         for failure in summary.failed:
-            complain(f"unit given up: {failure['message']}", event="unit_given_up")
+            base.complain(f"unit given up: {failure['message']}", event="unit_given_up")
     if summary.exit_code == 1:
         again = shlex.join(["latentcache", *sys.argv[1:]])
         status = summary.status.capitalize()
-        complain(f"{status}. To resume, run: {again}", event="incomplete")
+        base.complain(f"{status}. To resume, run: {again}", event="incomplete")
     for breach in summary.breaches:
-        complain(f"QA: {breach}", event="gate_breached", level="error")
+        base.complain(f"QA: {breach}", event="gate_breached", level="error")
     report = None
     is_over = summary.status not in ("interrupted", "skipped")
     if parsed.qa and summary.num_qa_rows and summary.manifest and is_over:
         report = _report_run(parsed, summary)
     _complain_of(summary)
-    print_result(asdict(summary) | {"report": report}, _summary_lines(summary, report), json_)
+    base.print_result(asdict(summary) | {"report": report}, _summary_lines(summary, report), json_)
     return summary.exit_code
 
 
@@ -100,7 +85,7 @@ def _complain_of(summary: RunSummary) -> None:
             f"{inspect} raise rejects.max_rate"
         )
     for event, message in problems.items():
-        complain(message, event=event, level="error")
+        base.complain(message, event=event, level="error")
 
 
 def _summary_lines(summary: RunSummary, report: str | None) -> Iterator[str]:
@@ -144,17 +129,17 @@ def _report_run(config: Config, summary: RunSummary) -> str:
             dataset, summary.breaches, Gates.of(config.qa), decoder=config.qa.decoder
         )
         for line in report.worst_rows if summary.breaches else ():
-            complain(f"QA: {line}", event="worst_row")
+            base.complain(f"QA: {line}", event="worst_row")
         if is_new:
             write_report(report, dataset)
     return str(dataset.store.local_path(path) or dataset.store.url_of(path))
 
 
-@app.command("plan")
-@command
+@base.app.command("plan")
+@base.command
 def plan_command(
-    config: ConfigPath,
-    set_: Overrides = None,
+    config: base.ConfigPath,
+    set_: base.Overrides = None,
     retry_rejects: Annotated[
         bool, Option("--retry-rejects", help="Plan units that have rejects again.")
     ] = False,
@@ -182,7 +167,7 @@ def plan_command(
             min=0, help="Price of storing a GB for a month, for --calibrate.", show_default=False
         ),
     ] = None,
-    json_: Json = False,
+    json_: base.Json = False,
 ) -> int:
     """List the units that `run` would encode, and why. It writes nothing."""
     from latentcache.config import load_config
@@ -198,18 +183,18 @@ def plan_command(
     plan = make_plan(parsed, retry_rejects=retry_rejects)
     forecast = None
     if calibrate and plan.to_encode and not plan.diff:
-        with progress(f"encoding {calibrate} images"):
+        with base.progress(f"encoding {calibrate} images"):
             forecast = make_forecast(parsed, plan, calibrate, Prices(*prices))
     lines = [*_plan_lines(plan), *(forecast.to_text().split("\n") if forecast else ())]
     if calibrate and not forecast and not plan.diff:
         lines.append("no units to calibrate on")
-    print_result(_plan_tree(plan, forecast), lines, json_)
+    base.print_result(_plan_tree(plan, forecast), lines, json_)
     if plan.twice:
-        complain(plan.twice.to_text())
+        base.complain(plan.twice.to_text())
     if plan.diff:
-        complain(f"{plan.output.url} was created with different settings; `run` will refuse:")
+        base.complain(f"{plan.output.url} was created with different settings; `run` will refuse:")
         for line in plan.diff:
-            complain(f"  {line}")
+            base.complain(f"  {line}")
     return 2 if plan.diff else 0
 
 
@@ -243,10 +228,10 @@ def _plan_tree(plan: Plan, forecast: Forecast | None) -> dict[str, Any]:
 def _plan_lines(plan: Plan) -> Iterator[str]:
     from latentcache.log import size_text
 
-    for planned in plan.pending[:MAX_LINES]:
+    for planned in plan.pending[: base.MAX_LINES]:
         yield f"{planned.unit.title}  {size_text(planned.unit.num_bytes)}  {planned.reason}"
-    if len(plan.pending) > MAX_LINES:
-        yield f"… and {len(plan.pending) - MAX_LINES} more"
+    if len(plan.pending) > base.MAX_LINES:
+        yield f"… and {len(plan.pending) - base.MAX_LINES} more"
     sources, newest = plan.sources, plan.state.manifest
     fate = "kept" if sources.on_missing == "keep" else "dropped"
     yield (
@@ -279,29 +264,29 @@ def _plan_lines(plan: Plan) -> Iterator[str]:
     )
 
 
-@app.command("status")
-@command
+@base.app.command("status")
+@base.command
 def status_command(
-    target: Target,
-    set_: Overrides = None,
+    target: base.Target,
+    set_: base.Overrides = None,
     watch_: Annotated[
         bool, Option("--watch", help="Repeat until the dataset is complete and no run is active.")
     ] = False,
     every_s: Annotated[
         float, Option("--every", min=0.1, metavar="SECONDS", help="Interval of --watch.")
     ] = 10.0,
-    json_: Json = False,
+    json_: base.Json = False,
 ) -> None:
     """Show the progress of a dataset and its active runs."""
     from latentcache.engine.status import read_status
     from latentcache.engine.watch import watch
 
-    url, options, _ = locate(target, set_)
+    url, options, _ = base.locate(target, set_)
     if watch_:
         _show_each(watch(url, options, every_s), url, as_json=json_)
         return
     status = read_status(url, options)
-    print_result(status, _status_lines(status), json_)
+    base.print_result(status, _status_lines(status), json_)
 
 
 def _status_lines(status: Status) -> Iterator[str]:
@@ -335,11 +320,11 @@ def _show_each(statuses: Iterator[Watched], url: str, *, as_json: bool) -> None:
     from rich.console import Console
     from rich.live import Live
 
-    console = Console(file=stdout().file)
+    console = Console(file=base.stdout)
     with suppress(KeyboardInterrupt):
         if as_json or not console.is_terminal:
             for status in statuses:
-                print_json(status.to_json()) if as_json else print_lines(status.to_line())
+                base.print_json(status.to_json()) if as_json else base.print_lines(status.to_line())
             return
         with Live(console=console, auto_refresh=False) as live:
             for status in statuses:

@@ -9,26 +9,15 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from latentcache.cli.base import (
-    Json,
-    ManifestNumber,
-    Overrides,
-    Target,
-    app,
-    command,
-    locate,
-    print_lines,
-    print_result,
-    progress,
-)
+from latentcache.cli import base
 
 
-@app.command("bench-loader")
-@command
+@base.app.command("bench-loader")
+@base.command
 def bench_loader_command(
-    target: Target,
-    set_: Overrides = None,
-    manifest: ManifestNumber = None,
+    target: base.Target,
+    set_: base.Overrides = None,
+    manifest: base.ManifestNumber = None,
     batch_size: Annotated[int, Option(min=1, help="Rows per batch.")] = 256,
     seconds: Annotated[
         float, Option(min=0.1, help="Duration of the measurement, in seconds.")
@@ -46,7 +35,7 @@ def bench_loader_command(
         Path | None, Option(help="Folder that caches the files of a remote store.")
     ] = None,
     cache_bytes: Annotated[str, Option(help="Size limit of the cache.")] = "100gb",
-    json_: Json = False,
+    json_: base.Json = False,
 ) -> None:
     """Measure how fast `LatentLoader` reads batches on this machine, without a model."""
     from latentcache.dataset.layout import TORCH_DTYPES
@@ -57,7 +46,7 @@ def bench_loader_command(
     known = {name: kind for name, kind in TORCH_DTYPES.items() if kind.is_floating_point}
     if dtype not in known:
         raise ConfigError(f"--dtype is {dtype!r}; it must be one of {', '.join(known)}")
-    url, options, _ = locate(target, set_)
+    url, options, _ = base.locate(target, set_)
     make = functools.partial(
         LatentLoader,
         url,
@@ -71,7 +60,7 @@ def bench_loader_command(
         cache_bytes=cache_bytes,
         storage=options,
     )
-    with progress("reading", seconds) as update:
+    with base.progress("reading", seconds) as update:
         speed = measure_loader(make, seconds, update)
     lines = [
         f"{speed.rows_per_s:,.0f} samples/s, {speed.megabytes_per_s:,.0f} MB/s of {dtype}, over "
@@ -81,11 +70,11 @@ def bench_loader_command(
         f"first batch after {speed.first_batch_s:.2f} s, manifest read in {speed.open_s:.2f} s; "
         f"resumed in {speed.resume_s:.2f} s",
     ]
-    print_result(speed, lines, json_)
+    base.print_result(speed, lines, json_)
 
 
-@app.command("schema")
-@command
+@base.app.command("schema")
+@base.command
 def schema_command(
     eval_: Annotated[
         bool, Option("--eval", help="Print the schema of a config of `eval`.")
@@ -97,18 +86,18 @@ def schema_command(
 
     text = json.dumps((EvalConfig if eval_ else Config).model_json_schema(), indent=2)
     # A description is a wrapped string of the source. Its line breaks mean nothing.
-    print_lines(*text.replace(r"\n", " ").split("\n"))
+    base.print_lines(*text.replace(r"\n", " ").split("\n"))
 
 
-@app.command("demo-data")
-@command
+@base.app.command("demo-data")
+@base.command
 def demo_data_command(
     folder: Annotated[Path, Argument(help="Folder to write the shards to.")],
     shards: Annotated[int, Option(min=1, help="Number of shards.")] = 8,
     samples: Annotated[int, Option(min=1, help="Samples per shard.")] = 24,
     seed: Annotated[int, Option(min=0, help="Random seed of the pictures.")] = 0,
     broken: Annotated[bool, Option(help="Damage some samples on purpose.")] = True,
-    json_: Json = False,
+    json_: base.Json = False,
 ) -> None:
     """Write WebDataset shards of drawn pictures with captions. Some samples are damaged."""
     from latentcache.demo.demo_data import write_demo_data
@@ -117,4 +106,4 @@ def demo_data_command(
         folder, num_shards=shards, samples_per_shard=samples, seed=seed, broken=broken
     )
     line = f"{made.num_samples} samples, {made.num_broken} of them damaged, in {folder}"
-    print_result(made, [line], json_)
+    base.print_result(made, [line], json_)

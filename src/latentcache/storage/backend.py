@@ -1,7 +1,7 @@
-"""The operations that `Store` needs, on fsspec. The file of a protocol overrides what differs.
+"""What differs between stores, on fsspec. The file of a protocol overrides it.
 
-A backend tries an operation once and does not retry it. It raises the exceptions of its client,
-which `explain` converts into errors of this package.
+A backend does not retry. It raises the exceptions of its client, which `explain` converts into
+errors of this package.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
-from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import fsspec
 
@@ -69,10 +68,7 @@ class Backend:
     extra: ClassVar[str | None] = None
     # Packages whose exceptions come from the store. Not all of them are an OSError.
     transports: ClassVar[frozenset[str]] = frozenset(
-        {
-            *("aiohttp", "fsspec", "httpcore", "httpcore2", "httpx", "httpx2"),
-            *("requests", "urllib3"),
-        }
+        {"aiohttp", "fsspec", "httpcore", "httpcore2", "httpx", "httpx2", "requests", "urllib3"}
     )
     # Names of the exceptions for missing credentials or permissions, and for invalid names.
     denied: ClassVar[frozenset[str]] = frozenset()
@@ -100,19 +96,6 @@ class Backend:
         """Return the client's name for a path."""
         return f"{self.url}/{path}" if path else self.url
 
-    def read(self, path: str) -> bytes:
-        """Read a whole object."""
-        return cast(bytes, self.client.cat_file(self.full(path)))
-
-    def open(self, path: str, readahead: bool) -> Any:
-        """Open an object for reading.
-
-        Args:
-            path, readahead: the path, and whether a read fetches a block of `read_block_bytes`.
-        """
-        options = {} if readahead else {"cache_type": "none"}
-        return self.client.open(self.full(path), "rb", block_size=self.read_block_bytes, **options)
-
     def info(self, path: str) -> ObjectInfo | None:
         """Return an object's size and version; None if the path is a folder."""
         details = self.client.info(self.full(path), **self.info_options)
@@ -134,15 +117,15 @@ class Backend:
     def entries(self, folder: str) -> Entries:
         """List the objects and folders directly in a folder."""
         prefix = f"{folder}/" if folder else ""
-        entries = self.client.ls(self.full(folder), detail=True, refresh=True)
-        names = [(prefix + e["name"].rstrip("/").rpartition("/")[2], e) for e in entries]
-        # A client lists a file as itself if `folder` is a file. Such an entry is not in the folder.
-        infos = [
-            self._info_of(path, entry)
-            for path, entry in names
-            if entry["type"] == "file" and entry["size"] is not None
-        ]
-        return infos, [path for path, entry in names if entry["type"] == "directory"]
+        infos: list[ObjectInfo] = []
+        folders: list[str] = []
+        for entry in self.client.ls(self.full(folder), detail=True, refresh=True):
+            path = prefix + entry["name"].rstrip("/").rpartition("/")[2]
+            if entry["type"] == "directory":
+                folders.append(path)
+            elif entry["type"] == "file" and entry["size"] is not None:
+                infos.append(self._info_of(path, entry))
+        return infos, folders
 
     def temp_files(self) -> Iterator[ObjectInfo]:
         """Yield the temporary files: active ones, and those of killed writers."""
@@ -152,43 +135,9 @@ class Backend:
         """Return the store's time in seconds since 1970; the host's time if it is unknown."""
         return time.time()
 
-    def put_file(self, local: Path, path: str) -> None:
-        """Upload a local file.
-
-        Args:
-            local, path: the file, and its path in the store.
-        """
-        self.client.put_file(str(local), self.full(path))
-
-    def put(self, path: str, data: bytes) -> None:
-        """Write a small object, replacing any object at its path.
-
-        Args:
-            path, data: the path and the content.
-        """
-        self.client.pipe_file(self.full(path), data)
-
-    def create(self, path: str, data: bytes) -> bool:
-        """Write a small object with one conditional PUT, if its path is free.
-
-        After any error, it is unknown whether the object was written.
-
-        Args:
-            path, data: the path and the content.
-
-        Returns:
-            Whether the object at the path now holds `data`.
-        """
-        self.client.pipe_file(self.full(path), data, mode="create")
-        return True
-
     def can_create(self) -> bool | None:
-        """Return whether `create` is exclusive; None if only a second put can show it."""
+        """Return whether the client's mode `create` is exclusive; None if only a put shows it."""
         return None
-
-    def delete(self, path: str) -> None:
-        """Delete an object."""
-        self.client.rm_file(self.full(path))
 
     def is_foreign(self, error: Exception) -> bool:
         """Return whether an exception comes from the store and not from a bug of this package."""
@@ -235,8 +184,7 @@ class Backend:
 def _client(kind: Any, protocol: str, options: StorageOptions, pid: int) -> Any:
     """Make the client of a protocol, once in a process because it takes a tenth of a second.
 
-    fsspec's own cache is not used: it holds one client for each thread. `pid` is part of the key
-    because no client survives a fork.
+    fsspec's own cache holds one client for each thread. `pid` is a key because of forks.
     """
     try:
         return fsspec.filesystem(protocol, skip_instance_cache=True, **kind.arguments(options))

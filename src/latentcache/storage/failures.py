@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from latentcache.errors import AccessDenied, DiskFull, ObjectNotFound, StorageError, first_line
@@ -31,7 +30,7 @@ def disk_full(name: object) -> DiskFull:
 
 
 @contextmanager
-def named_local(path: Path) -> Iterator[None]:
+def named_local(path: object) -> Iterator[None]:
     """Raise an `OSError` of the block as a `StorageError` that names a local file or folder."""
     try:
         yield

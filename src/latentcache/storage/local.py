@@ -8,7 +8,9 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
+from typing import Any
+
+from fsspec.implementations.local import LocalFileSystem
 
 from latentcache.errors import AccessDenied, StorageError, first_line
 from latentcache.storage import local_files
@@ -23,8 +25,25 @@ _FINAL = {
 }  # fmt: skip
 
 
+class _LocalFiles(LocalFileSystem):  # type: ignore[misc]
+    """The file system of fsspec, with atomic writes."""
+
+    def put_file(self, lpath: str, rpath: str, **options: Any) -> None:
+        with named_local(lpath):
+            source = open(lpath, "rb")  # noqa: SIM115  (closed below)
+        with source:
+            local_files.replace_file(rpath, source)
+
+    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **options: Any) -> None:
+        if mode == "overwrite":
+            local_files.replace_file(path, io.BytesIO(value))
+        elif not local_files.create_file(path, io.BytesIO(value)):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
+
+
 class _LocalBackend(Backend):
     is_local = True
+    client = _LocalFiles()
 
     def full(self, path: str) -> str:
         root = self.url.removeprefix("file://")
@@ -61,18 +80,6 @@ class _LocalBackend(Backend):
                 if name.startswith(local_files.TEMP_PREFIX):
                     with suppress(FileNotFoundError):  # its writer has finished by now
                         yield _info(os.path.relpath(path, root), os.stat(path))
-
-    def put_file(self, local: Path, path: str) -> None:
-        with named_local(local):
-            source = local.open("rb")
-        with source:
-            local_files.replace_file(self.full(path), source)
-
-    def put(self, path: str, data: bytes) -> None:
-        local_files.replace_file(self.full(path), io.BytesIO(data))
-
-    def create(self, path: str, data: bytes) -> bool:
-        return local_files.create_file(self.full(path), io.BytesIO(data))
 
     def can_create(self) -> bool:
         return local_files.can_create_exclusively(self.full(""))

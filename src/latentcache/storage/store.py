@@ -53,7 +53,8 @@ class _Reading(Access):
 
     def read_bytes(self, path: str) -> bytes:
         """Read a whole object."""
-        return self._retry(path, lambda: self._backend.read(path))
+        full = self._backend.full(path)
+        return cast(bytes, self._retry(path, lambda: self._backend.client.cat_file(full)))
 
     def open(self, path: str, *, readahead: bool = True) -> BinaryIO:
         """Open an object for reading.
@@ -68,7 +69,9 @@ class _Reading(Access):
         return cast(BinaryIO, _StoreFile(self, path, file))
 
     def _open(self, path: str, readahead: bool = True) -> Any:
-        return self._backend.open(path, readahead)
+        options = {} if readahead else {"cache_type": "none"}
+        size, full = self._backend.read_block_bytes, self._backend.full(path)
+        return self._backend.client.open(full, "rb", block_size=size, **options)
 
     def get_file(self, path: str, local: Path, size_bytes: int, stop: Event | None = None) -> None:
         """Download a whole object to a local path, overwriting an existing file in place.
@@ -171,11 +174,10 @@ class _Reading(Access):
 
 
 class Store(_Reading):
-    """One local or remote folder and the objects below it.
+    """One local or remote folder and the objects below it, by relative paths with `/`.
 
-    Paths are relative to that folder and use `/`. Methods raise `ObjectNotFound` if there is no
-    object at a path, `DiskFull` if the store is full, and `StorageError` for all other errors,
-    after retries.
+    Methods raise `ObjectNotFound` if there is no object at a path, `DiskFull` if the store is full,
+    and `StorageError` for all other errors, after retries.
 
     Args:
         url: a local path or a URL (`s3://bucket/folder`, `hf://org/repo`, …).
@@ -199,7 +201,8 @@ class Store(_Reading):
         Args:
             local, path: the file, and its path in the store, which no other process writes.
         """
-        self._retry(path, lambda: self._backend.put_file(local, path))
+        full = self._backend.full(path)
+        self._retry(path, lambda: self._backend.client.put_file(str(local), full))
 
     def put(self, path: str, data: bytes) -> None:
         """Write a small object, replacing any object at its path (leases and pointers only).
@@ -207,12 +210,13 @@ class Store(_Reading):
         Args:
             path, data: the path in the store, and the content.
         """
-        self._retry(path, lambda: self._backend.put(path, data))
+        full = self._backend.full(path)
+        self._retry(path, lambda: self._backend.client.pipe_file(full, data))
 
     def delete(self, path: str) -> None:
         """Delete an object. A missing object is not an error."""
         with suppress(ObjectNotFound):
-            self._retry(path, lambda: self._backend.delete(path))
+            self._retry(path, lambda: self._backend.client.rm_file(self._backend.full(path)))
 
     def delete_many(
         self, paths: Sequence[str], progress: Callable[[int], object] = lambda num_deleted: None
@@ -274,12 +278,17 @@ class Store(_Reading):
         if clock.boot_time_s() > valid_until:
             raise DeadlinePassed(f"{self.url_of(path)} was not put in time")
         try:
-            with self.named(path):
-                return self._backend.create(path, data)
+            self._put_new(path, data)
         except StorageError:
-            if self.is_local or (current := self._read_or_none(path)) is None:
+            if (current := self._read_or_none(path)) is None:
                 raise
             return current == data
+        return True
+
+    def _put_new(self, path: str, data: bytes) -> None:
+        """Put an object with one conditional request."""
+        with self.named(path):
+            self._backend.client.pipe_file(self._backend.full(path), data, mode="create")
 
     @property
     def is_conditional(self) -> bool:
@@ -302,8 +311,7 @@ class Store(_Reading):
         self.conditional = "yes" if can_create else "no"
         if can_create is None:
             try:
-                with self.named(path):
-                    self._backend.create(path, data)
+                self._put_new(path, data)
             except StorageError as error:
                 is_refused = self._backend.is_precondition_failure(error)
                 self.conditional = "yes" if is_refused else "unknown"
