@@ -17,6 +17,7 @@ from latentcache.yaml_files import parse_yaml, read_yaml
 
 # Largest number of names in the path of an override. No section is nested as deeply.
 _MAX_SECTIONS = 8
+_UNION_MEMBERS = ("int", "str", "constrained-int", "RatioBuckets")
 
 FileT = TypeVar("FileT", bound=BaseModel)
 
@@ -76,7 +77,8 @@ def _explain(error: ValidationError, kind: type[BaseModel]) -> Iterator[str]:
     mistakes: dict[tuple[str, ...], list[ErrorDetails]] = {}
     for mistake in error.errors():
         # Pydantic adds the attempted member of a union to the path. A config has no such level.
-        path = tuple(name for name in map(str, mistake["loc"]) if not _is_union_member(name))
+        names = (name for name in map(str, mistake["loc"]) if name not in _UNION_MEMBERS)
+        path = tuple(name for name in names if "[" not in name and "(" not in name)
         mistakes.setdefault(path, []).append(mistake)
     for path, here in mistakes.items():
         # A union reports an error per member. The member with the deepest path was meant.
@@ -84,10 +86,6 @@ def _explain(error: ValidationError, kind: type[BaseModel]) -> Iterator[str]:
             own = [mistake for mistake in here if mistake["type"] == "value_error"]
             reasons = dict.fromkeys(_reason(mistake, path, kind) for mistake in own or here)
             yield f"{'.'.join(path) or '(whole file)'}: {' or '.join(reasons)}"
-
-
-def _is_union_member(name: str) -> bool:
-    return any(m in name for m in "[(") or name in ("int", "str", "constrained-int", "RatioBuckets")
 
 
 def _reason(mistake: ErrorDetails, path: tuple[str, ...], kind: type[BaseModel]) -> str:

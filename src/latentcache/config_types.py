@@ -39,40 +39,30 @@ class Section(BaseModel):
         return value
 
 
-def _setting(check: Callable[[str], str]) -> AfterValidator:
-    """Return a validator from a check that raises `ConfigError`; Pydantic adds the path."""
+def _expanded(check: Callable[[str], object]) -> AfterValidator:
+    """Return a validator that expands the variables of a URL, here and nowhere else, and checks it.
 
-    def validate(value: str) -> str:
+    Pydantic adds the path of the setting to the message of a `ConfigError` that `check` raises.
+    """
+
+    def validate(url: str) -> str:
         try:
-            return check(value)
+            check(url := expand(url))
         except ConfigError as error:
             raise ValueError(str(error)) from None
+        return url
 
     return AfterValidator(validate)
 
 
-def _check_url(url: str) -> str:
-    url = expand(url)
-    check_url(url)
-    return url
-
-
-def _check_output_url(url: str) -> str:
-    url = expand(url)
+def _check_writable(url: str) -> None:
     if check_url(url) in ("http", "https"):
         raise ConfigError(f"{shown(url)}: cannot write to http(s); use a folder or a bucket")
-    return url
-
-
-def _check_endpoint(url: str) -> str:
-    url = expand(url)
-    check_endpoint(url)
-    return url
 
 
 def _check_public(text: str) -> str:
     if redact(text) != text:
-        raise ConfigError(
+        raise ValueError(
             "holds a credential: remove it, because this text is written to the output"
         )
     return text
@@ -85,14 +75,8 @@ def check_distinct(values: list[T]) -> list[T]:
     return values
 
 
-# URLs: `$NAME`, `${NAME}` and a leading `~` are expanded here, and nowhere else.
-Url = Annotated[str, _setting(_check_url)]
-OutputUrl = Annotated[str, _setting(_check_output_url)]
-PublicText = Annotated[str, _setting(_check_public)]
-
-
 class _Endpoint(Section):
-    endpoint_url: Annotated[str, _setting(_check_endpoint)] | None
+    endpoint_url: Annotated[str, _expanded(check_endpoint)] | None
 
 
 def _expand_endpoint(options: StorageOptions) -> StorageOptions:
@@ -100,4 +84,7 @@ def _expand_endpoint(options: StorageOptions) -> StorageOptions:
     return replace(options, endpoint_url=_Endpoint(endpoint_url=options.endpoint_url).endpoint_url)
 
 
+Url = Annotated[str, _expanded(check_url)]
+OutputUrl = Annotated[str, _expanded(_check_writable)]
+PublicText = Annotated[str, AfterValidator(_check_public)]
 Storage = Annotated[StorageOptions, AfterValidator(_expand_endpoint)]

@@ -44,11 +44,7 @@ def manifest_name(text: str) -> int | str:
 ConfigPath = Annotated[Path, Argument(help="Path of the config, a YAML file.", metavar="CONFIG")]
 Target = Annotated[
     str,
-    Argument(
-        help="URL of a dataset, or path of the config that made it.",
-        metavar="URL|CONFIG",
-        show_default=False,
-    ),
+    Argument(help="URL of a dataset, or path of the config that made it.", metavar="URL|CONFIG"),
 ]
 Overrides = Annotated[
     list[str] | None,

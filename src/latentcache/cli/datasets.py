@@ -136,7 +136,6 @@ def diff_command(
             parser=base.manifest_name,
             metavar="N",
             help="First manifest: a number or `published`. Default: the complete one before M.",
-            show_default=False,
         ),
     ] = None,
     after: Annotated[
@@ -145,7 +144,6 @@ def diff_command(
             parser=base.manifest_name,
             metavar="M",
             help="Second manifest: a number or `published`. Default: the newest complete one.",
-            show_default=False,
         ),
     ] = None,
     set_: base.Overrides = None,
@@ -182,11 +180,7 @@ def publish_command(
     target: base.Target,
     number: Annotated[
         int | None,
-        Argument(
-            metavar="N",
-            help="Number of the manifest. Default: the newest complete one.",
-            show_default=False,
-        ),
+        Argument(metavar="N", help="Number of the manifest. Default: the newest complete one."),
     ] = None,
     force: Annotated[
         bool, Option("--force", help="Allow a manifest older than the published one.")
@@ -218,7 +212,6 @@ def gc_command(
             metavar="K",
             help="Keep only the K newest complete manifests, the published one, and those that "
             "readers may have opened recently. Default: keep all manifests.",
-            show_default=False,
         ),
     ] = None,
     keep: Annotated[

@@ -150,16 +150,13 @@ def plan_command(
             metavar="N",
             help="Encode N images and estimate the time and cost of the whole run. Use thousands "
             "on a GPU, a hundred on a CPU.",
-            show_default=False,
         ),
     ] = None,
     usd_per_gpu_hour: Annotated[
-        float | None,
-        Option(min=0, help="Price of a GPU hour, for --calibrate.", show_default=False),
+        float | None, Option(min=0, help="Price of a GPU hour, for --calibrate.")
     ] = None,
     usd_per_cpu_hour: Annotated[
-        float | None,
-        Option(min=0, help="Price of a CPU hour, for --calibrate.", show_default=False),
+        float | None, Option(min=0, help="Price of a CPU hour, for --calibrate.")
     ] = None,
     usd_per_gb_month: Annotated[
         float | None,

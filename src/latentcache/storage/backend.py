@@ -171,11 +171,9 @@ class Backend:
         return f" (endpoint {self.options.endpoint_url})" if self.options.endpoint_url else ""
 
     def is_precondition_failure(self, error: BaseException) -> bool:
-        """Return whether an error means that a conditional put failed because the object exists.
-
-        Clients raise it in several forms (s3fs: `FileExistsError`, or an `OSError` with errno 5, 16
-        or 22), so the HTTP status of the cause decides. 409: another request is writing the object.
-        """
+        """Return whether an error means that a conditional put failed because the object exists."""
+        # Clients raise it in several forms (s3fs: `FileExistsError`, or an `OSError` with errno 5,
+        # 16 or 22), so the HTTP status decides. 409: another request is writing the object.
         statuses = set(http_statuses(error))
         return bool(statuses) and statuses <= {409, 412}
 

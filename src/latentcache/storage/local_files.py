@@ -67,8 +67,7 @@ def create_file(target: str, source: BinaryIO) -> bool:
 def can_create_exclusively(folder: str) -> bool:
     """Return whether `create_file` is exclusive between writers on different hosts.
 
-    It is if the file system supports hard links or `RENAME_NOREPLACE`. Otherwise a lock decides,
-    and on most FUSE mounts only processes of the same host see that lock.
+    Otherwise a lock decides, which on most FUSE mounts only processes of the same host see.
     """
     os.makedirs(folder, exist_ok=True)
     temp, other = (os.path.join(folder, _temp_name()) for _ in range(2))

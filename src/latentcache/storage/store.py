@@ -59,8 +59,7 @@ class _Reading(Access):
     def open(self, path: str, *, readahead: bool = True) -> BinaryIO:
         """Open an object for reading.
 
-        Opening and every read raise `StorageError` and never `OSError`. An `OSError` of the code
-        that decodes the bytes, such as Arrow, therefore means damaged data.
+        Its reads raise `StorageError`. An `OSError` of Arrow therefore means damaged data.
 
         Args:
             path, readahead: the path, and whether a read may fetch more than the requested bytes.
@@ -78,8 +77,7 @@ class _Reading(Access):
 
         Args:
             path, local: the path in the store, and the file, which errors of the local disk name.
-            size_bytes: the object's size. If the store sends another number of bytes of an object
-                of this size, the connection was cut, and the download is retried.
+            size_bytes: the object's size. A body of another size is the result of a cut connection.
             stop: once this event is set, a failure is not retried.
 
         Raises:
@@ -108,34 +106,30 @@ class _Reading(Access):
 
     def exists(self, path: str) -> bool:
         """Return whether there is an object at a path."""
-        try:
+        with suppress(ObjectNotFound):
             self.info(path)
-        except ObjectNotFound:
-            return False
-        return True
+            return True
+        return False
 
     def list(self, folder: str = "") -> list[ObjectInfo]:
         """List the objects directly in a folder, sorted by path; none if it does not exist."""
-        infos, _ = self._entries(folder)
-        return sorted(infos, key=lambda info: info.path)
+        return sorted(self._entries(folder)[0], key=lambda info: info.path)
 
     def _entries(self, folder: str) -> Entries:
-        try:
+        with suppress(ObjectNotFound):
             return self._retry(folder, lambda: self._backend.entries(folder))
-        except ObjectNotFound:
-            return [], []
+        return [], []
 
     def iterate(self, folder: str = "") -> Iterator[ObjectInfo]:
         """Yield the objects below a folder, at any depth and in any order, page by page.
 
-        S3 lists a thousand objects in one request. Other stores need one request for each folder.
-        On a local disk, links to files count as files, and links to folders are not followed.
+        S3 lists all folders at once. On a local disk, links to folders are not followed.
         """
         if isinstance(self._backend, S3Backend):
             token: str | None = ""
             while token is not None:
-                list_page = partial(self._backend.page, folder, token)
-                infos, token = self._retry(folder, list_page)
+                page = partial(self._backend.page, folder, token)
+                infos, token = self._retry(folder, page)
                 yield from infos
             return
         with ThreadPoolExecutor(_THREADS) as pool:
@@ -156,12 +150,10 @@ class _Reading(Access):
             return []
         uploads: list[Upload] = []
         after: dict[str, str] | None = {}
-        while after is not None:
-            try:
+        with suppress(ObjectNotFound):  # rclone's answer if there are none
+            while after is not None:
                 page, after = self._retry("", partial(self._backend.uploads, after))
-            except ObjectNotFound:  # rclone's answer if there are none
-                break
-            uploads += page
+                uploads += page
         return uploads
 
     def temp_files(self) -> Iterator[ObjectInfo]:
@@ -226,22 +218,21 @@ class Store(_Reading):
         Args:
             paths, progress: the objects, and a function that gets the size of each deleted batch.
         """
-        is_paged = isinstance(self._backend, S3Backend)
-        size = S3Backend.page_size if is_paged else _THREADS
+        size = S3Backend.page_size if isinstance(self._backend, S3Backend) else _THREADS
         batches = [paths[first : first + size] for first in range(0, len(paths), size)]
         with ThreadPoolExecutor(_THREADS) as pool:
             for num_deleted in pool.map(self._delete_batch, batches):
                 progress(num_deleted)
 
     def _delete_batch(self, paths: Sequence[str]) -> int:
-        left: Sequence[str] = paths
+        num_deleted = len(paths)
         if isinstance(self._backend, S3Backend):
             # If the store is busy or does not support this request, delete one by one.
             with suppress(StorageError), self.named(paths[0]):
-                left = self._backend.delete_page(paths)
-        for path in left:
+                paths = self._backend.delete_page(paths)
+        for path in paths:
             self.delete(path)
-        return len(paths)
+        return num_deleted
 
     def abort_upload(self, upload: Upload) -> None:
         """Abort a multipart upload and free its parts. A finished upload is not an error."""
@@ -250,15 +241,14 @@ class Store(_Reading):
                 self._retry(upload.path, partial(self._backend.abort_upload, upload))
 
     def put_if_absent(self, path: str, data: bytes, *, valid_until: float = math.inf) -> bool:
-        """Put a small object only if there is no object at the path yet.
+        """Put a small object with one PUT, only if there is no object at the path yet.
 
-        This is one PUT, never a multipart upload. After any error, it is unknown whether the bytes
-        were stored. Even "exists already" may be the answer to a retry whose first try succeeded.
-        The object is therefore read back: the same bytes are a win, other bytes are a loss, and no
-        object means another try. `data` must differ between writers of which only one may win.
+        After any error, it is unknown whether the bytes were stored. Even "exists already" may be
+        the answer to a retry whose first try succeeded. The object is therefore read back: the same
+        bytes are a win, other bytes are a loss, and no object means another try.
 
         Args:
-            path, data: the path in the store, and the content.
+            path, data: the path, and the content, which must differ between writers.
             valid_until: the time of `clock.boot_time_s` after which no try begins, not even in a
                 process that was frozen between two tries.
 
@@ -296,16 +286,12 @@ class Store(_Reading):
         return self.conditional == "yes"
 
     def probe_conditional(self, path: str, data: bytes) -> bool:
-        """Test whether the store refuses a second put, and keep the answer in `conditional`.
+        """Return whether the store refuses a second put, and set `conditional`.
 
-        Only the answer "precondition failed" proves it. After any other error `conditional` is
-        `unknown`, which callers must treat as a no.
+        Only the answer "precondition failed" proves it. Callers must treat `unknown` as a no.
 
         Args:
             path, data: an object that exists, and its content, so that a second put does no harm.
-
-        Returns:
-            Whether the store refuses a second put.
         """
         can_create = self._retry("", self._backend.can_create) if self.is_local else None
         self.conditional = "yes" if can_create else "no"
@@ -318,10 +304,9 @@ class Store(_Reading):
         return self.is_conditional
 
     def _read_or_none(self, path: str) -> bytes | None:
-        try:
+        with suppress(ObjectNotFound):
             return self.read_bytes(path)
-        except ObjectNotFound:
-            return None
+        return None
 
 
 class _StoreFile(io.RawIOBase):
