@@ -1,7 +1,7 @@
 """Read YAML files that users write, in bounded time and memory.
 
 PyYAML's safe loader executes no code. But its aliases can expand a small file into gigabytes, it
-accepts two settings of one name, and it raises many types. Here every error is a `ConfigError`.
+accepts two settings of one name, and its errors have many types; here they are `ConfigError`.
 """
 
 from __future__ import annotations

@@ -11,9 +11,7 @@ from typer import Argument, Option
 from latentcache.cli import base
 
 if TYPE_CHECKING:
-    from latentcache.config import Config
     from latentcache.dataset.diff import ManifestDiff
-    from latentcache.dataset.reader import Dataset
     from latentcache.engine.gc import Unreferenced
 
 
@@ -85,45 +83,29 @@ def inspect_command(
     from latentcache.dataset.inspect import describe, render
     from latentcache.dataset.reader import open_dataset
     from latentcache.errors import ConfigError
+    from latentcache.storage_options import StorageOptions
 
     if decoder and not image:
         raise ConfigError("--decoder needs --image")
     url, options, config = base.locate(target, set_)
     dataset = open_dataset(url, manifest, storage=options)
-    if image:
-        drawn = _draw_rows(dataset, image, num_rows, decoder, config, seed)
-        base.print_result(drawn, [f"{drawn['num_rows']} rows in {image}"], json_)
+    if image is None:
+        described = describe(dataset, 5 if num_rows is None else num_rows)
+        base.print_result(described, [] if json_ else render(described).split("\n"), json_)
         return
-    described = describe(dataset, 5 if num_rows is None else num_rows)
-    base.print_result(described, [] if json_ else render(described).split("\n"), json_)
-
-
-def _draw_rows(
-    dataset: Dataset,
-    image: Path,
-    num_rows: int | None,
-    decoder: str | None,
-    config: Config | None,
-    seed: int,
-) -> dict[str, Any]:
-    """Write a contact sheet; see `qa/sheet.py`."""
-    from latentcache.errors import ConfigError
-    from latentcache.qa.sheet import DEFAULT_NUM_ROWS, load_decoder, save_sheet
-    from latentcache.storage_options import StorageOptions
-
     if num_rows == 0:
         raise ConfigError("--image needs at least one row: raise --rows")
-    checkpoint, storage = None, StorageOptions()
-    if config:
-        checkpoint, storage = config.vae.checkpoint, config.vae.storage
-    vae, notes = load_decoder(dataset, decoder or checkpoint, storage)
+    from latentcache.qa.sheet import DEFAULT_NUM_ROWS, load_decoder, save_sheet
+
+    decoder = decoder or (config.vae.checkpoint if config else None)
+    vae, notes = load_decoder(dataset, decoder, config.vae.storage if config else StorageOptions())
     for note in notes:
         base.complain(note)
     with base.progress("decoding") as update:
-        num_drawn = save_sheet(
-            dataset, vae, image, num_rows or DEFAULT_NUM_ROWS, seed=seed, progress=update
-        )
-    return {"image": str(image), "num_rows": num_drawn, "notes": notes}
+        num_rows = num_rows or DEFAULT_NUM_ROWS
+        num_drawn = save_sheet(dataset, vae, image, num_rows, seed=seed, progress=update)
+    drawn = {"image": str(image), "num_rows": num_drawn, "notes": notes}
+    base.print_result(drawn, [f"{num_drawn} rows in {image}"], json_)
 
 
 @base.app.command("diff")

@@ -31,7 +31,9 @@ _BACKENDS = local.BACKENDS | s3.BACKENDS | other_stores.BACKENDS
 class Access:
     """A folder of a store, with retries and with URLs in errors; `Store` adds the operations."""
 
-    def __init__(self, url: str | os.PathLike[str], options: StorageOptions) -> None:
+    def __init__(
+        self, url: str | os.PathLike[str], options: StorageOptions = StorageOptions()
+    ) -> None:
         self.options, url = options, os.fspath(url)
         protocol = check_url(url)
         if options.endpoint_url is not None:

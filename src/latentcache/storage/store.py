@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -22,7 +21,6 @@ from latentcache.storage.backend import Backend, Entries, ObjectInfo, Upload
 from latentcache.storage.failures import named_local
 from latentcache.storage.retries import Access
 from latentcache.storage.s3 import S3Backend
-from latentcache.storage_options import StorageOptions
 from latentcache.urls import check_url
 
 _THREADS = 16
@@ -180,12 +178,8 @@ class Store(_Reading):
             protocol is not installed.
     """
 
-    def __init__(
-        self, url: str | os.PathLike[str], options: StorageOptions = StorageOptions()
-    ) -> None:
-        super().__init__(url, options)
-        self.conditional: Literal["yes", "no", "unknown"] = "yes"
-        """Whether the store itself refuses a second put; set by `probe_conditional`."""
+    # Whether the store itself refuses a second put; set by `probe_conditional`.
+    conditional: Literal["yes", "no", "unknown"] = "yes"
 
     def put_file(self, local: Path, path: str) -> None:
         """Upload a whole, closed local file.
