@@ -205,12 +205,6 @@ def test_what_is_no_mapping_is_told(tree: object):
     assert line.startswith("config: (whole file): a config is a mapping")
 
 
-def test_the_vae_has_no_default():
-    tree = copy.deepcopy(TREE)
-    del tree["vae"]
-    assert complaints(tree) == ["config: vae: required, but missing"]
-
-
 def write(folder: Path, text: str) -> Path:
     path = folder / "config.yaml"
     path.write_text(text)

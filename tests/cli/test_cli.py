@@ -9,7 +9,6 @@ import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -430,11 +429,6 @@ def planned_args(copy: Demo, verb: str = "plan") -> list[str]:
     """Its shards by the URLs that the units are named after."""
     shards = (copy.folder / "shards").resolve()
     return copy.args(verb, "--set", f"source.shards={shards}/*.tar", "--json")
-
-
-def test_the_schema_is_one_json_object(cli: Cli):
-    schema: dict[str, Any] = json.loads(cli("schema").stdout)
-    assert schema["type"] == "object"
 
 
 def test_demo_data_says_what_it_drew(cli: Cli, tmp_path: Path):

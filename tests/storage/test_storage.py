@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from latentcache.errors import ConfigError, DiskFull, ObjectNotFound, StorageError
+from latentcache.errors import DiskFull, ObjectNotFound, StorageError
 from latentcache.storage import Store, backend, s3, split_url
 from latentcache.storage_options import StorageOptions
 from servers import (
@@ -380,11 +380,6 @@ def test_a_store_that_never_answered_is_given_up_soon() -> None:
     with pytest.raises(StorageError, match="cannot reach or use s3://b/a") as caught:
         Store("s3://b", StorageOptions(endpoint_url=url)).read_bytes("a")
     assert url in str(caught.value)
-
-
-def test_a_protocol_without_its_package_is_a_config_error() -> None:
-    with pytest.raises(ConfigError, match="nosuch"):
-        Store("nosuch://b/a")
 
 
 def test_a_folder_that_may_not_be_written_is_named(tmp_path: Path) -> None:

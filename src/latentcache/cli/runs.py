@@ -171,7 +171,6 @@ def plan_command(
     from latentcache.errors import ConfigError
 
     parsed = load_config(config, set_ or ())
-    from latentcache.engine.forecast import Prices, make_forecast
     from latentcache.engine.plan import make_plan
 
     prices = (usd_per_gpu_hour, usd_per_cpu_hour, usd_per_gb_month)
@@ -180,6 +179,8 @@ def plan_command(
     plan = make_plan(parsed, retry_rejects=retry_rejects)
     forecast = None
     if calibrate and plan.to_encode and not plan.diff:
+        from latentcache.engine.forecast import Prices, make_forecast
+
         with base.progress(f"encoding {calibrate} images"):
             forecast = make_forecast(parsed, plan, calibrate, Prices(*prices))
     lines = [*_plan_lines(plan), *(forecast.to_text().split("\n") if forecast else ())]
