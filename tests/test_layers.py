@@ -28,7 +28,6 @@ LAYERS = {
     "prefetch": 0.25,
     "urls": 0.25,
     "yaml_files": 0.25,
-    "config_errors": 0.25,
     "storage_options": 0.25,
     "config_types": 0.4,
     "config_files": 0.4,
@@ -55,7 +54,6 @@ LAYERS = {
 
 CONFIG_FILES = (
     "config",
-    "config_errors",
     "config_eval",
     "config_files",
     "config_source",

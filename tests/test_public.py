@@ -11,19 +11,19 @@ from latentcache import errors
 
 
 @pytest.mark.parametrize("name", latentcache.__all__)
-def test_a_public_name_can_be_imported_and_says_what_it_is(name: str):
+def test_every_public_name_can_be_imported_and_has_a_docstring(name: str):
     value = getattr(latentcache, name)
     assert value.__name__ == name
     assert value.__doc__
 
 
-def test_the_names_are_sorted_and_listed():
+def test_all_is_sorted_and_matches_dir():
     assert latentcache.__all__ == sorted(latentcache.__all__)
     assert set(latentcache.__all__) <= set(dir(latentcache))
     assert re.fullmatch(r"\d+\.\d+\.\d+", latentcache.__version__)
 
 
-def test_an_unknown_name_is_an_attribute_error():
+def test_an_unknown_name_raises_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'open_datasets'"):
         _ = latentcache.open_datasets
 
@@ -41,7 +41,7 @@ def drawn_tree() -> dict[str, tuple[str, int]]:
     return tree
 
 
-def test_the_drawn_exception_tree_is_the_real_one():
+def test_the_exception_tree_in_the_docstring_matches_the_classes():
     real = {
         name: (kind.__base__.__name__, kind.exit_code)
         for name, kind in vars(errors).items()
@@ -51,5 +51,5 @@ def test_the_drawn_exception_tree_is_the_real_one():
     assert list(drawn_tree()) == list(real), "drawn in the order in which they are defined"
 
 
-def test_a_reject_is_no_error_of_the_program():
+def test_reject_is_not_a_latentcache_error():
     assert not issubclass(errors.Reject, errors.LatentCacheError)

@@ -99,14 +99,14 @@ def test_a_credential_in_a_wrong_value_is_not_repeated(tmp_path: Path):
         assert SECRET not in "".join(traceback.format_exception(caught.value))
 
 
-def test_a_credential_in_a_text_that_is_written_is_refused(tmp_path: Path):
+def test_a_credential_in_the_dataset_name_is_refused(tmp_path: Path):
     tree = config_tree(tmp_path) | {"name": f"from https://user:{SECRET}@host/x"}
     with pytest.raises(ConfigError, match="name: holds a credential") as caught:
         parse_config(tree)
     assert SECRET not in str(caught.value)
 
 
-def test_the_command_line_repeats_no_credential_of_an_override(tmp_path: Path):
+def test_the_command_line_prints_no_credential_of_an_override(tmp_path: Path):
     path = tmp_path / "c.yaml"
     path.write_text(json.dumps(config_tree(tmp_path)))
     url = f"https://user:{SECRET}@host/x.tar"
@@ -118,7 +118,7 @@ def test_the_command_line_repeats_no_credential_of_an_override(tmp_path: Path):
         assert len(done.stderr.splitlines()) == 1
 
 
-def test_names_in_a_dataset_do_not_steer_a_terminal(tmp_path: Path):
+def test_names_in_a_dataset_cannot_control_a_terminal(tmp_path: Path):
     contract = make_contract()
     latents = {(64, 64): make_latents(contract, (64, 64), 2)}
     hostile = "x\x1b]0;owned\x07\nlatentcache: error: [bold]\x9b31m\u202e\u2028[/nope].tar"
@@ -176,7 +176,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("url", REFUSED)
-def test_a_url_that_is_not_opened_is_refused_by_name(url: str, tmp_path: Path):
+def test_an_invalid_url_is_refused_with_the_reason(url: str, tmp_path: Path):
     with pytest.raises(ConfigError, match=REFUSED[url]) as caught:
         Store(url)
     assert str(caught.value).isprintable()
@@ -208,7 +208,7 @@ def test_every_other_protocol_of_fsspec_is_refused():
         "~/x",
     ],
 )
-def test_what_looks_odd_and_is_a_url_is_accepted(url: str, monkeypatch: pytest.MonkeyPatch):
+def test_unusual_but_valid_urls_and_paths_are_accepted(url: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(fsspec, "filesystem", lambda *_, **__: object())
     store = Store(url)
     assert store.is_local == ("//" not in url or url == "/a/b://c")
@@ -245,37 +245,41 @@ def test_variables_and_home_are_expanded_in_every_url(
     ["localhost:9000", "minio.example.com", "", "http://a_b:9000", "http:/x:9000", "s3://x",
      "http://x:port", "http://"],
 )  # fmt: skip
-def test_an_endpoint_that_s3_would_not_take_is_a_config_error(url: str, tmp_path: Path):
+def test_an_invalid_endpoint_is_a_config_error(url: str, tmp_path: Path):
     with pytest.raises(ConfigError, match=r"source\.storage\.endpoint_url: "):
         parse_config(config(tmp_path, "source.storage.endpoint_url", url))
     with pytest.raises(ConfigError):
         Store("s3://bucket", StorageOptions(endpoint_url=url))
 
 
-def test_an_endpoint_of_the_environment_is_told_without_retries(monkeypatch: pytest.MonkeyPatch):
+def test_an_invalid_endpoint_in_the_environment_fails_without_retries(
+    monkeypatch: pytest.MonkeyPatch,
+):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "localhost:9000")
     store = Store("s3://bucket", StorageOptions(profile=None, requester_pays=True))
     with pytest.raises(LatentCacheError, match=r"Invalid endpoint.*AWS_ENDPOINT_URL"):
         store.info("x")
 
 
-def test_nothing_is_written_by_http(tmp_path: Path):
+def test_an_http_output_url_is_refused(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"output\.url: .*cannot write to http"):
         parse_config(config(tmp_path, "output.url", "https://host/x"))
 
 
-def test_a_name_of_the_hub_is_told_with_its_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_hub_name_as_checkpoint_suggests_its_hf_url(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=r"did you mean hf://stabilityai/sd-vae-ft-mse\?"):
         load_vae("stabilityai/sd-vae-ft-mse")
 
 
-def test_a_path_where_a_config_goes_is_told():
+def test_a_path_in_place_of_a_config_suggests_load_config():
     with pytest.raises(ConfigError, match=r"'c\.yaml': make one with load_config"):
         run("c.yaml")  # type: ignore[arg-type]
 
 
-def test_a_message_is_one_line_that_no_terminal_acts_on():
+def test_error_messages_are_one_line_without_terminal_escapes():
     hostile = "a\x1b]0;x\x07b\nc\x9bd\u202ee\u2028f\udcffg"
     error = LatentCacheError(f"cannot read {hostile}")
     assert str(error).isprintable()
@@ -283,7 +287,7 @@ def test_a_message_is_one_line_that_no_terminal_acts_on():
     assert str(LatentCacheError("one", "  two\n")) == "one\n  two "
 
 
-def test_redaction_finds_credentials_and_spares_the_rest():
+def test_redact_removes_credentials_and_keeps_the_rest():
     for url in SIGNED[:1] + SIGNED[4:6] + SIGNED[8:]:
         assert SECRET not in redact(f"cannot reach {url}: refused"), url
     for text in ("http://host:9000/a@b/x", "a.jpg: key=3", "hf://a/b@rev", "file:///a:b@c"):
@@ -291,7 +295,7 @@ def test_redaction_finds_credentials_and_spares_the_rest():
     assert redact(f"Authorization: Bearer {SECRET}") == "Authorization: Bearer ***"
 
 
-def test_a_file_by_the_very_name_comes_before_what_a_pattern_matches(tmp_path: Path):
+def test_a_file_with_the_literal_name_precedes_glob_matches(tmp_path: Path):
     names = ["a[1].tar", "a1.tar", "b{0,1}.tar", "b0.tar", "b1.tar", "set [2]/0.tar", "c?.tar"]
     for name in names:
         write_tar(tmp_path / name, [("x.jpg", b"x")])
@@ -316,6 +320,6 @@ def test_a_file_by_the_very_name_comes_before_what_a_pattern_matches(tmp_path: P
      "{0..9999999999999999999999}.tar", "{" * 50 + "a,b" + "}" * 50, "}{.tar",
      "x/" * 2500 + "{a,b}"],
 )  # fmt: skip
-def test_braces_of_too_many_names_are_refused_before_they_are_made(pattern: str):
+def test_braces_of_too_many_names_are_refused_before_they_are_expanded(pattern: str):
     with pytest.raises(ConfigError, match=r"source\.shards: "):
         list_shards(pattern, StorageOptions())

@@ -30,73 +30,41 @@ if TYPE_CHECKING:
     from latentcache.vae.model import KLAutoencoder, to_uint8
     from latentcache.vae.weights import load_vae
 
-_HOMES = {
-    "Batch": "loader.batch",
-    "Config": "config",
-    "Dataset": "dataset.reader",
-    "Join": "loader.join",
-    "KLAutoencoder": "vae.model",
-    "LatentCacheError": "errors",
-    "LatentDataset": "loader.mapped",
-    "LatentLoader": "loader.loader",
-    "ManifestDiff": "dataset.diff",
-    "Plan": "engine.plan",
-    "Published": "dataset.publish",
-    "RejectedRow": "dataset.reader",
-    "Row": "dataset.reader",
-    "RunSummary": "engine.summary",
-    "StorageOptions": "storage_options",
-    "Unreferenced": "engine.gc",
-    "Verification": "dataset.verify",
-    "collect_unreferenced": "engine.gc",
-    "diff_manifests": "dataset.diff",
-    "load_config": "config",
-    "load_vae": "vae.weights",
-    "make_plan": "engine.plan",
-    "open_dataset": "dataset.reader",
-    "parse_config": "config",
-    "publish": "dataset.publish",
-    "run": "engine.run",
-    "to_uint8": "vae.model",
-    "verify": "dataset.verify",
+# The module of each public name.
+_MODULES = {
+    "config": ("Config", "load_config", "parse_config"),
+    "dataset.diff": ("ManifestDiff", "diff_manifests"),
+    "dataset.publish": ("Published", "publish"),
+    "dataset.reader": ("Dataset", "RejectedRow", "Row", "open_dataset"),
+    "dataset.verify": ("Verification", "verify"),
+    "engine.gc": ("Unreferenced", "collect_unreferenced"),
+    "engine.plan": ("Plan", "make_plan"),
+    "engine.run": ("run",),
+    "engine.summary": ("RunSummary",),
+    "errors": ("LatentCacheError",),
+    "loader.batch": ("Batch",),
+    "loader.join": ("Join",),
+    "loader.loader": ("LatentLoader",),
+    "loader.mapped": ("LatentDataset",),
+    "storage_options": ("StorageOptions",),
+    "vae.model": ("KLAutoencoder", "to_uint8"),
+    "vae.weights": ("load_vae",),
 }
 
 __all__ = [
-    "Batch",
-    "Config",
-    "Dataset",
-    "Join",
-    "KLAutoencoder",
-    "LatentCacheError",
-    "LatentDataset",
-    "LatentLoader",
-    "ManifestDiff",
-    "Plan",
-    "Published",
-    "RejectedRow",
-    "Row",
-    "RunSummary",
-    "StorageOptions",
-    "Unreferenced",
-    "Verification",
-    "collect_unreferenced",
-    "diff_manifests",
-    "load_config",
-    "load_vae",
-    "make_plan",
-    "open_dataset",
-    "parse_config",
-    "publish",
-    "run",
-    "to_uint8",
-    "verify",
-]
+    "Batch", "Config", "Dataset", "Join", "KLAutoencoder", "LatentCacheError", "LatentDataset",
+    "LatentLoader", "ManifestDiff", "Plan", "Published", "RejectedRow", "Row", "RunSummary",
+    "StorageOptions", "Unreferenced", "Verification", "collect_unreferenced", "diff_manifests",
+    "load_config", "load_vae", "make_plan", "open_dataset", "parse_config", "publish", "run",
+    "to_uint8", "verify",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

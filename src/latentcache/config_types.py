@@ -4,25 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidatorFunctionWrapHandler,
-    WrapValidator,
-    field_validator,
-)
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
 from latentcache.errors import ConfigError, redact
 from latentcache.storage_options import StorageOptions
 from latentcache.urls import check_endpoint, check_url, expand, shown
 
+T = TypeVar("T")
+
 Side = Annotated[int, Field(ge=8, le=16384, multiple_of=8)]
+Count = Annotated[int, Field(ge=1)]
 
 
 class Section(BaseModel):
@@ -31,72 +24,67 @@ class Section(BaseModel):
     # Pydantic's own message, which tracebacks show, must not repeat the input: it may be a
     # credential.
     model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        hide_input_in_errors=True,
+        use_attribute_docstrings=True,
     )
 
     @field_validator("*", mode="before")
     @classmethod
-    def _integers_are_of_64_bits(cls, value: Any) -> Any:
+    def _check_integer(cls, value: Any) -> Any:
         if isinstance(value, int) and value.bit_length() > 63:
-            raise PydanticCustomError("explained", "is too large")
+            raise ValueError("is too large")
         return value
 
 
-def _explained(error: ConfigError) -> PydanticCustomError:
-    # The message is a value and not the template, where braces would be placeholders.
-    return PydanticCustomError("explained", "{why}", {"why": str(error)})
+def _expanded(check: Callable[[str], object]) -> AfterValidator:
+    """Return a validator that expands the variables of a URL, here and nowhere else, and checks it.
 
+    Pydantic adds the path of the setting to the message of a `ConfigError` that `check` raises.
+    """
 
-def _setting(check: Callable[[str], str]) -> AfterValidator:
-    """Return a validator from a check that raises `ConfigError`; Pydantic adds the path."""
-
-    def validate(value: str) -> str:
+    def validate(url: str) -> str:
         try:
-            return check(value)
+            check(url := expand(url))
         except ConfigError as error:
-            raise _explained(error) from None
+            raise ValueError(str(error)) from None
+        return url
 
     return AfterValidator(validate)
 
 
-def _checked_url(url: str) -> str:
-    url = expand(url)
-    check_url(url)
-    return url
-
-
-def _writable_url(url: str) -> str:
-    url = expand(url)
+def _check_writable(url: str) -> None:
     if check_url(url) in ("http", "https"):
         raise ConfigError(f"{shown(url)}: cannot write to http(s); use a folder or a bucket")
-    return url
 
 
-def _public_text(text: str) -> str:
+def _check_public(text: str) -> str:
     if redact(text) != text:
-        raise ConfigError(
+        raise ValueError(
             "holds a credential: remove it, because this text is written to the output"
         )
     return text
 
 
-def _storage(value: Any, handler: ValidatorFunctionWrapHandler) -> StorageOptions:
-    options: StorageOptions = handler(value)
-    if options.endpoint_url is None:
-        return options
-    try:
-        url = expand(options.endpoint_url)
-        check_endpoint(url)
-    except ConfigError as error:
-        mistake = InitErrorDetails(
-            type=_explained(error), loc=("endpoint_url",), input=options.endpoint_url
-        )
-        raise ValidationError.from_exception_data("storage", [mistake]) from None
-    return replace(options, endpoint_url=url)
+def check_distinct(values: list[T]) -> list[T]:
+    """Return a list of a config, after checking that no entry is in it twice."""
+    if len(set(values)) < len(values):
+        raise ValueError("names an entry twice")
+    return values
 
 
-# URLs: `$NAME`, `${NAME}` and a leading `~` are expanded here, and nowhere else.
-Url = Annotated[str, _setting(_checked_url)]
-OutputUrl = Annotated[str, _setting(_writable_url)]
-PublicText = Annotated[str, _setting(_public_text)]
-Storage = Annotated[StorageOptions, WrapValidator(_storage)]
+class _Endpoint(Section):
+    endpoint_url: Annotated[str, _expanded(check_endpoint)] | None
+
+
+def _expand_endpoint(options: StorageOptions) -> StorageOptions:
+    # `StorageOptions` itself does not need Pydantic, so a section checks its URL.
+    return replace(options, endpoint_url=_Endpoint(endpoint_url=options.endpoint_url).endpoint_url)
+
+
+Url = Annotated[str, _expanded(check_url)]
+OutputUrl = Annotated[str, _expanded(_check_writable)]
+PublicText = Annotated[str, AfterValidator(_check_public)]
+Storage = Annotated[StorageOptions, AfterValidator(_expand_endpoint)]

@@ -17,9 +17,8 @@
      ├── IncompleteRun              1   a run ended before all of its units were done
      └── CheckFailed                3   a verification, the reject budget or a gate failed
 
-A message is one line. It says what is wrong, where, and how to fix it. `cli/` prints it and exits
-with `exit_code`. A sample that cannot become a latent is not an error: it is a `Reject`, which the
-unit writes as a row of the rejects file.
+A message is one line that says what is wrong, where, and how to fix it. `cli/` prints it and exits
+with `exit_code`. A sample that cannot become a latent is a `Reject`, a row of the rejects file.
 """
 
 from __future__ import annotations
@@ -45,8 +44,7 @@ _HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
 def one_line(text: str) -> str:
     """Return `text` as one redacted line of visible characters, for a terminal or a log.
 
-    White space becomes spaces. Characters that a terminal acts on (escapes, C1 controls, marks of
-    writing direction) and characters that are not UTF-8 become Python escapes.
+    Characters that a terminal acts on and characters that are not UTF-8 become Python escapes.
     """
     return "".join(
         c if c.isprintable() else " " if c.isspace() else ascii(c)[1:-1] for c in redact(text)
@@ -63,11 +61,8 @@ def redact(text: str) -> str:
 class LatentCacheError(Exception):
     """The base class of every error that latentcache raises on purpose.
 
-    Messages go to terminals, logs and failure records. `one_line` therefore cleans each line: a
-    file name can neither control a terminal nor look like a second message.
-
-    Args:
-        lines: the lines of the message, usually one.
+    `one_line` cleans each of its lines, usually one, so that a file name in a message can neither
+    control a terminal nor look like a second message.
     """
 
     exit_code = 1
@@ -146,10 +141,7 @@ class CheckFailed(LatentCacheError):
 
 
 class Reject(Exception):
-    """The reason why one sample has no latent: raised by a stage, recorded by the unit.
-
-    It is an outcome of that sample and not an error of the program, so it is not a
-    `LatentCacheError`.
+    """The reason why one sample has no latent: not an error of the program.
 
     Args:
         stage: the stage that raises it: `read`, `decode`, `transform` or `encode`.
@@ -159,9 +151,7 @@ class Reject(Exception):
 
     def __init__(self, stage: str, reason: str, message: str) -> None:
         super().__init__(stage, reason, message)
-        self.stage = stage
-        self.reason = reason
-        self.message = message
+        self.stage, self.reason, self.message = stage, reason, message
 
 
 def first_line(error: BaseException) -> str:

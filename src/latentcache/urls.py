@@ -1,8 +1,8 @@
 """Validation of URLs, and the variables that a URL in a config may have.
 
-`check_url` is the only validation. Every `Store` calls it. A config calls it earlier, so that the
-error names the setting. URLs are recorded in datasets and printed in logs. A URL that holds a
-credential is therefore refused, and no message here repeats the credential.
+Every `Store` calls `check_url`. A config calls it earlier, so that the error names the setting.
+URLs are recorded in datasets and printed in logs. A URL that holds a credential is therefore
+refused, and no message here repeats the credential.
 """
 
 from __future__ import annotations
@@ -14,13 +14,11 @@ from urllib.parse import urlsplit
 
 from latentcache.errors import CREDENTIAL_WORDS, REDACTED, ConfigError, one_line, redact
 
+# fsspec has many more schemes. Some of them run commands, read archives inside archives, or return
+# data that the URL itself holds.
 SCHEMES = frozenset(
     {"file", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf", "http", "https"}
 )
-"""The accepted schemes. All others are refused: fsspec has many more, some of which run commands,
-read archives inside archives, or return data that the URL itself holds."""
-
-_LISTED = "file, s3, gs, az, abfs, hf, http and https"
 
 _SCHEME = re.compile(r"([^/:]+)://")
 _ALMOST_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+._-]+):")
@@ -44,15 +42,12 @@ _USE_PROFILE = (
 
 
 def check_url(url: str) -> str:
-    """Raise an error for a URL or local path that cannot be opened or must not be recorded.
-
-    Returns:
-        The scheme; `file` for a local path.
+    """Return the scheme of a URL, `file` for a local path.
 
     Raises:
-        ConfigError: the URL is empty; has a control character; is not UTF-8; has a scheme that is
-            not in `SCHEMES`, is in upper case, or has no `//`; is a chain (`::`); names no bucket
-            or host; or holds a credential or a query.
+        ConfigError: the URL cannot be opened or must not be recorded: it is empty; is not printable
+            text; has a scheme that is not in `SCHEMES`, is in upper case, or has no `//`; is a
+            chain (`::`); names no bucket or host; or holds a credential or a query.
     """
     if not url.strip():
         raise ConfigError("the URL is empty: give a path or a URL")
@@ -77,27 +72,28 @@ def check_url(url: str) -> str:
 def _scheme_of(url: str) -> str | None:
     """Return the scheme, after checking that it is allowed; None for a local path."""
     match = _SCHEME.match(url)
-    if match is None:
+    almost = None if match else _ALMOST_SCHEME.match(url)
+    if almost and not url[almost.end() :].startswith("/"):
+        almost = almost if almost[1].lower() in _SCHEME_WORDS else None
+    written = match or almost
+    if written is None:
         if url.startswith("://"):
             raise ConfigError(f"{shown(url)} has no scheme before '://'")
-        almost = _ALMOST_SCHEME.match(url)
-        word = almost[1].lower() if almost else ""
-        if almost and (word in _SCHEME_WORDS or url[almost.end() :].startswith("/")):
-            _require_allowed(word, url)
-            raise ConfigError(
-                f"{shown(url)} has one slash or none after '{almost[1]}:': a URL begins with "
-                f"'{word}://', and a local path of that name with './'"
-            )
         return None
-    _require_allowed(match[1].lower(), url)
-    if match[1] != match[1].lower():
-        raise ConfigError(f"{shown(url)}: write the scheme in lower case, {match[1].lower()}://")
-    return match[1]
-
-
-def _require_allowed(scheme: str, url: str) -> None:
+    scheme = written[1].lower()
     if scheme not in SCHEMES:
-        raise ConfigError(f"{shown(url)}: {scheme}:// URLs are not supported; use {_LISTED}")
+        raise ConfigError(
+            f"{shown(url)}: {scheme}:// URLs are not supported; use file, s3, gs, az, abfs, hf, "
+            "http and https"
+        )
+    if almost:
+        raise ConfigError(
+            f"{shown(url)} has one slash or none after '{almost[1]}:': a URL begins with "
+            f"'{scheme}://', and a local path of that name with './'"
+        )
+    if written[1] != scheme:
+        raise ConfigError(f"{shown(url)}: write the scheme in lower case, {scheme}://")
+    return scheme
 
 
 def _check_path(path: str, *, is_url: bool = False) -> None:
@@ -125,7 +121,12 @@ def _check_remote(url: str, scheme: str) -> None:
     if any(c.isspace() for c in authority):
         raise ConfigError(f"{shown(url)} has a space before its first '/'")
     if is_http:
-        _check_port(url, authority)
+        try:
+            is_valid = _HOST_AND_PORT.fullmatch(authority) and (urlsplit(url).port or 1) > 0
+        except ValueError:
+            is_valid = False
+        if not is_valid:
+            raise ConfigError(f"{shown(url)} has no valid host and port")
         if "?" in url or "#" in url:
             raise ConfigError(
                 f"{shown(url)} has a query or a fragment, as signed URLs do: a URL is recorded in "
@@ -133,31 +134,18 @@ def _check_remote(url: str, scheme: str) -> None:
                 f" az://, hf://): {_USE_PROFILE}"
             )
     if signed := _SIGNED.search(slash + path):
-        name = signed[1].lower()
-        if name == "versionid":
+        if signed[1].lower() == "versionid":
             raise ConfigError(
                 f"{shown(url)} asks for a version (versionId): only current objects are read; copy "
                 "that version to a key of its own"
             )
-        raise ConfigError(f"{shown(url)} is signed (it has {redact(name)}=…): {_USE_PROFILE}")
-
-
-def _check_port(url: str, authority: str) -> None:
-    try:
-        is_valid = _HOST_AND_PORT.fullmatch(authority) and (urlsplit(url).port or 1) > 0
-    except ValueError:
-        is_valid = False
-    if not is_valid:
-        raise ConfigError(f"{shown(url)} has no valid host and port")
+        raise ConfigError(
+            f"{shown(url)} is signed (it has {redact(signed[1].lower())}=…): {_USE_PROFILE}"
+        )
 
 
 def check_endpoint(url: str) -> None:
-    """Raise an error for an `endpoint_url` that the S3 client does not accept.
-
-    Raises:
-        ConfigError: the URL has no `http://` or `https://`, no valid host, a path with a query, or
-            a credential.
-    """
+    """Raise `ConfigError` for an `endpoint_url` that the S3 client does not accept."""
     if not re.match(r"https?://", url):
         example = "https://minio.example.com" if ":" not in url else "http://localhost:9000"
         raise ConfigError(
@@ -165,8 +153,7 @@ def check_endpoint(url: str) -> None:
             f"{example}; leave it out for AWS itself"
         )
     check_url(url)
-    host = urlsplit(url).hostname or ""
-    if not _HOST.fullmatch(host):
+    if not _HOST.fullmatch(host := urlsplit(url).hostname or ""):
         raise ConfigError(
             f"{shown(url)}: {host!r} is not a host name, which has only letters, digits, '-' and "
             "'.': use another name of the server, or its address"
@@ -179,8 +166,7 @@ def expand(url: str, environment: Mapping[str, str] = os.environ) -> str:
     `$$` stands for a dollar sign. A `$` without a name after it is kept.
 
     Args:
-        url: a URL or a path.
-        environment: the variables.
+        url, environment: a URL or a path, and the variables.
 
     Raises:
         ConfigError: a variable is not set, or its name is the name of a secret.

@@ -1,8 +1,7 @@
 """Read YAML files that users write, in bounded time and memory.
 
 PyYAML's safe loader executes no code. But its aliases can expand a small file into gigabytes, it
-accepts two settings of one name (the second one wins), and it raises exceptions of many types. The
-functions here return plain data or raise `ConfigError`.
+accepts two settings of one name, and its errors have many types; here they are `ConfigError`.
 """
 
 from __future__ import annotations
@@ -19,8 +18,6 @@ from latentcache.errors import ConfigError, first_line
 _MAX_BYTES = 2**20
 _MAX_DEPTH = 32
 _MAX_NODES = 200_000  # an alias counts as many nodes as it expands to
-
-_MERGE_TAG = "tag:yaml.org,2002:merge"
 
 # The parser of libyaml, if PyYAML was built with it, is twenty times as fast.
 _Safe: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -40,13 +37,13 @@ class _Loader(_Safe):  # type: ignore[misc]
 
     def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict[Hashable, Any]:
         if isinstance(node, yaml.MappingNode):
-            seen = set()
+            names = set()
             for key, _ in node.value:
                 if not isinstance(key, yaml.ScalarNode):
                     raise _error("a name in a mapping is a list or a mapping", key)
-                if key.value in seen and key.tag != _MERGE_TAG:
+                if key.value in names and key.tag != "tag:yaml.org,2002:merge":
                     raise _error(f"{key.value[:60]!r} is set twice", key)
-                seen.add(key.value)
+                names.add(key.value)
         result: dict[Hashable, Any] = super().construct_mapping(node, deep)
         return result
 
@@ -65,25 +62,23 @@ def read_yaml(path: str | Path) -> Any:
     try:
         with Path(path).open("rb") as file:
             data = file.read(_MAX_BYTES + 1)
-        text = data.decode("utf-8")
     except OSError as error:
         raise ConfigError(f"cannot read the config {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        if len(data) <= _MAX_BYTES:
-            raise ConfigError(f"cannot read the config {path}: not UTF-8 text") from error
     except ValueError as error:  # a NUL in the path
         raise ConfigError(f"cannot read the config {str(path)!r}: {first_line(error)}") from error
     if len(data) > _MAX_BYTES:
         raise ConfigError(f"the config {path} is larger than {_MAX_BYTES} bytes: shorten it")
-    return parse_yaml(text, str(path))
+    try:
+        return parse_yaml(data.decode("utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"cannot read the config {path}: not UTF-8 text") from error
 
 
 def parse_yaml(text: str, origin: str) -> Any:
     """Read YAML text as dicts, lists and plain values.
 
     Args:
-        text: one YAML document.
-        origin: the name of the text in errors.
+        text, origin: one YAML document, and its name in errors.
 
     Raises:
         ConfigError: the text is not valid YAML, has two settings of one name, has more than 32
@@ -92,11 +87,9 @@ def parse_yaml(text: str, origin: str) -> Any:
     try:
         _require_small(text)
         return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, TypeError) as error:  # a surrogate is a ValueError
         problem = " ".join(str(error).split())
         raise ConfigError(f"{origin} is not valid YAML: {problem}") from error
-    except (ValueError, TypeError) as error:  # raised by the parser, for a surrogate for example
-        raise ConfigError(f"{origin} is not valid YAML: {first_line(error)}") from error
 
 
 def _require_small(text: str) -> None:
@@ -107,8 +100,9 @@ def _require_small(text: str) -> None:
         size = 0
         if isinstance(event, yaml.AliasEvent):
             if event.anchor not in sizes:
-                message = f"the alias {event.anchor!r:.60} is used before its anchor ends"
-                raise _error(message, event)
+                raise _error(
+                    f"the alias {event.anchor!r:.60} is used before its anchor ends", event
+                )
             size = sizes[event.anchor]
         elif isinstance(event, yaml.CollectionStartEvent):
             totals.append(1)
@@ -121,5 +115,5 @@ def _require_small(text: str) -> None:
             sizes[event.anchor or ""] = 1
         totals[-1] += size
         if len(totals) > _MAX_DEPTH or totals[-1] > _MAX_NODES:
-            most = f"more than {_MAX_DEPTH} levels, or {_MAX_NODES} values with aliases expanded"
-            raise _error(most, event)
+            limits = f"{_MAX_DEPTH} levels, or {_MAX_NODES} values with aliases expanded"
+            raise _error(f"more than {limits}", event)

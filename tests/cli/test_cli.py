@@ -9,7 +9,6 @@ import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -94,14 +93,14 @@ def assert_one_complaint(result: Result, code: int, expected: str) -> None:
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_has_help(cli: Cli, verb: str):
+def test_every_command_has_help(cli: Cli, verb: str):
     result = cli(verb, "--help")
     assert result.code == 0
     assert f"latentcache {verb}" in result.stdout
     assert cli(verb, "-h").stdout == result.stdout
 
 
-def test_help_names_every_verb(cli: Cli):
+def test_help_lists_every_command_and_version_prints_the_version(cli: Cli):
     result = cli("--help")
     assert result.code == 0
     assert all(verb in result.stdout for verb in VERBS)
@@ -112,7 +111,7 @@ def test_help_names_every_verb(cli: Cli):
     "args",
     [["encode"], ["run"], ["run", "a.yaml", "--sett", "a=b"], ["inspect", "x", "--rows", "-1"]],
 )
-def test_wrong_usage_exits_2(cli: Cli, args: list[str]):
+def test_wrong_usage_exits_with_2(cli: Cli, args: list[str]):
     result = cli(*args)
     assert result.code == 2
     assert result.stdout == ""
@@ -131,13 +130,13 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("verb", ["run", "plan", "status", "verify", "inspect"])
-def test_a_wrong_config_is_one_line_and_exit_2(cli: Cli, folder: Path, verb: str):
+def test_a_wrong_config_prints_one_line_and_exits_with_2(cli: Cli, folder: Path, verb: str):
     result = cli(verb, folder / "c.yaml", "--set", "transform.resolution=64")
     assert_one_complaint(result, 2, "transform.resolution: unknown setting; did you mean")
     assert result.stdout == ""
 
 
-def test_a_config_that_is_not_there_is_told(cli: Cli, folder: Path):
+def test_a_missing_config_file_prints_one_line_and_exits_with_2(cli: Cli, folder: Path):
     assert_one_complaint(cli("plan", folder / "none.yaml"), 2, "none.yaml: No such file")
 
 
@@ -153,7 +152,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("override", "code", "expected"), MISTAKES)
-def test_what_cannot_be_started_is_one_line(
+def test_run_reports_a_wrong_input_in_one_line_and_creates_no_output(
     cli: Cli, folder: Path, override: str, code: int, expected: str
 ):
     override = override.replace("FOLDER", str(folder))
@@ -163,7 +162,7 @@ def test_what_cannot_be_started_is_one_line(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_gpus_that_are_not_there_are_told_at_once(ray_cli: Cli, local_cli: Cli, folder: Path):
+def test_missing_gpus_are_reported_at_once(ray_cli: Cli, local_cli: Cli, folder: Path):
     missing = local_cli("run", folder / "c.yaml", "--set", "compute.num_gpus=2")
     assert_one_complaint(missing, 1, "Ray found no GPU: set compute.wait_for")
     # The tests' cluster claims to have one, as a node with a CPU build of torch would.
@@ -177,14 +176,14 @@ def test_gpus_that_are_not_there_are_told_at_once(ray_cli: Cli, local_cli: Cli, 
     assert "to start over, as nothing is committed yet" in refused.stderr
 
 
-def test_with_json_an_error_is_an_object_too(cli: Cli, folder: Path):
+def test_json_option_prints_an_error_as_a_json_object(cli: Cli, folder: Path):
     result = cli("run", folder / "c.yaml", "--set", "vae.checkpoint=nowhere", "--json")
     assert result.json.keys() == {"status", "error", "exit_code"}
     assert (result.json["status"], result.json["exit_code"]) == ("error", 2)
     assert result.code == 2
 
 
-def test_in_a_json_log_an_error_is_an_object_too(cli: Cli, folder: Path):
+def test_log_json_option_logs_an_error_as_a_json_object(cli: Cli, folder: Path):
     result = cli("run", folder / "c.yaml", "--set", "vae.checkpoint=nowhere", "--log-json")
     assert (result.code, result.stdout) == (2, "")
     (line,) = result.stderr.splitlines()
@@ -197,11 +196,11 @@ def test_in_a_json_log_an_error_is_an_object_too(cli: Cli, folder: Path):
 @pytest.mark.parametrize(
     "verb", ["status", "verify", "inspect", "bench-loader", "diff", "publish", "gc"]
 )
-def test_what_is_no_dataset_is_told(cli: Cli, folder: Path, verb: str):
+def test_commands_report_a_url_that_is_not_a_dataset(cli: Cli, folder: Path, verb: str):
     assert_one_complaint(cli(verb, folder / "src"), 1, "is not a latent dataset")
 
 
-def test_set_goes_with_a_config(cli: Cli, folder: Path):
+def test_set_option_requires_a_config(cli: Cli, folder: Path):
     expected = "--set needs a config"
     assert_one_complaint(cli("status", folder / "src", "--set", "name=x"), 2, expected)
 
@@ -209,7 +208,7 @@ def test_set_goes_with_a_config(cli: Cli, folder: Path):
 # What is made.
 
 
-def test_run_says_what_it_made(demo: Demo):
+def test_run_json_has_the_counts_of_the_dataset(demo: Demo):
     made = demo.first.json
     assert demo.first.code == 0, demo.first.stderr
     assert made.keys() >= {
@@ -226,7 +225,7 @@ def test_run_says_what_it_made(demo: Demo):
     assert all(row.latent.isfinite().all() for row in dataset)
 
 
-def test_a_second_run_has_nothing_to_do_and_writes_nothing(demo: Demo):
+def test_a_second_run_encodes_and_writes_nothing(demo: Demo):
     before = tree_digest(demo.folder)
     result = demo("run", "--json")
     assert result.code == 0
@@ -237,7 +236,7 @@ def test_a_second_run_has_nothing_to_do_and_writes_nothing(demo: Demo):
     assert tree_digest(demo.folder) == before
 
 
-def test_plan_says_what_is_left_and_why(demo: Demo, tmp_path: Path):
+def test_plan_lists_pending_units_with_reasons_and_writes_nothing(demo: Demo, tmp_path: Path):
     nothing = demo("plan", "--json").json
     assert nothing.keys() >= {"num_units", "num_pending", "pending", "contract_diff"}
     assert (nothing["num_units"], nothing["num_pending"], nothing["pending"]) == (4, 0, [])
@@ -255,7 +254,7 @@ def test_plan_says_what_is_left_and_why(demo: Demo, tmp_path: Path):
     assert not (tmp_path / "new").exists()
 
 
-def test_another_contract_is_refused_with_its_diff(demo: Demo):
+def test_run_and_plan_refuse_another_contract_with_its_diff(demo: Demo):
     before = tree_digest(demo.folder)
     other = ("--set", "latents.dtype=float32", "--set", "transform.dct_scaling=true")
     planned = demo("plan", *other, "--json")
@@ -272,7 +271,7 @@ def test_another_contract_is_refused_with_its_diff(demo: Demo):
     assert tree_digest(demo.folder) == before
 
 
-def test_status_is_that_of_the_dataset(demo: Demo):
+def test_status_counts_match_the_run(demo: Demo):
     status = demo.cli.ok("status", demo.url)
     assert status.keys() >= {"num_units", "num_committed", "num_rows", "num_rejects", "manifests"}
     assert (status["num_units"], status["num_committed"]) == (4, 4)
@@ -286,7 +285,7 @@ def test_status_is_that_of_the_dataset(demo: Demo):
     assert "4 of 4 known units committed" in demo("status").stdout, "by its config"
 
 
-def test_watching_what_is_complete_ends_at_once(demo: Demo):
+def test_status_watch_ends_at_once_on_a_complete_dataset(demo: Demo):
     watched = demo.cli.ok("status", demo.url, "--watch")
     assert watched["rows_per_s"] is watched["left_s"] is None
     del watched["window_s"], watched["rows_per_s"], watched["left_s"]
@@ -295,7 +294,7 @@ def test_watching_what_is_complete_ends_at_once(demo: Demo):
     assert line.startswith(f"4/4 units, {demo.first.json['num_rows']} rows, 3 rejects, 0 failed")
 
 
-def test_ctrl_c_ends_watching_in_peace(cli: Cli, tmp_path: Path):
+def test_ctrl_c_ends_status_watch_with_exit_code_0(cli: Cli, tmp_path: Path):
     establish_contract(Store(str(tmp_path)), make_contract(), {})
     watching = cli.start("status", tmp_path, "--watch", "--every", "0.1")
     watching.wait_until_it_prints("0/0 units, 0 rows, 0.0 rows/s")  # the second time, at least
@@ -304,7 +303,7 @@ def test_ctrl_c_ends_watching_in_peace(cli: Cli, tmp_path: Path):
     assert (result.code, result.stderr) == (0, "")
 
 
-def test_inspect_shows_what_it_is(demo: Demo):
+def test_inspect_json_matches_the_dataset(demo: Demo):
     shown = demo.cli.ok("inspect", demo.url, "--rows", "100")
     dataset = open_dataset(demo.url)
     assert shown["num_rows"] == len(dataset) == len(shown["rows"])
@@ -332,13 +331,13 @@ def test_bench_loader_measures_a_dataset_smaller_than_a_batch(demo: Demo):
     assert min(measured[f"{what}_s"] for what in ("open", "first_batch", "resume")) > 0
 
 
-def test_bench_loader_refuses_what_it_cannot_read(demo: Demo):
+def test_bench_loader_refuses_wrong_dtype_column_and_cache_size(demo: Demo):
     assert_one_complaint(demo("bench-loader", "--dtype", "int8"), 2, "--dtype is 'int8'")
     assert_one_complaint(demo("bench-loader", "--column", "nope"), 2, "no column 'nope'")
     assert_one_complaint(demo("bench-loader", "--cache-bytes", "much"), 2, "is not a size")
 
 
-def test_inspect_prints_captions_as_they_are(demo: Demo):
+def test_inspect_prints_captions_without_markup_or_terminal_escapes(demo: Demo):
     result = demo("inspect", "--rows", "100")
     assert result.code == 0
     text = result.stdout
@@ -348,7 +347,7 @@ def test_inspect_prints_captions_as_they_are(demo: Demo):
     assert "64x64" in text
 
 
-def test_verify_is_content(demo: Demo):
+def test_verify_of_an_undamaged_dataset_is_ok_and_writes_nothing(demo: Demo):
     before = tree_digest(demo.folder)
     found = demo.cli.ok("verify", demo.url)
     assert found.keys() >= {"ok", "num_files", "num_rows", "num_rejects", "problems"}
@@ -362,7 +361,9 @@ def test_verify_is_content(demo: Demo):
     assert tree_digest(demo.folder) == before
 
 
-def test_gc_lists_unreferenced_files_and_deletes_them_when_asked(demo: Demo, tmp_path: Path):
+def test_gc_lists_unreferenced_files_and_deletes_them_with_delete_option(
+    demo: Demo, tmp_path: Path
+):
     copy = demo.moved_to(tmp_path)
     unreferenced = Path(copy.url) / "data" / f"{'a' * 32}" / f"0-{'b' * 32}-64x64.parquet"
     unreferenced.parent.mkdir()
@@ -386,7 +387,7 @@ def test_gc_lists_unreferenced_files_and_deletes_them_when_asked(demo: Demo, tmp
     assert verify(copy.url).ok
 
 
-def test_damage_is_found_marked_and_mended(demo: Demo, tmp_path: Path):
+def test_verify_repair_removes_damaged_units_and_run_encodes_them_again(demo: Demo, tmp_path: Path):
     copy = demo.moved_to(tmp_path)
     undamaged = {row.key: row.latent for row in open_dataset(copy.url)}
     flipped, deleted = copy.objects("data/*/*")[:2]
@@ -432,12 +433,7 @@ def planned_args(copy: Demo, verb: str = "plan") -> list[str]:
     return copy.args(verb, "--set", f"source.shards={shards}/*.tar", "--json")
 
 
-def test_the_schema_is_one_json_object(cli: Cli):
-    schema: dict[str, Any] = json.loads(cli("schema").stdout)
-    assert schema["type"] == "object"
-
-
-def test_demo_data_says_what_it_drew(cli: Cli, tmp_path: Path):
+def test_demo_data_prints_its_counts(cli: Cli, tmp_path: Path):
     said = cli("demo-data", tmp_path, "--shards", "1", "--samples", "2", "--no-broken").stdout
     assert said == f"2 samples, 0 of them damaged, in {tmp_path}\n"
 
@@ -445,7 +441,7 @@ def test_demo_data_says_what_it_drew(cli: Cli, tmp_path: Path):
 # The reject budget.
 
 
-def test_too_many_rejects_stop_the_run_with_what_there_is(cli: Cli, tmp_path: Path):
+def test_too_many_rejects_fail_the_run_and_a_higher_max_rate_accepts_them(cli: Cli, tmp_path: Path):
     """Two shards of 505 samples, of which five are pictures."""
     for shard in range(2):
         members = [(f"{index:04d}.jpg", b"text") for index in range(500)]
@@ -495,7 +491,7 @@ def test_too_many_rejects_stop_the_run_with_what_there_is(cli: Cli, tmp_path: Pa
     assert len(open_dataset(url)) == 10
 
 
-def test_a_folder_that_cannot_be_written_is_one_line(cli: Cli):
+def test_an_unwritable_folder_prints_one_line_and_exits_with_1(cli: Cli):
     result = cli.start("demo-data", "/proc/nowhere").result()
     assert result.code == 1
     assert result.stderr.splitlines() == [

@@ -162,7 +162,7 @@ def parquet_bytes(*images: bytes) -> bytes:
     return buffer.getvalue()
 
 
-def test_all_kinds_of_source_are_read(hub: type[_Hub]):
+def test_hub_gcs_and_azure_read_tar_parquet_and_folder_sources(hub: type[_Hub]):
     put(hub, "x.tar", tar_bytes(pair("a")))
     put(hub, "x.parquet", parquet_bytes(b"one", b"two"))
     put(hub, "images/deep/b.jpg", b"b")
@@ -175,7 +175,9 @@ def test_all_kinds_of_source_are_read(hub: type[_Hub]):
 
 
 @pytest.mark.parametrize("kind", ["shards", "folder"])
-def test_another_version_is_told_and_the_same_is_not(hub: type[_Hub], kind: str):
+def test_a_new_version_changes_the_listing_and_an_unchanged_object_does_not(
+    hub: type[_Hub], kind: str
+):
     put(hub, "images/x.parquet", parquet_bytes(b"one"))
     put(hub, "images/x.jpg", b"one")
     url = {"shards": "/images/*.parquet", "folder": "/images"}[kind]
@@ -192,7 +194,7 @@ def test_another_version_is_told_and_the_same_is_not(hub: type[_Hub], kind: str)
             read(before)
 
 
-def test_a_file_that_changes_after_the_listing_is_told(hub: type[_Hub]):
+def test_a_file_that_changes_after_the_listing_raises_source_changed(hub: type[_Hub]):
     put(hub, "images/x.jpg", b"one")
     (before,) = listed(hub, folder="/images")
     put(hub, "images/x.jpg", b"two")
@@ -200,7 +202,7 @@ def test_a_file_that_changes_after_the_listing_is_told(hub: type[_Hub]):
         read(before)
 
 
-def test_no_listing_is_kept_by_a_client_and_a_public_bucket_needs_no_credentials(
+def test_clients_cache_no_listing_and_anon_sends_no_credentials(
     hub: type[_Hub],
 ):
     Store(f"{hub.protocol}://{ROOTS[hub.protocol]}", StorageOptions(anon=True))
@@ -234,7 +236,7 @@ def _foreign(name: str, base: type[Exception], module: str) -> Exception:
     indirect=["hub"],
     ids=["azure", "google", "gcsfs", "hub"],
 )
-def test_a_store_that_gives_no_access_is_not_asked_again(
+def test_denied_access_is_not_retried(
     hub: type[_Hub], monkeypatch: pytest.MonkeyPatch, error: Exception
 ):
     num_asked = itertools.count(1)
@@ -250,7 +252,7 @@ def test_a_store_that_gives_no_access_is_not_asked_again(
 
 
 @pytest.mark.parametrize(("protocol", "extra"), [("gs", "gcs"), ("az", "azure")])
-def test_a_missing_package_is_told_with_the_extra_that_brings_it(
+def test_a_missing_client_names_the_extra_that_installs_it(
     monkeypatch: pytest.MonkeyPatch, protocol: str, extra: str
 ):
     def missing(name: str, **arguments: Any) -> Any:
@@ -279,7 +281,7 @@ class _AzureError(Exception):
         ("az", None, "unknown"),  # like a client that looks first, so that no server decides
     ],
 )
-def test_what_other_clients_raise_of_a_second_put_is_understood(
+def test_probe_conditional_understands_the_errors_of_gcsfs_and_adlfs(
     protocol: str, cause: Exception | None, found: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object, **options: object) -> None:

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from latentcache.errors import ConfigError, DiskFull, ObjectNotFound, StorageError
+from latentcache.errors import DiskFull, ObjectNotFound, StorageError
 from latentcache.storage import Store, backend, s3, split_url
 from latentcache.storage_options import StorageOptions
 from servers import (
@@ -65,7 +65,7 @@ def conditional(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     return Store(f"{bucket_of(server)}/{tmp_path.name}", server.options)
 
 
-def test_what_is_put_is_there_and_listed(store: Store, tmp_path: Path) -> None:
+def test_put_list_info_read_and_delete(store: Store, tmp_path: Path) -> None:
     assert store.list("deep/down") == []
     assert not store.exists("deep/down/b")
     store.put("deep/down/b", b"bb")
@@ -96,14 +96,14 @@ def test_what_is_put_is_there_and_listed(store: Store, tmp_path: Path) -> None:
     assert not store.exists("deep/down/b")
 
 
-def test_a_new_version_is_told_from_the_old(store: Store) -> None:
+def test_put_changes_the_version(store: Store) -> None:
     store.put("a", b"one")
     before = store.info("a")
     store.put("a", b"two")
     assert store.info("a").version != before.version
 
 
-def test_what_is_not_there_is_named(store: Store) -> None:
+def test_a_missing_object_raises_object_not_found_with_its_url(store: Store) -> None:
     store.put("folder/file", b"")
     actions: list[Callable[[str], object]] = [store.read_bytes, store.info, store.open]
     for action in actions:
@@ -114,7 +114,7 @@ def test_what_is_not_there_is_named(store: Store) -> None:
         store.info("folder")
 
 
-def test_a_download_is_whole_and_of_the_size_that_is_meant(store: Store, tmp_path: Path) -> None:
+def test_get_file_writes_in_place_and_checks_the_size(store: Store, tmp_path: Path) -> None:
     data, local = os.urandom(20_000_000), tmp_path / "local"  # several blocks
     store.put("deep/a", data)
     local.write_bytes(bytes(30_000_000))
@@ -128,7 +128,7 @@ def test_a_download_is_whole_and_of_the_size_that_is_meant(store: Store, tmp_pat
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
-def test_a_download_that_has_no_room_names_the_local_disk(store: Store, tmp_path: Path) -> None:
+def test_get_file_onto_a_full_disk_names_the_local_path(store: Store, tmp_path: Path) -> None:
     store.put("a", b"1")
     with pytest.raises(DiskFull, match="no room left to write /dev/full"):
         store.get_file("a", Path("/dev/full"), 1)
@@ -167,7 +167,7 @@ def test_put_if_absent_never_replaces(store: Store) -> None:
     assert store.read_bytes("a") == b"mine"
 
 
-def test_a_store_without_conditional_writes_is_found_out(
+def test_probe_conditional_detects_stores_without_conditional_writes(
     store: Store, request: pytest.FixtureRequest
 ) -> None:
     is_conditional = "rclone" not in request.node.name
@@ -191,7 +191,7 @@ def test_a_store_without_conditional_writes_is_found_out(
     ],
     ids=["412", "409", "409 other", "400", "403", "500", "501", "503", "cut"],
 )
-def test_only_a_failed_precondition_shows_conditional_writes(
+def test_probe_conditional_accepts_only_a_failed_precondition(
     fault: Callable[[Exchange], None], found: str, faulty: Store, proxy: FaultyProxy
 ) -> None:
     faulty.put("probe", b"same")
@@ -214,7 +214,7 @@ def race(store: Store, path: str, names: list[bytes]) -> list[bytes]:
         return [name for name, won in zip(names, pool.map(put, names), strict=True) if won]
 
 
-def test_of_many_threads_one_wins(conditional: Store) -> None:
+def test_put_if_absent_has_one_winner_among_threads(conditional: Store) -> None:
     for number in range(5):
         path = f"race/{number}"
         (winner,) = race(conditional, path, [f"thread {n}".encode() for n in range(12)])
@@ -228,7 +228,7 @@ def _race_in_process(url: str, options: StorageOptions, process: int) -> list[li
     return [race(store, f"race/{number}", names) for number in range(10)]
 
 
-def test_of_many_processes_one_wins(conditional: Store) -> None:
+def test_put_if_absent_has_one_winner_among_processes(conditional: Store) -> None:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(3, context) as pool:
         jobs = [
@@ -243,7 +243,7 @@ def test_of_many_processes_one_wins(conditional: Store) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(NAMES, NAMES, st.binary(max_size=20)), max_size=4))
-def test_any_name_is_kept_as_it_is(puts: list[tuple[str, str, bytes]]) -> None:
+def test_local_store_keeps_any_object_name(puts: list[tuple[str, str, bytes]]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for root in (f"{folder}/{name}" for name in {name for name, _, _ in puts}):
             model: dict[str, bytes] = {}
@@ -259,7 +259,7 @@ def test_any_name_is_kept_as_it_is(puts: list[tuple[str, str, bytes]]) -> None:
 
 @settings(max_examples=12, deadline=None)
 @given(name=NAMES)
-def test_any_name_is_read_as_it_is_from_s3(name: str, moto: S3Server) -> None:
+def test_s3_store_reads_any_object_name(name: str, moto: S3Server) -> None:
     bucket_of(moto)
     moto.client.put_object(Bucket="stores", Key=f"names/{name}", Body=name.encode())
     folder, last = split_url(f"s3://stores/names/{name}")
@@ -279,11 +279,11 @@ def test_any_name_is_read_as_it_is_from_s3(name: str, moto: S3Server) -> None:
         ("file:///d/x.tar", "file:///d", "x.tar"),
     ],
 )
-def test_split_url(url: str, folder: str, name: str) -> None:
+def test_split_url_returns_folder_and_name(url: str, folder: str, name: str) -> None:
     assert split_url(url) == (folder, name)
 
 
-def test_a_listing_sees_nothing_half_written_and_misses_nothing(tmp_path: Path) -> None:
+def test_list_during_writes_is_complete_and_has_no_partial_files(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     store.put("d/stays", b"1")
 
@@ -303,7 +303,7 @@ def test_a_listing_sees_nothing_half_written_and_misses_nothing(tmp_path: Path) 
             writer.result()
 
 
-def test_a_local_file_is_whole_or_absent_and_readable_by_others(tmp_path: Path) -> None:
+def test_local_files_follow_the_umask_and_leave_no_temporary_file(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     umask = os.umask(0)
     os.umask(umask)
@@ -320,7 +320,7 @@ def faulty(proxy: FaultyProxy, moto: S3Server, tmp_path: Path) -> Store:
     return Store(f"{bucket_of(moto)}/{tmp_path.name}", options)
 
 
-def test_a_put_whose_reply_is_lost_still_wins(faulty: Store, proxy: FaultyProxy) -> None:
+def test_put_if_absent_wins_if_only_the_reply_is_lost(faulty: Store, proxy: FaultyProxy) -> None:
     # More often than botocore itself tries: what comes back in the end is "exists already".
     lost = proxy.on("PUT", "/a$", lose_reply, times=4)
     assert faulty.put_if_absent("a", b"mine")
@@ -328,14 +328,14 @@ def test_a_put_whose_reply_is_lost_still_wins(faulty: Store, proxy: FaultyProxy)
     assert not faulty.put_if_absent("a", b"another's")
 
 
-def test_a_put_that_never_arrived_is_put_again(faulty: Store, proxy: FaultyProxy) -> None:
+def test_put_if_absent_retries_a_lost_request(faulty: Store, proxy: FaultyProxy) -> None:
     lost = proxy.on("PUT", "/a$", lambda exchange: exchange.cut(), times=2)
     assert faulty.put_if_absent("a", b"mine")
     assert lost.num_fired == 2
     assert faulty.read_bytes("a") == b"mine"
 
 
-def test_reading_survives_cuts_and_a_busy_store(faulty: Store, proxy: FaultyProxy) -> None:
+def test_reads_survive_cut_connections_and_a_busy_store(faulty: Store, proxy: FaultyProxy) -> None:
     data = os.urandom(100_000)
     faulty.put("a", data)
     faults = [proxy.on("GET", "/a$", fault, times=1) for fault in (cut_halfway, slow_down)]
@@ -346,7 +346,7 @@ def test_reading_survives_cuts_and_a_busy_store(faulty: Store, proxy: FaultyProx
     assert [fault.num_fired for fault in faults] == [1, 1, 1, 1]
 
 
-def test_a_download_survives_cuts_and_a_busy_store(
+def test_get_file_survives_cut_connections_and_a_busy_store(
     faulty: Store, proxy: FaultyProxy, tmp_path: Path
 ) -> None:
     data, local = os.urandom(100_000), tmp_path / "local"
@@ -358,7 +358,7 @@ def test_a_download_survives_cuts_and_a_busy_store(
 
 
 @pytest.mark.parametrize("share", [0, 1, 3])
-def test_a_body_of_another_length_is_no_whole_file(
+def test_get_file_retries_a_body_of_the_wrong_length(
     share: int, faulty: Store, proxy: FaultyProxy, tmp_path: Path
 ) -> None:
     """What a middlebox makes of a cut connection: a reply that is whole by its own account."""
@@ -375,26 +375,21 @@ def test_a_body_of_another_length_is_no_whole_file(
     assert resized.num_fired == 1
 
 
-def test_a_store_that_never_answered_is_given_up_soon() -> None:
+def test_a_store_that_never_answered_fails_with_its_endpoint() -> None:
     url = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(StorageError, match="cannot reach or use s3://b/a") as caught:
         Store("s3://b", StorageOptions(endpoint_url=url)).read_bytes("a")
     assert url in str(caught.value)
 
 
-def test_a_protocol_without_its_package_is_a_config_error() -> None:
-    with pytest.raises(ConfigError, match="nosuch"):
-        Store("nosuch://b/a")
-
-
-def test_a_folder_that_may_not_be_written_is_named(tmp_path: Path) -> None:
+def test_an_unwritable_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(StorageError, match=str(tmp_path / "file")):
         Store(str(tmp_path / "file")).put("a", b"")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
-def test_a_full_disk_is_told_from_other_errors(tmp_path: Path) -> None:
+def test_a_full_disk_raises_disk_full(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     with (
         pytest.raises(DiskFull, match="no room left"),
@@ -407,7 +402,7 @@ def test_a_full_disk_is_told_from_other_errors(tmp_path: Path) -> None:
 # What `gc` asks of a store.
 
 
-def test_iterating_gives_everything_below_a_folder(
+def test_iterate_yields_all_objects_below_a_folder(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(s3.S3Backend, "page_size", 2)
@@ -423,7 +418,7 @@ def test_iterating_gives_everything_below_a_folder(
         assert info.modified_at is not None
 
 
-def test_many_are_deleted_at_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_delete_many_deletes_in_batches(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(s3.S3Backend, "page_size", 3)
     paths = [f"data/{number:02d} ü+&%" for number in range(8)]
     for path in (*paths, "data/stays"):
@@ -434,9 +429,7 @@ def test_many_are_deleted_at_once(store: Store, monkeypatch: pytest.MonkeyPatch)
     assert [info.path for info in store.list("data")] == ["data/stays"]
 
 
-def test_a_store_that_cannot_delete_many_deletes_one_by_one(
-    faulty: Store, proxy: FaultyProxy
-) -> None:
+def test_delete_many_falls_back_to_single_deletes(faulty: Store, proxy: FaultyProxy) -> None:
     for name in "abc":
         faulty.put(f"data/{name}", b"")
     body = b"<Error><Code>NotImplemented</Code><Message>no</Message></Error>"
@@ -446,7 +439,7 @@ def test_a_store_that_cannot_delete_many_deletes_one_by_one(
     assert [info.path for info in faulty.list("data")] == ["data/c"]
 
 
-def test_uploads_that_were_left_are_listed_and_aborted(
+def test_unfinished_uploads_are_listed_and_aborted(
     moto: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(s3.S3Backend, "page_size", 2)
@@ -467,12 +460,12 @@ def test_uploads_that_were_left_are_listed_and_aborted(
     assert list(Store(str(tmp_path)).list_uploads()) == []
 
 
-def test_a_store_that_knows_no_uploads_has_none(rclone: S3Server) -> None:
+def test_list_uploads_is_empty_on_a_store_without_uploads(rclone: S3Server) -> None:
     store = Store(rclone.make_bucket("no-uploads", {"a": b""}), rclone.options)
     assert list(store.list_uploads()) == []
 
 
-def test_the_time_is_the_stores_own(
+def test_now_is_the_time_of_the_s3_server(
     moto: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = Store(f"{bucket_of(moto)}/{tmp_path.name}", moto.options)
@@ -485,7 +478,7 @@ def test_the_time_is_the_stores_own(
     assert Store(str(tmp_path)).now() == 0.0
 
 
-def test_what_killed_writers_left_on_a_disk_is_found(tmp_path: Path) -> None:
+def test_temp_files_lists_files_of_killed_writers(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     for path in ("a", "d/.tmp-1", "d/e/.tmp-2", ".tmp-3", "d/tmp-4"):
         store.put(path, b"half")

@@ -53,7 +53,7 @@ def refuse_exclusive_renames(patch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("code", UNSUPPORTED)
 @pytest.mark.parametrize("has_renames", [True, False])
-def test_a_disk_without_hard_links_puts_once_and_at_once(
+def test_put_if_absent_without_hard_links_puts_once_and_does_not_retry(
     code: str, has_renames: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refusal = refuse_links(monkeypatch, getattr(errno, code))
@@ -97,7 +97,7 @@ def _race(folder: str, process: int) -> list[list[int]]:
     return [[thread for thread in range(4) if wins[thread][number]] for number in range(10)]
 
 
-def test_without_links_and_exclusive_renames_one_of_many_writers_wins(tmp_path: Path) -> None:
+def test_put_if_absent_by_lock_has_one_winner_among_processes(tmp_path: Path) -> None:
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         jobs = [pool.submit(_race, str(tmp_path), process) for process in range(2)]
         wins = [job.result(timeout=DEADLINE_S) for job in jobs]
@@ -173,7 +173,7 @@ def test_a_writer_killed_at_any_step_leaves_a_whole_file_or_none(tmp_path: Path)
     assert {step["won"] for step in reports} == {True, False}
 
 
-def test_a_put_whose_answer_is_lost_still_wins(
+def test_put_if_absent_wins_if_the_answer_of_link_is_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As an NFS client that asks again for what its server has done already."""
@@ -191,7 +191,7 @@ def test_a_put_whose_answer_is_lost_still_wins(
 
 
 @pytest.mark.parametrize("name", ["fsync", "link", "replace"])
-def test_a_put_that_fails_leaves_nothing(
+def test_a_failed_put_leaves_no_file(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full = Refusal(errno.ENOSPC)
@@ -205,7 +205,7 @@ def test_a_put_that_fails_leaves_nothing(
 
 
 @pytest.mark.parametrize("code", [errno.EROFS, errno.ENAMETOOLONG, errno.EOPNOTSUPP])
-def test_what_no_retry_can_change_is_told_at_once(
+def test_final_errors_are_not_retried(
     code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = Store(str(tmp_path))
@@ -220,9 +220,7 @@ def test_what_no_retry_can_change_is_told_at_once(
     assert refusal.num_fired == 2
 
 
-def test_a_stale_file_handle_is_tried_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stale_file_handle_is_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retries, "_PAUSES_S", (0.0, 0.0))
     fsync, num_stale = os.fsync, 0
 
@@ -239,7 +237,7 @@ def test_a_stale_file_handle_is_tried_again(
     assert os.listdir(tmp_path) == ["a"]
 
 
-def test_a_folder_in_place_of_a_file_is_named(tmp_path: Path) -> None:
+def test_put_onto_a_folder_names_it(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     (tmp_path / "a").mkdir()
     with pytest.raises(ObjectNotFound, match="/a is a folder, not a file"):
@@ -269,7 +267,7 @@ def closed_folder() -> Iterator[Path]:
             (folder / "closed").chmod(0o755)
 
 
-def test_a_local_permission_is_no_matter_of_credentials(closed_folder: Path) -> None:
+def test_a_local_permission_error_does_not_mention_credentials(closed_folder: Path) -> None:
     store = Store(str(closed_folder))
     actions: list[Callable[[], object]] = [
         lambda: store.put("a", b"1"),
@@ -289,7 +287,7 @@ def test_a_local_permission_is_no_matter_of_credentials(closed_folder: Path) -> 
 
 
 @pytest.mark.parametrize("what", ["source", "output", "checkpoint"])
-def test_a_run_names_what_it_may_not_use(what: str, closed_folder: Path) -> None:
+def test_a_run_names_the_path_without_permission(what: str, closed_folder: Path) -> None:
     section = {
         "source": {"source": {"shards": f"{closed_folder}/0.tar"}},
         "output": {"output": {"url": f"{closed_folder}/out"}},

@@ -1,8 +1,8 @@
 """The command line: parse arguments, call the package, print results.
 
-This package imports only typer at its top, so that help and tab completion are fast. Each command
-imports what it needs. Results go to stdout and everything else to stderr. With `--json`, stdout
-gets exactly one JSON object, or one per interval with `status --watch`.
+Only typer is imported at the top, so that help and tab completion are fast. Results go to stdout
+and everything else to stderr. With `--json`, stdout gets exactly one JSON object, or one per
+interval with `status --watch`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ from latentcache.cli import runs, datasets, quality, tools  # noqa: F401  # isor
 
 
 def main() -> None:
-    """Run the command line, and end the process.
+    """Run the command line, and end the process without a cleanup by the interpreter.
 
-    Threads of Ray and Arrow may still run. Some abort the process (signal 6) when the interpreter
-    cleans up under them, and the exit code would be lost. So the process ends without that.
+    Threads of Ray and Arrow may abort the process during a cleanup, which loses the exit code.
     """
     try:
         app(prog_name="latentcache")

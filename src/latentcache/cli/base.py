@@ -7,21 +7,24 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec, TextIO
 
 import typer
+from typer import Argument, Option
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.progress import Progress
-
     from latentcache.config import Config
     from latentcache.log import Level
     from latentcache.storage_options import StorageOptions
 
 P = ParamSpec("P")
+
+# Largest number of similar lines that a command prints.
+MAX_LINES = 20
 
 app = typer.Typer(
     help="Encode an image dataset to KL-f8 latents once, then train from the latents.",
@@ -29,23 +32,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-ConfigPath = Annotated[
-    Path, typer.Argument(help="Path of the config, a YAML file.", metavar="CONFIG")
-]
-Target = Annotated[
-    str,
-    typer.Argument(
-        help="URL of a dataset, or path of the config that made it.",
-        metavar="URL|CONFIG",
-        show_default=False,
-    ),
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="A.B=C", help="Override a setting of the config. Repeatable."),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 
 def manifest_name(text: str) -> int | str:
@@ -55,10 +41,20 @@ def manifest_name(text: str) -> int | str:
     return text if text == "published" else int(text)
 
 
+ConfigPath = Annotated[Path, Argument(help="Path of the config, a YAML file.", metavar="CONFIG")]
+Target = Annotated[
+    str,
+    Argument(help="URL of a dataset, or path of the config that made it.", metavar="URL|CONFIG"),
+]
+Overrides = Annotated[
+    list[str] | None,
+    Option("--set", metavar="A.B=C", help="Override a setting of the config. Repeatable."),
+]
+Json = Annotated[bool, Option("--json", help="Print one JSON object on stdout.")]
 # `Any`, because Typer accepts no union. The parser returns a `ManifestName`.
 ManifestNumber = Annotated[
     Any,
-    typer.Option(
+    Option(
         "--manifest",
         parser=manifest_name,
         metavar="N|published",
@@ -67,64 +63,68 @@ ManifestNumber = Annotated[
 ]
 
 
-class _Stdout:
-    """The real stdout. Ray's processes write to file descriptor 1, which becomes stderr."""
-
-    def __init__(self) -> None:
-        sys.stdout.flush()
-        self.file = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="backslashreplace")
-        os.dup2(2, 1)
-
-    def print(self, text: str) -> None:
-        """Print a line. A closed pipe is not an error."""
-        try:
-            print(text, file=self.file, flush=True)
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
-
-
-_stdout: _Stdout | None = None
+# The real stdout, for results: file descriptor 1, to which Ray's processes write, becomes stderr.
+stdout: TextIO | None = None
 _log_json = False
 
 
-def print_line(text: str) -> None:
-    """Print a result in one line; control characters in it are escaped."""
+def _print(text: str) -> None:
+    """Print a line of a result. A closed pipe is not an error."""
+    assert stdout
+    try:
+        print(text, file=stdout, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
+
+
+def print_lines(*lines: str) -> None:
+    """Print lines of a result; control characters in them are escaped."""
     from latentcache.errors import one_line
 
-    assert _stdout
-    _stdout.print(one_line(text))
-
-
-def print_text(text: str) -> None:
-    """Print a result of several lines, in which names are already escaped by `one_line`."""
-    for line in text.split("\n"):
-        print_line(line)
+    for line in lines:
+        _print(one_line(line))
 
 
 def print_json(tree: dict[str, Any]) -> None:
     """Print a result as one line of JSON; characters that are not printable are escaped."""
     from latentcache.log import redacted
 
-    assert _stdout
     text = json.dumps(redacted(tree), ensure_ascii=False)
-    _stdout.print("".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text))
+    _print("".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text))
 
 
-def stdout_console() -> Console:
-    """Return a console on the real stdout."""
-    from rich.console import Console
+def print_result(result: Any, lines: Iterable[str], as_json: bool) -> None:
+    """Print a result as JSON or as text for people.
 
-    assert _stdout
-    return Console(file=_stdout.file)
+    Args:
+        result, lines: a dataclass or a dict, and its text. A line break in a line is escaped.
+        as_json: which of the two is printed.
+    """
+    if as_json:
+        print_json(asdict(result) if is_dataclass(result) else result)  # type: ignore[arg-type]
+    else:
+        print_lines(*lines)
 
 
-def progress_bar() -> Progress:
-    """Return a progress bar on stderr. It is disabled if stderr is not a terminal."""
+@contextmanager
+def progress(what: str, total: float | None = None) -> Iterator[Callable[..., None]]:
+    """Show a progress bar on stderr if it is a terminal.
+
+    Args:
+        what, total: the text beside the bar, and the number of steps if it is known. The function
+            that is yielded updates them.
+    """
     from rich.console import Console
     from rich.progress import Progress
 
     console = Console(stderr=True)
-    return Progress(console=console, transient=True, disable=not console.is_terminal)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=total)
+
+        def update(done: float, total: float | None = None, what: str | None = None) -> None:
+            bar.update(task, completed=done, total=total, description=what)
+
+        yield update
 
 
 def complain(
@@ -133,11 +133,9 @@ def complain(
     """Print a warning or an error on stderr; with --log-json, as one JSON object.
 
     Args:
-        message: the first line.
-        more: further lines.
+        message, more: the first line and the others.
         event: the name of the event in JSON; "error" also marks the text as an error.
-        level: the level in JSON.
-        fields: further fields of the JSON object.
+        level, fields: the level and further fields of the JSON object.
     """
     from latentcache.errors import one_line
     from latentcache.log import write_json
@@ -154,16 +152,21 @@ def command(function: Callable[P, int | None]) -> Callable[P, None]:
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        global _stdout, _log_json
-        from latentcache.errors import LatentCacheError
+        global stdout, _log_json
+        from latentcache.errors import ConfigError, LatentCacheError
         from latentcache.startup import start_process
 
         start_process()
-        _stdout = _Stdout()
+        sys.stdout.flush()
+        stdout = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="backslashreplace")
+        os.dup2(2, 1)
         _log_json = bool(kwargs.get("log_json"))
         as_json = bool(kwargs.get("json_"))
         try:
-            _require_finite(kwargs)
+            for name, value in kwargs.items():
+                if isinstance(value, float) and not math.isfinite(value):
+                    option = f"--{name.replace('_', '-')}"
+                    raise ConfigError(f"{option} is {value}: it must be a finite number")
             code = function(*args, **kwargs) or 0
         except LatentCacheError as error:
             _fail(error.args, error.exit_code, as_json)
@@ -177,14 +180,6 @@ def command(function: Callable[P, int | None]) -> Callable[P, None]:
     return run
 
 
-def _require_finite(options: dict[str, Any]) -> None:
-    from latentcache.errors import ConfigError
-
-    for name, value in options.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"--{name.replace('_', '-')} is {value}: it must be a finite number")
-
-
 def _fail(lines: Sequence[str], code: int, as_json: bool) -> NoReturn:
     complain(*lines, event="error", level="error", exit_code=code)
     if as_json:
@@ -194,7 +189,7 @@ def _fail(lines: Sequence[str], code: int, as_json: bool) -> NoReturn:
 
 @app.callback(invoke_without_command=True)
 def _root(
-    show_version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    show_version: Annotated[bool, Option("--version", help="Print the version.")] = False,
 ) -> None:
     if show_version:
         from latentcache import __version__
@@ -203,43 +198,19 @@ def _root(
         raise typer.Exit
 
 
-def is_config(target: str) -> bool:
-    """Return whether a target is the path of a config, and not the URL of a dataset."""
-    return target.endswith((".yaml", ".yml"))
-
-
-def locate(target: str, overrides: list[str] | None) -> tuple[str, StorageOptions]:
-    """Return the URL of a dataset and how to reach it.
+def locate(target: str, overrides: list[str] | None) -> tuple[str, StorageOptions, Config | None]:
+    """Return the URL of a dataset, how to reach it, and its config if the target is one.
 
     Args:
-        target: the URL of the dataset, or the path of its config.
-        overrides: the `--set` options, which only a config can have.
-
-    Raises:
-        ConfigError: the config is wrong, or a URL has overrides.
+        target, overrides: the URL or the config, and the `--set` options of a config.
     """
     from latentcache.config import load_config
     from latentcache.errors import ConfigError
     from latentcache.storage_options import StorageOptions
 
-    if not is_config(target):
+    if not target.endswith((".yaml", ".yml")):
         if overrides:
             raise ConfigError("--set needs a config, not the URL of a dataset")
-        return target, StorageOptions()
-    output = load_config(target, overrides or ()).output
-    return output.url, output.storage
-
-
-def load(path: Path, overrides: list[str] | None) -> Config:
-    """Read a config.
-
-    Args:
-        path: the YAML file.
-        overrides: the `--set` options.
-
-    Raises:
-        ConfigError: the file cannot be read, or a value is wrong.
-    """
-    from latentcache.config import load_config
-
-    return load_config(path, overrides or ())
+        return target, StorageOptions(), None
+    config = load_config(target, overrides or ())
+    return config.output.url, config.output.storage, config

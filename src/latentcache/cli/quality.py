@@ -3,143 +3,152 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Option
 
-from latentcache.cli.base import (
-    ConfigPath,
-    Json,
-    ManifestNumber,
-    Overrides,
-    Target,
-    app,
-    command,
-    complain,
-    is_config,
-    load,
-    locate,
-    print_json,
-    print_line,
-    print_text,
-    progress_bar,
-)
+from latentcache.cli import base
+
+if TYPE_CHECKING:
+    from latentcache.config import Qa
+    from latentcache.dataset.reader import Dataset
+    from latentcache.qa.reevaluate import Selection
+    from latentcache.storage_options import StorageOptions
+
+_Rows = Annotated[int, Option("--rows", min=1, help="Number of rows to check, over all buckets.")]
+_Units = Annotated[
+    int,
+    Option(
+        "--units",
+        min=0,
+        help="Number of source shards to read again. 0 uses the crops that the run kept.",
+    ),
+]
+_Sources = Annotated[
+    list[str] | None,
+    Option(
+        metavar="URL",
+        help="Shards, a glob or a folder that --units may read. It is required with the URL of "
+        "a dataset, whose own URLs are not opened. Repeatable.",
+    ),
+]
+_Seed = Annotated[int, Option(min=0, help="Random seed that chooses the rows.")]
+_Checkpoint = Annotated[
+    str | None,
+    Option(help="Checkpoint of the dataset's VAE. Default: the config's, `demo`, or the decoder."),
+]
+_Decoder = Annotated[
+    str | None,
+    Option(
+        help="Checkpoint whose decoder is used. Default: the VAE's. The URL of a dataset needs "
+        "this or --checkpoint, unless the demo VAE encoded the dataset."
+    ),
+]
+_MinPsnr = Annotated[
+    float | None, Option(help="Fail if the mean PSNR is below this, in dB.", show_default="15")
+]
+_MinDrift = Annotated[
+    float | None,
+    Option(
+        help="Fail if a latent's signal-to-noise ratio to an fp32 encode is below this, in dB.",
+        show_default="30",
+    ),
+]
+_MaxRejects = Annotated[
+    int | None, Option(help="Fail if there are more rejects than this.", show_default="any")
+]
+_Report = Annotated[Path | None, Option(help="Write the report to this .html or .json file.")]
 
 
-@app.command("qa")
-@command
+@base.app.command("qa")
+@base.command
 def qa_command(
-    target: Target,
-    set_: Overrides = None,
-    manifest: ManifestNumber = None,
-    num_rows: Annotated[
-        int, typer.Option("--rows", min=1, help="Number of rows to check, over all buckets.")
-    ] = 256,
-    num_units: Annotated[
-        int,
-        typer.Option(
-            "--units",
-            min=0,
-            help="Number of source shards to read again. 0 uses the crops that the run kept.",
-        ),
-    ] = 0,
-    source: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="URL",
-            help="Shards, a glob or a folder that --units may read. It is required with the URL of "
-            "a dataset, whose own URLs are not opened. Repeatable.",
-        ),
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Random seed that chooses the rows.")] = 0,
-    checkpoint: Annotated[
-        str | None,
-        typer.Option(
-            help="Checkpoint of the dataset's VAE. Default: the config's, `demo`, or the decoder."
-        ),
-    ] = None,
-    decoder: Annotated[
-        str | None,
-        typer.Option(
-            help="Checkpoint whose decoder is used. Default: the VAE's. The URL of a dataset needs "
-            "this or --checkpoint, unless the demo VAE encoded the dataset."
-        ),
-    ] = None,
-    min_psnr_db: Annotated[
-        float | None,
-        typer.Option(help="Fail if the mean PSNR is below this, in dB.", show_default="15"),
-    ] = None,
-    min_drift_db: Annotated[
-        float | None,
-        typer.Option(
-            help="Fail if a latent's signal-to-noise ratio to an fp32 encode is below this, in dB.",
-            show_default="30",
-        ),
-    ] = None,
-    max_rejects: Annotated[
-        int | None,
-        typer.Option(help="Fail if there are more rejects than this.", show_default="any"),
-    ] = None,
-    report: Annotated[
-        Path | None, typer.Option(help="Write the report to this .html or .json file.")
-    ] = None,
-    json_: Json = False,
+    target: base.Target,
+    set_: base.Overrides = None,
+    manifest: base.ManifestNumber = None,
+    num_rows: _Rows = 256,
+    num_units: _Units = 0,
+    source: _Sources = None,
+    seed: _Seed = 0,
+    checkpoint: _Checkpoint = None,
+    decoder: _Decoder = None,
+    min_psnr_db: _MinPsnr = None,
+    min_drift_db: _MinDrift = None,
+    max_rejects: _MaxRejects = None,
+    report: _Report = None,
+    json_: base.Json = False,
 ) -> int:
     """Decode stored latents and compare them with their images. Exits 3 if a gate fails.
 
     The section `qa` of a config has the decoder and the gates. Options override it.
     """
-    import tempfile
+    from dataclasses import replace
 
     from latentcache.config import Qa
     from latentcache.dataset.reader import open_dataset
-    from latentcache.images.moved import NOT_MOVED, moved_of
+    from latentcache.images.moved import moved_of
     from latentcache.qa.access import source_urls
-    from latentcache.qa.evaluator import QaModels
-    from latentcache.qa.gates import Gates
-    from latentcache.qa.reevaluate import Selection, reevaluate
-    from latentcache.qa.report import build_report, require_writable
+    from latentcache.qa.reevaluate import Selection
+    from latentcache.qa.report import require_writable
     from latentcache.storage_options import StorageOptions
 
-    url, options = locate(target, set_)
-    config = load(Path(target), set_) if is_config(target) else None
-    qa = config.qa if config and config.qa else Qa()
-    gates = Gates(
-        qa.min_psnr_db if min_psnr_db is None else min_psnr_db,
-        qa.min_drift_db if min_drift_db is None else min_drift_db,
-        qa.max_rejects if max_rejects is None else max_rejects,
-    )
-    models = QaModels(
-        decoder=decoder or qa.decoder,
-        lpips=(qa.lpips.url, qa.lpips.sha256) if qa.lpips else None,
-        decoder_storage=qa.storage,
-        lpips_storage=qa.storage,
-    )
-    selection = Selection(
-        num_rows=num_rows,
-        num_units=num_units,
-        seed=seed,
-        sources=(*(source_urls(config.source) if config else ()), *(source or ())),
-        source_storage=config.source.storage if config else StorageOptions(),
-        moved=moved_of(config.source) if config else NOT_MOVED,
-    )
+    url, options, config = base.locate(target, set_)
+    gates = {
+        "min_psnr_db": min_psnr_db,
+        "min_drift_db": min_drift_db,
+        "max_rejects": max_rejects,
+        "decoder": decoder or None,
+    }
+    qa = (config.qa if config else None) or Qa()
+    qa = qa.model_copy(update={name: value for name, value in gates.items() if value is not None})
+    selection = Selection(num_rows, num_units, seed, tuple(source or ()))
+    vae_storage = StorageOptions()
+    if config:
+        selection = replace(
+            selection,
+            sources=(*source_urls(config.source), *selection.sources),
+            source_storage=config.source.storage,
+            moved=moved_of(config.source),
+        )
+        checkpoint, vae_storage = checkpoint or config.vae.checkpoint, config.vae.storage
     if report:
         require_writable(report)
     dataset = open_dataset(url, manifest, storage=options)
-    with tempfile.TemporaryDirectory(prefix="latentcache-") as folder:
-        with progress_bar() as bar:
-            task = bar.add_task("decoding", total=num_rows)
+    return _evaluate(dataset, qa, selection, checkpoint, vae_storage, report, json_)
+
+
+def _evaluate(
+    dataset: Dataset,
+    qa: Qa,
+    selection: Selection,
+    checkpoint: str | None,
+    vae_storage: StorageOptions,
+    report: Path | None,
+    as_json: bool,
+) -> int:
+    """Evaluate rows of a dataset, print and save the report; return the exit code."""
+    from tempfile import TemporaryDirectory
+
+    from latentcache.qa.evaluator import QaModels
+    from latentcache.qa.gates import Gates
+    from latentcache.qa.reevaluate import reevaluate
+    from latentcache.qa.report import build_report
+
+    lpips = (qa.lpips.url, qa.lpips.sha256) if qa.lpips else None
+    models, gates = QaModels(qa.decoder, lpips, qa.storage, qa.storage), Gates.of(qa)
+    with TemporaryDirectory(prefix="latentcache-") as folder:
+        with base.progress("decoding", selection.num_rows) as update:
             result = reevaluate(
                 dataset,
                 models,
                 selection,
                 gates,
                 Path(folder),
-                checkpoint=checkpoint or (config.vae.checkpoint if config else None),
-                checkpoint_storage=config.vae.storage if config else StorageOptions(),
-                progress=lambda done, total: bar.update(task, completed=done, total=total),
+                checkpoint=checkpoint or None,
+                checkpoint_storage=vae_storage,
+                progress=update,
             )
-        found = build_report(
+        made = build_report(
             dataset,
             result.breaches,
             gates,
@@ -148,24 +157,20 @@ def qa_command(
             files=result.files,
         )
         if report:
-            found.save(report)
-    for note in result.notes:
-        complain(note)
-    for breach in result.breaches:
-        complain(f"QA: {breach}")
-    if json_:
-        print_json(found.tree)
-    else:
-        print_text(found.to_text())
+            made.save(report)
+    for line in (*result.notes, *(f"QA: {breach}" for breach in result.breaches)):
+        base.complain(line)
+    base.print_result(made.tree, made.to_text().split("\n"), as_json)
     return 3 if result.breaches else 0
 
 
-@app.command("eval")
-@command
-def eval_command(config: ConfigPath, set_: Overrides = None, json_: Json = False) -> None:
+@base.app.command("eval")
+@base.command
+def eval_command(
+    config: base.ConfigPath, set_: base.Overrides = None, json_: base.Json = False
+) -> None:
     """Compare decoders on your images: print the table of the sd-vae-ft-mse model card."""
     from contextlib import ExitStack
-    from dataclasses import asdict
 
     from latentcache.config_eval import load_eval_config
     from latentcache.evaluation.card import render_card
@@ -180,13 +185,6 @@ def eval_command(config: ConfigPath, set_: Overrides = None, json_: Json = False
 
             cluster = Cluster(compute.num_gpus, compute.num_cpu_actors, None)
             run = stack.enter_context(cluster).map
-        bar = progress_bar()
-        task = stack.enter_context(bar).add_task("evaluating", total=None)
-        found = evaluate(
-            plan, run, lambda done, total: bar.update(task, completed=done, total=total)
-        )
-    if json_:
-        print_json(asdict(found))
-    else:
-        print_text(f"{render_card(found)}\n")
-        print_line(f"written to {found.output}")
+        result = evaluate(plan, run, stack.enter_context(base.progress("evaluating")))
+    lines = [*render_card(result).split("\n"), "", f"written to {result.output}"]
+    base.print_result(result, lines, json_)

@@ -5,12 +5,9 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from latentcache.errors import AccessDenied, DiskFull, ObjectNotFound, StorageError, first_line
-
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 class FinalStorageError(StorageError):
@@ -22,39 +19,38 @@ def is_final(error: StorageError) -> bool:
     return isinstance(error, FinalStorageError | AccessDenied | ObjectNotFound | DiskFull)
 
 
+def is_full(error: BaseException) -> bool:
+    """Return whether an error of the operating system means a full disk or an exceeded quota."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def disk_full(name: object) -> DiskFull:
+    """Return the error of a full store or disk, for the URL or path that was written."""
+    return DiskFull(f"no room left to write {name}: free some space and run again")
+
+
 @contextmanager
-def named_local(path: Path) -> Iterator[None]:
+def named_local(path: object) -> Iterator[None]:
     """Raise an `OSError` of the block as a `StorageError` that names a local file or folder."""
     try:
         yield
     except OSError as error:
-        if error.errno in NO_ROOM:
-            raise DiskFull(f"no room left to write {path}: free some space") from error
+        if is_full(error):
+            raise disk_full(path) from error
         raise FinalStorageError(f"cannot use {path}: {first_line(error)}") from error
 
 
-def chain_of(error: BaseException) -> list[BaseException]:
-    """Return an error followed by its causes."""
+def http_statuses(error: BaseException | None) -> list[int]:
+    """Return the HTTP statuses of an error and of its causes."""
+    statuses: list[int] = []
     chain: list[BaseException] = []
-    current: BaseException | None = error
-    while current is not None and current not in chain:
-        chain.append(current)
-        current = current.__cause__ or current.__context__
-    return chain
-
-
-def http_status(error: BaseException) -> int | None:
-    """Return the HTTP status of an exception of botocore, gcsfs, aiohttp or azure-core.
-
-    Returns:
-        None if the exception has no status.
-    """
-    response: Any = getattr(error, "response", None)
-    if isinstance(response, dict):
-        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-        return int(status) if status is not None else None
-    for name in ("status_code", "status", "code"):
-        status = getattr(error, name, None)
-        if isinstance(status, int) or (isinstance(status, str) and status.isdecimal()):
-            return int(status)
-    return None
+    while error is not None and error not in chain:
+        chain.append(error)
+        response: Any = getattr(error, "response", None)
+        if isinstance(response, dict):  # of botocore
+            values = [response.get("ResponseMetadata", {}).get("HTTPStatusCode")]
+        else:  # gcsfs, aiohttp and azure-core
+            values = [getattr(error, name, None) for name in ("status_code", "status", "code")]
+        statuses += [int(value) for value in values if str(value).isdecimal()][:1]
+        error = error.__cause__ or error.__context__
+    return statuses

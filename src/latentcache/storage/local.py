@@ -8,18 +8,14 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
+from typing import Any
+
+from fsspec.implementations.local import LocalFileSystem
 
 from latentcache.errors import AccessDenied, StorageError, first_line
+from latentcache.storage import local_files
 from latentcache.storage.backend import DANGLING, Backend, Entries, ObjectInfo
 from latentcache.storage.failures import FinalStorageError, named_local
-from latentcache.storage.local_files import (
-    TEMP_PREFIX,
-    can_create_exclusively,
-    create_file,
-    replace_file,
-)
-from latentcache.storage_options import StorageOptions
 
 # The error numbers of local and mounted disks that a retry cannot fix.
 _FINAL = {
@@ -29,26 +25,35 @@ _FINAL = {
 }  # fmt: skip
 
 
-class LocalBackend(Backend):
-    """A local folder; `url` begins with `file://`."""
+class _LocalFiles(LocalFileSystem):  # type: ignore[misc]
+    """The file system of fsspec, with atomic writes."""
 
+    def put_file(self, lpath: str, rpath: str, **options: Any) -> None:
+        with named_local(lpath):
+            source = open(lpath, "rb")  # noqa: SIM115  (closed below)
+        with source:
+            local_files.replace_file(rpath, source)
+
+    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **options: Any) -> None:
+        if mode == "overwrite":
+            local_files.replace_file(path, io.BytesIO(value))
+        elif not local_files.create_file(path, io.BytesIO(value)):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
+
+
+class _LocalBackend(Backend):
     is_local = True
-
-    def __init__(self, url: str, options: StorageOptions) -> None:
-        super().__init__(url, options)
-        self.root = url.removeprefix("file://")
+    client = _LocalFiles()
 
     def full(self, path: str) -> str:
-        """Return the absolute path of a file."""
-        return f"{self.root.rstrip('/')}/{path}" if path else self.root
+        root = self.url.removeprefix("file://")
+        return f"{root.rstrip('/')}/{path}" if path else root
 
     def info(self, path: str) -> ObjectInfo | None:
-        """Return a file's size and version; None if the path is a folder."""
         status = os.stat(self.full(path))
         return None if stat.S_ISDIR(status.st_mode) else _info(path, status)
 
     def entries(self, folder: str) -> Entries:
-        """List the files and folders directly in a folder."""
         prefix = f"{folder}/" if folder else ""
         infos: list[ObjectInfo] = []
         folders: list[str] = []
@@ -59,67 +64,27 @@ class LocalBackend(Backend):
                 with suppress(FileNotFoundError):
                     if entry.is_dir(follow_symlinks=False):
                         folders.append(prefix + entry.name)
-                    elif entry.name.startswith(TEMP_PREFIX):
+                    elif entry.name.startswith(local_files.TEMP_PREFIX):
                         continue
-                    elif _is_dangling(entry):
+                    elif entry.is_symlink() and not os.path.exists(entry.path):
                         infos.append(ObjectInfo(prefix + entry.name, 0, DANGLING, None))
                     elif entry.is_file():
                         infos.append(_info(prefix + entry.name, entry.stat()))
         return infos, folders
 
-    def put_file(self, local: Path, path: str) -> None:
-        """Copy a local file into the store.
-
-        Args:
-            local: the file to copy.
-            path: its path in the store.
-        """
-        with named_local(local):
-            source = local.open("rb")
-        with source:
-            replace_file(self.full(path), source)
-
-    def put(self, path: str, data: bytes) -> None:
-        """Write a small file, replacing any file at its path.
-
-        Args:
-            path: the path in the store.
-            data: the content.
-        """
-        replace_file(self.full(path), io.BytesIO(data))
-
-    def create_exclusively(self, path: str, data: bytes) -> bool:
-        """Write a small file if its path is free.
-
-        Args:
-            path: the path in the store.
-            data: the content.
-
-        Returns:
-            Whether the file at the path now holds `data`.
-        """
-        return create_file(self.full(path), io.BytesIO(data))
-
-    def can_create_exclusively(self) -> bool:
-        """Return whether `create_exclusively` decides between writers on different hosts."""
-        return can_create_exclusively(self.root)
-
     def temp_files(self) -> Iterator[ObjectInfo]:
-        """Yield the temporary files: those being written, and those left by a killed writer."""
-        for folder, _, names in os.walk(self.root):
+        root = self.full("")
+        for folder, _, names in os.walk(root):
             for name in names:
                 path = os.path.join(folder, name)
-                if name.startswith(TEMP_PREFIX):
+                if name.startswith(local_files.TEMP_PREFIX):
                     with suppress(FileNotFoundError):  # its writer has finished by now
-                        yield _info(os.path.relpath(path, self.root), os.stat(path))
+                        yield _info(os.path.relpath(path, root), os.stat(path))
+
+    def can_create(self) -> bool:
+        return local_files.can_create_exclusively(self.full(""))
 
     def explain(self, error: BaseException, url: str) -> StorageError:
-        """Return the error of this package for an `OSError`, with how to fix it.
-
-        Args:
-            error: what the operating system raised.
-            url: the file's URL.
-        """
         if isinstance(error, PermissionError):
             who = f"user {os.geteuid()}" if hasattr(os, "geteuid") else "this user"
             return AccessDenied(
@@ -132,11 +97,9 @@ class LocalBackend(Backend):
         return super().explain(error, url)
 
 
-def _is_dangling(entry: os.DirEntry[str]) -> bool:
-    """Return whether an entry is a link to itself or to a path that does not exist."""
-    return entry.is_symlink() and not os.path.exists(entry.path)
-
-
 def _info(path: str, status: os.stat_result) -> ObjectInfo:
     # The version has nanoseconds, so that two writes within a second have different versions.
     return ObjectInfo(path, status.st_size, f"{status.st_mtime_ns}", status.st_mtime)
+
+
+BACKENDS: dict[str, type[Backend]] = {"file": _LocalBackend}

@@ -1,7 +1,7 @@
 """Atomic writes on local and mounted disks: replace a file, or create it if its name is free.
 
-A reader never sees a half-written file. Data is written to a temporary file, which is synced and
-then renamed. A kill during any of these steps leaves at most a temporary file.
+Data is written to a temporary file, which is synced and then renamed, so a reader never sees a
+half-written file. A kill leaves at most a temporary file.
 """
 
 from __future__ import annotations
@@ -34,8 +34,7 @@ def replace_file(target: str, source: BinaryIO) -> None:
     """Write a file, replacing any file of that name.
 
     Args:
-        target: the file's path.
-        source: the content, read from its start.
+        target, source: the file's path, and the content, read from its start.
     """
     with _temp_file(target, source) as temp:
         os.replace(temp, target)
@@ -45,16 +44,15 @@ def create_file(target: str, source: BinaryIO) -> bool:
     """Write a file if its name is free.
 
     Args:
-        target: the file's path.
-        source: the content, read from its start.
+        target, source: the file's path, and the content, read from its start.
 
     Returns:
-        Whether the file at `target` now holds the bytes of `source`. False if another writer was
-        first.
+        Whether the file now holds the bytes of `source`. False if another writer was first.
     """
     with _temp_file(target, source) as temp:
         try:
-            _name_if_free(temp, target)
+            if not (_link(temp, target) or _rename(temp, target)):
+                _rename_locked(temp, target)
         except OSError:
             # An NFS server may have created the file although its answer was lost, or another
             # client may have been first. The content of the file decides.
@@ -69,8 +67,7 @@ def create_file(target: str, source: BinaryIO) -> bool:
 def can_create_exclusively(folder: str) -> bool:
     """Return whether `create_file` is exclusive between writers on different hosts.
 
-    It is if the file system supports hard links or `RENAME_NOREPLACE`. Otherwise a lock decides,
-    and on most FUSE mounts only processes of the same host see that lock.
+    Otherwise a lock decides, which on most FUSE mounts only processes of the same host see.
     """
     os.makedirs(folder, exist_ok=True)
     temp, other = (os.path.join(folder, _temp_name()) for _ in range(2))
@@ -81,20 +78,6 @@ def can_create_exclusively(folder: str) -> bool:
         for path in (temp, other):
             with suppress(FileNotFoundError):
                 os.unlink(path)
-
-
-def _name_if_free(temp: str, target: str) -> None:
-    """Rename a finished file to a free name.
-
-    Raises:
-        FileExistsError: the name is taken.
-    """
-    if _link(temp, target) or _rename(temp, target):
-        return
-    with _locked(os.path.dirname(target)):
-        if os.path.lexists(target):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target)
-        os.rename(temp, target)
 
 
 def _link(temp: str, target: str) -> bool:
@@ -113,9 +96,8 @@ def _rename(temp: str, target: str) -> bool:
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is None:  # macOS, and C libraries without it
         return False
-    if not renameat2(
-        _AT_FDCWD, os.fsencode(temp), _AT_FDCWD, os.fsencode(target), _RENAME_NOREPLACE
-    ):
+    paths = (_AT_FDCWD, os.fsencode(temp), _AT_FDCWD, os.fsencode(target))
+    if not renameat2(*paths, _RENAME_NOREPLACE):
         return True
     number = ctypes.get_errno()
     if number not in _UNSUPPORTED:
@@ -123,15 +105,16 @@ def _rename(temp: str, target: str) -> bool:
     return False
 
 
-@contextmanager
-def _locked(folder: str) -> Iterator[None]:
-    """Hold the lock of a folder. The kernel releases it if the process dies."""
-    handle = os.open(folder, os.O_RDONLY)
+def _rename_locked(temp: str, target: str) -> None:
+    """Rename a file to a free name under the lock of its folder, which ends with the process."""
+    handle = os.open(os.path.dirname(target), os.O_RDONLY)
     try:
         # If the file system has no locks either, the lease of the run keeps other runs away.
         with suppress(OSError):
             fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+        if os.path.lexists(target):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target)
+        os.rename(temp, target)
     finally:
         os.close(handle)
 

@@ -9,16 +9,11 @@ from typing import Any, ClassVar
 
 from latentcache.errors import AccessDenied, StorageError, first_line
 from latentcache.storage.backend import Backend, ObjectInfo, Upload
-from latentcache.storage.failures import FinalStorageError
+from latentcache.storage.failures import FinalStorageError, disk_full
 from latentcache.storage_options import StorageOptions
 
 # The messages of full S3 stores: Ceph, MinIO, and stores that repeat the message of their disk.
-_FULL_MESSAGES = (
-    "(QuotaExceeded)",
-    "StorageFull)",
-    "no space left on device",
-    "disk quota exceeded",
-)
+_FULL = ("(QuotaExceeded)", "StorageFull)", "no space left on device", "disk quota exceeded")
 
 
 class S3Backend(Backend):
@@ -30,7 +25,7 @@ class S3Backend(Backend):
 
     @classmethod
     def arguments(cls, options: StorageOptions) -> dict[str, Any]:
-        """Return the arguments of fsspec's client."""
+        """Return the arguments of the fsspec client."""
         return {
             "anon": options.anon,
             "endpoint_url": options.endpoint_url,
@@ -50,63 +45,59 @@ class S3Backend(Backend):
             },
         }
 
-    def _bucket_and_prefix(self, folder: str = "") -> tuple[str, str]:
-        bucket, key, _ = self.client.split_path(self.full(folder))
-        return bucket, f"{key}/" if key else ""
+    def _call(self, method: str, **arguments: Any) -> dict[str, Any]:
+        bucket, _, _ = self.client.split_path(self.url)
+        reply: dict[str, Any] = self.client.call_s3(method, Bucket=bucket, **arguments)
+        return reply
+
+    def _key(self, path: str = "") -> str:
+        return str(self.client.split_path(self.full(path))[1])
+
+    def _prefix(self, folder: str = "") -> str:
+        return f"{key}/" if (key := self._key(folder)) else ""
 
     def now(self) -> float:
         """Return the store's time in seconds since 1970; the host's time if S3 sends no date."""
-        bucket, _ = self._bucket_and_prefix()
-        reply = self.client.call_s3("head_bucket", Bucket=bucket)
-        date = reply["ResponseMetadata"]["HTTPHeaders"].get("date")
+        date = self._call("head_bucket")["ResponseMetadata"]["HTTPHeaders"].get("date")
         return parsedate_to_datetime(date).timestamp() if date else time.time()
 
-    def page(self, folder: str, token: str | None) -> tuple[Sequence[ObjectInfo], str | None]:
+    def page(self, folder: str, token: str) -> tuple[Sequence[ObjectInfo], str | None]:
         """List up to `page_size` objects below a folder, at any depth.
 
         Args:
-            folder: the folder.
-            token: the token of the page, from the previous call; None for the first page.
+            folder, token: the folder, and the token of the page; empty for the first page.
 
         Returns:
             The objects, and the token of the next page; None after the last page.
         """
-        bucket, prefix = self._bucket_and_prefix(folder)
-        request: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix, "MaxKeys": self.page_size}
-        if token:
-            request["ContinuationToken"] = token
-        page = self.client.call_s3("list_objects_v2", **request)
-        infos = []
+        after = {"ContinuationToken": token} if token else {}
+        prefix, infos = self._prefix(folder), []
+        page = self._call("list_objects_v2", Prefix=prefix, MaxKeys=self.page_size, **after)
         for entry in page.get("Contents", ()):
             if not entry["Key"].endswith("/"):  # consoles put such objects to show a folder
                 below = entry["Key"].removeprefix(prefix)
                 path = f"{folder}/{below}" if folder else below
-                infos.append(self.info_of(path, {**entry, "size": entry["Size"]}))
+                infos.append(self._info_of(path, {**entry, "size": entry["Size"]}))
         return infos, page["NextContinuationToken"] if page.get("IsTruncated") else None
 
     def delete_page(self, paths: Sequence[str]) -> Sequence[str]:
         """Delete up to `page_size` objects with one request; return those that still exist."""
-        keys = {self.client.split_path(self.full(path))[1]: path for path in paths}
-        bucket, _ = self._bucket_and_prefix()
+        keys = {self._key(path): path for path in paths}
         request = {"Objects": [{"Key": key} for key in keys], "Quiet": True}
-        reply = self.client.call_s3("delete_objects", Bucket=bucket, Delete=request)
+        reply = self._call("delete_objects", Delete=request)
         return [keys[error["Key"]] for error in reply.get("Errors", ())]
 
     def uploads(self, after: dict[str, str]) -> tuple[Sequence[Upload], dict[str, str] | None]:
         """List one page of the unfinished multipart uploads, whether active or abandoned.
 
-        Args:
-            after: the end of the previous page; empty for the first page.
-
         Returns:
-            The uploads, and the end of the page; None after the last page.
+            The uploads, and the value of `after` for the next page; None after the last page.
         """
-        bucket, prefix = self._bucket_and_prefix()
-        request = {"Bucket": bucket, "Prefix": prefix, "MaxUploads": self.page_size, **after}
-        page = self.client.call_s3("list_multipart_uploads", **request)
+        request = {"Prefix": self._prefix(), "MaxUploads": self.page_size, **after}
+        page = self._call("list_multipart_uploads", **request)
         uploads = [
             Upload(
-                entry["Key"].removeprefix(prefix),
+                entry["Key"].removeprefix(request["Prefix"]),
                 entry["UploadId"],
                 entry["Initiated"].timestamp(),
             )
@@ -119,8 +110,8 @@ class S3Backend(Backend):
 
     def abort_upload(self, upload: Upload) -> None:
         """Abort a multipart upload."""
-        bucket, key, _ = self.client.split_path(self.full(upload.path))
-        self.client.call_s3("abort_multipart_upload", Bucket=bucket, Key=key, UploadId=upload.id)
+        key = self._key(upload.path)
+        self._call("abort_multipart_upload", Key=key, UploadId=upload.id)
 
     def is_foreign(self, error: Exception) -> bool:
         """Return whether an exception comes from the store and not from a bug of this package."""
@@ -130,39 +121,34 @@ class S3Backend(Backend):
         """Return the error of this package for an exception of the client, with how to fix it.
 
         Args:
-            error: what the client raised.
-            url: the object's URL.
+            error, url: what the client raised, and the object's URL.
         """
-        from botocore.exceptions import (
-            NoCredentialsError,
-            PartialCredentialsError,
-            ProfileNotFound,
-        )
-
-        message = f"{error} {error.__cause__}"
-        if isinstance(error, StorageError):
-            return error
-        if any(words in message for words in _FULL_MESSAGES):
-            return self.full_error(url)
-        if "NoSuchBucket" in str(error.__cause__):
+        cause = str(error.__cause__)
+        if any(words in f"{error} {cause}" for words in _FULL):
+            return disk_full(url)
+        if "NoSuchBucket" in cause:
             return FinalStorageError(f"cannot use {url}: there is no such bucket{self.where}")
+        if "RequestTimeTooSkewed" in cause:
+            return AccessDenied(f"{url} rejects the time of this machine: set its clock")
         if _is_bad_endpoint(error):
             return FinalStorageError(
                 f"cannot use {url}: {first_line(error)}; correct AWS_ENDPOINT_URL or "
                 "`endpoint_url` of the AWS profile, which begin with http:// or https://"
             )
-        if isinstance(error, NoCredentialsError | PartialCredentialsError):
+        kind = type(error).__name__
+        if kind in ("NoCredentialsError", "PartialCredentialsError"):
             return AccessDenied(
                 f"no credentials for {url}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, name "
                 "a profile in `storage.profile`, or set `storage.anon: true` for a public bucket"
             )
-        if isinstance(error, ProfileNotFound):
+        if kind == "ProfileNotFound":
             return AccessDenied(f"cannot open {url}: {first_line(error)}")
-        if "RequestTimeTooSkewed" in str(error.__cause__):
-            return AccessDenied(f"{url} rejects the time of this machine: set its clock")
         return super().explain(error, url)
 
 
 def _is_bad_endpoint(error: BaseException) -> bool:
     # botocore raises a plain ValueError for an endpoint that AWS_ENDPOINT_URL or a profile names.
     return isinstance(error, ValueError) and str(error).startswith("Invalid endpoint")
+
+
+BACKENDS: dict[str, type[Backend]] = dict.fromkeys(("s3", "s3a"), S3Backend)

@@ -1,13 +1,12 @@
 """`Store`: all reads and writes of this package.
 
-The store adds retries, URLs in error messages and the put-if-absent protocol. A backend for each
-protocol does the rest; see `backend.py`.
+It adds retries, URLs in errors and the put-if-absent protocol to the backend of a protocol.
 """
 
 from __future__ import annotations
 
+import io
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -20,10 +19,8 @@ from latentcache import clock
 from latentcache.errors import DeadlinePassed, ObjectNotFound, StorageError
 from latentcache.storage.backend import Backend, Entries, ObjectInfo, Upload
 from latentcache.storage.failures import named_local
-from latentcache.storage.local import LocalBackend
-from latentcache.storage.retries import Access, StoreFile
+from latentcache.storage.retries import Access
 from latentcache.storage.s3 import S3Backend
-from latentcache.storage_options import StorageOptions
 from latentcache.urls import check_url
 
 _THREADS = 16
@@ -54,61 +51,49 @@ class _Reading(Access):
 
     def read_bytes(self, path: str) -> bytes:
         """Read a whole object."""
-        return self._retry(path, lambda: self._backend.read(path))
+        full = self._backend.full(path)
+        return cast(bytes, self._retry(path, lambda: self._backend.client.cat_file(full)))
 
     def open(self, path: str, *, readahead: bool = True) -> BinaryIO:
         """Open an object for reading.
 
-        Opening and every read raise `StorageError` and never `OSError`. An `OSError` of the code
-        that decodes the bytes, such as Arrow, therefore means damaged data.
+        Its reads raise `StorageError`. An `OSError` of Arrow therefore means damaged data.
 
         Args:
-            path: the path in the store.
-            readahead: whether a read from a remote store may fetch more than the requested bytes.
+            path, readahead: the path, and whether a read may fetch more than the requested bytes.
         """
         file = self._retry(path, lambda: self._open(path, readahead))
-        return cast(BinaryIO, StoreFile(self, path, file))
+        return cast(BinaryIO, _StoreFile(self, path, file))
 
     def _open(self, path: str, readahead: bool = True) -> Any:
-        return self._backend.open(path, readahead=readahead)
+        options = {} if readahead else {"cache_type": "none"}
+        size, full = self._backend.read_block_bytes, self._backend.full(path)
+        return self._backend.client.open(full, "rb", block_size=size, **options)
 
-    def get_file(
-        self, path: str, local: Path, size_bytes: int, given_up: Event | None = None
-    ) -> None:
+    def get_file(self, path: str, local: Path, size_bytes: int, stop: Event | None = None) -> None:
         """Download a whole object to a local path, overwriting an existing file in place.
 
-        Errors of the local disk name the local path.
-
         Args:
-            path: the path in the store.
-            local: the file to write.
-            size_bytes: the object's size. If the object has this size and the store sends another
-                number of bytes, the connection was cut, and the download is retried.
-            given_up: once this event is set, a failure is not retried.
+            path, local: the path in the store, and the file, which errors of the local disk name.
+            size_bytes: the object's size. A body of another size is the result of a cut connection.
+            stop: once this event is set, a failure is not retried.
 
         Raises:
             ObjectNotFound: there is no such object, or it has another size.
         """
-        self._retry(path, lambda: self._get_file(path, local, size_bytes), given_up)
+        self._retry(path, lambda: self._get_file(path, local, size_bytes), stop)
 
     def _get_file(self, path: str, local: Path, size_bytes: int) -> None:
-        num_bytes = 0
+        url, num_bytes = self.url_of(path), 0
         with self._open(path) as source:
             if source.size is not None and source.size != size_bytes:
-                raise ObjectNotFound(
-                    f"{self.url_of(path)} has {source.size} bytes, not {size_bytes}"
-                )
+                raise ObjectNotFound(f"{url} has {source.size} bytes, not {size_bytes}")
+            file = _StoreFile(self, path, source)
             with named_local(local), local.open("wb") as target:
-                while True:
-                    with self.named(path):
-                        chunk = source.read(Backend.read_block_bytes)
-                    if not chunk:
-                        break
+                while chunk := file.read(Backend.read_block_bytes):
                     num_bytes += target.write(chunk)
         if num_bytes != size_bytes:
-            raise StorageError(
-                f"{self.url_of(path)}: the connection gave {num_bytes} of {size_bytes} bytes"
-            )
+            raise StorageError(f"{url}: the connection gave {num_bytes} of {size_bytes} bytes")
 
     def info(self, path: str) -> ObjectInfo:
         """Return an object's size and version."""
@@ -119,37 +104,32 @@ class _Reading(Access):
 
     def exists(self, path: str) -> bool:
         """Return whether there is an object at a path."""
-        try:
+        with suppress(ObjectNotFound):
             self.info(path)
-        except ObjectNotFound:
-            return False
-        return True
+            return True
+        return False
 
     def list(self, folder: str = "") -> list[ObjectInfo]:
         """List the objects directly in a folder, sorted by path; none if it does not exist."""
-        infos, _ = self._entries(folder)
-        return sorted(infos, key=lambda info: info.path)
+        return sorted(self._entries(folder)[0], key=lambda info: info.path)
 
     def _entries(self, folder: str) -> Entries:
-        try:
+        with suppress(ObjectNotFound):
             return self._retry(folder, lambda: self._backend.entries(folder))
-        except ObjectNotFound:
-            return [], []
+        return [], []
 
     def iterate(self, folder: str = "") -> Iterator[ObjectInfo]:
         """Yield the objects below a folder, at any depth and in any order, page by page.
 
-        S3 lists a thousand objects in one request. Other stores need one request for each folder.
-        On a local disk, links to files count as files, and links to folders are not followed.
+        S3 lists all folders at once. On a local disk, links to folders are not followed.
         """
         if isinstance(self._backend, S3Backend):
-            token: str | None = None
-            list_page = partial(self._backend.page, folder)
-            while True:
-                infos, token = self._retry(folder, partial(list_page, token))
+            token: str | None = ""
+            while token is not None:
+                page = partial(self._backend.page, folder, token)
+                infos, token = self._retry(folder, page)
                 yield from infos
-                if token is None:
-                    return
+            return
         with ThreadPoolExecutor(_THREADS) as pool:
             left = [folder]
             while left:
@@ -168,74 +148,61 @@ class _Reading(Access):
             return []
         uploads: list[Upload] = []
         after: dict[str, str] | None = {}
-        while after is not None:
-            try:
+        with suppress(ObjectNotFound):  # rclone's answer if there are none
+            while after is not None:
                 page, after = self._retry("", partial(self._backend.uploads, after))
-            except ObjectNotFound:  # rclone's answer if there are none
-                break
-            uploads += page
+                uploads += page
         return uploads
 
     def temp_files(self) -> Iterator[ObjectInfo]:
         """Yield the temporary files on a local disk: active ones, and those of killed writers."""
-        if isinstance(self._backend, LocalBackend):
-            yield from self._backend.temp_files()
+        return self._backend.temp_files()
 
     def now(self) -> float:
-        """Return the time of the store's clock, in seconds since 1970.
-
-        S3 sends its time. For disks and other stores, the clock of this host is used.
-        """
+        """Return the time in seconds since 1970: of S3's clock, otherwise of this host's."""
         return self._retry("", self._backend.now)
 
 
 class Store(_Reading):
-    """One local or remote folder and the objects below it.
+    """One local or remote folder and the objects below it, by relative paths with `/`.
 
-    Paths are relative to that folder and use `/`. Methods raise `ObjectNotFound` if there is no
-    object at a path, `DiskFull` if the store is full, and `StorageError` for all other errors,
-    after retries.
+    Methods raise `ObjectNotFound` if there is no object at a path, `DiskFull` if the store is full,
+    and `StorageError` for all other errors, after retries.
 
     Args:
         url: a local path or a URL (`s3://bucket/folder`, `hf://org/repo`, …).
         options: how to reach the store; ignored for local folders.
 
     Raises:
-        ConfigError: the URL or the endpoint is not accepted (see `urls.check_url` and
-            `urls.check_endpoint`), or the client of the protocol is not installed.
+        ConfigError: the URL or the endpoint is not accepted (see `urls.py`), or the client of the
+            protocol is not installed.
     """
 
-    def __init__(
-        self, url: str | os.PathLike[str], options: StorageOptions = StorageOptions()
-    ) -> None:
-        super().__init__(url, options)
-        self.conditional: Literal["yes", "no", "unknown"] = "yes"
-        """Whether the store itself refuses a second put; set by `probe_conditional`."""
+    # Whether the store itself refuses a second put; set by `probe_conditional`.
+    conditional: Literal["yes", "no", "unknown"] = "yes"
 
     def put_file(self, local: Path, path: str) -> None:
         """Upload a whole, closed local file.
 
         Args:
-            local: the file to upload.
-            path: its path in the store, which no other process writes.
+            local, path: the file, and its path in the store, which no other process writes.
         """
-        self._retry(path, lambda: self._backend.put_file(local, path))
+        full = self._backend.full(path)
+        self._retry(path, lambda: self._backend.client.put_file(str(local), full))
 
     def put(self, path: str, data: bytes) -> None:
         """Write a small object, replacing any object at its path (leases and pointers only).
 
         Args:
-            path: the path in the store.
-            data: the content.
+            path, data: the path in the store, and the content.
         """
-        self._retry(path, lambda: self._backend.put(path, data))
+        full = self._backend.full(path)
+        self._retry(path, lambda: self._backend.client.pipe_file(full, data))
 
     def delete(self, path: str) -> None:
         """Delete an object. A missing object is not an error."""
-        try:
-            self._retry(path, lambda: self._backend.delete(path))
-        except ObjectNotFound:
-            return
+        with suppress(ObjectNotFound):
+            self._retry(path, lambda: self._backend.client.rm_file(self._backend.full(path)))
 
     def delete_many(
         self, paths: Sequence[str], progress: Callable[[int], object] = lambda num_deleted: None
@@ -243,25 +210,23 @@ class Store(_Reading):
         """Delete objects as `delete` does, many at a time.
 
         Args:
-            paths: the objects.
-            progress: called after each batch with the number of objects in it.
+            paths, progress: the objects, and a function that gets the size of each deleted batch.
         """
-        is_paged = isinstance(self._backend, S3Backend)
-        size = S3Backend.page_size if is_paged else _THREADS
+        size = S3Backend.page_size if isinstance(self._backend, S3Backend) else _THREADS
         batches = [paths[first : first + size] for first in range(0, len(paths), size)]
         with ThreadPoolExecutor(_THREADS) as pool:
             for num_deleted in pool.map(self._delete_batch, batches):
                 progress(num_deleted)
 
     def _delete_batch(self, paths: Sequence[str]) -> int:
-        left: Sequence[str] = paths
+        num_deleted = len(paths)
         if isinstance(self._backend, S3Backend):
             # If the store is busy or does not support this request, delete one by one.
             with suppress(StorageError), self.named(paths[0]):
-                left = self._backend.delete_page(paths)
-        for path in left:
+                paths = self._backend.delete_page(paths)
+        for path in paths:
             self.delete(path)
-        return len(paths)
+        return num_deleted
 
     def abort_upload(self, upload: Upload) -> None:
         """Abort a multipart upload and free its parts. A finished upload is not an error."""
@@ -270,18 +235,16 @@ class Store(_Reading):
                 self._retry(upload.path, partial(self._backend.abort_upload, upload))
 
     def put_if_absent(self, path: str, data: bytes, *, valid_until: float = math.inf) -> bool:
-        """Put a small object only if there is no object at the path yet.
+        """Put a small object with one PUT, only if there is no object at the path yet.
 
-        This is one PUT, never a multipart upload. After any error, it is unknown whether the bytes
-        were stored. Even "exists already" may be the answer to a retry whose first try succeeded.
-        The object is therefore read back: the same bytes are a win, other bytes are a loss, and no
-        object means another try. `data` must differ between writers of which only one may win.
+        After any error, it is unknown whether the bytes were stored. Even "exists already" may be
+        the answer to a retry whose first try succeeded. The object is therefore read back: the same
+        bytes are a win, other bytes are a loss, and no object means another try.
 
         Args:
-            path: the path in the store.
-            data: the content.
-            valid_until: the time of `clock.boot_time_s` after which no try begins. It is checked
-                before each try, so that a process that was frozen between two tries puts nothing.
+            path, data: the path, and the content, which must differ between writers.
+            valid_until: the time of `clock.boot_time_s` after which no try begins, not even in a
+                process that was frozen between two tries.
 
         Returns:
             Whether the object at the path now holds `data`.
@@ -289,31 +252,27 @@ class Store(_Reading):
         Raises:
             DeadlinePassed: it is later than `valid_until`.
         """
-        backend = self._backend
-
-        def create() -> bool:
-            if clock.boot_time_s() > valid_until:
-                raise DeadlinePassed(f"{self.url_of(path)} was not put in time")
-            if isinstance(backend, LocalBackend):
-                return backend.create_exclusively(path, data)
-            return self._create(path, data)
-
         # This read decides nothing on a store with conditional writes. A store without them would
         # replace the object.
         if not self.is_local and (current := self._read_or_none(path)) is not None:
             return current == data
-        return self._retry(path, create)
+        return self._retry(path, lambda: self._create(path, data, valid_until))
 
-    def _create(self, path: str, data: bytes) -> bool:
+    def _create(self, path: str, data: bytes, valid_until: float) -> bool:
+        if clock.boot_time_s() > valid_until:
+            raise DeadlinePassed(f"{self.url_of(path)} was not put in time")
         try:
-            with self.named(path):
-                self._backend.create(path, data)
+            self._put_new(path, data)
         except StorageError:
-            current = self._read_or_none(path)
-            if current is None:
+            if (current := self._read_or_none(path)) is None:
                 raise
             return current == data
         return True
+
+    def _put_new(self, path: str, data: bytes) -> None:
+        """Put an object with one conditional request."""
+        with self.named(path):
+            self._backend.client.pipe_file(self._backend.full(path), data, mode="create")
 
     @property
     def is_conditional(self) -> bool:
@@ -321,34 +280,52 @@ class Store(_Reading):
         return self.conditional == "yes"
 
     def probe_conditional(self, path: str, data: bytes) -> bool:
-        """Test whether the store refuses a second put, and keep the answer in `conditional`.
+        """Return whether the store refuses a second put, and set `conditional`.
 
-        Only the answer "precondition failed" proves it. After any other error `conditional` is
-        `unknown`, which callers must treat as a no.
+        Only the answer "precondition failed" proves it. Callers must treat `unknown` as a no.
 
         Args:
-            path: an object that already holds `data`. A store without conditional writes replaces
-                it with the same bytes, which does no harm.
-            data: the content of the object.
-
-        Returns:
-            Whether the store refuses a second put.
+            path, data: an object that exists, and its content, so that a second put does no harm.
         """
-        if isinstance(self._backend, LocalBackend):
-            is_exclusive = self._retry("", self._backend.can_create_exclusively)
-            self.conditional = "yes" if is_exclusive else "no"
-            return self.is_conditional
-        try:
-            with self.named(path):
-                self._backend.create(path, data)
-            self.conditional = "no"
-        except StorageError as error:
-            is_refused = self._backend.is_precondition_failure(error)
-            self.conditional = "yes" if is_refused else "unknown"
+        can_create = self._retry("", self._backend.can_create) if self.is_local else None
+        self.conditional = "yes" if can_create else "no"
+        if can_create is None:
+            try:
+                self._put_new(path, data)
+            except StorageError as error:
+                is_refused = self._backend.is_precondition_failure(error)
+                self.conditional = "yes" if is_refused else "unknown"
         return self.is_conditional
 
     def _read_or_none(self, path: str) -> bytes | None:
-        try:
+        with suppress(ObjectNotFound):
             return self.read_bytes(path)
-        except ObjectNotFound:
-            return None
+        return None
+
+
+class _StoreFile(io.RawIOBase):
+    """An open object. Its reads raise `StorageError`."""
+
+    def __init__(self, store: Access, path: str, file: Any) -> None:
+        self._store, self._path, self._file = store, path, file
+
+    def read(self, size: int = -1) -> bytes:
+        with self._store.named(self._path):
+            return cast(bytes, self._file.read(size))
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        with self._store.named(self._path):
+            return int(self._file.seek(offset, whence))
+
+    def tell(self) -> int:
+        return int(self._file.tell())
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
