@@ -295,8 +295,6 @@ def test_files_used_longest_ago_are_closed(
     tmp_path: Path, format: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rows_module, "_MAX_OPEN_FILES", 8)
-    for module in (rows_module, loader_module):
-        monkeypatch.setattr(module, "MAX_AHEAD", 2)
     monkeypatch.setattr(loader_module, "_MAX_GROUP", 1)
     url = write(tmp_path, [{SMALL: 2}] * 60, format=format)
     loader = LatentLoader(

@@ -20,7 +20,7 @@ from latentcache.loader.noise import mix, normal
 from latentcache.loader.order import BatchRows
 from latentcache.loader.permutation import Ints, make_key
 from latentcache.loader.prefetch import Memory
-from latentcache.loader.rows import FoundRows, RowReader
+from latentcache.loader.rows import RowReader, Rows
 
 _NOISE = 4  # the purpose of a key; order.py has the other ones
 
@@ -67,7 +67,7 @@ class Plan:
 
     epoch: int
     chosen: BatchRows
-    found: FoundRows
+    found: Rows
     sources: Ints
     numbers: Ints
     columns: dict[str, Any]
@@ -120,7 +120,7 @@ class BatchReader:
         files = np.concatenate([chosen.files for chosen in group])
         rows, partners = self._joined.find(files, np.concatenate([chosen.rows for chosen in group]))
         sources, numbers = self._files.source_of[files], self._files.first_row[files] + rows
-        located = self.rows.find(group[0].bucket, files, rows)
+        located = self.rows.select(group[0].bucket, files, rows)
         plans, end = [], 0
         for chosen in group:
             mine = slice(end, end := end + len(chosen.files))
@@ -140,7 +140,7 @@ class BatchReader:
         target_size = self._target_sizes[chosen.bucket].expand(len(sizes), 2)
         shape = (len(sizes), *self._files.contract.latent_shape(chosen.bucket))
         stored = self._memory.take(shape, self._finish.stored)
-        plan.found.gather(stored.view(torch.uint8).flatten(1))
+        plan.found.latents.gather(stored.view(torch.uint8).flatten(1))
         with torch.cuda.stream(self._stream) if self._stream else nullcontext():
             batch = Batch(
                 epoch=plan.epoch,

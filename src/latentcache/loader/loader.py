@@ -27,13 +27,14 @@ from latentcache.loader.order import DEFAULT_WINDOW_ROWS, BatchRows, Order, Orde
 from latentcache.loader.permutation import Ints
 from latentcache.loader.prefetch import prefetch
 from latentcache.loader.ranks import num_ranks_here, place
-from latentcache.loader.rows import MAX_AHEAD, RowReader, open_cache
+from latentcache.loader.rows import RowReader, open_cache
 from latentcache.storage_options import StorageOptions
 
 _STATE_VERSION = 1
 
 _log = logging.getLogger(__name__)
 
+_MAX_AHEAD = 64
 # How many batches are planned together, because NumPy's cost is mostly per call.
 _MAX_GROUP = 32
 
@@ -218,7 +219,7 @@ class LatentLoader:
         most = max(prod(self.contract.latent_shape(bucket)) for bucket in self._order.buckets)
         num_rows = self._order.options.batch_size // self.world_size
         num_bytes = num_rows * most * self._finish.dtype.itemsize
-        return min(max(1, self._prefetch_bytes // num_bytes), MAX_AHEAD)
+        return min(max(1, self._prefetch_bytes // num_bytes), _MAX_AHEAD)
 
     def _make_reader(self) -> BatchReader:
         rows = RowReader(self._files, self._joined.columns, self._cache)

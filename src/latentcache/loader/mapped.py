@@ -118,12 +118,12 @@ class LatentDataset(torch.utils.data.Dataset[dict[str, Any]]):
         """Return the fields of rows of one bucket, as tensors and lists of one value per row."""
         reader = self._reader()
         try:
-            located = reader.find(bucket, files, rows)
+            located = reader.select(bucket, files, rows)
         finally:
             reader.clear()
         channels, height, width = self.contract.latent_shape(bucket)
         stored = torch.empty((len(rows), channels, height, width), dtype=self._finish.stored)
-        located.gather(stored.view(torch.uint8).flatten(1))
+        located.latents.gather(stored.view(torch.uint8).flatten(1))
         latents = stored
         if not self._finish.is_in_place:
             channels = channels // 2 if self._finish.is_moments else channels

@@ -1,13 +1,12 @@
 """Read rows in random order: latents from memory maps, columns by row group.
 
-Files are mapped, not read. So a row's latent has an address, which is computed from the file's, and
-one call gathers a whole batch from any number of files. This works for Parquet, too, because its
-latents are stored plain and at a constant stride (docs/format.md).
+Files are mapped, not read. The offset of a row's latent in its file is computed, and one call
+gathers a whole batch from any number of files. This works for Parquet, too, because its latents are
+stored plain and at a constant stride (docs/format.md).
 """
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,12 +29,10 @@ from latentcache.loader.cache import FileCache, default_cache_dir, parse_bytes
 from latentcache.loader.files import Files
 from latentcache.loader.permutation import Ints
 from latentcache.loader.ranks import num_ranks_here
+from latentcache.loader.regions import Regions, Selection
 from latentcache.storage import Store
 
 SIZES = ("original_height", "original_width", "crop_top", "crop_left")
-
-MAX_AHEAD = 64
-"""How many batches may be found but not gathered yet."""
 
 # Maps cost only address space, but Linux limits a process to about 65,000.
 _MAX_OPEN_FILES = 8192
@@ -44,22 +41,17 @@ _OPENING_THREADS = 8
 
 
 @dataclass(frozen=True, slots=True)
-class FoundRows:
-    """The addresses of latents and other fields of m rows; `sizes` is int64 [m, 4] of `SIZES`."""
+class Rows:
+    """The latents to copy, sizes (int64 [m, 4], as in `SIZES`) and columns of m rows."""
 
-    span: torch.Tensor
-    index: torch.Tensor
+    latents: Selection
     sizes: torch.Tensor
     columns: dict[str, list[Any]]
 
-    def part(self, rows: slice) -> FoundRows:
+    def part(self, rows: slice) -> Rows:
         """Return a slice of the rows."""
         columns = {name: values[rows] for name, values in self.columns.items()}
-        return FoundRows(self.span, self.index[rows], self.sizes[rows], columns)
-
-    def gather(self, out: torch.Tensor) -> None:
-        """Copy the stored bytes of the latents into `out`, uint8 [m, row bytes]."""
-        torch.index_select(self.span, 0, self.index, out=out)
+        return Rows(self.latents.part(rows), self.sizes[rows], columns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,52 +62,6 @@ class _Open:
     rows: torch.Tensor
     metadata: pq.FileMetaData
     offsets: list[int]
-
-
-@dataclass(frozen=True, slots=True)
-class _Group:
-    """The columns of a row group; `sizes` is int64 [n, 4], as in `SIZES`."""
-
-    sizes: torch.Tensor
-    columns: dict[str, list[Any]]
-    num_bytes: int
-
-
-class _Gather:
-    """A way to copy rows from any regions of this process's memory in one call.
-
-    `torch.index_select` copies slices of a tensor. Here the tensor spans the address range of all
-    regions at a stride of one byte, so that the index of a row is its address.
-    """
-
-    def __init__(self) -> None:
-        self._low, self._high = 2**63, 0
-        self._views: dict[int, torch.Tensor] = {}
-
-    def add(self, region: torch.Tensor) -> int:
-        """Add a region, which must stay alive while its rows are gathered; return its address."""
-        address = region.data_ptr()
-        low, high = min(self._low, address), max(self._high, address + region.nbytes)
-        if (low, high) != (self._low, self._high):
-            self._low, self._high = low, high
-            self._views.clear()
-        return address
-
-    def find(self, addresses: Ints, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the tensor to select from, and the index, to copy bytes at addresses.
-
-        Args:
-            addresses: int64 [m].
-            size: number of bytes at each address.
-        """
-        if not len(addresses):
-            return torch.empty((0, size), dtype=torch.uint8), torch.empty(0, dtype=torch.int64)
-        if size not in self._views:
-            origin = np.ctypeslib.as_array((ctypes.c_uint8 * 1).from_address(self._low))
-            shape = (self._high - self._low - size + 1, size)
-            span = np.lib.stride_tricks.as_strided(origin, shape, (1, 1))
-            self._views[size] = torch.from_numpy(span)
-        return self._views[size], torch.from_numpy(addresses - self._low)
 
 
 class RowReader:
@@ -135,7 +81,6 @@ class RowReader:
         self._wants_unit = "unit" in columns
         self._cache = cache
         self._pool = ThreadPoolExecutor(_OPENING_THREADS, thread_name_prefix="latentcache-open")
-        self._clock = 0
 
         contracts = files.contracts
         group_rows = [[row_group_rows(c, b) for b in files.buckets] for c in contracts]
@@ -145,22 +90,15 @@ class RowReader:
         self._strides: Ints = np.array(sizes)[files.bucket_of] + np.array(between)[files.source_of]
         num_groups = -(-files.num_rows // self._group_rows)
         self._first_group: Ints = np.cumsum(num_groups) - num_groups
+        self._latent_offsets = np.zeros(total := int(num_groups.sum()), np.int64)
 
-        self._max_open_bytes = _share_of_cache(files, cache)
-        self._open: dict[int, _Open] = {}
+        max_bytes = _share_of_cache(files, cache)
+        self._open = Regions[_Open](len(files), max_bytes, _MAX_OPEN_FILES)
         self._opening: dict[int, Future[_Open]] = {}
-        self._given_up = Event()
+        self._cancelled = Event()
         self._is_requested = np.zeros(len(files), bool)  # open, or being opened
-        self._is_open = np.zeros(len(files), bool)
-        self._file_used = np.zeros(len(files), np.int64)
-        self._latents = _Gather()
-        self._latent_address = np.zeros(int(num_groups.sum()), np.int64)
-
-        self._groups: dict[int, _Group] = {}
-        self._groups_bytes = 0
-        self._group_used = np.zeros(len(self._latent_address), np.int64)
-        self._sizes = _Gather()
-        self._sizes_address = np.zeros(len(self._latent_address), np.int64)  # 0: not loaded
+        # By row group: its sizes, int64 [n, 4], and its columns.
+        self._groups = Regions[dict[str, list[Any]]](total, _MAX_COLUMNS_BYTES, total)
 
     @property
     def num_bytes_ahead(self) -> int:
@@ -176,22 +114,22 @@ class RowReader:
 
     def cancel(self) -> None:
         """Make threads that wait for a failing store end; this lasts until `clear`."""
-        self._given_up.set()
+        self._cancelled.set()
 
     def clear(self) -> None:
         """Stop opening files in advance, and allow files that failed to be opened again."""
         self.cancel()
-        self._given_up = Event()
+        self._cancelled = Event()
         for file, opening in self._opening.items():
             opening.cancel()
             self._is_requested[file] = False
         self._opening.clear()
 
-    def find(self, bucket: Bucket, files: Ints, rows: Ints) -> FoundRows:
-        """Find row `rows[i]` of file `files[i]`, for all i.
+    def select(self, bucket: Bucket, files: Ints, rows: Ints) -> Rows:
+        """Select row `rows[i]` of file `files[i]`, for all i.
 
-        Other threads may gather the results of the last `MAX_AHEAD` calls, but no older ones. A
-        file that cannot be opened is not tried again before `clear`.
+        Other threads may copy the result's latents at any time. A file that cannot be opened is not
+        tried again before `clear`.
 
         Args:
             bucket: the bucket of all rows.
@@ -201,68 +139,42 @@ class RowReader:
             DatasetError: a file is missing, damaged, or differs from the manifest.
             StorageError: a store cannot be reached.
         """
-        assert (rows < self._files.num_rows[files]).all()  # else it would copy other memory
-        self._clock += 1
         self._open_all(files)
         group_rows = self._group_rows[files]
         groups, within = self._first_group[files] + rows // group_rows, rows % group_rows
-        addresses = self._latent_address[groups] + within * self._strides[files]
-        span, index = self._latents.find(addresses, row_bytes(self._files.contract, bucket))
-        return FoundRows(span, index, *self._read_columns(files, groups, within))
-
-    def _read_columns(
-        self, files: Ints, groups: Ints, within: Ints
-    ) -> tuple[torch.Tensor, dict[str, list[Any]]]:
-        self._group_used[groups] = self._clock
-        is_missing = self._sizes_address[groups] == 0
-        if is_missing.any():
-            for group in np.unique(groups[is_missing]).tolist():
-                self._load_group(group)
-            self._forget_groups()
+        offsets = self._latent_offsets[groups] + within * self._strides[files]
+        latents = self._open.select(files, offsets, row_bytes(self._files.contract, bucket))
+        self._load_groups(groups)
         size = 8 * len(SIZES)
-        span, index = self._sizes.find(self._sizes_address[groups] + size * within, size)
-        sizes = torch.index_select(span, 0, index).view(torch.int64)
+        sizes = torch.empty((len(rows), len(SIZES)), dtype=torch.int64)
+        self._groups.select(groups, size * within, size).gather(sizes.view(torch.uint8))
         columns: dict[str, list[Any]] = {}
         if self._names:
-            groups_columns = [self._groups[group].columns for group in groups.tolist()]
+            groups_columns = [self._groups[group] for group in groups.tolist()]
             pairs = list(zip(groups_columns, within.tolist(), strict=True))
             columns = {name: [values[name][row] for values, row in pairs] for name in self._names}
         if self._wants_unit:
             columns["unit"] = [self._files.unit(file) for file in files.tolist()]
-        return sizes, columns
+        return Rows(latents, sizes, columns)
 
     def _open_all(self, files: Ints) -> None:
-        self._file_used[files] = self._clock
-        is_missing = ~self._is_open[files]
-        if is_missing.any():
-            missing = np.unique(files[is_missing])
-            self.prepare(missing)
-            for file in missing.tolist():
-                self._take(file, self._opening[file].result())
+        numbers = np.unique(files)
+        if missing := self._open.use(numbers.tolist()):
+            self.prepare(numbers)
+            for file in missing:
+                opened = self._opening[file].result()
+                self._open.add(file, opened.latents, opened, int(self._files.size_bytes[file]))
                 del self._opening[file]
-            self._close_files()
+                first = self._first_group[file]
+                self._latent_offsets[first : first + len(opened.offsets)] = opened.offsets
+            self._is_requested[self._open.drop(len(numbers))] = False
 
-    def _take(self, file: int, opened: _Open) -> None:
-        self._open[file] = opened
-        self._is_open[file] = True
-        address = self._latents.add(opened.latents)
-        first = self._first_group[file]
-        self._latent_address[first : first + len(opened.offsets)] = (
-            np.array(opened.offsets) + address
-        )
-
-    def _close_files(self) -> None:
-        """Close the least recently used files if too many files or bytes are open."""
-        num_bytes = int(self._files.size_bytes[self._is_open].sum())
-        if len(self._open) <= _MAX_OPEN_FILES and num_bytes <= self._max_open_bytes:
-            return
-        for file in sorted(self._open, key=lambda file: int(self._file_used[file])):
-            if len(self._open) <= _MAX_OPEN_FILES * 7 // 8 and num_bytes <= self._max_open_bytes:
-                break
-            if self._file_used[file] < self._clock - MAX_AHEAD:
-                del self._open[file]
-                self._is_open[file] = self._is_requested[file] = False
-                num_bytes -= int(self._files.size_bytes[file])
+    def _load_groups(self, groups: Ints) -> None:
+        numbers = np.unique(groups).tolist()
+        if missing := self._groups.use(numbers):
+            for group in missing:
+                self._load_group(group)
+            self._groups.drop(len(numbers))
 
     def _open_file(self, file: int) -> _Open:
         contract, bucket = self._files.contract_of(file), self._files.bucket(file)
@@ -286,27 +198,11 @@ class RowReader:
     def _load_group(self, group: int) -> None:
         file = int(np.searchsorted(self._first_group, group, "right")) - 1
         number = group - int(self._first_group[file])
-        with naming_damage(self._files.store_of(file), self._files.rows_file(file).path):
-            num_rows = self._rows_of_group(file, number)
-            loaded = _read_group(self._open[file], number, self._names, num_rows)
-        self._groups[group] = loaded
-        self._groups_bytes += loaded.num_bytes
-        self._sizes_address[group] = self._sizes.add(loaded.sizes)
-
-    def _rows_of_group(self, file: int, number: int) -> int:
         group_rows = int(self._group_rows[file])
-        return min(group_rows, int(self._files.num_rows[file]) - number * group_rows)
-
-    def _forget_groups(self) -> None:
-        """Drop the least recently used columns if they take too much memory."""
-        if self._groups_bytes <= _MAX_COLUMNS_BYTES:
-            return
-        for group in sorted(self._groups, key=lambda group: int(self._group_used[group])):
-            if self._groups_bytes <= _MAX_COLUMNS_BYTES * 7 // 8:
-                break
-            if self._group_used[group] < self._clock:  # columns are copied immediately
-                self._sizes_address[group] = 0
-                self._groups_bytes -= self._groups.pop(group).num_bytes
+        num_rows = min(group_rows, int(self._files.num_rows[file]) - number * group_rows)
+        with naming_damage(self._files.store_of(file), self._files.rows_file(file).path):
+            loaded = _read_group(self._open[file], number, self._names, num_rows)
+        self._groups.add(group, *loaded)
 
     def _map(self, store: Store, file: DataFile) -> torch.Tensor:
         """Return the mapped bytes of a file, uint8; no file descriptor stays open."""
@@ -314,12 +210,14 @@ class RowReader:
             _check_local(store, file)
             return _map_path(local, file)
         assert self._cache
-        with self._cache.open(store, file, self._given_up) as path:
+        with self._cache.open(store, file, self._cancelled) as path:
             return _map_path(path, file)
 
 
-def _read_group(opened: _Open, number: int, names: Sequence[str], num_rows: int) -> _Group:
-    """Return the sizes and columns of a row group.
+def _read_group(
+    opened: _Open, number: int, names: Sequence[str], num_rows: int
+) -> tuple[torch.Tensor, dict[str, list[Any]], int]:
+    """Return the sizes and columns of a row group, and about how much memory they take.
 
     Raises:
         DatasetError: it has another number of rows. Arrow's errors for damaged data pass through.
@@ -339,7 +237,7 @@ def _read_group(opened: _Open, number: int, names: Sequence[str], num_rows: int)
     }
     # A Python string takes about 50 bytes in addition to its text.
     num_bytes = sizes.nbytes + table.nbytes + 50 * len(names) * num_rows
-    return _Group(torch.from_numpy(sizes), columns, num_bytes)
+    return torch.from_numpy(sizes), columns, num_bytes
 
 
 def _share_of_cache(files: Files, cache: FileCache | None) -> int:
