@@ -23,7 +23,7 @@ from latentcache.dataset.contract import read_contract
 from latentcache.dataset.receipts import Unit
 from latentcache.dataset.state import State, write_next
 from latentcache.errors import ConfigError
-from latentcache.loader.noise import normal
+from latentcache.loader.latents import normal
 from latentcache.storage import Store
 from synthetic import make_contract, write_dataset
 from together import WORLD_SIZES, Step, open_ranks, steps_of

@@ -24,9 +24,8 @@ from latentcache.loader.files import Files, open_sources
 from latentcache.loader.join import Join, Joined
 from latentcache.loader.latents import LatentFinish
 from latentcache.loader.order import DEFAULT_WINDOW_ROWS, BatchRows, Order, OrderOptions, Tail
-from latentcache.loader.permutation import Ints
 from latentcache.loader.prefetch import prefetch
-from latentcache.loader.ranks import num_ranks_here, place
+from latentcache.loader.ranks import num_local_ranks, rank_and_world_size
 from latentcache.loader.rows import RowReader, open_cache
 from latentcache.storage_options import StorageOptions
 
@@ -34,7 +33,7 @@ _STATE_VERSION = 1
 
 _log = logging.getLogger(__name__)
 
-_MAX_AHEAD = 64
+_MAX_PREFETCHED = 64
 # How many batches are planned together, because NumPy's cost is mostly per call.
 _MAX_GROUP = 32
 
@@ -105,29 +104,36 @@ class LatentLoader:
         storage: StorageOptions | None = None,
     ) -> None:
         options = OrderOptions(batch_size, seed, shuffle, window_rows, block_rows, tail)
-        self.rank, self.world_size = place(rank, world_size, batch_size)
-        weights = (
-            {os.fspath(name): weight for name, weight in url.items()}
-            if isinstance(url, Mapping)
-            else {os.fspath(url): 1.0}
-        )
+        self.rank, self.world_size = rank_and_world_size(rank, world_size, batch_size)
+        shares = url if isinstance(url, Mapping) else {url: 1.0}
+        weights = {os.fspath(name): weight for name, weight in shares.items()}
         if not weights:
             raise ConfigError("no dataset is given: url is empty")
-        self._files = Files(open_sources(list(weights), manifest, storage))
-        self.contract = self._files.contract
-        self._joined = Joined(self._files, join, columns)
-        _check_rows(self._files, self._joined.num_rows, list(weights))
-        self._order = Order(
-            self._files.streams(self._joined.num_rows), options, list(weights.values())
-        )
-        _check_order(self._order, self.num_rows, list(weights))
-        self._finish = LatentFinish(self._files.contracts, dtype, normalize)
-        self._device = _device(device)
-        self._cache = open_cache(self._files, cache_dir, cache_bytes)
+        self._files = files = Files(open_sources(list(weights), manifest, storage))
+        self.contract = files.contract
+        self._joined = Joined(files, join, columns)
+        for number, name in enumerate(weights):
+            if not self._joined.num_rows[files.source_of == number].any():
+                raise DatasetError(f"{name} has no rows")
+        streams = files.streams(self._joined.num_rows)
+        self._order = Order(streams, options, list(weights.values()))
+        _check_order(self._order, self.num_rows, next(iter(weights)))
+        self._finish = LatentFinish(files.contracts, dtype, normalize)
+        self._device = _checked_device(device)
+        self._cache = open_cache(files, cache_dir, cache_bytes)
         if self._cache:
-            _check_cache(self._files, options, self._cache.max_bytes, self.world_size)
+            _check_cache(files, options, self._cache.max_bytes, self.world_size)
         self._prefetch_bytes = parse_bytes(prefetch_bytes)
-        self._identity = self._describe(list(weights.values()))
+        # Everything that the order depends on, to reject states of another order.
+        numbers = [source.manifest.number for source in files.sources]
+        is_mixed = len(numbers) > 1
+        self._identity = {
+            "version": _STATE_VERSION,
+            "manifest": numbers if is_mixed else numbers[0],
+            "dataset": self._joined.fingerprint[:16],
+            **asdict(options),
+            **({"weights": list(weights.values())} if is_mixed else {}),
+        }
         self._epoch, self._step = 0, 0
         self._is_begun = False
         self._idle: list[tuple[int, BatchReader]] = []  # each with the id of its process
@@ -135,18 +141,6 @@ class LatentLoader:
     def __getstate__(self) -> dict[str, Any]:
         # A spawned process maps files itself.
         return {**self.__dict__, "_idle": []}
-
-    def _describe(self, weights: Sequence[float]) -> dict[str, Any]:
-        """Return everything that the order depends on, to reject states of another order."""
-        numbers = [source.manifest.number for source in self._files.sources]
-        mixed = len(numbers) > 1
-        return {
-            "version": _STATE_VERSION,
-            "manifest": numbers if mixed else numbers[0],
-            "dataset": self._joined.fingerprint[:16],
-            **asdict(self._order.options),
-            **({"weights": list(weights)} if mixed else {}),
-        }
 
     def __len__(self) -> int:
         """Return the number of steps of an epoch, which is the same on every rank."""
@@ -181,8 +175,7 @@ class LatentLoader:
         Raises:
             ConfigError: the state belongs to another order; the message names the field.
         """
-        epoch, step = _epoch_and_step(state, self._identity, len(self))
-        self._epoch, self._step = epoch, step
+        self._epoch, self._step = _epoch_and_step(state, self._identity, len(self))
         self._is_begun = False
 
     def _move(self, epoch: int, step: int) -> None:
@@ -201,7 +194,7 @@ class LatentLoader:
         reader = self._idle.pop()[1] if self._idle else self._make_reader()
         plans = self._plan(epoch, step, reader)
         try:
-            batches = prefetch(plans, reader.read, self._num_ahead, reader.rows.cancel)
+            batches = prefetch(plans, reader.read, self._num_prefetched(), reader.rows.cancel)
             for batch, event in batches:
                 if event is not None:
                     hand_over(batch, event)
@@ -213,13 +206,12 @@ class LatentLoader:
                 reader.rows.clear()
                 self._idle.append((pid, reader))
 
-    @property
-    def _num_ahead(self) -> int:
-        """The number of batches to prefetch: as many as fit into `prefetch_bytes`."""
+    def _num_prefetched(self) -> int:
+        """Return the number of batches to prefetch: as many as fit into `prefetch_bytes`."""
         most = max(prod(self.contract.latent_shape(bucket)) for bucket in self._order.buckets)
         num_rows = self._order.options.batch_size // self.world_size
         num_bytes = num_rows * most * self._finish.dtype.itemsize
-        return min(max(1, self._prefetch_bytes // num_bytes), _MAX_AHEAD)
+        return min(max(1, self._prefetch_bytes // num_bytes), _MAX_PREFETCHED)
 
     def _make_reader(self) -> BatchReader:
         rows = RowReader(self._files, self._joined.columns, self._cache)
@@ -229,9 +221,9 @@ class LatentLoader:
     def _plan(self, epoch: int, step: int, reader: BatchReader) -> Generator[Plan, None, None]:
         order = self._order.batches(epoch, step, rank=self.rank, world_size=self.world_size)
         # Remote files are fetched a window before they are needed.
-        most = self._order.options.window_rows // self.world_size if self._cache else 0
-        most_bytes = self._cache.max_bytes // 4 if self._cache else 0
-        for group in _grouped(_look_ahead(order, reader.rows, most, most_bytes)):
+        max_rows = self._order.options.window_rows // self.world_size if self._cache else 0
+        max_bytes = self._cache.max_bytes // 4 if self._cache else 0
+        for group in _grouped(_prepared(order, reader.rows, max_rows, max_bytes)):
             try:
                 plans = reader.plan(epoch, group)
             except LatentCacheError:  # of one batch: yield those before it, then raise it again
@@ -241,16 +233,15 @@ class LatentLoader:
             yield from plans
 
 
-def _look_ahead(
-    order: Iterator[BatchRows], rows: RowReader, most: int, most_bytes: int
+def _prepared(
+    order: Iterator[BatchRows], rows: RowReader, max_rows: int, max_bytes: int
 ) -> Iterator[BatchRows]:
-    """Yield batches in order, after their files have been scheduled for opening in advance.
+    """Yield batches in order, after the reader has begun to open files for later ones, too.
 
     Args:
         order: the rows of the batches.
         rows: the reader that opens the files.
-        most: number of rows of batches that may be scheduled in advance.
-        most_bytes: size of the files that may be opened in advance.
+        max_rows, max_bytes: how many rows, and bytes of files, to prepare in advance.
     """
     pending: deque[BatchRows] = deque()
     num_rows = 0
@@ -258,7 +249,7 @@ def _look_ahead(
         rows.prepare(chosen.files)
         pending.append(chosen)
         num_rows += len(chosen.files)
-        while pending and (num_rows > most or rows.num_bytes_ahead > most_bytes):
+        while pending and (num_rows > max_rows or rows.num_opening_bytes > max_bytes):
             num_rows -= len(pending[0].files)
             yield pending.popleft()
     yield from pending
@@ -267,13 +258,7 @@ def _look_ahead(
 def _epoch_and_step(
     state: Mapping[str, Any], identity: Mapping[str, Any], num_steps: int
 ) -> tuple[int, int]:
-    """Return the epoch and step of a state; see `LatentLoader.load_state_dict`.
-
-    Args:
-        state: the result of `state_dict`.
-        identity: everything that the order of this loader depends on.
-        num_steps: number of steps of an epoch.
-    """
+    """Return the epoch and step of a state, checked against the identity of this loader's order."""
     for name, value in identity.items():
         if name not in state:
             raise ConfigError(f"not a state of a LatentLoader: it has no {name!r}")
@@ -305,8 +290,7 @@ def _grouped(batches: Iterator[BatchRows]) -> Iterator[list[BatchRows]]:
         yield group
 
 
-def _device(device: torch.device | str) -> torch.device:
-    """Return the device, checked to be available."""
+def _checked_device(device: torch.device | str) -> torch.device:
     try:
         checked = torch.device(device)
         is_cuda = checked.type == "cuda"
@@ -318,19 +302,12 @@ def _device(device: torch.device | str) -> torch.device:
     return checked
 
 
-def _check_rows(files: Files, num_rows: Ints, urls: Sequence[str]) -> None:
-    """Raise `DatasetError` for a dataset without rows."""
-    for number, url in enumerate(urls):
-        if not num_rows[files.source_of == number].any():
-            raise DatasetError(f"{url} has no rows")
-
-
-def _check_order(order: Order, num_rows: int, urls: Sequence[str]) -> None:
+def _check_order(order: Order, num_rows: int, url: str) -> None:
     """Raise `ConfigError` if an epoch has no batch; warn of buckets that have none."""
     options = order.options
     if not len(order):
         raise ConfigError(
-            f"{urls[0]} has {num_rows} rows, but no bucket has a whole batch of "
+            f"{url} has {num_rows} rows, but no bucket has a whole batch of "
             f"{options.batch_size}: lower batch_size, or set tail to 'pad' or 'short'"
         )
     unused = {bucket: order.left_out[bucket] for bucket, num in order.buckets.items() if not num}
@@ -353,7 +330,7 @@ def _check_cache(files: Files, options: OrderOptions, max_bytes: int, world_size
     block_rows = options.block_rows or max(
         row_group_rows(files.contract, bucket) for bucket in files.buckets
     )
-    num_nodes = max(1, world_size // num_ranks_here())
+    num_nodes = max(1, world_size // num_local_ranks())
     num_files = min(len(files), options.window_rows // block_rows + 1) / num_nodes
     num_bytes = num_files * float(files.size_bytes.mean())
     if num_bytes > max_bytes / 2:

@@ -116,30 +116,27 @@ class LatentDataset(torch.utils.data.Dataset[dict[str, Any]]):
 
     def _read(self, bucket: Bucket, files: Ints, rows: Ints) -> dict[str, Any]:
         """Return the fields of rows of one bucket, as tensors and lists of one value per row."""
-        reader = self._reader()
-        try:
-            located = reader.select(bucket, files, rows)
-        finally:
-            reader.clear()
-        channels, height, width = self.contract.latent_shape(bucket)
-        stored = torch.empty((len(rows), channels, height, width), dtype=self._finish.stored)
-        located.latents.gather(stored.view(torch.uint8).flatten(1))
-        latents = stored
-        if not self._finish.is_in_place:
-            channels = channels // 2 if self._finish.is_moments else channels
-            latents = torch.empty((len(rows), channels, height, width), dtype=self._finish.dtype)
-        sources = self._files.source_of[files]
-        self._finish(stored, latents, lambda count: torch.randn(len(rows), count), sources)
-        return {
-            "latents": latents,
-            "original_size": located.sizes[:, :2],
-            "crop_top_left": located.sizes[:, 2:],
-            "target_size": torch.tensor([[bucket[1], bucket[0]]]).expand(len(rows), 2),
-            **located.columns,
-        }
-
-    def _reader(self) -> RowReader:
-        """Return this process's reader: a reader that was forked has no threads."""
+        # A forked process needs its own reader, as threads do not survive a fork.
         if self._rows is None or self._rows[0] != os.getpid():
             self._rows = os.getpid(), RowReader(self._files, self._joined.columns, self._cache)
-        return self._rows[1]
+        reader = self._rows[1]
+        try:
+            selected = reader.select(bucket, files, rows)
+        finally:
+            reader.clear()
+        shape = (len(rows), *self.contract.latent_shape(bucket))
+        stored = torch.empty(shape, dtype=self._finish.stored)
+        selected.latents.gather(stored.view(torch.uint8).flatten(1))
+        latents = self._finish(
+            stored,
+            self._files.source_of[files],
+            lambda count: torch.randn(len(rows), count),
+            lambda shape, dtype: torch.empty(shape, dtype=dtype),
+        )
+        return {
+            "latents": latents,
+            "original_size": selected.sizes[:, :2],
+            "crop_top_left": selected.sizes[:, 2:],
+            "target_size": torch.tensor([[bucket[1], bucket[0]]]).expand(len(rows), 2),
+            **selected.columns,
+        }

@@ -28,7 +28,7 @@ from latentcache.errors import DatasetError, ObjectNotFound
 from latentcache.loader.cache import FileCache, default_cache_dir, parse_bytes
 from latentcache.loader.files import Files
 from latentcache.loader.permutation import Ints
-from latentcache.loader.ranks import num_ranks_here
+from latentcache.loader.ranks import num_local_ranks
 from latentcache.loader.regions import Regions, Selection
 from latentcache.storage import Store
 
@@ -101,7 +101,7 @@ class RowReader:
         self._groups = Regions[dict[str, list[Any]]](total, _MAX_COLUMNS_BYTES, total)
 
     @property
-    def num_bytes_ahead(self) -> int:
+    def num_opening_bytes(self) -> int:
         """The size in bytes of the files that are being opened, or are open but not needed yet."""
         return int(self._files.size_bytes[list(self._opening)].sum())
 
@@ -177,22 +177,22 @@ class RowReader:
             self._groups.drop(len(numbers))
 
     def _open_file(self, file: int) -> _Open:
-        contract, bucket = self._files.contract_of(file), self._files.bucket(file)
-        store = self._files.store_of(file)
-        described = self._files.latents_file(file)
-        rows = latents = self._map(store, described)
+        source, described = self._files.source(file), self._files.latents_file(file)
+        bucket = self._files.buckets[int(self._files.bucket_of[file])]
+        rows_path = self._files.rows_file(file).path
+        rows = latents = self._map(source.store, described)
         mapped = [latents]
-        if contract.latents.format == "safetensors":
-            rows = self._map(store, self._files.rows_file(file))
+        if source.contract.latents.format == "safetensors":
+            rows = self._map(source.store, self._files.rows_file(file))
             mapped.append(rows)
-            with naming_damage(store, self._files.rows_file(file).path):
+            with naming_damage(source.store, rows_path):
                 checked_footer(_reader(rows))  # first, so that an error names the right file
-        with naming_damage(store, described.path):
+        with naming_damage(source.store, described.path):
             readers = [_reader(region) for region in mapped]
-            offsets = latent_offsets(readers, contract, bucket, described.num_rows)
-        with naming_damage(store, self._files.rows_file(file).path):
+            offsets = latent_offsets(readers, source.contract, bucket, described.num_rows)
+        with naming_damage(source.store, rows_path):
             metadata = pq.read_metadata(_reader(rows))
-            check_schema(metadata.schema.to_arrow_schema(), contract)
+            check_schema(metadata.schema.to_arrow_schema(), source.contract)
         return _Open(latents, rows, metadata, offsets)
 
     def _load_group(self, group: int) -> None:
@@ -200,7 +200,7 @@ class RowReader:
         number = group - int(self._first_group[file])
         group_rows = int(self._group_rows[file])
         num_rows = min(group_rows, int(self._files.num_rows[file]) - number * group_rows)
-        with naming_damage(self._files.store_of(file), self._files.rows_file(file).path):
+        with naming_damage(self._files.source(file).store, self._files.rows_file(file).path):
             loaded = _read_group(self._open[file], number, self._names, num_rows)
         self._groups.add(group, *loaded)
 
@@ -244,7 +244,7 @@ def _share_of_cache(files: Files, cache: FileCache | None) -> int:
     """Return how many bytes of files this rank may map; a mapped file takes space if evicted."""
     if cache is None or files.size_bytes.sum() <= cache.max_bytes:
         return 2**63
-    return cache.max_bytes // 2 // num_ranks_here()
+    return cache.max_bytes // 2 // num_local_ranks()
 
 
 def _check_local(store: Store, file: DataFile) -> None:
