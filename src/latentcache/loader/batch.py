@@ -19,7 +19,8 @@ from latentcache.loader.latents import LatentFinish, mix, normal
 from latentcache.loader.order import BatchRows
 from latentcache.loader.permutation import Ints, make_key
 from latentcache.loader.prefetch import Memory
-from latentcache.loader.rows import RowReader, Rows
+from latentcache.loader.regions import Selection
+from latentcache.loader.rows import RowReader
 
 _NOISE = 4  # the purpose of a key; order.py has the other ones
 
@@ -58,15 +59,17 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A batch of which everything but the latents has been read.
+    """A batch of which everything but the latents has been read; they are `part` of `latents`.
 
-    By row, int64 [b]: `sources` is the index of the dataset, `numbers` the index among the rows of
-    all files.
+    By row, int64: `sizes` [b, 4], the index `sources` [b] of the dataset, and the index `numbers`
+    [b] among the rows of all files.
     """
 
     epoch: int
     chosen: BatchRows
-    rows: Rows
+    latents: Selection
+    part: slice
+    sizes: torch.Tensor
     sources: Ints
     numbers: Ints
     columns: dict[str, Any]
@@ -108,28 +111,34 @@ class BatchReader:
     def plan(self, epoch: int, group: Sequence[BatchRows]) -> list[Plan]:
         """Find the rows of batches of one bucket, and read everything but the latents.
 
-        Planning several batches costs hardly more than planning one. One thread may call this at
-        a time.
+        Planning several batches costs hardly more than planning one. One thread at a time may call
+        this.
+
+        Args:
+            epoch, group: number of the epoch, and the rows of each batch.
         """
         files = np.concatenate([chosen.files for chosen in group])
         rows, partners = self._joined.find(files, np.concatenate([chosen.rows for chosen in group]))
         sources, numbers = self._files.source_of[files], self._files.first_row[files] + rows
-        selected = self.rows.select(group[0].bucket, files, rows)
+        latents, sizes, stored = self.rows.select(group[0].bucket, files, rows)
         plans, end = [], 0
         for chosen in group:
-            mine = slice(end, end := end + len(chosen.files))
-            part = selected.part(mine)
-            columns = {name: _tensor(name, values) for name, values in part.columns.items()}
-            columns |= self._joined.read(partners[mine])
-            plans.append(Plan(epoch, chosen, part, sources[mine], numbers[mine], columns))
+            part = slice(end, end := end + len(chosen.files))
+            columns: dict[str, Any] = {name: values[part] for name, values in stored.items()}
+            for name in columns:
+                if column_type(name) == pa.int64():
+                    columns[name] = torch.tensor(columns[name], dtype=torch.int64)
+            columns |= self._joined.read(partners[part])
+            of_rows = (sizes[part], sources[part], numbers[part])
+            plans.append(Plan(epoch, chosen, latents, part, *of_rows, columns))
         return plans
 
     def read(self, plan: Plan) -> tuple[Batch, torch.cuda.Event | None]:
         """Read a planned batch; on a GPU, return an event that is recorded once it is complete."""
-        bucket, sizes = plan.chosen.bucket, plan.rows.sizes
+        bucket, sizes = plan.chosen.bucket, plan.sizes
         shape = (len(sizes), *self._files.contract.latent_shape(bucket))
         stored = self._memory.take(shape, self._finish.stored)
-        plan.rows.latents.gather(stored.view(torch.uint8).flatten(1))
+        plan.latents.gather(stored.view(torch.uint8).flatten(1), plan.part)
 
         def noise(count: int) -> torch.Tensor:
             passes = mix(torch.from_numpy(plan.chosen.passes) + self._noise_key)
@@ -175,8 +184,3 @@ def hand_over(batch: Batch, event: torch.cuda.Event) -> None:
     for tensor in (batch.latents, *sizes, *batch.columns.values()):
         if isinstance(tensor, torch.Tensor):
             tensor.record_stream(stream)
-
-
-def _tensor(name: str, values: list[Any]) -> Any:
-    """Return class indices as a tensor, and other columns unchanged."""
-    return torch.tensor(values, dtype=torch.int64) if column_type(name) == pa.int64() else values

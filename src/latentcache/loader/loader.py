@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import warnings
 from collections import deque
@@ -31,7 +30,12 @@ from latentcache.storage_options import StorageOptions
 
 _STATE_VERSION = 1
 
-_log = logging.getLogger(__name__)
+# How to continue from a state whose field differs from this loader's.
+_FIXES = {
+    "manifest": "set `manifest` to the number in the state to continue with the same rows",
+    "version": "this loader cannot continue from it",
+    "dataset": "this loader cannot continue from it",
+}
 
 _MAX_PREFETCHED = 64
 # How many batches are planned together, because NumPy's cost is mostly per call.
@@ -47,21 +51,18 @@ class LatentLoader:
     every rank has the same number of steps.
 
     Args:
-        url: URL of the dataset, or {url: weight} to mix several. The weights are each dataset's
-            share of an epoch's rows; an epoch has as many rows as all datasets together.
+        url: URL of the dataset, or {url: weight} to mix several; weights are shares of an epoch's
+            rows, which are as many as all datasets' together.
         batch_size: number of rows of a global batch. Each rank gets a slice of it.
         seed: seed of the order and of draws from the posterior.
-        rank, world_size: rank of this process and number of ranks. If both are None, they are those
-            of `torch.distributed` if it is initialized, else of the environment variables RANK and
-            WORLD_SIZE, else 0 and 1.
-        manifest: number of a manifest or "published", or {url: one of these}; None takes the newest
-            complete one.
+        rank, world_size: rank of this process and number of ranks; None takes those of an
+            initialized `torch.distributed`, else of RANK and WORLD_SIZE, else 0 and 1.
+        manifest: number of a manifest or "published", or {url: one of these}; None: the newest.
         shuffle: False reads in the order of the source shards, bucket after bucket.
         window_rows: how many rows of a bucket are shuffled together; see `loader/order.py`.
         block_rows: size in rows of the blocks that are shuffled before; None takes a row group.
-        tail: what happens to the rows of a bucket that do not fill a batch. `drop` leaves them out
-            of the epoch (different rows in each epoch), `pad` repeats rows, `short` yields a
-            smaller batch.
+        tail: what happens to a bucket's last rows that do not fill a batch. `drop` leaves them out
+            (other rows in each epoch), `pad` repeats rows, `short` yields a smaller batch.
         dtype: dtype of the latents.
         normalize: return `(z - shift) * scale`; False returns the encoder's values.
         device: device of the batches. Batches on the CPU are pinned if there is a GPU.
@@ -75,9 +76,8 @@ class LatentLoader:
     Raises:
         ConfigError: an argument is wrong, or no bucket fills a batch.
         ContractMismatch: the latents of mixed datasets differ in meaning.
-        DatasetError: there is no such dataset or manifest, or a file is missing or damaged.
-            Iterating may raise it, too.
-        StorageError: a store cannot be reached, after retries. Iterating may raise it, too.
+        DatasetError: there is no such dataset or manifest, or a damaged file; also while iterating.
+        StorageError: a store cannot be reached, after retries; also while iterating.
     """
 
     def __init__(
@@ -175,7 +175,16 @@ class LatentLoader:
         Raises:
             ConfigError: the state belongs to another order; the message names the field.
         """
-        self._epoch, self._step = _epoch_and_step(state, self._identity, len(self))
+        _check_identity(state, self._identity)
+        epoch, step = state.get("epoch"), state.get("step")
+        if not (isinstance(epoch, int) and isinstance(step, int)):
+            raise ConfigError("not a state of a LatentLoader: it has no epoch and step")
+        if epoch < 0 or not 0 <= step < len(self):
+            raise ConfigError(
+                f"the state has step {step} of epoch {epoch}, but epochs have {len(self)} steps: "
+                "use a state of this dataset and order"
+            )
+        self._epoch, self._step = epoch, step
         self._is_begun = False
 
     def _move(self, epoch: int, step: int) -> None:
@@ -191,7 +200,13 @@ class LatentLoader:
         # Files stay mapped from epoch to epoch, unless two iterators are active.
         pid = os.getpid()
         self._idle = [idle for idle in self._idle if idle[0] == pid]
-        reader = self._idle.pop()[1] if self._idle else self._make_reader()
+        if self._idle:
+            _, reader = self._idle.pop()
+        else:
+            rows = RowReader(self._files, self._joined.columns, self._cache)
+            seed = self._order.options.seed
+            options = (rows, self._finish, self._device, seed)
+            reader = BatchReader(self._files, self._joined, *options)
         plans = self._plan(epoch, step, reader)
         try:
             batches = prefetch(plans, reader.read, self._num_prefetched(), reader.rows.cancel)
@@ -213,11 +228,6 @@ class LatentLoader:
         num_bytes = num_rows * most * self._finish.dtype.itemsize
         return min(max(1, self._prefetch_bytes // num_bytes), _MAX_PREFETCHED)
 
-    def _make_reader(self) -> BatchReader:
-        rows = RowReader(self._files, self._joined.columns, self._cache)
-        seed = self._order.options.seed
-        return BatchReader(self._files, self._joined, rows, self._finish, self._device, seed)
-
     def _plan(self, epoch: int, step: int, reader: BatchReader) -> Generator[Plan, None, None]:
         order = self._order.batches(epoch, step, rank=self.rank, world_size=self.world_size)
         # Remote files are fetched a window before they are needed.
@@ -236,13 +246,7 @@ class LatentLoader:
 def _prepared(
     order: Iterator[BatchRows], rows: RowReader, max_rows: int, max_bytes: int
 ) -> Iterator[BatchRows]:
-    """Yield batches in order, after the reader has begun to open files for later ones, too.
-
-    Args:
-        order: the rows of the batches.
-        rows: the reader that opens the files.
-        max_rows, max_bytes: how many rows, and bytes of files, to prepare in advance.
-    """
+    """Yield batches in order, after the reader has begun to open at most so much for later ones."""
     pending: deque[BatchRows] = deque()
     num_rows = 0
     for chosen in order:
@@ -255,27 +259,16 @@ def _prepared(
     yield from pending
 
 
-def _epoch_and_step(
-    state: Mapping[str, Any], identity: Mapping[str, Any], num_steps: int
-) -> tuple[int, int]:
-    """Return the epoch and step of a state, checked against the identity of this loader's order."""
+def _check_identity(state: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` if the state belongs to another order."""
     for name, value in identity.items():
         if name not in state:
             raise ConfigError(f"not a state of a LatentLoader: it has no {name!r}")
         if state[name] != value:
+            fix = _FIXES.get(name, f"set {name} to the value in the state")
             raise ConfigError(
-                f"the state has {name} {state[name]}, this loader has {name} {value}: "
-                f"{_fix_of(name)}"
+                f"the state has {name} {state[name]}, this loader has {name} {value}: {fix}"
             )
-    epoch, step = state.get("epoch"), state.get("step")
-    if not (isinstance(epoch, int) and isinstance(step, int)):
-        raise ConfigError("not a state of a LatentLoader: it has no epoch and step")
-    if epoch < 0 or not 0 <= step < num_steps:
-        raise ConfigError(
-            f"the state has step {step} of epoch {epoch}, but epochs have {num_steps} steps: use a "
-            "state of this dataset and order"
-        )
-    return epoch, step
 
 
 def _grouped(batches: Iterator[BatchRows]) -> Iterator[list[BatchRows]]:
@@ -312,7 +305,7 @@ def _check_order(order: Order, num_rows: int, url: str) -> None:
         )
     unused = {bucket: order.left_out[bucket] for bucket, num in order.buckets.items() if not num}
     if unused:
-        names = ", ".join(f"{Bucket(*bucket).name} ({num} rows)" for bucket, num in unused.items())
+        names = ", ".join(f"{bucket.name} ({num} rows)" for bucket, num in unused.items())
         warnings.warn(
             f"these buckets have fewer rows than batch_size {options.batch_size} and are never "
             f"used: {names}; set tail to 'pad' or 'short' to train on them",
@@ -341,11 +334,3 @@ def _check_cache(files: Files, options: OrderOptions, max_bytes: int, world_size
             f"raise cache_bytes, lower window_rows, or keep files whole with block_rows={whole}",
             stacklevel=3,
         )
-
-
-def _fix_of(field: str) -> str:
-    if field == "manifest":
-        return "set `manifest` to the number in the state to continue with the same rows"
-    if field in ("version", "dataset"):
-        return "this loader cannot continue from it"
-    return f"set {field} to the value in the state"

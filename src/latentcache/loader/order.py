@@ -138,17 +138,22 @@ class Order:
     def batches(
         self, epoch: int, start: int = 0, *, rank: int = 0, world_size: int = 1
     ) -> Iterator[BatchRows]:
-        """Yield a rank's slices of an epoch's batches from step `start` on."""
+        """Yield a rank's slices of an epoch's batches.
+
+        Args:
+            epoch, start: number of the epoch, and the first step.
+            rank, world_size: the rank, and the number of ranks.
+        """
         key = make_key(self.options.seed, epoch, _BUCKETS)
         # Many batches are computed at a time to share NumPy's cost per call.
         num_steps = max(1, 16_384 // self.options.batch_size)
         for first in range(start, len(self), num_steps):
-            turns, numbers = self._turns.take(first, min(first + num_steps, len(self)), key)
+            turns, numbers = self._turns._take(first, min(first + num_steps, len(self)), key)
             slices: dict[int, Iterator[tuple[Ints, Ints, Ints]]] = {}
             for turn in np.unique(turns).tolist():
                 mine = numbers[turns == turn]  # consecutive numbers, in order
                 bucket = self._buckets[turn]
-                slices[turn] = bucket.slices(epoch, int(mine[0]), len(mine), rank, world_size)
+                slices[turn] = bucket._slices(epoch, int(mine[0]), len(mine), rank, world_size)
             for step, turn in enumerate(turns.tolist(), start=first):
                 yield BatchRows(step, self._buckets[turn].bucket, *next(slices[turn]))
 
@@ -169,7 +174,7 @@ class _BucketOrder:
         self.num_batches = whole if drops or not rest else whole + 1
         self.num_left_out = rest if drops else 0
 
-    def slices(
+    def _slices(
         self, epoch: int, first: int, count: int, rank: int, world_size: int
     ) -> Iterator[tuple[Ints, Ints, Ints]]:
         """Yield a rank's slices of `count` batches: files, rows and passes, int64 [b] each."""
@@ -199,7 +204,7 @@ class _BucketOrder:
     def _find(self, epoch: int, start: int, stop: int) -> tuple[Ints, ...]:
         """Return files, rows, passes and window positions of rows start to stop of an epoch."""
         key = make_key(self._options.seed, epoch, _MIXING, *self.bucket)
-        turns, numbers = self._turns.take(start, stop, key)
+        turns, numbers = self._turns._take(start, stop, key)
         if len(self._parts) == 1:
             return self._parts[0].find(epoch * self._quotas[0] + numbers)
         outputs = tuple(np.empty(len(turns), np.int64) for _ in range(4))
@@ -296,7 +301,7 @@ class _Turns:
     def _before(self, section: int) -> list[int]:
         return [quota * section // self._num_sections for quota in self._quotas]
 
-    def take(self, start: int, stop: int, key: int) -> tuple[Ints, Ints]:
+    def _take(self, start: int, stop: int, key: int) -> tuple[Ints, Ints]:
         """Return the participant of each turn, and the index of the turn among its own turns."""
         if not self._shuffle:
             positions = np.arange(start, stop)

@@ -16,7 +16,11 @@ _MASK = 2**64 - 1
 
 
 def apportion(total: int, shares: Sequence[Fraction]) -> list[int]:
-    """Divide a number by shares with Hamilton's largest remainder method, exactly."""
+    """Divide a number by shares with Hamilton's largest remainder method.
+
+    Args:
+        total, shares: the number, and the relative shares; the result's sum is exactly `total`.
+    """
     whole = sum(shares)
     exact = [total * share / whole for share in shares]
     floors = [int(value) for value in exact]

@@ -35,7 +35,15 @@ def rank_and_world_size(
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         else:
-            rank, world_size = _from_environment()
+            rank, world_size = _environment_number("RANK"), _environment_number("WORLD_SIZE")
+            if rank is None and world_size is None:
+                return 0, 1
+            if rank is None or world_size is None or rank >= world_size:
+                raise ConfigError(
+                    f"the environment has RANK {rank} and WORLD_SIZE {world_size}, which "
+                    "contradict each other: correct them, or give rank and world_size"
+                )
+            _log.info("rank %d of %d, from RANK and WORLD_SIZE", rank, world_size)
     if not 0 <= rank < world_size:
         raise ConfigError(f"rank {rank} is not one of {world_size} ranks, which count from 0")
     if batch_size % world_size:
@@ -43,20 +51,6 @@ def rank_and_world_size(
             f"batch_size is {batch_size}, for all ranks together, but {world_size} ranks cannot "
             f"share it evenly: use a multiple of {world_size}"
         )
-    return rank, world_size
-
-
-def _from_environment() -> tuple[int, int]:
-    """Return the rank and world size that launchers such as torchrun set, else (0, 1)."""
-    rank, world_size = _environment_number("RANK"), _environment_number("WORLD_SIZE")
-    if rank is None and world_size is None:
-        return 0, 1
-    if rank is None or world_size is None or rank >= world_size:
-        raise ConfigError(
-            f"the environment has RANK {rank} and WORLD_SIZE {world_size}, which contradict each "
-            "other: correct them, or give rank and world_size"
-        )
-    _log.info("rank %d of %d, from RANK and WORLD_SIZE", rank, world_size)
     return rank, world_size
 
 

@@ -25,13 +25,13 @@ class Selection:
     index: torch.Tensor
     regions: tuple[torch.Tensor, ...]
 
-    def part(self, rows: slice) -> Selection:
-        """Return a slice of the rows."""
-        return Selection(self.span, self.index[rows], self.regions)
+    def gather(self, out: torch.Tensor, rows: slice = slice(None)) -> torch.Tensor:
+        """Copy the bytes of rows, and return them.
 
-    def gather(self, out: torch.Tensor) -> torch.Tensor:
-        """Copy the rows' bytes into `out`, uint8 [m, row bytes], and return it."""
-        return torch.index_select(self.span, 0, self.index, out=out)
+        Args:
+            out, rows: the destination, uint8 [m, row bytes], and which rows to copy.
+        """
+        return torch.index_select(self.span, 0, self.index[rows], out=out)
 
 
 class Regions(Generic[V]):
@@ -43,7 +43,7 @@ class Regions(Generic[V]):
 
     Args:
         count: regions are numbered from 0 to below this.
-        max_bytes, max_regions: limits, which the regions that are in use may exceed.
+        max_bytes, max_regions: limits, which the regions in use may exceed.
     """
 
     def __init__(self, count: int, max_bytes: int, max_regions: int) -> None:
@@ -52,12 +52,11 @@ class Regions(Generic[V]):
         self._starts, self._ends = np.zeros(count, np.int64), np.zeros(count, np.int64)
         self._low, self._high = 2**63, 0
         self._spans: dict[int, torch.Tensor] = {}
+        # All present regions; None after a change. To hold only those of the rows would cost more.
+        self._held: tuple[torch.Tensor, ...] | None = None
 
     def __getitem__(self, number: int) -> V:
         return self._entries[number][1]
-
-    def __contains__(self, number: int) -> bool:
-        return number in self._entries
 
     def use(self, numbers: Iterable[int]) -> list[int]:
         """Mark regions as used most recently; return the numbers of those that are missing."""
@@ -70,10 +69,17 @@ class Regions(Generic[V]):
         return missing
 
     def add(self, number: int, region: torch.Tensor, value: V, num_bytes: int) -> None:
-        """Add a region that counts with `num_bytes`."""
+        """Add a region.
+
+        Args:
+            number, value: its number and value.
+            region: its memory.
+            num_bytes: the size with which it counts.
+        """
         start = region.data_ptr()
         self._entries[number] = region, value, num_bytes
         self._num_bytes += num_bytes
+        self._held = None
         self._starts[number], self._ends[number] = start, start + region.nbytes
         low, high = min(self._low, start), max(self._high, start + region.nbytes)
         if (low, high) != (self._low, self._high):
@@ -88,12 +94,17 @@ class Regions(Generic[V]):
         ):
             number, (_, _, num_bytes) = self._entries.popitem(last=False)
             self._num_bytes -= num_bytes
+            self._held = None
             self._starts[number] = self._ends[number] = 0
             dropped.append(number)
         return dropped
 
     def select(self, numbers: Ints, offsets: Ints, size: int) -> Selection:
         """Select `size` bytes at offset `offsets[i]` of region `numbers[i]`, for all i.
+
+        Args:
+            numbers, offsets: int64 [m].
+            size: number of bytes of a row.
 
         Raises:
             DatasetError: a region is not present, or a row does not lie within its region.
@@ -109,11 +120,12 @@ class Regions(Generic[V]):
         if size not in self._spans:
             self._spans[size] = self._make_span(size)
         index = torch.from_numpy(addresses - self._low) if len(numbers) else torch.empty(0).long()
-        used = np.flatnonzero(np.bincount(numbers)).tolist()
-        return Selection(self._spans[size], index, tuple(self._entries[n][0] for n in used))
+        if self._held is None:
+            self._held = tuple(region for region, _, _ in self._entries.values())
+        return Selection(self._spans[size], index, self._held)
 
     def _make_span(self, size: int) -> torch.Tensor:
-        if self._high - self._low < size:  # no region is present, so that no row was selected
+        if self._high - self._low < size:  # so that no row was selected
             return torch.empty((0, size), dtype=torch.uint8)
         origin = np.ctypeslib.as_array((ctypes.c_uint8 * 1).from_address(self._low))
         shape = (self._high - self._low - size + 1, size)

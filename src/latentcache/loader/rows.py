@@ -1,18 +1,17 @@
 """Read rows in random order: latents from memory maps, columns by row group.
 
-Files are mapped, not read. The offset of a row's latent in its file is computed, and one call
-gathers a whole batch from any number of files. This works for Parquet, too, because its latents are
-stored plain and at a constant stride (docs/format.md).
+The offset of a latent in its mapped file is computed, and one call gathers a batch from any number
+of files: Parquet, too, stores latents plain and at a constant stride (docs/format.md).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import ExitStack
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -40,22 +39,7 @@ _MAX_COLUMNS_BYTES = 512 * 2**20
 _OPENING_THREADS = 8
 
 
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """The latents to copy, sizes (int64 [m, 4], as in `SIZES`) and columns of m rows."""
-
-    latents: Selection
-    sizes: torch.Tensor
-    columns: dict[str, list[Any]]
-
-    def part(self, rows: slice) -> Rows:
-        """Return a slice of the rows."""
-        columns = {name: values[rows] for name, values in self.columns.items()}
-        return Rows(self.latents.part(rows), self.sizes[rows], columns)
-
-
-@dataclass(frozen=True, slots=True)
-class _Open:
+class _Open(NamedTuple):
     """A mapped file: its bytes, its Parquet file's bytes, and the offset of each row group."""
 
     latents: torch.Tensor
@@ -92,7 +76,10 @@ class RowReader:
         self._first_group: Ints = np.cumsum(num_groups) - num_groups
         self._latent_offsets = np.zeros(total := int(num_groups.sum()), np.int64)
 
-        max_bytes = _share_of_cache(files, cache)
+        max_bytes = 2**63
+        if cache and files.size_bytes.sum() > cache.max_bytes:
+            # This rank's share of the cache: a mapped file takes disk space even if it is evicted.
+            max_bytes = cache.max_bytes // 2 // num_local_ranks()
         self._open = Regions[_Open](len(files), max_bytes, _MAX_OPEN_FILES)
         self._opening: dict[int, Future[_Open]] = {}
         self._cancelled = Event()
@@ -102,7 +89,7 @@ class RowReader:
 
     @property
     def num_opening_bytes(self) -> int:
-        """The size in bytes of the files that are being opened, or are open but not needed yet."""
+        """The size in bytes of files that `prepare` has begun to open and `select` has not used."""
         return int(self._files.size_bytes[list(self._opening)].sum())
 
     def prepare(self, files: Ints) -> None:
@@ -125,11 +112,13 @@ class RowReader:
             self._is_requested[file] = False
         self._opening.clear()
 
-    def select(self, bucket: Bucket, files: Ints, rows: Ints) -> Rows:
-        """Select row `rows[i]` of file `files[i]`, for all i.
+    def select(
+        self, bucket: Bucket, files: Ints, rows: Ints
+    ) -> tuple[Selection, torch.Tensor, dict[str, list[Any]]]:
+        """Return the latents, sizes and columns of row `rows[i]` of file `files[i]`, for all i.
 
-        Other threads may copy the result's latents at any time. A file that cannot be opened is not
-        tried again before `clear`.
+        Latents are yet to be copied, which any thread may do. Sizes are int64 [m, 4], as in
+        `SIZES`. A file that cannot be opened is not tried again before `clear`.
 
         Args:
             bucket: the bucket of all rows.
@@ -155,7 +144,7 @@ class RowReader:
             columns = {name: [values[name][row] for values, row in pairs] for name in self._names}
         if self._wants_unit:
             columns["unit"] = [self._files.unit(file) for file in files.tolist()]
-        return Rows(latents, sizes, columns)
+        return latents, sizes, columns
 
     def _open_all(self, files: Ints) -> None:
         numbers = np.unique(files)
@@ -206,22 +195,24 @@ class RowReader:
 
     def _map(self, store: Store, file: DataFile) -> torch.Tensor:
         """Return the mapped bytes of a file, uint8; no file descriptor stays open."""
-        if local := store.local_path(file.path):
-            _check_local(store, file)
-            return _map_path(local, file)
-        assert self._cache
-        with self._cache.open(store, file, self._cancelled) as path:
-            return _map_path(path, file)
+        local = store.local_path(file.path)
+        with ExitStack() as stack:
+            if local:
+                _check_local(store, file)
+            else:
+                assert self._cache
+                local = stack.enter_context(self._cache.open(store, file, self._cancelled))
+            try:
+                size = file.size_bytes
+                return torch.from_file(str(local), shared=False, size=size, dtype=torch.uint8)
+            except RuntimeError as error:
+                raise DatasetError(f"cannot map {local}: {error}") from error
 
 
 def _read_group(
     opened: _Open, number: int, names: Sequence[str], num_rows: int
 ) -> tuple[torch.Tensor, dict[str, list[Any]], int]:
-    """Return the sizes and columns of a row group, and about how much memory they take.
-
-    Raises:
-        DatasetError: it has another number of rows. Arrow's errors for damaged data pass through.
-    """
+    """Return the sizes and columns of a row group, and about how much memory they take."""
     parquet = pq.ParquetFile(_reader(opened.rows), metadata=opened.metadata, pre_buffer=False)
     # A unit that is not rewritten yet may lack a column of the dataset.
     stored = set(opened.metadata.schema.to_arrow_schema().names)
@@ -231,20 +222,13 @@ def _read_group(
     if table.num_rows != num_rows:
         raise DatasetError(f"row group {number} has {table.num_rows} rows, not {num_rows}")
     sizes = np.stack([table[name].to_numpy() for name in SIZES], axis=1, dtype=np.int64)
-    columns = {
-        name: _to_list(table[name]) if name in stored else _no_values(name, num_rows)
-        for name in names
-    }
+    for name in names:
+        if name not in stored:
+            table = table.append_column(name, pa.nulls(num_rows, column_type(name)))
+    columns = {name: _to_list(table[name]) for name in names}
     # A Python string takes about 50 bytes in addition to its text.
     num_bytes = sizes.nbytes + table.nbytes + 50 * len(names) * num_rows
     return torch.from_numpy(sizes), columns, num_bytes
-
-
-def _share_of_cache(files: Files, cache: FileCache | None) -> int:
-    """Return how many bytes of files this rank may map; a mapped file takes space if evicted."""
-    if cache is None or files.size_bytes.sum() <= cache.max_bytes:
-        return 2**63
-    return cache.max_bytes // 2 // num_local_ranks()
 
 
 def _check_local(store: Store, file: DataFile) -> None:
@@ -262,27 +246,14 @@ def _check_local(store: Store, file: DataFile) -> None:
     )
 
 
-def _map_path(path: Path, file: DataFile) -> torch.Tensor:
-    try:
-        return torch.from_file(str(path), shared=False, size=file.size_bytes, dtype=torch.uint8)
-    except RuntimeError as error:
-        raise DatasetError(f"cannot map {path}: {error}") from error
-
-
 def _reader(region: torch.Tensor) -> pa.BufferReader:
     return pa.BufferReader(pa.py_buffer(region.numpy()))
 
 
 def _to_list(column: pa.ChunkedArray) -> list[Any]:
     """Return Python values, much faster than `to_pylist`; a missing class index is -1."""
-    if pa.types.is_integer(column.type):
-        return column.fill_null(-1).to_numpy().tolist()  # type: ignore[no-any-return]
-    return column.to_numpy().tolist()  # type: ignore[no-any-return]
-
-
-def _no_values(name: str, num_rows: int) -> list[Any]:
-    """Return the values of a column that a file lacks, as `_to_list` would."""
-    return _to_list(pa.chunked_array([pa.nulls(num_rows, column_type(name))]))
+    values = column.fill_null(-1) if pa.types.is_integer(column.type) else column
+    return values.to_numpy().tolist()  # type: ignore[no-any-return]
 
 
 def open_cache(files: Files, folder: str | Path | None, max_bytes: int | str) -> FileCache | None:
@@ -290,7 +261,7 @@ def open_cache(files: Files, folder: str | Path | None, max_bytes: int | str) ->
 
     Args:
         files: the files.
-        folder, max_bytes: its folder (None takes `default_cache_dir`), and its size limit.
+        folder, max_bytes: as `cache_dir` and `cache_bytes` of `LatentLoader`.
     """
     limit = parse_bytes(max_bytes)
     if all(source.store.is_local for source in files.sources):
