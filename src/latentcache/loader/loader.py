@@ -208,8 +208,8 @@ class LatentLoader:
             options = (rows, self._finish, self._device, seed)
             reader = BatchReader(self._files, self._joined, *options)
         plans = self._plan(epoch, step, reader)
+        batches = prefetch(plans, reader.read, self._num_prefetched(), reader.rows.cancel)
         try:
-            batches = prefetch(plans, reader.read, self._num_prefetched(), reader.rows.cancel)
             for batch, event in batches:
                 if event is not None:
                     hand_over(batch, event)
@@ -217,6 +217,7 @@ class LatentLoader:
                 self._is_begun = self._step > 0
                 yield batch
         finally:
+            batches.close()  # first, so that no thread still uses the reader
             if os.getpid() == pid:
                 reader.rows.clear()
                 self._idle.append((pid, reader))

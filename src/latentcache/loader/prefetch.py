@@ -7,7 +7,7 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count
 from math import prod
@@ -31,7 +31,7 @@ def prefetch(
     work: Callable[[P], T],
     depth: int,
     cancel: Callable[[], None],
-) -> Iterator[T]:
+) -> Generator[T, None, None]:
     """Yield the results of `work` in order, at most `depth` items prefetched on threads.
 
     Two threads alternate: while one makes the next plan, the other does the work of the previous
