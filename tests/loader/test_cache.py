@@ -149,7 +149,7 @@ def test_a_file_is_fetched_once_and_then_read_from_disk(
     assert names_in(folder) == {first.sha256}
 
 
-def test_of_many_ranks_one_fetches_and_the_others_wait(remote: Remote, folder: Path) -> None:
+def test_one_rank_fetches_a_file_and_the_others_wait(remote: Remote, folder: Path) -> None:
     file, other = (remote.put(name, os.urandom(100_000)) for name in ("a", "b"))
     gate = remote.proxy.gate("/a$")
     ranks = [start(open_all, remote.store, folder, [file, other], 3) for _ in range(3)]
@@ -162,7 +162,7 @@ def test_of_many_ranks_one_fetches_and_the_others_wait(remote: Remote, folder: P
 
 
 @pytest.mark.parametrize("max_bytes", [0, 10_000])
-def test_ranks_that_leave_each_other_no_room_still_get_their_files(
+def test_ranks_that_evict_each_others_files_still_get_their_files(
     max_bytes: int, tmp_path: Path
 ) -> None:
     store = Store(str(tmp_path / "store"))
@@ -174,7 +174,7 @@ def test_ranks_that_leave_each_other_no_room_still_get_their_files(
 
 
 @pytest.mark.parametrize("is_fetched", [False, True], ids=["before the fetch", "after it"])
-def test_a_copy_that_comes_meanwhile_is_used_and_not_replaced(
+def test_a_copy_cached_by_another_process_is_used_and_not_replaced(
     is_fetched: bool, remote: Remote, tmp_path: Path
 ) -> None:
     file = remote.put("a", os.urandom(1000))
@@ -185,7 +185,9 @@ def test_a_copy_that_comes_meanwhile_is_used_and_not_replaced(
     assert remote.num_gets(file) == 1 + is_fetched
 
 
-def test_when_the_one_who_fetches_is_killed_the_others_get_it(remote: Remote, folder: Path) -> None:
+def test_waiting_ranks_get_the_file_when_the_fetching_rank_is_killed(
+    remote: Remote, folder: Path
+) -> None:
     file = remote.put("a", os.urandom(100_000))
     gate = remote.proxy.gate("/a$")
     ranks = [start(open_all, remote.store, folder, [file]) for _ in range(3)]
@@ -197,9 +199,7 @@ def test_when_the_one_who_fetches_is_killed_the_others_get_it(remote: Remote, fo
     assert file.sha256 in names_in(folder)
 
 
-def test_killed_anywhere_a_rank_leaves_nothing_that_needs_cleaning(
-    remote: Remote, folder: Path
-) -> None:
+def test_a_rank_killed_at_any_point_leaves_a_usable_cache(remote: Remote, folder: Path) -> None:
     """At each dealing with the folder in turn, then at random amounts of bytes on disk."""
     rng = random.Random(3)
     cache = FileCache(folder, LARGE)
@@ -256,7 +256,7 @@ def pass_on(exchange: Exchange) -> None:
     wants=st.lists(st.integers(0, 7), max_size=30),
     max_bytes=st.integers(0, 300),
 )
-def test_the_least_recently_used_makes_room(
+def test_the_least_recently_used_files_are_evicted(
     sizes: list[int], wants: list[int], max_bytes: int
 ) -> None:
     with tempfile.TemporaryDirectory() as name:
@@ -275,7 +275,7 @@ def test_the_least_recently_used_makes_room(
             assert sum(model.values()) <= max(max_bytes, file.size_bytes)
 
 
-def test_what_is_held_or_another_s_is_not_deleted(remote: Remote, folder: Path) -> None:
+def test_files_in_use_and_foreign_files_are_not_deleted(remote: Remote, folder: Path) -> None:
     files = [remote.put(name, os.urandom(1000)) for name in "abc"]
     foreign = ["notes.txt", "0" * 63, "0" * 64 + ".parquet", "A" * 64, "0" * 64 + ".part"]
     (folder / ("f" * 64)).mkdir(parents=True)
@@ -291,7 +291,7 @@ def test_what_is_held_or_another_s_is_not_deleted(remote: Remote, folder: Path) 
     assert names_in(folder) == {*foreign, "f" * 64, files[2].sha256}
 
 
-def test_what_a_crash_left_goes_first(remote: Remote, folder: Path) -> None:
+def test_parts_of_killed_downloads_are_deleted_first(remote: Remote, folder: Path) -> None:
     first, second = (remote.put(name, os.urandom(1000)) for name in "ab")
     cache = FileCache(folder, 3000)
     read(cache, remote.store, first)
@@ -328,7 +328,7 @@ def test_a_mapped_file_may_be_deleted(remote: Remote, folder: Path) -> None:
     assert sha256(mapped.numpy().tobytes()) == files[0].sha256
 
 
-def test_a_child_forked_while_a_file_is_held_does_not_hold_it(tmp_path: Path) -> None:
+def test_a_forked_child_does_not_inherit_the_lock_on_a_file(tmp_path: Path) -> None:
     store = Store(str(tmp_path / "store"))
     files = [put_local(store, name, name.encode() * 1000) for name in "ab"]
     assert join(start(fork_while_held, store, tmp_path / "cache", *files)) == 0
@@ -387,7 +387,7 @@ def test_an_object_of_another_size_is_named(remote: Remote, folder: Path) -> Non
     assert not names_in(folder)
 
 
-def test_an_object_that_is_gone_is_named(remote: Remote, folder: Path) -> None:
+def test_a_missing_object_is_named(remote: Remote, folder: Path) -> None:
     cached, gone = (remote.put(name, os.urandom(1000)) for name in "ab")
     cache = FileCache(folder, LARGE)
     read(cache, remote.store, cached)
@@ -401,7 +401,7 @@ def test_an_object_that_is_gone_is_named(remote: Remote, folder: Path) -> None:
     assert names_in(folder) == {cached.sha256}
 
 
-def test_cuts_and_a_busy_store_are_tried_again(remote: Remote, folder: Path) -> None:
+def test_cut_connections_and_a_busy_store_are_retried(remote: Remote, folder: Path) -> None:
     file = remote.put("a", os.urandom(100_000))
     faults = [
         remote.proxy.on("HEAD", "/a$", slow_down),
@@ -416,7 +416,7 @@ def cut(exchange: Exchange) -> None:
     exchange.cut()
 
 
-def test_a_store_that_dies_halfway_is_named_and_may_come_back(
+def test_a_store_that_fails_halfway_is_named_and_works_again_later(
     remote: Remote, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(retries, "_PAUSES_S", (0.01,))
@@ -433,7 +433,7 @@ def test_a_store_that_dies_halfway_is_named_and_may_come_back(
     assert sha256(read(FileCache(folder, LARGE), remote.store, file)) == file.sha256
 
 
-def test_when_the_one_who_fetches_fails_the_others_try_at_once(
+def test_waiting_processes_fetch_at_once_when_the_first_fetch_fails(
     remote: Remote, folder: Path
 ) -> None:
     """One after the other, each would first wait minutes for a store that is down."""
@@ -481,7 +481,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_full_disk_is_told_with_its_mend(remote: Remote, small_disk: Path) -> None:
+def test_a_full_disk_error_names_the_fix(remote: Remote, small_disk: Path) -> None:
     first, second = (remote.put(name, os.urandom(200_000)) for name in "ab")
     read(FileCache(small_disk, LARGE), remote.store, first)
     with pytest.raises(DiskFull, match=f"{small_disk}.*lower cache_bytes, or set cache_dir"):
@@ -519,13 +519,13 @@ def test_parse_bytes(text: int | str, num_bytes: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "gb", "100g", "1 pb", "-1", "ib", "5ib", "1e9", -1, True])
-def test_what_is_no_size_is_named(text: int | str) -> None:
+def test_parse_bytes_rejects_text_that_is_not_a_size(text: int | str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_bytes(text)
     assert repr(text) in str(caught.value)
 
 
-def test_the_default_folder_is_the_user_s_own(
+def test_the_default_folder_must_belong_to_the_user(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))

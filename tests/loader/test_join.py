@@ -69,7 +69,7 @@ def columns_of(loader: LatentLoader) -> dict[tuple[str, str], dict[str, Any]]:
     return found
 
 
-def test_each_row_gets_what_a_database_joins_to_it(folder: Path, tmp_path: Path) -> None:
+def test_joined_columns_equal_a_database_join(folder: Path, tmp_path: Path) -> None:
     number = range(len(read_rows(folder)))
     vectors = [[n + 0.5, -n, n * n] for n in number]
     path = write(
@@ -118,7 +118,7 @@ WRITERS: dict[str, Frame] = {
 
 
 @pytest.mark.parametrize("writer", WRITERS)
-def test_units_and_keys_may_be_text_of_any_writer_and_keys_may_repeat(
+def test_join_accepts_text_types_of_all_writers_and_keys_repeated_across_units(
     tmp_path: Path, writer: str
 ) -> None:
     """Each has its own type for text. Both units have keys k0000 and on."""
@@ -140,7 +140,7 @@ def test_units_and_keys_may_be_text_of_any_writer_and_keys_may_repeat(
         assert values["caption"] == f"{unit}/{key}"
 
 
-def test_a_new_caption_takes_the_place_of_the_old(folder: Path, tmp_path: Path) -> None:
+def test_a_joined_column_replaces_a_column_of_the_dataset(folder: Path, tmp_path: Path) -> None:
     path = write(table_of(folder, extra=["x"] * 21), tmp_path / "new.parquet")
     rows = read_rows(folder)
     batch = next(iter(load(folder, path, columns=None, batch_size=21, tail="pad")))
@@ -154,7 +154,7 @@ def test_a_new_caption_takes_the_place_of_the_old(folder: Path, tmp_path: Path) 
 
 @settings(max_examples=20, deadline=None)
 @given(st.sets(st.integers(0, 20)), st.integers(0, 3))
-def test_rows_without_a_partner_are_left_out_when_asked(
+def test_join_missing_drop_leaves_out_rows_without_a_partner(
     folder: Path, tmp_path_factory: pytest.TempPathFactory, kept: set[int], seed: int
 ) -> None:
     """The order is then over the partners: each once an epoch, at any place resumed exactly."""
@@ -179,7 +179,7 @@ def test_rows_without_a_partner_are_left_out_when_asked(
         state = again.state_dict()
 
 
-def test_a_state_of_other_rows_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_a_state_of_other_rows_is_rejected(folder: Path, tmp_path: Path) -> None:
     table = table_of(folder)
     whole = load(folder, write(table, tmp_path / "whole.parquet"))
     dropped = load(folder, Join(write(table[3:], tmp_path / "part.parquet"), missing="drop"))
@@ -191,7 +191,7 @@ def test_a_state_of_other_rows_is_refused(folder: Path, tmp_path: Path) -> None:
     load(folder, None).load_state_dict(whole.state_dict())
 
 
-def test_a_folder_of_files_and_a_store_of_its_own(
+def test_join_reads_a_folder_of_files_with_its_own_storage_options(
     folder: Path, tmp_path: Path, rclone: S3Server
 ) -> None:
     table = table_of(folder)
@@ -207,7 +207,7 @@ def test_a_folder_of_files_and_a_store_of_its_own(
     assert columns_of(load(folder, Join(url, storage=rclone.options))) == expected
 
 
-def test_a_map_style_dataset_has_them_too(folder: Path, tmp_path: Path) -> None:
+def test_latent_dataset_returns_joined_columns(folder: Path, tmp_path: Path) -> None:
     table = table_of(folder)
     join = Join(write(table[5:], tmp_path / "new.parquet"), missing="drop")
     dataset = LatentDataset(str(folder), columns=IDENTITY, join=join)
@@ -246,7 +246,7 @@ def broken(table: pa.Table, how: str) -> pa.Table:
         ("null", ConfigError, "lists of several lengths, or nulls"),
     ],
 )
-def test_a_join_that_cannot_be_is_told(
+def test_invalid_joins_are_rejected(
     folder: Path, tmp_path: Path, how: str, kind: type[LatentCacheError], message: str
 ) -> None:
     path = write(broken(table_of(folder), how), tmp_path / "new.parquet")
@@ -256,7 +256,7 @@ def test_a_join_that_cannot_be_is_told(
     assert "\n" not in str(error.value)
 
 
-def test_what_is_no_join_is_told(folder: Path, tmp_path: Path) -> None:
+def test_unreadable_join_files_are_rejected(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "text.parquet").write_text("text")
     with pytest.raises(ConfigError, match="is not Parquet"):
         load(folder, tmp_path / "text.parquet")
@@ -271,7 +271,7 @@ def test_what_is_no_join_is_told(folder: Path, tmp_path: Path) -> None:
         Join(path, missing="ignore")  # type: ignore[arg-type]
 
 
-def test_files_of_a_folder_may_differ_in_what_is_not_asked_for(
+def test_files_of_a_join_may_differ_in_columns_that_are_not_selected(
     folder: Path, tmp_path: Path
 ) -> None:
     table = table_of(folder)

@@ -56,7 +56,7 @@ def all_identities(batches: Sequence[Batch]) -> list[tuple[str, str]]:
 @pytest.mark.parametrize("format", ["parquet", "safetensors"])
 @pytest.mark.parametrize("dtype", STORED)
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_rows_are_those_that_others_read(
+def test_batches_equal_the_rows_of_other_readers(
     tmp_path: Path, format: str, dtype: str, shuffle: bool
 ) -> None:
     columns = ("caption", "cls", "license")
@@ -89,7 +89,7 @@ def test_files_of_several_row_groups_and_of_one_row(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("format", ["parquet", "safetensors"])
-def test_rows_so_large_that_few_make_a_group(tmp_path: Path, format: str) -> None:
+def test_rows_of_small_row_groups(tmp_path: Path, format: str) -> None:
     contract = make_contract([(1024, 1024)], format=format, dtype="float32")
     url = write(tmp_path, [{(1024, 1024): 67}], contract)
     rows = read_rows(tmp_path)
@@ -125,9 +125,7 @@ def test_latents_are_normalised_and_rounded_once(tmp_path: Path, stored: str, va
 
 @pytest.mark.parametrize("vae", VAES)
 @pytest.mark.parametrize("normalize", [True, False])
-def test_normalised_latents_lead_back_to_the_stored(
-    tmp_path: Path, vae: str, normalize: bool
-) -> None:
+def test_denormalize_returns_the_stored_latents(tmp_path: Path, vae: str, normalize: bool) -> None:
     contract = make_contract([SMALL, TALL], dtype="float32")
     url = write(tmp_path, contract=replace(contract, vae=replace(contract.vae, **VAES[vae])))
     rows = read_rows(tmp_path)
@@ -157,7 +155,7 @@ def noise_of(batches: Sequence[Batch], folder: Path) -> dict[tuple[str, str], to
 
 
 @pytest.mark.parametrize("format", ["parquet", "safetensors"])
-def test_moments_give_draws_that_row_and_epoch_decide(tmp_path: Path, format: str) -> None:
+def test_draws_from_moments_depend_only_on_row_epoch_and_seed(tmp_path: Path, format: str) -> None:
     url = write(tmp_path, posterior="moments", dtype="float32", format=format)
     loader = LatentLoader(
         url, batch_size=4, tail="short", columns=IDENTITY, normalize=False, seed=5
@@ -187,7 +185,7 @@ def largest_gap_to_normal(values: torch.Tensor) -> float:
     return float((expected - torch.linspace(0, 1, len(values)).double()).abs().max())
 
 
-def test_a_posterior_without_spread_gives_its_mean(tmp_path: Path) -> None:
+def test_a_posterior_without_variance_gives_its_mean(tmp_path: Path) -> None:
     contract = make_contract([SMALL], posterior="moments")
     mean = torch.randn(6, 4, 8, 8).half()
     moments = torch.cat([mean, torch.full_like(mean, -30.0)], dim=1)
@@ -204,7 +202,7 @@ CAPTIONS = ["", None, "plain", "Grüße, 世界 🎨", " spaces\n\tand lines ", 
 
 
 @pytest.mark.parametrize("format", ["parquet", "safetensors"])
-def test_columns_are_as_they_were_kept(
+def test_columns_equal_the_kept_values(
     tmp_path: Path, format: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def make_rows(num_rows: int, columns: Sequence[str], first: int) -> list[RowMeta]:
@@ -230,7 +228,7 @@ def test_columns_are_as_they_were_kept(
     assert -1 in {row.columns["cls"] for row in rows.values()}
 
 
-def test_columns_are_those_that_were_asked_for(tmp_path: Path) -> None:
+def test_columns_option_selects_columns(tmp_path: Path) -> None:
     url = write(tmp_path, keep=("txt", "cls"))
     for columns, names in [
         (None, ["caption", "cls"]),
@@ -242,7 +240,7 @@ def test_columns_are_those_that_were_asked_for(tmp_path: Path) -> None:
         assert list(batch.columns) == names
 
 
-def test_batches_stay_as_they_are_while_they_are_kept(tmp_path: Path) -> None:
+def test_batches_are_not_overwritten_while_they_are_referenced(tmp_path: Path) -> None:
     """A batch, a view of one and an array of one: each keeps its memory to itself."""
     url, rows = write(tmp_path), read_rows(tmp_path)
     for dtype in (torch.float16, torch.float32):  # one is finished where it was read
@@ -268,7 +266,7 @@ def test_batches_stay_as_they_are_while_they_are_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_memory_of_batches_that_are_gone_is_used_again(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_memory_of_freed_batches_is_reused(tmp_path: Path, dtype: torch.dtype) -> None:
     row_bytes = 4 * 8 * 8 * dtype.itemsize
     url = write(tmp_path, [{SMALL: 400}])
     loader = LatentLoader(url, batch_size=4, dtype=dtype, prefetch_bytes=4 * 4 * row_bytes)
@@ -291,12 +289,10 @@ def num_mapped(folder: Path) -> int:
 
 
 @pytest.mark.parametrize("format", ["parquet", "safetensors"])
-def test_files_used_longest_ago_are_closed(
+def test_the_least_recently_used_files_are_closed(
     tmp_path: Path, format: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rows_module, "_MAX_OPEN_FILES", 8)
-    for module in (rows_module, loader_module):
-        monkeypatch.setattr(module, "MAX_AHEAD", 2)
     monkeypatch.setattr(loader_module, "_MAX_GROUP", 1)
     url = write(tmp_path, [{SMALL: 2}] * 60, format=format)
     loader = LatentLoader(
@@ -313,7 +309,7 @@ def test_files_used_longest_ago_are_closed(
     assert 8 * files_each <= most < 30 * files_each
 
 
-def test_columns_used_longest_ago_are_forgotten(
+def test_the_least_recently_used_columns_are_dropped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rows_module, "_MAX_COLUMNS_BYTES", 30_000)
@@ -336,7 +332,7 @@ def test_columns_used_longest_ago_are_forgotten(
     assert num_loads > 60, "of 20 row groups, most were read again"
 
 
-def test_prefetching_more_or_less_makes_no_difference(tmp_path: Path) -> None:
+def test_prefetch_bytes_does_not_change_the_batches(tmp_path: Path) -> None:
     url = write(tmp_path, [{SMALL: 200}])
     expected = read_epoch(url)
     for prefetch_bytes in (0, "4kb", "1gb"):
@@ -346,7 +342,7 @@ def test_prefetching_more_or_less_makes_no_difference(tmp_path: Path) -> None:
             assert identities(one) == identities(other)
 
 
-def test_two_iterators_do_not_disturb_each_other(tmp_path: Path) -> None:
+def test_two_iterators_are_independent(tmp_path: Path) -> None:
     url, rows = write(tmp_path, [{SMALL: 40}]), read_rows(tmp_path)
     loader = LatentLoader(url, batch_size=4, columns=IDENTITY, normalize=False, dtype=torch.float16)
     for pair in zip(loader, loader, strict=True):
@@ -354,7 +350,7 @@ def test_two_iterators_do_not_disturb_each_other(tmp_path: Path) -> None:
             assert_stored(batch, rows)
 
 
-def test_the_cpu_can_be_named_as_a_device(tmp_path: Path) -> None:
+def test_device_may_be_cpu(tmp_path: Path) -> None:
     url = write(tmp_path)
     for device in ("cpu", torch.device("cpu")):
         for batch in read_epoch(url, device=device):
@@ -380,9 +376,7 @@ def test_rank_and_world_size_come_from_torch_distributed(tmp_path: Path) -> None
         ({"rank": 0, "world_size": 3}, "batch_size is 4, for all ranks together, but 3 ranks"),
     ],
 )
-def test_a_place_among_the_ranks_that_cannot_be_is_refused(
-    tmp_path: Path, options: dict[str, int], message: str
-) -> None:
+def test_invalid_ranks_are_rejected(tmp_path: Path, options: dict[str, int], message: str) -> None:
     url = write(tmp_path)
     with pytest.raises(ConfigError, match=message):
         LatentLoader(url, batch_size=4, **options)

@@ -121,7 +121,7 @@ def test_a_damaged_file_is_named_after_the_batches_before_it(
             assert_stored(batch, rows)
 
 
-def test_a_second_iteration_forgets_what_the_first_had_found_wrong(tmp_path: Path) -> None:
+def test_a_second_iteration_opens_failed_files_again(tmp_path: Path) -> None:
     """Two files of one batch are gone; both are there again."""
     url, rows = write(tmp_path), read_rows(tmp_path)
     loader, paths = in_order(url, batch_size=16), [file_of(url, n, ".parquet") for n in (2, 3)]
@@ -137,7 +137,7 @@ def test_a_second_iteration_forgets_what_the_first_had_found_wrong(tmp_path: Pat
         assert_stored(batch, rows)
 
 
-def test_after_an_error_a_state_leads_to_the_batch_that_failed(tmp_path: Path) -> None:
+def test_state_after_an_error_resumes_at_the_failed_batch(tmp_path: Path) -> None:
     url = write(tmp_path)
     loader, path = in_order(url), file_of(url, 3, ".parquet")
     data = path.read_bytes()
@@ -158,7 +158,7 @@ def test_columns_that_cannot_be_read_name_their_file(tmp_path: Path, format: str
     assert str(error).startswith(f"file://{path} is damaged: ")
 
 
-def test_no_wrong_number_in_a_safetensors_header_is_believed(tmp_path: Path) -> None:
+def test_every_wrong_digit_in_a_safetensors_header_is_rejected(tmp_path: Path) -> None:
     """Rows are copied from where it says: each of its digits matters."""
     url = write(tmp_path, "safetensors", units=1)
     path = file_of(url, 0, ".safetensors")
@@ -177,7 +177,7 @@ def test_no_wrong_number_in_a_safetensors_header_is_believed(tmp_path: Path) -> 
                 list(in_order(url))
 
 
-def test_what_is_no_dataset_is_named(tmp_path: Path) -> None:
+def test_urls_without_a_dataset_are_named(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=f"{tmp_path} is not a latent dataset"):
         LatentLoader(str(tmp_path), batch_size=4)
     with pytest.raises(ConfigError, match="nonsense:// URLs are not supported"):
@@ -186,7 +186,7 @@ def test_what_is_no_dataset_is_named(tmp_path: Path) -> None:
         LatentLoader({}, batch_size=4)
 
 
-def test_manifests_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+def test_missing_and_incomplete_manifests_are_named(tmp_path: Path) -> None:
     contract = makers.make_contract()
     makers.write_dataset(
         tmp_path, contract, {"a.tar": {SMALL: makers.make_latents(contract, SMALL, 4)}}
@@ -213,7 +213,7 @@ def test_manifests_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     assert len(LatentLoader(url, batch_size=4, manifest=1)) == 1
 
 
-def test_parts_that_are_gone_or_garbled_are_named(url: str) -> None:
+def test_missing_and_damaged_manifest_parts_are_named(url: str) -> None:
     (part,) = Path(url, "parts").iterdir()
     makers.flip_byte(part)
     with pytest.raises(DatasetError, match=f"{part} is damaged"):
@@ -240,9 +240,7 @@ def test_parts_that_are_gone_or_garbled_are_named(url: str) -> None:
         ({"manifest": {"elsewhere": 1}}, "manifest names elsewhere, which is not among"),
     ],
 )
-def test_arguments_that_cannot_be_are_refused(
-    url: str, options: dict[str, Any], message: str
-) -> None:
+def test_invalid_arguments_are_rejected(url: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         LatentLoader(url, **({"batch_size": 4} | options))
     assert "\n" not in str(caught.value)
@@ -255,7 +253,7 @@ def test_a_dataset_without_rows_is_named(tmp_path: Path, tail: str) -> None:
         LatentLoader(str(tmp_path), batch_size=4, tail=tail)
 
 
-def test_buckets_without_a_whole_batch_are_warned_about_and_those_without_a_row_are_not(
+def test_buckets_without_a_whole_batch_are_warned_about(
     tmp_path: Path,
 ) -> None:
     contract = make_contract([SMALL, TALL, WIDE])
@@ -275,7 +273,7 @@ def threads_of_loaders() -> list[threading.Thread]:
     return [t for t in threading.enumerate() if t.name.startswith("latentcache")]
 
 
-def test_no_thread_outlives_a_loop_that_is_left_and_a_loader_that_is_dropped(url: str) -> None:
+def test_no_thread_outlives_its_iteration_and_its_loader(url: str) -> None:
     gc.collect()
     wait_until(lambda: not threads_of_loaders(), "the threads of other tests")
     loader = LatentLoader(url, batch_size=4, prefetch_bytes="1gb")
@@ -311,13 +309,13 @@ def running(url: str, what: str) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
-def test_a_program_may_end_amid_an_epoch(tmp_path: Path) -> None:
+def test_a_program_may_exit_within_an_epoch(tmp_path: Path) -> None:
     with running(write(tmp_path, rows=1000), "end") as process:
         _, said = process.communicate(timeout=DEADLINE_S)
     assert (process.returncode, said) == (0, "")
 
 
-def test_ctrl_c_amid_an_epoch_ends_the_program(tmp_path: Path) -> None:
+def test_ctrl_c_within_an_epoch_ends_the_program(tmp_path: Path) -> None:
     with running(write(tmp_path, rows=1000), "go on") as process:
         assert process.stdout
         assert process.stdout.readline() == "begun\n"

@@ -56,7 +56,7 @@ def test_rows_are_those_of_open_dataset(tmp_path: Path, format: str) -> None:
             dataset.__getitems__([20, outside, 0])
 
 
-def test_rows_asked_for_together_come_in_the_order_asked(folder: Path) -> None:
+def test_getitems_returns_rows_in_the_requested_order(folder: Path) -> None:
     dataset = LatentDataset(str(folder), normalize=False, dtype=torch.float16)
     asked = [20, 0, 7, 7, 13, -1, -21, 2]
     for index, row in zip(asked, dataset.__getitems__(asked), strict=True):
@@ -64,7 +64,7 @@ def test_rows_asked_for_together_come_in_the_order_asked(folder: Path) -> None:
         assert row["caption"] == dataset[index]["caption"]
 
 
-def test_what_it_has_not_is_told(folder: Path, tmp_path: Path) -> None:
+def test_missing_columns_datasets_and_manifests_are_named(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no column 'nope'"):
         LatentDataset(str(folder), columns=["nope"])
     with pytest.raises(DatasetError, match="not a latent dataset"):
@@ -73,7 +73,7 @@ def test_what_it_has_not_is_told(folder: Path, tmp_path: Path) -> None:
         LatentDataset(str(folder), manifest=7)
 
 
-def test_a_file_that_is_gone_is_named_and_may_come_back(tmp_path: Path) -> None:
+def test_a_missing_file_is_named_and_read_once_it_is_restored(tmp_path: Path) -> None:
     write_dataset(str(tmp_path), make_contract([SMALL]), [{SMALL: 2}, {SMALL: 2}])
     dataset = LatentDataset(str(tmp_path))
     path = tmp_path / open_dataset(str(tmp_path)).units[1].files[0].path
@@ -170,7 +170,7 @@ def test_forked_workers_read_from_a_store(folder: Path, tmp_path: Path, moto: S3
     )  # one for each data file, whichever process fetched it
 
 
-def test_pickled_it_is_the_same(folder: Path) -> None:
+def test_a_pickled_dataset_reads_the_same_rows(folder: Path) -> None:
     dataset = LatentDataset(str(folder))
     dataset[3]
     again = pickle.loads(pickle.dumps(dataset))
@@ -178,7 +178,7 @@ def test_pickled_it_is_the_same(folder: Path) -> None:
     assert again[3]["caption"] == dataset[3]["caption"]
 
 
-def test_moments_are_drawn_by_torchs_generator(tmp_path: Path) -> None:
+def test_draws_from_moments_use_torchs_generator(tmp_path: Path) -> None:
     def moments(number: int, bucket: tuple[int, int], num_rows: int) -> torch.Tensor:
         mean = torch.full((num_rows, 4, 8, 8), 2.0)
         return torch.cat([mean, torch.full_like(mean, 2 * np.log(0.5))], dim=1)

@@ -43,7 +43,7 @@ def epoch_of(loader: LatentLoader) -> list[Identity]:
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_each_has_its_share_of_every_epoch_and_its_rows_come_in_turn(
+def test_each_dataset_has_its_share_of_every_epoch_and_uses_rows_in_turn(
     tmp_path: Path, shuffle: bool
 ) -> None:
     contract = make_contract([SMALL, TALL])
@@ -81,7 +81,7 @@ def test_shares_are_exact_within_each_bucket_mix(tmp_path: Path) -> None:
     assert [shares[other, bucket] for bucket in (TALL, WIDE)] in ([12, 58], [11, 59])
 
 
-def test_formats_and_transforms_may_differ(tmp_path: Path) -> None:
+def test_mixed_datasets_may_differ_in_format_and_transform(tmp_path: Path) -> None:
     urls = [
         write(tmp_path / format, make_contract([SMALL, TALL], format=format), {SMALL: 9, TALL: 7})
         for format in ("parquet", "safetensors")
@@ -95,7 +95,7 @@ def test_formats_and_transforms_may_differ(tmp_path: Path) -> None:
     assert sorted(seen) == sorted(rows)
 
 
-def test_columns_are_those_that_all_have(tmp_path: Path) -> None:
+def test_default_columns_of_a_mixture_are_those_of_all_datasets(tmp_path: Path) -> None:
     contract = make_contract([SMALL])
     one = write(tmp_path / "one", contract, {SMALL: 4}, keep=("txt", "cls"))
     other = write(tmp_path / "other", contract, {SMALL: 4}, keep=("url", "cls"))
@@ -123,7 +123,7 @@ def with_latents(contract: Contract, **changes: Any) -> Contract:
         ("latents.dtype", with_latents(make_contract([SMALL]), dtype="float32")),
     ],
 )
-def test_latents_of_another_meaning_are_refused(
+def test_mixing_latents_of_different_meaning_is_rejected(
     tmp_path: Path, field: str, other: Contract
 ) -> None:
     urls = [
@@ -135,7 +135,7 @@ def test_latents_of_another_meaning_are_refused(
     assert [line.split(":")[0].strip() for line in str(caught.value).splitlines()[1:]] == [field]
 
 
-def test_how_int8_was_calibrated_may_differ(tmp_path: Path) -> None:
+def test_mixed_datasets_may_differ_in_int8_calibration(tmp_path: Path) -> None:
     contract = make_contract([SMALL, TALL], dtype="int8", shift_factor=0.1)
     terms = contract.latents.quantization
     assert terms
@@ -160,7 +160,7 @@ def test_how_int8_was_calibrated_may_differ(tmp_path: Path) -> None:
     assert {identity[0] for identity in seen} == {identity[0] for identity in rows}
 
 
-def test_each_has_a_manifest_of_its_own(tmp_path: Path) -> None:
+def test_each_mixed_dataset_may_have_its_own_manifest(tmp_path: Path) -> None:
     contract = makers.make_contract(buckets=(SMALL,))
     latents = {SMALL: makers.make_latents(contract, SMALL, 8)}
     makers.write_dataset(tmp_path / "old", contract, {"a.tar": latents})
@@ -180,7 +180,7 @@ def test_each_has_a_manifest_of_its_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("weight", [0, -1, float("nan"), float("inf")])
-def test_weights_that_cannot_be_are_refused(tmp_path: Path, weight: float) -> None:
+def test_invalid_weights_are_rejected(tmp_path: Path, weight: float) -> None:
     contract = make_contract([SMALL])
     urls = [write(tmp_path / name, contract, {SMALL: 8}) for name in ("one", "other")]
     with pytest.raises(ConfigError, match=r"weights are .*: each must be above 0"):
@@ -195,7 +195,7 @@ def test_a_dataset_without_rows_has_no_share(tmp_path: Path) -> None:
         load({one: 1, empty: 1})
 
 
-def test_weights_belong_to_the_state(tmp_path: Path) -> None:
+def test_state_of_other_weights_is_rejected(tmp_path: Path) -> None:
     contract = make_contract([SMALL])
     urls = [write(tmp_path / name, contract, {SMALL: 8}) for name in ("one", "other")]
     state = load(dict.fromkeys(urls, 1)).state_dict()

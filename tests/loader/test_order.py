@@ -126,7 +126,7 @@ def test_every_number_of_ranks_makes_the_same_batches(urls: dict[str, str], tail
 
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("tail", TAILS)
-def test_without_shuffling_rows_come_as_they_lie_bucket_by_bucket(
+def test_without_shuffling_rows_are_in_file_order_bucket_by_bucket(
     urls: dict[str, str], mix: str, tail: str
 ):
     batch_size = 24
@@ -143,7 +143,7 @@ def test_without_shuffling_rows_come_as_they_lie_bucket_by_bucket(
         assert [(step.bucket, step.rows) for step in steps] == expected
 
 
-def test_epochs_and_seeds_differ_and_leave_out_other_rows(urls: dict[str, str]):
+def test_epochs_and_seeds_differ_in_order_and_in_dropped_rows(urls: dict[str, str]):
     orders = [
         [step.rows for step in steps]
         for seed in (0, 1, 2)
@@ -175,20 +175,20 @@ def keys_of(epochs: Sequence[Sequence[Step]]) -> list[Any]:
         ({"seed": 2**63, "tail": "pad"}, "9f9f722fdcd28dca"),
     ],
 )
-def test_the_order_is_the_one_it_was(urls: dict[str, str], options: Any, expected: str):
+def test_the_order_equals_recorded_values(urls: dict[str, str], options: Any, expected: str):
     """If this fails, every run that is under way loses its place: raise the state's version."""
     epochs = read_epochs(urls["skewed"], 1, 2, batch_size=12, **options)
     assert digest(keys_of(epochs)) == expected
 
 
-def test_the_order_of_datasets_that_are_mixed_is_the_one_it_was(urls: dict[str, str]):
+def test_the_order_of_mixed_datasets_equals_recorded_values(urls: dict[str, str]):
     """As above."""
     url = {urls["one bucket"]: 0.3, urls["skewed"]: 0.5, urls["many files"]: 0.2}
     epochs = read_epochs(url, 1, 3, batch_size=12, window_rows=50)
     assert digest(keys_of(epochs)) == "5922df4c3181e971"
 
 
-def test_the_order_of_many_row_groups_is_the_one_it_was():
+def test_the_order_of_many_row_groups_equals_recorded_values():
     """As above, with windows, blocks and sections that small datasets have not."""
     order = Order(many_streams(), OrderOptions(16, seed=3, window_rows=5000))
     found = [
@@ -208,7 +208,7 @@ def many_streams() -> list[Stream]:
     ]
 
 
-def test_nobody_elses_random_numbers_are_taken_or_heeded(urls: dict[str, str]):
+def test_global_random_generators_are_neither_used_nor_changed(urls: dict[str, str]):
     found = []
     for seed in (1, 2):
         random.seed(seed)
@@ -246,7 +246,7 @@ def pairs(batch: BatchRows) -> list[tuple[int, int]]:
 
 
 @given(any_order(), st.data())
-def test_slices_of_ranks_make_the_batch_and_any_step_is_found_alone(
+def test_rank_slices_make_the_batch_and_any_step_is_computed_alone(
     made: tuple[list[Stream], OrderOptions], data: st.DataObject
 ):
     streams, options = made
@@ -270,7 +270,9 @@ def test_slices_of_ranks_make_the_batch_and_any_step_is_found_alone(
 
 
 @given(any_order(), st.integers(0, 5))
-def test_each_row_has_its_turn_in_an_epoch(made: tuple[list[Stream], OrderOptions], epoch: int):
+def test_each_row_is_in_an_epoch_as_often_as_the_tail_option_says(
+    made: tuple[list[Stream], OrderOptions], epoch: int
+):
     streams, options = made
     order = Order(streams, options)
     batches = list(order.batches(epoch))
@@ -320,7 +322,7 @@ def excess(counts: np.ndarray[Any, Any], num_free: int) -> float:
 
 
 @pytest.mark.parametrize("size", [2, 5, 8, 17, 64, 100])
-def test_each_place_is_as_likely_as_any_other(size: int):
+def test_permutation_images_are_uniform(size: int):
     places = np.stack([permute(np.arange(size), size, make_key(9, n)) for n in range(4000)])
     counts = np.stack([np.bincount(column, minlength=size) for column in places.T])
     assert excess(counts, (size - 1) ** 2) < 6
@@ -330,7 +332,7 @@ def test_each_place_is_as_likely_as_any_other(size: int):
     assert distances.std() / distances.mean() < 0.1
 
 
-def test_a_small_permutation_can_be_any():
+def test_every_permutation_of_a_small_size_occurs():
     found = {tuple(permute(np.arange(5), 5, make_key(1, n)).tolist()) for n in range(4000)}
     assert found == set(itertools.permutations(range(5)))
 
@@ -350,7 +352,7 @@ def test_apportioning_is_exact(total: int, shares: list[Fraction]):
         assert (other - one) * (others > its_share) >= 0
 
 
-def test_buckets_keep_their_share_all_through_an_epoch():
+def test_buckets_keep_their_share_throughout_an_epoch():
     num_batches = {SMALL: 17_000, WIDE: 3_000, LARGE: 451}
     files = np.zeros(1, np.int64)
     streams = [
@@ -400,7 +402,7 @@ def test_mixed_datasets_have_their_shares_and_use_all_rows_alike(urls: dict[str,
 
 
 @pytest.mark.parametrize("weight", [0, -1.0, math.nan, math.inf])
-def test_weights_that_are_none_are_refused(urls: dict[str, str], weight: float):
+def test_order_rejects_invalid_weights(urls: dict[str, str], weight: float):
     with pytest.raises(ConfigError, match=r"weights are .* above 0, and finite"):
         open_ranks({urls["one bucket"]: 1, urls["skewed"]: weight}, batch_size=12)
 
@@ -417,7 +419,7 @@ def mean_positions(epoch: int) -> tuple[np.ndarray[Any, Any], float]:
     return np.array(means), 10**6 / math.sqrt(12) / math.sqrt(256)
 
 
-def test_a_batch_is_nearly_as_mixed_as_if_all_rows_were_shuffled_at_once():
+def test_batches_are_nearly_as_mixed_as_in_a_perfect_shuffle():
     for epoch in range(3):
         means, perfect = mean_positions(epoch)
         assert means.std() / perfect <= 2

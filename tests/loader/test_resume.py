@@ -23,7 +23,7 @@ from latentcache.dataset.contract import read_contract
 from latentcache.dataset.receipts import Unit
 from latentcache.dataset.state import State, write_next
 from latentcache.errors import ConfigError
-from latentcache.loader.noise import normal
+from latentcache.loader.latents import normal
 from latentcache.storage import Store
 from synthetic import make_contract, write_dataset
 from together import WORLD_SIZES, Step, open_ranks, steps_of
@@ -150,7 +150,7 @@ def test_a_mixture_of_datasets_is_resumed(url: str, noise_url: str):
     assert done == expected
 
 
-def test_a_state_is_a_few_json_values(url: str):
+def test_state_consists_of_a_few_json_values(url: str):
     (loader,) = open_ranks(url, **OPTIONS)
     begin = loader.state_dict()
     assert (begin["epoch"], begin["step"], loader.epoch) == (0, 0, 0)
@@ -165,7 +165,7 @@ def test_a_state_is_a_few_json_values(url: str):
         assert loader.epoch == state["epoch"]
 
 
-def test_an_epoch_that_is_left_is_not_taken_up_again_unless_it_is_loaded(url: str):
+def test_an_interrupted_epoch_continues_only_after_load_state_dict(url: str):
     expected, _ = run(open_ranks(url, **OPTIONS), 4 * len(open_ranks(url, **OPTIONS)[0]))
     ranks = open_ranks(url, **OPTIONS)
     num_steps = len(ranks[0])
@@ -184,7 +184,7 @@ def test_an_epoch_that_is_left_is_not_taken_up_again_unless_it_is_loaded(url: st
     assert list(steps_of(ranks)) == epochs[1]
 
 
-def test_an_iterator_that_nothing_is_taken_from_changes_nothing(url: str):
+def test_an_unused_iterator_does_not_change_the_state(url: str):
     ranks = open_ranks(url, **OPTIONS)
     _, state = run(ranks, 3)
     rest = list(steps_of(resume(url, 1, state, **OPTIONS)))
@@ -195,7 +195,7 @@ def test_an_iterator_that_nothing_is_taken_from_changes_nothing(url: str):
     assert next(unused[0]).step == 3
 
 
-def test_what_does_not_change_the_order_may_change(url: str):
+def test_options_that_do_not_change_the_order_may_differ_on_resume(url: str):
     (loader,) = open_ranks(url, **OPTIONS)
     _, state = run([loader], 3)
     rest = [[key for _, key in step.rows] for step in steps_of(resume(url, 1, state, **OPTIONS))]
@@ -248,13 +248,13 @@ def assert_refused(loader: LatentLoader, state: Any, message: str) -> None:
         ("shuffle", False),
     ],
 )
-def test_a_state_of_another_order_is_refused_by_its_field(url: str, field: str, value: Any):
+def test_a_state_of_another_order_is_rejected_with_the_field(url: str, field: str, value: Any):
     _, state = run(open_ranks(url, **OPTIONS), 3)
     (loader,) = open_ranks(url, **OPTIONS | {field: value})
     assert_refused(loader, state, f"the state has {field} .* this loader has {field} {value}")
 
 
-def test_a_state_of_other_rows_is_refused(url: str, tmp_path: Path):
+def test_a_state_of_other_rows_is_rejected(url: str, tmp_path: Path):
     contract = make_contract(BUCKETS, posterior="moments", dtype="float32")
     other = str(tmp_path / "other")
     write_dataset(other, contract, UNITS)
@@ -272,7 +272,7 @@ def test_a_state_of_other_rows_is_refused(url: str, tmp_path: Path):
     assert next(iter(as_before)).step == 3
 
 
-def test_a_state_of_another_mixture_is_refused(url: str, noise_url: str):
+def test_a_state_of_another_mixture_is_rejected(url: str, noise_url: str):
     (mixed,) = open_ranks({url: 1, noise_url: 2}, **OPTIONS)
     (alone,) = open_ranks(url, **OPTIONS)
     for other, field in [
@@ -285,7 +285,7 @@ def test_a_state_of_another_mixture_is_refused(url: str, noise_url: str):
     assert_refused(mixed, alone.state_dict(), "the state has manifest ")
 
 
-def test_what_is_no_state_is_refused(url: str):
+def test_load_state_dict_rejects_values_that_are_not_states(url: str):
     (loader,) = open_ranks(url, **OPTIONS)
     state = loader.state_dict()
     assert_refused(loader, {}, "not a state of a LatentLoader")
@@ -365,7 +365,7 @@ def test_noise_of_rows_epochs_and_numbers_is_independent(noise_url: str):
             assert correlations(each).max() < 5
 
 
-def test_a_row_that_comes_twice_in_an_epoch_is_drawn_anew(url: str, noise_url: str):
+def test_a_row_repeated_in_an_epoch_gets_new_noise(url: str, noise_url: str):
     mixed = {noise_url: 9, url: 1}
     (loader,) = open_ranks(mixed, batch_size=12, tail="short", normalize=False)
     rows: dict[Any, list[bytes]] = {}
@@ -377,7 +377,7 @@ def test_a_row_that_comes_twice_in_an_epoch_is_drawn_anew(url: str, noise_url: s
     assert all(len(set(draws)) == len(draws) for draws in rows.values())
 
 
-def test_the_noise_is_the_one_it_was(noise_url: str):
+def test_the_noise_equals_recorded_values(noise_url: str):
     """If this fails, runs that are under way get other draws: raise the state's version."""
     noise = epochs_in_order(noise_url, 2)
     first_row = [[0.631213, -0.702223, 0.126773], [0.215643, -0.425103, -1.113959]]
@@ -410,7 +410,7 @@ def test_noise_is_standard_normal(make_keys: Callable[[], torch.Tensor]):
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 8, 4097])
-def test_noise_has_as_many_numbers_as_were_asked_for(count: int):
+def test_normal_returns_count_numbers(count: int):
     keys = torch.arange(10)
     values = normal(keys, count)
     assert values.shape == (10, count)

@@ -15,12 +15,12 @@ from latentcache.dataset.bucket import Bucket
 from latentcache.dataset.shards import column_type
 from latentcache.loader.files import Files
 from latentcache.loader.join import Joined
-from latentcache.loader.latents import LatentFinish
-from latentcache.loader.noise import mix, normal
+from latentcache.loader.latents import LatentFinish, mix, normal
 from latentcache.loader.order import BatchRows
 from latentcache.loader.permutation import Ints, make_key
 from latentcache.loader.prefetch import Memory
-from latentcache.loader.rows import FoundRows, RowReader
+from latentcache.loader.regions import Selection
+from latentcache.loader.rows import RowReader
 
 _NOISE = 4  # the purpose of a key; order.py has the other ones
 
@@ -59,15 +59,17 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A batch of which everything but the latents has been read.
+    """A batch of which everything but the latents has been read; they are `part` of `latents`.
 
-    By row, int64 [b]: `sources` is the index of the dataset, `numbers` the index among the rows of
-    all files.
+    By row, int64: `sizes` [b, 4], the index `sources` [b] of the dataset, and the index `numbers`
+    [b] among the rows of all files.
     """
 
     epoch: int
     chosen: BatchRows
-    found: FoundRows
+    latents: Selection
+    part: slice
+    sizes: torch.Tensor
     sources: Ints
     numbers: Ints
     columns: dict[str, Any]
@@ -101,52 +103,57 @@ class BatchReader:
         self._device = device
         self._noise_key = make_key(seed, _NOISE) - 2**63  # torch lacks unsigned arithmetic
         self._memory = Memory()
-        self._target_sizes = {(w, h): torch.tensor([[h, w]]) for w, h in files.buckets}
         # On a GPU, copies and arithmetic run on a separate stream, so that they overlap training.
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def plan(self, epoch: int, group: Sequence[BatchRows]) -> list[Plan]:
-        """Find the rows of batches, and read everything but the latents.
+        """Find the rows of batches of one bucket, and read everything but the latents.
 
-        Planning several batches costs hardly more than planning one. One thread may call this at
-        a time.
+        Planning several batches costs hardly more than planning one. One thread at a time may call
+        this.
 
         Args:
-            epoch: number of the epoch.
-            group: the rows of each batch, all of one bucket.
+            epoch, group: number of the epoch, and the rows of each batch.
         """
         files = np.concatenate([chosen.files for chosen in group])
         rows, partners = self._joined.find(files, np.concatenate([chosen.rows for chosen in group]))
         sources, numbers = self._files.source_of[files], self._files.first_row[files] + rows
-        located = self.rows.find(group[0].bucket, files, rows)
+        latents, sizes, stored = self.rows.select(group[0].bucket, files, rows)
         plans, end = [], 0
         for chosen in group:
-            mine = slice(end, end := end + len(chosen.files))
-            part = located.part(mine)
-            columns = {name: _tensor(name, values) for name, values in part.columns.items()}
-            columns |= self._joined.read(partners[mine])
-            plans.append(Plan(epoch, chosen, part, sources[mine], numbers[mine], columns))
+            part = slice(end, end := end + len(chosen.files))
+            columns: dict[str, Any] = {name: values[part] for name, values in stored.items()}
+            for name in columns:
+                if column_type(name) == pa.int64():
+                    columns[name] = torch.tensor(columns[name], dtype=torch.int64)
+            columns |= self._joined.read(partners[part])
+            of_rows = (sizes[part], sources[part], numbers[part])
+            plans.append(Plan(epoch, chosen, latents, part, *of_rows, columns))
         return plans
 
     def read(self, plan: Plan) -> tuple[Batch, torch.cuda.Event | None]:
-        """Read a planned batch.
-
-        Returns:
-            The batch, and on a GPU an event that is recorded once the batch is complete.
-        """
-        chosen, sizes = plan.chosen, plan.found.sizes
-        target_size = self._target_sizes[chosen.bucket].expand(len(sizes), 2)
-        shape = (len(sizes), *self._files.contract.latent_shape(chosen.bucket))
+        """Read a planned batch; on a GPU, return an event that is recorded once it is complete."""
+        bucket, sizes = plan.chosen.bucket, plan.sizes
+        shape = (len(sizes), *self._files.contract.latent_shape(bucket))
         stored = self._memory.take(shape, self._finish.stored)
-        plan.found.gather(stored.view(torch.uint8).flatten(1))
+        plan.latents.gather(stored.view(torch.uint8).flatten(1), plan.part)
+
+        def noise(count: int) -> torch.Tensor:
+            passes = mix(torch.from_numpy(plan.chosen.passes) + self._noise_key)
+            keys = mix(passes + torch.from_numpy(plan.numbers))
+            return normal(keys.to(self._device), count)
+
         with torch.cuda.stream(self._stream) if self._stream else nullcontext():
+            if self._stream:
+                stored = stored.to(self._device, non_blocking=True)
+            target_size = torch.tensor([[bucket[1], bucket[0]]]).expand(len(sizes), 2)
             batch = Batch(
                 epoch=plan.epoch,
-                step=chosen.step,
-                bucket=chosen.bucket,
-                latents=self._finished(stored, plan),
+                step=plan.chosen.step,
+                bucket=bucket,
+                latents=self._finish(stored, plan.sources, noise, self._empty),
                 original_size=self._moved(sizes[:, :2]),
                 crop_top_left=self._moved(sizes[:, 2:]),
                 target_size=self._moved(target_size),
@@ -154,29 +161,10 @@ class BatchReader:
             )
             return batch, self._stream.record_event() if self._stream else None
 
-    def _finished(self, stored: torch.Tensor, plan: Plan) -> torch.Tensor:
-        """Copy latents to the device and finish them there."""
-
-        def noise(count: int) -> torch.Tensor:
-            passes = mix(torch.from_numpy(plan.chosen.passes) + self._noise_key)
-            keys = mix(passes + torch.from_numpy(plan.numbers))
-            return normal(keys.to(self._device), count)
-
+    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         if self._stream:
-            stored = stored.to(self._device, non_blocking=True)
-        if self._finish.is_in_place:
-            out = stored
-        else:
-            num, channels, height, width = stored.shape
-            channels = channels // 2 if self._finish.is_moments else channels
-            out = self._take_out((num, channels, height, width))
-        self._finish(stored, out, noise, plan.sources)
-        return out
-
-    def _take_out(self, shape: Sequence[int]) -> torch.Tensor:
-        if self._stream:
-            return torch.empty(tuple(shape), dtype=self._finish.dtype, device=self._device)
-        return self._memory.take(shape, self._finish.dtype)
+            return torch.empty(shape, dtype=dtype, device=self._device)
+        return self._memory.take(shape, dtype)
 
     def _moved(self, values: Any) -> Any:
         return values.to(self._device) if isinstance(values, torch.Tensor) else values
@@ -196,8 +184,3 @@ def hand_over(batch: Batch, event: torch.cuda.Event) -> None:
     for tensor in (batch.latents, *sizes, *batch.columns.values()):
         if isinstance(tensor, torch.Tensor):
             tensor.record_stream(stream)
-
-
-def _tensor(name: str, values: list[Any]) -> Any:
-    """Return class indices as a tensor, and other columns unchanged."""
-    return torch.tensor(values, dtype=torch.int64) if column_type(name) == pa.int64() else values

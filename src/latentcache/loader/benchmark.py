@@ -16,10 +16,10 @@ from latentcache.loader.loader import LatentLoader
 class LoaderSpeed:
     """The speed of a loader, measured by a consumer that does nothing with a batch.
 
-    Rates are per rank and exclude the first batch. `open_s` is the time to read the manifest, and
-    `first_batch_s` the time from then to the first batch. `resume_s` is the time to create a loader
-    and resume it at a state in the middle of an epoch, up to its first batch. `step_p50_ms` and
-    `step_p99_ms` are percentiles of the time between batches.
+    Rates are per rank and exclude the first batch. `open_s` is the time to read the manifest,
+    `first_batch_s` the time from then to the first batch, and `resume_s` that to create a loader
+    and resume it within an epoch. `step_p50_ms` and `step_p99_ms` are percentiles of the time
+    between batches.
     """
 
     num_steps: int
@@ -43,8 +43,7 @@ def measure_loader(
 
     Args:
         make: creates the loader; called twice, the second time to resume.
-        seconds: duration of the measurement after the first batch.
-        progress: called with the elapsed seconds.
+        seconds, progress: duration after the first batch, and what is called with elapsed seconds.
     """
     begun = time.perf_counter()
     loader = make()

@@ -3,11 +3,10 @@
     <folder>/<sha256>                   a complete file with this hash
     <folder>/<sha256>.<size>.part       a file that is downloading, or the rest of a killed download
 
-There is no daemon, index or shared memory besides the folder. Files are locked with flock, and the
-system releases such a lock when its process ends. A process locks a part exclusively while it
-fetches the file, and locks a file shared while it maps the file. A process that needs space deletes
-only files that are not locked. Only a lock on a part may be held for long, and a process that
-fetches a file never waits for one, so there is no deadlock.
+Files are locked with flock, which ends with its process: a part exclusively while it is fetched, a
+file shared while it is mapped. A process that needs space deletes only files that are not locked.
+Only a lock on a part is held for long, and a process that fetches never waits for one, so there is
+no deadlock.
 """
 
 from __future__ import annotations
@@ -34,23 +33,18 @@ from latentcache.storage.failures import named_local
 
 _OURS = re.compile(r"[0-9a-f]{64}(\.(?P<size_bytes>\d+)(\.[0-9a-f]+)?\.part)?")
 
-# The modification time that a file gets after it has been checked. Another time means that the file
-# was changed since. It is a whole, even second, which every file system can store.
+# The modification time of a checked file; with another time, it was changed since. It is a whole,
+# even second, which every file system can store.
 _CHECKED_NS = 1_000_000_000 * 10**9
 
-# Another process may delete a file, or fail to fetch it, just when it is needed, but hardly this
-# many times.
+# Another process may delete a needed file, or fail to fetch it, but hardly this many times.
 _MAX_TRIES = 10
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:(?:([kmgt])(i?))?b)?", re.IGNORECASE)
 
 
 def parse_bytes(size: int | str) -> int:
-    """Return a size in bytes from text such as `"100gb"` or `"1.5 MiB"`; kb to tb are decimal.
-
-    Raises:
-        ConfigError: `size` is not a size.
-    """
+    """Return a size in bytes from text such as `"100gb"` or `"1.5 MiB"`; kb to tb are decimal."""
     match = _SIZE.fullmatch(str(size).strip())
     if match is None:
         raise ConfigError(f"{size!r} is not a size: write 100gb, 512mib or a number of bytes")
@@ -63,9 +57,7 @@ def default_cache_dir() -> Path:
     """Create `latentcache-<uid>` in the temporary folder, and return its path.
 
     Clusters usually set TMPDIR to a node's local disk, while home folders are often on the network.
-
-    Raises:
-        ConfigError: the folder belongs to another user, whose files cannot be trusted.
+    A folder of another user, whose files cannot be trusted, raises `ConfigError`.
     """
     folder = Path(tempfile.gettempdir()) / f"latentcache-{os.getuid()}"
     with named_local(folder):
@@ -89,16 +81,15 @@ class FileCache:
     max_bytes: int
 
     @contextmanager
-    def open(self, store: Store, file: DataFile, given_up: Event | None = None) -> Iterator[Path]:
+    def open(self, store: Store, file: DataFile, cancelled: Event | None = None) -> Iterator[Path]:
         """Provide the path of a local copy, which exists inside the context: map it there.
 
         If several processes need a file, one downloads it and the others wait. A copy that was
         changed or truncated since it was cached is fetched again.
 
         Args:
-            store: the store of the file.
-            file: the file.
-            given_up: once it is set, a failing store is not tried again.
+            store, file: the file and its store.
+            cancelled: once it is set, a failing store is not tried again.
 
         Raises:
             DatasetError: the object does not exist, or differs from its receipt, twice.
@@ -108,7 +99,7 @@ class FileCache:
         if not re.fullmatch(SHA256, file.sha256):  # it becomes the name of a local file
             raise DatasetError(f"{store.url_of(file.path)} has the hash {file.sha256!a:.80}")
         path = self.folder / file.sha256
-        with self._hold(partial(_fetch, store, file, given_up), file, path):
+        with self._hold(partial(_fetch, store, file, cancelled), file, path):
             yield path
 
     def _hold(self, fetch: Callable[[Path], None], file: DataFile, path: Path) -> ExitStack:
@@ -139,7 +130,7 @@ class FileCache:
                 try:
                     if held := _hold_cached(path, file):  # cached since the last check
                         return held
-                    self._make_room()
+                    self._free_space()
                     fetch(part)
                     os.utime(part_fd, ns=(time.time_ns(), _CHECKED_NS))
                     os.fsync(part_fd)
@@ -159,7 +150,7 @@ class FileCache:
             else:
                 part.rename(path)
 
-    def _make_room(self) -> None:
+    def _free_space(self) -> None:
         """Delete unlocked files until the limit is met: parts first, then by time of last use."""
         files = []
         with os.scandir(self.folder) as entries:
@@ -177,12 +168,12 @@ class FileCache:
                 excess_bytes -= size_bytes
 
 
-def _fetch(store: Store, file: DataFile, given_up: Event | None, part: Path) -> None:
+def _fetch(store: Store, file: DataFile, cancelled: Event | None, part: Path) -> None:
     url = store.url_of(file.path)
     fix = "run `latentcache verify --repair`, then the run again"
     for _ in range(2):
         try:
-            store.get_file(file.path, part, file.size_bytes, given_up)
+            store.get_file(file.path, part, file.size_bytes, cancelled)
         except ObjectNotFound as error:
             raise DatasetError(f"{error}, but the manifest lists it: {fix}") from error
         with part.open("rb") as copy:

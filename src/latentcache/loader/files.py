@@ -37,42 +37,34 @@ class Source:
     contract: Contract
     manifest: Manifest
 
-    @property
-    def columns(self) -> list[str]:
-        """The names of the kept columns of the rows."""
-        return [column.name for column in self.manifest.columns]
-
-    @property
-    def url(self) -> str:
-        """The URL of the dataset."""
-        return self.store.url
-
 
 class Files:
     """The files that hold rows, numbered from 0 across all datasets.
 
     By file, int64 [F]: `num_rows`, `size_bytes` (of the file with latents), `source_of` (index into
     `sources`), `bucket_of` (index into `buckets`), and `first_row` (index among all rows).
+    `contract` is the first dataset's; the others agree with it about the meaning of latents.
     """
 
     def __init__(self, sources: Sequence[Source]) -> None:
         self.sources = sources
-        tables = [read_files(source.store, source.manifest) for source in sources]
+        self.contracts = [source.contract for source in sources]
+        self.contract = self.contracts[0]
         # A bucket of a unit has one Parquet file. With the format safetensors it has another file,
         # which holds the latents.
-        rows = [t.filter(pc.ends_with(t["path"], ".parquet")) for t in tables]
-        latents = [
-            t.filter(pc.ends_with(t["path"], ".safetensors"))
-            if source.contract.latents.format == "safetensors"
-            else r
-            for source, t, r in zip(sources, tables, rows, strict=True)
-        ]
+        rows, latents = [], []
+        for source in sources:
+            table = read_files(source.store, source.manifest)
+            rows.append(table.filter(pc.ends_with(table["path"], ".parquet")))
+            is_parquet = source.contract.latents.format == "parquet"
+            is_tensor = pc.ends_with(table["path"], ".safetensors")
+            latents.append(rows[-1] if is_parquet else table.filter(is_tensor))
         self._rows = pa.concat_tables(rows).combine_chunks()
         self._latents = pa.concat_tables(latents).combine_chunks()
         for name in ("unit", "bucket", "num_rows"):
             if not self._rows[name].equals(self._latents[name]):
                 raise DatasetError(
-                    f"{sources[0].url}: a unit's rows and latents differ in {name}: run "
+                    f"{sources[0].store.url}: a unit's rows and latents differ in {name}: run "
                     "`latentcache verify`"
                 )
         self.num_rows: Ints = self._rows["num_rows"].to_numpy().astype(np.int64)
@@ -92,42 +84,26 @@ class Files:
 
         So memory that is allocated per row is bounded by the size of the files.
         """
-        for number, source in enumerate(self.sources):
-            mine = self.source_of == number
-            known = set(source.contract.transform.buckets)
-            for index, bucket in enumerate(self.buckets):
-                chosen = mine & (self.bucket_of == index)
-                if not chosen.any():
-                    continue
-                if bucket not in known:
+        for index, source in enumerate(self.sources):
+            mine = self.source_of == index
+            for number in np.unique(self.bucket_of[mine]).tolist():
+                bucket = self.buckets[number]
+                if bucket not in source.contract.transform.buckets:
                     raise DatasetError(
-                        f"{source.url} has rows of bucket {Bucket(*bucket).name}, which its "
+                        f"{source.store.url} has rows of bucket {bucket.name}, which its "
                         "contract.json does not have"
                     )
-                least = self.size_bytes[chosen] // row_bytes(source.contract, bucket)
-                if (self.num_rows[chosen] > least).any():
+                chosen = mine & (self.bucket_of == number)
+                most = self.size_bytes[chosen] // row_bytes(source.contract, bucket)
+                if (self.num_rows[chosen] > most).any():
                     raise DatasetError(
-                        f"{source.url} has files that are too small for the rows that manifest "
-                        f"{source.manifest.number} lists: run `latentcache verify`"
+                        f"{source.store.url} has files that are too small for the rows that "
+                        f"manifest {source.manifest.number} lists: run `latentcache verify`"
                     )
 
-    @property
-    def contract(self) -> Contract:
-        """The first dataset's contract; the others agree with it about the meaning of latents."""
-        return self.sources[0].contract
-
-    @property
-    def contracts(self) -> list[Contract]:
-        """The contract of each dataset, in the order of `sources`."""
-        return [source.contract for source in self.sources]
-
-    def contract_of(self, file: int) -> Contract:
-        """Return the contract of a file's dataset."""
-        return self.sources[int(self.source_of[file])].contract
-
-    def store_of(self, file: int) -> Store:
-        """Return the store that holds a file."""
-        return self.sources[int(self.source_of[file])].store
+    def source(self, file: int) -> Source:
+        """Return the dataset that holds a file."""
+        return self.sources[int(self.source_of[file])]
 
     def rows_file(self, file: int) -> DataFile:
         """Return the entry of the Parquet file with the keys and columns."""
@@ -137,29 +113,24 @@ class Files:
         """Return the entry of the file with latents: the same file unless it is safetensors."""
         return _data_file(self._latents, file)
 
-    def bucket(self, file: int) -> Bucket:
-        """Return the bucket of a file's rows."""
-        return self.buckets[int(self.bucket_of[file])]
-
     def unit(self, file: int) -> str:
         """Return the id of the unit that a file belongs to."""
         unit: str = self._rows["unit"][file].as_py()
         return unit
 
     def streams(self, num_rows: Ints) -> list[Stream]:
-        """Group the files by dataset and bucket, for the order.
+        """Group the files by dataset and bucket, without files of which no row counts.
 
         Args:
-            num_rows: int64 [F], the number of rows of each file that count; files without such
-                rows are left out.
+            num_rows: int64 [F], the number of rows of each file that count.
         """
         streams = []
-        for index, source in enumerate(self.sources):
+        for index, contract in enumerate(self.contracts):
             for number, bucket in enumerate(self.buckets):
                 chosen = (self.source_of == index) & (self.bucket_of == number) & (num_rows > 0)
                 files = np.flatnonzero(chosen)
                 if len(files):
-                    group_rows = row_group_rows(source.contract, bucket)
+                    group_rows = row_group_rows(contract, bucket)
                     streams.append(Stream(index, bucket, files, num_rows[files], group_rows))
         return streams
 
@@ -186,13 +157,11 @@ def open_sources(
 
     Args:
         urls: URLs of the datasets.
-        manifests: number of a manifest or "published", or one of these by URL; None takes the
-            newest complete one.
+        manifests: as for `LatentLoader`.
         storage: options of all stores.
 
     Raises:
-        ConfigError: `manifests` has a URL that is not in `urls`, or is one number for several
-            datasets.
+        ConfigError: `manifests` has an unknown URL, or is one number for several datasets.
         ContractMismatch: the latents of the datasets differ in meaning; the message names each
             field that differs.
         DatasetError: there is no dataset, no such manifest, or no complete manifest.
@@ -210,7 +179,8 @@ def open_sources(
         lines = contract_diff(source.contract, first.contract, ("the former", "the latter"))
         if differ := [line for line in lines if line.startswith(_MUST_AGREE)]:
             raise ContractMismatch(
-                f"{source.url} cannot be mixed with {first.url}; their latents differ in:",
+                f"{source.store.url} cannot be mixed with {first.store.url}; their latents differ "
+                "in:",
                 *(f"  {line}" for line in differ),
             )
     return sources

@@ -28,8 +28,6 @@ _READ_THREADS = 8
 
 _IDENTITY = ("unit", "key")
 
-_IS_TEXT = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
-
 
 @dataclass(frozen=True, slots=True)
 class Join:
@@ -73,16 +71,15 @@ class Joined:
     def __init__(
         self, files: Files, join: Join | str | Path | None, columns: Sequence[str] | None
     ) -> None:
+        kept = [[column.name for column in source.manifest.columns] for source in files.sources]
         if columns is None:
-            columns = [
-                name
-                for name in files.sources[0].columns
-                if all(name in source.columns for source in files.sources)
-            ]
-        for source in files.sources:
-            known = ["unit", "key", *source.columns]
+            columns = [name for name in kept[0] if all(name in names for names in kept)]
+        for source, names in zip(files.sources, kept, strict=True):
+            known = [*_IDENTITY, *names]
             if unknown := [name for name in columns if name not in known]:
-                raise ConfigError(f"{source.url} has no column {unknown[0]!r}; it has {known}")
+                raise ConfigError(
+                    f"{source.store.url} has no column {unknown[0]!r}; it has {known}"
+                )
         self.num_rows: Ints = files.num_rows
         self.columns = list(columns)
         self.fingerprint = files.fingerprint()
@@ -112,15 +109,11 @@ class Joined:
         self.columns = [name for name in self.columns if name not in self._values]
 
     def find(self, files: Ints, rows: Ints) -> tuple[Ints, Ints]:
-        """Return the positions of rows in their files and in the join.
+        """Return the indices of rows in their files, and of their partners in the join, int64 [m].
 
         Args:
             files: int64 [m], the file of each row.
             rows: int64 [m], the index of each row among the rows of its file that count.
-
-        Returns:
-            The indices of the rows in their files, and of their partners in the join: both
-            int64 [m]. Without a join, the second has no meaning.
         """
         if self._partners is None:
             return rows, rows
@@ -128,11 +121,7 @@ class Joined:
         return self._rows[numbers], self._partners[numbers]
 
     def read(self, partners: Ints) -> dict[str, Any]:
-        """Return the joined columns of rows: lists of text, tensors of numbers or vectors.
-
-        Args:
-            partners: int64 [m], the indices of the rows in the join.
-        """
+        """Return the joined columns of rows: lists of text, tensors of numbers or vectors."""
         return {
             name: values[torch.from_numpy(partners)]
             if isinstance(values, torch.Tensor)
@@ -178,14 +167,16 @@ def _read_file(store: Store, path: str, columns: Sequence[str] | None) -> pa.Tab
         table = file.read([*_IDENTITY, *names], use_threads=False)
     except (pa.ArrowException, OSError, DatasetError) as error:
         raise ConfigError(f"join: {url} is not Parquet: {error}") from error
-    identity = {name: _as_text(table[name], f"column {name!r} of {url}") for name in _IDENTITY}
-    return pa.table(identity | {name: table[name] for name in names})
+    for index, name in enumerate(_IDENTITY):
+        text = _as_text(table[name], f"column {name!r} of {url}")
+        table = table.set_column(index, name, text)
+    return table
 
 
 def _as_text(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
     """Return units or keys as large strings; pandas and Polars write other types of text."""
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    if not any(is_text(kind) for is_text in _IS_TEXT):
+    if kind not in (pa.string(), pa.large_string(), pa.string_view()):
         raise ConfigError(f"join: {name} is {kind}, not text")
     if column.null_count:
         raise ConfigError(f"join: {name} has rows without a value")
@@ -196,15 +187,17 @@ def _find_partners(files: Files, table: pa.Table, join: Join) -> Ints:
     """Return the index in the table of the partner of each row of all files, -1 if it has none."""
     units = table["unit"].dictionary_encode().combine_chunks()
     by_unit = np.argsort(units.indices.to_numpy(), kind="stable")
-    ends = np.cumsum(np.bincount(units.indices.to_numpy(), minlength=len(units.dictionary)))
-    starts = dict(zip(units.dictionary.to_pylist(), [0, *ends.tolist()], strict=False))
-    stops = dict(zip(units.dictionary.to_pylist(), ends.tolist(), strict=True))
+    counts = np.bincount(units.indices.to_numpy(), minlength=len(units.dictionary))
+    parts = np.split(by_unit, np.cumsum(counts)[:-1])
+    positions_of = dict(zip(units.dictionary.to_pylist(), parts, strict=False))
     table_keys = table["key"].combine_chunks()
 
     def find(file: int) -> Ints:
         unit = files.unit(file)
-        keys = _read_keys(files, file)
-        positions = by_unit[starts.get(unit, 0) : stops.get(unit, 0)]
+        store, path = files.source(file).store, files.rows_file(file).path
+        with naming_damage(store, path), store.open(path) as data:
+            keys = read_table(data, ["key"])["key"].combine_chunks()
+        positions = positions_of.get(unit, by_unit[:0])
         candidates = table_keys.take(pa.array(positions))
         if pc.count_distinct(candidates).as_py() < len(positions):
             raise DatasetError(
@@ -218,24 +211,15 @@ def _find_partners(files: Files, table: pa.Table, join: Join) -> Ints:
                 f"join: {join.url} has no row for unit {unit}, key {key!r}: add it, or leave out "
                 "rows without a partner with Join(…, missing='drop')"
             )
-        indices = matches.fill_null(-1).to_numpy()
-        return np.where(indices < 0, -1, np.append(positions, -1)[indices])
+        partners: Ints = np.append(positions, -1)[matches.fill_null(-1).to_numpy()]
+        return partners
 
     with ThreadPoolExecutor(_READ_THREADS) as pool:
         return np.concatenate([np.zeros(0, np.int64), *pool.map(find, range(len(files)))])
 
 
-def _read_keys(files: Files, file: int) -> pa.Array:
-    store, described = files.store_of(file), files.rows_file(file)
-    with naming_damage(store, described.path), store.open(described.path) as data:
-        return read_table(data, ["key"])["key"].combine_chunks()
-
-
 def _values(column: pa.ChunkedArray, name: str) -> pa.Array | torch.Tensor:
-    """Return a column as a tensor if it holds numbers or vectors, else as an Arrow array.
-
-    Vectors are lists of numbers of one length; their tensor is [N, length].
-    """
+    """Return numbers as a tensor, vectors of one length as a tensor [N, length], else an array."""
     kind, width = column.type, None
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         lengths = set(pc.list_value_length(column).unique().to_pylist())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -15,15 +16,10 @@ from latentcache.loader.permutation import Ints
 Noise = Callable[[int], torch.Tensor]
 """A function that returns `count` standard normal numbers per row: float32 [b, count]."""
 
+Empty = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]
+"""A function that returns an uninitialized tensor of a shape and dtype."""
 
-def _make_first_calls() -> None:
-    """Call functions that MKL initializes at their first call, before other threads exist.
-
-    If two threads make the first call at once, results may have 12 instead of 24 correct bits
-    (pytorch/pytorch#188792).
-    """
-    for function in (torch.exp, torch.log, torch.sqrt, torch.sin, torch.cos):
-        function(torch.ones(64))
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 
 
 class LatentFinish:
@@ -46,13 +42,15 @@ class LatentFinish:
     def __init__(self, contracts: Sequence[Contract], dtype: torch.dtype, normalize: bool) -> None:
         if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise ConfigError(f"dtype is {dtype!r}: use a floating-point torch.dtype")
-        _make_first_calls()
+        # MKL initializes these functions at their first call. If two threads make it at once,
+        # results may have 12 instead of 24 correct bits (pytorch/pytorch#188792).
+        for function in (torch.exp, torch.log, torch.sqrt, torch.sin, torch.cos):
+            function(torch.ones(64))
         vae, terms = contracts[0].vae, contracts[0].latents
         self.stored = TORCH_DTYPES[terms.dtype]
         self.dtype = dtype
-        self.is_moments = terms.posterior == "moments"
-        self.is_in_place = self.stored == dtype and not self.is_moments
-        """Whether stored latents may be converted in place."""
+        self._is_moments = terms.posterior == "moments"
+        self._is_in_place = self.stored == dtype and not self._is_moments
         shift, scale = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
         if normalize:
             mean, std = vae.latents_mean or [vae.shift_factor], vae.latents_std or [1.0]
@@ -65,7 +63,7 @@ class LatentFinish:
             # By dataset and channel, [S, C, 1, 1].
             pairs = [zero_and_scale(quantization) for quantization in quantizations]
             zero, step = (torch.stack(parts) for parts in zip(*pairs, strict=True))
-            if self.is_moments:  # drawing comes between dequantization and normalization
+            if self._is_moments:  # drawing comes between dequantization and normalization
                 self._moments = zero.float(), step.float()
             else:
                 shift, scale = zero + shift / step, scale * step
@@ -81,23 +79,28 @@ class LatentFinish:
         return latents.float() / scale + shift
 
     def __call__(
-        self, stored: torch.Tensor, out: torch.Tensor, noise: Noise, sources: Ints
-    ) -> None:
-        """Convert stored latents and write them to `out`.
+        self, stored: torch.Tensor, sources: Ints, noise: Noise, empty: Empty
+    ) -> torch.Tensor:
+        """Return converted latents [b, C, h, w]; they may use the memory of the stored ones.
 
         Args:
             stored: [b, C, h, w] in the stored dtype, or [b, 2C, h, w] for moments.
-            out: [b, C, h, w] in the result's dtype; may be `stored` itself if `is_in_place`.
-            noise: the source of random numbers for drawing from moments.
             sources: int64 [b], the index of each row's dataset.
+            noise: the source of random numbers for drawing from moments.
+            empty: allocates the result.
         """
+        num, channels, height, width = stored.shape
+        if self._is_in_place:
+            out = stored
+        else:
+            channels = channels // 2 if self._is_moments else channels
+            out = empty((num, channels, height, width), self.dtype)
 
         def of_rows(part: torch.Tensor) -> torch.Tensor:
             is_by_dataset = part.ndim == 4
             return (part[sources] if is_by_dataset else part).to(out.device)
 
-        shift, scale = of_rows(self._shift), of_rows(self._scale)
-        if self.is_moments:
+        if self._is_moments:
             moments = stored.float()
             if self._moments:
                 zero, step = (of_rows(part) for part in self._moments)
@@ -110,8 +113,36 @@ class LatentFinish:
         else:  # in a wide dtype, or in a narrower one in which one multiplication rounds once
             latents = out.copy_(stored)
         if self._shifts:
-            latents.sub_(shift)
+            latents.sub_(of_rows(self._shift))
         if self._scales:
-            latents.mul_(scale)
-        if latents is not out:
-            out.copy_(latents)
+            latents.mul_(of_rows(self._scale))
+        return latents if latents is out else out.copy_(latents)
+
+
+def normal(keys: torch.Tensor, count: int) -> torch.Tensor:
+    """Return standard normal numbers that depend only on the key: float32 [b, count].
+
+    Splitmix64 (Steele, Lea and Flood, 2014) hashes a counter, and the method of Box and Muller
+    turns each hash into two numbers. The hashes are exact integers. Only the last bits of
+    logarithm, square root, sine and cosine differ between devices.
+
+    Args:
+        keys, count: int64 [b] on the result's device, and how many numbers each key gets.
+    """
+    counters = torch.arange(1, (count + 1) // 2 + 1, device=keys.device) * _GOLDEN
+    bits = mix(keys[:, None] + counters)
+    # Adding 0.5 keeps the logarithm finite.
+    first = (((bits >> 32) & 0xFFFFFFFF).to(torch.float32) + 0.5) * 2.0**-32
+    second = (bits & 0xFFFFFFFF).to(torch.float32) * (2.0 * math.pi * 2.0**-32)
+    radius = first.log_().mul_(-2.0).sqrt_()
+    return torch.cat([radius * second.cos(), radius * second.sin()], dim=1)[:, :count]
+
+
+def mix(state: torch.Tensor) -> torch.Tensor:
+    """Return a one-to-one hash of int64 numbers of any shape: the finalizer of splitmix64.
+
+    The masks are needed because torch's right shift extends the sign.
+    """
+    state = (state ^ ((state >> 30) & (2**34 - 1))) * (0xBF58476D1CE4E5B9 - 2**64)
+    state = (state ^ ((state >> 27) & (2**37 - 1))) * (0x94D049BB133111EB - 2**64)
+    return state ^ ((state >> 31) & (2**33 - 1))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import warnings
 from collections import deque
@@ -24,16 +23,21 @@ from latentcache.loader.files import Files, open_sources
 from latentcache.loader.join import Join, Joined
 from latentcache.loader.latents import LatentFinish
 from latentcache.loader.order import DEFAULT_WINDOW_ROWS, BatchRows, Order, OrderOptions, Tail
-from latentcache.loader.permutation import Ints
 from latentcache.loader.prefetch import prefetch
-from latentcache.loader.ranks import num_ranks_here, place
-from latentcache.loader.rows import MAX_AHEAD, RowReader, open_cache
+from latentcache.loader.ranks import num_local_ranks, rank_and_world_size
+from latentcache.loader.rows import RowReader, open_cache
 from latentcache.storage_options import StorageOptions
 
 _STATE_VERSION = 1
 
-_log = logging.getLogger(__name__)
+# How to continue from a state whose field differs from this loader's.
+_FIXES = {
+    "manifest": "set `manifest` to the number in the state to continue with the same rows",
+    "version": "this loader cannot continue from it",
+    "dataset": "this loader cannot continue from it",
+}
 
+_MAX_PREFETCHED = 64
 # How many batches are planned together, because NumPy's cost is mostly per call.
 _MAX_GROUP = 32
 
@@ -47,21 +51,18 @@ class LatentLoader:
     every rank has the same number of steps.
 
     Args:
-        url: URL of the dataset, or {url: weight} to mix several. The weights are each dataset's
-            share of an epoch's rows; an epoch has as many rows as all datasets together.
+        url: URL of the dataset, or {url: weight} to mix several; weights are shares of an epoch's
+            rows, which are as many as all datasets' together.
         batch_size: number of rows of a global batch. Each rank gets a slice of it.
         seed: seed of the order and of draws from the posterior.
-        rank, world_size: rank of this process and number of ranks. If both are None, they are those
-            of `torch.distributed` if it is initialized, else of the environment variables RANK and
-            WORLD_SIZE, else 0 and 1.
-        manifest: number of a manifest or "published", or {url: one of these}; None takes the newest
-            complete one.
+        rank, world_size: rank of this process and number of ranks; None takes those of an
+            initialized `torch.distributed`, else of RANK and WORLD_SIZE, else 0 and 1.
+        manifest: number of a manifest or "published", or {url: one of these}; None: the newest.
         shuffle: False reads in the order of the source shards, bucket after bucket.
         window_rows: how many rows of a bucket are shuffled together; see `loader/order.py`.
         block_rows: size in rows of the blocks that are shuffled before; None takes a row group.
-        tail: what happens to the rows of a bucket that do not fill a batch. `drop` leaves them out
-            of the epoch (different rows in each epoch), `pad` repeats rows, `short` yields a
-            smaller batch.
+        tail: what happens to a bucket's last rows that do not fill a batch. `drop` leaves them out
+            (other rows in each epoch), `pad` repeats rows, `short` yields a smaller batch.
         dtype: dtype of the latents.
         normalize: return `(z - shift) * scale`; False returns the encoder's values.
         device: device of the batches. Batches on the CPU are pinned if there is a GPU.
@@ -75,9 +76,8 @@ class LatentLoader:
     Raises:
         ConfigError: an argument is wrong, or no bucket fills a batch.
         ContractMismatch: the latents of mixed datasets differ in meaning.
-        DatasetError: there is no such dataset or manifest, or a file is missing or damaged.
-            Iterating may raise it, too.
-        StorageError: a store cannot be reached, after retries. Iterating may raise it, too.
+        DatasetError: there is no such dataset or manifest, or a damaged file; also while iterating.
+        StorageError: a store cannot be reached, after retries; also while iterating.
     """
 
     def __init__(
@@ -104,29 +104,36 @@ class LatentLoader:
         storage: StorageOptions | None = None,
     ) -> None:
         options = OrderOptions(batch_size, seed, shuffle, window_rows, block_rows, tail)
-        self.rank, self.world_size = place(rank, world_size, batch_size)
-        weights = (
-            {os.fspath(name): weight for name, weight in url.items()}
-            if isinstance(url, Mapping)
-            else {os.fspath(url): 1.0}
-        )
+        self.rank, self.world_size = rank_and_world_size(rank, world_size, batch_size)
+        shares = url if isinstance(url, Mapping) else {url: 1.0}
+        weights = {os.fspath(name): weight for name, weight in shares.items()}
         if not weights:
             raise ConfigError("no dataset is given: url is empty")
-        self._files = Files(open_sources(list(weights), manifest, storage))
-        self.contract = self._files.contract
-        self._joined = Joined(self._files, join, columns)
-        _check_rows(self._files, self._joined.num_rows, list(weights))
-        self._order = Order(
-            self._files.streams(self._joined.num_rows), options, list(weights.values())
-        )
-        _check_order(self._order, self.num_rows, list(weights))
-        self._finish = LatentFinish(self._files.contracts, dtype, normalize)
-        self._device = _device(device)
-        self._cache = open_cache(self._files, cache_dir, cache_bytes)
+        self._files = files = Files(open_sources(list(weights), manifest, storage))
+        self.contract = files.contract
+        self._joined = Joined(files, join, columns)
+        for number, name in enumerate(weights):
+            if not self._joined.num_rows[files.source_of == number].any():
+                raise DatasetError(f"{name} has no rows")
+        streams = files.streams(self._joined.num_rows)
+        self._order = Order(streams, options, list(weights.values()))
+        _check_order(self._order, self.num_rows, next(iter(weights)))
+        self._finish = LatentFinish(files.contracts, dtype, normalize)
+        self._device = _checked_device(device)
+        self._cache = open_cache(files, cache_dir, cache_bytes)
         if self._cache:
-            _check_cache(self._files, options, self._cache.max_bytes, self.world_size)
+            _check_cache(files, options, self._cache.max_bytes, self.world_size)
         self._prefetch_bytes = parse_bytes(prefetch_bytes)
-        self._identity = self._describe(list(weights.values()))
+        # Everything that the order depends on, to reject states of another order.
+        numbers = [source.manifest.number for source in files.sources]
+        is_mixed = len(numbers) > 1
+        self._identity = {
+            "version": _STATE_VERSION,
+            "manifest": numbers if is_mixed else numbers[0],
+            "dataset": self._joined.fingerprint[:16],
+            **asdict(options),
+            **({"weights": list(weights.values())} if is_mixed else {}),
+        }
         self._epoch, self._step = 0, 0
         self._is_begun = False
         self._idle: list[tuple[int, BatchReader]] = []  # each with the id of its process
@@ -134,18 +141,6 @@ class LatentLoader:
     def __getstate__(self) -> dict[str, Any]:
         # A spawned process maps files itself.
         return {**self.__dict__, "_idle": []}
-
-    def _describe(self, weights: Sequence[float]) -> dict[str, Any]:
-        """Return everything that the order depends on, to reject states of another order."""
-        numbers = [source.manifest.number for source in self._files.sources]
-        mixed = len(numbers) > 1
-        return {
-            "version": _STATE_VERSION,
-            "manifest": numbers if mixed else numbers[0],
-            "dataset": self._joined.fingerprint[:16],
-            **asdict(self._order.options),
-            **({"weights": list(weights)} if mixed else {}),
-        }
 
     def __len__(self) -> int:
         """Return the number of steps of an epoch, which is the same on every rank."""
@@ -180,7 +175,15 @@ class LatentLoader:
         Raises:
             ConfigError: the state belongs to another order; the message names the field.
         """
-        epoch, step = _epoch_and_step(state, self._identity, len(self))
+        _check_identity(state, self._identity)
+        epoch, step = state.get("epoch"), state.get("step")
+        if not (isinstance(epoch, int) and isinstance(step, int)):
+            raise ConfigError("not a state of a LatentLoader: it has no epoch and step")
+        if epoch < 0 or not 0 <= step < len(self):
+            raise ConfigError(
+                f"the state has step {step} of epoch {epoch}, but epochs have {len(self)} steps: "
+                "use a state of this dataset and order"
+            )
         self._epoch, self._step = epoch, step
         self._is_begun = False
 
@@ -197,10 +200,16 @@ class LatentLoader:
         # Files stay mapped from epoch to epoch, unless two iterators are active.
         pid = os.getpid()
         self._idle = [idle for idle in self._idle if idle[0] == pid]
-        reader = self._idle.pop()[1] if self._idle else self._make_reader()
+        if self._idle:
+            _, reader = self._idle.pop()
+        else:
+            rows = RowReader(self._files, self._joined.columns, self._cache)
+            seed = self._order.options.seed
+            options = (rows, self._finish, self._device, seed)
+            reader = BatchReader(self._files, self._joined, *options)
         plans = self._plan(epoch, step, reader)
+        batches = prefetch(plans, reader.read, self._num_prefetched(), reader.rows.cancel)
         try:
-            batches = prefetch(plans, reader.read, self._num_ahead, reader.rows.cancel)
             for batch, event in batches:
                 if event is not None:
                     hand_over(batch, event)
@@ -208,29 +217,24 @@ class LatentLoader:
                 self._is_begun = self._step > 0
                 yield batch
         finally:
+            batches.close()  # first, so that no thread still uses the reader
             if os.getpid() == pid:
                 reader.rows.clear()
                 self._idle.append((pid, reader))
 
-    @property
-    def _num_ahead(self) -> int:
-        """The number of batches to prefetch: as many as fit into `prefetch_bytes`."""
+    def _num_prefetched(self) -> int:
+        """Return the number of batches to prefetch: as many as fit into `prefetch_bytes`."""
         most = max(prod(self.contract.latent_shape(bucket)) for bucket in self._order.buckets)
         num_rows = self._order.options.batch_size // self.world_size
         num_bytes = num_rows * most * self._finish.dtype.itemsize
-        return min(max(1, self._prefetch_bytes // num_bytes), MAX_AHEAD)
-
-    def _make_reader(self) -> BatchReader:
-        rows = RowReader(self._files, self._joined.columns, self._cache)
-        seed = self._order.options.seed
-        return BatchReader(self._files, self._joined, rows, self._finish, self._device, seed)
+        return min(max(1, self._prefetch_bytes // num_bytes), _MAX_PREFETCHED)
 
     def _plan(self, epoch: int, step: int, reader: BatchReader) -> Generator[Plan, None, None]:
         order = self._order.batches(epoch, step, rank=self.rank, world_size=self.world_size)
         # Remote files are fetched a window before they are needed.
-        most = self._order.options.window_rows // self.world_size if self._cache else 0
-        most_bytes = self._cache.max_bytes // 4 if self._cache else 0
-        for group in _grouped(_look_ahead(order, reader.rows, most, most_bytes)):
+        max_rows = self._order.options.window_rows // self.world_size if self._cache else 0
+        max_bytes = self._cache.max_bytes // 4 if self._cache else 0
+        for group in _grouped(_prepared(order, reader.rows, max_rows, max_bytes)):
             try:
                 plans = reader.plan(epoch, group)
             except LatentCacheError:  # of one batch: yield those before it, then raise it again
@@ -240,56 +244,32 @@ class LatentLoader:
             yield from plans
 
 
-def _look_ahead(
-    order: Iterator[BatchRows], rows: RowReader, most: int, most_bytes: int
+def _prepared(
+    order: Iterator[BatchRows], rows: RowReader, max_rows: int, max_bytes: int
 ) -> Iterator[BatchRows]:
-    """Yield batches in order, after their files have been scheduled for opening in advance.
-
-    Args:
-        order: the rows of the batches.
-        rows: the reader that opens the files.
-        most: number of rows of batches that may be scheduled in advance.
-        most_bytes: size of the files that may be opened in advance.
-    """
+    """Yield batches in order, after the reader has begun to open at most so much for later ones."""
     pending: deque[BatchRows] = deque()
     num_rows = 0
     for chosen in order:
         rows.prepare(chosen.files)
         pending.append(chosen)
         num_rows += len(chosen.files)
-        while pending and (num_rows > most or rows.num_bytes_ahead > most_bytes):
+        while pending and (num_rows > max_rows or rows.num_opening_bytes > max_bytes):
             num_rows -= len(pending[0].files)
             yield pending.popleft()
     yield from pending
 
 
-def _epoch_and_step(
-    state: Mapping[str, Any], identity: Mapping[str, Any], num_steps: int
-) -> tuple[int, int]:
-    """Return the epoch and step of a state; see `LatentLoader.load_state_dict`.
-
-    Args:
-        state: the result of `state_dict`.
-        identity: everything that the order of this loader depends on.
-        num_steps: number of steps of an epoch.
-    """
+def _check_identity(state: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` if the state belongs to another order."""
     for name, value in identity.items():
         if name not in state:
             raise ConfigError(f"not a state of a LatentLoader: it has no {name!r}")
         if state[name] != value:
+            fix = _FIXES.get(name, f"set {name} to the value in the state")
             raise ConfigError(
-                f"the state has {name} {state[name]}, this loader has {name} {value}: "
-                f"{_fix_of(name)}"
+                f"the state has {name} {state[name]}, this loader has {name} {value}: {fix}"
             )
-    epoch, step = state.get("epoch"), state.get("step")
-    if not (isinstance(epoch, int) and isinstance(step, int)):
-        raise ConfigError("not a state of a LatentLoader: it has no epoch and step")
-    if epoch < 0 or not 0 <= step < num_steps:
-        raise ConfigError(
-            f"the state has step {step} of epoch {epoch}, but epochs have {num_steps} steps: use a "
-            "state of this dataset and order"
-        )
-    return epoch, step
 
 
 def _grouped(batches: Iterator[BatchRows]) -> Iterator[list[BatchRows]]:
@@ -304,8 +284,7 @@ def _grouped(batches: Iterator[BatchRows]) -> Iterator[list[BatchRows]]:
         yield group
 
 
-def _device(device: torch.device | str) -> torch.device:
-    """Return the device, checked to be available."""
+def _checked_device(device: torch.device | str) -> torch.device:
     try:
         checked = torch.device(device)
         is_cuda = checked.type == "cuda"
@@ -317,24 +296,17 @@ def _device(device: torch.device | str) -> torch.device:
     return checked
 
 
-def _check_rows(files: Files, num_rows: Ints, urls: Sequence[str]) -> None:
-    """Raise `DatasetError` for a dataset without rows."""
-    for number, url in enumerate(urls):
-        if not num_rows[files.source_of == number].any():
-            raise DatasetError(f"{url} has no rows")
-
-
-def _check_order(order: Order, num_rows: int, urls: Sequence[str]) -> None:
+def _check_order(order: Order, num_rows: int, url: str) -> None:
     """Raise `ConfigError` if an epoch has no batch; warn of buckets that have none."""
     options = order.options
     if not len(order):
         raise ConfigError(
-            f"{urls[0]} has {num_rows} rows, but no bucket has a whole batch of "
+            f"{url} has {num_rows} rows, but no bucket has a whole batch of "
             f"{options.batch_size}: lower batch_size, or set tail to 'pad' or 'short'"
         )
     unused = {bucket: order.left_out[bucket] for bucket, num in order.buckets.items() if not num}
     if unused:
-        names = ", ".join(f"{Bucket(*bucket).name} ({num} rows)" for bucket, num in unused.items())
+        names = ", ".join(f"{bucket.name} ({num} rows)" for bucket, num in unused.items())
         warnings.warn(
             f"these buckets have fewer rows than batch_size {options.batch_size} and are never "
             f"used: {names}; set tail to 'pad' or 'short' to train on them",
@@ -352,7 +324,7 @@ def _check_cache(files: Files, options: OrderOptions, max_bytes: int, world_size
     block_rows = options.block_rows or max(
         row_group_rows(files.contract, bucket) for bucket in files.buckets
     )
-    num_nodes = max(1, world_size // num_ranks_here())
+    num_nodes = max(1, world_size // num_local_ranks())
     num_files = min(len(files), options.window_rows // block_rows + 1) / num_nodes
     num_bytes = num_files * float(files.size_bytes.mean())
     if num_bytes > max_bytes / 2:
@@ -363,11 +335,3 @@ def _check_cache(files: Files, options: OrderOptions, max_bytes: int, world_size
             f"raise cache_bytes, lower window_rows, or keep files whole with block_rows={whole}",
             stacklevel=3,
         )
-
-
-def _fix_of(field: str) -> str:
-    if field == "manifest":
-        return "set `manifest` to the number in the state to continue with the same rows"
-    if field in ("version", "dataset"):
-        return "this loader cannot continue from it"
-    return f"set {field} to the value in the state"

@@ -27,11 +27,9 @@ class LatentDataset(torch.utils.data.Dataset[dict[str, Any]]):
     A row is a dict with `latents` [C, h, w], with `original_size`, `crop_top_left` and
     `target_size` (int64 [2] in pixels, height or top first), and with the columns. Missing text is
     "" and a missing class index is -1, because PyTorch's default collate function rejects None.
-    PyTorch's `DataLoader` fetches whole batches (`__getitems__`), and may fork or spawn workers. To
-    stack latents, a batch must have one bucket: a sampler groups rows by `bucket_of`.
-
-    Draws from stored moments use torch's global generator, which a `DataLoader` seeds in each
-    worker.
+    PyTorch's `DataLoader` fetches whole batches, and may fork or spawn workers. To stack latents, a
+    batch must have one bucket: a sampler groups rows by `bucket_of`. Draws from stored moments use
+    torch's global generator, which a `DataLoader` seeds in each worker.
 
     Args:
         url, manifest, dtype, normalize, columns, join, cache_dir, cache_bytes, storage: as for
@@ -39,9 +37,8 @@ class LatentDataset(torch.utils.data.Dataset[dict[str, Any]]):
 
     Raises:
         ConfigError: an argument is wrong.
-        DatasetError: there is no such dataset or manifest, or a file is missing or damaged. Reading
-            rows may raise it, too.
-        StorageError: a store cannot be reached, after retries. Reading rows may raise it, too.
+        DatasetError: there is no such dataset or manifest, or a file is damaged; also on reading.
+        StorageError: a store cannot be reached, after retries; also on reading.
     """
 
     def __init__(
@@ -103,43 +100,39 @@ class LatentDataset(torch.utils.data.Dataset[dict[str, Any]]):
             files, positions - (self._ends - self._joined.num_rows)[files]
         )
         joined = self._joined.read(partners)
-        result: list[dict[str, Any]] = [{} for _ in indices]
+        result: list[dict[str, Any]] = [{}] * len(indices)
         for bucket in np.unique(self._files.bucket_of[files]).tolist():
             chosen = np.flatnonzero(self._files.bucket_of[files] == bucket)
             read = self._read(self._files.buckets[bucket], files[chosen], rows[chosen])
             for number, index in enumerate(chosen.tolist()):
-                result[index] = {name: values[number] for name, values in read.items()}
-                result[index] |= {name: values[index] for name, values in joined.items()}
-        return [
-            {name: "" if value is None else value for name, value in row.items()} for row in result
-        ]
+                row = {name: values[number] for name, values in read.items()}
+                row |= {name: values[index] for name, values in joined.items()}
+                result[index] = {n: "" if value is None else value for n, value in row.items()}
+        return result
 
     def _read(self, bucket: Bucket, files: Ints, rows: Ints) -> dict[str, Any]:
         """Return the fields of rows of one bucket, as tensors and lists of one value per row."""
-        reader = self._reader()
-        try:
-            located = reader.find(bucket, files, rows)
-        finally:
-            reader.clear()
-        channels, height, width = self.contract.latent_shape(bucket)
-        stored = torch.empty((len(rows), channels, height, width), dtype=self._finish.stored)
-        located.gather(stored.view(torch.uint8).flatten(1))
-        latents = stored
-        if not self._finish.is_in_place:
-            channels = channels // 2 if self._finish.is_moments else channels
-            latents = torch.empty((len(rows), channels, height, width), dtype=self._finish.dtype)
-        sources = self._files.source_of[files]
-        self._finish(stored, latents, lambda count: torch.randn(len(rows), count), sources)
-        return {
-            "latents": latents,
-            "original_size": located.sizes[:, :2],
-            "crop_top_left": located.sizes[:, 2:],
-            "target_size": torch.tensor([[bucket[1], bucket[0]]]).expand(len(rows), 2),
-            **located.columns,
-        }
-
-    def _reader(self) -> RowReader:
-        """Return this process's reader: a reader that was forked has no threads."""
+        # A forked process needs its own reader, as threads do not survive a fork.
         if self._rows is None or self._rows[0] != os.getpid():
             self._rows = os.getpid(), RowReader(self._files, self._joined.columns, self._cache)
-        return self._rows[1]
+        reader = self._rows[1]
+        try:
+            latents, sizes, columns = reader.select(bucket, files, rows)
+        finally:
+            reader.clear()
+        shape = (len(rows), *self.contract.latent_shape(bucket))
+        stored = torch.empty(shape, dtype=self._finish.stored)
+        latents.gather(stored.view(torch.uint8).flatten(1))
+        finished = self._finish(
+            stored,
+            self._files.source_of[files],
+            lambda count: torch.randn(len(rows), count),
+            lambda shape, dtype: torch.empty(shape, dtype=dtype),
+        )
+        return {
+            "latents": finished,
+            "original_size": sizes[:, :2],
+            "crop_top_left": sizes[:, 2:],
+            "target_size": torch.tensor([[bucket[1], bucket[0]]]).expand(len(rows), 2),
+            **columns,
+        }

@@ -1,13 +1,9 @@
 """Compute which rows make up which batch, with arithmetic that is the same on every machine.
 
-An epoch is a list of global batches, each of one bucket. The rows of a batch depend only on the row
-counts of the files, the options and the epoch's number. There is no generator whose state could be
-lost, and the number of ranks matters only because rank r of W takes the r-th slice of each batch.
-Any step of any epoch is computed without the steps before it.
-
-A bucket's rows are shuffled in two steps. First its blocks (row groups) are permuted. Then rows are
-permuted within windows of `window_rows`. So a batch mixes rows of hundreds of blocks, while reads
-stay within one window.
+An epoch is a list of global batches, each of one bucket. The rows of any batch are a function of
+the row counts of the files, the options and the epoch; rank r of W takes the r-th slice. A bucket's
+blocks (row groups) are permuted, then rows within windows of `window_rows`. So a batch mixes rows
+of hundreds of blocks, while reads stay within one window.
 """
 
 from __future__ import annotations
@@ -16,7 +12,6 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
 from math import inf
 from typing import Any, Literal
 
@@ -34,7 +29,7 @@ DEFAULT_WINDOW_ROWS = 262_144
 _SECTION = 4096
 
 # The number of bits of a position in a window, as a fraction of the window.
-_PLACE_BITS = 24
+_POSITION_BITS = 24
 
 # The purposes of keys, so that no two permutations share a key.
 _BUCKETS, _MIXING, _BLOCKS, _ROWS = range(4)
@@ -42,18 +37,7 @@ _BUCKETS, _MIXING, _BLOCKS, _ROWS = range(4)
 
 @dataclass(frozen=True, slots=True)
 class OrderOptions:
-    """The options that the order depends on, besides the rows.
-
-    Args:
-        batch_size: number of rows of a global batch.
-        seed: seed of every permutation.
-        shuffle: False reads the files in the manifest's order, bucket after bucket.
-        window_rows: number of rows of a bucket that are shuffled among each other.
-        block_rows: number of neighbouring rows of a file that stay together in the first of the two
-            permutations; None takes a row group. Use whole files if the dataset exceeds the cache.
-        tail: what happens to a bucket's last rows that do not fill a batch. `drop` leaves them out
-            of the epoch, `pad` fills the batch with the bucket's first rows, `short` yields a
-            smaller batch.
+    """The options that the order depends on, besides the rows; see `LatentLoader`.
 
     Raises:
         ConfigError: an option is out of range.
@@ -81,12 +65,8 @@ class OrderOptions:
 class Stream:
     """The files that hold one dataset's rows of one bucket.
 
-    Args:
-        dataset: index of the dataset, 0 if there is only one.
-        bucket: (width, height) in pixels.
-        files: int64 [F], the numbers by which batches name the files.
-        num_rows: int64 [F], the number of rows of each file.
-        group_rows: number of rows of a whole row group.
+    By file, int64 [F]: `files`, their numbers, and `num_rows`. `group_rows` is the number of rows
+    of a whole row group.
     """
 
     dataset: int
@@ -133,9 +113,8 @@ class Order:
     ) -> None:
         self.options = options
         quotas = _row_quotas(streams, weights)
-        buckets = sorted({stream.bucket for stream in streams})
         self._buckets = []
-        for bucket in buckets:
+        for bucket in sorted({stream.bucket for stream in streams}):
             mine = [i for i, stream in enumerate(streams) if stream.bucket == bucket and quotas[i]]
             if mine:
                 parts = [_Shuffled(streams[i], options) for i in mine]
@@ -149,8 +128,7 @@ class Order:
     @property
     def left_out(self) -> dict[Bucket, int]:
         """The number of rows that an epoch leaves out, for each bucket with such rows."""
-        counts = {bucket.bucket: bucket.num_left_out for bucket in self._buckets}
-        return {bucket: count for bucket, count in counts.items() if count}
+        return {each.bucket: each.num_left_out for each in self._buckets if each.num_left_out}
 
     @property
     def buckets(self) -> dict[Bucket, int]:
@@ -163,28 +141,21 @@ class Order:
         """Yield a rank's slices of an epoch's batches.
 
         Args:
-            epoch: number of the epoch.
-            start: the first step.
+            epoch, start: number of the epoch, and the first step.
             rank, world_size: the rank, and the number of ranks.
         """
+        key = make_key(self.options.seed, epoch, _BUCKETS)
         # Many batches are computed at a time to share NumPy's cost per call.
         num_steps = max(1, 16_384 // self.options.batch_size)
         for first in range(start, len(self), num_steps):
-            last = min(first + num_steps, len(self))
-            yield from self._chunk(epoch, first, last, rank, world_size)
-
-    def _chunk(
-        self, epoch: int, first: int, last: int, rank: int, world_size: int
-    ) -> Iterator[BatchRows]:
-        key = make_key(self.options.seed, epoch, _BUCKETS)
-        turns, numbers = self._turns.take(first, last, key)
-        slices: dict[int, Iterator[tuple[Ints, Ints, Ints]]] = {}
-        for turn in np.unique(turns).tolist():
-            mine = numbers[turns == turn]  # consecutive numbers, in order
-            bucket = self._buckets[turn]
-            slices[turn] = bucket.slices(epoch, int(mine[0]), len(mine), rank, world_size)
-        for step, turn in enumerate(turns.tolist(), start=first):
-            yield BatchRows(step, self._buckets[turn].bucket, *next(slices[turn]))
+            turns, numbers = self._turns._take(first, min(first + num_steps, len(self)), key)
+            slices: dict[int, Iterator[tuple[Ints, Ints, Ints]]] = {}
+            for turn in np.unique(turns).tolist():
+                mine = numbers[turns == turn]  # consecutive numbers, in order
+                bucket = self._buckets[turn]
+                slices[turn] = bucket._slices(epoch, int(mine[0]), len(mine), rank, world_size)
+            for step, turn in enumerate(turns.tolist(), start=first):
+                yield BatchRows(step, self._buckets[turn].bucket, *next(slices[turn]))
 
 
 class _BucketOrder:
@@ -203,16 +174,10 @@ class _BucketOrder:
         self.num_batches = whole if drops or not rest else whole + 1
         self.num_left_out = rest if drops else 0
 
-    def slices(
+    def _slices(
         self, epoch: int, first: int, count: int, rank: int, world_size: int
     ) -> Iterator[tuple[Ints, Ints, Ints]]:
-        """Yield a rank's slices of batches: files, rows and passes, int64 [b] each.
-
-        Args:
-            epoch: number of the epoch.
-            first, count: number of the first batch, and how many batches.
-            rank, world_size: the rank, and the number of ranks.
-        """
+        """Yield a rank's slices of `count` batches: files, rows and passes, int64 [b] each."""
         size, total = self._options.batch_size, self._turns.total
         start, stop = first * size, (first + count) * size
         if self._options.tail != "pad":
@@ -228,7 +193,7 @@ class _BucketOrder:
         # blocks, which are in random order. The index makes keys unique, so that any sorting
         # algorithm has the same result.
         index = np.arange(num := len(files))
-        keys = (((index // size) << _PLACE_BITS) + positions) * num + index
+        keys = (((index // size) << _POSITION_BITS) + positions) * num + index
         by_position = np.sort(keys) % num
         files, rows, passes = files[by_position], rows[by_position], passes[by_position]
         for low in range(0, num, size):
@@ -239,17 +204,16 @@ class _BucketOrder:
     def _find(self, epoch: int, start: int, stop: int) -> tuple[Ints, ...]:
         """Return files, rows, passes and window positions of rows start to stop of an epoch."""
         key = make_key(self._options.seed, epoch, _MIXING, *self.bucket)
-        turns, numbers = self._turns.take(start, stop, key)
+        turns, numbers = self._turns._take(start, stop, key)
         if len(self._parts) == 1:
             return self._parts[0].find(epoch * self._quotas[0] + numbers)
         outputs = tuple(np.empty(len(turns), np.int64) for _ in range(4))
         for turn, (part, quota) in enumerate(zip(self._parts, self._quotas, strict=True)):
             where = turns == turn
             if where.any():
-                for output, values in zip(
-                    outputs, part.find(epoch * quota + numbers[where]), strict=True
-                ):
-                    output[where] = values
+                values = part.find(epoch * quota + numbers[where])
+                for output, value in zip(outputs, values, strict=True):
+                    output[where] = value
         return outputs
 
 
@@ -265,15 +229,10 @@ class _Shuffled:
         self._first_block = np.concatenate([[0], ends])  # of each file
         self._first_row = np.concatenate([[0], np.cumsum(stream.num_rows)])
         self._file_of_block = np.repeat(np.arange(len(ends)), np.diff(self._first_block))
-        # Two passes, because a range of rows may extend from one pass into the next.
-        self._blocks = lru_cache(2)(self._permute_blocks)
+        self._cached: dict[int, tuple[Ints, Ints]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_blocks"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._blocks = lru_cache(2)(self._permute_blocks)
+        return {**self.__dict__, "_cached": {}}
 
     def find(self, numbers: Ints) -> tuple[Ints, ...]:
         """Return files, rows, passes and window positions by ascending row number in all passes."""
@@ -282,8 +241,7 @@ class _Shuffled:
             files = np.searchsorted(self._first_row, positions, "right") - 1
             rows = positions - self._first_row[files]
             return self.stream.files[files], rows, passes, np.zeros_like(positions)
-        files, rows = np.empty_like(positions), np.empty_like(positions)
-        fractions = np.empty_like(positions)
+        files, rows, fractions = (np.empty_like(positions) for _ in range(3))
         window_rows = self._options.window_rows
         windows = passes * (-(-self._num_rows // window_rows)) + positions // window_rows
         for window in range(int(windows[0]), int(windows[-1]) + 1):  # numbers are ascending
@@ -294,21 +252,25 @@ class _Shuffled:
             key = self._key(one_pass, _ROWS, start)
             within = permute(positions[where] - start, size, key)
             files[where], rows[where] = self._locate(one_pass, start + within)
-            fractions[where] = (within / size * 2**_PLACE_BITS).astype(np.int64)
+            fractions[where] = (within / size * 2**_POSITION_BITS).astype(np.int64)
         return self.stream.files[files], rows, passes, fractions
 
     def _key(self, one_pass: int, *parts: int) -> int:
         stream = self.stream
         return make_key(self._options.seed, one_pass, *parts, stream.dataset, *stream.bucket)
 
-    def _permute_blocks(self, one_pass: int) -> tuple[Ints, Ints]:
+    def _blocks(self, one_pass: int) -> tuple[Ints, Ints]:
         """Return the blocks in the order of a pass, and the number of rows before each."""
+        if (cached := self._cached.get(one_pass)) is not None:
+            return cached
         count = int(self._first_block[-1])
         blocks = permute(np.arange(count), count, self._key(one_pass, _BLOCKS))
         sizes = np.full(count, self._block_rows)
         sizes[self._first_block[1:] - 1] = (self.stream.num_rows - 1) % self._block_rows + 1
         before = np.cumsum(sizes[blocks])
         before -= sizes[blocks]
+        # Keep two passes, because a range of rows may extend from one pass into the next.
+        self._cached = {**dict(list(self._cached.items())[-1:]), one_pass: (blocks, before)}
         return blocks, before
 
     def _locate(self, one_pass: int, positions: Ints) -> tuple[Ints, Ints]:
@@ -339,23 +301,17 @@ class _Turns:
     def _before(self, section: int) -> list[int]:
         return [quota * section // self._num_sections for quota in self._quotas]
 
-    def take(self, start: int, stop: int, key: int) -> tuple[Ints, Ints]:
-        """Return the participant of each turn, and the index of the turn among its own turns.
-
-        Args:
-            start, stop: the range of turns.
-            key: the key of the permutations.
-        """
-        positions = np.arange(start, stop)
+    def _take(self, start: int, stop: int, key: int) -> tuple[Ints, Ints]:
+        """Return the participant of each turn, and the index of the turn among its own turns."""
         if not self._shuffle:
+            positions = np.arange(start, stop)
             turns = np.searchsorted(self._firsts, positions, "right") - 1
             return turns, positions - self._firsts[turns]
         section = -1 + bisect_right(
             range(self._num_sections), start, key=lambda index: sum(self._before(index))
         )
-        first = sum(self._before(section))
+        first = end = sum(self._before(section))
         sections: list[tuple[Ints, Ints]] = []
-        end = first
         while end < stop:
             sections.append(self._section(section, key))
             end += len(sections[-1][0])
@@ -370,10 +326,8 @@ class _Turns:
         in_turn = np.repeat(np.arange(len(counts)), counts)
         own = np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts)
         # Turns are permuted. In the resulting order, each participant's own numbers ascend.
-        positions = (
-            np.sort(permute(np.arange(total), total, make_key(key, section)) + in_turn * total)
-            - in_turn * total
-        )
+        images = permute(np.arange(total), total, make_key(key, section))
+        positions = np.sort(images + in_turn * total) - in_turn * total
         turns, numbers = np.empty(total, np.int64), np.empty(total, np.int64)
         turns[positions] = in_turn
         numbers[positions] = before[in_turn] + own

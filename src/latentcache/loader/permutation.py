@@ -12,20 +12,14 @@ import numpy.typing as npt
 Ints = npt.NDArray[np.int64]
 
 _FEISTEL_ROUNDS = 4  # of two halves each; with three, small sizes are measurably not uniform
-
-
 _MASK = 2**64 - 1
 
 
 def apportion(total: int, shares: Sequence[Fraction]) -> list[int]:
-    """Divide a number by shares with the largest remainder method (Hamilton's method).
+    """Divide a number by shares with Hamilton's largest remainder method.
 
     Args:
-        total: the number to divide.
-        shares: the relative shares.
-
-    Returns:
-        One integer for each share; their sum is exactly `total`.
+        total, shares: the number, and the relative shares; the result's sum is exactly `total`.
     """
     whole = sum(shares)
     exact = [total * share / whole for share in shares]
@@ -48,7 +42,7 @@ def make_key(*parts: int) -> int:
 
 
 def permute(index: Ints, size: int, key: int) -> Ints:
-    """Return the images of indices under a random permutation of range(size).
+    """Return the images of indices, int64 [n], under a random permutation of range(size).
 
     The permutation is a Feistel network over pairs (left, right) of about √size values each.
     Addition instead of XOR makes it work for any size. Values beyond the size are permuted again
@@ -58,9 +52,6 @@ def permute(index: Ints, size: int, key: int) -> Ints:
         index: int64 [n], the indices.
         size: size of the range.
         key: 64-bit key that selects the permutation.
-
-    Returns:
-        int64 [n].
     """
     rights = isqrt(max(size, 1) - 1) + 1
     lefts = -(-size // rights)

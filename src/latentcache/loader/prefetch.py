@@ -7,7 +7,7 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count
 from math import prod
@@ -31,12 +31,12 @@ def prefetch(
     work: Callable[[P], T],
     depth: int,
     cancel: Callable[[], None],
-) -> Iterator[T]:
+) -> Generator[T, None, None]:
     """Yield the results of `work` in order, at most `depth` items prefetched on threads.
 
     Two threads alternate: while one makes the next plan, the other does the work of the previous
-    plan. Most of the work is copying, without the interpreter lock. An error of a thread is raised
-    here, in order. Closing this iterator calls `cancel`, and then closes `plans`.
+    one, mostly copying without the interpreter lock. Errors are raised here, in order. Closing this
+    iterator calls `cancel`, and then closes `plans`.
 
     Args:
         plans: the generator of plans; one thread at a time advances it.
@@ -108,8 +108,7 @@ class Memory:
         """Return an uninitialized tensor that shares no memory with any other live tensor.
 
         Args:
-            shape: the shape of the tensor.
-            dtype: the dtype of the tensor.
+            shape, dtype: of the tensor.
         """
         if self._is_pinned:
             return torch.empty(tuple(shape), dtype=dtype, pin_memory=True)

@@ -1,0 +1,132 @@
+"""Copy rows from many regions of memory, such as mapped files, with one call."""
+
+from __future__ import annotations
+
+import ctypes
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import numpy as np
+import torch
+
+from latentcache.errors import DatasetError
+from latentcache.loader.permutation import Ints
+
+V = TypeVar("V")
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Rows to copy; it keeps their regions alive."""
+
+    span: torch.Tensor
+    index: torch.Tensor
+    regions: tuple[torch.Tensor, ...]
+
+    def gather(self, out: torch.Tensor, rows: slice = slice(None)) -> torch.Tensor:
+        """Copy the bytes of rows, and return them.
+
+        Args:
+            out, rows: the destination, uint8 [m, row bytes], and which rows to copy.
+        """
+        return torch.index_select(self.span, 0, self.index[rows], out=out)
+
+
+class Regions(Generic[V]):
+    """Numbered regions, each with a value; the least recently used ones are dropped.
+
+    `torch.index_select` copies slices of a tensor. Here the tensor spans the addresses of all
+    regions at a stride of one byte, so that the index of a row is its address. As any memory could
+    be read through it, `select` checks every row against the bounds of the row's region.
+
+    Args:
+        count: regions are numbered from 0 to below this.
+        max_bytes, max_regions: limits, which the regions in use may exceed.
+    """
+
+    def __init__(self, count: int, max_bytes: int, max_regions: int) -> None:
+        self._entries: OrderedDict[int, tuple[torch.Tensor, V, int]] = OrderedDict()
+        self._num_bytes, self._max_bytes, self._max_regions = 0, max_bytes, max_regions
+        self._starts, self._ends = np.zeros(count, np.int64), np.zeros(count, np.int64)
+        self._low, self._high = 2**63, 0
+        self._spans: dict[int, torch.Tensor] = {}
+        # All present regions; None after a change. To hold only those of the rows would cost more.
+        self._held: tuple[torch.Tensor, ...] | None = None
+
+    def __getitem__(self, number: int) -> V:
+        return self._entries[number][1]
+
+    def use(self, numbers: Iterable[int]) -> list[int]:
+        """Mark regions as used most recently; return the numbers of those that are missing."""
+        missing = []
+        for number in numbers:
+            if number in self._entries:
+                self._entries.move_to_end(number)
+            else:
+                missing.append(number)
+        return missing
+
+    def add(self, number: int, region: torch.Tensor, value: V, num_bytes: int) -> None:
+        """Add a region.
+
+        Args:
+            number, value: its number and value.
+            region: its memory.
+            num_bytes: the size with which it counts.
+        """
+        start = region.data_ptr()
+        self._entries[number] = region, value, num_bytes
+        self._num_bytes += num_bytes
+        self._held = None
+        self._starts[number], self._ends[number] = start, start + region.nbytes
+        low, high = min(self._low, start), max(self._high, start + region.nbytes)
+        if (low, high) != (self._low, self._high):
+            self._low, self._high = low, high
+            self._spans.clear()
+
+    def drop(self, num_in_use: int) -> list[int]:
+        """Drop regions beyond the limits, but not the last used; return their numbers."""
+        dropped = []
+        while len(self._entries) > num_in_use and (
+            len(self._entries) > self._max_regions or self._num_bytes > self._max_bytes
+        ):
+            number, (_, _, num_bytes) = self._entries.popitem(last=False)
+            self._num_bytes -= num_bytes
+            self._held = None
+            self._starts[number] = self._ends[number] = 0
+            dropped.append(number)
+        return dropped
+
+    def select(self, numbers: Ints, offsets: Ints, size: int) -> Selection:
+        """Select `size` bytes at offset `offsets[i]` of region `numbers[i]`, for all i.
+
+        Args:
+            numbers, offsets: int64 [m].
+            size: number of bytes of a row.
+
+        Raises:
+            DatasetError: a region is not present, or a row does not lie within its region.
+        """
+        addresses = self._starts[numbers] + offsets
+        is_inside = (offsets >= 0) & (addresses + size <= self._ends[numbers])
+        if not is_inside.all():
+            row = int(np.argmin(is_inside))
+            raise DatasetError(
+                f"{size} bytes at offset {offsets[row]} are outside of mapped file {numbers[row]}: "
+                "run `latentcache verify`"
+            )
+        if size not in self._spans:
+            self._spans[size] = self._make_span(size)
+        index = torch.from_numpy(addresses - self._low) if len(numbers) else torch.empty(0).long()
+        if self._held is None:
+            self._held = tuple(region for region, _, _ in self._entries.values())
+        return Selection(self._spans[size], index, self._held)
+
+    def _make_span(self, size: int) -> torch.Tensor:
+        if self._high - self._low < size:  # so that no row was selected
+            return torch.empty((0, size), dtype=torch.uint8)
+        origin = np.ctypeslib.as_array((ctypes.c_uint8 * 1).from_address(self._low))
+        shape = (self._high - self._low - size + 1, size)
+        return torch.from_numpy(np.lib.stride_tricks.as_strided(origin, shape, (1, 1)))
