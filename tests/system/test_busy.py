@@ -26,7 +26,7 @@ from latentcache.engine import run as run_module
 from latentcache.engine.lease import STALE_AFTER_S, Lease, active_leases, active_runs
 from latentcache.engine.progress import RunProgress
 from latentcache.engine.status import read_status
-from latentcache.storage import Store, local, retries
+from latentcache.storage import Store, local_files, retries
 from latentcache.storage_options import StorageOptions
 from makers import config_tree, png, tree_digest, write_tar
 from runs import Configs, assert_nothing_lost_or_doubled, receipts_at
@@ -149,9 +149,9 @@ class Freezer:
         self._num_times = num_times
         self._meanwhile = meanwhile
         self._boot_time_s = clock.boot_time_s
-        self._create_file = local.create_file
+        self._create_file = local_files.create_file
         monkeypatch.setattr(clock, "boot_time_s", self.boot_time_s)
-        monkeypatch.setattr(local, "create_file", self.create_file)
+        monkeypatch.setattr(local_files, "create_file", self.create_file)
         monkeypatch.setattr(retries, "_PAUSES_S", (0.0,) * 9)
 
     def boot_time_s(self) -> float:
