@@ -61,10 +61,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what needs servers or Ray, so that `make test-fast` leaves it out."""
+    """Mark the tests that need servers or Ray, and run the long files of tests/system first."""
     for item in items:
-        if "servers_folder" in getattr(item, "fixturenames", ()):
+        if _is_system(item) or "servers_folder" in getattr(item, "fixturenames", ()):
             item.add_marker("system")
+    items.sort(key=lambda item: not _is_system(item))
+
+
+def _is_system(item: pytest.Item) -> bool:
+    return item.path.parent.name == "system"
 
 
 @pytest.fixture

@@ -616,7 +616,7 @@ def test_known_snapshot_costs_only_checks_of_new_receipts(output: Output):
     assert shown == [(1, 10, False), (2, 13, False), (3, 14, False), (3, 14, False), (4, 40, True)]
 
 
-@settings(max_examples=60, deadline=None, print_blob=True)
+@settings(max_examples=40, deadline=None, print_blob=True)
 @given(data=st.data())
 def test_known_snapshot_gives_the_same_manifests_as_a_new_one(data: st.DataObject):
     """One driver writes manifest after manifest from one snapshot; one starts anew for each."""

@@ -418,10 +418,10 @@ def cost_of_a_run(
 def test_driver_cost_per_unit_does_not_grow_with_the_number_of_units(
     tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ):
-    few = cost_of_a_run(tmp_path / "few", 500, clock, monkeypatch)
-    many = cost_of_a_run(tmp_path / "many", 2000, clock, monkeypatch)
-    assert many.num_lines / 2000 < 1.05 * few.num_lines / 500
-    for counting, num_units in ((few, 500), (many, 2000)):
+    few = cost_of_a_run(tmp_path / "few", 250, clock, monkeypatch)
+    many = cost_of_a_run(tmp_path / "many", 1000, clock, monkeypatch)
+    assert many.num_lines / 1000 < 1.05 * few.num_lines / 250
+    for counting, num_units in ((few, 250), (many, 1000)):
         num_manifests = counting.asked.pop("put_if_absent manifests")
         assert num_units // 50 <= num_manifests <= num_units // 50 + 1
         assert counting.asked.pop("put parts") == num_manifests

@@ -102,7 +102,7 @@ any_options = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(st.sampled_from(list(MIXES)), st.sampled_from(WORLD_SIZES[1:]), any_options)
 def test_any_number_of_ranks_makes_the_same_batches(
     urls: dict[str, str], mix: str, world_size: int, options: dict[str, Any]

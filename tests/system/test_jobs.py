@@ -81,15 +81,13 @@ class Jobs:
         ).stdout.strip()
 
 
-@pytest.fixture(scope="module", params=["disabled", "token"])
-def jobs(request: pytest.FixtureRequest, servers_folder: Path) -> Iterator[Jobs]:
-    """A cluster with a dashboard, with Ray's token auth off, and on."""
-    folder = servers_folder / f"jobs-{request.param}"
+@pytest.fixture(scope="module")
+def jobs(servers_folder: Path) -> Iterator[Jobs]:
+    """A cluster with a dashboard and token authentication; other tests use one without."""
+    folder = servers_folder / "jobs"
     folder.mkdir()
-    env = {"RAY_AUTH_MODE": request.param}
-    if request.param == "token":
-        (folder / "token").write_text(TOKEN)
-        env["RAY_AUTH_TOKEN_PATH"] = str(folder / "token")
+    (folder / "token").write_text(TOKEN)
+    env = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token")}
     with job_server(folder, env) as server:
         yield Jobs(server)
 
@@ -113,10 +111,9 @@ def pack(folder: Path, config: Path) -> Path:
 
 
 def test_a_ray_job_gives_the_summary_of_a_local_run(
-    jobs: Jobs, request: pytest.FixtureRequest, configs: Configs, tmp_path: Path
+    jobs: Jobs, rclone: S3Server, configs: Configs, tmp_path: Path
 ) -> None:
-    has_token = jobs.server.env["RAY_AUTH_MODE"] == "token"
-    store: S3Server = request.getfixturevalue("rclone" if has_token else "moto")
+    store = rclone
     shards = shards_of(3)
     source = store.make_bucket("job-photos", objects(shards))
     output = f"{store.make_bucket('job-latents')}/there"
@@ -143,7 +140,6 @@ def test_a_ray_job_gives_the_summary_of_a_local_run(
     assert SECRET_KEY not in json.dumps(job.runtime_env)
 
 
-@pytest.mark.parametrize("jobs", ["token"], indirect=True)
 def test_a_ray_job_reports_the_exit_code(jobs: Jobs, configs: Configs) -> None:
     config = configs.write("s3://photos", "s3://nowhere")
     command = ("latentcache", "run", str(config), "--json", "--set", "compute.num_gpu=1")
@@ -154,7 +150,6 @@ def test_a_ray_job_reports_the_exit_code(jobs: Jobs, configs: Configs) -> None:
     assert jobs.ask_as_documented("wrong") == "FAILED 2"
 
 
-@pytest.mark.parametrize("jobs", ["token"], indirect=True)
 def test_a_cluster_with_tokens_refuses_other_clients(
     jobs: Jobs, moto: S3Server, configs: Configs
 ) -> None:
@@ -175,7 +170,6 @@ def test_a_cluster_with_tokens_refuses_other_clients(
     assert cli.with_env(**jobs.server.env).ok("run", config)["num_committed"] == 1
 
 
-@pytest.mark.parametrize("jobs", ["disabled"], indirect=True)
 def test_a_stopped_ray_job_resumes(jobs: Jobs, moto: S3Server, configs: Configs) -> None:
     shards = shards_of(8)
     source = moto.make_bucket("stopped-photos", objects(shards))

@@ -17,7 +17,7 @@ from latentcache.vae.encoder import LatentEncoder
 @pytest.fixture(scope="module")
 def images() -> Tensor:
     rng = np.random.default_rng(3)
-    drawn = [torch.from_numpy(draw_image(rng, 128, 128)[0].copy()) for _ in range(4)]
+    drawn = [torch.from_numpy(draw_image(rng, 64, 64)[0].copy()) for _ in range(2)]
     return torch.stack(drawn).permute(0, 3, 1, 2).contiguous()
 
 
@@ -27,22 +27,18 @@ def vaes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, KLAutoencoder]:
     return {"demo": load_vae("demo"), "kl-f8": load_vae(str(folder), decoder=False)}
 
 
+# float16 has three bits more than bfloat16, at 6 dB each. Random weights, as that of published
+# size has here, are harder than trained ones. bench/encoder.py writes the figures down.
 @pytest.mark.parametrize(
-    ("name", "precision", "least_db"),
-    # float16 has three bits more than bfloat16, at 6 dB each. Random weights, as that of published
-    # size has here, are harder than trained ones. bench/encoder.py writes the figures down.
-    [("demo", "fp16", 55), ("demo", "bf16", 35), ("kl-f8", "fp16", 45), ("kl-f8", "bf16", 27)],
+    ("name", "min_db"),
+    [("demo", {"fp16": 55, "bf16": 35}), ("kl-f8", {"fp16": 45, "bf16": 27})],
 )
 def test_16_bit_drift_stays_above_its_minimum(
-    name: str,
-    precision: str,
-    least_db: float,
-    vaes: dict[str, KLAutoencoder],
-    images: Tensor,
+    name: str, min_db: dict[str, float], vaes: dict[str, KLAutoencoder], images: Tensor
 ) -> None:
     vae = vaes[name]
     channels = vae.architecture.latent_channels
     exact = LatentEncoder(vae, "fp32").encode(images).moments[:, :channels]
-    narrow = LatentEncoder(vae, precision).encode(images).moments[:, :channels]
-    actual_db = drift_db(narrow, exact)
-    assert least_db < actual_db < 90
+    for precision, minimum in min_db.items():
+        narrow = LatentEncoder(vae, precision).encode(images).moments[:, :channels]
+        assert minimum < drift_db(narrow, exact) < 90, precision
