@@ -180,8 +180,8 @@ def find_errors(jpegs: Sequence[bytes], side: int) -> dict[str, tuple[float, flo
             difference = np.abs(load(data, side) - exact[decode])
             differences[name].append((float(difference.mean()), float(difference.max())))
     return {
-        name: (float(np.mean([mean for mean, _ in found])), max(most for _, most in found))
-        for name, found in differences.items()
+        name: (float(np.mean([mean for mean, _ in figures])), max(most for _, most in figures))
+        for name, figures in differences.items()
     }
 
 
@@ -193,13 +193,13 @@ def to_jpeg(image: Image.Image) -> bytes:
 
 def small_jpegs() -> tuple[list[bytes], str]:
     """Return photographs, or drawings of their size if there are none, and which they are."""
-    found = []
+    figures = []
     for tar in sorted(PHOTOS.glob("*.tar")):
         with tarfile.open(tar) as members:
             files = [members.extractfile(m) for m in members if m.name.endswith(".jpg")]
-            found += [file.read() for file in files if file]
-    if found:
-        return found, "photographs"
+            figures += [file.read() for file in files if file]
+    if figures:
+        return figures, "photographs"
     rng = np.random.default_rng(0)
     return [to_jpeg(Image.fromarray(draw_image(rng, 500, 375)[0])) for _ in range(64)], "drawings"
 
@@ -221,9 +221,9 @@ def side_by_side(jpegs: Sequence[bytes]) -> list[bytes]:
     large = []
     for number in range(NUM_LARGE):
         image = Image.new("RGB", (1920, 1080))
-        for place in range(12):
-            tile = open_rgb(jpegs[(12 * number + place) % len(jpegs)]).resize((480, 360))
-            image.paste(tile, (place % 4 * 480, place // 4 * 360))
+        for position in range(12):
+            tile = open_rgb(jpegs[(12 * number + position) % len(jpegs)]).resize((480, 360))
+            image.paste(tile, (position % 4 * 480, position // 4 * 360))
         large.append(to_jpeg(image))
     return large
 
@@ -238,7 +238,7 @@ def compare(title: str, jpegs: Sequence[bytes], side: int, rounds: int) -> dict[
     contenders = {name: lambda load=load: run(load) for name, (load, _) in CONTENDERS.items()}
     seconds = take_turns(contenders, rounds)
     errors = find_errors(jpegs, side)
-    found = {
+    figures = {
         name: {
             "images_per_s": round(len(jpegs) / seconds[name], 1),
             "ours_is_faster": round(seconds[name] / seconds[OURS], 2),
@@ -255,12 +255,12 @@ def compare(title: str, jpegs: Sequence[bytes], side: int, rounds: int) -> dict[
             f"{row['mean_error']:.3f}",
             f"{row['max_error']:.1f}",
         ]
-        for name, row in found.items()
+        for name, row in figures.items()
     ]
     mean_bytes = round(sum(map(len, jpegs)) / len(jpegs))
     title = f"{title}: {len(jpegs)} of {mean_bytes / 1000:.0f} kB, to {side} px, one thread"
     print_table(title, ["images", "ours is faster", "mean error", "max error"], rows)
-    return {"num_images": len(jpegs), "mean_bytes": mean_bytes, "side_px": side, "rows": found}
+    return {"num_images": len(jpegs), "mean_bytes": mean_bytes, "side_px": side, "rows": figures}
 
 
 def main() -> None:
@@ -275,9 +275,9 @@ def main() -> None:
         "1080p": (f"{kind} enlarged to 1080p", enlarged(small), 512),
         "1080p_dense": (f"{kind}, twelve to a 1080p picture", side_by_side(small), 512),
     }
-    found = {name: compare(*job, rounds) for name, job in jobs.items()}
+    figures = {name: compare(*job, rounds) for name, job in jobs.items()}
     packages = ["pillow", "simplejpeg", "opencv-python-headless", "numpy"]
-    write_results("decode", found, packages)
+    write_results("decode", figures, packages)
 
 
 if __name__ == "__main__":

@@ -91,12 +91,12 @@ class SleepingCluster(Cluster):
 
     def result(self, call: Any, node: str | None) -> Any:
         """Record when the last actor was ready, and when the last unit was done."""
-        found = super().result(call, node)
-        if isinstance(found, str):
+        figures = super().result(call, node)
+        if isinstance(figures, str):
             type(self).ready_at = time.monotonic()
-        elif isinstance(found, bytes):
+        elif isinstance(figures, bytes):
             type(self).ended_at = time.monotonic()
-        return found
+        return figures
 
 
 def timed(function: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
@@ -227,14 +227,14 @@ def main() -> None:
         [
             [
                 name,
-                f"{found['num_actors']:.0f}",
-                f"{found['num_units']:.0f}",
-                f"{found['ideal_s']:.1f}",
-                f"{found['elapsed_s']:.1f}",
-                f"{found['efficiency']:.1%}",
-                f"{found['cpu_ms_per_unit']:.2f}",
+                f"{figures['num_actors']:.0f}",
+                f"{figures['num_units']:.0f}",
+                f"{figures['ideal_s']:.1f}",
+                f"{figures['elapsed_s']:.1f}",
+                f"{figures['efficiency']:.1%}",
+                f"{figures['cpu_ms_per_unit']:.2f}",
             ]
-            for name, found in (("simulated", simulated), ("Ray", real))
+            for name, figures in (("simulated", simulated), ("Ray", real))
         ],
     )
     names = ["loop_ms_per_unit", "ray_ms_per_unit", "manifests_ms_per_unit", "put_ms"]

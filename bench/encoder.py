@@ -118,17 +118,17 @@ def seconds_on_gpu(work: Callable[[], object]) -> float:
 
 def measure_ceilings() -> dict[str, float]:
     """Measure the limits of this GPU: TFLOP/s of a large product, TB/s of a large copy."""
-    found = {}
+    figures = {}
     for precision in ("fp16", "bf16"):
         a, b = (
             torch.randn((8192, 8192), device="cuda").to(PRECISION_DTYPES[precision]) for _ in "ab"
         )
-        found[precision] = 2 * 8192**3 / seconds_on_gpu(lambda: a @ b) / 1e12  # noqa: B023
+        figures[precision] = 2 * 8192**3 / seconds_on_gpu(lambda: a @ b) / 1e12  # noqa: B023
     source = torch.randn(2**29, device="cuda")
     target = torch.empty_like(source)
-    found["copy"] = 2 * 2**31 / seconds_on_gpu(lambda: target.copy_(source)) / 1e12
-    print(f"ceilings: {', '.join(f'{name} {value:.3g}' for name, value in found.items())}")
-    return {name: round(value, 3) for name, value in found.items()}
+    figures["copy"] = 2 * 2**31 / seconds_on_gpu(lambda: target.copy_(source)) / 1e12
+    print(f"ceilings: {', '.join(f'{name} {value:.3g}' for name, value in figures.items())}")
+    return {name: round(value, 3) for name, value in figures.items()}
 
 
 def as_graph(encode: Callable[[Tensor], Tensor], images: Tensor) -> Callable[[], object]:
@@ -165,7 +165,7 @@ def measure_rates(
     vae: KLAutoencoder, precision: str, side_px: int, batches: list[int], ceilings: dict[str, float]
 ) -> dict[str, Any]:
     """Return images/s of all contenders at one size."""
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     rows = []
     for batch in batches:
         images = torch.randint(0, 256, (batch, 3, side_px, side_px), dtype=torch.uint8).cuda()
@@ -174,30 +174,30 @@ def measure_rates(
             try:
                 rate = batch / seconds_on_gpu(make())
             except RuntimeError as error:  # out of memory is one of them
-                found[key] = {"error": str(error)[:200]}
+                figures[key] = {"error": str(error)[:200]}
                 rows.append([key, "", "", "", str(error)[:40]])
                 continue
             finally:
                 torch.cuda.empty_cache()
             teraflops = rate * TERAFLOP_PER_IMAGE[side_px]
-            theirs = found.get(f"diffusers, {batch}", {}).get("images_per_s")
-            found[key] = {
+            theirs = figures.get(f"diffusers, {batch}", {}).get("images_per_s")
+            figures[key] = {
                 "images_per_s": round(rate, 1),
                 "to_diffusers": round(rate / theirs, 2) if theirs else None,
                 "teraflop_per_s": round(teraflops, 1),
                 "share_of_peak": round(teraflops / ceilings[precision], 3),
             }
-            rows.append([key, *map(str, found[key].values())])
+            rows.append([key, *map(str, figures[key].values())])
     if not HAS_DIFFUSERS:
         rows.append(["diffusers", "not installed", "", "", ""])
     columns = ["images/s", "x diffusers", "TFLOP/s", "of peak"]
     print_table(f"{side_px} px, {precision}, by batch size", columns, rows)
-    return found
+    return figures
 
 
 def measure_compiled(vae: KLAutoencoder) -> dict[str, Any]:
     """Compare the compiled encoder of diffusers with ours. Each size takes a while to compile."""
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     for side_px, batch in ((512, 16), (1024, 8), (256, 64)):
         images = torch.randint(0, 256, (batch, 3, side_px, side_px), dtype=torch.uint8).cuda()
         floats = as_floats(images, torch.float16, channels_last=True)
@@ -206,7 +206,7 @@ def measure_compiled(vae: KLAutoencoder) -> dict[str, Any]:
         encode = diffusers_encode(vae, torch.float16, channels_last=True, compiled=True)
         theirs = batch / seconds_on_gpu(functools.partial(encode, floats))
         took_s = time.perf_counter() - began
-        found[f"{side_px} px, {batch}"] = {
+        figures[f"{side_px} px, {batch}"] = {
             "diffusers, compiled": round(theirs, 1),
             "ours": round(ours, 1),
             "ratio": round(ours / theirs, 2),
@@ -214,15 +214,15 @@ def measure_compiled(vae: KLAutoencoder) -> dict[str, Any]:
         print(
             f"{side_px} px: compiled {theirs:.1f}/s ({took_s:.0f} s to compile), ours {ours:.1f}/s"
         )
-        write_results("encoder", {"gpu, compiled": found}, PACKAGES)
-    return found
+        write_results("encoder", {"gpu, compiled": figures}, PACKAGES)
+    return figures
 
 
 def measure_norms() -> dict[str, Any]:
     """Measure GroupNorm with SiLU at the sizes of a batch of 16 at 512 px, in GB/s."""
     from latentcache.vae import kernels
 
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     rows = []
     for side, channels in ((512, 128), (256, 256), (128, 512), (64, 512)):
         x = torch.randn((16, side, side, channels), device="cuda", dtype=torch.float16)
@@ -245,11 +245,11 @@ def measure_norms() -> dict[str, Any]:
                 )
         kernels.TILE, kernels.NUM_WARPS = chosen
         speeds = {name: round(nbytes / seconds / 1e9) for name, seconds in times.items()}
-        found[f"{side}x{side}x{channels}"] = speeds
+        figures[f"{side}x{side}x{channels}"] = speeds
         rows.append([f"{side}x{side}x{channels}", *map(str, speeds.values())])
         columns = list(speeds)
     print_table("GroupNorm + SiLU, fp16, batch 16, GB/s", columns, rows)
-    return found
+    return figures
 
 
 def _torch_norm(x: Tensor, weight: Tensor, shift: Tensor) -> Tensor:
@@ -260,19 +260,19 @@ def measure_attention() -> dict[str, Any]:
     """Measure one head of 512 channels, ours and torch's choice, in milliseconds per image."""
     from latentcache.vae import kernels
 
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     for side_px, batch in ((256, 16), (512, 4), (1024, 1)):
         q, k, v = (
             torch.randn((batch, (side_px // 8) ** 2, 3 * 512), device="cuda").half().chunk(3, 2)
         )
         scaled = q * 512**-0.5
-        found[f"{side_px} px"] = {
+        figures[f"{side_px} px"] = {
             name: round(seconds_on_gpu(functools.partial(attend, scaled, k, v)) / batch * 1e3, 3)
             for name, attend in (("torch", plain.attend), ("ours", kernels.attend))
         }
-    rows = [[name, *map(str, times.values())] for name, times in found.items()]
+    rows = [[name, *map(str, times.values())] for name, times in figures.items()]
     print_table("attention, fp16, ms an image", ["torch", "ours"], rows)
-    return found
+    return figures
 
 
 def profile(vae: KLAutoencoder) -> dict[str, Any]:
@@ -288,7 +288,7 @@ def profile(vae: KLAutoencoder) -> dict[str, Any]:
     spent = [event for event in profiler.key_averages() if event.device_type.name == "CUDA"]
     spent.sort(key=lambda event: -event.self_device_time_total)
     whole = sum(event.self_device_time_total for event in spent)
-    found = {
+    figures = {
         event.key[:120]: {
             "calls": event.count,
             "ms_per_image": round(event.self_device_time_total / 1e3 / len(images), 4),
@@ -296,25 +296,25 @@ def profile(vae: KLAutoencoder) -> dict[str, Any]:
         }
         for event in spent[:24]
     }
-    rows = [[name[:76], *(f"{v:g}" for v in values.values())] for name, values in found.items()]
+    rows = [[name[:76], *(f"{v:g}" for v in values.values())] for name, values in figures.items()]
     print_table("ours at 512 px, fp16, batch 16", ["calls", "ms/image", "share"], rows)
-    return found
+    return figures
 
 
 def measure_drift(vaes: dict[str, KLAutoencoder], side_px: int, num: int) -> dict[str, Any]:
     """Return the drift of each precision from fp32 in dB, on drawn images."""
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     for name, vae in vaes.items():
         channels = vae.architecture.latent_channels
         images = draw_images(num, side_px, str(vae.device))
         exact = vae.encode(images)[:, :channels]
-        found[name] = {
+        figures[name] = {
             precision: round(drift_db(fastest_encode(vae, dtype)(images)[:, :channels], exact), 1)
             for precision, dtype in PRECISION_DTYPES.items()
         }
-    rows = [[name, *(f"{db:.1f}" for db in drifts.values())] for name, drifts in found.items()]
+    rows = [[name, *(f"{db:.1f}" for db in drifts.values())] for name, drifts in figures.items()]
     print_table(f"drift from fp32 at {side_px} px, dB", list(PRECISION_DTYPES), rows)
-    return found
+    return figures
 
 
 def bench_gpu() -> None:
@@ -323,8 +323,8 @@ def bench_gpu() -> None:
     vae = make_kl_f8("cuda")
     demo = latentcache.load_vae("demo", device="cuda", decoder=False)
 
-    def keep(part: str, found: dict[str, Any]) -> None:
-        write_results("encoder", {f"gpu, {part}": found}, PACKAGES)
+    def keep(part: str, figures: dict[str, Any]) -> None:
+        write_results("encoder", {f"gpu, {part}": figures}, PACKAGES)
 
     ceilings = measure_ceilings()
     keep("ceilings", ceilings)
@@ -338,24 +338,24 @@ def bench_gpu() -> None:
     keep("norms", measure_norms())
     keep("attention", measure_attention())
     for side_px, batch in ((512, 16), (256, 64), (1024, 8)):
-        found = measure_rates(vae, "bf16", side_px, [batch], ceilings)
-        keep(f"{side_px} px, bf16", found)
+        figures = measure_rates(vae, "bf16", side_px, [batch], ceilings)
+        keep(f"{side_px} px, bf16", figures)
 
 
 # On a CPU.
 
 
 def cpu_contenders(vae: KLAutoencoder, images: Tensor) -> Contenders:
-    found: Contenders = {}
+    figures: Contenders = {}
     if HAS_DIFFUSERS:
         for name, channels_last in (("diffusers", False), ("diffusers, channels_last", True)):
             encode = diffusers_encode(vae, torch.float32, channels_last=channels_last)
             floats = as_floats(images, torch.float32, channels_last=channels_last)
-            found[name] = functools.partial(encode, floats)
-    found["ours, reference"] = functools.partial(vae.encode, images)
+            figures[name] = functools.partial(encode, floats)
+    figures["ours, reference"] = functools.partial(vae.encode, images)
     for name, dtype in (("ours", torch.float32), ("ours, bf16", torch.bfloat16)):
-        found[name] = functools.partial(FastEncoder(vae, dtype, plain), images)
-    return found
+        figures[name] = functools.partial(FastEncoder(vae, dtype, plain), images)
+    return figures
 
 
 def measure_threads(
@@ -363,14 +363,14 @@ def measure_threads(
 ) -> dict[str, Any]:
     """Return images/s of all contenders by batch size, with this many torch threads."""
     torch.set_num_threads(num_threads)
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     for batch in batches:
         contenders = cpu_contenders(vae, draw_images(batch, 256, "cpu"))
         for name, seconds in take_turns(contenders, rounds).items():
-            found.setdefault(name, {})[str(batch)] = round(batch / seconds, 2)
-    rows = [[name, *(f"{rate:.2f}" for rate in rates.values())] for name, rates in found.items()]
-    print_table(f"{title}, {num_threads} threads: images/s by batch size", found["ours"], rows)
-    return found
+            figures.setdefault(name, {})[str(batch)] = round(batch / seconds, 2)
+    rows = [[name, *(f"{rate:.2f}" for rate in rates.values())] for name, rates in figures.items()]
+    print_table(f"{title}, {num_threads} threads: images/s by batch size", figures["ours"], rows)
+    return figures
 
 
 def measure_side_by_side(vae: KLAutoencoder) -> dict[str, float]:
@@ -378,16 +378,16 @@ def measure_side_by_side(vae: KLAutoencoder) -> dict[str, float]:
     torch.set_num_threads(1)
     encode = FastEncoder(vae, torch.float32, plain)
     images = list(draw_images(24, 256, "cpu")[:, None])
-    found = {}
+    figures = {}
     for num_threads in (1, 2):
         with ThreadPoolExecutor(
             num_threads, initializer=torch.set_num_threads, initargs=(1,)
         ) as pool:
             work = functools.partial(_drain, pool, encode, images)
             seconds = take_turns({"": work}, 5)[""]
-        found[f"{num_threads} threads"] = round(len(images) / seconds, 1)
-    print(f"one image a thread: {', '.join(f'{k} {v}/s' for k, v in found.items())}")
-    return found
+        figures[f"{num_threads} threads"] = round(len(images) / seconds, 1)
+    print(f"one image a thread: {', '.join(f'{k} {v}/s' for k, v in figures.items())}")
+    return figures
 
 
 def _drain(
@@ -401,11 +401,11 @@ def bench_cpu() -> None:
     parts: dict[str, Any] = {}
     for num_threads in (1, 2):
         batches = [1, 2, 4, 8]
-        found = measure_threads(demo, "demo VAE, 256 px", num_threads, batches, rounds=5)
-        parts[f"cpu, demo, {num_threads} threads"] = found
+        figures = measure_threads(demo, "demo VAE, 256 px", num_threads, batches, rounds=5)
+        parts[f"cpu, demo, {num_threads} threads"] = figures
     parts["cpu, demo, one image a thread"] = measure_side_by_side(demo)
-    found = measure_threads(large, "published size, 256 px", 2, [1], rounds=3)
-    parts["cpu, kl-f8, 2 threads"] = found
+    figures = measure_threads(large, "published size, 256 px", 2, [1], rounds=3)
+    parts["cpu, kl-f8, 2 threads"] = figures
     parts["cpu, drift"] = measure_drift({"demo": demo, "kl-f8, random": large}, 256, 4)
     write_results("encoder", parts, PACKAGES)
 

@@ -52,7 +52,7 @@ def triton_is_used(vaes: Vaes) -> str:
 
 
 def the_fast_path_is_the_reference_in_fp32(vaes: Vaes) -> str:
-    found = []
+    figures = []
     for vae, size in (
         (vaes.demo, (3, 192, 320)),
         (vaes.large, (1, 256, 256)),
@@ -61,9 +61,9 @@ def the_fast_path_is_the_reference_in_fp32(vaes: Vaes) -> str:
     ):
         images = noise(*size).cuda()
         fast = fastest_encode(vae, torch.float32)(images)
-        found.append(drift_db(fast, vae.encode(images)))
-    assert min(found) > 80, found
-    return f"at least {min(found):.0f} dB"
+        figures.append(drift_db(fast, vae.encode(images)))
+    assert min(figures) > 80, figures
+    return f"at least {min(figures):.0f} dB"
 
 
 def in_16_bits_it_drifts_no_further_than_the_reference(vaes: Vaes) -> str:
@@ -99,12 +99,12 @@ def batches_in_flight_give_what_one_at_a_time_gives(vaes: Vaes) -> str:
     with ThreadPoolExecutor(1) as starter, ThreadPoolExecutor(1) as collector:
         started = [starter.submit(encoder.start, batch) for batch in batches]
         collected = [collector.submit(_collect, future) for future in started]
-        found = [future.result() for future in collected]
+        figures = [future.result() for future in collected]
     elapsed_s = time.perf_counter() - began
-    worst = min(drift_db(f.moments, e) for f, e in zip(found, expected, strict=True))
+    worst = min(drift_db(f.moments, e) for f, e in zip(figures, expected, strict=True))
     assert worst > 60, worst
-    busy = sum(f.busy_s for f in found) / elapsed_s
-    same = all(torch.equal(f.moments, e) for f, e in zip(found, expected, strict=True))
+    busy = sum(f.busy_s for f in figures) / elapsed_s
+    same = all(torch.equal(f.moments, e) for f, e in zip(figures, expected, strict=True))
     return f"{'the same bits' if same else f'{worst:.0f} dB'}; the GPU was busy {busy:.0%}"
 
 
@@ -131,8 +131,8 @@ def too_little_memory_halves_the_batch(vaes: Vaes) -> str:
     images = noise(64, 512, 512)
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
-    room = (torch.cuda.memory_reserved() + 3 * 2**30) / total
-    torch.cuda.set_per_process_memory_fraction(room)
+    memory = (torch.cuda.memory_reserved() + 3 * 2**30) / total
+    torch.cuda.set_per_process_memory_fraction(memory)
     try:
         encoder = LatentEncoder(vaes.large, "fp16", batch_size=64)
         first = encoder.start(images)  # the next batch starts while this one is in progress
@@ -159,10 +159,10 @@ def what_overflows_is_encoded_again_in_fp32(vaes: Vaes) -> str:
 
 def precision_auto(vaes: Vaes) -> str:
     images = list(draw_images(8, 256, "cpu"))
-    found = {"demo": resolve_precision(vaes.demo, images)}
-    found["kl-f8, random"] = resolve_precision(vaes.large, images)
-    assert found["demo"] == "fp16", f"{found}, with {MIN_DRIFT_DB} dB asked for"
-    return str(found)
+    figures = {"demo": resolve_precision(vaes.demo, images)}
+    figures["kl-f8, random"] = resolve_precision(vaes.large, images)
+    assert figures["demo"] == "fp16", f"{figures}, with {MIN_DRIFT_DB} dB asked for"
+    return str(figures)
 
 
 def batch_size_auto(vaes: Vaes) -> str:

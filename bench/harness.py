@@ -47,14 +47,14 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
         print("  ".join([line[0].ljust(widths[0]), *cells]).rstrip())
 
 
-def write_results(name: str, found: Mapping[str, Any], packages: Sequence[str] = ()) -> None:
+def write_results(name: str, figures: Mapping[str, Any], packages: Sequence[str] = ()) -> None:
     """Write `results/<name>.json`: the results, and the command, commit, machine and versions.
 
-    Parts of the file that `found` lacks are kept, each with the details of its own run.
+    Parts of the file that `figures` lacks are kept, each with the details of its own run.
 
     Args:
         name: name of the benchmark.
-        found: a tree for each part.
+        figures: a tree for each part.
         packages: packages whose versions matter, in addition to torch.
     """
     git = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty", "--exclude=*"]
@@ -71,7 +71,7 @@ def write_results(name: str, found: Mapping[str, Any], packages: Sequence[str] =
     }
     path = RESULTS / f"{name}.json"
     kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    kept |= {part: {**facts, "found": tree} for part, tree in found.items()}
+    kept |= {part: {**facts, "found": tree} for part, tree in figures.items()}
     RESULTS.mkdir(exist_ok=True)
     path.write_text(json.dumps(kept, indent=1) + "\n")
     print(f"written to {os.path.relpath(path)}")

@@ -1,11 +1,11 @@
-"""How fast and how well `LatentLoader` reads, against other loaders and against memory itself.
+"""Measure the rate and the shuffle quality of `LatentLoader`, against other loaders and memory.
 
     python bench/loader.py [--part NAME] [--rows 250000] [--passes 3] [--skip-rivals]
 
-One run, one machine, one process, one torch thread, batch 256, warm local disk unless it says
-cold. The limit is `torch.index_select` from memory into a ring of four outputs, in the same dtype
-with the same normalisation. The rivals are in bench/rivals/. Prints tables and writes
-bench/results/loader.json; ratios are what to quote, single figures are this machine's.
+One run, one machine, one process, one torch thread, batch 256, warm local disk unless it says cold.
+The limit is `torch.index_select` from memory into a ring of four outputs, in the same dtype with
+the same normalisation. The rivals are in bench/rivals/. It prints tables and writes
+bench/results/loader.json. Compare ratios; the rates depend on the machine.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ BATCH_SIZE = 256
 ROWS_PER_UNIT = 10_000
 NUM_REPETITIONS = 7
 FORMATS = ("safetensors", "parquet")
-DTYPES = {"float16": torch.float16, "float32": torch.float32}  # as stored, and normalised
+DTYPES = {"float16": torch.float16, "float32": torch.float32}  # as stored; normalised
 SCALE = 0.18215
 KEYS = {"AWS_ACCESS_KEY_ID": "latentcachekey", "AWS_SECRET_ACCESS_KEY": "latentcachesecret"}
 
 
 def make_loader(url: str, dtype: str, **options: Any) -> LatentLoader:
-    """Make our loader as a training run would, without captions, which the rivals have not."""
-    wanted = {"columns": [], "dtype": DTYPES[dtype], "normalize": dtype == "float32", **options}
-    return LatentLoader(url, batch_size=BATCH_SIZE, **wanted)
+    """Return our loader as in a training run, without captions, which the rivals do not have."""
+    settings = {"columns": [], "dtype": DTYPES[dtype], "normalize": dtype == "float32", **options}
+    return LatentLoader(url, batch_size=BATCH_SIZE, **settings)
 
 
 def write_rows(folder: Path, name: str, num_rows: int, side: int) -> Path:
-    """Write latents [N, 4, side, side] float16 as `.npy`, and as our datasets; idempotent."""
+    """Write latents [N, 4, side, side] float16 as `.npy` and as our datasets; idempotent."""
     path = folder / f"{name}.npy"
     if path.exists():
         return path
@@ -97,16 +97,16 @@ def limit(rows: torch.Tensor, dtype: str) -> Callable[[], float]:
     def measure_pass() -> float:
         begun = time.perf_counter()
         for number, index in enumerate(order):
-            found = torch.index_select(rows, 0, index, out=stored[number % 4])
+            selected = torch.index_select(rows, 0, index, out=stored[number % 4])
             if dtype == "float32":
-                ring[number % 4].copy_(found).mul_(SCALE)
+                ring[number % 4].copy_(selected).mul_(SCALE)
         return len(order) * BATCH_SIZE / (time.perf_counter() - begun)
 
     return measure_pass
 
 
 def ours(url: Path, dtype: str) -> Callable[[], float]:
-    """Return a function that measures our next epoch with its first batch, in rows/s."""
+    """Return a function that measures our next epoch, including its first batch, in rows/s."""
     loader = make_loader(str(url), dtype)
 
     def measure_pass() -> float:
@@ -143,16 +143,16 @@ def compare(
         written = folder / f"{name}-{rival}"
         if not written.exists():
             prepare(rival, folder / f"{name}.npy", written)
-        found = measure(
+        answer = measure(
             rival,
             written,
             batch_size=BATCH_SIZE,
             num_batches=num_batches,
             num_repetitions=num_repetitions,
         )
-        versions[rival] = found["version"]
+        versions[rival] = answer["version"]
         for dtype in DTYPES:
-            rates[rival, dtype] = found["samples_per_s"][dtype]
+            rates[rival, dtype] = answer["samples_per_s"][dtype]
         shutil.rmtree(written)
         print(f"{name}: {rival} measured", file=sys.stderr)
     table: dict[str, dict[str, Any]] = {}
@@ -169,9 +169,9 @@ def compare(
 
 
 def shuffle_quality(folder: Path, rivals: list[str], num_rows: int = 1_000_000) -> dict[str, float]:
-    """Spread of batches' mean positions over that of a perfect shuffle, which is 1.
+    """Return the spread of batches' mean positions, relative to that of a perfect shuffle.
 
-    Of whole passes over a million rows, each of which holds its own number.
+    It is measured over whole passes of a million rows, each of which holds its own number.
     """
     path = folder / "positions.npy"
     write_positions(path, num_rows)
@@ -183,7 +183,7 @@ def shuffle_quality(folder: Path, rivals: list[str], num_rows: int = 1_000_000) 
     for rival in rivals:
         written = folder / f"positions-{rival}"
         shutil.rmtree(written, ignore_errors=True)
-        # Shards of as many rows as if they were latents of 256 px.
+        # Shards have as many rows as if they were latents of 256 px.
         prepare(rival, path, written, row_bytes=8192)
         orders[rival] = positions(
             rival, written, batch_size=BATCH_SIZE, num_batches=num_rows // BATCH_SIZE
@@ -195,7 +195,7 @@ def shuffle_quality(folder: Path, rivals: list[str], num_rows: int = 1_000_000) 
 
 @contextmanager
 def s3_server(folder: Path) -> Iterator[str]:
-    """Serve a folder's folders as buckets; gives the endpoint."""
+    """Serve the subfolders of a folder as buckets; yield the endpoint."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -218,10 +218,10 @@ def s3_server(folder: Path) -> Iterator[str]:
 
 def cold(folder: Path, name: str, rivals: list[str]) -> dict[str, Any]:
     """Read one pass from S3 on loopback into an empty cache, as normalised float32."""
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     os.environ |= KEYS
     cache = folder / "cache"
-    for rival in rivals:  # before the server starts, which remembers what folders there are
+    for rival in rivals:  # before the server starts, because it lists the folders once
         if not (folder / f"{name}-{rival}").exists():
             prepare(rival, folder / f"{name}.npy", folder / f"{name}-{rival}")
     with s3_server(folder) as endpoint:
@@ -233,7 +233,7 @@ def cold(folder: Path, name: str, rivals: list[str]) -> dict[str, Any]:
                 f"s3://{name}-{format_}", "float32", storage=options, cache_dir=cache
             )
             num_rows = sum(len(batch) for batch in loader)
-            found[format_] = {"rows_per_s": num_rows / (time.perf_counter() - begun)}
+            figures[format_] = {"rows_per_s": num_rows / (time.perf_counter() - begun)}
         for rival in rivals:
             written = folder / f"{name}-{rival}"
             shutil.rmtree(cache, ignore_errors=True)
@@ -241,22 +241,22 @@ def cold(folder: Path, name: str, rivals: list[str]) -> dict[str, Any]:
                 rival, written, f"s3://{written.name}", endpoint, cache, batch_size=BATCH_SIZE
             )
             rate = measured.get("samples_per_s")
-            found[rival] = {"rows_per_s": rate, "skipped": measured.get("skipped")}
+            figures[rival] = {"rows_per_s": rate, "skipped": measured.get("skipped")}
             shutil.rmtree(written)
     shutil.rmtree(cache, ignore_errors=True)
-    return found
+    return figures
 
 
 def plan_two_billion(folder: Path) -> dict[str, float]:
-    """Find the first batch of two billion rows in a process of its own: seconds, and memory."""
+    """Find the first batch of two billion rows in its own process: seconds and memory."""
     url = folder / "two-billion"
     if not url.exists():
         write_manifest(str(url), make_contract([Bucket(256, 256)]), 200_000, ROWS_PER_UNIT)
     done = subprocess.run(
         [sys.executable, __file__, "--plan", str(url)], stdout=subprocess.PIPE, check=True
     )
-    found: dict[str, float] = json.loads(done.stdout)
-    return found
+    figures: dict[str, float] = json.loads(done.stdout)
+    return figures
 
 
 def plan(url: str) -> dict[str, float]:
@@ -276,7 +276,7 @@ def plan(url: str) -> dict[str, float]:
 
 
 def peak_mebibytes() -> float:
-    """Read the most memory that this program has held; getrusage counts its parent's too."""
+    """Return the peak memory of this program; getrusage includes its parent's."""
     (line,) = [s for s in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in s]
     return int(line.split()[1]) / 1024
 
@@ -297,33 +297,33 @@ def show(title: str, table: dict[str, dict[str, Any]], unit: str) -> None:
 
 def run_part(part: str, folder: Path, rivals: list[str], rows: int, passes: int) -> Any:
     """Measure one part, and print it as a table."""
-    # .npy files are read in the order of torch's own sampler, which is a perfect shuffle.
+    # .npy files are read in the order of torch's sampler, which is a perfect shuffle.
     shuffling = [name for name in rivals if not RIVALS[name].tuned and name != "npy"]
-    found: dict[str, Any]
+    figures: dict[str, Any]
     if part == "two_billion":
-        found = plan_two_billion(folder)
-        print(f"\nthe first batch of two billion rows: {found}")
+        figures = plan_two_billion(folder)
+        print(f"\nthe first batch of two billion rows: {figures}")
     elif part == "rows_8_kib":
         write_rows(folder, "small", rows, 32)
-        found = compare(folder, "small", rivals, rows // BATCH_SIZE, passes)
-        show("rows of 8 KiB, warm, thousand rows/s", found, "k/s")
+        figures = compare(folder, "small", rivals, rows // BATCH_SIZE, passes)
+        show("rows of 8 KiB, warm, thousand rows/s", figures, "k/s")
     elif part == "rows_128_kib":
         write_rows(folder, "large", rows // 16, 128)
-        found = compare(folder, "large", rivals, 20, passes)
-        show("rows of 128 KiB, warm, GB/s", found, "GB/s")
+        figures = compare(folder, "large", rivals, 20, passes)
+        show("rows of 128 KiB, warm, GB/s", figures, "GB/s")
     elif part == "shuffle_quality":
-        found = shuffle_quality(folder, shuffling)
+        figures = shuffle_quality(folder, shuffling)
         print("\nshuffle quality at a million rows (1 is perfect)")
-        for name, value in found.items():
+        for name, value in figures.items():
             print(f"{name:20}{value:>8.2f}")
     else:
         write_rows(folder, "cold", rows // 5, 32)
-        found = cold(folder, "cold", shuffling)
+        figures = cold(folder, "cold", shuffling)
         print("\ncold, from S3 on loopback, normalised float32, thousand rows/s")
-        for name, entry in found.items():
+        for name, entry in figures.items():
             rate = entry["rows_per_s"]
             print(f"{name:20}{rate / 1e3:>8.1f}" if rate else f"{name:20} {entry['skipped']}")
-    return found
+    return figures
 
 
 PARTS = ("two_billion", "rows_8_kib", "rows_128_kib", "shuffle_quality", "cold")
@@ -345,8 +345,8 @@ def main() -> None:
     arguments.folder.mkdir(parents=True, exist_ok=True)
     rivals = [] if arguments.skip_rivals else list(RIVALS)
     for part in arguments.part or PARTS:
-        found = run_part(part, arguments.folder, rivals, arguments.rows, arguments.passes)
-        write_results("loader", {part: found})
+        figures = run_part(part, arguments.folder, rivals, arguments.rows, arguments.passes)
+        write_results("loader", {part: figures})
 
 
 if __name__ == "__main__":

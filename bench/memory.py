@@ -135,10 +135,10 @@ def main() -> None:
         env = WORKER_ENVIRONMENT | os.environ
         done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
     measured = json.loads(done.stdout.splitlines()[-1])
-    found = {"image_bytes": image_bytes, **{name: round(v, 1) for name, v in measured.items()}}
+    rates = {"image_bytes": image_bytes, **{name: round(v, 1) for name, v in measured.items()}}
     title = f"{options.images} JPEGs of 12 megapixels, {options.threads} decode threads"
-    print_table(title, ["MiB"], [[n, f"{v:.1f}"] for n, v in found.items() if "mib" in n])
-    write_results("memory", {"stream": found}, ["pillow", "simplejpeg", "numpy"])
+    print_table(title, ["MiB"], [[n, f"{v:.1f}"] for n, v in rates.items() if "mib" in n])
+    write_results("memory", {"stream": rates}, ["pillow", "simplejpeg", "numpy"])
 
 
 if __name__ == "__main__":

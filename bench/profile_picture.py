@@ -35,21 +35,21 @@ def write(receipts: Sequence[Receipt], path: Path) -> None:
         loads.add_receipt(receipt.stages)
     num_images = sum(receipt.record.num_samples for receipt in receipts)
     stages = [(name, loads.stages[name]) for name in STAGES if loads.stages[name].busy_s]
-    found = loads.bottleneck
-    assert found
+    figures = loads.bottleneck
+    assert figures
     longest = max(load.alone_s + load.wait_s for _, load in stages)
     height = _TOP + len(stages) * (_BAR + _GAP) + 30
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" role="img">',
         f"<style>{_STYLE}</style>",
         f'<rect width="{_WIDTH}" height="{height}" fill="#fff"/>',
-        f'<text class="title" x="16" y="26">{escape(str(found))}</text>',
+        f'<text class="title" x="16" y="26">{escape(str(figures))}</text>',
         f'<text class="small" x="16" y="48">{num_images:,} images in {len(receipts)} units: '
         "busy seconds, on all threads of the stage, and seconds that units waited for it</text>",
     ]
     for number, (name, load) in enumerate(stages):
         y = _TOP + number * (_BAR + _GAP)
-        lines += _bar(name, load, y, (_WIDTH - _LEFT - _RIGHT) / longest, name == found.stage)
+        lines += _bar(name, load, y, (_WIDTH - _LEFT - _RIGHT) / longest, name == figures.stage)
     legend_y = height - 12
     for x, kind, label in ((_LEFT, "busy", "busy"), (_LEFT + 90, "wait", "units waited")):
         lines += [

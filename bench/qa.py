@@ -66,10 +66,11 @@ def main() -> None:
         for number in range(options.rounds):
             # Which goes first changes, so that a machine that slows down favours neither.
             order = (True, False) if number % 2 else (False, True)
-            found = {with_qa: run(folder, with_qa=with_qa) for with_qa in order}
-            pairs.append((found[False], found[True]))
+            figures = {with_qa: run(folder, with_qa=with_qa) for with_qa in order}
+            pairs.append((figures[False], figures[True]))
             print(
-                f"without {found[False]['elapsed_s']:.1f} s, with {found[True]['elapsed_s']:.1f} s"
+                f"without {figures[False]['elapsed_s']:.1f} s, "
+                f"with {figures[True]['elapsed_s']:.1f} s"
             )
     ratio = statistics.median(with_["elapsed_s"] / without["elapsed_s"] for without, with_ in pairs)
     share = statistics.median(with_["qa_s"] / with_["elapsed_s"] for _, with_ in pairs)

@@ -136,20 +136,22 @@ def against_peers(folder: Path, photos: list[bytes], encoder: str) -> dict[str, 
     tuning = write_shards(folder / "tuning", photos, TUNING_SHARDS, num_tuning)
     shards = write_shards(folder / "shards", photos, NUM_SHARDS[encoder])
     out = folder / "out"
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     for name, trials in TRIALS.items():
         tried = [rates(name, Asked(tuning, out, encoder, settings)) for settings in trials]
         best = max(tried, key=lambda trial: trial["images_per_s"])
-        found[name] = rates(name, Asked(shards, out, encoder, best["settings"])) | {"tried": tried}
+        figures[name] = rates(name, Asked(shards, out, encoder, best["settings"])) | {
+            "tried": tried
+        }
         if (name, encoder) == ("ours", "demo"):
             store = Store(str(out))
             receipts = read_receipts(store, list_receipt_names(store))
             profile_picture.write(receipts, Path(__file__).parent / "results" / "profile.svg")
-    ours = found["ours"]
+    ours = figures["ours"]
     for peer in ("dataloader", "raydata"):
-        assert found[peer]["num_images"] == ours["num_images"], "all do the same work"
-        found[peer]["ours_by_theirs"] = {
-            rate: round(ours[rate] / found[peer][rate], 2)
+        assert figures[peer]["num_images"] == ours["num_images"], "all do the same work"
+        figures[peer]["ours_by_theirs"] = {
+            rate: round(ours[rate] / figures[peer][rate], 2)
             for rate in ("images_per_s", "with_start_up")
         }
     rows = [
@@ -161,11 +163,11 @@ def against_peers(folder: Path, photos: list[bytes], encoder: str) -> dict[str, 
             f"{ours['with_start_up'] / it['with_start_up']:.2f}",
             f"{it['start_up_s']:.1f}",
         ]
-        for name, it in found.items()
+        for name, it in figures.items()
     ]
     columns = ["images/s", "ours/theirs", "with start-up", "ours/theirs", "start-up s"]
     print_table(f"{ours['num_images']} images, {encoder} encoder", columns, rows)
-    return found
+    return figures
 
 
 class Alone:
@@ -262,7 +264,7 @@ def against_its_stages(folder: Path, photos: list[bytes], encoder: str) -> dict[
     per_s = {name: num_images / elapsed_s for name, elapsed_s in seconds.items()}
     slowest = min(stages, key=lambda name: per_s[name])
     cores_allow = NUM_CORES * num_images / sum(cpu_s.values())
-    found = {
+    figures = {
         "images_per_s": {name: round(rate, 1) for name, rate in per_s.items()},
         "cpu_ms_per_image": {name: round(1e3 * s / num_images, 3) for name, s in cpu_s.items()},
         "slowest": slowest,
@@ -280,10 +282,10 @@ def against_its_stages(folder: Path, photos: list[bytes], encoder: str) -> dict[
     ]
     print_table(f"stages alone, {encoder} encoder", ["images/s", "CPU ms/image"], rows)
     print(
-        f"the whole is {found['share_of_slowest']:.1%} of {slowest} alone, and "
-        f"{found['share_of_what_cores_allow']:.1%} of what {NUM_CORES} cores allow for all stages"
+        f"the whole is {figures['share_of_slowest']:.1%} of {slowest} alone, and "
+        f"{figures['share_of_what_cores_allow']:.1%} of what {NUM_CORES} cores allow for all stages"
     )
-    return found
+    return figures
 
 
 def main() -> None:
@@ -291,19 +293,19 @@ def main() -> None:
     parser.add_argument("--part", choices=["demo", "free", "stages"], action="append")
     parts = parser.parse_args().part or ["demo", "free", "stages"]
     photos, kind = read_photos()
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     for part in parts:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             if part == "stages":
-                found[part] = {
+                figures[part] = {
                     encoder: against_its_stages(folder, photos, encoder)
                     for encoder in ("demo", "device", "free")
                 }
             else:
-                found[part] = against_peers(folder, photos, part)
-        found[part]["images"] = kind
-    write_results("run", found, ["ray", "diffusers", "pillow", "simplejpeg", "webdataset"])
+                figures[part] = against_peers(folder, photos, part)
+        figures[part]["images"] = kind
+    write_results("run", figures, ["ray", "diffusers", "pillow", "simplejpeg", "webdataset"])
 
 
 if __name__ == "__main__":

@@ -137,7 +137,7 @@ def step_replace(folder: Path, num_units: int) -> dict[str, Any]:
     """Encode two units again: their old statistics must be subtracted from the sums."""
     plan = make_plan(make_config(str(folder), num_units, NUM_ACTORS))
     state, listing = plan.state, plan.snapshot
-    found = {}
+    figures = {}
     for name, unit in zip(("first_manifest_s", "next_manifest_s"), plan.units[::-1], strict=False):
         receipt = make_receipt(plan.contract, unit, 1, new_attempt())
         assert plan.output.put_if_absent(receipt.path, receipt.to_bytes())
@@ -150,10 +150,10 @@ def step_replace(folder: Path, num_units: int) -> dict[str, Any]:
             lambda: listing,
             on_missing="keep",
         )
-        found[name] = time.perf_counter() - began
+        figures[name] = time.perf_counter() - began
         assert manifest
         assert manifest.num_units == num_units
-    return found
+    return figures
 
 
 STEPS: dict[str, Callable[[Path, int], dict[str, Any]]] = {
@@ -172,12 +172,12 @@ def measure(name: str, folder: Path, num_units: int) -> dict[str, Any]:
     command = [sys.executable, __file__, "--units", str(num_units), "--step", name]
     began = time.perf_counter()
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    found: dict[str, Any] = json.loads(done.stdout)
-    return {"seconds": time.perf_counter() - began, **found}
+    figures: dict[str, Any] = json.loads(done.stdout)
+    return {"seconds": time.perf_counter() - began, **figures}
 
 
-def _steps_text(found: dict[str, Any]) -> str:
-    parts = {name: value for name, value in found.items() if name.endswith("_s")}
+def _steps_text(figures: dict[str, Any]) -> str:
+    parts = {name: value for name, value in figures.items() if name.endswith("_s")}
     return ", ".join(f"{name.removesuffix('_s')} {value:.1f} s" for name, value in parts.items())
 
 
@@ -190,8 +190,8 @@ def main() -> None:
     folder = DATA / f"scale-{arguments.units}"
 
     if arguments.step:
-        found = STEPS[arguments.step](folder, arguments.units)
-        print(json.dumps({**found, "peak_mib": peak_mib()}))
+        figures = STEPS[arguments.step](folder, arguments.units)
+        print(json.dumps({**figures, "peak_mib": peak_mib()}))
         return
     prepare(folder, arguments.units)
     if arguments.prepare:
@@ -201,8 +201,8 @@ def main() -> None:
         f"{arguments.units} units, {len(list((folder / 'parts').iterdir()))} parts",
         ["seconds", "peak MiB", "of which"],
         [
-            [name, f"{found['seconds']:.1f}", f"{found['peak_mib']:.0f}", _steps_text(found)]
-            for name, found in results.items()
+            [name, f"{figures['seconds']:.1f}", f"{figures['peak_mib']:.0f}", _steps_text(figures)]
+            for name, figures in results.items()
         ],
     )
     write_results("scale", {str(arguments.units): results}, ["pyarrow", "fsspec"])

@@ -64,15 +64,15 @@ def test_a_run_whose_stages_worked_less_than_ten_seconds_gets_no_advice():
 def test_with_the_suggested_threads_decoding_is_not_the_slowest_stage(
     decode_s: float, encode_s: float, fetch_s: float
 ):
-    found = loads_of(decode=decode_s, encode=encode_s, fetch=fetch_s).bottleneck
-    assert found
-    if found.stage == "decode":
+    actual = loads_of(decode=decode_s, encode=encode_s, fetch=fetch_s).bottleneck
+    assert actual
+    if actual.stage == "decode":
         others_s = max(encode_s, fetch_s / 2)
-        assert decode_s / found.num_threads_needed <= others_s
-        assert decode_s / (found.num_threads_needed - 1) > others_s
-        short = found.num_threads_needed - 4
-        assert f"add {short} thread" in str(found)
-        assert f"compute.decode_threads: {math.ceil(decode_s / others_s)}" in str(found)
+        assert decode_s / actual.num_threads_needed <= others_s
+        assert decode_s / (actual.num_threads_needed - 1) > others_s
+        short = actual.num_threads_needed - 4
+        assert f"add {short} thread" in str(actual)
+        assert f"compute.decode_threads: {math.ceil(decode_s / others_s)}" in str(actual)
 
 
 def test_receipts_of_actors_with_different_threads_add_up():
@@ -91,8 +91,8 @@ def test_receipts_of_actors_with_different_threads_add_up():
 
 
 def stats(**busy_s: float) -> dict[str, float]:
-    found = {f"{stage}_num_threads": float(THREADS[stage]) for stage in STAGES}
-    return found | {f"{stage}_busy_s": busy_s.get(stage, 0.0) for stage in STAGES}
+    actual = {f"{stage}_num_threads": float(THREADS[stage]) for stage in STAGES}
+    return actual | {f"{stage}_busy_s": busy_s.get(stage, 0.0) for stage in STAGES}
 
 
 def test_live_bottleneck_counts_only_work_between_two_polls():

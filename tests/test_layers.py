@@ -87,17 +87,17 @@ def part_of(dotted: str) -> str:
 
 def imports_of(file: Path) -> list[tuple[ast.stmt, str]]:
     """Every module that a file imports, at any depth, by its absolute name."""
-    found: list[tuple[ast.stmt, str]] = []
+    actual: list[tuple[ast.stmt, str]] = []
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
-            found += [(node, alias.name) for alias in node.names]
+            actual += [(node, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{name_of(file)}: relative import; write it in full"
             names = [f"{node.module}.{alias.name}" for alias in node.names]
-            found += [
+            actual += [
                 (node, name if node.module == "latentcache" else node.module) for name in names
             ]
-    return [(node, name) for node, name in found if name]
+    return [(node, name) for node, name in actual if name]
 
 
 def eager_imports_of(file: Path) -> set[str]:

@@ -49,8 +49,8 @@ def test_psnr_and_ssim_are_those_of_scikit_image(change: str, size: tuple[int, i
     psnrs, ssims = psnr_db(*pair), ssim(*pair)
     assert (psnrs.dtype, ssims.dtype, len(ssims)) == (torch.float64, torch.float64, len(images))
     for index, (image, other) in enumerate(zip(images, changed, strict=True)):
-        wanted = peak_signal_noise_ratio(image, other, data_range=255)
-        assert psnrs[index].item() == pytest.approx(wanted, abs=1e-4)
+        expected = peak_signal_noise_ratio(image, other, data_range=255)
+        assert psnrs[index].item() == pytest.approx(expected, abs=1e-4)
         assert ssims[index].item() == pytest.approx(ssim_by_skimage(image, other), abs=1e-9)
 
 
@@ -67,21 +67,21 @@ def test_ssim_of_tiny_images_has_the_window_that_fits(size: tuple[int, int], win
     x, y = images[0] / 255, changed[0] / 255
     axis = np.exp(-0.5 * (np.arange(-(window // 2), window // 2 + 1) / 1.5) ** 2)
     weights = np.outer(axis, axis) / np.outer(axis, axis).sum()
-    found = []
+    actual = []
     for top in range(x.shape[0] - window + 1):
         for left in range(x.shape[1] - window + 1):
             for channel in range(3):
-                place = (slice(top, top + window), slice(left, left + window), channel)
-                a, b = x[place], y[place]
+                position = (slice(top, top + window), slice(left, left + window), channel)
+                a, b = x[position], y[position]
                 mean_a, mean_b = (weights * a).sum(), (weights * b).sum()
                 var_a = (weights * (a - mean_a) ** 2).sum()
                 var_b = (weights * (b - mean_b) ** 2).sum()
                 covariance = (weights * (a - mean_a) * (b - mean_b)).sum()
                 above = (2 * mean_a * mean_b + 0.01**2) * (2 * covariance + 0.03**2)
                 below = (mean_a**2 + mean_b**2 + 0.01**2) * (var_a + var_b + 0.03**2)
-                found.append(above / below)
+                actual.append(above / below)
     (whole,) = ssim(as_tensor(changed), as_tensor(images)).tolist()
-    assert whole == pytest.approx(np.mean(found), abs=1e-9)
+    assert whole == pytest.approx(np.mean(actual), abs=1e-9)
 
 
 # Features.
@@ -101,16 +101,16 @@ def distance(a: npt.NDArray[np.floating], b: npt.NDArray[np.floating]) -> float:
 @pytest.mark.parametrize(("num_a", "num_b", "num_features"), [(300, 200, 64), (50, 90, 7)])
 def test_frechet_distance_is_that_of_scipy(num_a: int, num_b: int, num_features: int):
     a, b = features(num_a, num_features, 1), features(num_b, num_features, 2)
-    wanted = frechet_by_sqrtm(a.astype(np.float64), b.astype(np.float64))
-    assert distance(a, b) == pytest.approx(wanted, abs=1e-6)
-    assert distance(b, a) == pytest.approx(wanted, abs=1e-6)
+    expected = frechet_by_sqrtm(a.astype(np.float64), b.astype(np.float64))
+    assert distance(a, b) == pytest.approx(expected, abs=1e-6)
+    assert distance(b, a) == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize(("num_a", "num_b"), [(20, 30), (2, 2), (20, 400), (400, 3)])
 def test_frechet_distance_of_fewer_images_than_features(num_a: int, num_b: int):
     a, b = features(num_a, 256, 1), features(num_b, 256, 2)
-    wanted = frechet_by_singular_values(a.astype(np.float64), b.astype(np.float64))
-    assert distance(a, b) == pytest.approx(wanted, abs=1e-6)
+    expected = frechet_by_singular_values(a.astype(np.float64), b.astype(np.float64))
+    assert distance(a, b) == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("num", [2, 20, 400])
@@ -144,6 +144,6 @@ def test_statistics_of_parts_merge_into_those_of_the_whole(sizes: list[int], off
     assert total.count == len(whole)
     if len(whole) > 1:
         np.testing.assert_allclose(total.mean, whole.mean(axis=0), rtol=1e-12)
-        wanted = np.cov(whole, rowvar=False)
-        np.testing.assert_allclose(total.scatter / (len(whole) - 1), wanted, rtol=1e-9, atol=1e-9)
+        expected = np.cov(whole, rowvar=False)
+        np.testing.assert_allclose(total.scatter / (len(whole) - 1), expected, rtol=1e-9, atol=1e-9)
         np.testing.assert_allclose(total.std, whole.std(axis=0), rtol=1e-9)

@@ -44,8 +44,8 @@ def test_inception_gives_features_before_the_softmax(files: dict[str, Path]):
     features = load_inception(**named(files["inception"]))(A)
     assert features.shape == (3, 2048)
     with torch.inference_mode():
-        wanted = load_script(files["inception"])(A, return_features=True)
-    torch.testing.assert_close(features, wanted)
+        expected = load_script(files["inception"])(A, return_features=True)
+    torch.testing.assert_close(features, expected)
 
 
 def test_lpips_is_the_squared_distance_of_its_features(files: dict[str, Path]):
@@ -53,19 +53,19 @@ def test_lpips_is_the_squared_distance_of_its_features(files: dict[str, Path]):
     script = load_script(files["lpips"])
     with torch.inference_mode():
         a, b = (script(x.float(), resize_images=False, return_lpips=True) for x in (A, B))
-    wanted = ((a - b) ** 2).sum(dim=1).double()
-    found = distance(A, B)
-    assert found.dtype == torch.float64
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=0)
+    expected = ((a - b) ** 2).sum(dim=1).double()
+    actual = distance(A, B)
+    assert actual.dtype == torch.float64
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=0)
     assert distance(A, A).tolist() == [0.0] * 3
 
 
 def test_psim_is_the_unweighted_distance_of_vgg16(files: dict[str, Path]):
     distance = load_vgg16(**named(files["vgg16"]))
-    found = distance(A, B)
-    assert found.dtype == torch.float64
-    wanted = psim_by_modules(files["vgg16"], IMAGES, OTHERS)
-    assert found.tolist() == pytest.approx(wanted, rel=1e-5)
+    actual = distance(A, B)
+    assert actual.dtype == torch.float64
+    expected = psim_by_modules(files["vgg16"], IMAGES, OTHERS)
+    assert actual.tolist() == pytest.approx(expected, rel=1e-5)
     assert distance(A, A).tolist() == [0.0] * 3
 
 

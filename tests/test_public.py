@@ -33,11 +33,11 @@ def drawn_tree() -> dict[str, tuple[str, int]]:
     tree: dict[str, tuple[str, int]] = {}
     parents = ["Exception"]
     for line in (errors.__doc__ or "").splitlines():
-        if found := re.match(r"    ([ │├└─]*)(\w+)\s+(?:exit code )?(\d)\b", line):
-            depth = len(found[1]) // 5
+        if actual := re.match(r"    ([ │├└─]*)(\w+)\s+(?:exit code )?(\d)\b", line):
+            depth = len(actual[1]) // 5
             del parents[depth + 1 :]
-            tree[found[2]] = (parents[-1], int(found[3]))
-            parents.append(found[2])
+            tree[actual[2]] = (parents[-1], int(actual[3]))
+            parents.append(actual[2])
     return tree
 
 

@@ -225,10 +225,10 @@ def test_variables_and_home_are_expanded_in_every_url(
             "~/x": os.path.expanduser("~/x"),
             "/a$$SRC/$": "/a$SRC/$",
         }.items():
-            found: Any = parse_config(config(tmp_path, path, written))
+            actual: Any = parse_config(config(tmp_path, path, written))
             for name in path.split("."):
-                found = getattr(found, name)
-            assert found == read
+                actual = getattr(actual, name)
+            assert actual == read
         for written, message in {
             "${NO_SUCH}/x": "variable NO_SUCH is not set",
             "$NO_SUCH": "variable NO_SUCH is not set",
@@ -301,8 +301,8 @@ def test_a_file_with_the_literal_name_precedes_glob_matches(tmp_path: Path):
         write_tar(tmp_path / name, [("x.jpg", b"x")])
 
     def listed(shards: str) -> list[str]:
-        found = list_shards(f"{tmp_path}/{shards}", StorageOptions())
-        return [shard.url.removeprefix(f"file://{tmp_path}/") for shard in found]
+        actual = list_shards(f"{tmp_path}/{shards}", StorageOptions())
+        return [shard.url.removeprefix(f"file://{tmp_path}/") for shard in actual]
 
     for name in ("a[1].tar", "b{0,1}.tar", "set [2]/0.tar", "c?.tar"):
         assert listed(name) == [name]

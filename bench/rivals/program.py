@@ -1,6 +1,6 @@
-"""What every rival's program does: write the rows, then read them under the clock.
+"""The common program of all rivals: write the rows, then read them and measure the time.
 
-Called as `python -m rivals.<program> <action> <arguments as JSON>` by rivals/__init__.py; the last
+rivals/__init__.py calls it as `python -m rivals.<program> <action> <arguments as JSON>`. The last
 line of the standard output is the answer, one JSON object.
 """
 
@@ -21,13 +21,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-# What `(z - shift) * scale` is for KL-f8. The shift is 0 and left out, in the rivals' favour.
+# `(z - shift) * scale` for KL-f8. The shift of 0 is left out, which favours the rivals.
 SCALE = 0.18215
 
 
 @dataclass(frozen=True, slots=True)
 class Remote:
-    """The same files on an S3 server, and an empty folder to cache them in."""
+    """The same files on an S3 server, and an empty folder for their cache."""
 
     url: str
     endpoint_url: str
@@ -46,11 +46,10 @@ class Dataset:
 
 
 # (latents [N, C, H, W], folder, row_bytes, tuned): writes the latents into the empty folder. Shards
-# get as many rows as if a row had that many bytes.
+# have as many rows as if a row had that many bytes.
 Write = Callable[[npt.NDArray[np.float16], Path, int, bool], None]
 
-# Opens a dataset. Each call of what it returns begins a pass over batches [B, C, H, W] float16,
-# full ones only.
+# Opens a dataset. Each call of the result starts a pass over full batches [B, C, H, W] float16.
 Read = Callable[[Dataset], Callable[[], Iterable[Tensor]]]
 
 
@@ -78,7 +77,7 @@ def measure(read: Read, data: Dataset, num_batches: int, num_repetitions: int) -
 
 
 def consume(batches: Iterator[Tensor], normalize: bool) -> int:
-    """Read batches and forget them; how many rows they had."""
+    """Read batches and drop them; return the number of rows."""
     num_rows = 0
     for batch in batches:
         latents = batch.float().mul_(SCALE) if normalize else batch
@@ -87,12 +86,12 @@ def consume(batches: Iterator[Tensor], normalize: bool) -> int:
 
 
 def positions(read: Read, data: Dataset, num_batches: int, output: str) -> None:
-    """Write down which rows come; each row's bytes are its number."""
+    """Record which rows come; the bytes of each row are its number."""
     batches = itertools.islice(read(data)(), num_batches)
     rows = torch.stack([batch.flatten(1).view(torch.int64)[:, 0] for batch in batches])
-    found = rows.numpy()
-    assert len(np.unique(found)) == found.size, "a row came twice in a pass"
-    np.save(output, found)
+    figures = rows.numpy()
+    assert len(np.unique(figures)) == figures.size, "a row came twice in a pass"
+    np.save(output, figures)
 
 
 def cold(read: Read, data: Dataset) -> dict[str, Any]:
@@ -102,10 +101,10 @@ def cold(read: Read, data: Dataset) -> dict[str, Any]:
 
 
 def main(package: str, write: Write, read: Read, no_remote: str = "") -> None:
-    """Do what the command line says.
+    """Run the action of the command line.
 
     Args:
-        package: the one whose version to tell.
+        package: the package whose version to report.
         write: writes a dataset.
         read: reads it.
         no_remote: why it cannot read from S3, if it cannot.

@@ -349,14 +349,14 @@ def test_inspect_prints_captions_without_markup_or_terminal_escapes(demo: Demo):
 
 def test_verify_of_an_undamaged_dataset_is_ok_and_writes_nothing(demo: Demo):
     before = tree_digest(demo.folder)
-    found = demo.cli.ok("verify", demo.url)
-    assert found.keys() >= {"ok", "num_files", "num_rows", "num_rejects", "problems"}
-    assert found["ok"]
-    assert found["problems"] == []
+    actual = demo.cli.ok("verify", demo.url)
+    assert actual.keys() >= {"ok", "num_files", "num_rows", "num_rejects", "problems"}
+    assert actual["ok"]
+    assert actual["problems"] == []
     files = [name for kind in ("data", "rejects", "qa") for name in demo.objects(f"{kind}/*/*")]
-    assert found["num_files"] == len(files)
-    assert found["num_rows"] == demo.first.json["num_rows"]
-    assert found["num_rejects"] == demo.first.json["num_rejects"]
+    assert actual["num_files"] == len(files)
+    assert actual["num_rows"] == demo.first.json["num_rows"]
+    assert actual["num_rejects"] == demo.first.json["num_rejects"]
     assert demo("verify", "--quick").stdout.startswith("ok: manifest 1, 4 units")
     assert tree_digest(demo.folder) == before
 

@@ -215,7 +215,7 @@ class Manifests(RuleBasedStateMachine):
 
     @rule(who=st.integers(0, 1), missed=st.sets(st.integers(0, 40), max_size=6))
     def restart(self, who: int, missed: set[int]) -> None:
-        """A driver starts anew; its list of receipts may lack some that exist."""
+        """A driver starts again; its list of receipts may lack some that exist."""
         self.drivers[who] = self.fresh(missed)
 
     def fresh(self, missed: set[int] = frozenset()) -> Driver:
@@ -274,7 +274,7 @@ class Manifests(RuleBasedStateMachine):
         if expected is None:
             with pytest.raises(SourceError, match="no longer listed"):
                 write()
-            # A lost race may have refreshed its state before the refusal; start both anew.
+            # A lost race may have refreshed its state before the refusal; start both again.
             self.drivers[who] = self.fresh()
         else:
             number, named = expected
@@ -619,13 +619,13 @@ def test_known_snapshot_costs_only_checks_of_new_receipts(output: Output):
 @settings(max_examples=40, deadline=None, print_blob=True)
 @given(data=st.data())
 def test_known_snapshot_gives_the_same_manifests_as_a_new_one(data: st.DataObject):
-    """One driver writes manifest after manifest from one snapshot; one starts anew for each."""
+    """One driver writes manifest after manifest from one snapshot; one starts again for each."""
     names = NAMES[:5]
     changed = data.draw(st.sets(st.sampled_from(names)), "changed")
     before = {name: [unit_of((name, "v1"))] for name in names[:4]}
     after = {name: [unit_of((name, "v2" if name in changed else "v1"))] for name in names}
     with tempfile.TemporaryDirectory() as folder:
-        stores = [Store(f"{folder}/{who}") for who in ("knows", "anew")]
+        stores = [Store(f"{folder}/{who}") for who in ("knows", "fresh")]
         state = State(stores[0])
         generations: Counter[Version] = Counter()
 
@@ -639,10 +639,10 @@ def test_known_snapshot_gives_the_same_manifests_as_a_new_one(data: st.DataObjec
         def write(snapshot: dict[str, list[Unit]]) -> list[dict[str, Any]]:
             nonlocal state
             state, known = write_next(state, CONTRACT, 1, lambda: snapshot, on_missing="keep")
-            anew = write_next(
+            second = write_next(
                 State(stores[1]), CONTRACT, 1, lambda: dict(snapshot), on_missing="keep"
             )
-            return [tree_of(stores[0], known), tree_of(stores[1], anew[1])]
+            return [tree_of(stores[0], known), tree_of(stores[1], second[1])]
 
         for name in data.draw(st.sets(st.sampled_from(names[:4])), "first"):
             commit((name, "v1"))

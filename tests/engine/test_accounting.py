@@ -67,12 +67,12 @@ samples = st.one_of(
 
 
 @given(st.lists(samples, max_size=8), st.integers(0, 7))
-def test_a_lost_row_or_reject_is_an_error(found: list[Sample | RejectedSample], lost: int):
+def test_a_lost_row_or_reject_is_an_error(actual: list[Sample | RejectedSample], lost: int):
     counts = SampleCounts()
-    for sample in found:
+    for sample in actual:
         counts.add(sample)
-    rows = sum(isinstance(sample, Sample) for sample in found)
-    rejects = [sample for sample in found if isinstance(sample, RejectedSample)]
+    rows = sum(isinstance(sample, Sample) for sample in actual)
+    rejects = [sample for sample in actual if isinstance(sample, RejectedSample)]
     with_image = sum(reject.num_images > 0 for reject in rejects)
     counts.check("unit", rows, len(rejects), with_image)
     if rows:

@@ -33,11 +33,11 @@ def test_auto_takes_the_most_cpus_with_which_all_actors_fit(
         with pytest.raises(ClusterError, match="of the Ray cluster has a CPU, which"):
             cpus_per_actor(shapes, num_actors, with_gpu=with_gpu, decode_threads=None)
         return
-    found = cpus_per_actor(shapes, num_actors, with_gpu=with_gpu, decode_threads=None)
-    assert 1 <= found <= 16
-    assert num_that_fit(shapes, found, with_gpu) >= min(num_actors, most)
-    if found < 16:
-        assert num_that_fit(shapes, found + 1, with_gpu) < min(num_actors, most)
+    actual = cpus_per_actor(shapes, num_actors, with_gpu=with_gpu, decode_threads=None)
+    assert 1 <= actual <= 16
+    assert num_that_fit(shapes, actual, with_gpu) >= min(num_actors, most)
+    if actual < 16:
+        assert num_that_fit(shapes, actual + 1, with_gpu) < min(num_actors, most)
 
 
 @pytest.mark.parametrize(
@@ -58,8 +58,8 @@ def test_auto_takes_the_most_cpus_with_which_all_actors_fit(
 def test_auto_cpus_of_typical_clusters(
     shapes: list[NodeShape], num_actors: int, with_gpu: bool, expected: int
 ):
-    found = cpus_per_actor(shapes, num_actors, with_gpu=with_gpu, decode_threads=None)
-    assert found == expected
+    actual = cpus_per_actor(shapes, num_actors, with_gpu=with_gpu, decode_threads=None)
+    assert actual == expected
 
 
 def test_decode_threads_that_fit_on_no_node_are_refused():

@@ -86,12 +86,12 @@ class Bench:
 
     def rows(self, receipt: Receipt) -> dict[str, dict[str, Tensor]]:
         """Bucket to key to latent, in the order of the files."""
-        found: dict[str, list[DataFile]] = {}
+        actual: dict[str, list[DataFile]] = {}
         for file in receipt.record.files:
-            found.setdefault(file.bucket, []).append(file)
+            actual.setdefault(file.bucket, []).append(file)
         return {
             bucket: dict(iterate_latents([self.folder / "out" / file.path for file in files]))
-            for bucket, files in found.items()
+            for bucket, files in actual.items()
         }
 
     def only_bucket(self, receipt: Receipt) -> dict[str, Tensor]:
@@ -280,14 +280,14 @@ def test_each_bucket_has_its_own_file(
     with make(transform={"buckets": buckets}, latents={"dtype": "float32"}) as bench:
         receipt = bench.receipt()
         rows = bench.rows(receipt)
-    assert {bucket: list(found) for bucket, found in rows.items()} == {
+    assert {bucket: list(actual) for bucket, actual in rows.items()} == {
         "64x64": ["0", "2", "5"],
         "96x48": ["1", "4"],
         "48x96": ["3", "6"],
     }
-    for bucket, found in rows.items():
+    for bucket, actual in rows.items():
         width, height = Bucket.parse(bucket)
-        for key, latent in found.items():
+        for key, latent in actual.items():
             pixels = pillow_pixels(images[f"{key}.png"], width, height)
             expected = diffusers_moments(reference, pixels)[:4]
             assert drift_db(latent[None], expected[None]) > RESIZED_DB
@@ -481,8 +481,8 @@ def test_two_concurrent_units_give_the_same_rows_as_one_by_one(tmp_path: Path, m
             assert bench.rejects(one) == bench.rejects(other)
             rows, same = bench.rows(one), bench.rows(other)
             assert {b: list(r) for b, r in rows.items()} == {b: list(r) for b, r in same.items()}
-            for bucket, found in rows.items():
-                for key, latent in found.items():
+            for bucket, actual in rows.items():
+                for key, latent in actual.items():
                     assert torch.equal(latent, same[bucket][key])
         stats = bench.runner.stats()
     assert stats["num_rows"] == 4 * 20

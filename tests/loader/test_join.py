@@ -62,11 +62,11 @@ def load(folder: Path, join: Any, **options: Any) -> LatentLoader:
 
 
 def columns_of(loader: LatentLoader) -> dict[tuple[str, str], dict[str, Any]]:
-    found = {}
+    actual = {}
     for batch in loader:
-        for place, identity in enumerate(identities(batch)):
-            found[identity] = {name: values[place] for name, values in batch.columns.items()}
-    return found
+        for position, identity in enumerate(identities(batch)):
+            actual[identity] = {name: values[position] for name, values in batch.columns.items()}
+    return actual
 
 
 def test_joined_columns_equal_a_database_join(folder: Path, tmp_path: Path) -> None:
@@ -91,11 +91,11 @@ def test_joined_columns_equal_a_database_join(folder: Path, tmp_path: Path) -> N
     """
     query = duckdb.sql(asked)
     expected = {(row[0], row[1]): row[2:] for row in query.fetchall()}
-    found = columns_of(load(folder, path))
+    actual = columns_of(load(folder, path))
     assert len(expected) == 21
-    assert found.keys() == expected.keys()
+    assert actual.keys() == expected.keys()
     for identity, (caption, score, weight, ragged, halves, singles) in expected.items():
-        columns = found[identity]
+        columns = actual[identity]
         assert (columns["caption"], columns["ragged"]) == (caption, ragged)
         assert (columns["score"].item(), columns["weight"].item()) == (score, weight)
         assert columns["halves"].dtype == torch.float16
@@ -134,9 +134,9 @@ def test_join_accepts_text_types_of_all_writers_and_keys_repeated_across_units(
         "key": [key for _, key in rows],
     }
     WRITERS[writer](columns, tmp_path / "new.parquet")
-    found = columns_of(load(tmp_path / "out", tmp_path / "new.parquet"))
-    assert found.keys() == set(rows)
-    for (unit, key), values in found.items():
+    actual = columns_of(load(tmp_path / "out", tmp_path / "new.parquet"))
+    assert actual.keys() == set(rows)
+    for (unit, key), values in actual.items():
         assert values["caption"] == f"{unit}/{key}"
 
 
@@ -169,8 +169,8 @@ def test_join_missing_drop_leaves_out_rows_without_a_partner(
     loader = load(folder, join, seed=seed)
     assert loader.num_rows == len(kept)
     batches = [identities(batch) for batch in loader]
-    wanted = zip(kept_rows["unit"].to_pylist(), kept_rows["key"].to_pylist(), strict=True)
-    assert sorted(itertools.chain(*batches)) == sorted(wanted)
+    requested = zip(kept_rows["unit"].to_pylist(), kept_rows["key"].to_pylist(), strict=True)
+    assert sorted(itertools.chain(*batches)) == sorted(requested)
     again = load(folder, join, seed=seed)
     state = again.state_dict()
     for expected in batches:
@@ -279,8 +279,8 @@ def test_files_of_a_join_may_differ_in_columns_that_are_not_selected(
     write(table[7:].select(["caption", "key", "unit"]), tmp_path / "b.parquet")
     with pytest.raises(ConfigError, match=r"b\.parquet has columns .*select columns with Join"):
         load(folder, tmp_path)
-    found = columns_of(load(folder, Join(str(tmp_path), columns=["caption", "key"])))
-    assert found == columns_of(load(folder, write(table, tmp_path / "all.parquet")))
+    actual = columns_of(load(folder, Join(str(tmp_path), columns=["caption", "key"])))
+    assert actual == columns_of(load(folder, write(table, tmp_path / "all.parquet")))
     write(table[7:].append_column("n", pa.array(["1"] * 14)), tmp_path / "b.parquet")
     (tmp_path / "all.parquet").unlink()
     with pytest.raises(ConfigError, match=f"the files of file://{tmp_path} differ: .*int32"):

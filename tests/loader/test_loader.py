@@ -61,12 +61,12 @@ def test_batches_equal_the_rows_of_other_readers(
 ) -> None:
     columns = ("caption", "cls", "license")
     url = write(tmp_path, format=format, dtype=dtype, keep=("txt", "cls", "license"))
-    wanted = DTYPES.get(dtype, torch.float32)
-    options = {"normalize": False, "dtype": wanted, "shuffle": shuffle}
+    requested = DTYPES.get(dtype, torch.float32)
+    options = {"normalize": False, "dtype": requested, "shuffle": shuffle}
     batches = read_epoch(url, columns=[*IDENTITY, *columns], **options)
     rows = read_rows(tmp_path)
     for batch in batches:
-        assert batch.latents.dtype == wanted
+        assert batch.latents.dtype == requested
         assert_stored(batch, rows)
     assert sorted(all_identities(batches)) == sorted(rows)
     assert len(rows) == 19
@@ -131,27 +131,27 @@ def test_denormalize_returns_the_stored_latents(tmp_path: Path, vae: str, normal
     rows = read_rows(tmp_path)
     loader = LatentLoader(url, batch_size=4, columns=IDENTITY, normalize=normalize)
     for batch in loader:
-        found = loader.denormalize(batch.latents)
-        for identity, latent in zip(identities(batch), found, strict=True):
+        actual = loader.denormalize(batch.latents)
+        for identity, latent in zip(identities(batch), actual, strict=True):
             assert torch.allclose(latent, rows[identity].latent, rtol=1e-5, atol=1e-5)
 
 
-def assert_rounded(found: torch.Tensor, exact: np.ndarray[Any, np.dtype[np.float64]]) -> None:
+def assert_rounded(actual: torch.Tensor, exact: np.ndarray[Any, np.dtype[np.float64]]) -> None:
     """Within half a step of the dtype, and what arithmetic in float32 adds to that."""
     magnitude = np.where(exact == 0, 1, np.abs(exact))  # int8 has an exact 0
-    step = torch.finfo(found.dtype).eps * 2.0 ** np.floor(np.log2(magnitude))
-    excess = np.abs(found.double().numpy() - exact) - 0.5 * step
+    step = torch.finfo(actual.dtype).eps * 2.0 ** np.floor(np.log2(magnitude))
+    excess = np.abs(actual.double().numpy() - exact) - 0.5 * step
     assert excess.max() < 3e-7
 
 
 def noise_of(batches: Sequence[Batch], folder: Path) -> dict[tuple[str, str], torch.Tensor]:
     """By how many standard deviations each latent is off its row's mean."""
-    rows, found = read_rows(folder), {}
+    rows, actual = read_rows(folder), {}
     for batch in batches:
         for identity, latent in zip(identities(batch), batch.latents, strict=True):
             mean, logvar = rows[identity].latent.double().chunk(2)
-            found[identity] = (latent.double() - mean) / (logvar / 2).exp()
-    return found
+            actual[identity] = (latent.double() - mean) / (logvar / 2).exp()
+    return actual
 
 
 @pytest.mark.parametrize("format", ["parquet", "safetensors"])
@@ -175,8 +175,8 @@ def test_draws_from_moments_depend_only_on_row_epoch_and_seed(tmp_path: Path, fo
 
     scaled = read_epoch(url, seed=5)
     for one, other in zip(read_epoch(url, normalize=False, seed=5), scaled, strict=True):
-        for latent, wanted in zip(other.latents, one.latents, strict=True):
-            assert_rounded(latent, normalized(tmp_path, wanted))
+        for latent, requested in zip(other.latents, one.latents, strict=True):
+            assert_rounded(latent, normalized(tmp_path, requested))
 
 
 def largest_gap_to_normal(values: torch.Tensor) -> float:
@@ -336,8 +336,8 @@ def test_prefetch_bytes_does_not_change_the_batches(tmp_path: Path) -> None:
     url = write(tmp_path, [{SMALL: 200}])
     expected = read_epoch(url)
     for prefetch_bytes in (0, "4kb", "1gb"):
-        found = read_epoch(url, prefetch_bytes=prefetch_bytes)
-        for one, other in zip(found, expected, strict=True):
+        actual = read_epoch(url, prefetch_bytes=prefetch_bytes)
+        for one, other in zip(actual, expected, strict=True):
             assert same_bits(one.latents, other.latents)
             assert identities(one) == identities(other)
 
@@ -360,9 +360,9 @@ def test_device_may_be_cpu(tmp_path: Path) -> None:
 def test_rank_and_world_size_come_from_torch_distributed(tmp_path: Path) -> None:
     url = write(tmp_path / "data", [{SMALL: 40}])
     meeting = f"file://{tmp_path}/meeting"
-    found = run_ranks(keys_of_rank, [(url, meeting, rank, 2) for rank in range(2)])
+    actual = run_ranks(keys_of_rank, [(url, meeting, rank, 2) for rank in range(2)])
     alone = [batch.columns["key"] for batch in read_epoch(url, batch_size=8)]
-    assert [first + second for first, second in zip(*found, strict=True)] == alone
+    assert [first + second for first, second in zip(*actual, strict=True)] == alone
 
 
 @pytest.mark.parametrize(

@@ -166,10 +166,10 @@ def test_every_wrong_digit_in_a_safetensors_header_is_rejected(tmp_path: Path) -
     header = whole[8:256]
     digits = [match.start() for match in re.finditer(rb"\d", header)]
     assert len(digits) >= 10
-    for place in digits:
+    for position in digits:
         for digit in b"09":
             garbled = bytearray(header)
-            garbled[place] = digit
+            garbled[position] = digit
             if bytes(garbled) == header:
                 continue
             path.write_bytes(whole[:8] + garbled + whole[256:])

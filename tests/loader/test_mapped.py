@@ -38,16 +38,16 @@ def test_rows_are_those_of_open_dataset(tmp_path: Path, format: str) -> None:
     expected = open_dataset(str(tmp_path))
     assert len(dataset) == len(expected) == 21
     for index, row in enumerate(expected):
-        found = dataset[index]
+        actual = dataset[index]
         scaled = row.latent.numpy().astype(np.float64) * contract.vae.scaling_factor
-        np.testing.assert_allclose(found["latents"].numpy(), scaled, rtol=1e-6)
-        assert (found["unit"], found["key"]) == (row.unit, row.key)
-        assert (found["caption"], found["cls"]) == (row.caption, row.columns["cls"])
-        assert found["original_size"].tolist() == [row.original_height, row.original_width]
-        assert found["crop_top_left"].tolist() == [row.crop_top, row.crop_left]
+        np.testing.assert_allclose(actual["latents"].numpy(), scaled, rtol=1e-6)
+        assert (actual["unit"], actual["key"]) == (row.unit, row.key)
+        assert (actual["caption"], actual["cls"]) == (row.caption, row.columns["cls"])
+        assert actual["original_size"].tolist() == [row.original_height, row.original_width]
+        assert actual["crop_top_left"].tolist() == [row.crop_top, row.crop_left]
         width, height = dataset.buckets[int(dataset.bucket_of[index])]
-        assert found["target_size"].tolist() == [height, width]
-        assert found["latents"].shape == (4, height // 8, width // 8)
+        assert actual["target_size"].tolist() == [height, width]
+        assert actual["latents"].shape == (4, height // 8, width // 8)
     assert torch.equal(dataset[-1]["latents"], dataset[20]["latents"])
     for outside in (21, -22, 10**12):
         with pytest.raises(IndexError, match=f"row {outside} of 21"):

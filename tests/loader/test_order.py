@@ -54,11 +54,11 @@ def urls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 def rows_by_bucket(url: str) -> dict[tuple[int, int], list[Identity]]:
     """What another reader finds, in its order."""
-    found: dict[tuple[int, int], list[Identity]] = {}
+    actual: dict[tuple[int, int], list[Identity]] = {}
     for row in open_dataset(url):
         _, height, width = row.latent.shape
-        found.setdefault((8 * width, 8 * height), []).append((row.unit, row.key))
-    return found
+        actual.setdefault((8 * width, 8 * height), []).append((row.unit, row.key))
+    return actual
 
 
 def read_epochs(url: Any, world_size: int, num_epochs: int, **options: Any) -> list[list[Step]]:
@@ -74,20 +74,20 @@ def assert_each_in_its_turn(steps: list[Step], url: str, batch_size: int, tail: 
     """Each row once, with `drop` but for those left over, with `pad` and those that fill up."""
     for bucket, expected in rows_by_bucket(url).items():
         batches = [step.rows for step in steps if step.bucket == bucket]
-        found = [identity for rows in batches for identity in rows]
+        actual = [identity for rows in batches for identity in rows]
         whole, rest = divmod(len(expected), batch_size)
         sizes = [batch_size] * whole
         if rest and tail != "drop":
             sizes.append(rest if tail == "short" else batch_size)
         assert [len(rows) for rows in batches] == sizes
-        counts = Counter(found)
+        counts = Counter(actual)
         assert counts.keys() <= set(expected)
         if tail == "drop":
-            assert len(counts) == len(found)
+            assert len(counts) == len(actual)
         else:
             assert counts.keys() == set(expected)
-            assert max(counts.values()) == math.ceil(len(found) / len(expected))
-            assert min(counts.values()) == len(found) // len(expected)
+            assert max(counts.values()) == math.ceil(len(actual) / len(expected))
+            assert min(counts.values()) == len(actual) // len(expected)
 
 
 any_options = st.fixed_dictionaries(
@@ -115,12 +115,12 @@ def test_any_number_of_ranks_makes_the_same_batches(
 
 @pytest.mark.parametrize("tail", TAILS)
 def test_every_number_of_ranks_makes_the_same_batches(urls: dict[str, str], tail: str):
-    found = [
+    actual = [
         read_epochs(urls["skewed"], world_size, 2, batch_size=24, tail=tail)
         for world_size in WORLD_SIZES
     ]
-    assert all(epochs == found[0] for epochs in found)
-    first, second = found[0]
+    assert all(epochs == actual[0] for epochs in actual)
+    first, second = actual[0]
     assert [step.rows for step in first] != [step.rows for step in second]
 
 
@@ -191,12 +191,12 @@ def test_the_order_of_mixed_datasets_equals_recorded_values(urls: dict[str, str]
 def test_the_order_of_many_row_groups_equals_recorded_values():
     """As above, with windows, blocks and sections that small datasets have not."""
     order = Order(many_streams(), OrderOptions(16, seed=3, window_rows=5000))
-    found = [
+    actual = [
         [batch.bucket, batch.files.tolist(), batch.rows.tolist()]
         for epoch in (0, 1)
         for batch in order.batches(epoch, 100)
     ]
-    assert digest(found) == "d429127201f1b7b7"
+    assert digest(actual) == "d429127201f1b7b7"
 
 
 def many_streams() -> list[Stream]:
@@ -209,16 +209,16 @@ def many_streams() -> list[Stream]:
 
 
 def test_global_random_generators_are_neither_used_nor_changed(urls: dict[str, str]):
-    found = []
+    actual = []
     for seed in (1, 2):
         random.seed(seed)
         np.random.seed(seed)
         torch.manual_seed(seed)
         before = random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()
-        found.append(read_epochs(urls["skewed"], 2, 2, batch_size=24))
+        actual.append(read_epochs(urls["skewed"], 2, 2, batch_size=24))
         after = random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()
         assert before == after
-    assert found[0] == found[1]
+    assert actual[0] == actual[1]
 
 
 # The same on the arithmetic alone, which takes thousands of examples.
@@ -309,7 +309,7 @@ def test_permuting_very_many_is_one_to_one(size: int, key: int, data: st.DataObj
     some = data.draw(st.lists(st.integers(0, size - 1), unique=True, max_size=200))
     places = permute(np.array(some, np.int64), size, key)
     assert len(set(places.tolist())) == len(some)
-    assert all(0 <= place < size for place in places.tolist())
+    assert all(0 <= position < size for position in places.tolist())
     one_by_one = [int(permute(np.array([index]), size, key)[0]) for index in some[:5]]
     assert one_by_one == places.tolist()[:5]
 
@@ -333,8 +333,8 @@ def test_permutation_images_are_uniform(size: int):
 
 
 def test_every_permutation_of_a_small_size_occurs():
-    found = {tuple(permute(np.arange(5), 5, make_key(1, n)).tolist()) for n in range(4000)}
-    assert found == set(itertools.permutations(range(5)))
+    actual = {tuple(permute(np.arange(5), 5, make_key(1, n)).tolist()) for n in range(4000)}
+    assert actual == set(itertools.permutations(range(5)))
 
 
 @given(st.integers(0, 10**12), st.lists(st.fractions(0, 10**6), min_size=1, max_size=20))
@@ -383,8 +383,8 @@ def test_buckets_keep_their_share_throughout_an_epoch():
 def test_mixed_datasets_have_their_shares_and_use_all_rows_alike(urls: dict[str, str]):
     one, many = urls["one bucket"], urls["many files"]
     rows = {url: rows_by_bucket(url) for url in (one, many)}
-    datasets = {unit: url for url in rows for found in rows[url].values() for unit, _ in found}
-    num_rows = sum(len(found) for url in rows for found in rows[url].values())
+    datasets = {unit: url for url in rows for actual in rows[url].values() for unit, _ in actual}
+    num_rows = sum(len(actual) for url in rows for actual in rows[url].values())
     for weights, share in [((1, 3), Fraction(1, 4)), ((0.3, 0.1), Fraction(3, 4))]:
         url = dict(zip((one, many), weights, strict=True))
         alone = read_epochs(url, 1, 8, batch_size=24, tail="short", window_rows=64)
@@ -394,8 +394,8 @@ def test_mixed_datasets_have_their_shares_and_use_all_rows_alike(urls: dict[str,
             assert units.total() == num_rows
             assert abs(units[one] - num_rows * share) < 1
         counts = Counter(i for steps in alone for step in steps for i in step.rows)
-        for found in (found for url in rows for found in rows[url].values()):
-            assert max(counts[i] for i in found) - min(counts[i] for i in found) <= 1
+        for actual in (actual for url in rows for actual in rows[url].values()):
+            assert max(counts[i] for i in actual) - min(counts[i] for i in actual) <= 1
         # Rows of a bucket share batches, whichever dataset they are of.
         mixed = [step for step in alone[0] if len({datasets[unit] for unit, _ in step.rows}) == 2]
         assert len(mixed) > len([s for s in alone[0] if s.bucket == SMALL]) / 2

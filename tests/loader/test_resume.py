@@ -347,8 +347,8 @@ def test_draws_have_the_mean_and_the_variance_that_are_stored(url: str):
 
 def correlations(values: Floats) -> Floats:
     """Between the rows of [n, numbers], in units of what chance gives."""
-    found = np.corrcoef(values) * math.sqrt(values.shape[1])
-    return np.abs(found[np.triu_indices(len(found), 1)])
+    actual = np.corrcoef(values) * math.sqrt(values.shape[1])
+    return np.abs(actual[np.triu_indices(len(actual), 1)])
 
 
 def test_noise_of_rows_epochs_and_numbers_is_independent(noise_url: str):

@@ -87,9 +87,9 @@ class HuggingFace(_Hub):
         return {"blob_id": f"{number:040x}", "lfs": None, "xet_hash": None, "last_commit": None}
 
     def ls(self, path: str, detail: bool = True, refresh: bool = False, **kwargs: Any) -> list[Any]:
-        found = super().ls(path)
-        self.listed |= {entry["name"]: entry for entry in found if refresh}
-        return [self.listed.get(entry["name"], entry) for entry in found]
+        actual = super().ls(path)
+        self.listed |= {entry["name"]: entry for entry in actual if refresh}
+        return [self.listed.get(entry["name"], entry) for entry in actual]
 
     def info(
         self, path: str, refresh: bool = False, expand_info: bool = False, **kwargs: Any
@@ -97,9 +97,9 @@ class HuggingFace(_Hub):
         name = self._full(path)
         if not refresh and name in self.listed:
             return self.listed[name]
-        found = super().info(path)
-        short = {key: found[key] for key in ("name", "size", "type")}
-        return short if refresh and not expand_info else found
+        actual = super().info(path)
+        short = {key: actual[key] for key in ("name", "size", "type")}
+        return short if refresh and not expand_info else actual
 
 
 class Google(_Hub):
@@ -123,14 +123,14 @@ class Azure(_Hub):
 def hub(request: pytest.FixtureRequest) -> Iterator[type[_Hub]]:
     kind: type[_Hub] = request.param
     kind.store, HuggingFace.listed = {}, {}
-    there = _registry.get(kind.protocol)
+    existing = _registry.get(kind.protocol)
     fsspec.register_implementation(kind.protocol, kind, clobber=True)
     forget_clients()
     yield kind
     forget_clients()
     del _registry[kind.protocol]
-    if there:
-        fsspec.register_implementation(kind.protocol, there, clobber=True)
+    if existing:
+        fsspec.register_implementation(kind.protocol, existing, clobber=True)
 
 
 ROOTS = {
@@ -273,7 +273,7 @@ class _AzureError(Exception):
 
 
 @pytest.mark.parametrize(
-    ("protocol", "cause", "found"),
+    ("protocol", "cause", "expected"),
     [
         ("gs", None, "yes"),  # gcsfs raises it for a 412 alone, and drops the response
         ("az", _AzureError(409), "yes"),
@@ -282,7 +282,7 @@ class _AzureError(Exception):
     ],
 )
 def test_probe_conditional_understands_the_errors_of_gcsfs_and_adlfs(
-    protocol: str, cause: Exception | None, found: str, monkeypatch: pytest.MonkeyPatch
+    protocol: str, cause: Exception | None, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object, **options: object) -> None:
         assert options["mode"] == "create"
@@ -292,5 +292,5 @@ def test_probe_conditional_understands_the_errors_of_gcsfs_and_adlfs(
     monkeypatch.setitem(_registry, protocol, kind)
     monkeypatch.setattr(kind, "pipe_file", refuse)
     store = Store(f"{protocol}://bucket/out")
-    assert store.probe_conditional("contract.json", b"") == (found == "yes")
-    assert store.conditional == found
+    assert store.probe_conditional("contract.json", b"") == (expected == "yes")
+    assert store.conditional == expected

@@ -177,7 +177,7 @@ def test_probe_conditional_detects_stores_without_conditional_writes(
 
 
 @pytest.mark.parametrize(
-    ("fault", "found"),
+    ("fault", "expected"),
     [
         (refuse(412, "PreconditionFailed", "as Ceph does, without its condition"), "yes"),
         (refuse(409, "ConditionalRequestConflict"), "yes"),
@@ -192,12 +192,12 @@ def test_probe_conditional_detects_stores_without_conditional_writes(
     ids=["412", "409", "409 other", "400", "403", "500", "501", "503", "cut"],
 )
 def test_probe_conditional_accepts_only_a_failed_precondition(
-    fault: Callable[[Exchange], None], found: str, faulty: Store, proxy: FaultyProxy
+    fault: Callable[[Exchange], None], expected: str, faulty: Store, proxy: FaultyProxy
 ) -> None:
     faulty.put("probe", b"same")
     met = proxy.on("PUT", "/probe$", fault, times=100)
-    assert faulty.probe_conditional("probe", b"same") == (found == "yes")
-    assert faulty.conditional == found
+    assert faulty.probe_conditional("probe", b"same") == (expected == "yes")
+    assert faulty.conditional == expected
     assert met.num_fired > 0
     assert faulty.read_bytes("probe") == b"same"
 
@@ -410,9 +410,9 @@ def test_iterate_yields_all_objects_below_a_folder(
     paths = [f"data/{unit}/{name}" for unit in "abc" for name in ("1", "2", "deep/3")]
     for path in (*paths, "data/top", "other/x", "database"):
         store.put(path, path.encode())
-    found = {info.path: info for info in store.iterate("data")}
-    assert found.keys() == {*paths, "data/top"}
-    for path, info in found.items():
+    actual = {info.path: info for info in store.iterate("data")}
+    assert actual.keys() == {*paths, "data/top"}
+    for path, info in actual.items():
         asked = store.info(path)
         assert (info.size_bytes, info.version) == (asked.size_bytes, asked.version)
         assert info.modified_at is not None

@@ -168,9 +168,9 @@ class Page:
     def broken_images(self) -> list[str]:
         """The `alt` of every image that has no pixels."""
         images = "Promise.all([...document.images].map(i => i.decode().then(() => 0, () => i.alt)))"
-        found = self.evaluate(f"{images}.then(alts => alts.filter(alt => alt !== 0))")
-        assert isinstance(found, list)
-        return found
+        actual = self.evaluate(f"{images}.then(alts => alts.filter(alt => alt !== 0))")
+        assert isinstance(actual, list)
+        return actual
 
     @property
     def overflow_px(self) -> int:

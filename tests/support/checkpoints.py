@@ -81,7 +81,9 @@ def write_compvis_checkpoint(
 def to_compvis(state: State) -> State:
     """Rename diffusers' tensors to CompVis' names; attention becomes 1×1 convolutions."""
     num_blocks = 1 + max(
-        int(found[1]) for name in state if (found := re.match(r"encoder\.down_blocks\.(\d+)", name))
+        int(actual[1])
+        for name in state
+        if (actual := re.match(r"encoder\.down_blocks\.(\d+)", name))
     )
     return {_compvis_name(name, num_blocks): _compvis_tensor(name, state[name]) for name in state}
 

@@ -74,11 +74,11 @@ class World:
 
     def commit(self, source: str) -> Receipt:
         unit = self.unit(source)
-        there = self.receipts.setdefault(unit.id, [])
-        record = self.upload(unit, len(there))
+        existing = self.receipts.setdefault(unit.id, [])
+        record = self.upload(unit, len(existing))
         receipt = Receipt(record, CONTRACT.fingerprint, Statistics.empty(4))
         assert self.store.put_if_absent(receipt.path, receipt.to_bytes())
-        there.append(record.attempt)
+        existing.append(record.attempt)
         return receipt
 
     def lose(self, source: str) -> None:

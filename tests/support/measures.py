@@ -65,7 +65,7 @@ def psim_by_modules(path: Path, images: Pixels, others: Pixels) -> list[float]:
     vgg16.load_state_dict(
         {name.removeprefix("features."): t for name, t in state.items() if "features" in name}
     )
-    found = []
+    actual = []
     for pair in zip(images, others, strict=True):
         total, x = 0.0, [_normalised(image) for image in pair]
         for index, layer in enumerate(vgg16):
@@ -73,8 +73,8 @@ def psim_by_modules(path: Path, images: Pixels, others: Pixels) -> list[float]:
             if index in (3, 8, 15, 22, 29):  # relu1_2, 2_2, 3_3, 4_3, 5_3
                 a, b = (F.normalize(one.double(), dim=1)[0].numpy() for one in x)
                 total += float(np.square(a - b).sum(axis=0).mean())
-        found.append(total)
-    return found
+        actual.append(total)
+    return actual
 
 
 def _normalised(image: Pixels) -> torch.Tensor:

@@ -74,12 +74,12 @@ def _identities_or_error(
 ) -> tuple[list[list[Identity]], str]:
     options = {"rank": rank, "world_size": 2, "batch_size": 8, "tail": "drop"}
     loader = load_remote(url, cache, endpoint, **options)
-    found: list[list[Identity]] = []
+    actual: list[list[Identity]] = []
     try:
-        found.extend(identities(batch) for batch in loader)
+        actual.extend(identities(batch) for batch in loader)
     except StorageError as error:
-        return found, str(error)
-    return found, ""
+        return actual, str(error)
+    return actual, ""
 
 
 def send_steps(url: str, cache: Path, endpoint: str, to: Connection) -> None:

@@ -111,8 +111,8 @@ def identities(batch: Batch) -> list[Identity]:
 def assert_stored(batch: Batch, rows: dict[Identity, StoredRow]) -> None:
     """Hold a batch that was not normalised against the rows: bits, sizes and columns."""
     assert batch.time_ids.dtype == torch.int64
-    found = zip(identities(batch), batch.latents, batch.time_ids.tolist(), strict=True)
-    for number, (identity, latent, time_ids) in enumerate(found):
+    actual = zip(identities(batch), batch.latents, batch.time_ids.tolist(), strict=True)
+    for number, (identity, latent, time_ids) in enumerate(actual):
         row = rows[identity]
         assert same_bits(latent, row.latent)
         assert time_ids == row.sizes

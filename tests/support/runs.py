@@ -218,11 +218,11 @@ def assert_nothing_lost_or_doubled(server: S3Server, url: str, shards: list[Shar
     records = [receipt["record"] for receipt in receipts_at(server, url)]
     bucket, _, prefix = url.removeprefix("s3://").partition("/")
     sizes = {key: size for key, (size, _, _) in server.listing(bucket).items()}
-    found = {Path(record["unit"]["source"]).name: record for record in records}
-    assert len(found) == len(records), "a unit has two receipts"
-    assert found.keys() == {shard.name for shard in shards}
+    actual = {Path(record["unit"]["source"]).name: record for record in records}
+    assert len(actual) == len(records), "a unit has two receipts"
+    assert actual.keys() == {shard.name for shard in shards}
     for shard in shards:
-        record = found[shard.name]
+        record = actual[shard.name]
         assert record["num_samples"] == record["num_rows"] + record["num_rejects"]
         assert record["num_samples"] == shard.num_samples, shard.name
         assert record["num_rejects"] == len(shard.rejects), shard.name

@@ -232,12 +232,12 @@ def job_server(folder: Path, env: dict[str, str]) -> Iterator[JobServer]:
 
 def _processes_with(variable: str) -> list[int]:
     """Which processes have `NAME=value` in their environment."""
-    found = []
+    actual = []
     for environ in Path("/proc").glob("[0-9]*/environ"):
         with suppress(OSError):  # of another user, or gone by now
             if variable.encode() in environ.read_bytes().split(b"\0"):
-                found.append(int(environ.parts[2]))
-    return found
+                actual.append(int(environ.parts[2]))
+    return actual
 
 
 def _process_at(port: int, peer_port: int) -> int:
@@ -383,8 +383,8 @@ class FaultyProxy:
 
     def count(self, method: str, path: str) -> int:
         """How many requests of that kind the server has granted."""
-        found = (m == method and re.search(path, p) and s < 300 for m, p, s in self.log)
-        return sum(map(bool, found))
+        actual = (m == method and re.search(path, p) and s < 300 for m, p, s in self.log)
+        return sum(map(bool, actual))
 
     def wait_for(self, method: str, path: str, times: int = 1) -> None:
         """Wait until the server has granted so many requests of that kind."""

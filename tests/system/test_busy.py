@@ -180,8 +180,8 @@ def test_a_driver_frozen_for_days_puts_no_receipt_for_deleted_files(
     freezer = Freezer(monkeypatch, 1, meanwhile)
     summary = latentcache.run(config, quiet=True)
     assert freezer.num_fired == 1
-    (found,) = deleted
-    assert [len(objects) for objects in found.objects.values() if objects] == [1], found.objects
+    (actual,) = deleted
+    assert [len(objects) for objects in actual.objects.values() if objects] == [1], actual.objects
     assert (summary.status, summary.num_committed) == ("complete", 1)
     assert latentcache.verify(config.output.url).ok
     assert len(list(tmp_path.glob("out/data/*/*"))) == 2
@@ -314,9 +314,9 @@ def test_leases_use_the_clock_of_the_store(
     on_s3 = Store(moto.make_bucket(f"clocks{hours}"), moto.options)
     with Lease(on_s3, 1) as lease:
         monkeypatch.setattr(time, "time", lambda: real() + hours * HOURS)
-        (found,) = active_runs(on_s3)
-        assert found.run == lease.run
-        assert -2 < found.age_s < 60
+        (actual,) = active_runs(on_s3)
+        assert actual.run == lease.run
+        assert -2 < actual.age_s < 60
     assert not moto.listing(f"clocks{hours}")
 
 
@@ -389,7 +389,7 @@ def test_racing_runs_commit_each_unit_once(moto: S3Server, configs: Configs):
         drivers = [spawn.Process(target=drive, args=(n, paths, start, results)) for n in range(2)]
         for driver in drivers:
             driver.start()
-        found = [results.get(timeout=DEADLINE_S) for _ in range(2 * NUM_RACES)]
+        actual = [results.get(timeout=DEADLINE_S) for _ in range(2 * NUM_RACES)]
         for driver in drivers:
             driver.join()
             assert driver.exitcode == 0
@@ -400,7 +400,7 @@ def test_racing_runs_commit_each_unit_once(moto: S3Server, configs: Configs):
 
     num_rows = sum(len(shard.rows) for shard in shards)
     for path, output in zip(paths, outputs, strict=True):
-        both = [tuple(rest) for of, *rest in found if of == path]
+        both = [tuple(rest) for of, *rest in actual if of == path]
         assert [code for code, _, _ in both] == [0, 0]
         assert sum(num_committed for _, num_committed, _ in both) == len(shards)
         assert {rows for _, _, rows in both} == {num_rows}

@@ -42,10 +42,10 @@ def tree_of(root: int) -> list[int]:
                 children.setdefault(parent_of(int(path.name)), []).append(int(path.name))
             except OSError:  # it has ended
                 continue
-    found = [root]
-    for pid in found:
-        found += children.get(pid, [])
-    return found
+    actual = [root]
+    for pid in actual:
+        actual += children.get(pid, [])
+    return actual
 
 
 def the_one(tree: list[int], name: str) -> int:
@@ -64,7 +64,7 @@ def listening(pids: list[int]) -> set[tuple[int, str, int]]:
                 continue
             if name.startswith("socket:["):
                 owners[name[8:-1]] = pid
-    found = set()
+    actual = set()
     for table, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
         path = Path(f"/proc/net/{table}")
         for line in path.read_text().splitlines()[1:] if path.exists() else ():
@@ -73,8 +73,8 @@ def listening(pids: list[int]) -> set[tuple[int, str, int]]:
                 host, port = local.split(":")
                 words = [bytes.fromhex(host[i : i + 8])[::-1] for i in range(0, len(host), 8)]
                 address = socket.inet_ntop(family, b"".join(words))
-                found.add((owners[rest[5]], address, int(port, 16)))
-    return found
+                actual.add((owners[rest[5]], address, int(port, 16)))
+    return actual
 
 
 _INTRUDE = """

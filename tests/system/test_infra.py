@@ -41,8 +41,8 @@ WORKER = WORKERS["template"]["spec"]
 def nodes_of(tree: Any) -> list[dict[str, Any]]:
     """Every mapping in a manifest."""
     children = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ()
-    found = [node for child in children for node in nodes_of(child)]
-    return [tree, *found] if isinstance(tree, dict) else found
+    actual = [node for child in children for node in nodes_of(child)]
+    return [tree, *actual] if isinstance(tree, dict) else actual
 
 
 def named(kind: str) -> set[str]:
@@ -50,9 +50,9 @@ def named(kind: str) -> set[str]:
 
 
 def constraint(package: str) -> str:
-    found = re.search(rf"^{package}==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
-    assert found
-    return found[1]
+    actual = re.search(rf"^{package}==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert actual
+    return actual[1]
 
 
 def test_the_cron_job_and_the_job_have_the_same_spec():
@@ -137,9 +137,9 @@ def test_grace_periods_exceed_the_time_of_a_stop():
     environment = {entry["name"]: entry.get("value") for entry in HEAD["containers"][0]["env"]}
     wait_s = int(environment["RAY_JOB_STOP_WAIT_TIME_S"])
     assert GRACE_S < wait_s < HEAD["terminationGracePeriodSeconds"]
-    found = re.search(r"^#SBATCH --signal=B:USR1@(\d+)$", SBATCH.read_text(), re.MULTILINE)
-    assert found
-    assert int(found[1]) > GRACE_S
+    actual = re.search(r"^#SBATCH --signal=B:USR1@(\d+)$", SBATCH.read_text(), re.MULTILINE)
+    assert actual
+    assert int(actual[1]) > GRACE_S
     assert f"RAY_JOB_STOP_WAIT_TIME_S={wait_s}" in README
     assert f"get {GRACE_S:.0f} s" in README
 

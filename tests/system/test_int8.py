@@ -97,10 +97,10 @@ def made(cli: Cli, tmp_path_factory: pytest.TempPathFactory) -> Made:
 
 @pytest.mark.parametrize("name", INT8)
 def test_int8_latents_are_close_to_the_encoder_output(made: Made, name: str):
-    exact, found = made.latents("float32"), made.latents(name)
-    assert found.keys() == exact.keys()
-    assert len(found) > 20
-    squares = sum(float((found[key].double() - exact[key]).square().sum()) for key in exact)
+    exact, actual = made.latents("float32"), made.latents(name)
+    assert actual.keys() == exact.keys()
+    assert len(actual) > 20
+    squares = sum(float((actual[key].double() - exact[key]).square().sum()) for key in exact)
     channels = torch.cat([latent.double().flatten(1) for latent in exact.values()], dim=1)
     variance = float(channels.var(dim=1, correction=0).mean())
     assert 10 * math.log10(variance * channels.numel() / squares) >= MIN_SNR_DB

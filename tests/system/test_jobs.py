@@ -72,9 +72,9 @@ class Jobs:
 
     def ask_as_documented(self, name: str) -> str:
         """What infra/README.md tells schedulers to run prints this."""
-        found = re.search(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-        assert found
-        code = found[1].replace("http://127.0.0.1:8265", self.server.url).replace("photos-1", name)
+        actual = re.search(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+        assert actual
+        code = actual[1].replace("http://127.0.0.1:8265", self.server.url).replace("photos-1", name)
         command = [sys.executable, "-c", code]
         return subprocess.run(
             command, env=self._env, stdout=subprocess.PIPE, text=True, check=True

@@ -49,16 +49,16 @@ GRAFANA = {"$__rate_interval": "1m"}
 
 def expressions() -> dict[str, str]:
     """Every query, by where it stands."""
-    found = {f"alert {rule['alert']}": rule["expr"] for rule in ALERTS}
+    actual = {f"alert {rule['alert']}": rule["expr"] for rule in ALERTS}
     for panel in DASHBOARD["panels"]:
         for target in panel["targets"]:
-            found[f"panel {panel['title']} {target['refId']}"] = target["expr"]
+            actual[f"panel {panel['title']} {target['refId']}"] = target["expr"]
     for variable in DASHBOARD["templating"]["list"]:
         if variable["type"] == "query":
             (query,) = re.findall(r"^label_values\((.*), *dataset\)$", variable["definition"])
             assert variable["query"]["query"] == variable["definition"]
-            found[f"variable {variable['name']}"] = query
-    return found
+            actual[f"variable {variable['name']}"] = query
+    return actual
 
 
 def parsed(expression: str) -> Any:
@@ -124,9 +124,9 @@ def test_grafana_can_import_the_dashboard():
 
 def test_dashboard_panels_do_not_overlap():
     places = [panel["gridPos"] for panel in DASHBOARD["panels"]]
-    for place in places:
-        assert place["x"] >= 0
-        assert place["x"] + place["w"] <= 24
+    for position in places:
+        assert position["x"] >= 0
+        assert position["x"] + position["w"] <= 24
     for one, other in combinations(places, 2):
         beside = one["x"] + one["w"] <= other["x"] or other["x"] + other["w"] <= one["x"]
         below = one["y"] + one["h"] <= other["y"] or other["y"] + other["h"] <= one["y"]
@@ -157,12 +157,12 @@ class Monitored:
         """All samples of the package's metrics: labels and value, by name."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=60) as reply:
             text = reply.read().decode()
-        found: dict[str, list[tuple[dict[str, str], float]]] = {}
+        actual: dict[str, list[tuple[dict[str, str], float]]] = {}
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
                 if "latentcache" in sample.name:
-                    found.setdefault(sample.name, []).append((sample.labels, sample.value))
-        return found
+                    actual.setdefault(sample.name, []).append((sample.labels, sample.value))
+        return actual
 
     def total(self, name: str) -> float:
         return sum(value for _, value in self.scrape().get(name, []))
@@ -217,7 +217,7 @@ def test_a_run_exports_every_queried_metric_and_logs_its_events(
     assert result.code == 1
     # Ray sends the last word of a driver that ends in order: no alert takes it for a dead one.
     assert [value for _, value in monitored.scrape()["ray_latentcache_units_pending"]] == [0]
-    assert_log_tells(result, given_up="s3://photos/05.tar", num_lost=crash.num_fired)
+    assert_log_tells(result, failed_source="s3://photos/05.tar", num_lost=crash.num_fired)
 
 
 def assert_all_is_exported(monitored: Monitored, num_committed: int) -> None:
@@ -242,7 +242,7 @@ def assert_all_is_exported(monitored: Monitored, num_committed: int) -> None:
     assert 1 <= monitored.total("ray_latentcache_actors") <= 2
 
 
-def assert_log_tells(result: Result, given_up: str, num_lost: int) -> None:
+def assert_log_tells(result: Result, failed_source: str, num_lost: int) -> None:
     """Hold the JSON log of a run that gave a unit up and lost actors against its summary."""
     log = [json.loads(line) for line in result.stderr.splitlines()]
     for entry in log:
@@ -255,7 +255,7 @@ def assert_log_tells(result: Result, given_up: str, num_lost: int) -> None:
     assert by_event["run_started"]["num_pending"] == result.json["num_units"]
     assert by_event["actors_lost"]["num_lost"] == num_lost
     assert events.count("unit_given_up") == 1
-    assert by_event["unit_given_up"]["source"] == given_up
+    assert by_event["unit_given_up"]["source"] == failed_source
     assert by_event["manifest_written"]["complete"] is False
     ended = by_event["run_ended"]
     assert (ended["level"], ended["num_failed"]) == ("error", 1)

@@ -55,8 +55,8 @@ class Nights:
 
     def plan(self) -> tuple[int, int, int, int, list[str]]:
         plan = latentcache.make_plan(latentcache.load_config(self.config))
-        found = plan.sources
-        numbers = (found.num_new, found.num_changed, found.num_unchanged, found.num_vanished)
+        actual = plan.sources
+        numbers = (actual.num_new, actual.num_changed, actual.num_unchanged, actual.num_vanished)
         return (*numbers, sorted(Path(p.unit.source).name for p in plan.pending))
 
     def rows(self, manifest: int) -> list[Row]:
@@ -66,9 +66,9 @@ class Nights:
         return Counter(name for name, *_ in self.rows(manifest))
 
     def diff(self, before: int, after: int) -> dict[str, list[str]]:
-        found = latentcache.diff_manifests(self.url, before, after, storage=self.server.options)
+        actual = latentcache.diff_manifests(self.url, before, after, storage=self.server.options)
         return {
-            kind: [Path(diff.source).name for diff in getattr(found, kind)]
+            kind: [Path(diff.source).name for diff in getattr(actual, kind)]
             for kind in ("added", "replaced", "removed")
         }
 

@@ -215,11 +215,11 @@ def test_a_run_waits_for_gpus_that_join_the_cluster(
 def test_builds_of_one_torch_release_are_compatible(
     driver: str, worker: str, is_same: bool, monkeypatch: pytest.MonkeyPatch
 ):
-    wanted = Versions(latentcache.__version__, driver)
-    there = Versions(latentcache.__version__, worker)
-    monkeypatch.setattr(Versions, "here", lambda: there)
+    expected = Versions(latentcache.__version__, driver)
+    existing = Versions(latentcache.__version__, worker)
+    monkeypatch.setattr(Versions, "here", lambda: existing)
     if is_same:
-        wanted.require_here()
+        expected.require_here()
     else:
         with pytest.raises(ClusterError, match=re.escape(f"has torch {worker}, but the driver")):
-            wanted.require_here()
+            expected.require_here()

@@ -70,10 +70,10 @@ def test_plan_status_and_verify_agree(made: Made, cli: Cli, corpus: list[Shard])
     assert (len(plan.units), plan.pending, plan.diff) == (len(corpus), [], [])
     status = cli.ok("status", made.config)
     verified = cli.ok("verify", made.config)
-    for found in (status, verified):
-        assert found["num_units"] == len(corpus)
-        assert found["num_rows"] == first["num_rows"]
-        assert found["num_rejects"] == first["num_rejects"]
+    for actual in (status, verified):
+        assert actual["num_units"] == len(corpus)
+        assert actual["num_rows"] == first["num_rows"]
+        assert actual["num_rejects"] == first["num_rejects"]
     assert status["manifests"] == [1]
     assert not status["active_runs"]
     assert verified["ok"]
@@ -128,8 +128,8 @@ def test_only_a_replaced_shard_is_encoded_again(moto: S3Server, cli: Cli, config
 
     dataset = open_at(moto, output)
     assert dataset.manifest.number == 2
-    found = {(name, key, width, height) for name, key, width, height, *_ in rows_of(dataset)}
-    assert found == {
+    actual = {(name, key, width, height) for name, key, width, height, *_ in rows_of(dataset)}
+    assert actual == {
         (shard.name, key, width, height)
         for shard in new
         for key, (width, height, _) in shard.rows.items()

@@ -183,7 +183,7 @@ def test_each_source_kind_can_be_calibrated_and_forecast(
 
 
 def test_an_evaluation_reads_all_source_kinds_alike(tmp_path: Path, checkpoint: Path):
-    files, found = draw_files(6), []
+    files, actual = draw_files(6), []
     for kind in KINDS:
         source = write_source(tmp_path / kind, kind, files)
         source.pop("num_units", None)
@@ -201,10 +201,10 @@ def test_an_evaluation_reads_all_source_kinds_alike(tmp_path: Path, checkpoint: 
         )
         result = evaluate(plan_evaluation(config))
         (model,) = result.models
-        found.append((result.num_images, model.psnr_db.mean, model.ssim.mean))
-    assert found[0][0] == 6
-    assert found[1] == pytest.approx(found[0])
-    assert found[2] == pytest.approx(found[0])
+        actual.append((result.num_images, model.psnr_db.mean, model.ssim.mean))
+    assert actual[0][0] == 6
+    assert actual[1] == pytest.approx(actual[0])
+    assert actual[2] == pytest.approx(actual[0])
 
 
 def test_nightly_runs_follow_a_changing_folder(tmp_path: Path, cli: Cli, checkpoint: Path):

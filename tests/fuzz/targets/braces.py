@@ -26,8 +26,8 @@ def _mutate(rng: random.Random, data: bytes, seeds: Sequence[bytes]) -> bytes:
         return mutate_bytes(rng, data, seeds)
     text = data.decode()
     for _ in range(rng.randrange(1, 6)):
-        place = rng.randrange(len(text) + 1)
-        text = text[:place] + rng.choice(_PARTS) + text[place + rng.choice([0, 0, 1, 3]) :]
+        position = rng.randrange(len(text) + 1)
+        text = text[:position] + rng.choice(_PARTS) + text[position + rng.choice([0, 0, 1, 3]) :]
     return text.encode()
 
 

@@ -74,12 +74,12 @@ def _seeds(_: Path) -> list[bytes]:
         (rgba, "JXL", {"exif": exif.tobytes()}),
         (levels, "JXL", {"lossless": True}),
     ]
-    found = []
+    actual = []
     for picture, image_format, options in cases:
         buffer = io.BytesIO()
         picture.save(buffer, image_format, **options)
-        found.append(buffer.getvalue())
-    return found
+        actual.append(buffer.getvalue())
+    return actual
 
 
 def _mutate(rng: random.Random, data: bytes, seeds: Sequence[bytes]) -> bytes:

@@ -37,9 +37,9 @@ def _mutate(rng: random.Random, data: bytes, seeds: Sequence[bytes]) -> bytes:
         return mutate_bytes(rng, data, seeds)
     text = data.decode()
     for _ in range(rng.randrange(1, 4)):
-        place = rng.randrange(len(text) + 1)
+        position = rng.randrange(len(text) + 1)
         part = rng.choice(_PARTS if rng.random() < 0.8 else _PLANTED)
-        text = text[:place] + part + text[place + rng.choice([0, 0, 1, 5]) :]
+        text = text[:position] + part + text[position + rng.choice([0, 0, 1, 5]) :]
     return text.encode("utf-8", "surrogateescape")
 
 
