@@ -40,10 +40,7 @@ class Section(BaseModel):
 
 
 def _expanded(check: Callable[[str], object]) -> AfterValidator:
-    """Return a validator that expands the variables of a URL, here and nowhere else, and checks it.
-
-    Pydantic adds the path of the setting to the message of a `ConfigError` that `check` raises.
-    """
+    """Return a validator that expands the variables of a URL, only here, and checks it."""
 
     def validate(url: str) -> str:
         try:
@@ -69,7 +66,7 @@ def _check_public(text: str) -> str:
 
 
 def check_distinct(values: list[T]) -> list[T]:
-    """Return a list of a config, after checking that no entry is in it twice."""
+    """Return a list of a config, after checking that its entries differ."""
     if len(set(values)) < len(values):
         raise ValueError("names an entry twice")
     return values

@@ -19,10 +19,7 @@ from latentcache.cli import runs, datasets, quality, tools  # noqa: F401  # isor
 
 
 def main() -> None:
-    """Run the command line, and end the process without a cleanup by the interpreter.
-
-    Threads of Ray and Arrow may abort the process during a cleanup, which loses the exit code.
-    """
+    """Run the command line. A cleanup by the interpreter may abort in threads of Ray or Arrow."""
     try:
         app(prog_name="latentcache")
     except SystemExit as error:

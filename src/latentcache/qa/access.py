@@ -1,7 +1,7 @@
 """Decide which of the checkpoints and sources that a dataset names may be opened.
 
-A dataset may come from an untrusted party, whose URLs could make QA read any file or URL with the
-user's credentials. So only those are opened that the user names too.
+The URLs of an untrusted dataset could make QA read any file or URL with the user's credentials. So
+only those are opened that the user names too.
 """
 
 from __future__ import annotations
@@ -25,14 +25,10 @@ _MAX_SHOWN_CHARS = 300
 
 
 def find_checkpoint(dataset: Dataset, decoder: str | None = None) -> str:
-    """Return the checkpoint of a dataset's VAE if the user named no VAE.
+    """Return the checkpoint of a dataset's VAE if the user named none: `demo`, or the decoder.
 
     Args:
-        dataset: the dataset; its own checkpoint is used only if it is `demo`.
-        decoder: the decoder that the user named; it may hold the same encoder.
-
-    Raises:
-        ConfigError: the dataset does not name `demo`, and the user named no decoder.
+        dataset, decoder: `ConfigError` if the dataset does not name `demo` and `decoder` is None.
     """
     named = read_provenance(dataset.store).get("checkpoint")
     if named == DEMO:
@@ -53,9 +49,9 @@ def find_checkpoint(dataset: Dataset, decoder: str | None = None) -> str:
 
 
 def shown(url: str) -> str:
-    """Return a URL of a dataset for a message: one line, without credentials, cut to a length.
+    """Return a URL of a dataset for a message: one line, cut to a length.
 
-    The text before `@` or after `?` may be a password or a signature, so it is left out.
+    It omits the text before `@` or after `?`, which may be a password or a signature.
     """
     text = re.sub(r"(?<=://)[^/@]*@", "", url)
     text = one_line(text.partition("?")[0] + ("?…" if "?" in text else ""))
@@ -71,10 +67,7 @@ def source_urls(source: Images) -> list[str]:
 class NamedSources:
     """The sources that the user names: shards, globs, and folders with everything in them.
 
-    `urls` are values as in `source.shards` or `source.folder` of a config.
-
-    Raises:
-        ConfigError: a URL is not accepted; see `expand_urls`.
+    `urls` are values as in `source.shards` or `source.folder` of a config, see `expand_urls`.
     """
 
     def __init__(self, urls: Sequence[str]) -> None:

@@ -1,7 +1,6 @@
 """What differs between stores, on fsspec. The file of a protocol overrides it.
 
-A backend does not retry. It raises the exceptions of its client, which `explain` converts into
-errors of this package.
+A backend does not retry. It raises its client's exceptions, and `explain` converts them.
 """
 
 from __future__ import annotations
@@ -55,11 +54,7 @@ Entries = tuple[Sequence[ObjectInfo], Sequence[str]]
 class Backend:
     """A folder of a remote store, through the fsspec client of its protocol.
 
-    Args:
-        url, options: the URL of the folder, without a `/` at its end, and how to reach the store.
-
-    Raises:
-        ConfigError: the client of the protocol is not installed.
+    `url` has no `/` at its end. A client that is not installed is a `ConfigError`.
     """
 
     is_local: ClassVar[bool] = False
@@ -145,7 +140,7 @@ class Backend:
         return isinstance(error, OSError) or not modules.isdisjoint(self.transports)
 
     def explain(self, error: BaseException, url: str) -> StorageError:
-        """Return the error of this package for an exception of the client, with how to fix it.
+        """Return the error of this package for an exception of the client.
 
         Args:
             error, url: what the client raised, and the object's URL.
