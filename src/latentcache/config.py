@@ -1,8 +1,7 @@
 """The config of `latentcache run`, section by section.
 
-Each section is a frozen Pydantic model, so a config is valid as a whole before a run starts. It
-holds no credentials, which come from the environment or from a profile. The string below a field is
-its description, from which `scripts/config_reference.py` writes docs/config.md.
+It holds no credentials, which come from the environment or from a profile. The string below a field
+is its description, from which `scripts/config_reference.py` writes docs/config.md.
 """
 
 from __future__ import annotations

@@ -164,7 +164,7 @@ def expand(url: str, environment: Mapping[str, str] = os.environ) -> str:
     `$$` stands for a dollar sign. A `$` without a name after it is kept.
 
     Args:
-        url, environment: `ConfigError` if a variable is not in it, or has the name of a secret.
+        url, environment: a variable that is not set or names a secret raises `ConfigError`.
     """
 
     def value_of(match: re.Match[str]) -> str:

@@ -1,8 +1,7 @@
 """The command line: parse arguments, call the package, print results.
 
-Only typer is imported at the top, so that help and tab completion are fast. Results go to stdout
-and everything else to stderr. With `--json`, stdout gets exactly one JSON object, or one per
-interval with `status --watch`.
+Only typer is imported at the top, so that help and tab completion are fast. Results go to stdout,
+all else to stderr. With `--json`, stdout gets one JSON object; with `status --watch`, several.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
 
 import typer
 from typer import Argument, Option
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from latentcache.config import Config
     from latentcache.log import Level
     from latentcache.storage_options import StorageOptions
-
-P = ParamSpec("P")
 
 # Largest number of similar lines that a command prints.
 MAX_LINES = 20
@@ -144,11 +142,11 @@ def complain(
     print("latentcache: " + "\n".join(map(one_line, lines)), file=sys.stderr, flush=True)
 
 
-def command(function: Callable[P, int | None]) -> Callable[P, None]:
+def command(function: Callable[..., int | None]) -> Callable[..., None]:
     """Wrap a command: its result is the exit code, and an error is one line, not a traceback."""
 
     @functools.wraps(function)
-    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+    def run(*args: Any, **kwargs: Any) -> None:
         global stdout, _log_json
         from latentcache.errors import ConfigError, LatentCacheError
         from latentcache.startup import start_process

@@ -11,7 +11,6 @@ import shlex
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
-from latentcache.config_source import Images
 from latentcache.dataset.contract import read_provenance
 from latentcache.dataset.reader import Dataset
 from latentcache.errors import ConfigError, one_line
@@ -28,7 +27,7 @@ def find_checkpoint(dataset: Dataset, decoder: str | None = None) -> str:
     """Return the checkpoint of a dataset's VAE if the user named none: `demo`, or the decoder.
 
     Args:
-        dataset, decoder: `ConfigError` if the dataset does not name `demo` and `decoder` is None.
+        dataset, decoder: neither `demo` in the dataset nor a decoder raises `ConfigError`.
     """
     named = read_provenance(dataset.store).get("checkpoint")
     if named == DEMO:
@@ -56,12 +55,6 @@ def shown(url: str) -> str:
     text = re.sub(r"(?<=://)[^/@]*@", "", url)
     text = one_line(text.partition("?")[0] + ("?…" if "?" in text else ""))
     return text if len(text) <= _MAX_SHOWN_CHARS else f"{text[:_MAX_SHOWN_CHARS]}…"
-
-
-def source_urls(source: Images) -> list[str]:
-    """Return the URLs in a config's `source` section: its shards, or its folder."""
-    urls = source.folder or source.shards or ()
-    return [urls] if isinstance(urls, str) else list(urls)
 
 
 class NamedSources:

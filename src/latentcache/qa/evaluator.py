@@ -89,7 +89,7 @@ class QaEvaluator:
 
         Args:
             unit, bucket: the unit's id and the bucket's name.
-            crops: the encoded pixels as PNG, by key; a `ValueError` if not of the bucket's size.
+            crops: the encoded pixels as PNG, by key; another size raises `ValueError`.
             stored: the stored tensors by key: [C, h, w] in the stored dtype; [2C, h, w] if moments.
             signal: the variance of the dataset's latents, averaged over its C channels.
 

@@ -53,7 +53,7 @@ def draw_row(row: QaRow, mean: Sequence[float], std: Sequence[float]) -> RowPict
     """Draw a QA row.
 
     Args:
-        row: with its pictures; `ValueError` if one cannot be decoded or has another shape.
+        row: a picture that is damaged or has another shape raises `ValueError`.
         mean, std: of each channel over the dataset; the mean gets the middle colour.
     """
     size = Bucket.parse(row.bucket)

@@ -112,7 +112,7 @@ def read_measures(files: QaFiles, contract: Contract) -> pa.Table:
     """Return a table of the `unit`, `key`, `bucket` and `MEASURES` of all QA rows.
 
     Args:
-        files, contract: `DatasetError` if a file is gone or damaged, or has another bucket.
+        files, contract: a missing or damaged file, or another bucket, raises `DatasetError`.
     """
     schema = pa.schema([_SCHEMA.field(name) for name in ("key", "bucket", *MEASURES)])
     buckets = {Bucket(*size).name for size in contract.transform.buckets}
@@ -136,7 +136,7 @@ def read_qa_rows(store: Store, record: UnitRecord, keys: Collection[str]) -> lis
     """Read the QA rows of a unit that have some keys, with their pictures.
 
     Args:
-        store, record, keys: `DatasetError` if the unit's QA file is gone or damaged.
+        store, record, keys: a missing or damaged QA file raises `DatasetError`.
     """
     return [QaRow(**row) for row in _read(store, record, _SCHEMA, keys).to_pylist()]
 

@@ -68,7 +68,7 @@ def save_sheet(
 
     Args:
         dataset, vae: the dataset, and the VAE that decodes; see `load_decoder`.
-        target: a file; `ConfigError` if its suffix is not that of a format that Pillow writes.
+        target: a file; a suffix that Pillow does not know raises `ConfigError`.
         num_rows, seed: the number of rows (all if the dataset has fewer), and the seed of the draw.
         progress: called with (rows decoded, rows in total).
     """

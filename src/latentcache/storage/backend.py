@@ -185,8 +185,3 @@ def _client(kind: Any, protocol: str, options: StorageOptions, pid: int) -> Any:
         needs_extra = kind.extra and isinstance(error, ImportError)
         fix = f": pip install 'latentcache[{kind.extra}]'" if needs_extra else ""
         raise ConfigError(f"cannot use {protocol}:// URLs: {error}{fix}") from error
-
-
-def forget_clients() -> None:
-    """Clear the cache of clients, so that the next store of each kind makes a new one."""
-    _client.cache_clear()
