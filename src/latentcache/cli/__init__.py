@@ -18,7 +18,7 @@ from latentcache.cli import runs, datasets, quality, tools  # noqa: F401  # isor
 
 
 def main() -> None:
-    """Run the command line. A cleanup by the interpreter may abort in threads of Ray or Arrow."""
+    """Run the command line without the interpreter's cleanup, which threads of Ray may abort."""
     try:
         app(prog_name="latentcache")
     except SystemExit as error:

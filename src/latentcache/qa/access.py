@@ -19,7 +19,6 @@ from latentcache.images.source import expand_urls
 from latentcache.storage import Store, split_url
 from latentcache.vae.weights import DEMO
 
-_GLOB = re.compile(r"[*?\[]")
 _MAX_SHOWN_CHARS = 300
 
 
@@ -68,7 +67,7 @@ class NamedSources:
         self._globs: set[tuple[str, str]] = set()
         for url in expand_urls(urls) if urls else ():
             folder, name = split_url(url)
-            if _GLOB.search(name):
+            if re.search(r"[*?\[]", name):
                 self._globs.add((Store(folder).url, name))
             else:
                 self._urls.add(Store(url).url)

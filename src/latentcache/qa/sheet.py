@@ -19,8 +19,6 @@ from latentcache.vae.compatibility import require_family
 from latentcache.vae.model import KLAutoencoder, to_uint8
 from latentcache.vae.weights import encoder_fingerprint, load_vae
 
-DEFAULT_NUM_ROWS = 24
-
 _WIDTH_PX = 1440
 _TILE_HEIGHT_PX = 200
 _GAP_PX = 12
@@ -59,7 +57,7 @@ def save_sheet(
     dataset: Dataset,
     vae: KLAutoencoder,
     target: Path,
-    num_rows: int = DEFAULT_NUM_ROWS,
+    num_rows: int = 24,
     *,
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
