@@ -248,11 +248,6 @@ class Store(_Reading):
         with self.named(path):
             self._backend.client.pipe_file(self._backend.full(path), data, mode="create")
 
-    @property
-    def is_conditional(self) -> bool:
-        """Whether the store itself is known to enforce put-if-absent."""
-        return self.conditional == "yes"
-
     def probe_conditional(self, path: str, data: bytes) -> bool:
         """Return whether the store provably refuses a second put, and set `conditional`.
 
@@ -267,7 +262,7 @@ class Store(_Reading):
             except StorageError as error:
                 is_refused = self._backend.is_precondition_failure(error)
                 self.conditional = "yes" if is_refused else "unknown"
-        return self.is_conditional
+        return self.conditional == "yes"
 
     def _read_or_none(self, path: str) -> bytes | None:
         with suppress(ObjectNotFound):
