@@ -49,8 +49,8 @@ class EvalSums:
     """The sums over a set of images, by the names of the models.
 
     `statistics` has each measure of each model, and `features`: the Inception features of its
-    reconstructions, and for the model "" those of the images. `agreements_db` has the lowest
-    agreement of a model's own encoder with another encoder in use.
+    reconstructions, and for the model "" those of the images. `agreements_db` has the
+    lowest agreement with the encoder in use of each model that has another encoder.
     """
 
     num_images: int = 0

@@ -233,7 +233,7 @@ class QaSample:
         """Evaluate the kept rows as stored in the closed files, in the order they were offered.
 
         Args:
-            writers, evaluator, signal: a writer for each bucket, and as in `QaEvaluator`.
+            writers, evaluator, signal: one writer for each bucket, and see `QaEvaluator.evaluate`.
             submit: runs a job on the evaluator's thread and returns its result.
         """
         for writer in writers:

@@ -82,7 +82,7 @@ def reevaluate(
         checkpoint, checkpoint_storage: the dataset's VAE; None uses `find_checkpoint`.
 
     Raises:
-        CheckpointError, ConfigError: a model cannot be used, or the user must name a URL.
+        CheckpointError, ConfigError: a model cannot be used, or the user must name its URL.
         DatasetError: the dataset has no images to evaluate, or a file is damaged.
     """
     sources = NamedSources(selection.sources)

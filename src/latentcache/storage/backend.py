@@ -54,7 +54,7 @@ Entries = tuple[Sequence[ObjectInfo], Sequence[str]]
 class Backend:
     """A folder of a remote store, through the fsspec client of its protocol.
 
-    `url` has no `/` at its end. A client that is not installed is a `ConfigError`.
+    `url` has no `/` at its end. `ConfigError` is raised if the client is not installed.
     """
 
     is_local: ClassVar[bool] = False

@@ -48,7 +48,7 @@ class _Reading(Access):
         return cast(bytes, self._retry(path, lambda: self._backend.client.cat_file(full)))
 
     def open(self, path: str, *, readahead: bool = True) -> BinaryIO:
-        """Open an object for reading. Its reads raise `StorageError`, so an `OSError` is Arrow's.
+        """Open an object for reading. Reads raise `StorageError`; an `OSError` is damaged data.
 
         Args:
             path, readahead: the path, and whether a read may fetch more than the requested bytes.
