@@ -1,7 +1,6 @@
 """latentcache: encode image datasets to KL-f8 latents once, and train from the result.
 
-Everything public is imported on first use, so that `import latentcache`, the command line's help
-and a training process never load what they do not need.
+Everything public is imported on first use, so that a process loads only what it needs.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """The config of `latentcache run`, section by section.
 
-Each section is a frozen Pydantic model, so a config is valid as a whole before a run starts. It
-holds no credentials, which come from the environment or from a profile. The string below a field is
-its description, from which `scripts/config_reference.py` writes docs/config.md.
+It holds no credentials, which come from the environment or from a profile. The string below a field
+is its description, from which `scripts/config_reference.py` writes docs/config.md.
 """
 
 from __future__ import annotations
@@ -226,8 +225,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         path, overrides: the file, and settings `a.b=c` that replace single values.
 
     Raises:
-        ConfigError: the file cannot be read, is not YAML, or a value is wrong. The message has one
-            line per mistake with its dotted path and, for an unknown name, the nearest valid one.
+        ConfigError: the file cannot be read, or values are wrong: one line for each, with its path.
     """
     return read_config(Config, path, overrides)
 
@@ -236,16 +234,13 @@ def parse_config(tree: Any, origin: str = "config") -> Config:
     """Check the config of a run that is already a tree of dicts and lists.
 
     Args:
-        tree, origin: the config, and its name in messages.
-
-    Raises:
-        ConfigError: a value is wrong; see `load_config`.
+        tree, origin: the config, and its name in the `ConfigError` that names wrong values.
     """
     return parse_tree(Config, tree, origin)
 
 
 def require_kind(config: object, kind: type[BaseModel]) -> None:
-    """Raise `ConfigError` if an argument is not a config of a kind but, for example, a path.
+    """Raise `ConfigError` if an argument is, for example, a path.
 
     Args:
         config, kind: the argument, and `Config` or `EvalConfig`.

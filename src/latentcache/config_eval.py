@@ -99,9 +99,6 @@ def load_eval_config(path: str | Path, overrides: Sequence[str] = ()) -> EvalCon
     """Read the YAML config of an evaluation.
 
     Args:
-        path, overrides: the file, and settings `a.b=c` that replace single values.
-
-    Raises:
-        ConfigError: the file cannot be read or a value is wrong; see `load_config`.
+        path, overrides: as for `load_config`, which has the same errors.
     """
     return read_config(EvalConfig, path, overrides)

@@ -26,11 +26,7 @@ def read_config(kind: type[FileT], path: str | Path, overrides: Sequence[str]) -
     """Read a YAML file as a config.
 
     Args:
-        kind, path: `Config` or `EvalConfig`, and the file.
-        overrides: settings `a.b=c` that replace single values; `c` is parsed as YAML.
-
-    Raises:
-        ConfigError: the file cannot be read or a value is wrong; see `parse_tree`.
+        kind, path, overrides: `Config` or `EvalConfig`, its file, and settings `a.b=c` (c is YAML).
     """
     tree = read_yaml(path)
     for override in overrides:
@@ -42,11 +38,10 @@ def parse_tree(kind: type[FileT], tree: Any, origin: str) -> FileT:
     """Check a tree of dicts and lists as a config.
 
     Args:
-        kind, tree: `Config` or `EvalConfig`, and the content of the file.
-        origin: the name of the file in messages.
+        kind, tree, origin: `Config` or `EvalConfig`, the content of its file, and the file's name.
 
     Raises:
-        ConfigError: a value is wrong. The message has one line per mistake with its dotted path
+        ConfigError: values are wrong. The message has one line per mistake with its dotted path
             and, for an unknown name, the nearest valid one.
     """
     try:

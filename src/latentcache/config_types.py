@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
 from latentcache.errors import ConfigError, redact
 from latentcache.storage_options import StorageOptions
 from latentcache.urls import check_endpoint, check_url, expand, shown
-
-T = TypeVar("T")
 
 Side = Annotated[int, Field(ge=8, le=16384, multiple_of=8)]
 Count = Annotated[int, Field(ge=1)]
@@ -40,10 +38,7 @@ class Section(BaseModel):
 
 
 def _expanded(check: Callable[[str], object]) -> AfterValidator:
-    """Return a validator that expands the variables of a URL, here and nowhere else, and checks it.
-
-    Pydantic adds the path of the setting to the message of a `ConfigError` that `check` raises.
-    """
+    """Return a validator that expands the variables of a URL, only here, and checks it."""
 
     def validate(url: str) -> str:
         try:
@@ -68,8 +63,8 @@ def _check_public(text: str) -> str:
     return text
 
 
-def check_distinct(values: list[T]) -> list[T]:
-    """Return a list of a config, after checking that no entry is in it twice."""
+def check_distinct(values: list[Any]) -> list[Any]:
+    """Return a list of a config, after checking that its entries differ."""
     if len(set(values)) < len(values):
         raise ValueError("names an entry twice")
     return values

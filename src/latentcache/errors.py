@@ -42,10 +42,7 @@ _HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
 
 
 def one_line(text: str) -> str:
-    """Return `text` as one redacted line of visible characters, for a terminal or a log.
-
-    Characters that a terminal acts on and characters that are not UTF-8 become Python escapes.
-    """
+    """Return `text` as one redacted line, with escapes for characters that are not printable."""
     return "".join(
         c if c.isprintable() else " " if c.isspace() else ascii(c)[1:-1] for c in redact(text)
     )
@@ -143,10 +140,8 @@ class CheckFailed(LatentCacheError):
 class Reject(Exception):
     """The reason why one sample has no latent: not an error of the program.
 
-    Args:
-        stage: the stage that raises it: `read`, `decode`, `transform` or `encode`.
-        reason: a stable snake_case identifier that tools may count by, such as `truncated_image`.
-        message: one line for a person.
+    `stage` is `read`, `decode`, `transform` or `encode`. `reason` is a stable snake_case identifier
+    that tools may count by, such as `truncated_image`. `message` is one line for a person.
     """
 
     def __init__(self, stage: str, reason: str, message: str) -> None:

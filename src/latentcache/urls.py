@@ -1,6 +1,5 @@
 """Validation of URLs, and the variables that a URL in a config may have.
 
-Every `Store` calls `check_url`. A config calls it earlier, so that the error names the setting.
 URLs are recorded in datasets and printed in logs. A URL that holds a credential is therefore
 refused, and no message here repeats the credential.
 """
@@ -45,9 +44,8 @@ def check_url(url: str) -> str:
     """Return the scheme of a URL, `file` for a local path.
 
     Raises:
-        ConfigError: the URL cannot be opened or must not be recorded: it is empty; is not printable
-            text; has a scheme that is not in `SCHEMES`, is in upper case, or has no `//`; is a
-            chain (`::`); names no bucket or host; or holds a credential or a query.
+        ConfigError: the URL is malformed, has a scheme that is not in `SCHEMES`, is a chain (`::`),
+            names no bucket or host, or holds a credential or a query.
     """
     if not url.strip():
         raise ConfigError("the URL is empty: give a path or a URL")
@@ -166,10 +164,7 @@ def expand(url: str, environment: Mapping[str, str] = os.environ) -> str:
     `$$` stands for a dollar sign. A `$` without a name after it is kept.
 
     Args:
-        url, environment: a URL or a path, and the variables.
-
-    Raises:
-        ConfigError: a variable is not set, or its name is the name of a secret.
+        url, environment: a variable that is not set or names a secret raises `ConfigError`.
     """
 
     def value_of(match: re.Match[str]) -> str:
@@ -196,8 +191,7 @@ def expand(url: str, environment: Mapping[str, str] = os.environ) -> str:
 def shown(url: str) -> str:
     """Return a URL for a message: one line without credentials, of at most 200 characters.
 
-    If an `@` or a query shows that there may be a credential, this function removes more than
-    `errors.redact` does, because a refused URL may break the syntax that `redact` looks for.
+    It removes more than `errors.redact`, because a refused URL may break the syntax of URLs.
     """
     text = redact(url)
     scheme, mark, rest = text.partition("://")

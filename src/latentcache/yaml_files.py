@@ -54,11 +54,7 @@ def _error(problem: str, source: yaml.Node | yaml.Event) -> yaml.MarkedYAMLError
 
 
 def read_yaml(path: str | Path) -> Any:
-    """Read a YAML file.
-
-    Raises:
-        ConfigError: the file cannot be read or is larger than 1 MiB; or see `parse_yaml`.
-    """
+    """Read a YAML file of at most 1 MiB, with the errors of `parse_yaml`."""
     try:
         with Path(path).open("rb") as file:
             data = file.read(_MAX_BYTES + 1)
@@ -75,14 +71,13 @@ def read_yaml(path: str | Path) -> Any:
 
 
 def parse_yaml(text: str, origin: str) -> Any:
-    """Read YAML text as dicts, lists and plain values.
+    """Read one YAML document as dicts, lists and plain values.
 
     Args:
-        text, origin: one YAML document, and its name in errors.
+        text, origin: the document, and its name in errors.
 
     Raises:
-        ConfigError: the text is not valid YAML, has two settings of one name, has more than 32
-            levels, or has more than 200,000 values after its aliases are expanded.
+        ConfigError: it is not valid, sets a name twice, is too deep, or has too many values.
     """
     try:
         _require_small(text)

@@ -23,8 +23,7 @@ from fsspec.registry import _registry
 from latentcache import parse_config
 from latentcache.errors import AccessDenied, ConfigError, SourceChanged
 from latentcache.images.source import Sample, SourceShard, list_source, read_shard
-from latentcache.storage import Store
-from latentcache.storage.backend import forget_clients
+from latentcache.storage import Store, backend
 from latentcache.storage_options import StorageOptions
 from makers import config_tree, pair, tar_bytes
 
@@ -123,14 +122,14 @@ class Azure(_Hub):
 def hub(request: pytest.FixtureRequest) -> Iterator[type[_Hub]]:
     kind: type[_Hub] = request.param
     kind.store, HuggingFace.listed = {}, {}
-    existing = _registry.get(kind.protocol)
+    previous = _registry.get(kind.protocol)
     fsspec.register_implementation(kind.protocol, kind, clobber=True)
-    forget_clients()
+    backend._client.cache_clear()
     yield kind
-    forget_clients()
+    backend._client.cache_clear()
     del _registry[kind.protocol]
-    if existing:
-        fsspec.register_implementation(kind.protocol, existing, clobber=True)
+    if previous:
+        fsspec.register_implementation(kind.protocol, previous, clobber=True)
 
 
 ROOTS = {
@@ -259,7 +258,7 @@ def test_a_missing_client_names_the_extra_that_installs_it(
         raise ImportError(f"install the package for {name}")
 
     monkeypatch.setattr(fsspec, "filesystem", missing)
-    forget_clients()
+    backend._client.cache_clear()
     with pytest.raises(ConfigError, match=rf"{protocol}://.*pip install 'latentcache\[{extra}\]'"):
         Store(f"{protocol}://bucket/photos")
 

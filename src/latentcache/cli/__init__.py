@@ -1,8 +1,7 @@
 """The command line: parse arguments, call the package, print results.
 
-Only typer is imported at the top, so that help and tab completion are fast. Results go to stdout
-and everything else to stderr. With `--json`, stdout gets exactly one JSON object, or one per
-interval with `status --watch`.
+Only typer is imported at the top, so that help and tab completion are fast. Results go to stdout,
+all else to stderr. With `--json`, stdout gets one JSON object; with `status --watch`, several.
 """
 
 from __future__ import annotations
@@ -19,10 +18,7 @@ from latentcache.cli import runs, datasets, quality, tools  # noqa: F401  # isor
 
 
 def main() -> None:
-    """Run the command line, and end the process without a cleanup by the interpreter.
-
-    Threads of Ray and Arrow may abort the process during a cleanup, which loses the exit code.
-    """
+    """Run the command line without the interpreter's cleanup, which threads of Ray may abort."""
     try:
         app(prog_name="latentcache")
     except SystemExit as error:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
 
 import typer
 from typer import Argument, Option
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from latentcache.config import Config
     from latentcache.log import Level
     from latentcache.storage_options import StorageOptions
-
-P = ParamSpec("P")
 
 # Largest number of similar lines that a command prints.
 MAX_LINES = 20
@@ -97,8 +95,7 @@ def print_result(result: Any, lines: Iterable[str], as_json: bool) -> None:
     """Print a result as JSON or as text for people.
 
     Args:
-        result, lines: a dataclass or a dict, and its text. A line break in a line is escaped.
-        as_json: which of the two is printed.
+        result, lines, as_json: a dataclass or a dict, its text, and which of the two is printed.
     """
     if as_json:
         print_json(asdict(result) if is_dataclass(result) else result)  # type: ignore[arg-type]
@@ -111,8 +108,7 @@ def progress(what: str, total: float | None = None) -> Iterator[Callable[..., No
     """Show a progress bar on stderr if it is a terminal.
 
     Args:
-        what, total: the text beside the bar, and the number of steps if it is known. The function
-            that is yielded updates them.
+        what, total: the text and the number of steps, which the yielded function updates.
     """
     from rich.console import Console
     from rich.progress import Progress
@@ -133,9 +129,8 @@ def complain(
     """Print a warning or an error on stderr; with --log-json, as one JSON object.
 
     Args:
-        message, more: the first line and the others.
+        message, more, level, fields: the lines, and the level and more fields of the JSON object.
         event: the name of the event in JSON; "error" also marks the text as an error.
-        level, fields: the level and further fields of the JSON object.
     """
     from latentcache.errors import one_line
     from latentcache.log import write_json
@@ -147,11 +142,11 @@ def complain(
     print("latentcache: " + "\n".join(map(one_line, lines)), file=sys.stderr, flush=True)
 
 
-def command(function: Callable[P, int | None]) -> Callable[P, None]:
+def command(function: Callable[..., int | None]) -> Callable[..., None]:
     """Wrap a command: its result is the exit code, and an error is one line, not a traceback."""
 
     @functools.wraps(function)
-    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+    def run(*args: Any, **kwargs: Any) -> None:
         global stdout, _log_json
         from latentcache.errors import ConfigError, LatentCacheError
         from latentcache.startup import start_process

@@ -95,15 +95,14 @@ def inspect_command(
         return
     if num_rows == 0:
         raise ConfigError("--image needs at least one row: raise --rows")
-    from latentcache.qa.sheet import DEFAULT_NUM_ROWS, load_decoder, save_sheet
+    from latentcache.qa.sheet import load_decoder, save_sheet
 
     decoder = decoder or (config.vae.checkpoint if config else None)
     vae, notes = load_decoder(dataset, decoder, config.vae.storage if config else StorageOptions())
     for note in notes:
         base.complain(note)
     with base.progress("decoding") as update:
-        num_rows = num_rows or DEFAULT_NUM_ROWS
-        num_drawn = save_sheet(dataset, vae, image, num_rows, seed=seed, progress=update)
+        num_drawn = save_sheet(dataset, vae, image, num_rows or 24, seed=seed, progress=update)
     drawn = {"image": str(image), "num_rows": num_drawn, "notes": notes}
     base.print_result(drawn, [f"{num_drawn} rows in {image}"], json_)
 

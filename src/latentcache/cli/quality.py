@@ -87,7 +87,6 @@ def qa_command(
     from latentcache.config import Qa
     from latentcache.dataset.reader import open_dataset
     from latentcache.images.moved import moved_of
-    from latentcache.qa.access import source_urls
     from latentcache.qa.reevaluate import Selection
     from latentcache.qa.report import require_writable
     from latentcache.storage_options import StorageOptions
@@ -104,9 +103,10 @@ def qa_command(
     selection = Selection(num_rows, num_units, seed, tuple(source or ()))
     vae_storage = StorageOptions()
     if config:
+        urls = config.source.folder or config.source.shards or ()
         selection = replace(
             selection,
-            sources=(*source_urls(config.source), *selection.sources),
+            sources=(*([urls] if isinstance(urls, str) else urls), *selection.sources),
             source_storage=config.source.storage,
             moved=moved_of(config.source),
         )
@@ -144,7 +144,7 @@ def _evaluate(
                 selection,
                 gates,
                 Path(folder),
-                checkpoint=checkpoint or None,
+                checkpoint=checkpoint,
                 checkpoint_storage=vae_storage,
                 progress=update,
             )

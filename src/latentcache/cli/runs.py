@@ -111,10 +111,7 @@ def _summary_lines(summary: RunSummary, report: str | None) -> Iterator[str]:
 
 
 def _report_run(config: Config, summary: RunSummary) -> str:
-    """Write the report on the last manifest of a run; after a breach, print the worst rows.
-
-    An existing report stays, because neither a manifest nor its QA results ever change.
-    """
+    """Write the report on a run's manifest, unless it has one; after a breach, print worst rows."""
     from latentcache.dataset.reader import open_dataset
     from latentcache.qa.gates import Gates
     from latentcache.qa.report import build_report, report_path

@@ -167,7 +167,7 @@ def _establish_contract(driver: _Driver, cluster: Cluster, progress: RunProgress
 def _join(driver: _Driver, lease: Lease, progress: RunProgress) -> None:
     """Use another order of units than other active runs; refuse where two runs are unsafe."""
     output, work = driver.output, driver.work
-    if not output.is_conditional:
+    if output.conditional != "yes":
         problem = "has no conditional writes"
         if output.conditional == "unknown":
             problem = "did not answer whether it has conditional writes (unknown)"

@@ -42,11 +42,7 @@ class ModelResult:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """The results of several decoders on the same latents.
-
-    `rejects` counts the rejected samples by `stage: reason`, `picture_keys` are the keys of the
-    rows of the picture, and `notes` are lines that a reader of the figures must know.
-    """
+    """The results of several decoders on the same latents; `rejects` are by `stage: reason`."""
 
     name: str
     resolution_px: int
@@ -102,8 +98,7 @@ def draw_side_by_side(models: Sequence[str], pictures: Sequence[Picture]) -> byt
     """Draw a row for each picture, the source image first, and return a PNG file.
 
     Args:
-        models: the names above the columns.
-        pictures: at least one picture; all have the same size.
+        models, pictures: the names above the columns, and one or more pictures of the same size.
     """
     *_, height, width = pictures[0].panels.shape
     font = ImageFont.load_default(size=max(9, min(18, width // 14)))

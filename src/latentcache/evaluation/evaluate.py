@@ -46,12 +46,7 @@ class EvalPlan(NamedTuple):
 
 
 def plan_evaluation(config: EvalConfig) -> EvalPlan:
-    """List the shards, divide the images among them, and check that the output can be written.
-
-    Raises:
-        ConfigError, SourceError: see `list_source`.
-        StorageError: a store cannot be reached or written.
-    """
+    """List the shards, divide the images among them, and check that the output can be written."""
     require_kind(config, EvalConfig)
     shards = list_source(config.source)
     limits: Sequence[int | None] = [None] * len(shards)
@@ -95,13 +90,11 @@ def evaluate(
     """Encode the images once, decode them with each model, measure, and write the results.
 
     Args:
-        plan, run: the plan, and what runs its pieces.
-        progress: called with (pieces done, pieces in total).
+        plan, run, progress: `run` maps over pieces; `progress` gets (pieces done, in total).
 
     Raises:
         ConfigError: a model does not belong to the VAE, or a file cannot be used.
         SourceError: no image could be read.
-        StorageError: a store failed.
     """
     config, pieces, output = plan
     progress(0, len(pieces))

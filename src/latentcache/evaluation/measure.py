@@ -48,10 +48,9 @@ class Piece(NamedTuple):
 class EvalSums:
     """The sums over a set of images, by the names of the models.
 
-    `statistics` has each measure of each model (`psnr_db`, `ssim`, and `psim` and `lpips` if their
-    networks are given), and `features`: the Inception features of its reconstructions, and those of
-    the images for the model "". `agreements_db` has the lowest agreement of the encoders of models
-    that have another encoder than the one in use.
+    `statistics` has each measure of each model, and `features`: the Inception features of its
+    reconstructions, and for the model "" those of the images. `agreements_db` has the
+    lowest agreement with the encoder in use of each model that has another encoder.
     """
 
     num_images: int = 0
@@ -112,10 +111,8 @@ def evaluate_piece(config: EvalConfig, piece: Piece) -> EvalSums:
         config, piece: the config, with absolute URLs, and the shard.
 
     Raises:
-        ConfigError: a model does not belong to the VAE, or does not fit into the GPU's memory.
-        CheckpointError: a checkpoint cannot be used, or returns values that are not finite.
+        CheckpointError, ConfigError: a model cannot be used, or the GPU's memory is too small.
         SourceChanged: the shard is no longer the listed version.
-        StorageError: the store cannot be read.
     """
     device = "cuda" if config.compute.num_gpus else "cpu"
     loaded = _load(device, config.vae, tuple(config.models), config.networks)

@@ -1,7 +1,7 @@
 """Decide which of the checkpoints and sources that a dataset names may be opened.
 
-A dataset may come from an untrusted party, whose URLs could make QA read any file or URL with the
-user's credentials. So only those are opened that the user names too.
+The URLs of an untrusted dataset could make QA read any file or URL with the user's credentials. So
+only those are opened that the user names too.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import shlex
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
-from latentcache.config_source import Images
 from latentcache.dataset.contract import read_provenance
 from latentcache.dataset.reader import Dataset
 from latentcache.errors import ConfigError, one_line
@@ -20,19 +19,14 @@ from latentcache.images.source import expand_urls
 from latentcache.storage import Store, split_url
 from latentcache.vae.weights import DEMO
 
-_GLOB = re.compile(r"[*?\[]")
 _MAX_SHOWN_CHARS = 300
 
 
 def find_checkpoint(dataset: Dataset, decoder: str | None = None) -> str:
-    """Return the checkpoint of a dataset's VAE if the user named no VAE.
+    """Return the checkpoint of a dataset's VAE if the user named none: `demo`, or the decoder.
 
     Args:
-        dataset: the dataset; its own checkpoint is used only if it is `demo`.
-        decoder: the decoder that the user named; it may hold the same encoder.
-
-    Raises:
-        ConfigError: the dataset does not name `demo`, and the user named no decoder.
+        dataset, decoder: neither `demo` in the dataset nor a decoder raises `ConfigError`.
     """
     named = read_provenance(dataset.store).get("checkpoint")
     if named == DEMO:
@@ -53,28 +47,19 @@ def find_checkpoint(dataset: Dataset, decoder: str | None = None) -> str:
 
 
 def shown(url: str) -> str:
-    """Return a URL of a dataset for a message: one line, without credentials, cut to a length.
+    """Return a URL of a dataset for a message: one line, cut to a length.
 
-    The text before `@` or after `?` may be a password or a signature, so it is left out.
+    It omits the text before `@` or after `?`, which may be a password or a signature.
     """
     text = re.sub(r"(?<=://)[^/@]*@", "", url)
     text = one_line(text.partition("?")[0] + ("?…" if "?" in text else ""))
     return text if len(text) <= _MAX_SHOWN_CHARS else f"{text[:_MAX_SHOWN_CHARS]}…"
 
 
-def source_urls(source: Images) -> list[str]:
-    """Return the URLs in a config's `source` section: its shards, or its folder."""
-    urls = source.folder or source.shards or ()
-    return [urls] if isinstance(urls, str) else list(urls)
-
-
 class NamedSources:
     """The sources that the user names: shards, globs, and folders with everything in them.
 
-    `urls` are values as in `source.shards` or `source.folder` of a config.
-
-    Raises:
-        ConfigError: a URL is not accepted; see `expand_urls`.
+    `urls` are values as in `source.shards` or `source.folder` of a config, see `expand_urls`.
     """
 
     def __init__(self, urls: Sequence[str]) -> None:
@@ -82,7 +67,7 @@ class NamedSources:
         self._globs: set[tuple[str, str]] = set()
         for url in expand_urls(urls) if urls else ():
             folder, name = split_url(url)
-            if _GLOB.search(name):
+            if re.search(r"[*?\[]", name):
                 self._globs.add((Store(folder).url, name))
             else:
                 self._urls.add(Store(url).url)

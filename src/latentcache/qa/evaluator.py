@@ -56,9 +56,7 @@ class QaEvaluator:
     is the agreement of another decoder's own encoder with it; None if it was not compared.
 
     Raises:
-        CheckpointError: the decoder's checkpoint cannot be used.
-        ConfigError: the decoder is of another family, or the LPIPS network is not the named file.
-        StorageError: a file cannot be read.
+        CheckpointError, ConfigError: the decoder or the LPIPS network cannot be used.
     """
 
     def __init__(
@@ -91,13 +89,12 @@ class QaEvaluator:
 
         Args:
             unit, bucket: the unit's id and the bucket's name.
-            crops: the encoded pixels as PNG, by key.
+            crops: the encoded pixels as PNG, by key; another size raises `ValueError`.
             stored: the stored tensors by key: [C, h, w] in the stored dtype; [2C, h, w] if moments.
             signal: the variance of the dataset's latents, averaged over its C channels.
 
         Raises:
             ConfigError: the decoder's own encoder differs from the dataset's and does not agree.
-            ValueError: a crop is not a PNG of the bucket's size.
         """
         size = Bucket.parse(bucket)
         batch = max(1, _BATCH_PIXELS // size.num_pixels)
@@ -189,8 +186,8 @@ def _limited(decibels: Tensor) -> Tensor:
 class QaSample:
     """The QA sample of one unit, with its crops as PNG files in `folder`.
 
-    Every row draws a number in [0, 1) from (seed, unit, key). Rows below the fraction are kept. If
-    a bucket then has fewer rows than `min_rows`, the rows with the next lowest numbers are kept.
+    Every row draws a number in [0, 1) from (seed, unit, key). Rows below the fraction are kept, and
+    in a bucket with fewer rows than `min_rows` those with the next lowest numbers.
     """
 
     fraction: float
@@ -208,8 +205,7 @@ class QaSample:
         """Draw a number for a row that will be encoded, and keep its crop if the row is kept.
 
         Args:
-            bucket, key: the bucket's name and the row's key.
-            pixels: the crop, uint8 [3, H, W].
+            bucket, key, pixels: the bucket's name, the row's key, and its crop, uint8 [3, H, W].
         """
         index, kept = self._num_offered, self._kept[bucket]
         self._num_offered += 1
@@ -237,8 +233,7 @@ class QaSample:
         """Evaluate the kept rows as stored in the closed files, in the order they were offered.
 
         Args:
-            writers: the writer of each bucket.
-            evaluator, signal: the evaluator, and its signal; see `QaEvaluator.evaluate`.
+            writers, evaluator, signal: one writer for each bucket, and see `QaEvaluator.evaluate`.
             submit: runs a job on the evaluator's thread and returns its result.
         """
         for writer in writers:

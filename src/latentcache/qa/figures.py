@@ -33,7 +33,7 @@ def make_figures(dataset: Dataset, measures: pa.Table) -> dict[str, Any]:
     """Return all figures of a dataset except its rejects.
 
     Args:
-        dataset, measures: the dataset, and the measures of its QA rows from `read_measures`.
+        dataset, measures: the dataset, and its table of `read_measures`.
     """
     counts = ("units", "samples", "rows", "rejects", "images", "extra_images")
     return {
@@ -52,7 +52,7 @@ def make_figures(dataset: Dataset, measures: pa.Table) -> dict[str, Any]:
 
 
 def distributions(measures: pa.Table) -> dict[str, Any]:
-    """Summarise each measure that QA rows have; `measures` is from `read_measures`."""
+    """Summarise each measure that the rows of `read_measures` have."""
     columns = {name: measures[name].drop_null().to_numpy() for name in MEASURES}
     return {
         name: {
@@ -77,7 +77,7 @@ def _histogram(values: Float64) -> dict[str, list[Any]]:
 
 
 def _buckets(num_rows: dict[str, int], measures: pa.Table) -> list[dict[str, Any]]:
-    """Return the number of rows and QA rows of each bucket, and the quality of the QA rows."""
+    """Return the numbers of rows of each bucket, and the quality of its QA rows."""
     figures = [("psnr_db", "mean"), ("psnr_db", "min"), ("ssim", "mean"), ("drift_db", "min")]
     groups = measures.group_by("bucket", use_threads=False).aggregate([("key", "count"), *figures])
     by_bucket = {row["bucket"]: row for row in groups.to_pylist()}
@@ -125,10 +125,9 @@ def _latents(vae: VaeContract, stats: Statistics) -> dict[str, Any]:
 def _scaling(vae: VaeContract, mean: Float64, std: Float64) -> dict[str, Any]:
     """Compare `scaling_factor` with the factor that the latents' standard deviation requires.
 
-    Latents are rescaled to unit standard deviation over all their values together, including the
-    differences between channels (Rombach et al. 2022, appendix G). A model gets
-    `(z - shift) * scaling_factor / latents_std`. `required` is the factor that brings this
-    expression to a standard deviation of one. Without `latents_std` it is 1 / std.
+    A model gets `(z - shift) * scaling_factor / latents_std`. `required` is the factor that brings
+    this to unit standard deviation over all values together, including the differences between
+    channels (Rombach et al. 2022, appendix G). Without `latents_std` it is 1 / std.
     """
     shift = np.array(vae.latents_mean or [vae.shift_factor])
     scale = vae.scaling_factor / np.array(vae.latents_std or [1.0])
@@ -156,8 +155,7 @@ def _joint(mean: Float64, std: Float64) -> tuple[float, float]:
 def rejects(dataset: Dataset) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
     """Count rejects by reason, the most frequent first, with a few examples of each.
 
-    Returns:
-        The reasons, and the JPEG thumbnails of the examples that have one, by the example's `id`.
+    The second value has the JPEG thumbnails of the examples that have one, by the example's `id`.
     """
     num_rejects: Counter[tuple[str, str]] = Counter()
     # By reason: the first examples with a thumbnail, and the first without.

@@ -15,10 +15,7 @@ _MIN_ROWS_TO_JUDGE = 32
 
 @dataclass(frozen=True, slots=True)
 class Gates:
-    """The limits of the mean PSNR, of each QA row's drift, and of the number of rejects.
-
-    None means no limit.
-    """
+    """The limits of a config's `qa` section; None means no limit."""
 
     min_psnr_db: float | None = None
     min_drift_db: float | None = None
@@ -26,7 +23,7 @@ class Gates:
 
     @classmethod
     def of(cls, qa: Qa | None) -> Gates:
-        """Return the gates of a config's `qa` section; no limits if there is no such section."""
+        """Return the gates of a config's `qa` section; without the section, no limits."""
         return cls(qa.min_psnr_db, qa.min_drift_db, qa.max_rejects) if qa else cls()
 
 
@@ -46,7 +43,7 @@ class QaTotals:
         """Add a unit to the totals.
 
         Args:
-            unit, before: the unit, and the same unit as it was added before, which is subtracted.
+            unit, before: the unit, and the same unit as it was added before, to subtract.
         """
         for part, sign in ((unit, 1), *([(before, -1)] if before else [])):
             self.num_rejects += sign * part.num_rejects
@@ -60,7 +57,7 @@ class QaTotals:
 
     @property
     def mean_psnr_db(self) -> float | None:
-        """Mean PSNR over all QA rows; None if there are none."""
+        """Mean PSNR over all QA rows; None without rows."""
         num_rows = self.num_rows.total()
         return self._sum_psnr_db / num_rows if num_rows else None
 

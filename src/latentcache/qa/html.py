@@ -1,7 +1,6 @@
 """Render a report as one HTML file: `templates/report.html` with Jinja, and embedded pictures.
 
-Keys, messages and URLs are untrusted, so Jinja escapes every value. The page's content security
-policy allows neither scripts nor requests.
+Jinja escapes every value. The page's content security policy allows neither scripts nor requests.
 """
 
 from __future__ import annotations
@@ -54,11 +53,8 @@ def draw_row(row: QaRow, mean: Sequence[float], std: Sequence[float]) -> RowPict
     """Draw a QA row.
 
     Args:
-        row: the row with its pictures.
+        row: a picture that is damaged or has another shape raises `ValueError`.
         mean, std: of each channel over the dataset; the mean gets the middle colour.
-
-    Raises:
-        ValueError: a picture of the row cannot be decoded, or the shapes do not match.
     """
     size = Bucket.parse(row.bucket)
     original, reconstruction = (open_png(data, size) for data in (row.image, row.reconstruction))

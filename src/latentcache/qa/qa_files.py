@@ -72,21 +72,18 @@ class QaRow:
 
 
 class QaFiles(NamedTuple):
-    """Units with QA files to report on, and the store of these files."""
+    """Units to report on, and the store of their QA files."""
 
     store: Store
     records: Sequence[UnitRecord]
 
 
 def write_qa(local: Path, path: str, rows: Iterable[QaRow], decoder: str) -> QaFile | None:
-    """Write QA rows to a Parquet file as they arrive; memory holds a few at a time.
+    """Write QA rows to a Parquet file as they arrive; without rows, write no file and return None.
 
     Args:
         local, path: the file to write, and its later path in the dataset.
         rows, decoder: the rows, and the checkpoint that decoded them.
-
-    Returns:
-        The description of the file for a receipt; None, and no file, if there are no rows.
     """
     num_rows: Counter[str] = Counter()
     psnrs_db: list[float] = []
@@ -115,10 +112,7 @@ def read_measures(files: QaFiles, contract: Contract) -> pa.Table:
     """Return a table of the `unit`, `key`, `bucket` and `MEASURES` of all QA rows.
 
     Args:
-        files, contract: the QA files, and the dataset's contract.
-
-    Raises:
-        DatasetError: a QA file is missing or damaged, or has a row of another bucket.
+        files, contract: a missing or damaged file, or another bucket, raises `DatasetError`.
     """
     schema = pa.schema([_SCHEMA.field(name) for name in ("key", "bucket", *MEASURES)])
     buckets = {Bucket(*size).name for size in contract.transform.buckets}
@@ -139,13 +133,10 @@ def read_measures(files: QaFiles, contract: Contract) -> pa.Table:
 
 
 def read_qa_rows(store: Store, record: UnitRecord, keys: Collection[str]) -> list[QaRow]:
-    """Read some QA rows of a unit with their pictures.
+    """Read the QA rows of a unit that have some keys, with their pictures.
 
     Args:
-        store, record, keys: the store of the QA file, the unit, and the keys of the rows.
-
-    Raises:
-        DatasetError: the QA file is missing or damaged.
+        store, record, keys: a missing or damaged QA file raises `DatasetError`.
     """
     return [QaRow(**row) for row in _read(store, record, _SCHEMA, keys).to_pylist()]
 

@@ -41,9 +41,8 @@ _Geometry = tuple[str | int, ...]  # bucket, original width and height, crop top
 class Selection:
     """The rows to evaluate, drawn with `seed` and spread over the buckets.
 
-    If `num_units` is 0, the images are the crops that the run kept. Otherwise the rows come from
-    that many units, whose source shards are read again, at the URLs to which they `moved`. Only
-    shards in `sources` are read, in the form of `source.shards` of a config.
+    If `num_units` is 0, the images are the crops that the run kept. Otherwise the source shards of
+    that many units are read again, at the URLs to which they `moved`, and only if in `sources`.
     """
 
     num_rows: int = 256
@@ -78,17 +77,13 @@ def reevaluate(
     """Measure rows of a dataset again, on a GPU if there is one, and check them against gates.
 
     Args:
-        dataset, selection, gates: the dataset, the rows to measure, and the limits to check.
-        models: the models in addition to the dataset's VAE.
-        folder: an empty local folder for the new QA files.
-        checkpoint, checkpoint_storage: the dataset's VAE and how to reach it; None uses `demo` if
-            that encoded the dataset, otherwise the decoder.
-        progress: called with (rows done, rows in total).
+        dataset, models, selection, gates: `models` are those in addition to the dataset's VAE.
+        folder, progress: an empty folder for the new QA files; called with (rows done, in total).
+        checkpoint, checkpoint_storage: the dataset's VAE; None uses `find_checkpoint`.
 
     Raises:
-        CheckpointError: a checkpoint cannot be used.
-        ConfigError: a model does not fit, or the user does not name a checkpoint or source.
-        DatasetError: there are no images, or a file is damaged.
+        CheckpointError, ConfigError: a model cannot be used, or the user must name its URL.
+        DatasetError: the dataset has no images to evaluate, or a file is damaged.
     """
     sources = NamedSources(selection.sources)
     if selection.num_units and not selection.sources and dataset.units:
@@ -187,7 +182,7 @@ def _read_kept(dataset: Dataset, selection: Selection) -> Iterator[tuple[UnitRec
 
 
 def _fetch(dataset: Dataset, record: UnitRecord, selection: Selection, result: QaResult) -> _Crops:
-    """Read a unit's shard again, and crop the images of some rows to their buckets again."""
+    """Read a unit's shard again, and crop the images of some rows again."""
     rows = _read_geometry(dataset, record)
     drawn = sorted(rows, key=lambda key: _draw(selection.seed, record.unit.id, key))
     missing = set(drawn[: -(-selection.num_rows // selection.num_units)])

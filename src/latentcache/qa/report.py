@@ -1,6 +1,6 @@
 """The QA report of a dataset: `figures.py` makes its content, plain JSON, and `html.py` renders it.
 
-No model and no source image is needed. A report shows a few rows and reads only their pictures.
+It needs neither a model nor a source image, and reads only the pictures of the rows that it shows.
 """
 
 from __future__ import annotations
@@ -81,12 +81,7 @@ class Report:
         dataset.store.put(path, self.to_html().encode())
 
     def save(self, target: Path) -> None:
-        """Write the report to a local file, whose name ends with `.html` or `.json`.
-
-        Raises:
-            ConfigError: the name has another ending.
-            StorageError: the file cannot be written.
-        """
+        """Write the report to a local file; see `require_writable`."""
         require_writable(target)
         text = self.to_json() if target.suffix == ".json" else self.to_html()
         with named_local(target):
@@ -107,17 +102,11 @@ def build_report(
     """Build the report of a dataset from its QA files.
 
     Args:
-        dataset: the dataset.
-        breaches, gates: a line for each gate that fails, and the limits that were checked.
-        notes: further lines for the reader.
+        dataset, files: the dataset, and its QA files; None means those of the run.
+        breaches, notes, gates: the gates that fail, further lines, and the checked limits.
         decoder: the checkpoint that decoded the QA rows, if not the one that encoded them.
-        files: the QA files to report on; None means those of the run.
         num_shown, seed: the number of randomly drawn QA rows, and the seed of the draw. Up to half
             as many of the worst rows, and of those below the drift limit, are shown before them.
-
-    Raises:
-        DatasetError: a QA file, a rejects file or a receipt is missing or damaged.
-        StorageError: the store cannot be reached.
     """
     manifest = dataset.manifest
     provenance = read_provenance(dataset.store)
@@ -199,7 +188,7 @@ def report_path(dataset: Dataset) -> str:
 
 
 def require_writable(target: Path) -> None:
-    """Raise the errors of `Report.save` if it could not write; callers use it before long work."""
+    """Raise an error if `Report.save` cannot write to a file; callers use it before long work."""
     if target.suffix not in (".html", ".json"):
         raise ConfigError(f"cannot write a report to {target}: name it .html or .json")
     with named_local(target), target.open("ab"):

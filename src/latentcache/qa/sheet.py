@@ -19,8 +19,6 @@ from latentcache.vae.compatibility import require_family
 from latentcache.vae.model import KLAutoencoder, to_uint8
 from latentcache.vae.weights import encoder_fingerprint, load_vae
 
-DEFAULT_NUM_ROWS = 24
-
 _WIDTH_PX = 1440
 _TILE_HEIGHT_PX = 200
 _GAP_PX = 12
@@ -36,17 +34,13 @@ _Tile = tuple[Image.Image, str]  # a decoded row and its key
 def load_decoder(
     dataset: Dataset, url: str | None = None, options: StorageOptions = StorageOptions()
 ) -> tuple[KLAutoencoder, list[str]]:
-    """Load a VAE whose decoder accepts a dataset's latents.
+    """Load a VAE whose decoder accepts a dataset's latents, and return it with notes for the user.
 
     Args:
-        dataset: the dataset.
-        url, options: a checkpoint as for `load_vae`; None uses `demo` if that encoded the dataset.
-
-    Returns:
-        The VAE, on the GPU if there is one, and notes for the user, one line each.
+        dataset, url, options: a checkpoint as for `load_vae`; None uses `find_checkpoint`.
 
     Raises:
-        ConfigError: there is no usable checkpoint, or only the dataset names it.
+        ConfigError: the checkpoint cannot be used, or only the dataset names it.
     """
     checkpoint = url or find_checkpoint(dataset)
     try:
@@ -63,7 +57,7 @@ def save_sheet(
     dataset: Dataset,
     vae: KLAutoencoder,
     target: Path,
-    num_rows: int = DEFAULT_NUM_ROWS,
+    num_rows: int = 24,
     *,
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -72,14 +66,9 @@ def save_sheet(
 
     Args:
         dataset, vae: the dataset, and the VAE that decodes; see `load_decoder`.
-        target: a file with the suffix of PNG, JPEG or any other format that Pillow writes.
+        target: a file; a suffix that Pillow does not know raises `ConfigError`.
         num_rows, seed: the number of rows (all if the dataset has fewer), and the seed of the draw.
         progress: called with (rows decoded, rows in total).
-
-    Raises:
-        ConfigError: Pillow does not know the suffix of `target`.
-        DatasetError: the dataset has no rows, or is damaged.
-        StorageError: the file cannot be written.
     """
     if target.suffix.lower() not in Image.registered_extensions():
         raise ConfigError(f"cannot write a picture to {target}: name it .png or .jpg")

@@ -1,7 +1,6 @@
 """What differs between stores, on fsspec. The file of a protocol overrides it.
 
-A backend does not retry. It raises the exceptions of its client, which `explain` converts into
-errors of this package.
+A backend does not retry. It raises its client's exceptions, and `explain` converts them.
 """
 
 from __future__ import annotations
@@ -55,11 +54,7 @@ Entries = tuple[Sequence[ObjectInfo], Sequence[str]]
 class Backend:
     """A folder of a remote store, through the fsspec client of its protocol.
 
-    Args:
-        url, options: the URL of the folder, without a `/` at its end, and how to reach the store.
-
-    Raises:
-        ConfigError: the client of the protocol is not installed.
+    `url` has no `/` at its end. `ConfigError` is raised if the client is not installed.
     """
 
     is_local: ClassVar[bool] = False
@@ -145,7 +140,7 @@ class Backend:
         return isinstance(error, OSError) or not modules.isdisjoint(self.transports)
 
     def explain(self, error: BaseException, url: str) -> StorageError:
-        """Return the error of this package for an exception of the client, with how to fix it.
+        """Return the error of this package for an exception of the client.
 
         Args:
             error, url: what the client raised, and the object's URL.
@@ -190,8 +185,3 @@ def _client(kind: Any, protocol: str, options: StorageOptions, pid: int) -> Any:
         needs_extra = kind.extra and isinstance(error, ImportError)
         fix = f": pip install 'latentcache[{kind.extra}]'" if needs_extra else ""
         raise ConfigError(f"cannot use {protocol}:// URLs: {error}{fix}") from error
-
-
-def forget_clients() -> None:
-    """Clear the cache of clients, so that the next store of each kind makes a new one."""
-    _client.cache_clear()

@@ -25,7 +25,7 @@ def is_full(error: BaseException) -> bool:
 
 
 def disk_full(name: object) -> DiskFull:
-    """Return the error of a full store or disk, for the URL or path that was written."""
+    """Return the error of a full store or disk."""
     return DiskFull(f"no room left to write {name}: free some space and run again")
 
 

@@ -1,7 +1,6 @@
 """Atomic writes on local and mounted disks: replace a file, or create it if its name is free.
 
-Data is written to a temporary file, which is synced and then renamed, so a reader never sees a
-half-written file. A kill leaves at most a temporary file.
+A temporary file is written, synced and renamed. A kill leaves at most a temporary file.
 """
 
 from __future__ import annotations
@@ -34,20 +33,17 @@ def replace_file(target: str, source: BinaryIO) -> None:
     """Write a file, replacing any file of that name.
 
     Args:
-        target, source: the file's path, and the content, read from its start.
+        target, source: the path, and the content, read from its start.
     """
     with _temp_file(target, source) as temp:
         os.replace(temp, target)
 
 
 def create_file(target: str, source: BinaryIO) -> bool:
-    """Write a file if its name is free.
+    """Write a file if its name is free; return False if another writer was first.
 
     Args:
-        target, source: the file's path, and the content, read from its start.
-
-    Returns:
-        Whether the file now holds the bytes of `source`. False if another writer was first.
+        target, source: as for `replace_file`.
     """
     with _temp_file(target, source) as temp:
         try:

@@ -19,9 +19,8 @@ from latentcache.urls import check_endpoint, check_url
 T = TypeVar("T")
 
 # Pauses between tries. Each try is up to three tries of botocore, about 1.5 s in total. A store
-# that never answered is probably a mistyped endpoint, which should be reported within ten seconds.
-# A store that has answered before is down for a while, and a wait of two minutes may save hours of
-# work.
+# that never answered is probably a mistyped endpoint, which is reported within ten seconds. A wait
+# of two minutes for a store that has answered before may save hours of work.
 _NUM_PAUSES_AT_FIRST = 2
 _PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 30.0, 30.0)
 

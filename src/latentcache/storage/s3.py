@@ -62,13 +62,10 @@ class S3Backend(Backend):
         return parsedate_to_datetime(date).timestamp() if date else time.time()
 
     def page(self, folder: str, token: str) -> tuple[Sequence[ObjectInfo], str | None]:
-        """List up to `page_size` objects below a folder, at any depth.
+        """List up to `page_size` objects below a folder, at any depth, and the next page's token.
 
         Args:
-            folder, token: the folder, and the token of the page; empty for the first page.
-
-        Returns:
-            The objects, and the token of the next page; None after the last page.
+            folder, token: the token is empty for the first page; None follows the last page.
         """
         after = {"ContinuationToken": token} if token else {}
         prefix, infos = self._prefix(folder), []
@@ -88,11 +85,7 @@ class S3Backend(Backend):
         return [keys[error["Key"]] for error in reply.get("Errors", ())]
 
     def uploads(self, after: dict[str, str]) -> tuple[Sequence[Upload], dict[str, str] | None]:
-        """List one page of the unfinished multipart uploads, whether active or abandoned.
-
-        Returns:
-            The uploads, and the value of `after` for the next page; None after the last page.
-        """
+        """List a page of the unfinished uploads, and `after` of the next page or None."""
         request = {"Prefix": self._prefix(), "MaxUploads": self.page_size, **after}
         page = self._call("list_multipart_uploads", **request)
         uploads = [
@@ -118,7 +111,7 @@ class S3Backend(Backend):
         return super().is_foreign(error) or _is_bad_endpoint(error)
 
     def explain(self, error: BaseException, url: str) -> StorageError:
-        """Return the error of this package for an exception of the client, with how to fix it.
+        """Return the error of this package for an exception of the client.
 
         Args:
             error, url: what the client raised, and the object's URL.

@@ -1,7 +1,4 @@
-"""`Store`: all reads and writes of this package.
-
-It adds retries, URLs in errors and the put-if-absent protocol to the backend of a protocol.
-"""
+"""`Store`: all reads and writes of this package, with the put-if-absent protocol."""
 
 from __future__ import annotations
 
@@ -27,11 +24,7 @@ _THREADS = 16
 
 
 def split_url(url: str) -> tuple[str, str]:
-    """Split a URL into its folder and its name: `s3://b/d/x.tar` into `s3://b/d` and `x.tar`.
-
-    Raises:
-        ConfigError: the URL is not accepted; see `urls.check_url`.
-    """
+    """Split a URL, after `urls.check_url`: `s3://b/d/x.tar` into `s3://b/d` and `x.tar`."""
     check_url(url)
     folder, _, name = url.rstrip("/").rpartition("/")
     return (folder or ("/" if url.startswith("/") else ".")), name
@@ -55,9 +48,7 @@ class _Reading(Access):
         return cast(bytes, self._retry(path, lambda: self._backend.client.cat_file(full)))
 
     def open(self, path: str, *, readahead: bool = True) -> BinaryIO:
-        """Open an object for reading.
-
-        Its reads raise `StorageError`. An `OSError` of Arrow therefore means damaged data.
+        """Open an object for reading. Reads raise `StorageError`; an `OSError` is damaged data.
 
         Args:
             path, readahead: the path, and whether a read may fetch more than the requested bytes.
@@ -75,11 +66,8 @@ class _Reading(Access):
 
         Args:
             path, local: the path in the store, and the file, which errors of the local disk name.
-            size_bytes: the object's size. A body of another size is the result of a cut connection.
-            stop: once this event is set, a failure is not retried.
-
-        Raises:
-            ObjectNotFound: there is no such object, or it has another size.
+            size_bytes, stop: the object's size (`ObjectNotFound` if it has another), and an event
+                after which a failure is not retried.
         """
         self._retry(path, lambda: self._get_file(path, local, size_bytes), stop)
 
@@ -167,15 +155,8 @@ class Store(_Reading):
     """One local or remote folder and the objects below it, by relative paths with `/`.
 
     Methods raise `ObjectNotFound` if there is no object at a path, `DiskFull` if the store is full,
-    and `StorageError` for all other errors, after retries.
-
-    Args:
-        url: a local path or a URL (`s3://bucket/folder`, `hf://org/repo`, …).
-        options: how to reach the store; ignored for local folders.
-
-    Raises:
-        ConfigError: the URL or the endpoint is not accepted (see `urls.py`), or the client of the
-            protocol is not installed.
+    and `StorageError` for all other errors, after retries. The constructor raises `ConfigError` if
+    `urls.py` refuses the URL or the endpoint, or if the client of the protocol is not installed.
     """
 
     # Whether the store itself refuses a second put; set by `probe_conditional`.
@@ -185,16 +166,16 @@ class Store(_Reading):
         """Upload a whole, closed local file.
 
         Args:
-            local, path: the file, and its path in the store, which no other process writes.
+            local, path: the file, and its path, which no other process writes.
         """
         full = self._backend.full(path)
         self._retry(path, lambda: self._backend.client.put_file(str(local), full))
 
     def put(self, path: str, data: bytes) -> None:
-        """Write a small object, replacing any object at its path (leases and pointers only).
+        """Write a small object, replacing any object at its path.
 
         Args:
-            path, data: the path in the store, and the content.
+            path, data: the path of a lease, pointer or report, and the content.
         """
         full = self._backend.full(path)
         self._retry(path, lambda: self._backend.client.pipe_file(full, data))
@@ -235,7 +216,7 @@ class Store(_Reading):
                 self._retry(upload.path, partial(self._backend.abort_upload, upload))
 
     def put_if_absent(self, path: str, data: bytes, *, valid_until: float = math.inf) -> bool:
-        """Put a small object with one PUT, only if there is no object at the path yet.
+        """Put a small object with one PUT, only if the path is free; return whether it has `data`.
 
         After any error, it is unknown whether the bytes were stored. Even "exists already" may be
         the answer to a retry whose first try succeeded. The object is therefore read back: the same
@@ -244,13 +225,7 @@ class Store(_Reading):
         Args:
             path, data: the path, and the content, which must differ between writers.
             valid_until: the time of `clock.boot_time_s` after which no try begins, not even in a
-                process that was frozen between two tries.
-
-        Returns:
-            Whether the object at the path now holds `data`.
-
-        Raises:
-            DeadlinePassed: it is later than `valid_until`.
+                process that was frozen between two tries; later calls raise `DeadlinePassed`.
         """
         # This read decides nothing on a store with conditional writes. A store without them would
         # replace the object.
@@ -270,19 +245,11 @@ class Store(_Reading):
         return True
 
     def _put_new(self, path: str, data: bytes) -> None:
-        """Put an object with one conditional request."""
         with self.named(path):
             self._backend.client.pipe_file(self._backend.full(path), data, mode="create")
 
-    @property
-    def is_conditional(self) -> bool:
-        """Whether the store itself is known to enforce put-if-absent."""
-        return self.conditional == "yes"
-
     def probe_conditional(self, path: str, data: bytes) -> bool:
-        """Return whether the store refuses a second put, and set `conditional`.
-
-        Only the answer "precondition failed" proves it. Callers must treat `unknown` as a no.
+        """Return whether the store provably refuses a second put, and set `conditional`.
 
         Args:
             path, data: an object that exists, and its content, so that a second put does no harm.
@@ -295,7 +262,7 @@ class Store(_Reading):
             except StorageError as error:
                 is_refused = self._backend.is_precondition_failure(error)
                 self.conditional = "yes" if is_refused else "unknown"
-        return self.is_conditional
+        return self.conditional == "yes"
 
     def _read_or_none(self, path: str) -> bytes | None:
         with suppress(ObjectNotFound):
