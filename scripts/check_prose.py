@@ -6,7 +6,7 @@ Run by `make check`. Prints `file:line: problem` for each problem and exits with
 
 Three rules:
 
-- Prose (comments, docstrings, messages, Markdown) uses no word of `WORDS`, which newcomers had to
+- Prose (comments, docstrings, messages, Markdown, YAML) uses no word of `WORDS`, which newcomers had to
   look up or which mean something else in this field.
 - Code uses no name of `NAMES`.
 - A docstring starts with a verb of the imperative, and the docstring of a public function with two
@@ -33,6 +33,8 @@ WORDS = {
     r"for want of": "without",
     r"hence": "so",
     r"house": "package",
+    r"doors?": "entry point",
+    r"(?:held|holds?) against": "compared with",
     r"how manieth": "index",
     r"in hand": "in progress",
     r"(?:is|was|are|were|be) told": "is reported, logged, shown",
@@ -44,7 +46,7 @@ WORDS = {
     r"wish(?:es|ed)?": "request",
 }
 
-# Names that the glossary of docs/architecture.md replaced.
+# Names that say nothing to a newcomer, or that a plain name has replaced.
 NAMES = {
     "Background": "PrefetchIterator",
     "Examiner": "QaEvaluator",
@@ -55,15 +57,26 @@ NAMES = {
     "Patience": "WaitPolicy",
     "Room": "ByteBudget",
     "_Weighed": "a snapshot",
+    "ahead": "prefetched",
+    "at_work": "is_running",
     "forget_prepared": "cancel",
+    "found": "what it is",
     "garbage": "unreferenced",
     "give_back": "release",
     "give_up": "cancel",
+    "given_up": "failed, cancelled",
+    "is_there": "exists",
+    "looked": "evaluated",
+    "patience": "wait_policy",
+    "place": "position",
     "settle": "calibrate",
     "settled": "resolved",
+    "there": "existing",
     "told": "reported",
+    "twice": "duplicates",
     "void": "removed",
     "voided": "removed",
+    "wanted": "requested, expected",
     "weigh": "diff_snapshot",
 }
 
@@ -84,8 +97,8 @@ def main(files: list[Path]) -> int:
 
 
 def tracked_files() -> list[Path]:
-    """Return the Python and Markdown files of the repository, but for this one."""
-    command = ["git", "ls-files", "*.py", "*.md"]
+    """Return the files of the repository that hold prose, without this one."""
+    command = ["git", "ls-files", "*.py", "*.md", "*.yaml", "*.yml", "Makefile", "*Dockerfile"]
     names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     return [ROOT / name for name in names.splitlines() if name != "scripts/check_prose.py"]
 
@@ -94,11 +107,10 @@ def check(path: Path) -> Iterator[str]:
     """Yield the problems of one file as `file:line: problem`."""
     name = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
     text = path.read_text()
-    if path.suffix == ".md":
-        found = _banned_words(text, 1)
-    else:
-        found = [*_check_tokens(text), *_check_docstrings(ast.parse(text), name.parts[0])]
-    for line, problem in sorted(found):
+    problems = _banned_words(text, 1)
+    if path.suffix == ".py":
+        problems = [*_check_tokens(text), *_check_docstrings(ast.parse(text), name.parts[0])]
+    for line, problem in sorted(problems):
         yield f"{name}:{line}: {problem}"
 
 

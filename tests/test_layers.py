@@ -124,6 +124,16 @@ def test_a_file_imports_only_its_own_package_and_layers_below(file: Path):
         assert other == part or LAYERS[other] < LAYERS[part], f"{name_of(file)} imports {name}"
 
 
+@pytest.mark.parametrize("file", FILES, ids=name_of)
+def test_files_functions_and_classes_stay_small(file: Path):
+    text = file.read_text()
+    assert len(text.splitlines()) <= 400
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.end_lineno:
+            limit = 200 if isinstance(node, ast.ClassDef) else 60
+            assert node.end_lineno - node.lineno < limit, f"{node.name} is long: split it"
+
+
 def test_no_file_reads_parquet_on_threads_that_outlive_the_process():
     users = {name_of(file) for file in FILES if "pq.read_table(" in file.read_text()}
     assert not users, "read with dataset/parquet.py, which says why"

@@ -1,4 +1,4 @@
-"""Footers and page headers of Parquet files, held against what pyarrow reads in them."""
+"""Footers and page headers of Parquet files, compared with what pyarrow reads in them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`plan --calibrate`: what it foretells of a run, held against the run."""
+"""`plan --calibrate`: what it foretells of a run, compared with the run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many CPUs an actor asks for, held against a count of what fits by trying it out."""
+"""How many CPUs an actor asks for, compared with a count of what fits by trying it out."""
 
 from __future__ import annotations
 
