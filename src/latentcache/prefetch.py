@@ -13,14 +13,10 @@ T = TypeVar("T")
 
 
 class PrefetchIterator(Generic[T]):
-    """An iterator over `items` that runs on its own thread; several of them form a pipeline.
+    """An iterator over `items` on its own thread, which computes at most `depth` items ahead.
 
     Use it as a context manager: leaving the context stops the thread at its next item. The consumer
     gets an error of `items` after the items before the error.
-
-    Args:
-        items: the items; only the new thread iterates over them.
-        depth: the largest number of finished items that wait.
     """
 
     def __init__(self, items: Iterable[T], depth: int) -> None:
@@ -82,9 +78,7 @@ def prefetch_map(function: Callable[[S], T], items: Iterable[S], num_threads: in
     Unlike `Executor.map`, this bounds the results in memory, and advances `items` only as needed.
 
     Args:
-        function: computes a result on any of the threads.
-        items: the items; only the consumer's thread iterates over them.
-        num_threads: the number of threads.
+        function, items, num_threads: only the consumer's thread iterates over `items`.
     """
     with ThreadPoolExecutor(num_threads) as pool:
         results: deque[Future[T]] = deque()

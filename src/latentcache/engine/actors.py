@@ -29,21 +29,21 @@ class Actors(Protocol):
         """Start a call of an actor's method and return its handle.
 
         Args:
-            actor, method, args: the actor, the name of its method, and the arguments.
+            actor, method, args: from `start_actor`, and the method's name and arguments.
         """
 
     def wait(self, calls: Sequence[Any], timeout_s: float) -> Sequence[Any]:
         """Return the calls that have ended, as soon as there is one.
 
         Args:
-            calls, timeout_s: the calls, and the longest wait; without calls it is always that long.
+            calls, timeout_s: without calls it waits for the whole `timeout_s`.
         """
 
     def result(self, call: Any, node: str | None) -> Any:
         """Return the result of a call that ended (`UnitFailure`: its error), or raise `ActorLost`.
 
         Args:
-            call, node: the call, and what `setup` of its actor returned (None before its end).
+            call, node: `node` is what `setup` of its actor returned; None before its end.
         """
 
     def kill(self, actor: Any) -> None:
@@ -51,7 +51,7 @@ class Actors(Protocol):
 
 
 class Finished(NamedTuple):
-    """A unit that was encoded and uploaded, with its `receipt`: the bytes to put.
+    """A unit that was encoded and uploaded, with the bytes of the receipt to put.
 
     The receipt is of another attempt than `task` if another run has committed the unit. It must not
     be put after `valid_until`, in seconds of `clock.boot_time_s`.

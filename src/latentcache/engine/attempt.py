@@ -57,7 +57,7 @@ def at_boundary(task: UnitTask, run: Callable[[], R]) -> R | UnitFailure:
     """Return the result of `run`, or the failure of the unit if `run` raises.
 
     Args:
-        task, run: the unit, for messages, and a function that encodes or rewrites it.
+        task, run: the unit, for messages, and what encodes or rewrites it.
     """
     try:
         return run()
@@ -149,7 +149,7 @@ class AttemptRunner:
         raise NotImplementedError
 
     def stats(self) -> dict[str, float]:
-        """Return the counts and times of all attempts; see `Totals.stats`."""
+        """Return `Totals.stats` of this process."""
         return self.totals.stats()
 
 
@@ -175,8 +175,7 @@ class SampleCounts:
         """Raise unless samples = rows + rejects, and images = rows + rejects + extra images.
 
         Args:
-            title, num_rows, num_rejects: the title of the unit, and what was written.
-            num_rejects_with_image: the number of these rejects that stand for an image.
+            title, num_rows, num_rejects, num_rejects_with_image: the unit, and what was written.
         """
         if num_rows + num_rejects != self.num_samples:
             raise AssertionError(
@@ -192,10 +191,7 @@ class SampleCounts:
 
 
 class Attempt:
-    """One attempt at one unit, with a local folder of its own.
-
-    With `gather` it reads a tar whose samples are not grouped by key.
-    """
+    """One attempt at one unit; with `gather` it reads a tar that is not grouped by key."""
 
     def __init__(self, runner: AttemptRunner, task: UnitTask, folder: Path, gather: bool) -> None:
         self.job, self.output, self.totals = runner.job, runner.output, runner.totals
@@ -265,8 +261,7 @@ class Attempt:
         """Check the closed files, upload them, and return the record of the unit.
 
         Args:
-            writers: the writers of the unit's buckets, in the order of the record.
-            qa: writes the local QA file; returns its path and its entry in the record, or None.
+            writers, qa: `qa` writes the local QA file, if any, and returns it with its entry.
         """
         files: list[tuple[Path, DataFile]] = []
         num_rows, unit = 0, self.task.unit
@@ -325,7 +320,6 @@ def reject_row(
     """Return the reject row of a sample.
 
     Args:
-        key, reject: the key of the sample, if it has one, and why it was rejected.
-        thumbnail, has_image: a small picture of the image, if decoded, and whether it has an image.
+        key, reject, thumbnail, has_image: `thumbnail` is a small picture, if the image was decoded.
     """
     return RejectRow(key, reject.stage, reject.reason, reject.message, thumbnail, has_image)

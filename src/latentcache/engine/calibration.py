@@ -39,8 +39,7 @@ def calibrate(vae: KLAutoencoder, job: Job, shards: Sequence[SourceShard]) -> Co
     """Return the contract of a job with its open values measured.
 
     Args:
-        vae: the VAE in fp32, on the device of the run.
-        job, shards: the job of the run, and its source shards.
+        vae, job, shards: the VAE in fp32 on the device of the run, its job and its source shards.
 
     Raises:
         SourceError: int8 must be calibrated, and no image can be encoded.

@@ -70,16 +70,10 @@ class _CallingActor:
 
 
 class Workers:
-    """A connection to Ray, a private cluster or the one at RAY_ADDRESS, which calls functions.
+    """A connection to Ray, which calls functions on actors; see `connect` and `cpus_per_actor`.
 
-    Args:
-        num_gpus: the number of actors with one GPU each; 0 for actors on CPUs.
-        num_cpu_actors: the number of actors on CPUs if `num_gpus` is 0.
-        decode_threads: CPUs of each actor; None takes the most with which all actors fit.
-        wait_policy: how long to wait for a GPU, and what to call during this and other waits.
-
-    Raises:
-        ClusterError: Ray cannot be reached, has no GPU in time, or has no node for an actor.
+    It has `num_gpus` actors with one GPU each or, if that is 0, `num_cpu_actors` on CPUs. Raises a
+    `ClusterError` if Ray cannot be reached, has no GPU in time, or has no node for an actor.
     """
 
     def __init__(
@@ -145,10 +139,7 @@ class Workers:
         return [NodeShape(int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in nodes]
 
     def ask(self, function: Callable[..., A], *arguments: Any) -> A:
-        """Return the result of a function on an actor, whose device it gets as its last argument.
-
-        The device is `cuda` or `cpu`. See `map` for retries and errors.
-        """
+        """Return the result of a function on an actor; its last argument is `cuda` or `cpu`."""
         (answer,) = self.map(partial(_call_with_device, function), [arguments])
         return answer
 
@@ -159,7 +150,7 @@ class Workers:
         error is raised: that of the function, or a `ClusterError`.
 
         Args:
-            function, items: a picklable function of one item, and its arguments.
+            function, items: the function is picklable.
         """
         items = list(items)
         actors = [self._start_caller() for _ in range(min(self.num_actors, len(items)))]
@@ -288,7 +279,7 @@ class Cluster(Workers):
         """Return the calls that have ended, as `Actors.wait` does; raise if Ray itself is lost.
 
         Args:
-            calls, timeout_s: calls in progress, and the longest wait in seconds.
+            calls, timeout_s: see `Actors.wait`.
         """
         self._connection.require_alive()
         if not calls:
@@ -302,7 +293,7 @@ class Cluster(Workers):
         """Return the result of a call, as `Actors.result` does.
 
         Args:
-            call, node: a call that has ended, and its actor's node, None before its setup ended.
+            call, node: see `Actors.result`.
         """
         try:
             return ray.get(call)

@@ -84,7 +84,7 @@ class _UnitQueue:
         """Queue a failed unit again, or yield it if it is not tried again.
 
         Args:
-            assignment, failure, is_suspect: the unit, its error, and whether it runs alone next.
+            assignment, failure, is_suspect: a suspect runs alone next.
         """
         if failure.fatal:
             raise failure.fatal
@@ -107,7 +107,7 @@ class _UnitQueue:
         Only a crash with a single unit in progress counts as a failure of that unit.
 
         Args:
-            assignments, has_crashed: the units; False if the node of the actor was lost.
+            assignments, has_crashed: False if the node of the actor was lost.
         """
         if has_crashed and len(assignments) == 1:
             source = assignments[0].unit.unit.source
@@ -136,13 +136,8 @@ class Dispatcher:
     """A loop that supplies actors with units until all units are done or have failed.
 
     The cost of a finished unit does not grow with the number of units. It grows with the number of
-    actors only by the cost of `Actors.wait`.
-
-    Args:
-        actors, job: the cluster, and the settings of all units.
-        pending, retries: the first units, and how often a unit is tried again.
-        stop: ends the loop early when it has a reason.
-        may_read: returns whether the driver may read a source that a store refused to an actor.
+    actors only by the cost of `Actors.wait`. `stop` ends the loop early when it has a reason.
+    `may_read` returns whether the driver may read a source that a store refused to an actor.
     """
 
     def __init__(

@@ -115,8 +115,7 @@ def make_forecast(config: Config, plan: Plan, num_images: int, prices: Prices) -
     """Encode images of the pending shards on a worker of the cluster, and extrapolate.
 
     Args:
-        config, plan: the config of the run, and a plan with units to encode.
-        num_images, prices: the number of images to time, and the prices of compute and storage.
+        config, plan, num_images, prices: the plan has units to encode; `num_images` are timed.
 
     Raises:
         ClusterError: the cluster cannot be reached, or lacks what the config requests.

@@ -94,8 +94,7 @@ def collect_unreferenced(
     """List the objects of a dataset that nothing refers to; delete them if `delete` is set.
 
     Args:
-        url, storage: the URL of the dataset, and the options of the store.
-        delete, progress: False changes nothing; for `progress` see `Progress`.
+        url, delete, storage, progress: for `progress` see `Progress`.
         keep_last: keep this many of the newest complete manifests, and also the newest manifest,
             the published one, and those that are not old yet; None keeps all manifests.
         keep: numbers of further manifests to keep.

@@ -46,8 +46,8 @@ _ours: set[str] = set()
 class RunInfo:
     """A run, or a `gc`, that holds a lease; `host` is empty if the lease cannot be parsed.
 
-    The run encodes `num_units` units, and the output has `num_total` afterwards. `age_s` is the
-    time since the last renewal in seconds, by the store's clock.
+    The run encodes `num_units` units, and the output has `num_total` afterwards, 0 if it does not
+    grow. `age_s` is the time since the last renewal in seconds, by the store's clock.
     """
 
     run: str
@@ -71,12 +71,7 @@ class RunInfo:
 
 
 class Lease:
-    """The lease of this run or `gc`: renewed while it is active, deleted when it ends.
-
-    Args:
-        store, is_gc: the output, and whether the holder is a `gc`.
-        num_units, num_total: see `RunInfo`; `num_total` is 0 if the output does not grow.
-    """
+    """The lease of this run or `gc`: renewed while it is active, deleted when it ends."""
 
     def __init__(
         self, store: Store, num_units: int, num_total: int = 0, *, is_gc: bool = False
@@ -151,7 +146,7 @@ class Lease:
         """Wait until no `gc` is active on the output; renew the lease meanwhile.
 
         Args:
-            stop, say: ends the wait when it has a reason; shows a line to the user.
+            stop, say: a reason in `stop` ends the wait; `say` shows a line to the user.
         """
 
         def active_gcs() -> list[RunInfo]:
@@ -170,8 +165,7 @@ def wait_for_other_runs(
     then join each other, which is safe. With the lease taken first, both might leave.
 
     Args:
-        store, on_busy: the output, and the setting of the config.
-        stop, say: ends the wait, and gets the reason `skipped`; shows a line to the user.
+        store, on_busy, stop, say: as in `Lease.wait_for_gc`; `stop` gets the reason `skipped`.
     """
     if on_busy == "skip":
         stop.request("skipped")

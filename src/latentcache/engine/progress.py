@@ -25,12 +25,7 @@ _MIN_OCCUPANCY = 0.2
 
 
 class RunProgress:
-    """The display of units, images per second, rejects, time left and the bottleneck on stderr.
-
-    Args:
-        num_units: the number of units that the run encodes.
-        quiet, log_json: show nothing, or write JSON objects, one per line (see `latentcache.log`).
-    """
+    """The display of units, images per second, rejects, time left and the bottleneck on stderr."""
 
     def __init__(self, num_units: int, *, quiet: bool = False, log_json: bool = False) -> None:
         self._console = Console(stderr=True, quiet=quiet, emoji=False)
@@ -69,8 +64,7 @@ class RunProgress:
         """Print a line, above the bar if there is one, or write it to the JSON log.
 
         Args:
-            event, level, fields: the event of the JSON log, its level, and its further fields.
-            message: the line for the user.
+            event, message, level, fields: see `write_json`; users see the message.
         """
         if self._log_json:
             write_json(event, message, level, **fields)
@@ -81,7 +75,7 @@ class RunProgress:
         """Write to the JSON log only, for events that users see from the bar or at the end.
 
         Args:
-            event, message, level, fields: see `say`.
+            event, message, level, fields: see `write_json`.
         """
         if self._log_json:
             write_json(event, message, level, **fields)
@@ -157,8 +151,7 @@ def bottleneck(
     """Return the slowest stage between two polls of the same actors; "" if there is none.
 
     Args:
-        before, after: `UnitRunner.stats` of each actor at the two polls.
-        seconds: the time between the polls.
+        before, after, seconds: `Totals.stats` of each actor at the polls, and the time between.
     """
     loads = PipelineLoad()
     for old, new in zip(before, after, strict=True):

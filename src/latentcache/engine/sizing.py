@@ -29,8 +29,7 @@ def cpus_per_actor(
 
     Args:
         shapes, num_actors: the present nodes, and the requested actors, of which fewer may fit.
-        with_gpu: whether each actor has a GPU; nodes without a GPU then do not count.
-        decode_threads: the value of the config; None computes the default.
+        with_gpu, decode_threads: as in the config; None computes the default.
     """
 
     def num_fitting(num_cpus: int) -> int:

@@ -41,7 +41,7 @@ class StageTimes:
         """Add to both times.
 
         Args:
-            busy_s, wait_s: seconds; negative ones correct what was counted.
+            busy_s, wait_s: negative ones correct what was counted.
         """
         with self._lock:
             self.busy_s += busy_s
@@ -194,8 +194,7 @@ class OldestFirstPool:
         """Queue a job for the unit of a rank, and return the future of its result.
 
         Args:
-            rank, job: lower ranks run first.
-            times: counts when the job is queued and when it runs.
+            rank, job, times: `times` count when the job is queued and when it runs.
         """
         future: Future[T] = Future()
         times = times or StageTimes()

@@ -35,14 +35,11 @@ class Status:
     """Totals over all committed units, whether a manifest names them or not.
 
     Attributes:
-        num_units: committed and failed units, or the number of units that an active run will leave
-            if that is larger.
-        reject_reasons: the most frequent reasons.
+        num_units: committed and failed units, or the units that an active run will leave, if more.
         manifests, complete: the numbers of the manifests, and whether the newest is complete.
         failed: by unit id, the failure of each unit that was not committed or replaced since.
-        active_runs, gc_at_work: the runs that hold a valid lease, and whether a `gc` holds one.
         bottleneck: the slowest stage of the latest units and what would help; None without rows.
-        published: the number of the published manifest.
+        gc_at_work: whether a `gc` holds a valid lease.
     """
 
     num_units: int
@@ -60,13 +57,10 @@ class Status:
 
 
 def read_status(url: str, options: StorageOptions) -> Status:
-    """Return the status of an output.
+    """Return the status of an output; raise `DatasetError` if there is none.
 
     Args:
         url, options: the URL of the dataset, and the options of the store.
-
-    Raises:
-        DatasetError: there is no dataset at the URL.
     """
     return StatusReader(url, options).read()
 

@@ -47,8 +47,7 @@ def stop_on_signals(
     Enter it after Ray has started, because Ray sets handlers of its own.
 
     Args:
-        stop, grace_s: get the request, and the seconds after a first signal; a second gives none.
-        on_first: called once after the first signal, to inform the user.
+        stop, grace_s, on_first: the first signal gives `grace_s` and calls `on_first`.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

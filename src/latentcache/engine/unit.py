@@ -66,14 +66,7 @@ _CROPPED_BYTES = 128 * 2**20
 
 
 class UnitRunner(AttemptRunner):
-    """A runner that encodes units; `run` may be called from two threads at once.
-
-    Args:
-        job: the settings that all units share.
-        encoder: the encoder of the VAE.
-        evaluator: the models of QA; None without QA.
-        totals: the totals of this process.
-    """
+    """A runner that encodes units; `run` may be called from two threads at once."""
 
     def __init__(
         self,

@@ -103,12 +103,8 @@ def watch(
     """Yield the status repeatedly, until the dataset is complete and no run is active.
 
     Args:
-        url, options: the URL of the dataset, and the options of the store.
+        url, options, clock, wait: see `read_status` for the first two and for errors.
         every_s: the least pause between two readings, which also depends on `_PAUSE_RATIO`.
-        clock, wait: return the time in seconds, and wait for a number of seconds.
-
-    Raises:
-        DatasetError: there is no dataset at the URL.
     """
     reader = StatusReader(url, options)
     readings: deque[tuple[float, Status]] = deque()

@@ -23,11 +23,7 @@ from latentcache.vae.weights import encoder_fingerprint, load_vae
 
 
 class ActorRunner:
-    """The runner of one actor: rewrites units without an encoder, and encodes all others.
-
-    With `loads_late` of the job, the encoder is loaded when the first unit needs it; see
-    `load_runner`.
-    """
+    """The runner of one actor: rewrites units without an encoder, and encodes all others."""
 
     def __init__(self, job: Job, device: str) -> None:
         self.job, self._device = job, device
@@ -53,7 +49,7 @@ class ActorRunner:
             return self._encoding
 
     def stats(self) -> dict[str, float]:
-        """Return cumulative statistics; see `Totals.stats`."""
+        """Return `Totals.stats` of this process."""
         return self._totals.stats()
 
     @property
@@ -63,11 +59,10 @@ class ActorRunner:
 
 
 def load_runner(job: Job, device: str, totals: Totals | None = None) -> UnitRunner:
-    """Load the models on a device (`cuda` or `cpu`) and return the runner that encodes units.
+    """Load the models and return the runner that encodes units.
 
     Args:
-        job, device: the settings that all units share, and the device.
-        totals: the totals of this process.
+        job, device, totals: `device` is `cuda` or `cpu`, and `totals` are those of the process.
 
     Raises:
         ClusterError: this node cannot use the device, or reads another checkpoint than the driver.
@@ -87,7 +82,7 @@ def calibrate_contract(job: Job, shards: Sequence[SourceShard], device: str) -> 
     """Return the contract of a job with its open values measured; see `engine/calibration.py`.
 
     Args:
-        job, shards, device: the job of the run, its source shards, and `cuda` or `cpu`.
+        job, shards, device: `device` is `cuda` or `cpu`.
     """
     return calibrate(_load_vae(job, device), job, shards)
 
