@@ -25,7 +25,7 @@ from latentcache.engine.actors import ActorLost, Event, Failed, Finished, Polled
 from latentcache.engine.dispatcher import Dispatcher
 from latentcache.engine.job import UNITS_PER_ACTOR, Job, UnitFailure
 from latentcache.engine.plan import PlannedUnit
-from latentcache.engine.stop import StopSignal
+from latentcache.engine.waiting import StopSignal
 from latentcache.errors import (
     AccessDenied,
     ClusterError,

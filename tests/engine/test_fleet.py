@@ -17,7 +17,7 @@ from latentcache.engine.actors import ActorLost, Failed, Finished, Retries
 from latentcache.engine.dispatcher import Dispatcher
 from latentcache.engine.job import UNITS_PER_ACTOR, Job, UnitFailure, UnitTask
 from latentcache.engine.plan import PlannedUnit
-from latentcache.engine.stop import StopSignal
+from latentcache.engine.waiting import StopSignal
 from latentcache.errors import ClusterError
 from latentcache.storage_options import StorageOptions
 from makers import make_contract

@@ -8,7 +8,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -125,21 +125,14 @@ class AttemptRunner:
         return at_boundary(task, partial(self._run, task))
 
     def _run(self, task: UnitTask) -> Receipt:
-        if committed := self._committed_receipt(task):
-            return committed
+        if task.max_samples is None:
+            with suppress(StorageError):  # the unit may be encoded for nothing, but no row is lost
+                (receipt,) = read_receipts(self.output, [f"{task.unit.id}-{task.generation}"])
+                return receipt
         try:
             return self._attempt(task, gather=False)
         except NotGrouped:
             return self._attempt(task, gather=True)
-
-    def _committed_receipt(self, task: UnitTask) -> Receipt | None:
-        if task.max_samples is not None:
-            return None
-        try:
-            (receipt,) = read_receipts(self.output, [f"{task.unit.id}-{task.generation}"])
-        except StorageError:  # the unit may then be encoded for nothing, but no row is lost
-            return None
-        return receipt
 
     def _attempt(self, task: UnitTask, *, gather: bool) -> Receipt:
         with TemporaryDirectory(prefix="latentcache-") as folder:
@@ -147,10 +140,6 @@ class AttemptRunner:
 
     def _new_attempt(self, task: UnitTask, folder: Path, gather: bool) -> Attempt:
         raise NotImplementedError
-
-    def stats(self) -> dict[str, float]:
-        """Return `Totals.stats` of this process."""
-        return self.totals.stats()
 
 
 class SampleCounts:

@@ -24,9 +24,8 @@ from latentcache.dataset.receipts import Receipt
 from latentcache.engine.actors import ActorLost
 from latentcache.engine.connection import connect
 from latentcache.engine.job import UNITS_PER_ACTOR, Job, UnitFailure, UnitTask
+from latentcache.engine.nodes import NodeShape, Versions, cpus_per_actor
 from latentcache.engine.prometheus import ActorMetrics
-from latentcache.engine.sizing import NodeShape, cpus_per_actor
-from latentcache.engine.versions import Versions
 from latentcache.engine.waiting import NO_WAIT, Reminder, WaitPolicy
 from latentcache.engine.worker import ActorRunner
 from latentcache.errors import ClusterError, LatentCacheError, StorageError, first_line
@@ -51,10 +50,6 @@ def _device() -> str:
 
 def _call_with_device(function: Callable[..., A], arguments: Sequence[Any]) -> A:
     return function(*arguments, _device())
-
-
-def _do_nothing() -> None:
-    """Do nothing; as a pending task this makes an autoscaler add a node."""
 
 
 class _CallingActor:
@@ -113,7 +108,7 @@ class Workers:
         wait_s = self._wait_policy.wait_for_gpus_s
         reminder, began = Reminder(self._wait_policy.say), time.monotonic()
         # An autoscaler adds nodes only for pending tasks and actors.
-        task = ray.remote(_do_nothing).options(num_gpus=1, num_cpus=1)
+        task = ray.remote(_device).options(num_gpus=1, num_cpus=1)
         ref = self._connection.ask(task.remote)
         while not self._has_gpu():
             left_s = began + wait_s - time.monotonic()
@@ -245,8 +240,8 @@ class _EncoderActor:
     def stats(self) -> dict[str, float]:
         if self._runner is None:
             return {}
-        stats = self._runner.stats()
-        self._metrics.update(stats, self._runner.rejects)
+        stats = self._runner.totals.stats()
+        self._metrics.update(stats, dict(self._runner.totals.rejects))
         return stats
 
 

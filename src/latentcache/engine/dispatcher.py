@@ -18,7 +18,7 @@ from latentcache.dataset.receipts import PUT_WITHIN_S, Unit, new_attempt
 from latentcache.engine.actors import ActorLost, Actors, Event, Failed, Finished, Polled, Retries
 from latentcache.engine.job import UNITS_PER_ACTOR, Job, UnitFailure, UnitTask
 from latentcache.engine.plan import PlannedUnit
-from latentcache.engine.stop import StopSignal
+from latentcache.engine.waiting import StopSignal
 from latentcache.errors import AccessDenied, ClusterError, DiskFull, LatentCacheError, StorageError
 
 _POLL_S = 2.0

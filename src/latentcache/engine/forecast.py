@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from tempfile import TemporaryDirectory
@@ -167,10 +167,10 @@ def _try_out(job: Job, shards: Sequence[SourceShard], num_images: int, device: s
     with TemporaryDirectory(prefix="latentcache-") as folder:
         local = replace(job, output_url=folder, output_storage=StorageOptions(), qa=None)
         runner = load_runner(local, device)
-        list(_run(runner, chosen[:1], each))
-        source_bytes = int(runner.stats()["num_source_bytes"])
+        _run(runner, chosen[:1], each)
+        source_bytes = int(runner.totals.stats()["num_source_bytes"])
         began = time.perf_counter()
-        receipts = list(_run(runner, chosen, each))
+        receipts = _run(runner, chosen, each)
         elapsed_s = time.perf_counter() - began
     loads = PipelineLoad()
     for receipt in receipts:
@@ -179,25 +179,27 @@ def _try_out(job: Job, shards: Sequence[SourceShard], num_images: int, device: s
     num_samples = sum(record.num_samples for record in records)
     if not num_samples:
         raise SourceError(f"{chosen[0].url} holds no sample to calibrate on")
-    is_cuda = device == "cuda"
+    cpus = f"{job.decode_threads} CPUs"
     return _Trial(
-        device=torch.cuda.get_device_name() if is_cuda else f"{job.decode_threads} CPUs",
+        device=torch.cuda.get_device_name() if device == "cuda" else cpus,
         num_samples=num_samples,
         elapsed_s=elapsed_s,
-        source_bytes=int(runner.stats()["num_source_bytes"]) - source_bytes,
+        source_bytes=int(runner.totals.stats()["num_source_bytes"]) - source_bytes,
         output_bytes=sum(file.size_bytes for record in records for file in record.files),
         bottleneck=str(loads.bottleneck),
     )
 
 
-def _run(runner: UnitRunner, shards: Sequence[SourceShard], max_samples: int) -> Iterator[Receipt]:
+def _run(runner: UnitRunner, shards: Sequence[SourceShard], max_samples: int) -> list[Receipt]:
     """Encode the first samples of each shard, with as many units at once as an actor has."""
     tasks = [
         UnitTask(unit, 0, new_attempt(), max_samples=max_samples, files=shard.files, url=shard.url)
         for shard, unit in zip(shards, units_of(shards, runner.job.contract), strict=True)
     ]
+    receipts = []
     with ThreadPoolExecutor(UNITS_PER_ACTOR) as pool:
         for result in pool.map(runner.run, tasks):
             if not isinstance(result, Receipt):
                 raise result.fatal or SourceError(result.message)
-            yield result
+            receipts.append(result)
+    return receipts

@@ -21,8 +21,7 @@ from typing import Annotated, Literal
 
 from latentcache import clock
 from latentcache.dataset.parse import Count, Pattern, Range, build, load_json
-from latentcache.engine.stop import StopSignal, stop_on_signals
-from latentcache.engine.waiting import Reminder
+from latentcache.engine.waiting import Reminder, StopSignal, stop_on_signals
 from latentcache.errors import IncompleteRun, ObjectNotFound
 from latentcache.storage import Store
 

@@ -71,7 +71,7 @@ class ActorMetrics(_Metrics):
         """Update the metrics.
 
         Args:
-            stats, rejects: `UnitRunner.stats`, and the number of rejects by stage and reason.
+            stats, rejects: see `Totals`.
         """
         self._set("images_encoded_total", stats["num_rows"])
         self._set("source_read_bytes_total", stats["num_source_bytes"])
@@ -89,21 +89,7 @@ class RunMetrics(_Metrics):
     def __init__(self, dataset: str) -> None:
         super().__init__(dataset=dataset)
 
-    def update_units(self, num_committed: int, num_pending: int, num_failed: int) -> None:
-        """Update the counts of units.
-
-        Args:
-            num_committed, num_pending, num_failed: units by their state in this run.
-        """
-        self._set("units_committed_total", num_committed)
-        self._set("units_pending", num_pending)
-        self._set("units_failed", num_failed)
-
-    def update_actors(self, num_actors: int, num_lost: int) -> None:
-        """Update the counts of actors.
-
-        Args:
-            num_actors, num_lost: active actors, and actors lost so far.
-        """
-        self._set("actors", num_actors)
-        self._set("actors_lost_total", num_lost)
+    def update(self, **values: float) -> None:
+        """Update some metrics, by their names without the prefix."""
+        for name, value in values.items():
+            self._set(name, value)

@@ -28,9 +28,8 @@ from latentcache.engine.lease import Lease, active_runs, wait_for_other_runs
 from latentcache.engine.plan import Plan, make_plan
 from latentcache.engine.progress import RunProgress
 from latentcache.engine.prometheus import RunMetrics
-from latentcache.engine.stop import StopSignal, stop_on_signals
 from latentcache.engine.summary import RunCounts, RunSummary
-from latentcache.engine.waiting import WaitPolicy
+from latentcache.engine.waiting import StopSignal, WaitPolicy, stop_on_signals
 from latentcache.engine.work import Work
 from latentcache.engine.worker import calibrate_contract
 from latentcache.errors import AccessDenied, SourceError, StorageError
@@ -228,7 +227,8 @@ class _Driver:
                 self._handle_failure(event, dispatcher)
             else:
                 self._progress.polled(event)
-                self._metrics.update_actors(len(event.stats), event.num_lost)
+                num_actors, num_lost = len(event.stats), event.num_lost
+                self._metrics.update(actors=num_actors, actors_lost_total=num_lost)
                 self._update_metrics()
             self._handle_puts(committer.ended(), dispatcher)
         if not self.stop.reason:
@@ -242,8 +242,11 @@ class _Driver:
 
     def _update_metrics(self) -> None:
         num_failed = len(self.counts.failed)
-        num_pending = len(self.work.remaining) - num_failed
-        self._metrics.update_units(self.counts.num_committed, num_pending, num_failed)
+        self._metrics.update(
+            units_committed_total=self.counts.num_committed,
+            units_pending=len(self.work.remaining) - num_failed,
+            units_failed=num_failed,
+        )
 
     def _handle_puts(self, results: Iterable[Committed | Expired], dispatcher: Dispatcher) -> None:
         """Count units whose receipts were put; encode those again whose receipts came too late."""

@@ -27,8 +27,8 @@ class ActorRunner:
 
     def __init__(self, job: Job, device: str) -> None:
         self.job, self._device = job, device
-        self._totals = Totals()
-        self._rewriter = Rewriter(job, self._totals)
+        self.totals = Totals()
+        self._rewriter = Rewriter(job, self.totals)
         self._lock = Lock()
         self._encoding: UnitRunner | None = None
         if not job.loads_late:
@@ -45,17 +45,8 @@ class ActorRunner:
         """Return the runner that encodes; load it at the first call."""
         with self._lock:
             if self._encoding is None:
-                self._encoding = load_runner(self.job, self._device, self._totals)
+                self._encoding = load_runner(self.job, self._device, self.totals)
             return self._encoding
-
-    def stats(self) -> dict[str, float]:
-        """Return `Totals.stats` of this process."""
-        return self._totals.stats()
-
-    @property
-    def rejects(self) -> dict[tuple[str, str], int]:
-        """The number of rejects so far, by stage and reason."""
-        return dict(self._totals.rejects)
 
 
 def load_runner(job: Job, device: str, totals: Totals | None = None) -> UnitRunner:
