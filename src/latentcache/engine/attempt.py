@@ -118,10 +118,7 @@ class AttemptRunner:
         self.output = Store(job.output_url, job.output_storage)
 
     def run(self, task: UnitTask) -> Receipt | UnitFailure:
-        """Run one unit and upload its files; return its receipt, or why it failed.
-
-        If another run has committed the unit, its receipt is returned.
-        """
+        """Run one unit and upload its files; return its receipt, perhaps that of another run."""
         return at_boundary(task, partial(self._run, task))
 
     def _run(self, task: UnitTask) -> Receipt:
@@ -197,7 +194,7 @@ class Attempt:
         self.writers: dict[Bucket, BucketWriter] = {}
 
     def run(self) -> Receipt:
-        """Make and upload the files of the unit, and return its receipt."""
+        """Make and upload the files of the unit."""
         raise NotImplementedError
 
     def read_samples(
@@ -219,7 +216,6 @@ class Attempt:
             yield sample
 
     def _append(self, bucket: Bucket, latents: torch.Tensor, rows: Sequence[RowMeta]) -> None:
-        """Write rows to the files of their bucket, which the first call creates."""
         if bucket not in self.writers:
             stem = self.folder / f"{self.stem}-{bucket.name}"
             unit_id = self.task.unit.id
@@ -232,7 +228,7 @@ class Attempt:
         self.totals.count_reject(row)
 
     @contextmanager
-    def writing(self) -> Iterator[None]:
+    def _writing(self) -> Iterator[None]:
         """Close the files of all buckets on leaving; abandon them after an error."""
         try:
             yield
@@ -244,14 +240,10 @@ class Attempt:
                 writer.abandon()
             raise
 
-    def publish(
+    def _publish(
         self, writers: Iterable[BucketWriter], qa: Callable[[], tuple[Path, QaFile] | None]
     ) -> UnitRecord:
-        """Check the closed files, upload them, and return the record of the unit.
-
-        Args:
-            writers, qa: `qa` writes the local QA file, if any, and returns it with its entry.
-        """
+        """Check and upload the closed files and the QA file that `qa` writes, if any."""
         files: list[tuple[Path, DataFile]] = []
         num_rows, unit = 0, self.task.unit
         with self.times["write"].working():
@@ -293,7 +285,7 @@ class Attempt:
             reject_reasons=count_reasons(self.rejects),
         )
 
-    def measured(self) -> dict[str, Any]:
+    def _measured(self) -> dict[str, Any]:
         """Return the fields of the receipt that this attempt measured."""
         return {
             "stages": {stage: times.to_json() for stage, times in self.times.items()},

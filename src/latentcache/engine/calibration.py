@@ -1,7 +1,6 @@
 """Measurement of the open values of a contract on real images, once, before a first run.
 
-Open values are the precision if the config says `auto`, and the scale and zero point of int8. The
-contract fixes both, and every later run reads them from there.
+Open values are the precision if the config says `auto`, and the scale and zero point of int8.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Ray: actors on GPUs or CPUs, and whether a lost actor crashed or was preempted.
 
-Besides this file only `connection.py` and, for metrics, `prometheus.py` import ray. Ray does not
-restart actors or retry their calls: the driver's loop in `dispatcher.py` does.
+Ray does not restart actors or retry their calls: the driver's loop in `dispatcher.py` does.
 """
 
 from __future__ import annotations
@@ -266,7 +265,7 @@ class Cluster(Workers):
         """Start a call of an actor's method and return its handle.
 
         Args:
-            actor, method: from `start_actor`, and its method's name; `args` are the arguments.
+            actor, method, args: see `Actors.call`.
         """
         return getattr(actor, method).remote(*args)
 

@@ -32,9 +32,8 @@ class Expired(NamedTuple):
 class Committer:
     """A thread pool that puts receipts in a store while the driver's loop continues.
 
-    A receipt counts only after `ended` or `drain` has yielded it; until then its unit is in
-    progress. There are never more puts in progress than threads. If the store is down, the run
-    therefore waits, and does not encode units that it cannot commit.
+    A unit is in progress until `ended` or `drain` has yielded its receipt. There are never more
+    puts in progress than threads, so a run does not encode units that it cannot commit.
     """
 
     def __init__(self, store: Store) -> None:

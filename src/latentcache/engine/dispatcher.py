@@ -1,8 +1,8 @@
 """The dispatcher: it assigns units to actors, two to each, and yields their results.
 
-Actors keep no state that a unit needs, so the loss of an actor costs only its units in progress.
-The cluster restarts and retries nothing. The dispatcher does both, because it distinguishes a
-crash, which counts against a unit, from a preemption, which does not.
+The loss of an actor costs only its units in progress. The cluster restarts and retries nothing. The
+dispatcher does both, because it distinguishes a crash, which counts against a unit, from a
+preemption, which does not.
 """
 
 from __future__ import annotations
@@ -48,15 +48,12 @@ class _Assignment(NamedTuple):
 
 @dataclass(eq=False, slots=True)
 class _Worker:
-    """An actor with its calls in progress; `node` is None until its setup is done.
-
-    Actors of one `wave` were requested before any of them was lost.
-    """
+    """An actor with its calls; actors of one `wave` were requested before any of them was lost."""
 
     actor: Any
     setup: Any
     wave: int
-    node: str | None = None
+    node: str | None = None  # until its setup is done
     assigned: dict[Any, _Assignment] = field(default_factory=dict)
     poll: Any = None
     stats: dict[str, float] = field(default_factory=dict)

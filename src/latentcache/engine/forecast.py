@@ -1,7 +1,6 @@
 """Forecast of a run: one worker encodes real images, and its rate is extrapolated.
 
-The worker does what it does in a run, except QA and the upload. Its files go to a temporary folder,
-and nothing is written to the output.
+The worker does what it does in a run, except QA, and its files go to a temporary folder.
 """
 
 from __future__ import annotations
@@ -57,8 +56,7 @@ class Prices(NamedTuple):
 class Forecast:
     """The forecast for the pending units, at the rate of one actor times the number of actors.
 
-    `num_images` is the number of pending source bytes divided by the source bytes per image of the
-    trial. The rate excludes uploads: each actor must be able to send `upload_bytes_per_s`.
+    The rate excludes uploads: each actor must be able to send `upload_bytes_per_s`.
     """
 
     images_per_s: float
@@ -100,7 +98,6 @@ class Forecast:
 
 
 def _digits(number: float) -> str:
-    """Format a number with thousands separators, or with two significant digits below 100."""
     return f"{number:,.0f}" if number >= 100 else f"{number:.2g}"
 
 

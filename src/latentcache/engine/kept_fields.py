@@ -1,7 +1,4 @@
-"""The fields of the samples, and the check that each kept field occurs.
-
-A kept field that no sample has is a mistake in `source.keep`: its column would be null in all rows.
-"""
+"""The fields of the samples, and the check that each kept field occurs in one of them."""
 
 from __future__ import annotations
 
@@ -23,10 +20,7 @@ _NAME_CHARS = 100
 
 
 def spread(units: Sequence[PlannedUnit]) -> list[PlannedUnit]:
-    """Return units with `MIN_UNITS` of them, from all parts of the sequence, first.
-
-    So a field that only some shards have occurs early.
-    """
+    """Return units with some from all parts first, so that a field of few shards occurs early."""
     first = dict.fromkeys(index * len(units) // MIN_UNITS for index in range(MIN_UNITS))
     if len(units) <= MIN_UNITS:
         return list(units)

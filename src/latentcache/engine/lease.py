@@ -1,9 +1,8 @@
 """Leases, by which runs and `gc` on one output detect each other.
 
-Leases are advisory; receipts decide which rows exist. A lease is valid for ten minutes after its
-last renewal. Its age is measured by the store's clock, which all drivers share, never by the clock
-of a host. A run and `gc` exclude each other: each writes its lease before it looks for the other's,
-so at least one sees the other. Then `gc` stops, and a run waits.
+Leases are advisory; receipts decide which rows exist. The store's clock, which all drivers share,
+measures the age of a lease. A run and `gc` exclude each other: each writes its lease before it
+looks for the other's, so at least one sees the other. Then `gc` stops, and a run waits.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from latentcache.engine.waiting import Reminder, StopSignal, stop_on_signals
 from latentcache.errors import IncompleteRun, ObjectNotFound
 from latentcache.storage import Store
 
+# The folder of leases. One is valid for `STALE_AFTER_S` after its last renewal.
 RUNS = "runs"
 RENEW_EVERY_S = 60.0
 STALE_AFTER_S = 600.0
@@ -63,7 +63,6 @@ class RunInfo:
         return self.run.startswith(_GC_PREFIX)
 
     def __str__(self) -> str:
-        """Return the process, the host and the age of the lease, for messages."""
         if not self.host:
             return f"whose lease cannot be read, renewed {self.age_s:.0f} s ago"
         return f"pid {self.pid} on {self.host}, which renewed its lease {self.age_s:.0f} s ago"
@@ -127,10 +126,7 @@ class Lease:
                 )
 
     def require_alone(self) -> None:
-        """Raise `IncompleteRun` if another run is active; for stores without conditional writes.
-
-        Every lease counts: two drivers that start at the same moment both refuse.
-        """
+        """Raise `IncompleteRun` if another run is active; two that start at once both refuse."""
         for other in self.others():
             raise IncompleteRun(
                 f"{self._store.url} has no conditional writes, so it allows one run at a time, and "

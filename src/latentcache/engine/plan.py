@@ -52,10 +52,9 @@ class Sources:
 
 @dataclass(frozen=True, slots=True)
 class DuplicateSources:
-    """New sources that look like known ones: `num_duplicates` of all `num_new` ones.
+    """New sources that look like known ones: `example`, for example, looks like `known`.
 
-    `example` is the URL of one, and `known` that of the source that it looks like. `moved_from` is
-    the setting under which both are the same; None if the sources did not move together.
+    `moved_from` is the setting under which all are the same; None if they did not move together.
     """
 
     num_duplicates: int

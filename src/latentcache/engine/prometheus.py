@@ -1,8 +1,7 @@
 """Prometheus metrics of a run, exported by Ray's agent on each node, with the prefix `ray_`.
 
-Actors and the driver update them at each poll of the driver, never for single images. Counts
-include attempts that failed later, and lack the last seconds of an actor: metrics are for
-monitoring, and receipts are the record.
+They are updated at each poll of the driver. Counts include attempts that failed later, and lack the
+last seconds of an actor: metrics are for monitoring, and receipts are the record.
 """
 
 from __future__ import annotations

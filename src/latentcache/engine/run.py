@@ -1,7 +1,6 @@
 """The driver: plan, establish the contract, dispatch units, put receipts, write manifests.
 
-One process makes results visible. Actors upload files; only the driver puts the receipts that make
-those files count.
+Actors upload files; only the driver puts the receipts that make those files count.
 """
 
 from __future__ import annotations

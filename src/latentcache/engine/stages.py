@@ -24,8 +24,7 @@ class StageTimes:
 
     `busy_s` is the work of its threads in seconds. `wait_s` is the time in seconds in which the
     stage had work and did none: its thread waited for a full queue, or all its jobs were queued
-    behind those of another unit. `num_threads` is the number of threads in the process that can do
-    this work at once, for all units together. What is added counts in `total`, too.
+    behind those of another unit. The units of a process share `num_threads` and `total`.
     """
 
     def __init__(self, num_threads: int = 1, total: StageTimes | None = None) -> None:
@@ -99,10 +98,9 @@ class StageTimes:
 
 
 class ByteBudget:
-    """A limit on the bytes that threads hold together; requests are granted in order of arrival.
+    """A limit on the bytes that threads hold together, granted in order, so no request starves.
 
-    So no request starves: a large request waits for earlier ones, and later ones wait for the large
-    one. A request for more than `num_bytes` is granted when nothing else is held.
+    A request for more than `num_bytes` is granted when nothing else is held.
     """
 
     def __init__(self, num_bytes: int) -> None:
@@ -138,8 +136,7 @@ class SampleBudget:
 
     A thread must not wait for bytes while it holds bytes of the same budget, because two units
     could then wait for each other. So the first `_FREE_BYTES` of a sample are not counted, and a
-    larger sample acquires `max_sample_bytes` at once. `fetched` also holds the samples that wait to
-    be decoded. `times` count a wait as waiting and not as busy.
+    larger sample acquires `max_sample_bytes` at once.
     """
 
     def __init__(

@@ -68,8 +68,7 @@ def read_status(url: str, options: StorageOptions) -> Status:
 class StatusReader:
     """A repeated reader of the status of an output; later calls read only what is new.
 
-    Each call lists receipts, failures, manifests and leases. Everything is read again only after a
-    manifest that removes units. The arguments and errors are those of `read_status`.
+    Everything is read again only after a manifest that removes units.
     """
 
     def __init__(self, url: str, options: StorageOptions) -> None:
@@ -111,7 +110,7 @@ class StatusReader:
         )
 
     def _read_units(self, manifests: list[int]) -> dict[str, UnitSummary]:
-        """Return the units that count in the newest manifest or will count in the next, by id."""
+        """Return, by id, the units that count now or in the next manifest."""
         removed = self._newest.removed if self._newest else ()
         if manifests and (self._newest is None or self._newest.number < manifests[-1]):
             self._newest = read_manifest(self._store, manifests[-1])

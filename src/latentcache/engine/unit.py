@@ -1,9 +1,8 @@
 """Encoding a unit from source shard to uploaded files: fetch, decode, batch, encode, write, upload.
 
-A `UnitRunner` lives as long as its process and runs up to two units at a time. While one unit is
-finished, the next is already fetched and decoded, so the encoder does not wait between shards. It
-does not depend on Ray. It returns the receipt, and only the driver puts it, so a process that the
-driver considers dead cannot commit.
+A process runs two units at a time: while one is finished, the next is already fetched and decoded,
+so the encoder does not wait between shards. Only the driver puts receipts, so a process that it
+considers dead cannot commit.
 """
 
 from __future__ import annotations
@@ -133,7 +132,7 @@ class _Encoding(Attempt):
         crop_bytes = max(_crop_bytes(bucket) for bucket in runner.spec.buckets)
         max_decoded = min(2 * num_threads + 16, max(num_threads, _CROPPED_BYTES // crop_bytes))
         max_batches = runner.encode_pool.num_threads + _EXTRA_BATCHES
-        with self.writing(), ExitStack() as stack:
+        with self._writing(), ExitStack() as stack:
             samples = self.times["fetch"].produce(self._decode_all())
             decoding = stack.enter_context(PrefetchIterator(samples, max_decoded))
             batches = stack.enter_context(PrefetchIterator(self._batch(decoding), max_batches))
@@ -146,7 +145,7 @@ class _Encoding(Attempt):
                 self.times["encode"].add(busy_s=encoded.busy_s - encoded.start_s)
                 with self.times["write"].working():
                     self._write(bucket, rows, images, encoded)
-        record = self.publish(self.writers.values(), self._evaluate)
+        record = self._publish(self.writers.values(), self._evaluate)
         if evaluator and evaluator.agreement_db is not None:
             self.notes["decoder_agreement_db"] = int(evaluator.agreement_db)
         return Receipt(
@@ -155,7 +154,7 @@ class _Encoding(Attempt):
             statistics=self.statistics,
             versions=runner.versions,
             notes=dict(self.notes),
-            **self.measured(),
+            **self._measured(),
         )
 
     def _decode_all(self) -> Iterator[Future[_Outcome]]:

@@ -21,10 +21,7 @@ def _print_line(line: str) -> None:
 
 
 class WaitPolicy(NamedTuple):
-    """How many seconds a cluster may have no GPU, and what to call during a wait.
-
-    `say` shows a line to the user; `keep_alive` is called each second, such as to renew a lease.
-    """
+    """How long to wait for a GPU; `keep_alive` is called each second, `say` shows a line."""
 
     wait_for_gpus_s: float = 0.0
     say: Callable[[str], None] = _print_line
@@ -51,7 +48,7 @@ class Reminder:
 class StopSignal:
     """A request to stop a run early; `reason` is None until there is one.
 
-    After a request no more units are dispatched. Units in progress may run until `deadline`, in
+    After it, no more units are dispatched, and those in progress may run until `deadline`, in
     seconds of `time.monotonic`; None lets them finish.
     """
 
@@ -63,7 +60,7 @@ class StopSignal:
         """Request a stop; a second request can only make the deadline earlier. Signal-safe.
 
         Args:
-            reason, grace_s: the status of the run, and the seconds until the deadline, if any.
+            reason, grace_s: the status of the run, and the seconds until the deadline.
         """
         self.reason = self.reason or reason
         if grace_s is not None:

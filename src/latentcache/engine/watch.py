@@ -28,10 +28,7 @@ _MAX_FAILURES = 5
 
 @dataclass(frozen=True, slots=True)
 class Watched:
-    """A status with the change over the last `window_s` seconds.
-
-    `rows_per_s` and `left_s` (seconds until all units are committed) are None while unknown.
-    """
+    """A status with the change over the last `window_s` seconds; rates are None while unknown."""
 
     status: Status
     window_s: float

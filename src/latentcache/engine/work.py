@@ -76,11 +76,7 @@ class Work:
         return [unit for u in self.units() if (unit := self.state.current(u.id))]
 
     def counted(self) -> Iterator[UnitSummary]:
-        """Yield the units that the dataset has.
-
-        These are the committed units of each listed source, or its older ones if it has none yet.
-        With `on_missing: keep` the units of vanished sources are included.
-        """
+        """Yield the units of the dataset: the committed ones of a source, else its older ones."""
         for source, units in self.snapshot.items():
             committed = [unit for u in units if (unit := self.state.current(u.id))]
             yield from committed or self.state.live.get(source, ())
