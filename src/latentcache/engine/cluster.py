@@ -239,9 +239,8 @@ class _EncoderActor:
     def stats(self) -> dict[str, float]:
         if self._runner is None:
             return {}
-        stats = self._runner.totals.stats()
-        self._metrics.update(stats, dict(self._runner.totals.rejects))
-        return stats
+        self._metrics.update_totals(self._runner.totals)
+        return self._runner.totals.stats()
 
 
 def _with_host(error: LatentCacheError) -> LatentCacheError:

@@ -1,4 +1,4 @@
-"""What the stages of a unit's pipeline share: times, a limit on bytes, and threads of all units."""
+"""What the stages of a unit's pipeline share: times, limits on bytes, threads and queues."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -235,3 +235,63 @@ class OldestFirstPool:
                     future.set_result(job())
                 except BaseException as error:  # noqa: BLE001  (a future carries it)
                     future.set_exception(error)
+
+
+class PrefetchIterator(Generic[T]):
+    """An iterator over `items` on its own thread, which computes at most `depth` items ahead.
+
+    Use it as a context manager: leaving the context stops the thread at its next item. The consumer
+    gets an error of `items` after the items before the error.
+    """
+
+    def __init__(self, items: Iterable[T], depth: int) -> None:
+        self._items = items
+        self._depth = depth
+        self._queue: deque[T] = deque()
+        self._changed = threading.Condition()
+        self._stopped = self._finished = False
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> PrefetchIterator[T]:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+        self._thread.join()
+
+    def stop(self) -> None:
+        """Stop the consumer at once and the thread at its next item."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        try:
+            for item in self._items:
+                with self._changed:
+                    self._changed.wait_for(lambda: len(self._queue) < self._depth or self._stopped)
+                    if self._stopped:
+                        break
+                    self._queue.append(item)
+                    self._changed.notify_all()
+        except BaseException as error:  # noqa: BLE001  (the consumer raises it)
+            self._error = error
+        with self._changed:
+            self._finished = True
+            self._changed.notify_all()
+
+    def __iter__(self) -> Iterator[T]:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._queue or self._finished or self._stopped)
+                if self._stopped:
+                    return
+                if not self._queue:
+                    break
+                item = self._queue.popleft()
+                self._changed.notify_all()
+            yield item
+        if self._error is not None:
+            raise self._error

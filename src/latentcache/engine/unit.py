@@ -28,14 +28,13 @@ from latentcache.dataset.shards import RejectRow, RowMeta
 from latentcache.dataset.statistics import Statistics
 from latentcache.engine.attempt import Attempt, AttemptRunner, Totals, reject_row
 from latentcache.engine.job import Job, UnitTask
-from latentcache.engine.stages import ByteBudget, OldestFirstPool, SampleBudget
+from latentcache.engine.stages import ByteBudget, OldestFirstPool, PrefetchIterator, SampleBudget
 from latentcache.errors import Reject
 from latentcache.image_files import write_thumbnail
 from latentcache.images.decode import Reserve, decode_image
 from latentcache.images.source import RejectedSample, Sample
 from latentcache.images.text_fields import read_columns
 from latentcache.images.transform import Transformed, load_image, transform_spec
-from latentcache.prefetch import PrefetchIterator
 from latentcache.qa.evaluator import QaEvaluator, QaSample
 from latentcache.qa.qa_files import QaRow, write_qa
 from latentcache.vae.encoder import Encoded, LatentEncoder, draw_latents
