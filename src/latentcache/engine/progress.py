@@ -103,7 +103,7 @@ class RunProgress:
         if len(before) != len(stats):  # an actor came or went
             self._previous = (now, stats)
         elif stats and now - then >= _BOTTLENECK_EVERY_S:
-            self._bottleneck = bottleneck(before, stats, now - then)
+            self._bottleneck = _bottleneck(before, stats, now - then)
             self._previous = (now, stats)
         self._show()
 
@@ -145,14 +145,10 @@ class RunProgress:
         )
 
 
-def bottleneck(
+def _bottleneck(
     before: list[dict[str, float]], after: list[dict[str, float]], seconds: float
 ) -> str:
-    """Return the slowest stage between two polls of the same actors; "" if there is none.
-
-    Args:
-        before, after, seconds: `Totals.stats` of each actor at the polls, and the time between.
-    """
+    """Return the slowest stage between two polls of the same actors; "" if there is none."""
     loads = PipelineLoad()
     for old, new in zip(before, after, strict=True):
         for stage in STAGES:
