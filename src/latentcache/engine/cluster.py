@@ -20,8 +20,8 @@ import torch
 from ray.exceptions import ActorDiedError, OutOfMemoryError, RayError, RayTaskError
 
 from latentcache.dataset.receipts import Receipt
-from latentcache.engine.actors import ActorLost
 from latentcache.engine.connection import connect
+from latentcache.engine.dispatcher import ActorLost
 from latentcache.engine.job import UNITS_PER_ACTOR, Job, UnitFailure, UnitTask
 from latentcache.engine.nodes import NodeShape, Versions, cpus_per_actor
 from latentcache.engine.prometheus import ActorMetrics
@@ -250,7 +250,7 @@ def _with_host(error: LatentCacheError) -> LatentCacheError:
 
 
 class Cluster(Workers):
-    """The actors of a run, which a `Dispatcher` drives; see `engine.actors.Actors`."""
+    """The actors of a run, which a `Dispatcher` drives."""
 
     actor_class: type = _EncoderActor
 
@@ -264,15 +264,15 @@ class Cluster(Workers):
         """Start a call of an actor's method and return its handle.
 
         Args:
-            actor, method, args: see `Actors.call`.
+            actor, method, args: from `start_actor`, and the name of its method and the arguments.
         """
         return getattr(actor, method).remote(*args)
 
     def wait(self, calls: Sequence[Any], timeout_s: float) -> Sequence[Any]:
-        """Return the calls that have ended, as `Actors.wait` does; raise if Ray itself is lost.
+        """Return the calls that have ended, as soon as there is one; raise if Ray itself is lost.
 
         Args:
-            calls, timeout_s: see `Actors.wait`.
+            calls, timeout_s: without calls it waits for the whole `timeout_s`.
         """
         self._connection.require_alive()
         if not calls:
@@ -283,10 +283,10 @@ class Cluster(Workers):
         return [*ended, *others]
 
     def result(self, call: Any, node: str | None) -> Any:
-        """Return the result of a call, as `Actors.result` does.
+        """Return the result of a call that ended (`UnitFailure`: its error), or raise `ActorLost`.
 
         Args:
-            call, node: see `Actors.result`.
+            call, node: `node` is what `setup` of its actor returned; None before its end.
         """
         try:
             return ray.get(call)

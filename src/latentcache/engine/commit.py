@@ -8,7 +8,7 @@ from queue import SimpleQueue
 from typing import NamedTuple
 
 from latentcache.dataset.receipts import Receipt, read_receipts
-from latentcache.engine.actors import Finished
+from latentcache.engine.dispatcher import Finished
 from latentcache.errors import DeadlinePassed
 from latentcache.storage import Store
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from latentcache import clock
 from latentcache.dataset.receipts import PUT_WITHIN_S, Unit, new_attempt
-from latentcache.engine.actors import ActorLost, Actors, Event, Failed, Finished, Polled, Retries
 from latentcache.engine.job import UNITS_PER_ACTOR, Job, UnitFailure, UnitTask
 from latentcache.engine.plan import PlannedUnit
 from latentcache.engine.waiting import StopSignal
@@ -36,6 +35,65 @@ _MAX_START_FAILURES = 5
 # After this many losses a unit runs alone on its actor. A unit that takes nodes down, for example
 # by using all their memory, then takes no other unit down with it.
 _ALONE_AFTER_LOSSES = 3
+
+
+class ActorLost(Exception):
+    """An actor is lost; `has_crashed` is True if its node is still alive."""
+
+    def __init__(self, message: str, *, has_crashed: bool) -> None:
+        super().__init__(message)
+        self.has_crashed = has_crashed
+
+
+class Finished(NamedTuple):
+    """A unit that was encoded and uploaded, with the bytes of the receipt to put.
+
+    The receipt is of another attempt than `task` if another run has committed the unit. It must not
+    be put after `valid_until`, in seconds of `clock.boot_time_s`.
+    """
+
+    task: UnitTask
+    receipt: bytes
+    unit: PlannedUnit
+    valid_until: float
+
+
+class Failed(NamedTuple):
+    """A unit that failed for good; for `changed` and `lacks_field` see `UnitFailure`."""
+
+    task: UnitTask
+    message: str
+    changed: bool = False
+    lacks_field: bool = False
+
+
+class Polled(NamedTuple):
+    """The latest `UnitRunner.stats` of each actor, and the number of actors lost so far."""
+
+    stats: list[dict[str, float]]
+    num_lost: int
+
+
+Event = Finished | Failed | Polled
+
+
+class Retries(NamedTuple):
+    """How often a unit is tried again after its own failures, and after losses of its node."""
+
+    failures: int
+    preemptions: int
+
+
+class _Actors(Protocol):
+    """The operations of a `Cluster` that the dispatcher needs; actors and calls are opaque."""
+
+    num_actors: int
+
+    def start_actor(self, job: Job) -> Any: ...
+    def call(self, actor: Any, method: str, *args: Any) -> Any: ...
+    def wait(self, calls: Sequence[Any], timeout_s: float) -> Sequence[Any]: ...
+    def result(self, call: Any, node: str | None) -> Any: ...
+    def kill(self, actor: Any) -> None: ...
 
 
 class _Assignment(NamedTuple):
@@ -133,13 +191,13 @@ class Dispatcher:
     """A loop that supplies actors with units until all units are done or have failed.
 
     The cost of a finished unit does not grow with the number of units. It grows with the number of
-    actors only by the cost of `Actors.wait`. `stop` ends the loop early when it has a reason.
+    actors only by the cost of `Cluster.wait`. `stop` ends the loop early when it has a reason.
     `may_read` returns whether the driver may read a source that a store refused to an actor.
     """
 
     def __init__(
         self,
-        actors: Actors,
+        actors: _Actors,
         job: Job,
         pending: Iterable[PlannedUnit],
         retries: Retries,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from latentcache.dataset.columns import Columns
 from latentcache.dataset.receipts import MAX_FIELDS, Receipt, UnitSummary
-from latentcache.engine.actors import Finished
+from latentcache.engine.dispatcher import Finished
 from latentcache.engine.plan import PlannedUnit
 from latentcache.errors import ConfigError
 from latentcache.images.samples import escaped

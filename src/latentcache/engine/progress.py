@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column
 
 from latentcache.bottleneck import STAGES, PipelineLoad
-from latentcache.engine.actors import Polled
+from latentcache.engine.dispatcher import Polled
 from latentcache.errors import one_line
 from latentcache.log import Level, write_json
 

@@ -16,11 +16,10 @@ from latentcache.config import Config, require_kind
 from latentcache.dataset.contract import require_same
 from latentcache.dataset.manifest import Manifest
 from latentcache.dataset.receipts import Receipt, Unit, put_failure
-from latentcache.engine.actors import Failed, Finished, Retries
 from latentcache.engine.cluster import Cluster
 from latentcache.engine.commit import Committed, Committer, Expired
 from latentcache.engine.contract_setup import put_contract
-from latentcache.engine.dispatcher import Dispatcher
+from latentcache.engine.dispatcher import Dispatcher, Failed, Finished, Retries
 from latentcache.engine.job import make_job
 from latentcache.engine.kept_fields import FieldCheck, spread
 from latentcache.engine.lease import Lease, active_runs, wait_for_other_runs
