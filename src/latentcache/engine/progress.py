@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column
 
 from latentcache.bottleneck import STAGES, PipelineLoad
+from latentcache.dataset.receipts import UnitRecord
 from latentcache.engine.dispatcher import Polled
 from latentcache.errors import one_line
 from latentcache.log import Level, write_json
@@ -80,15 +81,11 @@ class RunProgress:
         if self._log_json:
             write_json(event, message, level, **fields)
 
-    def unit_done(self, num_rows: int, num_rejects: int) -> None:
-        """Count a committed unit.
-
-        Args:
-            num_rows, num_rejects: its numbers of rows and of rejects.
-        """
+    def add_unit(self, record: UnitRecord) -> None:
+        """Count a committed unit."""
         self._num_done += 1
-        self._num_rows += num_rows
-        self._num_rejects += num_rejects
+        self._num_rows += record.num_rows
+        self._num_rejects += record.num_rejects
         self._show()
 
     def polled(self, event: Polled) -> None:

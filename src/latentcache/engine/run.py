@@ -258,7 +258,7 @@ class _Driver:
                 if event not in self._shown_notes:
                     self._shown_notes.add(event)
                     self._progress.say(event, message, "warning")
-            self._progress.unit_done(receipt.record.num_rows, receipt.record.num_rejects)
+            self._progress.add_unit(receipt.record)
             self.check_gates()
             dispatcher.min_qa_rows = self.counts.missing_qa_rows()
             num_units, since = self._manifest_at

@@ -1,7 +1,7 @@
 """The part of an actor that does not depend on Ray: it loads models, runs units and calibrates.
 
-To calibrate is to measure the open values of a contract on real images, once, before a first run:
-the precision if the config says `auto`, and the scale and zero point of int8.
+Calibration measures the open values of a contract on real images, once, before a first run: the
+precision if the config says `auto`, and the scale and zero point of int8.
 """
 
 from __future__ import annotations
