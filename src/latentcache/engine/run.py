@@ -17,7 +17,7 @@ from latentcache.dataset.contract import require_same
 from latentcache.dataset.manifest import Manifest
 from latentcache.dataset.receipts import Receipt, Unit, put_failure
 from latentcache.engine.cluster import Cluster
-from latentcache.engine.commit import Committed, Committer, Expired
+from latentcache.engine.commit import Committed, Committer
 from latentcache.engine.contract_setup import put_contract
 from latentcache.engine.dispatcher import Dispatcher, Failed, Finished, Retries
 from latentcache.engine.job import make_job
@@ -246,11 +246,11 @@ class _Driver:
             units_failed=num_failed,
         )
 
-    def _handle_puts(self, results: Iterable[Committed | Expired], dispatcher: Dispatcher) -> None:
+    def _handle_puts(self, results: Iterable[Committed | Finished], dispatcher: Dispatcher) -> None:
         """Count units whose receipts were put; encode those again whose receipts came too late."""
         for result in results:
-            if isinstance(result, Expired):
-                self._encode_again(result.finished, dispatcher)
+            if isinstance(result, Finished):
+                self._encode_again(result, dispatcher)
                 continue
             receipt = result.receipt
             self.counts.add(result)
