@@ -34,7 +34,7 @@ from latentcache.engine import work as work_module
 from latentcache.engine.cluster import Cluster
 from latentcache.engine.commit import Committer
 from latentcache.engine.job import UNITS_PER_ACTOR, Job, UnitTask
-from latentcache.engine.versions import Versions
+from latentcache.engine.nodes import Versions
 from simulated import Clock, Costs, SimulatedCluster, make_config, make_receipt
 
 DATA = Path(__file__).parent / ".data"

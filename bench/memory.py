@@ -82,7 +82,7 @@ class Watch(threading.Thread):
     def run(self) -> None:
         """Watch until `is_over` is set."""
         while not self.is_over:
-            self.seen.append((int(self._runner.stats()["num_rows"]), resident_bytes()))
+            self.seen.append((int(self._runner.totals.stats()["num_rows"]), resident_bytes()))
             time.sleep(0.005)
 
 
@@ -104,7 +104,7 @@ def measure(folder: Path, num_threads: int) -> dict[str, float]:
     steady = np.array([peak for peak in peaks[:-1] if peak[0] >= rows.max() / 5])
     slope = np.polyfit(steady[:, 0], steady[:, 1], 1)[0]
     return {
-        "num_images": float(int(runner.stats()["num_rows"])),
+        "num_images": float(int(runner.totals.stats()["num_rows"])),
         "num_decode_threads": float(num_threads),
         "before_mib": before / MIB,
         "peak_mib": held.max() / MIB,

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latentcache.bottleneck import STAGES, PipelineLoad
-from latentcache.engine.progress import bottleneck
+from latentcache.engine.progress import _bottleneck
 
 THREADS = {"fetch": 2, "decode": 4, "encode": 1, "write": 2, "qa": 1, "upload": 2}
 
@@ -98,11 +98,11 @@ def stats(**busy_s: float) -> dict[str, float]:
 def test_live_bottleneck_counts_only_work_between_two_polls():
     before = [stats(decode=1000.0), stats(encode=3.0)]
     after = [stats(decode=1004.0, encode=8.0), stats(encode=12.0)]
-    assert bottleneck(before, after, 10.0) == "bottleneck: encoder (expected)"
+    assert _bottleneck(before, after, 10.0) == "bottleneck: encoder (expected)"
     after = [stats(decode=1040.0, encode=5.0), stats(encode=8.0, decode=30.0)]
-    assert bottleneck(before, after, 10.0).startswith("bottleneck: decoding; add 3 threads")
+    assert _bottleneck(before, after, 10.0).startswith("bottleneck: decoding; add 3 threads")
 
 
 def test_idle_actors_have_no_bottleneck():
-    assert bottleneck([stats()], [stats(encode=1.0)], 10.0) == ""
-    assert bottleneck([stats()], [stats()], 10.0) == ""
+    assert _bottleneck([stats()], [stats(encode=1.0)], 10.0) == ""
+    assert _bottleneck([stats()], [stats()], 10.0) == ""

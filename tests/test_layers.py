@@ -25,7 +25,6 @@ LAYERS = {
     "startup": 0.25,
     "clock": 0.25,
     "log": 0.25,
-    "prefetch": 0.25,
     "urls": 0.25,
     "yaml_files": 0.25,
     "storage_options": 0.25,

@@ -25,8 +25,7 @@ _MIN_BUSY_S = 10.0
 class StageLoad:
     """The load of one stage, over any number of units and actors.
 
-    `busy_s` and `wait_s` are as in receipts. `alone_s` is the time in seconds that its threads
-    would need for the work if they never waited for other stages.
+    `alone_s` is the time that its threads would need if they never waited for other stages.
     """
 
     busy_s: float = 0.0
@@ -49,9 +48,7 @@ class PipelineLoad:
         """Add work of a stage.
 
         Args:
-            stage, busy_s, wait_s: the stage, and its work and waiting in seconds, summed over
-                threads.
-            num_threads: number of threads that did the work.
+            stage, busy_s, wait_s, num_threads: both times are in seconds, summed over the threads.
         """
         load = self.stages.setdefault(stage, StageLoad())
         load.busy_s += busy_s
@@ -95,10 +92,10 @@ class PipelineLoad:
 
 @dataclass(frozen=True, slots=True)
 class Bottleneck:
-    """The slowest stage of a run; `alone_s` is as in `StageLoad`.
+    """The slowest stage of a run.
 
-    For decoding, `num_threads` is the number of threads of each actor, and `num_threads_needed` the
-    number with which decoding would not be the slowest stage.
+    Only decoding has numbers of threads: `num_threads_needed` of them, in each actor, would make
+    another stage the slowest.
     """
 
     stage: str

@@ -9,9 +9,5 @@ _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 
 def boot_time_s() -> float:
-    """Return the seconds since the machine booted, including the time it was suspended.
-
-    Callers compare two readings of one process. Call it as `clock.boot_time_s()`, so that a test
-    can replace it.
-    """
+    """Return the seconds since boot; call it as `clock.boot_time_s()`, so tests can replace it."""
     return time.clock_gettime(_CLOCK)

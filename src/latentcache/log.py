@@ -21,8 +21,7 @@ def write_json(event: str, message: str, level: Level = "info", **fields: Any) -
     """Write one JSON object in ASCII to stderr, with the time and the redacted arguments.
 
     Args:
-        event: a stable name of the event.
-        message, level: one line for people, and its severity; `fields` are further members.
+        event, message, level, fields: a stable name, a line for people, and further members.
     """
     time = datetime.now(UTC).isoformat(timespec="milliseconds")
     tree = {"time": time, "level": level, "event": event, "message": message, **fields}

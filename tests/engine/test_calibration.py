@@ -18,12 +18,12 @@ from latentcache.dataset.contract import Contract, QuantizationContract
 from latentcache.dataset.quantization import fit, to_stored, to_values
 from latentcache.dataset.receipts import Receipt, new_attempt
 from latentcache.dataset.shards import iterate_latents
-from latentcache.engine import calibration as calibration_module
 from latentcache.engine import unit as unit_module
-from latentcache.engine.calibration import calibrate
+from latentcache.engine import worker as worker_module
 from latentcache.engine.job import Job, UnitTask
 from latentcache.engine.plan import units_of
 from latentcache.engine.unit import UnitRunner
+from latentcache.engine.worker import calibrate
 from latentcache.errors import SourceError
 from latentcache.images.source import SourceShard, list_shards
 from latentcache.metrics import drift_db
@@ -151,14 +151,14 @@ def test_calibration_reads_few_images_of_few_shards(
     write_shards(tmp_path, num_shards, in_each)
     job, shards = plan_job(tmp_path, checkpoint, calibration={"num_images": 32})
     read: Counter[str] = Counter()
-    read_shard = calibration_module.read_images
+    read_shard = worker_module.read_images
 
     def count(shard: SourceShard, *args: Any, **options: Any) -> Iterator[Any]:
         for sample in read_shard(shard, *args, **options):
             read[shard.url] += 1
             yield sample
 
-    monkeypatch.setattr(calibration_module, "read_images", count)
+    monkeypatch.setattr(worker_module, "read_images", count)
     calibrate(vae, job, shards)
     assert len(read) == num_opened
     assert read.total() == 32

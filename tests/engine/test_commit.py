@@ -11,7 +11,7 @@ import pytest
 
 from latentcache import clock
 from latentcache.dataset.receipts import Receipt, Unit, list_receipt_names, new_attempt
-from latentcache.engine.commit import Committer, Expired
+from latentcache.engine.commit import Committer
 from latentcache.engine.dispatcher import Finished
 from latentcache.engine.job import UnitTask
 from latentcache.engine.plan import PlannedUnit
@@ -126,5 +126,5 @@ def test_expired_receipt_is_not_put(tmp_path: Path):
         for receipt in (late, first):
             committer.put(finished(receipt, valid_until=clock.boot_time_s() - 1))
         results = list(committer.drain())
-    assert all(isinstance(result, Expired) for result in results)
+    assert all(isinstance(result, Finished) for result in results)
     assert list_receipt_names(store) == [first.record.name]

@@ -21,11 +21,18 @@ from latentcache import make_plan, run
 from latentcache.dataset.manifest import list_manifests
 from latentcache.dataset.receipts import Receipt, Unit, list_receipt_names
 from latentcache.engine import run as run_module
-from latentcache.engine.actors import ActorLost, Event, Failed, Finished, Polled, Retries
-from latentcache.engine.dispatcher import Dispatcher
+from latentcache.engine.dispatcher import (
+    ActorLost,
+    Dispatcher,
+    Event,
+    Failed,
+    Finished,
+    Polled,
+    Retries,
+)
 from latentcache.engine.job import UNITS_PER_ACTOR, Job, UnitFailure
 from latentcache.engine.plan import PlannedUnit
-from latentcache.engine.stop import StopSignal
+from latentcache.engine.waiting import StopSignal
 from latentcache.errors import (
     AccessDenied,
     ClusterError,

@@ -13,11 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latentcache.dataset.receipts import Receipt, Unit
-from latentcache.engine.actors import ActorLost, Failed, Finished, Retries
-from latentcache.engine.dispatcher import Dispatcher
+from latentcache.engine.dispatcher import ActorLost, Dispatcher, Failed, Finished, Retries
 from latentcache.engine.job import UNITS_PER_ACTOR, Job, UnitFailure, UnitTask
 from latentcache.engine.plan import PlannedUnit
-from latentcache.engine.stop import StopSignal
+from latentcache.engine.waiting import StopSignal
 from latentcache.errors import ClusterError
 from latentcache.storage_options import StorageOptions
 from makers import make_contract

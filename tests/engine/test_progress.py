@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,7 +18,7 @@ def test_narrow_terminal_shows_complete_counts(
         monkeypatch.setenv(name, value)
     with RunProgress(5000) as progress:
         for _ in range(12):
-            progress.unit_done(num_rows=1000, num_rejects=3)
+            progress.add_unit(SimpleNamespace(num_rows=1000, num_rejects=3))
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)
     assert "12/5000 units" in shown
     assert "36 rejects" in " ".join(shown.split())

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latentcache.engine.sizing import NodeShape, cpus_per_actor
+from latentcache.engine.nodes import NodeShape, cpus_per_actor
 from latentcache.errors import ClusterError
 
 NODES = st.lists(st.builds(NodeShape, st.integers(0, 70), st.integers(0, 8)), max_size=8)

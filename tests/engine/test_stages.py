@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latentcache.engine.stages import ByteBudget, OldestFirstPool, StageTimes
-from latentcache.prefetch import PrefetchIterator
+from latentcache.engine.stages import ByteBudget, OldestFirstPool, PrefetchIterator, StageTimes
 
 # So long that only a hang reaches it; nothing here waits for time to pass.
 HANG_S = 60.0

@@ -19,8 +19,7 @@ from latentcache.dataset.receipts import Receipt, Unit, UnitRecord, new_attempt,
 from latentcache.dataset.state import State, remove_units, write_next
 from latentcache.dataset.statistics import Statistics
 from latentcache.engine.lease import Lease
-from latentcache.engine.status import Status, read_status
-from latentcache.engine.watch import Watched, watch
+from latentcache.engine.status import Status, Watched, read_status, watch
 from latentcache.storage import Store
 from latentcache.storage_options import StorageOptions
 from makers import make_contract

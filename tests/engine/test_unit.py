@@ -484,7 +484,7 @@ def test_two_concurrent_units_give_the_same_rows_as_one_by_one(tmp_path: Path, m
             for bucket, actual in rows.items():
                 for key, latent in actual.items():
                     assert torch.equal(latent, same[bucket][key])
-        stats = bench.runner.stats()
+        stats = bench.runner.totals.stats()
     assert stats["num_rows"] == 4 * 20
     assert stats["num_rejects"] == 4
     assert stats["encode_busy_s"] > 0

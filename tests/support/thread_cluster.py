@@ -31,7 +31,7 @@ class ThreadActor:
 
     def stats(self) -> dict[str, float]:
         assert self._runner
-        return self._runner.stats()
+        return self._runner.totals.stats()
 
 
 class ThreadCluster:

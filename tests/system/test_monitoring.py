@@ -298,7 +298,7 @@ def test_counters_only_increase(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("ray.util.metrics.Gauge", Spy)
     metrics = RunMetrics("photos")
     for num_lost in (0, 2, 1, 2, 5):
-        metrics.update_actors(1, num_lost)
+        metrics.update(actors=1, actors_lost_total=num_lost)
     lost = [(value, labels) for name, value, labels in updates if name.endswith("_lost_total")]
     assert lost == [(2, {"dataset": "photos"}), (3, {"dataset": "photos"})]
     assert sum(name == "latentcache_actors" for name, _, _ in updates) == 5

@@ -13,7 +13,7 @@ import pytest
 
 import latentcache
 from corpus import Shard, good, objects
-from latentcache.engine.versions import Versions
+from latentcache.engine.nodes import Versions
 from latentcache.errors import ClusterError
 from nodes import Nodes, Turnstile, parent_of, ray_nodes
 from runs import (

@@ -16,9 +16,8 @@ if TYPE_CHECKING:
     from latentcache.config import Config
     from latentcache.engine.forecast import Forecast
     from latentcache.engine.plan import Plan
-    from latentcache.engine.status import Status
+    from latentcache.engine.status import Status, Watched
     from latentcache.engine.summary import RunSummary
-    from latentcache.engine.watch import Watched
 
 
 @base.app.command("run")
@@ -273,8 +272,7 @@ def status_command(
     json_: base.Json = False,
 ) -> None:
     """Show the progress of a dataset and its active runs."""
-    from latentcache.engine.status import read_status
-    from latentcache.engine.watch import watch
+    from latentcache.engine.status import read_status, watch
 
     url, options, _ = base.locate(target, set_)
     if watch_:

@@ -8,7 +8,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -57,7 +57,7 @@ def at_boundary(task: UnitTask, run: Callable[[], R]) -> R | UnitFailure:
     """Return the result of `run`, or the failure of the unit if `run` raises.
 
     Args:
-        task, run: the unit, for messages, and a function that encodes or rewrites it.
+        task, run: the unit, for messages, and what encodes or rewrites it.
     """
     try:
         return run()
@@ -118,28 +118,18 @@ class AttemptRunner:
         self.output = Store(job.output_url, job.output_storage)
 
     def run(self, task: UnitTask) -> Receipt | UnitFailure:
-        """Run one unit and upload its files; return its receipt, or why it failed.
-
-        If another run has committed the unit, its receipt is returned.
-        """
+        """Run one unit and upload its files; return its receipt, perhaps that of another run."""
         return at_boundary(task, partial(self._run, task))
 
     def _run(self, task: UnitTask) -> Receipt:
-        if committed := self._committed_receipt(task):
-            return committed
+        if task.max_samples is None:
+            with suppress(StorageError):  # the unit may be encoded for nothing, but no row is lost
+                (receipt,) = read_receipts(self.output, [f"{task.unit.id}-{task.generation}"])
+                return receipt
         try:
             return self._attempt(task, gather=False)
         except NotGrouped:
             return self._attempt(task, gather=True)
-
-    def _committed_receipt(self, task: UnitTask) -> Receipt | None:
-        if task.max_samples is not None:
-            return None
-        try:
-            (receipt,) = read_receipts(self.output, [f"{task.unit.id}-{task.generation}"])
-        except StorageError:  # the unit may then be encoded for nothing, but no row is lost
-            return None
-        return receipt
 
     def _attempt(self, task: UnitTask, *, gather: bool) -> Receipt:
         with TemporaryDirectory(prefix="latentcache-") as folder:
@@ -147,10 +137,6 @@ class AttemptRunner:
 
     def _new_attempt(self, task: UnitTask, folder: Path, gather: bool) -> Attempt:
         raise NotImplementedError
-
-    def stats(self) -> dict[str, float]:
-        """Return the counts and times of all attempts; see `Totals.stats`."""
-        return self.totals.stats()
 
 
 class SampleCounts:
@@ -175,8 +161,7 @@ class SampleCounts:
         """Raise unless samples = rows + rejects, and images = rows + rejects + extra images.
 
         Args:
-            title, num_rows, num_rejects: the title of the unit, and what was written.
-            num_rejects_with_image: the number of these rejects that stand for an image.
+            title, num_rows, num_rejects, num_rejects_with_image: the unit, and what was written.
         """
         if num_rows + num_rejects != self.num_samples:
             raise AssertionError(
@@ -192,10 +177,7 @@ class SampleCounts:
 
 
 class Attempt:
-    """One attempt at one unit, with a local folder of its own.
-
-    With `gather` it reads a tar whose samples are not grouped by key.
-    """
+    """One attempt at one unit; with `gather` it reads a tar that is not grouped by key."""
 
     def __init__(self, runner: AttemptRunner, task: UnitTask, folder: Path, gather: bool) -> None:
         self.job, self.output, self.totals = runner.job, runner.output, runner.totals
@@ -212,7 +194,7 @@ class Attempt:
         self.writers: dict[Bucket, BucketWriter] = {}
 
     def run(self) -> Receipt:
-        """Make and upload the files of the unit, and return its receipt."""
+        """Make and upload the files of the unit."""
         raise NotImplementedError
 
     def read_samples(
@@ -234,7 +216,6 @@ class Attempt:
             yield sample
 
     def _append(self, bucket: Bucket, latents: torch.Tensor, rows: Sequence[RowMeta]) -> None:
-        """Write rows to the files of their bucket, which the first call creates."""
         if bucket not in self.writers:
             stem = self.folder / f"{self.stem}-{bucket.name}"
             unit_id = self.task.unit.id
@@ -247,7 +228,7 @@ class Attempt:
         self.totals.count_reject(row)
 
     @contextmanager
-    def writing(self) -> Iterator[None]:
+    def _writing(self) -> Iterator[None]:
         """Close the files of all buckets on leaving; abandon them after an error."""
         try:
             yield
@@ -259,15 +240,10 @@ class Attempt:
                 writer.abandon()
             raise
 
-    def publish(
+    def _publish(
         self, writers: Iterable[BucketWriter], qa: Callable[[], tuple[Path, QaFile] | None]
     ) -> UnitRecord:
-        """Check the closed files, upload them, and return the record of the unit.
-
-        Args:
-            writers: the writers of the unit's buckets, in the order of the record.
-            qa: writes the local QA file; returns its path and its entry in the record, or None.
-        """
+        """Check and upload the closed files and the QA file that `qa` writes, if any."""
         files: list[tuple[Path, DataFile]] = []
         num_rows, unit = 0, self.task.unit
         with self.times["write"].working():
@@ -309,7 +285,7 @@ class Attempt:
             reject_reasons=count_reasons(self.rejects),
         )
 
-    def measured(self) -> dict[str, Any]:
+    def _measured(self) -> dict[str, Any]:
         """Return the fields of the receipt that this attempt measured."""
         return {
             "stages": {stage: times.to_json() for stage, times in self.times.items()},
@@ -325,7 +301,6 @@ def reject_row(
     """Return the reject row of a sample.
 
     Args:
-        key, reject: the key of the sample, if it has one, and why it was rejected.
-        thumbnail, has_image: a small picture of the image, if decoded, and whether it has an image.
+        key, reject, thumbnail, has_image: `thumbnail` is a small picture, if the image was decoded.
     """
     return RejectRow(key, reject.stage, reject.reason, reject.message, thumbnail, has_image)

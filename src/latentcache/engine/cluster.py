@@ -1,7 +1,6 @@
 """Ray: actors on GPUs or CPUs, and whether a lost actor crashed or was preempted.
 
-Besides this file only `connection.py` and, for metrics, `prometheus.py` import ray. Ray does not
-restart actors or retry their calls: the driver's loop in `dispatcher.py` does.
+Ray does not restart actors or retry their calls: the driver's loop in `dispatcher.py` does.
 """
 
 from __future__ import annotations
@@ -21,12 +20,11 @@ import torch
 from ray.exceptions import ActorDiedError, OutOfMemoryError, RayError, RayTaskError
 
 from latentcache.dataset.receipts import Receipt
-from latentcache.engine.actors import ActorLost
 from latentcache.engine.connection import connect
+from latentcache.engine.dispatcher import ActorLost
 from latentcache.engine.job import UNITS_PER_ACTOR, Job, UnitFailure, UnitTask
+from latentcache.engine.nodes import NodeShape, Versions, cpus_per_actor
 from latentcache.engine.prometheus import ActorMetrics
-from latentcache.engine.sizing import NodeShape, cpus_per_actor
-from latentcache.engine.versions import Versions
 from latentcache.engine.waiting import NO_WAIT, Reminder, WaitPolicy
 from latentcache.engine.worker import ActorRunner
 from latentcache.errors import ClusterError, LatentCacheError, StorageError, first_line
@@ -53,10 +51,6 @@ def _call_with_device(function: Callable[..., A], arguments: Sequence[Any]) -> A
     return function(*arguments, _device())
 
 
-def _do_nothing() -> None:
-    """Do nothing; as a pending task this makes an autoscaler add a node."""
-
-
 class _CallingActor:
     """An actor that calls functions, whose module-level caches stay with its process and GPU."""
 
@@ -70,16 +64,10 @@ class _CallingActor:
 
 
 class Workers:
-    """A connection to Ray, a private cluster or the one at RAY_ADDRESS, which calls functions.
+    """A connection to Ray, which calls functions on actors; see `connect` and `cpus_per_actor`.
 
-    Args:
-        num_gpus: the number of actors with one GPU each; 0 for actors on CPUs.
-        num_cpu_actors: the number of actors on CPUs if `num_gpus` is 0.
-        decode_threads: CPUs of each actor; None takes the most with which all actors fit.
-        wait_policy: how long to wait for a GPU, and what to call during this and other waits.
-
-    Raises:
-        ClusterError: Ray cannot be reached, has no GPU in time, or has no node for an actor.
+    It has `num_gpus` actors with one GPU each or, if that is 0, `num_cpu_actors` on CPUs. Raises a
+    `ClusterError` if Ray cannot be reached, has no GPU in time, or has no node for an actor.
     """
 
     def __init__(
@@ -119,7 +107,7 @@ class Workers:
         wait_s = self._wait_policy.wait_for_gpus_s
         reminder, began = Reminder(self._wait_policy.say), time.monotonic()
         # An autoscaler adds nodes only for pending tasks and actors.
-        task = ray.remote(_do_nothing).options(num_gpus=1, num_cpus=1)
+        task = ray.remote(_device).options(num_gpus=1, num_cpus=1)
         ref = self._connection.ask(task.remote)
         while not self._has_gpu():
             left_s = began + wait_s - time.monotonic()
@@ -145,10 +133,7 @@ class Workers:
         return [NodeShape(int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in nodes]
 
     def ask(self, function: Callable[..., A], *arguments: Any) -> A:
-        """Return the result of a function on an actor, whose device it gets as its last argument.
-
-        The device is `cuda` or `cpu`. See `map` for retries and errors.
-        """
+        """Return the result of a function on an actor; its last argument is `cuda` or `cpu`."""
         (answer,) = self.map(partial(_call_with_device, function), [arguments])
         return answer
 
@@ -159,7 +144,7 @@ class Workers:
         error is raised: that of the function, or a `ClusterError`.
 
         Args:
-            function, items: a picklable function of one item, and its arguments.
+            function, items: the function is picklable.
         """
         items = list(items)
         actors = [self._start_caller() for _ in range(min(self.num_actors, len(items)))]
@@ -254,9 +239,8 @@ class _EncoderActor:
     def stats(self) -> dict[str, float]:
         if self._runner is None:
             return {}
-        stats = self._runner.stats()
-        self._metrics.update(stats, self._runner.rejects)
-        return stats
+        self._metrics.update_totals(self._runner.totals)
+        return self._runner.totals.stats()
 
 
 def _with_host(error: LatentCacheError) -> LatentCacheError:
@@ -266,7 +250,7 @@ def _with_host(error: LatentCacheError) -> LatentCacheError:
 
 
 class Cluster(Workers):
-    """The actors of a run, which a `Dispatcher` drives; see `engine.actors.Actors`."""
+    """The actors of a run, which a `Dispatcher` drives."""
 
     actor_class: type = _EncoderActor
 
@@ -280,15 +264,15 @@ class Cluster(Workers):
         """Start a call of an actor's method and return its handle.
 
         Args:
-            actor, method: from `start_actor`, and its method's name; `args` are the arguments.
+            actor, method, args: from `start_actor`, and the name of its method and the arguments.
         """
         return getattr(actor, method).remote(*args)
 
     def wait(self, calls: Sequence[Any], timeout_s: float) -> Sequence[Any]:
-        """Return the calls that have ended, as `Actors.wait` does; raise if Ray itself is lost.
+        """Return the calls that have ended, as soon as there is one; raise if Ray itself is lost.
 
         Args:
-            calls, timeout_s: calls in progress, and the longest wait in seconds.
+            calls, timeout_s: without calls it waits for the whole `timeout_s`.
         """
         self._connection.require_alive()
         if not calls:
@@ -299,10 +283,10 @@ class Cluster(Workers):
         return [*ended, *others]
 
     def result(self, call: Any, node: str | None) -> Any:
-        """Return the result of a call, as `Actors.result` does.
+        """Return the result of a call that ended (`UnitFailure`: its error), or raise `ActorLost`.
 
         Args:
-            call, node: a call that has ended, and its actor's node, None before its setup ended.
+            call, node: `node` is what `setup` of its actor returned; None before its end.
         """
         try:
             return ray.get(call)

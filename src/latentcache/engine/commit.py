@@ -8,7 +8,7 @@ from queue import SimpleQueue
 from typing import NamedTuple
 
 from latentcache.dataset.receipts import Receipt, read_receipts
-from latentcache.engine.actors import Finished
+from latentcache.engine.dispatcher import Finished
 from latentcache.errors import DeadlinePassed
 from latentcache.storage import Store
 
@@ -23,25 +23,19 @@ class Committed(NamedTuple):
     is_ours: bool
 
 
-class Expired(NamedTuple):
-    """A unit whose receipt was not put in time, so that `gc` may have deleted its files."""
-
-    finished: Finished
-
-
 class Committer:
     """A thread pool that puts receipts in a store while the driver's loop continues.
 
-    A receipt counts only after `ended` or `drain` has yielded it; until then its unit is in
-    progress. There are never more puts in progress than threads. If the store is down, the run
-    therefore waits, and does not encode units that it cannot commit.
+    A unit is in progress until `ended` or `drain` has yielded its receipt. There are never more
+    puts in progress than threads, so a run does not encode units that it cannot commit. If a
+    receipt is not put in time, `gc` may have deleted the files, and they yield the unit itself.
     """
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._pool = ThreadPoolExecutor(_NUM_THREADS, "commit")
         self._num_in_progress = 0
-        self._ended: SimpleQueue[Future[Committed | Expired]] = SimpleQueue()
+        self._ended: SimpleQueue[Future[Committed | Finished]] = SimpleQueue()
 
     def __enter__(self) -> Committer:
         return self
@@ -54,29 +48,29 @@ class Committer:
         self._num_in_progress += 1
         self._pool.submit(self._put, finished).add_done_callback(self._ended.put)
 
-    def ended(self) -> Iterator[Committed | Expired]:
+    def ended(self) -> Iterator[Committed | Finished]:
         """Yield the puts that have ended, or raise their errors; wait for one if all are busy."""
         while not self._ended.empty() or self._num_in_progress >= _NUM_THREADS:
             yield self._next()
 
-    def drain(self) -> Iterator[Committed | Expired]:
+    def drain(self) -> Iterator[Committed | Finished]:
         """Yield all puts in progress, each as it ends, or raise their errors."""
         while self._num_in_progress:
             yield self._next()
 
-    def _next(self) -> Committed | Expired:
+    def _next(self) -> Committed | Finished:
         future = self._ended.get()
         self._num_in_progress -= 1
         return future.result()
 
-    def _put(self, finished: Finished) -> Committed | Expired:
+    def _put(self, finished: Finished) -> Committed | Finished:
         receipt = Receipt.from_bytes(finished.receipt)
         try:
             is_put = self._store.put_if_absent(
                 receipt.path, finished.receipt, valid_until=finished.valid_until
             )
         except DeadlinePassed:
-            return Expired(finished)
+            return finished
         if not is_put:
             # Another driver committed this unit first. Its rows are equally valid.
             (receipt,) = read_receipts(self._store, [receipt.record.name])

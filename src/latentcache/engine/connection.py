@@ -1,9 +1,8 @@
 """The connection to Ray: a private cluster of this process, or the one at RAY_ADDRESS.
 
-A private cluster listens on loopback addresses only and requires a random token, so that no other
-user and no other machine can run code in it. Calls into Ray block without end, and abort the
-process after a minute, once the processes that they call are dead. So each connection watches those
-processes, and `require_alive` reports a loss.
+No other user or machine can run code in a private cluster. Calls into Ray block without end, or
+abort the process after a minute, once the processes that they call are dead. So each connection
+watches those processes, and `require_alive` reports a loss.
 """
 
 from __future__ import annotations

@@ -92,13 +92,10 @@ def put_contract(
 ) -> Contract:
     """Put the contract if there is none, and probe whether the store has conditional writes.
 
-    Args:
-        config, output: the config of the run, and its store.
-        requested, resolved: the contract that the config requests, which may have open values, and
-            the same with the values that this run measured.
+    Return the contract at the output, which has the values of the driver that put it first.
 
-    Returns:
-        The contract at the output, which has the values of the driver that put it first.
+    Args:
+        config, output, requested, resolved: `resolved` has the values that this run measured.
 
     Raises:
         ContractMismatch: the output has a different contract.

@@ -1,24 +1,23 @@
 """The dispatcher: it assigns units to actors, two to each, and yields their results.
 
-Actors keep no state that a unit needs, so the loss of an actor costs only its units in progress.
-The cluster restarts and retries nothing. The dispatcher does both, because it distinguishes a
-crash, which counts against a unit, from a preemption, which does not.
+The loss of an actor costs only its units in progress. The cluster restarts and retries nothing. The
+dispatcher does both, because it distinguishes a crash, which counts against a unit, from a
+preemption, which does not.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from latentcache import clock
 from latentcache.dataset.receipts import PUT_WITHIN_S, Unit, new_attempt
-from latentcache.engine.actors import ActorLost, Actors, Event, Failed, Finished, Polled, Retries
 from latentcache.engine.job import UNITS_PER_ACTOR, Job, UnitFailure, UnitTask
 from latentcache.engine.plan import PlannedUnit
-from latentcache.engine.stop import StopSignal
+from latentcache.engine.waiting import StopSignal
 from latentcache.errors import AccessDenied, ClusterError, DiskFull, LatentCacheError, StorageError
 
 _POLL_S = 2.0
@@ -38,6 +37,65 @@ _MAX_START_FAILURES = 5
 _ALONE_AFTER_LOSSES = 3
 
 
+class ActorLost(Exception):
+    """An actor is lost; `has_crashed` is True if its node is still alive."""
+
+    def __init__(self, message: str, *, has_crashed: bool) -> None:
+        super().__init__(message)
+        self.has_crashed = has_crashed
+
+
+class Finished(NamedTuple):
+    """A unit that was encoded and uploaded, with the bytes of the receipt to put.
+
+    The receipt is of another attempt than `task` if another run has committed the unit. It must not
+    be put after `valid_until`, in seconds of `clock.boot_time_s`.
+    """
+
+    task: UnitTask
+    receipt: bytes
+    unit: PlannedUnit
+    valid_until: float
+
+
+class Failed(NamedTuple):
+    """A unit that failed for good; for `changed` and `lacks_field` see `UnitFailure`."""
+
+    task: UnitTask
+    message: str
+    changed: bool = False
+    lacks_field: bool = False
+
+
+class Polled(NamedTuple):
+    """The latest `UnitRunner.stats` of each actor, and the number of actors lost so far."""
+
+    stats: list[dict[str, float]]
+    num_lost: int
+
+
+Event = Finished | Failed | Polled
+
+
+class Retries(NamedTuple):
+    """How often a unit is tried again after its own failures, and after losses of its node."""
+
+    failures: int
+    preemptions: int
+
+
+class _Actors(Protocol):
+    """The operations of a `Cluster` that the dispatcher needs; actors and calls are opaque."""
+
+    num_actors: int
+
+    def start_actor(self, job: Job) -> Any: ...
+    def call(self, actor: Any, method: str, *args: Any) -> Any: ...
+    def wait(self, calls: Sequence[Any], timeout_s: float) -> Sequence[Any]: ...
+    def result(self, call: Any, node: str | None) -> Any: ...
+    def kill(self, actor: Any) -> None: ...
+
+
 class _Assignment(NamedTuple):
     """A unit on an actor; its receipt may be put until `valid_until`, counted from the dispatch."""
 
@@ -48,15 +106,12 @@ class _Assignment(NamedTuple):
 
 @dataclass(eq=False, slots=True)
 class _Worker:
-    """An actor with its calls in progress; `node` is None until its setup is done.
-
-    Actors of one `wave` were requested before any of them was lost.
-    """
+    """An actor with its calls; actors of one `wave` were requested before any of them was lost."""
 
     actor: Any
     setup: Any
     wave: int
-    node: str | None = None
+    node: str | None = None  # until its setup is done
     assigned: dict[Any, _Assignment] = field(default_factory=dict)
     poll: Any = None
     stats: dict[str, float] = field(default_factory=dict)
@@ -84,7 +139,7 @@ class _UnitQueue:
         """Queue a failed unit again, or yield it if it is not tried again.
 
         Args:
-            assignment, failure, is_suspect: the unit, its error, and whether it runs alone next.
+            assignment, failure, is_suspect: a suspect runs alone next.
         """
         if failure.fatal:
             raise failure.fatal
@@ -107,7 +162,7 @@ class _UnitQueue:
         Only a crash with a single unit in progress counts as a failure of that unit.
 
         Args:
-            assignments, has_crashed: the units; False if the node of the actor was lost.
+            assignments, has_crashed: False if the node of the actor was lost.
         """
         if has_crashed and len(assignments) == 1:
             source = assignments[0].unit.unit.source
@@ -136,18 +191,13 @@ class Dispatcher:
     """A loop that supplies actors with units until all units are done or have failed.
 
     The cost of a finished unit does not grow with the number of units. It grows with the number of
-    actors only by the cost of `Actors.wait`.
-
-    Args:
-        actors, job: the cluster, and the settings of all units.
-        pending, retries: the first units, and how often a unit is tried again.
-        stop: ends the loop early when it has a reason.
-        may_read: returns whether the driver may read a source that a store refused to an actor.
+    actors only by the cost of `Cluster.wait`. `stop` ends the loop early when it has a reason.
+    `may_read` returns whether the driver may read a source that a store refused to an actor.
     """
 
     def __init__(
         self,
-        actors: Actors,
+        actors: _Actors,
         job: Job,
         pending: Iterable[PlannedUnit],
         retries: Retries,

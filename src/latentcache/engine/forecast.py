@@ -1,7 +1,6 @@
 """Forecast of a run: one worker encodes real images, and its rate is extrapolated.
 
-The worker does what it does in a run, except QA and the upload. Its files go to a temporary folder,
-and nothing is written to the output.
+The worker does what it does in a run, except QA, and its files go to a temporary folder.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from tempfile import TemporaryDirectory
@@ -57,8 +56,7 @@ class Prices(NamedTuple):
 class Forecast:
     """The forecast for the pending units, at the rate of one actor times the number of actors.
 
-    `num_images` is the number of pending source bytes divided by the source bytes per image of the
-    trial. The rate excludes uploads: each actor must be able to send `upload_bytes_per_s`.
+    The rate excludes uploads: each actor must be able to send `upload_bytes_per_s`.
     """
 
     images_per_s: float
@@ -100,7 +98,6 @@ class Forecast:
 
 
 def _digits(number: float) -> str:
-    """Format a number with thousands separators, or with two significant digits below 100."""
     return f"{number:,.0f}" if number >= 100 else f"{number:.2g}"
 
 
@@ -115,8 +112,7 @@ def make_forecast(config: Config, plan: Plan, num_images: int, prices: Prices) -
     """Encode images of the pending shards on a worker of the cluster, and extrapolate.
 
     Args:
-        config, plan: the config of the run, and a plan with units to encode.
-        num_images, prices: the number of images to time, and the prices of compute and storage.
+        config, plan, num_images, prices: the plan has units to encode; `num_images` are timed.
 
     Raises:
         ClusterError: the cluster cannot be reached, or lacks what the config requests.
@@ -168,10 +164,10 @@ def _try_out(job: Job, shards: Sequence[SourceShard], num_images: int, device: s
     with TemporaryDirectory(prefix="latentcache-") as folder:
         local = replace(job, output_url=folder, output_storage=StorageOptions(), qa=None)
         runner = load_runner(local, device)
-        list(_run(runner, chosen[:1], each))
-        source_bytes = int(runner.stats()["num_source_bytes"])
+        _run(runner, chosen[:1], each)
+        source_bytes = int(runner.totals.stats()["num_source_bytes"])
         began = time.perf_counter()
-        receipts = list(_run(runner, chosen, each))
+        receipts = _run(runner, chosen, each)
         elapsed_s = time.perf_counter() - began
     loads = PipelineLoad()
     for receipt in receipts:
@@ -180,25 +176,27 @@ def _try_out(job: Job, shards: Sequence[SourceShard], num_images: int, device: s
     num_samples = sum(record.num_samples for record in records)
     if not num_samples:
         raise SourceError(f"{chosen[0].url} holds no sample to calibrate on")
-    is_cuda = device == "cuda"
+    cpus = f"{job.decode_threads} CPUs"
     return _Trial(
-        device=torch.cuda.get_device_name() if is_cuda else f"{job.decode_threads} CPUs",
+        device=torch.cuda.get_device_name() if device == "cuda" else cpus,
         num_samples=num_samples,
         elapsed_s=elapsed_s,
-        source_bytes=int(runner.stats()["num_source_bytes"]) - source_bytes,
+        source_bytes=int(runner.totals.stats()["num_source_bytes"]) - source_bytes,
         output_bytes=sum(file.size_bytes for record in records for file in record.files),
         bottleneck=str(loads.bottleneck),
     )
 
 
-def _run(runner: UnitRunner, shards: Sequence[SourceShard], max_samples: int) -> Iterator[Receipt]:
+def _run(runner: UnitRunner, shards: Sequence[SourceShard], max_samples: int) -> list[Receipt]:
     """Encode the first samples of each shard, with as many units at once as an actor has."""
     tasks = [
         UnitTask(unit, 0, new_attempt(), max_samples=max_samples, files=shard.files, url=shard.url)
         for shard, unit in zip(shards, units_of(shards, runner.job.contract), strict=True)
     ]
+    receipts = []
     with ThreadPoolExecutor(UNITS_PER_ACTOR) as pool:
         for result in pool.map(runner.run, tasks):
             if not isinstance(result, Receipt):
                 raise result.fatal or SourceError(result.message)
-            yield result
+            receipts.append(result)
+    return receipts

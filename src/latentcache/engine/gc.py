@@ -59,8 +59,7 @@ Progress = Callable[[str, int, int | None], object]
 class Unreferenced:
     """What `collect_unreferenced` listed, and deleted if `is_deleted`: `objects` by kind (`KINDS`).
 
-    `kept` are the numbers of the kept manifests, `uploads` are multipart uploads that were never
-    completed, and `notes` name what could not be listed.
+    `kept` are numbers of manifests, `uploads` incomplete ones, and `notes` on what is not listed.
     """
 
     url: str
@@ -94,8 +93,7 @@ def collect_unreferenced(
     """List the objects of a dataset that nothing refers to; delete them if `delete` is set.
 
     Args:
-        url, storage: the URL of the dataset, and the options of the store.
-        delete, progress: False changes nothing; for `progress` see `Progress`.
+        url, delete, storage, progress: for `progress` see `Progress`.
         keep_last: keep this many of the newest complete manifests, and also the newest manifest,
             the published one, and those that are not old yet; None keeps all manifests.
         keep: numbers of further manifests to keep.
@@ -255,7 +253,6 @@ class _Collector:
                 yield info
 
     def _is_old(self, info: ObjectInfo | None) -> bool:
-        """Return whether an object is old enough to delete; False if its age is unknown."""
         modified_at = info.modified_at if info else None
         return modified_at is not None and modified_at <= self._until
 

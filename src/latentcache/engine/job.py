@@ -32,8 +32,7 @@ class QaJob:
 class Job:
     """The settings that all units of a run share.
 
-    `name` is that of the config, and `columns` are the kept columns. With `loads_late` an actor
-    loads the encoder when the first unit needs it, because a run may have nothing to encode.
+    With `loads_late` an actor loads the encoder when the first unit needs it.
     """
 
     contract: Contract
@@ -54,7 +53,7 @@ def make_job(config: Config, contract: Contract, decode_threads: int) -> Job:
     """Return the part of a config that actors need.
 
     Args:
-        config, contract, decode_threads: of the run, and the number of decode threads of an actor.
+        config, contract, decode_threads: `decode_threads` is the number in each actor.
     """
     batch_size, output_storage, qa = config.compute.batch_size, config.output.storage, config.qa
     qa_job = None
@@ -84,20 +83,16 @@ def make_job(config: Config, contract: Contract, decode_threads: int) -> Job:
 
 @dataclass(frozen=True, slots=True)
 class UnitTask:
-    """One attempt at one unit, with the generation of its receipt and the id of the attempt.
+    """One attempt at one unit; see `PlannedUnit`.
 
-    Attributes:
-        min_qa_rows: the least number of QA rows, by bucket.
-        max_samples: read no more samples; such a trial has a receipt that must not be put.
-        files: the files of a folder's slot; empty for other sources.
-        rewrites: write the rows of the generation before this one again with other columns.
-        url: the present URL of a source that moved; None if it did not move.
+    `rewrites` writes the rows of the generation before this one again with other columns. A trial
+    with `max_samples` has a receipt that must not be put.
     """
 
     unit: Unit
     generation: int
     attempt: str
-    min_qa_rows: dict[str, int] = field(default_factory=dict)
+    min_qa_rows: dict[str, int] = field(default_factory=dict)  # by bucket
     max_samples: int | None = None
     files: tuple[ObjectInfo, ...] = ()
     rewrites: bool = False
@@ -114,18 +109,10 @@ class UnitTask:
 
 @dataclass(frozen=True, slots=True)
 class UnitFailure:
-    """Why an attempt has no receipt; `message` is for the user.
-
-    Attributes:
-        changed: the source no longer has the listed version.
-        denied: a store refused access to this node. If the driver may read the source, the cause is
-            the node, not the unit.
-        fatal: an error that ends the run, because it affects all units, such as a full disk.
-        lacks_field: its file lacks a field of the config, so another attempt would fail too.
-    """
+    """Why an attempt has no receipt."""
 
     message: str
-    changed: bool = False
-    denied: bool = False
-    fatal: LatentCacheError | None = None
-    lacks_field: bool = False
+    changed: bool = False  # the source no longer has the listed version
+    denied: bool = False  # a store refused access to this node
+    fatal: LatentCacheError | None = None  # affects all units and ends the run
+    lacks_field: bool = False  # of the config, so another attempt would fail too

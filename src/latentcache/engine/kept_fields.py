@@ -1,20 +1,15 @@
-"""The fields of the samples, and the check that each kept field occurs.
-
-A kept field that no sample has is a mistake in `source.keep`: its column would be null in all rows.
-"""
+"""The fields of the samples, and the check that each kept field occurs in one of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, TypeVar
 
 from latentcache.dataset.columns import Columns
 from latentcache.dataset.receipts import MAX_FIELDS, Receipt, UnitSummary
+from latentcache.engine.dispatcher import Finished
+from latentcache.engine.plan import PlannedUnit
 from latentcache.errors import ConfigError
 from latentcache.images.samples import escaped
-
-if TYPE_CHECKING:
-    from latentcache.engine.actors import Finished
 
 # A field that occurs in none of this many units and samples counts as absent. If one sample in a
 # thousand has a field, 10,000 samples without it occur once in 20,000 runs.
@@ -23,14 +18,9 @@ MIN_SAMPLES = 10_000
 
 _NAME_CHARS = 100
 
-T = TypeVar("T")
 
-
-def spread(units: Sequence[T]) -> list[T]:
-    """Return units with `MIN_UNITS` of them, from all parts of the sequence, first.
-
-    So a field that only some shards have occurs early.
-    """
+def spread(units: Sequence[PlannedUnit]) -> list[PlannedUnit]:
+    """Return units with some from all parts first, so that a field of few shards occurs early."""
     first = dict.fromkeys(index * len(units) // MIN_UNITS for index in range(MIN_UNITS))
     if len(units) <= MIN_UNITS:
         return list(units)

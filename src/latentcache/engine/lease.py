@@ -1,9 +1,8 @@
 """Leases, by which runs and `gc` on one output detect each other.
 
-Leases are advisory; receipts decide which rows exist. A lease is valid for ten minutes after its
-last renewal. Its age is measured by the store's clock, which all drivers share, never by the clock
-of a host. A run and `gc` exclude each other: each writes its lease before it looks for the other's,
-so at least one sees the other. Then `gc` stops, and a run waits.
+Leases are advisory; receipts decide which rows exist. The store's clock, which all drivers share,
+measures the age of a lease. A run and `gc` exclude each other: each writes its lease before it
+looks for the other's, so at least one sees the other. Then `gc` stops, and a run waits.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ from typing import Annotated, Literal
 
 from latentcache import clock
 from latentcache.dataset.parse import Count, Pattern, Range, build, load_json
-from latentcache.engine.stop import StopSignal, stop_on_signals
-from latentcache.engine.waiting import Reminder
+from latentcache.engine.waiting import Reminder, StopSignal, stop_on_signals
 from latentcache.errors import IncompleteRun, ObjectNotFound
 from latentcache.storage import Store
 
+# The folder of leases. One is valid for `STALE_AFTER_S` after its last renewal.
 RUNS = "runs"
 RENEW_EVERY_S = 60.0
 STALE_AFTER_S = 600.0
@@ -46,8 +45,8 @@ _ours: set[str] = set()
 class RunInfo:
     """A run, or a `gc`, that holds a lease; `host` is empty if the lease cannot be parsed.
 
-    The run encodes `num_units` units, and the output has `num_total` afterwards. `age_s` is the
-    time since the last renewal in seconds, by the store's clock.
+    The run encodes `num_units` units, and the output has `num_total` afterwards, 0 if it does not
+    grow. `age_s` is the time since the last renewal in seconds, by the store's clock.
     """
 
     run: str
@@ -64,19 +63,13 @@ class RunInfo:
         return self.run.startswith(_GC_PREFIX)
 
     def __str__(self) -> str:
-        """Return the process, the host and the age of the lease, for messages."""
         if not self.host:
             return f"whose lease cannot be read, renewed {self.age_s:.0f} s ago"
         return f"pid {self.pid} on {self.host}, which renewed its lease {self.age_s:.0f} s ago"
 
 
 class Lease:
-    """The lease of this run or `gc`: renewed while it is active, deleted when it ends.
-
-    Args:
-        store, is_gc: the output, and whether the holder is a `gc`.
-        num_units, num_total: see `RunInfo`; `num_total` is 0 if the output does not grow.
-    """
+    """The lease of this run or `gc`: renewed while it is active, deleted when it ends."""
 
     def __init__(
         self, store: Store, num_units: int, num_total: int = 0, *, is_gc: bool = False
@@ -133,10 +126,7 @@ class Lease:
                 )
 
     def require_alone(self) -> None:
-        """Raise `IncompleteRun` if another run is active; for stores without conditional writes.
-
-        Every lease counts: two drivers that start at the same moment both refuse.
-        """
+        """Raise `IncompleteRun` if another run is active; two that start at once both refuse."""
         for other in self.others():
             raise IncompleteRun(
                 f"{self._store.url} has no conditional writes, so it allows one run at a time, and "
@@ -151,7 +141,7 @@ class Lease:
         """Wait until no `gc` is active on the output; renew the lease meanwhile.
 
         Args:
-            stop, say: ends the wait when it has a reason; shows a line to the user.
+            stop, say: a reason in `stop` ends the wait; `say` shows a line to the user.
         """
 
         def active_gcs() -> list[RunInfo]:
@@ -170,8 +160,7 @@ def wait_for_other_runs(
     then join each other, which is safe. With the lease taken first, both might leave.
 
     Args:
-        store, on_busy: the output, and the setting of the config.
-        stop, say: ends the wait, and gets the reason `skipped`; shows a line to the user.
+        store, on_busy, stop, say: as in `Lease.wait_for_gc`; `stop` gets the reason `skipped`.
     """
     if on_busy == "skip":
         stop.request("skipped")

@@ -52,10 +52,9 @@ class Sources:
 
 @dataclass(frozen=True, slots=True)
 class DuplicateSources:
-    """New sources that look like known ones: `num_duplicates` of all `num_new` ones.
+    """New sources that look like known ones: `example`, for example, looks like `known`.
 
-    `example` is the URL of one, and `known` that of the source that it looks like. `moved_from` is
-    the setting under which both are the same; None if the sources did not move together.
+    `moved_from` is the setting under which all are the same; None if they did not move together.
     """
 
     num_duplicates: int
@@ -82,12 +81,9 @@ class DuplicateSources:
 class Plan:
     """The state of an output and the units that are pending.
 
-    Attributes:
-        contract: the requested contract; if it is unresolved, unit ids are provisional.
-        existing_contract, diff: the contract at the output, and the fields in which the two differ.
-        shards, units: the listed source shards, and the unit of each.
-        on_missing: what the next manifest does with rows of vanished sources: `keep` or `drop`.
-        duplicates: new sources that look like known ones; None if there are none.
+    `contract` is the requested one; if it is unresolved, unit ids are provisional. `diff` are the
+    fields in which it differs from the contract at the output. `units` are those of the listed
+    `shards`. `on_missing` is `keep` or `drop`, for the rows of vanished sources.
     """
 
     output: Store
@@ -238,8 +234,7 @@ def plan_unit(
     """Plan what a unit needs; return None if it is committed with the requested columns.
 
     Args:
-        shard, unit, state, columns: the unit, the receipts of the output, and the kept columns.
-        reason, retry_rejects: why it is pending if it is not committed; encode rejects again.
+        shard, unit, state, columns, reason, retry_rejects: `reason` is for a unit without receipt.
     """
     committed = state.current(unit.id)
     kind: Literal["encode", "rewrite"] = "encode"
@@ -282,7 +277,7 @@ def units_of(shards: Iterable[SourceShard], contract: Contract) -> list[Unit]:
     """Return the units of shards.
 
     Args:
-        shards, contract: the shards, and the contract whose fingerprint is part of each unit's id.
+        shards, contract: the fingerprint of the contract is part of each unit's id.
     """
     mark = contract.fingerprint
     return [Unit.of(s.source, s.size_bytes, s.version, mark, s.range) for s in shards]

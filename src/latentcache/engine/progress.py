@@ -10,7 +10,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column
 
 from latentcache.bottleneck import STAGES, PipelineLoad
-from latentcache.engine.actors import Polled
+from latentcache.dataset.receipts import UnitRecord
+from latentcache.engine.dispatcher import Polled
 from latentcache.errors import one_line
 from latentcache.log import Level, write_json
 
@@ -25,12 +26,7 @@ _MIN_OCCUPANCY = 0.2
 
 
 class RunProgress:
-    """The display of units, images per second, rejects, time left and the bottleneck on stderr.
-
-    Args:
-        num_units: the number of units that the run encodes.
-        quiet, log_json: show nothing, or write JSON objects, one per line (see `latentcache.log`).
-    """
+    """The display of units, images per second, rejects, time left and the bottleneck on stderr."""
 
     def __init__(self, num_units: int, *, quiet: bool = False, log_json: bool = False) -> None:
         self._console = Console(stderr=True, quiet=quiet, emoji=False)
@@ -69,8 +65,7 @@ class RunProgress:
         """Print a line, above the bar if there is one, or write it to the JSON log.
 
         Args:
-            event, level, fields: the event of the JSON log, its level, and its further fields.
-            message: the line for the user.
+            event, message, level, fields: see `write_json`; users see the message.
         """
         if self._log_json:
             write_json(event, message, level, **fields)
@@ -81,20 +76,16 @@ class RunProgress:
         """Write to the JSON log only, for events that users see from the bar or at the end.
 
         Args:
-            event, message, level, fields: see `say`.
+            event, message, level, fields: see `write_json`.
         """
         if self._log_json:
             write_json(event, message, level, **fields)
 
-    def unit_done(self, num_rows: int, num_rejects: int) -> None:
-        """Count a committed unit.
-
-        Args:
-            num_rows, num_rejects: its numbers of rows and of rejects.
-        """
+    def add_unit(self, record: UnitRecord) -> None:
+        """Count a committed unit."""
         self._num_done += 1
-        self._num_rows += num_rows
-        self._num_rejects += num_rejects
+        self._num_rows += record.num_rows
+        self._num_rejects += record.num_rejects
         self._show()
 
     def polled(self, event: Polled) -> None:
@@ -109,7 +100,7 @@ class RunProgress:
         if len(before) != len(stats):  # an actor came or went
             self._previous = (now, stats)
         elif stats and now - then >= _BOTTLENECK_EVERY_S:
-            self._bottleneck = bottleneck(before, stats, now - then)
+            self._bottleneck = _bottleneck(before, stats, now - then)
             self._previous = (now, stats)
         self._show()
 
@@ -151,15 +142,10 @@ class RunProgress:
         )
 
 
-def bottleneck(
+def _bottleneck(
     before: list[dict[str, float]], after: list[dict[str, float]], seconds: float
 ) -> str:
-    """Return the slowest stage between two polls of the same actors; "" if there is none.
-
-    Args:
-        before, after: `UnitRunner.stats` of each actor at the two polls.
-        seconds: the time between the polls.
-    """
+    """Return the slowest stage between two polls of the same actors; "" if there is none."""
     loads = PipelineLoad()
     for old, new in zip(before, after, strict=True):
         for stage in STAGES:

@@ -1,17 +1,16 @@
 """Prometheus metrics of a run, exported by Ray's agent on each node, with the prefix `ray_`.
 
-Actors and the driver update them at each poll of the driver, never for single images. Counts
-include attempts that failed later, and lack the last seconds of an actor: metrics are for
-monitoring, and receipts are the record.
+They are updated at each poll of the driver. Counts include attempts that failed later, and lack the
+last seconds of an actor: metrics are for monitoring, and receipts are the record.
 """
 
 from __future__ import annotations
 
 import socket
-from collections.abc import Mapping
 from typing import Any
 
 from latentcache.bottleneck import STAGES
+from latentcache.engine.attempt import Totals
 
 # By name without the prefix `latentcache_`; one that ends in `_total` is a counter, else a gauge.
 _DESCRIPTIONS = {
@@ -30,13 +29,18 @@ _DESCRIPTIONS = {
 }
 
 
-class _Metrics:
-    """The metrics of this process, with common labels and further labels of single metrics."""
+class RunMetrics:
+    """The metrics of a process of a run of the config `dataset`; `labels` are common to all."""
 
-    def __init__(self, **labels: str) -> None:
-        self._labels = labels
+    def __init__(self, dataset: str, **labels: str) -> None:
+        self._labels = {"dataset": dataset, **labels}
         self._metrics: dict[str, Any] = {}
         self._totals: dict[tuple[str, ...], float] = {}
+
+    def update(self, **values: float) -> None:
+        """Update some metrics, by their names without the prefix."""
+        for name, value in values.items():
+            self._set(name, value)
 
     def _set(self, name: str, value: float, **labels: str) -> None:
         """Set a gauge, or a counter's total; a total below an earlier one changes nothing."""
@@ -58,52 +62,25 @@ class _Metrics:
             self._metrics[name].set(value, self._labels | labels)
 
 
-class ActorMetrics(_Metrics):
-    """The metrics of one actor of the config `dataset`."""
+class ActorMetrics(RunMetrics):
+    """The metrics of one actor."""
 
     def __init__(self, dataset: str) -> None:
         import ray
 
         device = "".join(f"gpu{number}" for number in ray.get_gpu_ids()) or "cpu"
-        super().__init__(dataset=dataset, actor=f"{socket.gethostname()}/{device}")
+        super().__init__(dataset, actor=f"{socket.gethostname()}/{device}")
 
-    def update(self, stats: Mapping[str, float], rejects: Mapping[tuple[str, str], int]) -> None:
-        """Update the metrics.
-
-        Args:
-            stats, rejects: `UnitRunner.stats`, and the number of rejects by stage and reason.
-        """
-        self._set("images_encoded_total", stats["num_rows"])
-        self._set("source_read_bytes_total", stats["num_source_bytes"])
-        self._set("output_written_bytes_total", stats["num_output_bytes"])
-        for (stage, reason), number in rejects.items():
+    def update_totals(self, totals: Totals) -> None:
+        """Update the metrics of units."""
+        stats = totals.stats()
+        self.update(
+            images_encoded_total=stats["num_rows"],
+            source_read_bytes_total=stats["num_source_bytes"],
+            output_written_bytes_total=stats["num_output_bytes"],
+        )
+        for (stage, reason), number in dict(totals.rejects).items():
             self._set("images_rejected_total", number, stage=stage, reason=reason)
         for stage in STAGES:
             self._set("stage_busy_seconds_total", stats[f"{stage}_busy_s"], stage=stage)
             self._set("stage_threads", stats[f"{stage}_num_threads"], stage=stage)
-
-
-class RunMetrics(_Metrics):
-    """The metrics of the driver of a run of the config `dataset`."""
-
-    def __init__(self, dataset: str) -> None:
-        super().__init__(dataset=dataset)
-
-    def update_units(self, num_committed: int, num_pending: int, num_failed: int) -> None:
-        """Update the counts of units.
-
-        Args:
-            num_committed, num_pending, num_failed: units by their state in this run.
-        """
-        self._set("units_committed_total", num_committed)
-        self._set("units_pending", num_pending)
-        self._set("units_failed", num_failed)
-
-    def update_actors(self, num_actors: int, num_lost: int) -> None:
-        """Update the counts of actors.
-
-        Args:
-            num_actors, num_lost: active actors, and actors lost so far.
-        """
-        self._set("actors", num_actors)
-        self._set("actors_lost_total", num_lost)

@@ -1,9 +1,8 @@
 """Rewriting a unit: its rows are written again with other kept columns and the stored latents.
 
-No image is decoded and no encoder is loaded. The same version of the source is read again, and each
-sample gets the stored row of its key. If a sample has no row or a row has no sample, the unit is
-encoded, which is always correct: a sample may have been rejected for a field that is no longer
-kept.
+The same version of the source is read again, and each sample gets the stored row of its key. If a
+sample has no row or a row has no sample, the unit is encoded, which is always correct: a sample may
+have been rejected for a field that is no longer kept.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ class _NeedsEncoding(Exception):
 
 
 class Rewriter(AttemptRunner):
-    """A rewriter of units in this process; two threads may call it at once."""
+    """A runner that rewrites units; two threads may call it at once."""
 
     def rewrite(self, task: UnitTask) -> Receipt | UnitFailure | None:
         """Rewrite one unit and upload its files; return None if it must be encoded instead."""
@@ -80,13 +79,13 @@ class _Rewrite(Attempt):
                 path = f"qa/{self.task.unit.id}/{self.stem}.parquet"
                 file = replace(record.qa.file, path=path)
                 qa = self._fetch(record.qa.file), replace(record.qa, file=file)
-        with self.writing():
+        with self._writing():
             self._write_rows(files, rejects)
         if self.samples.num_samples != record.num_samples:
             raise _NeedsEncoding
         buckets = map(Bucket.parse, files)
         writers = [self.writers[bucket] for bucket in buckets if bucket in self.writers]
-        record = self.publish(writers, lambda: qa)
+        record = self._publish(writers, lambda: qa)
         statistics = before.statistics
         if record.num_rows != before.record.num_rows:
             statistics = _statistics_of(writers, self.contract)
@@ -98,7 +97,7 @@ class _Rewrite(Attempt):
             record=record,
             statistics=statistics,
             notes=notes | dict(self.notes),
-            **self.measured(),
+            **self._measured(),
         )
 
     def _fetch(self, file: DataFile) -> Path:

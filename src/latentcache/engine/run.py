@@ -1,7 +1,6 @@
 """The driver: plan, establish the contract, dispatch units, put receipts, write manifests.
 
-One process makes results visible. Actors upload files; only the driver puts the receipts that make
-those files count.
+Actors upload files; only the driver puts the receipts that make those files count.
 """
 
 from __future__ import annotations
@@ -17,20 +16,18 @@ from latentcache.config import Config, require_kind
 from latentcache.dataset.contract import require_same
 from latentcache.dataset.manifest import Manifest
 from latentcache.dataset.receipts import Receipt, Unit, put_failure
-from latentcache.engine.actors import Failed, Finished, Retries
 from latentcache.engine.cluster import Cluster
-from latentcache.engine.commit import Committed, Committer, Expired
+from latentcache.engine.commit import Committed, Committer
 from latentcache.engine.contract_setup import put_contract
-from latentcache.engine.dispatcher import Dispatcher
+from latentcache.engine.dispatcher import Dispatcher, Failed, Finished, Retries
 from latentcache.engine.job import make_job
 from latentcache.engine.kept_fields import FieldCheck, spread
 from latentcache.engine.lease import Lease, active_runs, wait_for_other_runs
 from latentcache.engine.plan import Plan, make_plan
 from latentcache.engine.progress import RunProgress
 from latentcache.engine.prometheus import RunMetrics
-from latentcache.engine.stop import StopSignal, stop_on_signals
 from latentcache.engine.summary import RunCounts, RunSummary
-from latentcache.engine.waiting import WaitPolicy
+from latentcache.engine.waiting import StopSignal, WaitPolicy, stop_on_signals
 from latentcache.engine.work import Work
 from latentcache.engine.worker import calibrate_contract
 from latentcache.errors import AccessDenied, SourceError, StorageError
@@ -228,7 +225,8 @@ class _Driver:
                 self._handle_failure(event, dispatcher)
             else:
                 self._progress.polled(event)
-                self._metrics.update_actors(len(event.stats), event.num_lost)
+                num_actors, num_lost = len(event.stats), event.num_lost
+                self._metrics.update(actors=num_actors, actors_lost_total=num_lost)
                 self._update_metrics()
             self._handle_puts(committer.ended(), dispatcher)
         if not self.stop.reason:
@@ -242,14 +240,17 @@ class _Driver:
 
     def _update_metrics(self) -> None:
         num_failed = len(self.counts.failed)
-        num_pending = len(self.work.remaining) - num_failed
-        self._metrics.update_units(self.counts.num_committed, num_pending, num_failed)
+        self._metrics.update(
+            units_committed_total=self.counts.num_committed,
+            units_pending=len(self.work.remaining) - num_failed,
+            units_failed=num_failed,
+        )
 
-    def _handle_puts(self, results: Iterable[Committed | Expired], dispatcher: Dispatcher) -> None:
+    def _handle_puts(self, results: Iterable[Committed | Finished], dispatcher: Dispatcher) -> None:
         """Count units whose receipts were put; encode those again whose receipts came too late."""
         for result in results:
-            if isinstance(result, Expired):
-                self._encode_again(result.finished, dispatcher)
+            if isinstance(result, Finished):
+                self._encode_again(result, dispatcher)
                 continue
             receipt = result.receipt
             self.counts.add(result)
@@ -257,7 +258,7 @@ class _Driver:
                 if event not in self._shown_notes:
                     self._shown_notes.add(event)
                     self._progress.say(event, message, "warning")
-            self._progress.unit_done(receipt.record.num_rows, receipt.record.num_rejects)
+            self._progress.add_unit(receipt.record)
             self.check_gates()
             dispatcher.min_qa_rows = self.counts.missing_qa_rows()
             num_units, since = self._manifest_at

@@ -1,4 +1,4 @@
-"""What the stages of a unit's pipeline share: times, a limit on bytes, and threads of all units."""
+"""What the stages of a unit's pipeline share: times, limits on bytes, threads and queues."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -24,8 +24,7 @@ class StageTimes:
 
     `busy_s` is the work of its threads in seconds. `wait_s` is the time in seconds in which the
     stage had work and did none: its thread waited for a full queue, or all its jobs were queued
-    behind those of another unit. `num_threads` is the number of threads in the process that can do
-    this work at once, for all units together. What is added counts in `total`, too.
+    behind those of another unit. The units of a process share `num_threads` and `total`.
     """
 
     def __init__(self, num_threads: int = 1, total: StageTimes | None = None) -> None:
@@ -41,7 +40,7 @@ class StageTimes:
         """Add to both times.
 
         Args:
-            busy_s, wait_s: seconds; negative ones correct what was counted.
+            busy_s, wait_s: negative ones correct what was counted.
         """
         with self._lock:
             self.busy_s += busy_s
@@ -99,10 +98,9 @@ class StageTimes:
 
 
 class ByteBudget:
-    """A limit on the bytes that threads hold together; requests are granted in order of arrival.
+    """A limit on the bytes that threads hold together, granted in order, so no request starves.
 
-    So no request starves: a large request waits for earlier ones, and later ones wait for the large
-    one. A request for more than `num_bytes` is granted when nothing else is held.
+    A request for more than `num_bytes` is granted when nothing else is held.
     """
 
     def __init__(self, num_bytes: int) -> None:
@@ -138,8 +136,7 @@ class SampleBudget:
 
     A thread must not wait for bytes while it holds bytes of the same budget, because two units
     could then wait for each other. So the first `_FREE_BYTES` of a sample are not counted, and a
-    larger sample acquires `max_sample_bytes` at once. `fetched` also holds the samples that wait to
-    be decoded. `times` count a wait as waiting and not as busy.
+    larger sample acquires `max_sample_bytes` at once.
     """
 
     def __init__(
@@ -194,8 +191,7 @@ class OldestFirstPool:
         """Queue a job for the unit of a rank, and return the future of its result.
 
         Args:
-            rank, job: lower ranks run first.
-            times: counts when the job is queued and when it runs.
+            rank, job, times: `times` count when the job is queued and when it runs.
         """
         future: Future[T] = Future()
         times = times or StageTimes()
@@ -239,3 +235,63 @@ class OldestFirstPool:
                     future.set_result(job())
                 except BaseException as error:  # noqa: BLE001  (a future carries it)
                     future.set_exception(error)
+
+
+class PrefetchIterator(Generic[T]):
+    """An iterator over `items` on its own thread, which computes at most `depth` items ahead.
+
+    Use it as a context manager: leaving the context stops the thread at its next item. The consumer
+    gets an error of `items` after the items before the error.
+    """
+
+    def __init__(self, items: Iterable[T], depth: int) -> None:
+        self._items = items
+        self._depth = depth
+        self._queue: deque[T] = deque()
+        self._changed = threading.Condition()
+        self._stopped = self._finished = False
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> PrefetchIterator[T]:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+        self._thread.join()
+
+    def stop(self) -> None:
+        """Stop the consumer at once and the thread at its next item."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        try:
+            for item in self._items:
+                with self._changed:
+                    self._changed.wait_for(lambda: len(self._queue) < self._depth or self._stopped)
+                    if self._stopped:
+                        break
+                    self._queue.append(item)
+                    self._changed.notify_all()
+        except BaseException as error:  # noqa: BLE001  (the consumer raises it)
+            self._error = error
+        with self._changed:
+            self._finished = True
+            self._changed.notify_all()
+
+    def __iter__(self) -> Iterator[T]:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._queue or self._finished or self._stopped)
+                if self._stopped:
+                    return
+                if not self._queue:
+                    break
+                item = self._queue.popleft()
+                self._changed.notify_all()
+            yield item
+        if self._error is not None:
+            raise self._error

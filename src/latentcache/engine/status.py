@@ -1,11 +1,18 @@
-"""The status of a dataset, read from its manifests, receipts, failures and leases alone."""
+"""The status of a dataset, read from its manifests, receipts, failures and leases; its rates."""
 
 from __future__ import annotations
 
 import math
+import time
 from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
 
 from latentcache.bottleneck import PipelineLoad
 from latentcache.dataset.contract import require_contract
@@ -22,12 +29,21 @@ from latentcache.dataset.receipts import (
 from latentcache.dataset.rejects import RejectReason, most_frequent
 from latentcache.dataset.state import State
 from latentcache.engine.lease import RunInfo, active_leases
-from latentcache.errors import ObjectNotFound
+from latentcache.errors import ObjectNotFound, one_line
 from latentcache.storage import Store
 from latentcache.storage_options import StorageOptions
 
 # The number of latest receipts from which the bottleneck is computed.
 _NUM_RECEIPTS = 64
+
+# Rates are computed over the readings of at most this many seconds.
+_WINDOW_S = 600.0
+
+# The pause after a reading, in multiples of its duration: listing the receipts of very many units
+# takes long, so reading gets at most a tenth of the time.
+_PAUSE_RATIO = 9.0
+
+_MAX_FAILURES = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,14 +51,11 @@ class Status:
     """Totals over all committed units, whether a manifest names them or not.
 
     Attributes:
-        num_units: committed and failed units, or the number of units that an active run will leave
-            if that is larger.
-        reject_reasons: the most frequent reasons.
+        num_units: committed and failed units, or the units that an active run will leave, if more.
         manifests, complete: the numbers of the manifests, and whether the newest is complete.
         failed: by unit id, the failure of each unit that was not committed or replaced since.
-        active_runs, gc_at_work: the runs that hold a valid lease, and whether a `gc` holds one.
         bottleneck: the slowest stage of the latest units and what would help; None without rows.
-        published: the number of the published manifest.
+        gc_at_work: whether a `gc` holds a valid lease.
     """
 
     num_units: int
@@ -60,13 +73,10 @@ class Status:
 
 
 def read_status(url: str, options: StorageOptions) -> Status:
-    """Return the status of an output.
+    """Return the status of an output; raise `DatasetError` if there is none.
 
     Args:
         url, options: the URL of the dataset, and the options of the store.
-
-    Raises:
-        DatasetError: there is no dataset at the URL.
     """
     return StatusReader(url, options).read()
 
@@ -74,8 +84,7 @@ def read_status(url: str, options: StorageOptions) -> Status:
 class StatusReader:
     """A repeated reader of the status of an output; later calls read only what is new.
 
-    Each call lists receipts, failures, manifests and leases. Everything is read again only after a
-    manifest that removes units. The arguments and errors are those of `read_status`.
+    Everything is read again only after a manifest that removes units.
     """
 
     def __init__(self, url: str, options: StorageOptions) -> None:
@@ -117,7 +126,7 @@ class StatusReader:
         )
 
     def _read_units(self, manifests: list[int]) -> dict[str, UnitSummary]:
-        """Return the units that count in the newest manifest or will count in the next, by id."""
+        """Return, by id, the units that count now or in the next manifest."""
         removed = self._newest.removed if self._newest else ()
         if manifests and (self._newest is None or self._newest.number < manifests[-1]):
             self._newest = read_manifest(self._store, manifests[-1])
@@ -167,3 +176,106 @@ class StatusReader:
             if unit not in units and at > max(since, self._committed_at.get(unit, 0.0))
         }
         return {unit: message for unit, message in self._failures.items() if unit in recent}
+
+
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """A status with the change over the last `window_s` seconds; rates are None while unknown."""
+
+    status: Status
+    window_s: float
+    rows_per_s: float | None
+    left_s: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all fields as a JSON object, with the fields of the status at the top level."""
+        rates = {"rows_per_s": self.rows_per_s, "left_s": self.left_s}
+        return {**asdict(self.status), "window_s": round(self.window_s, 3), **rates}
+
+    def to_line(self) -> str:
+        """Return the status as one line of text."""
+        status = self.status
+        parts = [
+            f"{status.num_committed}/{status.num_units} units",
+            f"{status.num_rows} rows",
+            None if self.rows_per_s is None else f"{self.rows_per_s:.1f} rows/s",
+            None if self.left_s is None else f"{self.left_s:.0f} s left",
+            f"{status.num_rejects} rejects",
+            f"{len(status.failed)} failed",
+            f"{len(status.active_runs)} active runs",
+            status.bottleneck,
+        ]
+        return one_line(", ".join(part for part in parts if part))
+
+    def to_table(self, url: str) -> Table:
+        """Return the status as a table for a terminal."""
+        status = self.status
+        share = status.num_committed / max(1, status.num_units)
+        rate = ""
+        if self.rows_per_s is not None:
+            rate = f", {self.rows_per_s:,.1f}/s over the last {_duration(self.window_s)}"
+        num_samples = max(1, status.num_rows + status.num_rejects)
+        newest = str(status.manifests[-1]) if status.manifests else "none yet"
+        lines = [
+            ("dataset", url),
+            ("units", f"{status.num_committed} of {status.num_units} ({share:.1%})"),
+            ("rows", f"{status.num_rows:,}{rate}"),
+            ("time left", "not known" if self.left_s is None else _duration(self.left_s)),
+            ("rejects", f"{status.num_rejects:,} ({status.num_rejects / num_samples:.2%})"),
+            ("manifest", newest + ("" if status.complete else ", not complete")),
+            ("bottleneck", (status.bottleneck or "not known").removeprefix("bottleneck: ")),
+        ]
+        for run in status.active_runs:
+            lines.append(("run", f"{run.host}, pid {run.pid}, seen {run.age_s:.0f} s ago"))
+        if not status.active_runs:
+            lines.append(("run", "none active"))
+        if status.gc_at_work:
+            lines.append(("gc", "active"))
+        failures = list(status.failed.values())
+        lines += [("failed", message) for message in failures[:_MAX_FAILURES]]
+        if failures[_MAX_FAILURES:]:
+            lines.append(("", f"and {len(failures) - _MAX_FAILURES} more"))
+        table = Table.grid(padding=(0, 2))
+        for name, text in lines:
+            table.add_row(Text(name, "bold"), Text(one_line(text)))
+        return table
+
+
+def watch(
+    url: str,
+    options: StorageOptions,
+    every_s: float,
+    *,
+    clock: Callable[[], float] = time.monotonic,
+    wait: Callable[[float], None] = time.sleep,
+) -> Iterator[Watched]:
+    """Yield the status repeatedly, until the dataset is complete and no run is active.
+
+    Args:
+        url, options, clock, wait: see `read_status` for the first two and for errors.
+        every_s: the least pause between two readings, which also depends on `_PAUSE_RATIO`.
+    """
+    reader = StatusReader(url, options)
+    readings: deque[tuple[float, Status]] = deque()
+    while True:
+        began = clock()
+        status = reader.read()
+        now = clock()
+        while len(readings) > 1 and now - readings[0][0] > _WINDOW_S:
+            readings.popleft()
+        readings.append((now, status))
+        then, before = readings[0]
+        window_s, rows_per_s, left_s = now - then, None, None
+        if window_s > 0:
+            rows_per_s = (status.num_rows - before.num_rows) / window_s
+            num_committed = status.num_committed - before.num_committed
+            if num_committed > 0 and (status.active_runs or status.complete):
+                left_s = (status.num_units - status.num_committed) * window_s / num_committed
+        yield Watched(status, window_s, rows_per_s, left_s)
+        if status.complete and not status.active_runs:
+            return
+        wait(max(every_s, _PAUSE_RATIO * (now - began)))
+
+
+def _duration(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))

@@ -30,12 +30,8 @@ class RunSummary:
             `skip`), `no_rows`, `too_many_rejects` or `failed_qa`.
         num_committed, num_skipped: units that this run committed, or that were committed already.
         num_other_columns: committed units that have other kept columns than this run requests.
-        manifest: the number of the newest manifest.
-        reject_reasons: the most frequent reasons of the whole dataset.
-        num_qa_rows: rows that QA evaluated, with a mean PSNR of `mean_psnr_db`.
         bottleneck: a sentence on the slowest stage of this run, if it worked for at least 10 s.
-        breaches: the QA gates that failed.
-        failed: the source and the message of each unit that was given up.
+        breaches, failed: the QA gates that failed, and the source and message of failed units.
     """
 
     status: str
@@ -130,7 +126,7 @@ class RunCounts:
         """Return the summary of the run.
 
         Args:
-            manifest, stop_reason, elapsed_s: the newest manifest, a reason to stop, the duration.
+            manifest, stop_reason, elapsed_s: the newest manifest, and how the run ended.
         """
         work, committed, num_units = self._work, self._work.committed(), len(self._work.units())
         num_other_columns = sum(unit.columns != work.columns for unit in committed)

@@ -1,9 +1,8 @@
 """Encoding a unit from source shard to uploaded files: fetch, decode, batch, encode, write, upload.
 
-A `UnitRunner` lives as long as its process and runs up to two units at a time. While one unit is
-finished, the next is already fetched and decoded, so the encoder does not wait between shards. It
-does not depend on Ray. It returns the receipt, and only the driver puts it, so a process that the
-driver considers dead cannot commit.
+A process runs two units at a time: while one is finished, the next is already fetched and decoded,
+so the encoder does not wait between shards. Only the driver puts receipts, so a process that it
+considers dead cannot commit.
 """
 
 from __future__ import annotations
@@ -29,14 +28,13 @@ from latentcache.dataset.shards import RejectRow, RowMeta
 from latentcache.dataset.statistics import Statistics
 from latentcache.engine.attempt import Attempt, AttemptRunner, Totals, reject_row
 from latentcache.engine.job import Job, UnitTask
-from latentcache.engine.stages import ByteBudget, OldestFirstPool, SampleBudget
+from latentcache.engine.stages import ByteBudget, OldestFirstPool, PrefetchIterator, SampleBudget
 from latentcache.errors import Reject
 from latentcache.image_files import write_thumbnail
 from latentcache.images.decode import Reserve, decode_image
 from latentcache.images.source import RejectedSample, Sample
 from latentcache.images.text_fields import read_columns
 from latentcache.images.transform import Transformed, load_image, transform_spec
-from latentcache.prefetch import PrefetchIterator
 from latentcache.qa.evaluator import QaEvaluator, QaSample
 from latentcache.qa.qa_files import QaRow, write_qa
 from latentcache.vae.encoder import Encoded, LatentEncoder, draw_latents
@@ -66,14 +64,7 @@ _CROPPED_BYTES = 128 * 2**20
 
 
 class UnitRunner(AttemptRunner):
-    """A runner that encodes units; `run` may be called from two threads at once.
-
-    Args:
-        job: the settings that all units share.
-        encoder: the encoder of the VAE.
-        evaluator: the models of QA; None without QA.
-        totals: the totals of this process.
-    """
+    """A runner that encodes units; `run` may be called from two threads at once."""
 
     def __init__(
         self,
@@ -140,7 +131,7 @@ class _Encoding(Attempt):
         crop_bytes = max(_crop_bytes(bucket) for bucket in runner.spec.buckets)
         max_decoded = min(2 * num_threads + 16, max(num_threads, _CROPPED_BYTES // crop_bytes))
         max_batches = runner.encode_pool.num_threads + _EXTRA_BATCHES
-        with self.writing(), ExitStack() as stack:
+        with self._writing(), ExitStack() as stack:
             samples = self.times["fetch"].produce(self._decode_all())
             decoding = stack.enter_context(PrefetchIterator(samples, max_decoded))
             batches = stack.enter_context(PrefetchIterator(self._batch(decoding), max_batches))
@@ -153,7 +144,7 @@ class _Encoding(Attempt):
                 self.times["encode"].add(busy_s=encoded.busy_s - encoded.start_s)
                 with self.times["write"].working():
                     self._write(bucket, rows, images, encoded)
-        record = self.publish(self.writers.values(), self._evaluate)
+        record = self._publish(self.writers.values(), self._evaluate)
         if evaluator and evaluator.agreement_db is not None:
             self.notes["decoder_agreement_db"] = int(evaluator.agreement_db)
         return Receipt(
@@ -162,7 +153,7 @@ class _Encoding(Attempt):
             statistics=self.statistics,
             versions=runner.versions,
             notes=dict(self.notes),
-            **self.measured(),
+            **self._measured(),
         )
 
     def _decode_all(self) -> Iterator[Future[_Outcome]]:

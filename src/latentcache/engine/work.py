@@ -10,7 +10,7 @@ from latentcache.dataset.columns import columns_of
 from latentcache.dataset.contract import Contract
 from latentcache.dataset.manifest import Manifest
 from latentcache.dataset.receipts import Receipt, Unit, UnitSummary
-from latentcache.dataset.state import SourceSnapshot, State, write_next
+from latentcache.dataset.state import SourceSnapshot, write_next
 from latentcache.engine.plan import Plan, PlannedUnit, group_by_source, plan_unit, units_of
 from latentcache.images.source import SourceShard, list_source
 
@@ -21,11 +21,9 @@ class Work:
     def __init__(self, config: Config, plan: Plan) -> None:
         self._source = config.source
         self.columns = columns_of(config.source.keep)
-        self.contract: Contract = plan.contract
-        self.shards = plan.shards
+        self.contract, self.state = plan.contract, plan.state
+        self.shards, self.pending = plan.shards, plan.pending
         self.snapshot: SourceSnapshot = plan.snapshot
-        self.state: State = plan.state
-        self.pending: list[PlannedUnit] = plan.pending
         self.remaining = {planned.unit.id for planned in plan.pending}
 
     def adopt(self, contract: Contract) -> None:
@@ -78,11 +76,7 @@ class Work:
         return [unit for u in self.units() if (unit := self.state.current(u.id))]
 
     def counted(self) -> Iterator[UnitSummary]:
-        """Yield the units that the dataset has.
-
-        These are the committed units of each listed source, or its older ones if it has none yet.
-        With `on_missing: keep` the units of vanished sources are included.
-        """
+        """Yield the units of the dataset: the committed ones of a source, else its older ones."""
         for source, units in self.snapshot.items():
             committed = [unit for u in units if (unit := self.state.current(u.id))]
             yield from committed or self.state.live.get(source, ())

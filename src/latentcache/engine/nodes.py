@@ -1,10 +1,14 @@
-"""The number of CPUs of an actor, computed from the nodes so that all actors fit."""
+"""What the driver requires of the nodes: CPUs for its actors, and its own versions."""
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
+
+from latentcache import __version__
 from latentcache.errors import ClusterError
 
 # The most CPUs that `decode_threads: auto` requests.
@@ -29,8 +33,7 @@ def cpus_per_actor(
 
     Args:
         shapes, num_actors: the present nodes, and the requested actors, of which fewer may fit.
-        with_gpu: whether each actor has a GPU; nodes without a GPU then do not count.
-        decode_threads: the value of the config; None computes the default.
+        with_gpu, decode_threads: as in the config; None computes the default.
     """
 
     def num_fitting(num_cpus: int) -> int:
@@ -54,3 +57,33 @@ def cpus_per_actor(
             "CPUs; lower it, or leave it at auto"
         )
     return decode_threads
+
+
+class Versions(NamedTuple):
+    """The versions of this package, which determines every stored byte, and of torch.
+
+    The patch release and the build of torch may differ: a driver without a GPU has `2.13.0+cpu`,
+    and its workers have `2.13.1+cu130`. Ray itself checks its own version and that of Python.
+    """
+
+    latentcache: str
+    torch: str
+
+    @classmethod
+    def here(cls) -> Versions:
+        """Return the versions of this process."""
+        return cls(__version__, str(torch.__version__))
+
+    def require_here(self) -> None:
+        """Raise `ClusterError` if this process has other versions than the driver."""
+        for name, driver, node in zip(self._fields, self, Versions.here(), strict=True):
+            if _significant(name, driver) != _significant(name, node):
+                raise ClusterError(
+                    f"node {socket.gethostname()} has {name} {node}, but the driver has {driver}: "
+                    "install the same version on every node"
+                )
+
+
+def _significant(name: str, version: str) -> str:
+    """Return the part of a version that must match: `2.13` of torch `2.13.1+cu130`."""
+    return ".".join(version.split(".")[:2]) if name == "torch" else version

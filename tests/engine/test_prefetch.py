@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latentcache.prefetch import PrefetchIterator, prefetch_map
+from latentcache.engine.stages import PrefetchIterator
 
 # So long that only a hang reaches it; nothing here waits for time to pass.
 HANG_S = 60.0
@@ -135,24 +135,3 @@ def test_stop_wakes_a_waiting_consumer():
         lower.stop()
         assert list(upper) == []
         may_give.set()
-
-
-@given(st.lists(st.integers()), st.integers(1, 4))
-def test_prefetch_map_keeps_the_order(items: list[int], num_threads: int):
-    assert list(prefetch_map(lambda n: n + 1, items, num_threads)) == [n + 1 for n in items]
-
-
-def test_prefetch_map_advances_its_items_only_as_far_as_its_threads_compute():
-    items = Counted(10)
-    results = prefetch_map(str, items, 3)
-    for num_taken in range(5):
-        assert next(results) == str(num_taken)
-        assert [event.is_set() for event in items.given].count(True) == num_taken + 3
-    results.close()  # type: ignore[attr-defined]
-
-
-def test_prefetch_map_raises_an_error_after_the_results_before_it():
-    results = prefetch_map(lambda n: 1 // n, [1, 1, 0, 1], 2)
-    assert [next(results), next(results)] == [1, 1]
-    with pytest.raises(ZeroDivisionError):
-        next(results)
