@@ -6,8 +6,8 @@ Run by `make check`. Prints `file:line: problem` for each problem and exits with
 
 Three rules:
 
-- Prose (comments, docstrings, messages, Markdown, YAML) uses no word of `WORDS`, which newcomers had to
-  look up or which mean something else in this field.
+- Prose (comments, docstrings, messages, Markdown, YAML) uses no word of `WORDS`: newcomers had
+  to look them up, or they mean something else in this field.
 - Code uses no name of `NAMES`.
 - A docstring starts with a verb of the imperative, and the docstring of a public function with two
   or more parameters has a section `Args:`.
