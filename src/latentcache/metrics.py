@@ -25,17 +25,14 @@ def psnr_db(images: Tensor, reference: Tensor) -> Tensor:
     """Return the peak signal-to-noise ratio of each image in dB; infinite for equal images.
 
     Args:
-        images, reference: uint8 [B, 3, H, W]; the peak is 255.
-
-    Returns:
-        float64 [B].
+        images, reference: uint8 [B, 3, H, W]; the peak is 255. The result is float64 [B].
     """
     error = (images.double() - reference.double()).square().mean(dim=(1, 2, 3))
     return 10 * torch.log10(255.0**2 / error)
 
 
 def ssim(images: Tensor, reference: Tensor) -> Tensor:
-    """Return the structural similarity (SSIM) of each image; 1 for equal images.
+    """Return the structural similarity (SSIM) of each image, float64 [B]; 1 for equal images.
 
     The formula is equation 13 of Wang, Bovik, Sheikh and Simoncelli, "Image Quality Assessment:
     From Error Visibility to Structural Similarity" (2004), in each channel. It uses a Gaussian
@@ -45,9 +42,6 @@ def ssim(images: Tensor, reference: Tensor) -> Tensor:
 
     Args:
         images, reference: uint8 [B, 3, H, W].
-
-    Returns:
-        float64 [B].
     """
     x, y = images.double() / 255, reference.double() / 255
     half = (min(_SSIM_WINDOW_PX, *x.shape[2:]) - 1) // 2
@@ -80,8 +74,8 @@ def drift_db(latents: Tensor, reference: Tensor) -> float:
     It is inf for equal latents, and -inf if any value is not finite.
 
     Args:
-        latents: [B, C, H, W], any float dtype.
-        reference: the same shape; its variance within each channel is the signal.
+        latents, reference: [B, C, H, W]; the variance of the reference in each channel is the
+            signal.
     """
     signal = reference.double()
     error = (latents.double() - signal).square().sum()
@@ -95,8 +89,8 @@ def drift_db(latents: Tensor, reference: Tensor) -> float:
 class FeatureStatistics:
     """The mean and covariance of `count` vectors of D features, which can be merged.
 
-    `mean` is float64 [D]. `scatter`, float64 [D, D], is the sum over the vectors of the outer
-    product of their deviation from the mean with itself.
+    `mean` is float64 [D]. `scatter`, float64 [D, D], sums the outer products of the deviations from
+    it.
     """
 
     count: int
@@ -139,15 +133,12 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
 
     The formula is |m_a - m_b|² + tr(C_a) + tr(C_b) - 2 tr((C_a C_b)^½) (Dowson and Landau 1982).
     Heusel et al., "GANs Trained by a Two Time-Scale Update Rule" (2017), equation 6, use it as a
-    distance of image sets. The last trace is computed from the eigenvalues of C_a^½ C_b C_a^½.
-    This matrix is symmetric, so its eigenvalues are real. With fewer than D + 1 vectors many
-    eigenvalues are zero; their rounding errors are set to zero.
+    distance of image sets. The last trace is computed from the eigenvalues of C_a^½ C_b C_a^½,
+    which is symmetric. With fewer than D + 1 vectors many eigenvalues are zero, and so are set to
+    zero.
 
     Args:
-        a, b: statistics of at least two vectors each, with the same number of features.
-
-    Raises:
-        ValueError: a set has fewer than two vectors, and so no covariance.
+        a, b: statistics of at least two vectors each; fewer raise a ValueError.
     """
     if min(a.count, b.count) < 2:
         raise ValueError("a Fréchet distance needs at least two vectors on each side")

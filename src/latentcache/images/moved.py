@@ -70,8 +70,7 @@ def old_folder(pairs: Iterable[tuple[str, str]], root: str) -> str | None:
     """Return the folder from which sources moved; None if they did not move together.
 
     Args:
-        pairs: (present URL, recorded URL) of sources that look the same.
-        root: the present common folder of all sources.
+        pairs, root: (present URL, recorded URL) of equal sources; and their present common folder.
     """
     folders = set()
     for now, before in pairs:

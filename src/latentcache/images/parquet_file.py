@@ -80,8 +80,8 @@ class ParquetFile:
         """Yield the rows of a row group in batches of bounded size. Call it in `reading`.
 
         Args:
-            number, columns: the index of the row group, and the names or paths of columns.
-            most: the maximum number of rows of a batch.
+            number, columns, most: the row group, names or paths of columns, and a batch's maximum
+                of rows.
         """
         group, self._damage = self.row_groups[number], None
         chunks = [chunk for chunk in group.columns if _is_selected(chunk, columns)]
@@ -156,11 +156,7 @@ class ParquetFile:
         raise DamagedFooter("a page has no header")
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        """Set the position.
-
-        Args:
-            offset, whence: see `io.IOBase.seek`.
-        """
+        """Set the position. Args: see `io.IOBase.seek`."""
         self._position = (0, self._position, self._size_bytes)[whence] + offset
         return self._position
 

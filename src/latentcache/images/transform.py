@@ -30,10 +30,7 @@ _DCT_HEADROOM = 2
 
 @dataclass(frozen=True, slots=True)
 class TransformSpec:
-    """The parameters of the transform; see `config.Transform`. None for a limit accepts all images.
-
-    `dct_scaling` is whether `load_image` decodes large JPEGs at a fraction of their size.
-    """
+    """The parameters of the transform; see `config.Transform`. Limits of None accept all images."""
 
     buckets: tuple[Bucket, ...]
     min_side_px: int | None
@@ -44,10 +41,10 @@ class TransformSpec:
 
 @dataclass(frozen=True, slots=True)
 class Transformed:
-    """An image resized and cropped to its bucket.
+    """An image resized and cropped to its bucket; `pixels` is uint8 [3, H, W], RGB, channels-last.
 
-    `pixels` is uint8 [3, height_px, width_px], RGB, channels-last. SDXL's micro-conditioning needs
-    the upright size of the original and the crop's start in the resized image (Podell et al. 2023).
+    SDXL's micro-conditioning needs the upright size of the original and the crop's start in the
+    resized image (Podell et al. 2023).
     """
 
     pixels: torch.Tensor
@@ -59,18 +56,17 @@ class Transformed:
 
 
 def ratio_buckets(resolution_px: int, max_ratio: float, step_px: int) -> tuple[Bucket, ...]:
-    """Return sizes of about `resolution_px**2` pixels, sorted by width.
+    """Return sizes of about `resolution_px**2` pixels, in both orientations, sorted by width.
 
     For every long side that is a multiple of `step_px`, from `resolution_px` upwards, the short
-    side is the multiple of `step_px` nearest to `resolution_px**2 / long`. Sizes are included in
-    both orientations.
+    side is the multiple of `step_px` nearest to `resolution_px**2 / long`.
 
     Args:
         resolution_px, step_px: the side of the square size, and the divisor of all sides.
         max_ratio: the maximum of long over short.
 
     Raises:
-        ConfigError: `resolution_px` is not a multiple of `step_px`, so there is no square size.
+        ConfigError: `resolution_px` is not a multiple of `step_px`.
     """
     if resolution_px % step_px:
         raise ConfigError(
@@ -116,8 +112,7 @@ def load_image(data: bytes, spec: TransformSpec, reserve: Reserve | None = None)
     """Decode the bytes of an image, and resize and crop it to its bucket.
 
     Args:
-        data, spec: the whole file, and the parameters.
-        reserve: see `decode_image`.
+        data, spec, reserve: see `decode_image` and `transform`.
 
     Raises:
         Reject: stage `decode` (see `decode_image`) or `transform` (see `transform`).

@@ -30,9 +30,8 @@ class Architecture:
     """The fields of a diffusers `config.json` of an `AutoencoderKL`, with diffusers' defaults.
 
     `force_upcast` is only the publisher's hint that float16 overflows. Latents are stored unscaled.
-    Diffusion models expect `scaling_factor` and `shift_factor` (`(z - shift) * scale`) or the
-    per-channel `latents_mean` and `latents_std` to be applied to them. `scaling_factor` is None if
-    a file without a config does not determine it.
+    Diffusion models expect `(z - shift_factor) * scaling_factor`, or the per-channel `latents_mean`
+    and `latents_std`. `scaling_factor` is None if a file without a config does not determine it.
     """
 
     block_out_channels: tuple[int, ...] = (64,)
@@ -61,10 +60,7 @@ class Architecture:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], name: str = "config.json") -> Architecture:
-        """Read a diffusers config.
-
-        Args:
-            config, name: the content of the config, and its name in errors.
+        """Read a diffusers config. Args: its content, and its name in errors.
 
         Raises:
             CheckpointError: the autoencoder is of another family, or a field has an unusable value.

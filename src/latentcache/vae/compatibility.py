@@ -1,4 +1,4 @@
-"""Check whether the decoder of one VAE may decode the latents of another VAE's encoder.
+"""Check whether one VAE's decoder may decode another VAE's latents.
 
 The three decoders of the `sd-vae-ft-mse` model card share an encoder. Other VAEs may have the same
 shapes and another encoder.
@@ -20,14 +20,10 @@ MIN_AGREEMENT_DB = 50.0
 
 
 def require_family(vae: KLAutoencoder, name: str, other: Architecture | VaeContract) -> None:
-    """Raise an error if the latents of a VAE have another shape than the latents to decode.
+    """Raise `ConfigError` if the latents of a VAE have another shape than the latents to decode.
 
     Args:
-        vae, name: the VAE, and its name in errors.
-        other: the VAE of the latents to decode.
-
-    Raises:
-        ConfigError: the shapes differ.
+        vae, name, other: the VAE, its name in errors, and the VAE of the latents to decode.
     """
     for field in ("latent_channels", "downsample_factor"):
         given, value = getattr(vae.architecture, field), getattr(other, field)
@@ -42,8 +38,7 @@ def require_agreement(own: Tensor, latents: Tensor, name: str) -> float:
     """Return the agreement in dB of a VAE's own encoder with the latents that it must decode.
 
     Args:
-        own, latents: the latents of some images, [B, C, h, w], from both encoders.
-        name: the name of the VAE in errors.
+        own, latents, name: both latents of some images, [B, C, h, w], and the VAE's name in errors.
 
     Raises:
         ConfigError: the agreement is below `MIN_AGREEMENT_DB`.

@@ -44,19 +44,12 @@ _MAX_IN_FLIGHT = 3
 
 
 def require_fp32() -> None:
-    """Disable TF32 for float32 convolutions in this process.
-
-    TF32 has ten bits of mantissa, like float16, so it is no reference or fallback for float16.
-    """
+    """Disable TF32 for float32 convolutions, because it has ten bits of mantissa, like float16."""
     torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
 
 
 def prepare_device(device: str) -> None:
-    """Check that a worker can use its device, and disable TF32 there.
-
-    Raises:
-        ClusterError: the device is a GPU that torch cannot use.
-    """
+    """Disable TF32; raise `ClusterError` if the device is a GPU that torch cannot use."""
     if device == "cuda" and not torch.cuda.is_available():
         raise ClusterError(
             f"a worker has a GPU, but its torch {torch.__version__} cannot use it: install a CUDA "
@@ -69,9 +62,9 @@ def prepare_device(device: str) -> None:
 class Encoded:
     """The moments of one batch: float32 [B, 2C, H, W] on the CPU, mean then log-variance.
 
-    `num_in_fp32` latents were not finite and were encoded again in fp32. The latents with indices
-    in `bad` are still not finite. `busy_s` is the time of the device, and `start_s` is the time of
-    `start`. They are equal on a CPU.
+    `num_in_fp32` latents were encoded again in fp32. Those with indices in `bad` are still not
+    finite. `busy_s` is the time of the device, and `start_s` that of `start`. They are equal on a
+    CPU.
     """
 
     moments: Tensor
@@ -85,12 +78,11 @@ class LatentEncoder:
     """An encoder of batches on one device.
 
     On a GPU, one thread starts batches and another collects them. `start` waits only for the batch
-    before the last two, and the collecting thread for its batch. On a CPU, several threads may
-    start batches at once, and each thread encodes the batch that it starts.
+    before the last two. On a CPU, several threads may start batches at once, and each thread
+    encodes the batch that it starts.
 
     Args:
-        vae: the VAE in fp32 on its device; its decoder is not used.
-        precision: `fp32`, `fp16` or `bf16`.
+        vae, precision: the VAE in fp32 on its device; `fp32`, `fp16` or `bf16`.
         batch_size: the images of a batch; None chooses by bucket and device.
         encode: encodes a batch on the device in `precision`; None uses `fastest_encode`.
     """
@@ -243,8 +235,8 @@ class _Gpu:
         stream and on those that it was recorded on.
 
         Args:
-            encode, images: encodes a batch on the device; and uint8 [B, 3, H, W] on the CPU.
-            full: the number of images to which the batch is padded, at least B.
+            encode, images, full: uint8 [B, 3, H, W] on the CPU, padded to `full` images for
+                `encode`.
         """
         num_images = len(images)
         with self._lock, torch.cuda.device(self._device), _autotuned():
@@ -285,12 +277,7 @@ class _Gpu:
 
     @torch.inference_mode()
     def measure(self, encode: Encode, width_px: int, height_px: int, batch_size: int) -> float:
-        """Return the rate in images/s of encoding noise; the first rounds only select kernels.
-
-        Args:
-            encode: encodes a batch on the device.
-            width_px, height_px, batch_size: the sizes of the batch.
-        """
+        """Return the rate of encoding noise in images/s. Args: see `start`, and the batch's size."""
         shape = (batch_size, 3, height_px, width_px)
         with self._lock, torch.cuda.device(self._device), _autotuned():
             self.finish()
@@ -331,13 +318,12 @@ def _autotuned() -> Iterator[None]:
 def draw_latents(
     moments: torch.Tensor, posterior: str, unit_id: str, keys: Sequence[str]
 ) -> torch.Tensor:
-    """Return the latents to store, computed from moments: float32 [B, C, H, W].
+    """Return the latents to store, float32 [B, C, H, W].
 
     Args:
         moments: float32 [B, 2C, H, W], mean then log-variance.
         posterior: `mean` returns the first half of the channels, `moments` all of them. `sample`
-            draws from N(mean, exp(logvar)) with Philox noise. The noise depends only on (unit, key)
-            through their SHA-256, so every attempt draws the same latents.
+            draws from N(mean, exp(logvar)) with Philox noise from the SHA-256 of (unit, key).
         unit_id, keys: the unit's id, and the keys of the B rows.
     """
     if posterior == "moments":
@@ -361,8 +347,8 @@ def resolve_precision(vae: KLAutoencoder, images: Sequence[Tensor]) -> str:
     On a CPU the result is always fp32: float16 is slower there, and bfloat16 never reaches 55 dB.
 
     Args:
-        vae: the VAE in fp32 on its device.
-        images: uint8 [3, H, W] each; without images the result is fp32.
+        vae, images: the VAE in fp32 on its device; and uint8 [3, H, W] each, without which fp32
+            results.
     """
     if vae.device.type != "cuda" or not images:
         return "fp32"

@@ -1,8 +1,8 @@
 """The encoder of `model.py`, optimised for the device: the same function with fused operations.
 
-Maps are [B, H, W, C]. Weights are converted once: `quant_conv` is multiplied into `conv_out`, the
-scale of attention into `to_q`, and the bias of `to_v` is added after `to_out`, because the weights
-of attention sum to one. `kernels.py` on a GPU and `plain.py` on a CPU have the other operations.
+Maps are [B, H, W, C]. `quant_conv` is multiplied into `conv_out`, the scale of attention into
+`to_q`, and the bias of `to_v` is added after `to_out`, because the weights of attention sum to one.
+`kernels.py` on a GPU and `plain.py` on a CPU have the other operations.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ class FastEncoder:
     """A VAE's encoder and `quant_conv`, with the interface of `KLAutoencoder.encode`.
 
     Args:
-        vae: the VAE in fp32; its weights are converted once, on construction.
-        dtype, kernels: the dtype of the computation; and the module `kernels` or `plain`.
+        vae, dtype, kernels: the VAE in fp32, the computation's dtype, and the module `kernels` or
+            `plain`.
     """
 
     @torch.no_grad()

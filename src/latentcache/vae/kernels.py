@@ -45,11 +45,7 @@ _MAX_SOFTMAX_TILE = 16384
 
 
 def to_input(images: Tensor, dtype: torch.dtype) -> Tensor:
-    """Convert uint8 [B, 3, H, W] to [B, H, W, 8]: three channels in [-1, 1], then zeros.
-
-    Args:
-        images, dtype: the images, and the dtype of the result.
-    """
+    """Convert uint8 [B, 3, H, W] to [B, H, W, 8] in [-1, 1]; other channels are 0. Args: `dtype`."""
     batch, _, height, width = images.shape
     images = images.contiguous()
     out = images.new_empty((batch, height, width, NUM_INPUT_CHANNELS), dtype=dtype)
@@ -75,8 +71,7 @@ def group_norm(
         x: [B, H, W, C] in any float dtype, as is the result.
         bias: float32 [C], not added to x yet; None means zero.
         statistics: the statistics of x + bias from `add`; None computes them here.
-        weight, shift, num_groups, eps: as in `torch.nn.GroupNorm`; float32 [C].
-        silu: whether SiLU follows.
+        weight, shift, num_groups, eps, silu: as in `torch.nn.GroupNorm`; and whether SiLU follows.
     """
     if statistics is None:
         statistics = _sum(x, None, bias, None, num_groups)
@@ -92,9 +87,7 @@ def add(x: Tensor, h: Tensor, bias: Tensor | None, num_groups: int) -> tuple[Ten
     """Add two maps and a bias, and compute the statistics of the sum by group.
 
     Args:
-        x, h: two maps [B, H, W, C].
-        bias: float32 [C]; None means zero.
-        num_groups: a divisor of C.
+        x, h, bias, num_groups: maps [B, H, W, C]; float32 [C] or None for zero; a divisor of C.
 
     Returns:
         The sum, with x's shape and dtype, and its statistics: float32 [B, chunks, 2, groups].
@@ -104,14 +97,7 @@ def add(x: Tensor, h: Tensor, bias: Tensor | None, num_groups: int) -> tuple[Ten
 
 
 def add_padded(x: Tensor, h: Tensor | None, bias: Tensor | None) -> Tensor:
-    """Sum like `add`, and pad with a row of zeros at the bottom and a column at the right.
-
-    Args:
-        x, h, bias: as for `add`; None means zero.
-
-    Returns:
-        [B, H + 1, W + 1, C], the input of a stride-2 convolution of the encoder.
-    """
+    """Sum, and pad with zeros at the bottom and right to [B, H + 1, W + 1, C]. Args: see `add`."""
     batch, height, width, channels = x.shape
     out = x.new_empty((batch, height + 1, width + 1, channels))
     lanes = triton.next_power_of_2(channels)

@@ -2,8 +2,7 @@
 """The KL autoencoder of Stable Diffusion, SDXL, SD3 and FLUX (Rombach et al., 2022, appendix G).
 
 This is the eager reference, with which every faster implementation is compared. Parameters have the
-names of diffusers' current `AutoencoderKL`. `weights.py` maps every checkpoint to these canonical
-names, and the encoder's fingerprint is computed over them.
+names of diffusers' current `AutoencoderKL`, over which the encoder's fingerprint is computed.
 """
 
 from __future__ import annotations
@@ -208,13 +207,10 @@ class KLAutoencoder(nn.Module):
 
 
 def require_images(images: Tensor, factor: int) -> None:
-    """Raise an error if a tensor is not a batch of images that an encoder accepts.
+    """Raise `ConfigError` unless a tensor is a batch of images that an encoder accepts.
 
     Args:
-        images, factor: the tensor, uint8 [B, 3, H, W]; and the required divisor of H and W.
-
-    Raises:
-        ConfigError: the tensor has another dtype or shape.
+        images, factor: uint8 [B, 3, H, W]; and the required divisor of H and W.
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         shape = list(images.shape)

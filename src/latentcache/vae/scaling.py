@@ -1,7 +1,6 @@
 """Determine the scaling factor of a checkpoint's latents from its config, its tensors or the user.
 
-A diffusion model is trained on `(z - shift_factor) * scaling_factor`. Shapes do not determine them:
-SDXL's autoencoder has the same shapes as Stable Diffusion's.
+Shapes do not determine it: SDXL's autoencoder has the same shapes as Stable Diffusion's.
 """
 
 from __future__ import annotations
@@ -28,9 +27,9 @@ _SD, _SDXL = 0.18215, 0.13025
 def recognised_factor(tensors: Mapping[str, Tensor]) -> float | None:
     """Return the scaling factor that the tensors of a CompVis checkpoint determine, or None.
 
-    CompVis's `ddpm.py` stores a measured factor as the buffer `scale_factor`. Otherwise the other
-    networks in the file show the family: `conditioner` means SDXL, unless `edm_mean` shows that it
-    is Playground's, which scales by channel. A U-Net alone means Stable Diffusion 1 or 2.
+    CompVis's `ddpm.py` stores a measured factor as the buffer `scale_factor`. Otherwise
+    `conditioner` means SDXL, unless `edm_mean` shows that it is Playground's, which scales by
+    channel. A U-Net alone means Stable Diffusion 1 or 2.
     """
     if (buffer := tensors.get("scale_factor")) is not None and buffer.numel() == 1:
         factor = float(buffer)
@@ -58,8 +57,7 @@ def resolve_scaling(
         scaling_factor, shift_factor: of the config; None if they are not set.
 
     Raises:
-        ConfigError: the checkpoint and the config contradict each other, or neither has the scaling
-            factor.
+        ConfigError: checkpoint and config contradict each other, or neither has the scaling factor.
     """
     known = architecture.scaling_factor
     if known is None:

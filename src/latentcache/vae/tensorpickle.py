@@ -66,8 +66,7 @@ def load_pickle(file: BinaryIO, storages: dict[str, StoredStorage]) -> object:
     """Read one pickle. Its value may contain itself.
 
     Args:
-        file: positioned at the start of the pickle; it moves to its end.
-        storages: receives the storages that the pickle names, by key.
+        file, storages: moves to the end of the pickle; receives the storages that it names, by key.
 
     Raises:
         Malformed: the pickle is cut off, too large, or not a pickle.
