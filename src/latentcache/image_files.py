@@ -59,7 +59,7 @@ def open_png(data: bytes, size: tuple[int, int]) -> Image.Image:
 
 
 def read_png(data: bytes, size: tuple[int, int]) -> torch.Tensor:
-    """Read an image that `write_png` wrote as uint8 [3, H, W]. Args: see `open_png`, also errors."""
+    """Read an image of `write_png` as uint8 [3, H, W]. Args: see `open_png`, also for the error."""
     with open_png(data, size) as image:
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 

@@ -277,7 +277,7 @@ class _Gpu:
 
     @torch.inference_mode()
     def measure(self, encode: Encode, width_px: int, height_px: int, batch_size: int) -> float:
-        """Return the rate of encoding noise in images/s. Args: see `start`, and the batch's size."""
+        """Return the rate of encoding noise in images/s. Args: see `find_batch_size`, `start`."""
         shape = (batch_size, 3, height_px, width_px)
         with self._lock, torch.cuda.device(self._device), _autotuned():
             self.finish()

@@ -45,7 +45,11 @@ _MAX_SOFTMAX_TILE = 16384
 
 
 def to_input(images: Tensor, dtype: torch.dtype) -> Tensor:
-    """Convert uint8 [B, 3, H, W] to [B, H, W, 8] in [-1, 1]; other channels are 0. Args: `dtype`."""
+    """Convert uint8 [B, 3, H, W] to [B, H, W, 8]: three channels in [-1, 1], then zeros.
+
+    Args:
+        images, dtype: the images, and the dtype of the result.
+    """
     batch, _, height, width = images.shape
     images = images.contiguous()
     out = images.new_empty((batch, height, width, NUM_INPUT_CHANNELS), dtype=dtype)
