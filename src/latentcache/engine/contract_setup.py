@@ -22,8 +22,7 @@ from latentcache.errors import ConfigError, ContractMismatch
 from latentcache.images.source import source_contract
 from latentcache.images.transform import ratio_buckets
 from latentcache.storage import Store
-from latentcache.vae.architecture import FAMILY
-from latentcache.vae.scaling import resolve_scaling
+from latentcache.vae.architecture import FAMILY, resolve_scaling
 from latentcache.vae.weights import absolute_url, encoder_fingerprint, load_vae
 
 

@@ -1,4 +1,4 @@
-"""The architecture of a KL autoencoder, read from a config.json and validated."""
+"""The architecture of a KL autoencoder, read from a config.json, and its scaling factor."""
 
 from __future__ import annotations
 
@@ -7,13 +7,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from latentcache.errors import CheckpointError
+from latentcache.errors import CheckpointError, ConfigError
 
 FAMILY = "AutoencoderKL"
 
 # Far above any published autoencoder. Without limits, a config or a file could request a model of
 # any size.
 _MAX_BLOCKS, _MAX_LAYERS, _MAX_CHANNELS = 8, 32, 2**14
+
+_USUAL = (
+    "0.18215 for Stable Diffusion 1 and 2 and sd-vae-ft-*; 0.13025 for SDXL; 1.5305 with "
+    "vae.shift_factor 0.0609 for SD3; 0.3611 with vae.shift_factor 0.1159 for FLUX.1"
+)
 
 _ENCODER_FIELDS = (
     "block_out_channels",
@@ -141,3 +146,39 @@ _READERS: tuple[tuple[tuple[str, ...], Callable[[Any], Any], str], ...] = (
         "is not a list of finite numbers",
     ),
 )
+
+
+def resolve_scaling(
+    architecture: Architecture,
+    scaling_factor: float | None,
+    shift_factor: float | None,
+    checkpoint: str,
+) -> tuple[float, float]:
+    """Return the scaling factor and the shift factor that a checkpoint and a config specify.
+
+    Args:
+        architecture, checkpoint: of the checkpoint, and its URL for errors.
+        scaling_factor, shift_factor: of the config; None if they are not set.
+
+    Raises:
+        ConfigError: checkpoint and config contradict each other, or neither has the scaling factor.
+    """
+    known = architecture.scaling_factor
+    if known is None:
+        if scaling_factor is None:
+            raise ConfigError(
+                f"{checkpoint} has no scaling factor: set vae.scaling_factor ({_USUAL}), or put "
+                "the config.json of its diffusers version beside it"
+            )
+        return scaling_factor, shift_factor or 0.0
+    known_shift = architecture.shift_factor or 0.0
+    for field, given, actual in (
+        ("scaling_factor", scaling_factor, known),
+        ("shift_factor", shift_factor, known_shift),
+    ):
+        if given is not None and given != actual:
+            raise ConfigError(
+                f"vae.{field} is {given:g}, but that of {checkpoint} is {actual:g}: leave "
+                "vae.scaling_factor and vae.shift_factor out, or correct its config.json"
+            )
+    return known, known_shift
