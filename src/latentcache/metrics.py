@@ -11,8 +11,7 @@ from torch import Tensor
 
 Float64 = npt.NDArray[np.float64]
 
-# Decibels outside this range are clamped when stored, so that a mean stays finite. NaN is stored as
-# the lower bound.
+# Stored decibels are clamped to this range, so that a mean stays finite. NaN becomes the minimum.
 MIN_DB, MAX_DB = -100.0, 150.0
 
 # Wang et al. 2004, section III: the window, and the constants for a data range of 1.
@@ -74,8 +73,7 @@ def drift_db(latents: Tensor, reference: Tensor) -> float:
     It is inf for equal latents, and -inf if any value is not finite.
 
     Args:
-        latents, reference: [B, C, H, W]; the variance of the reference in each channel is the
-            signal.
+        latents, reference: [B, C, H, W]; the reference's variance in each channel is the signal.
     """
     signal = reference.double()
     error = (latents.double() - signal).square().sum()
@@ -89,8 +87,7 @@ def drift_db(latents: Tensor, reference: Tensor) -> float:
 class FeatureStatistics:
     """The mean and covariance of `count` vectors of D features, which can be merged.
 
-    `mean` is float64 [D]. `scatter`, float64 [D, D], sums the outer products of the deviations from
-    it.
+    `mean` is float64 [D]. `scatter`, float64 [D, D], sums the outer products of deviations from it.
     """
 
     count: int
@@ -134,8 +131,7 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     The formula is |m_a - m_b|² + tr(C_a) + tr(C_b) - 2 tr((C_a C_b)^½) (Dowson and Landau 1982).
     Heusel et al., "GANs Trained by a Two Time-Scale Update Rule" (2017), equation 6, use it as a
     distance of image sets. The last trace is computed from the eigenvalues of C_a^½ C_b C_a^½,
-    which is symmetric. With fewer than D + 1 vectors many eigenvalues are zero, and so are set to
-    zero.
+    which is symmetric. Rounding errors of eigenvalues that are zero are removed.
 
     Args:
         a, b: statistics of at least two vectors each; fewer raise a ValueError.

@@ -50,8 +50,7 @@ def load_inception(
 ) -> Features:
     """Load the Inception network of the Fréchet distance, `inception-2015-12-05.pt`.
 
-    StyleGAN2-ADA published this TorchScript file. It holds the weights of the original FID, and
-    resizes images itself.
+    StyleGAN2-ADA published this TorchScript file, with the weights of the original FID.
 
     Args:
         url, options: path or URL of the file, and how to reach its store.

@@ -50,8 +50,7 @@ def slots_of(url: str, num_units: int | None, known: Collection[str]) -> int:
     """Return the number of slots of a folder, which never changes for one output.
 
     Args:
-        url, num_units, known: the folder, the config's number, and the sources of the output's
-            units.
+        url, num_units, known: the folder, the config's number, and the output's sources.
     """
     matches = (_SLOT.fullmatch(source) for source in known if source.startswith(f"{url}#"))
     existing = {int(match["num_slots"]) for match in matches if match and match["folder"] == url}

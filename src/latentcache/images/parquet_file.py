@@ -80,8 +80,7 @@ class ParquetFile:
         """Yield the rows of a row group in batches of bounded size. Call it in `reading`.
 
         Args:
-            number, columns, most: the row group, names or paths of columns, and a batch's maximum
-                of rows.
+            number, columns, most: the row group, names or paths of columns, and the maximum rows.
         """
         group, self._damage = self.row_groups[number], None
         chunks = [chunk for chunk in group.columns if _is_selected(chunk, columns)]

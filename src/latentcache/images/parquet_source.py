@@ -66,8 +66,7 @@ def read_parquet(request: ReadRequest) -> SampleStream:
 
     Further reject reasons with a key: `no_key` (the column `selection.key` is null or empty; the
     key is the row's number). Without a key: `not_parquet` (no readable footer) and `corrupt_shard`
-    (damage in row groups, or a page above `max_sample_bytes`; the message has the row groups and
-    the lost rows).
+    (damage in row groups, or a page above `max_sample_bytes`).
 
     `on_read` is called with the bytes of each row's fields, and `reserve` with those of each page.
 

@@ -17,8 +17,7 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _NOT_UTF8 = re.compile("[\ud800-\udfff]")
 _METADATA = re.compile(r"__[^/]*__($|/)")  # as in webdataset.tariterators.tar_file_iterator
 
-# A file or a field with one of these extensions counts as an image, even if `source.image` does not
-# name it.
+# A file or field with one of these extensions counts as an image, even without `source.image`.
 _IMAGE_ENDINGS = frozenset(
     [
         *("avif", "bmp", "gif", "heic", "heif", "jfif", "j2k", "jp2", "jpe", "jpeg", "jpg"),
@@ -55,9 +54,8 @@ class SourceShard:
 class FieldSelection:
     """The fields to read of a sample: the first of `image` that it has, and `keep`.
 
-    Tars and folders need lower case. A larger sample than `max_sample_bytes` is a reject. For
-    Parquet, `key` is the column of the key (None derives it), and `caption_index` the element of
-    lists to use.
+    Tars and folders need lower case. Samples above `max_sample_bytes` are rejects. For Parquet,
+    `key` is the column of the key (None derives it), and `caption_index` the element of lists.
     """
 
     image: Sequence[str]

@@ -263,15 +263,13 @@ def read_shard(
 
     Args:
         shard, options: the listed shard, and how to reach the store.
-        image, keep, key, max_sample_bytes, caption_index: see `FieldSelection`. Case matters only
-            in Parquet files.
+        image, keep, key, max_sample_bytes, caption_index: see `FieldSelection`, in any case.
         gather: read a tar whose samples are scattered, or that holds links.
         on_read: called with the bytes of each read of a tar, or of each sample's fields.
         reserve: called before a field is read, with the bytes that its sample then holds.
 
     Raises:
-        NotGrouped: the tar needs `gather`. Like the others, it may be raised after samples were
-            yielded.
+        NotGrouped: the tar needs `gather`. All of these may be raised after samples were yielded.
         SourceChanged: the shard is no longer the listed version.
         StorageError: the store cannot be read, or cut the connection.
         SourceError: the compression of the shard is not supported, or it lacks a column.

@@ -54,9 +54,8 @@ def read_tar(request: ReadRequest) -> SampleStream:
     detected. With `gather`, samples have the order of their images.
 
     Further reject reasons with a key: `not_a_file`, `sparse_member`; with `gather` also
-    `link_target` (the target of a link is not a readable member) and `not_grouped` (the kept fields
-    do not fit into `WINDOW_BYTES`). Without a key: those of `tarstream`, and `not_grouped` (too
-    many members).
+    `link_target` (the target of a link is not a readable member) and `not_grouped` (its fields do
+    not fit into `WINDOW_BYTES`). Without a key: those of `TarStream`, and `not_grouped`.
 
     If a shard ends too soon, its last sample keeps its complete members. If the cut is within a
     member of that sample, the sample is lost and counted in the keyless reject, which names it.

@@ -28,8 +28,7 @@ class TarStream:
 
     Raises:
         Reject: `not_a_tar`, `truncated_shard` (the bytes end too soon), `corrupt_shard` (a damaged
-            header or gzip stream: the rest cannot be read), or `trailing_data` (bytes after the
-            end).
+            header or gzip stream), or `trailing_data` (bytes after the end mark).
     """
 
     def __init__(self, file: Any, *, is_gzip: bool) -> None:
@@ -126,8 +125,7 @@ class TarStream:
 class _Header(tarfile.TarInfo):
     """A member's header, whose damage is not mistaken for the archive's end.
 
-    Sparse members are rejected, so their maps, which can claim any size, are skipped and not
-    parsed.
+    Sparse members are rejected. Their maps, which can claim any size, are skipped, not parsed.
     """
 
     @classmethod

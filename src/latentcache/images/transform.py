@@ -278,8 +278,7 @@ def _bicubic(
 ) -> torch.Tensor:
     """Run the kernel on [height, width, 3] for the first `size` outputs at the given scales."""
     channels_last = pixels.unsqueeze(0).permute(0, 3, 1, 2)
-    # F.interpolate(…, mode="bicubic", antialias=True) calls this kernel too, but derives the scales
-    # from the sizes.
+    # F.interpolate also calls this kernel, but derives the scales from the sizes.
     kernel = torch.ops.aten._upsample_bicubic2d_aa
     if out is None:
         resized: torch.Tensor = kernel(channels_last, size, False, *scales)

@@ -11,8 +11,7 @@ from latentcache.errors import CheckpointError, ConfigError
 
 FAMILY = "AutoencoderKL"
 
-# Far above any published autoencoder. Without limits, a config or a file could request a model of
-# any size.
+# Far above any published autoencoder. A config could otherwise request a model of any size.
 _MAX_BLOCKS, _MAX_LAYERS, _MAX_CHANNELS = 8, 32, 2**14
 
 _USUAL = (

@@ -1,7 +1,6 @@
 """Find the batch size of a GPU: measured once for each image size, and then cached.
 
-The rate rises with the batch size until the GPU is fully used. A larger batch only costs memory
-that QA needs.
+The rate rises until the GPU is fully used. A larger batch only costs memory that QA needs.
 """
 
 from __future__ import annotations
@@ -30,8 +29,7 @@ def find_batch_size(measure: Callable[[int], float], most: int) -> int:
     """Return the smallest power of two whose rate is within 3% of the best; 1 if none fits.
 
     Args:
-        measure, most: returns images/s at a size, or raises `torch.OutOfMemoryError`; the largest
-            size.
+        measure: returns images/s at a size up to `most`, or raises `torch.OutOfMemoryError`.
     """
     rates: dict[int, float] = {}
     best, num_idle, size = 0.0, 0, 1
@@ -56,8 +54,7 @@ def remembered_batch_size(
     area share an entry, because their shape hardly affects the rate, and a run may have forty.
 
     Args:
-        encoder: a description of all else that affects the rate: device, software, precision,
-            network.
+        encoder: all else that affects the rate: device, software, precision, and network.
         width_px, height_px, measure: the size of the images; see `find_batch_size`.
     """
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())

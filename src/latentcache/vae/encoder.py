@@ -26,8 +26,7 @@ _Part = Callable[[], tuple[Tensor, float]]  # waits for moments and the device's
 
 PRECISION_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
-# Storing latents in float16 has a drift of about 70 dB. An encode with this drift from fp32 has no
-# effect on training.
+# A drift from fp32 without effect on training. Storing latents in float16 has about 70 dB.
 MIN_DRIFT_DB = 55.0
 
 # The pixels that a CPU thread encodes at once with `batch_size: auto`: one image of 256 px, because
@@ -62,9 +61,8 @@ def prepare_device(device: str) -> None:
 class Encoded:
     """The moments of one batch: float32 [B, 2C, H, W] on the CPU, mean then log-variance.
 
-    `num_in_fp32` latents were encoded again in fp32. Those with indices in `bad` are still not
-    finite. `busy_s` is the time of the device, and `start_s` that of `start`. They are equal on a
-    CPU.
+    `num_in_fp32` latents were encoded again in fp32. Those in `bad` (indices) are still not finite.
+    `busy_s` is the time of the device, and `start_s` that of `start`.
     """
 
     moments: Tensor
@@ -235,8 +233,7 @@ class _Gpu:
         stream and on those that it was recorded on.
 
         Args:
-            encode, images, full: uint8 [B, 3, H, W] on the CPU, padded to `full` images for
-                `encode`.
+            encode, images, full: uint8 [B, 3, H, W] on the CPU, which are padded to `full` images.
         """
         num_images = len(images)
         with self._lock, torch.cuda.device(self._device), _autotuned():
@@ -347,8 +344,7 @@ def resolve_precision(vae: KLAutoencoder, images: Sequence[Tensor]) -> str:
     On a CPU the result is always fp32: float16 is slower there, and bfloat16 never reaches 55 dB.
 
     Args:
-        vae, images: the VAE in fp32 on its device; and uint8 [3, H, W] each, without which fp32
-            results.
+        vae, images: the VAE in fp32 on its device; uint8 [3, H, W] each; if empty, fp32.
     """
     if vae.device.type != "cuda" or not images:
         return "fp32"

@@ -90,8 +90,7 @@ class FastEncoder:
     """A VAE's encoder and `quant_conv`, with the interface of `KLAutoencoder.encode`.
 
     Args:
-        vae, dtype, kernels: the VAE in fp32, the computation's dtype, and the module `kernels` or
-            `plain`.
+        vae, dtype, kernels: the VAE in fp32, the computation's dtype, and `kernels` or `plain`.
     """
 
     @torch.no_grad()
