@@ -21,10 +21,10 @@ _SSIM_C1, _SSIM_C2 = 0.01**2, 0.03**2
 
 
 def psnr_db(images: Tensor, reference: Tensor) -> Tensor:
-    """Return the peak signal-to-noise ratio of each image in dB; infinite for equal images.
+    """Return the peak signal-to-noise ratio of each image in dB, float64 [B]; infinite if equal.
 
     Args:
-        images, reference: uint8 [B, 3, H, W]; the peak is 255. The result is float64 [B].
+        images, reference: uint8 [B, 3, H, W]; the peak is 255.
     """
     error = (images.double() - reference.double()).square().mean(dim=(1, 2, 3))
     return 10 * torch.log10(255.0**2 / error)
@@ -70,10 +70,8 @@ def _local_mean(maps: Tensor, window: Float64) -> Tensor:
 def drift_db(latents: Tensor, reference: Tensor) -> float:
     """Return the ratio of signal variance to squared error over a batch of latents, in dB.
 
-    It is inf for equal latents, and -inf if any value is not finite.
-
-    Args:
-        latents, reference: [B, C, H, W]; the reference's variance in each channel is the signal.
+    It is inf for equal latents, and -inf for infinite or NaN ones. Args: [B, C, H, W]; the variance
+    of the reference in each channel is the signal.
     """
     signal = reference.double()
     error = (latents.double() - signal).square().sum()

@@ -48,12 +48,10 @@ _IMAGENET_MEAN_STD = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 def load_inception(
     url: str, sha256: str, options: StorageOptions = StorageOptions(), device: Device = "cpu"
 ) -> Features:
-    """Load the Inception network of the Fréchet distance, `inception-2015-12-05.pt`.
-
-    StyleGAN2-ADA published this TorchScript file, with the weights of the original FID.
+    """Load StyleGAN2-ADA's TorchScript file with the weights of the original FID.
 
     Args:
-        url, options: path or URL of the file, and how to reach its store.
+        url, options: path or URL of `inception-2015-12-05.pt`, and how to reach its store.
         sha256, device: SHA-256 of the file, lower-case hex; and the device of the network.
 
     Raises:
@@ -74,8 +72,7 @@ def load_lpips(
 ) -> Distance:
     """Load LPIPS (Zhang et al. 2018, on VGG16) as StyleGAN2-ADA published it: `vgg16.pt`.
 
-    The TorchScript file returns features whose summed squared difference is the distance. Args: see
-    `load_inception`, also for the errors.
+    Its features have the distance as the sum of squared differences. Args: see `load_inception`.
     """
     arguments = {"resize_images": False, "return_lpips": True}
     network, shape = _load_script(url, sha256, options, device, _PROBE.float(), **arguments)

@@ -1,7 +1,7 @@
 """Check the footer and the page headers of a Parquet file before pyarrow reads them.
 
-pyarrow aborts the process when it reads a column of a damaged footer, and allocates any size that a
-page header claims. The layout is `parquet.thrift` of apache/parquet-format (compact protocol).
+pyarrow aborts the process on damaged columns in a footer, and allocates any size that a page header
+claims. The layout is `parquet.thrift` of apache/parquet-format (compact protocol).
 """
 
 from __future__ import annotations

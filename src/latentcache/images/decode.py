@@ -76,9 +76,7 @@ def decode_image(
 def decode_scaled(
     data: bytes, choose: ChooseScale, *, max_pixels: int, reserve: Reserve | None = None
 ) -> Scaled:
-    """Decode as `decode_image` does, but a JPEG at a fraction of its size.
-
-    libjpeg computes a smaller image from each block's low frequencies, without decoding the rest.
+    """Decode as `decode_image` does, but a JPEG at a fraction of its size (its low frequencies).
 
     Args:
         data, max_pixels, reserve: see `decode_image`, also for the errors.

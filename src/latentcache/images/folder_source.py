@@ -64,13 +64,10 @@ def slots_of(url: str, num_units: int | None, known: Collection[str]) -> int:
 
 
 def list_folder(url: str, num_slots: int, options: StorageOptions) -> list[SourceShard]:
-    """List the slots of a folder that have files, in order, with one recursive listing.
+    """List the slots of a folder that have files, in order; raise `SourceError` if none has.
 
     Args:
         url, num_slots, options: the folder, the number of its slots, and how to reach the store.
-
-    Raises:
-        SourceError: the folder has no file that can belong to a sample.
     """
     store = Store(url, options)
     slots: dict[int, list[tuple[str, str, ObjectInfo]]] = {}

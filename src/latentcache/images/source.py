@@ -133,14 +133,10 @@ def relist_source(
 
 
 def shard_of(unit: Unit, options: StorageOptions, moved: Moved = NOT_MOVED) -> SourceShard:
-    """Return the shard that a unit was made from. A folder's slot is listed again.
+    """Return the shard that a unit was made from; raise `SourceError` if its slot has other files.
 
     Args:
         unit, options, moved: the unit, the options of its source's store, and the source's move.
-
-    Raises:
-        SourceChanged: the slot now has other files.
-        SourceError: the slot has no files.
     """
     url = moved.location(unit.source)
     if not is_slot(url):
@@ -155,8 +151,8 @@ def list_shards(shards: str | Sequence[str], options: StorageOptions) -> list[So
     """List tars and Parquet files, each once, sorted by URL; split large Parquet files into parts.
 
     The last part of a URL may have a glob (`*`, `?`, `[...]`), which costs one listing of its
-    folder, as do many URLs in one folder. A few URLs cost one request each. If a file has exactly
-    the name of the pattern, globs and braces are not expanded.
+    folder, as do many URLs in one folder. If a file has exactly the name of the pattern, globs and
+    braces are not expanded.
 
     Args:
         shards, options: one URL or several, and how to reach the stores.

@@ -167,6 +167,9 @@ class _Sample(Group):
     duplicates: list[str] = field(default_factory=list)  # paths of further images of one field
 
 
+_Use = tuple[_Sample, str]  # and the name of the field
+
+
 def _gather_samples(request: ReadRequest) -> SampleStream:
     """Yield the samples of a tar in three passes; return the problem of the tar as a whole."""
     index = _Index(request)
@@ -316,6 +319,3 @@ class _Index:
                         yield users[number], tar.read_member(member)
             except Reject:
                 return  # the first pass reported it
-
-
-_Use = tuple[_Sample, str]

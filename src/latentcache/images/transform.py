@@ -62,11 +62,8 @@ def ratio_buckets(resolution_px: int, max_ratio: float, step_px: int) -> tuple[B
     side is the multiple of `step_px` nearest to `resolution_px**2 / long`.
 
     Args:
-        resolution_px, step_px: the side of the square size, and the divisor of all sides.
+        resolution_px, step_px: the side of the square size, a multiple of the divisor of all sides.
         max_ratio: the maximum of long over short.
-
-    Raises:
-        ConfigError: `resolution_px` is not a multiple of `step_px`.
     """
     if resolution_px % step_px:
         raise ConfigError(
@@ -92,9 +89,7 @@ def transform_spec(contract: Contract) -> TransformSpec:
 
 
 def choose_bucket(width_px: int, height_px: int, buckets: Sequence[Bucket]) -> Bucket:
-    """Return the bucket with the nearest aspect ratio; ratios are compared as logarithms.
-
-    Of equally near buckets, the one with the most pixels is chosen, then the widest one.
+    """Return the bucket with the nearest logarithmic ratio; of equal ones the largest, then widest.
 
     Args:
         width_px, height_px, buckets: the size of the image, and the buckets in any order.
@@ -109,14 +104,7 @@ def choose_bucket(width_px: int, height_px: int, buckets: Sequence[Bucket]) -> B
 
 
 def load_image(data: bytes, spec: TransformSpec, reserve: Reserve | None = None) -> Transformed:
-    """Decode the bytes of an image, and resize and crop it to its bucket.
-
-    Args:
-        data, spec, reserve: see `decode_image` and `transform`.
-
-    Raises:
-        Reject: stage `decode` (see `decode_image`) or `transform` (see `transform`).
-    """
+    """Decode an image, and resize and crop it. Args: see `decode_image`, `transform`."""
 
     def choose(width: int, height: int) -> int:
         if not spec.dct_scaling:
@@ -136,8 +124,8 @@ def load_image(data: bytes, spec: TransformSpec, reserve: Reserve | None = None)
 def transform(image: NDArray[np.uint8], spec: TransformSpec) -> Transformed:
     """Resize an image to cover its bucket, and crop the centre.
 
-    The resize is antialiased bicubic at the smallest scale that covers the bucket. The side that
-    does not fit exactly is rounded to the nearest pixel, half up, so it is never below the bucket.
+    The resize is antialiased bicubic at the smallest scale that covers the bucket. The other side
+    is rounded to the nearest pixel, half up, so it is never below the bucket.
 
     Args:
         image, spec: uint8 [height, width, 3], writable, and the parameters.

@@ -64,10 +64,10 @@ class Architecture:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], name: str = "config.json") -> Architecture:
-        """Read a diffusers config. Args: its content, and its name in errors.
+        """Read a diffusers config; raise `CheckpointError` if it is not usable.
 
-        Raises:
-            CheckpointError: the autoencoder is of another family, or a field has an unusable value.
+        Args:
+            config, name: the content of the config, and its name in errors.
         """
 
         def require(field: str, is_valid: bool, problem: str) -> None:
@@ -153,14 +153,11 @@ def resolve_scaling(
     shift_factor: float | None,
     checkpoint: str,
 ) -> tuple[float, float]:
-    """Return the scaling factor and the shift factor that a checkpoint and a config specify.
+    """Return the scaling factor and the shift factor; raise `ConfigError` unless they are clear.
 
     Args:
         architecture, checkpoint: of the checkpoint, and its URL for errors.
         scaling_factor, shift_factor: of the config; None if they are not set.
-
-    Raises:
-        ConfigError: checkpoint and config contradict each other, or neither has the scaling factor.
     """
     known = architecture.scaling_factor
     if known is None:

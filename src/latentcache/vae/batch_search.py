@@ -49,9 +49,9 @@ def remembered_batch_size(
 ) -> int:
     """Return the cached batch size of an encoder and a bucket, or find it and cache it.
 
-    The cache is `$XDG_CACHE_HOME/latentcache/batch_sizes.json`, or below `~/.cache`. If the file is
-    damaged or cannot be written, the only consequence is another search. Buckets of about the same
-    area share an entry, because their shape hardly affects the rate, and a run may have forty.
+    The cache is `$XDG_CACHE_HOME/latentcache/batch_sizes.json`, or below `~/.cache`. It is
+    optional. Buckets of about the same area share an entry, because their shape hardly affects the
+    rate.
 
     Args:
         encoder: all else that affects the rate: device, software, precision, and network.

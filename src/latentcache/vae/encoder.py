@@ -110,8 +110,7 @@ class LatentEncoder:
     def num_threads(self, num_pixels: int) -> int:
         """Return how many threads should start batches of images of up to `num_pixels` at once.
 
-        On a CPU this is torch's number of threads, if memory suffices. The caller should then
-        divide torch's own number of threads by it (`torch.set_num_threads`).
+        The caller should divide torch's own number of threads by it (`torch.set_num_threads`).
         """
         if self._gpu:
             return 1
@@ -139,10 +138,8 @@ class LatentEncoder:
     def start(self, images: Tensor) -> Callable[[], Encoded]:
         """Start to encode uint8 [B, 3, H, W] from the CPU. The images must not change afterwards.
 
-        If the device runs out of memory, the batch size of this bucket is halved permanently.
-
-        Returns:
-            A function that waits for the moments and returns them. Any thread may call it, once.
+        The result is a function that any thread may call, once, to wait for the moments. If the
+        device runs out of memory, the batch size of this bucket is halved permanently.
 
         Raises:
             torch.OutOfMemoryError: a single image does not fit.
@@ -318,10 +315,9 @@ def draw_latents(
     """Return the latents to store, float32 [B, C, H, W].
 
     Args:
-        moments: float32 [B, 2C, H, W], mean then log-variance.
+        moments, unit_id, keys: float32 [B, 2C, H, W], mean then log-variance, of B rows.
         posterior: `mean` returns the first half of the channels, `moments` all of them. `sample`
             draws from N(mean, exp(logvar)) with Philox noise from the SHA-256 of (unit, key).
-        unit_id, keys: the unit's id, and the keys of the B rows.
     """
     if posterior == "moments":
         return moments

@@ -115,13 +115,11 @@ def add_padded(x: Tensor, h: Tensor | None, bias: Tensor | None) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Return softmax(q kᵀ) v, of at most `MAX_SCORES` scores at once.
+    """Return softmax(q kᵀ) v of scaled queries, keys and values, [B, n, C].
 
-    One head of 512 channels exceeds the limit of flash attention (256). Two matrix products with
-    float32 scores between them move more bytes, but are still limited by arithmetic.
-
-    Args:
-        q, k, v: the scaled queries, the keys and the values, [B, n, C].
+    Flash attention has a limit of 256 channels, below one head of 512. Two matrix products with
+    float32 scores, at most `MAX_SCORES` at once, move more bytes, but are still limited by
+    arithmetic. Args: see `scaled_dot_product_attention`.
     """
     batch, length, _ = q.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format)

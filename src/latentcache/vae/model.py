@@ -168,16 +168,14 @@ class KLAutoencoder(nn.Module):
         return next(self.encoder.parameters()).device
 
     def encode(self, images: Tensor) -> Tensor:
-        """Encode RGB images to the posterior's moments.
-
-        Args:
-            images: uint8 [B, 3, H, W]; H and W multiples of `downsample_factor`.
+        """Encode images, uint8 [B, 3, H, W], to the posterior's moments.
 
         Returns:
             float32 [B, 2C, H/f, W/f]: the unscaled mean, then the log-variance in [-30, 20].
 
         Raises:
-            ConfigError: `images` has another dtype or shape.
+            ConfigError: another dtype or shape, or sides that are no multiples of
+                `downsample_factor`.
         """
         require_images(images, self.architecture.downsample_factor)
         x = (images.float() / 127.5 - 1.0).to(self.dtype)
@@ -186,10 +184,7 @@ class KLAutoencoder(nn.Module):
         return torch.cat([mean, logvar.clamp(LOGVAR_MIN, LOGVAR_MAX)], dim=1)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Decode unscaled latents to images.
-
-        Args:
-            latents: [B, C, h, w] as from `encode`, neither scaled nor shifted.
+        """Decode latents [B, C, h, w] as from `encode`, neither scaled nor shifted.
 
         Returns:
             float32 [B, 3, f*h, f*w] in [-1, 1]; `to_uint8` converts it to pixels.
@@ -243,13 +238,10 @@ def require_family(vae: KLAutoencoder, name: str, other: Architecture | VaeContr
 
 
 def require_agreement(own: Tensor, latents: Tensor, name: str) -> float:
-    """Return the agreement in dB of a VAE's own encoder with the latents that it must decode.
+    """Return the agreement in dB of two encoders; raise `ConfigError` below `MIN_AGREEMENT_DB`.
 
     Args:
         own, latents, name: both latents of some images, [B, C, h, w], and the VAE's name in errors.
-
-    Raises:
-        ConfigError: the agreement is below `MIN_AGREEMENT_DB`.
     """
     agreement_db = drift_db(own, latents)
     if agreement_db < MIN_AGREEMENT_DB:
