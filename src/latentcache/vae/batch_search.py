@@ -6,14 +6,16 @@ The rate rises until the GPU is fully used. A larger batch only costs memory tha
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import math
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+from latentcache.storage.local_files import replace_file
 
 _MAX_IMAGES = 128
 
@@ -66,7 +68,8 @@ def remembered_batch_size(
         most = max(1, min(_MAX_IMAGES, _MAX_PIXELS // num_pixels))
         size = find_batch_size(measure, most)
         with contextlib.suppress(OSError):
-            _write(path, {**_read(path), key: size})
+            sizes = json.dumps({**_read(path), key: size}, indent=1, sort_keys=True)
+            replace_file(str(path), io.BytesIO(sizes.encode() + b"\n"))
     return size
 
 
@@ -76,11 +79,3 @@ def _read(path: Path) -> dict[str, object]:
     except (OSError, ValueError):
         return {}
     return sizes if isinstance(sizes, dict) else {}
-
-
-def _write(path: Path, sizes: dict[str, object]) -> None:
-    """Replace the file atomically, because other processes of this machine use it too."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        file.write(json.dumps(sizes, indent=1, sort_keys=True) + "\n")
-    Path(file.name).replace(path)
