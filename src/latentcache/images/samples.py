@@ -18,15 +18,10 @@ _NOT_UTF8 = re.compile("[\ud800-\udfff]")
 _METADATA = re.compile(r"__[^/]*__($|/)")  # as in webdataset.tariterators.tar_file_iterator
 
 # A file or field with one of these extensions counts as an image, even without `source.image`.
-_IMAGE_ENDINGS = frozenset(
-    [
-        *("avif", "bmp", "gif", "heic", "heif", "jfif", "j2k", "jp2", "jpe", "jpeg", "jpg"),
-        *("apng", "dib", "jxl", "pbm", "pgm", "png", "pnm", "ppm", "tga", "tif", "tiff", "webp"),
-    ]
-)
-
-ReserveSample = Callable[[int], None]
-"""Called before a field is read, with the bytes that the sample under construction then holds."""
+_IMAGE_ENDINGS = {
+    "apng", "avif", "bmp", "dib", "gif", "heic", "heif", "j2k", "jfif", "jp2", "jpe", "jpeg", "jpg",
+    "jxl", "pbm", "pgm", "png", "pnm", "ppm", "tga", "tif", "tiff", "webp",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +123,7 @@ class ReadRequest:
     name: str
     selection: FieldSelection
     on_read: Callable[[int], None]
-    reserve: ReserveSample
+    reserve: Callable[[int], None]
     gather: bool
 
 
