@@ -35,9 +35,7 @@ def requested_contract(config: Config) -> Contract:
     """
     vae = load_vae(config.vae.checkpoint, decoder=False, options=config.vae.storage)
     arch, transform, latents = vae.architecture, config.transform, config.latents
-    scaling_factor, shift_factor = resolve_scaling(
-        arch, config.vae.scaling_factor, config.vae.shift_factor, config.vae.checkpoint
-    )
+    scaling_factor, shift_factor = resolve_scaling(arch, config.vae)
     buckets = _buckets(config)
     for bucket in buckets:
         if bucket.width_px % arch.downsample_factor or bucket.height_px % arch.downsample_factor:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from latentcache.config import Vae
 from latentcache.errors import CheckpointError, ConfigError
 
 FAMILY = "AutoencoderKL"
@@ -147,34 +148,26 @@ _READERS: tuple[tuple[tuple[str, ...], Callable[[Any], Any], str], ...] = (
 )
 
 
-def resolve_scaling(
-    architecture: Architecture,
-    scaling_factor: float | None,
-    shift_factor: float | None,
-    checkpoint: str,
-) -> tuple[float, float]:
+def resolve_scaling(architecture: Architecture, vae: Vae) -> tuple[float, float]:
     """Return the scaling factor and the shift factor; raise `ConfigError` unless they are clear.
 
     Args:
-        architecture, checkpoint: of the checkpoint, and its URL for errors.
-        scaling_factor, shift_factor: of the config; None if they are not set.
+        architecture, vae: of the checkpoint, and the section `vae` of the config.
     """
     known = architecture.scaling_factor
     if known is None:
-        if scaling_factor is None:
+        if vae.scaling_factor is None:
             raise ConfigError(
-                f"{checkpoint} has no scaling factor: set vae.scaling_factor ({_USUAL}), or put "
-                "the config.json of its diffusers version beside it"
+                f"{vae.checkpoint} has no scaling factor: set vae.scaling_factor ({_USUAL}), or "
+                "put the config.json of its diffusers version beside it"
             )
-        return scaling_factor, shift_factor or 0.0
-    known_shift = architecture.shift_factor or 0.0
-    for field, given, actual in (
-        ("scaling_factor", scaling_factor, known),
-        ("shift_factor", shift_factor, known_shift),
-    ):
+        return vae.scaling_factor, vae.shift_factor or 0.0
+    factors = {"scaling_factor": known, "shift_factor": architecture.shift_factor or 0.0}
+    for field, actual in factors.items():
+        given = getattr(vae, field)
         if given is not None and given != actual:
             raise ConfigError(
-                f"vae.{field} is {given:g}, but that of {checkpoint} is {actual:g}: leave "
+                f"vae.{field} is {given:g}, but that of {vae.checkpoint} is {actual:g}: leave "
                 "vae.scaling_factor and vae.shift_factor out, or correct its config.json"
             )
-    return known, known_shift
+    return known, factors["shift_factor"]
