@@ -54,7 +54,7 @@ def write_demo_data(
     """Write shards `demo-000000.tar`, … of pictures with captions (`txt`) and metadata (`json`).
 
     Sizes and aspect ratios vary. The images are JPEG, PNG and WebP. Some are rotated by EXIF, gray,
-    CMYK, 16-bit, or have a palette or transparency. A shard depends only on the seed and number.
+    CMYK, 16-bit, or have a palette or transparency. A shard depends only on seed and number.
 
     Args:
         folder, num_shards, samples_per_shard, seed: where, how much and from which seed to draw.

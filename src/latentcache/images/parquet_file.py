@@ -13,7 +13,6 @@ from latentcache.errors import StorageError, first_line
 from latentcache.images.samples import ReadRequest
 from latentcache.parquet_footer import (
     MAX_PAGE_HEADER_BYTES,
-    ColumnChunk,
     DamagedFooter,
     PageHeader,
     footer_size,
@@ -83,9 +82,11 @@ class ParquetFile:
             number, columns, most: the row group, names or paths of columns, and the maximum rows.
         """
         group, self._damage = self.row_groups[number], None
-        chunks = [chunk for chunk in group.columns if _is_selected(chunk, columns)]
         fitting = min(most, _BATCH_BYTES * group.num_rows // max(1, group.total_byte_size))
-        for chunk in chunks:
+        for chunk in group.columns:
+            path = ".".join(chunk.path)
+            if not any(f"{path}.".startswith(f"{column}.") for column in columns):
+                continue  # Arrow does not read it
             self._next_page.setdefault((chunk.start, chunk.end), chunk.start)
             # Every row may repeat one value that is as large as the dictionary or the page.
             repeated = chunk.total_uncompressed_size if chunk.may_expand else 1
@@ -165,9 +166,3 @@ class ParquetFile:
 
     def close(self) -> None:
         """Do nothing, because the owner of the file closes it."""
-
-
-def _is_selected(chunk: ColumnChunk, columns: Sequence[str]) -> bool:
-    """Return whether Arrow reads a column chunk for these columns."""
-    path = ".".join(chunk.path) + "."
-    return any(path.startswith(f"{column}.") for column in columns)

@@ -50,7 +50,7 @@ class FieldSelection:
     """The fields to read of a sample: the first of `image` that it has, and `keep`.
 
     Tars and folders need lower case. Samples above `max_sample_bytes` are rejects. For Parquet,
-    `key` is the column of the key (None derives it), and `caption_index` the element of lists.
+    `key` is the column of the key (None derives it), and `caption_index` selects from lists.
     """
 
     image: Sequence[str]

@@ -259,7 +259,7 @@ def read_shard(
 
     Args:
         shard, options: the listed shard, and how to reach the store.
-        image, keep, key, max_sample_bytes, caption_index: see `FieldSelection`, in any case.
+        image, keep, key, max_sample_bytes, caption_index: see `FieldSelection`; in any letter case.
         gather: read a tar whose samples are scattered, or that holds links.
         on_read: called with the bytes of each read of a tar, or of each sample's fields.
         reserve: called before a field is read, with the bytes that its sample then holds.

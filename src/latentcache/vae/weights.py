@@ -67,6 +67,7 @@ _DIFFUSERS_RENAMES = (  # the names of attention in diffusers before 0.17
     (r"\.attentions\.0\.(?:(q)uery|(k)ey|(v)alue)\.", r".attentions.0.to_\1\2\3."),
     (r"\.attentions\.0\.proj_attn\.", ".attentions.0.to_out.0."),
 )
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]*[A-Za-z0-9]", re.ASCII)  # organisation/model
 _UP_BLOCK = re.compile(r"^decoder\.up_blocks\.(\d+)\.")
 _ATTENTION_MATRIX = re.compile(r"\.attentions\.0\.to_(q|k|v|out\.0)\.weight$")
 
@@ -106,10 +107,6 @@ def load_vae(
         tensors = {n: t for n, t in tensors.items() if not n.startswith(_DECODER)}
     vae.load_state_dict(_fit(tensors, vae.state_dict(), name), assign=True)
     return vae.to(device=device, dtype=dtype).eval().requires_grad_(False)
-
-
-# `organisation/model`, the form of the names of models on the Hugging Face Hub.
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]*[A-Za-z0-9]", re.ASCII)
 
 
 def absolute_url(url: str) -> str:
