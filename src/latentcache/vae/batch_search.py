@@ -52,8 +52,7 @@ def remembered_batch_size(
     """Return the cached batch size of an encoder and a bucket, or find it and cache it.
 
     The cache is `$XDG_CACHE_HOME/latentcache/batch_sizes.json`, or below `~/.cache`. It is
-    optional. Buckets of about the same area share an entry, because their shape hardly affects the
-    rate.
+    optional. Buckets of about the same area share an entry, because shape hardly matters.
 
     Args:
         encoder: all else that affects the rate: device, software, precision, and network.
