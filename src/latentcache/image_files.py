@@ -34,14 +34,13 @@ def write_png(pixels: torch.Tensor) -> bytes:
 
 
 def open_png(data: bytes, size: tuple[int, int]) -> Image.Image:
-    """Open an image that `write_png` wrote.
+    """Open an image that `write_png` wrote, but do not trust the bytes.
 
-    The bytes are not trusted. No other format is tried, because Pillow starts programs for some
-    formats, and nothing is decoded before the size has been checked.
+    No other format is tried, because Pillow starts programs for some formats, and nothing is
+    decoded before the size has been checked.
 
     Args:
-        data: the file.
-        size: the expected (width, height) in pixels.
+        data, size: the file, and the expected (width, height) in pixels.
 
     Raises:
         ValueError: `data` is not an RGB image of this size as PNG.
@@ -60,11 +59,7 @@ def open_png(data: bytes, size: tuple[int, int]) -> Image.Image:
 
 
 def read_png(data: bytes, size: tuple[int, int]) -> torch.Tensor:
-    """Read an image that `write_png` wrote as uint8 [3, H, W].
-
-    Args:
-        data, size: see `open_png`, also for the error.
-    """
+    """Read an image of `write_png` as uint8 [3, H, W]. Args: see `open_png`, also for the error."""
     with open_png(data, size) as image:
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 

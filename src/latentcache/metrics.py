@@ -11,8 +11,7 @@ from torch import Tensor
 
 Float64 = npt.NDArray[np.float64]
 
-# Decibels outside this range are clamped when stored, so that a mean stays finite. NaN is stored as
-# the lower bound.
+# Stored decibels are clamped to this range, so that a mean stays finite. NaN becomes the minimum.
 MIN_DB, MAX_DB = -100.0, 150.0
 
 # Wang et al. 2004, section III: the window, and the constants for a data range of 1.
@@ -22,20 +21,17 @@ _SSIM_C1, _SSIM_C2 = 0.01**2, 0.03**2
 
 
 def psnr_db(images: Tensor, reference: Tensor) -> Tensor:
-    """Return the peak signal-to-noise ratio of each image in dB; infinite for equal images.
+    """Return the peak signal-to-noise ratio of each image in dB, float64 [B]; infinite if equal.
 
     Args:
         images, reference: uint8 [B, 3, H, W]; the peak is 255.
-
-    Returns:
-        float64 [B].
     """
     error = (images.double() - reference.double()).square().mean(dim=(1, 2, 3))
     return 10 * torch.log10(255.0**2 / error)
 
 
 def ssim(images: Tensor, reference: Tensor) -> Tensor:
-    """Return the structural similarity (SSIM) of each image; 1 for equal images.
+    """Return the structural similarity (SSIM) of each image, float64 [B]; 1 for equal images.
 
     The formula is equation 13 of Wang, Bovik, Sheikh and Simoncelli, "Image Quality Assessment:
     From Error Visibility to Structural Similarity" (2004), in each channel. It uses a Gaussian
@@ -45,9 +41,6 @@ def ssim(images: Tensor, reference: Tensor) -> Tensor:
 
     Args:
         images, reference: uint8 [B, 3, H, W].
-
-    Returns:
-        float64 [B].
     """
     x, y = images.double() / 255, reference.double() / 255
     half = (min(_SSIM_WINDOW_PX, *x.shape[2:]) - 1) // 2
@@ -77,11 +70,8 @@ def _local_mean(maps: Tensor, window: Float64) -> Tensor:
 def drift_db(latents: Tensor, reference: Tensor) -> float:
     """Return the ratio of signal variance to squared error over a batch of latents, in dB.
 
-    It is inf for equal latents, and -inf if any value is not finite.
-
-    Args:
-        latents: [B, C, H, W], any float dtype.
-        reference: the same shape; its variance within each channel is the signal.
+    It is inf for equal latents, and -inf for infinite or NaN ones. Args: [B, C, H, W]; the variance
+    of the reference in each channel is the signal.
     """
     signal = reference.double()
     error = (latents.double() - signal).square().sum()
@@ -95,8 +85,7 @@ def drift_db(latents: Tensor, reference: Tensor) -> float:
 class FeatureStatistics:
     """The mean and covariance of `count` vectors of D features, which can be merged.
 
-    `mean` is float64 [D]. `scatter`, float64 [D, D], is the sum over the vectors of the outer
-    product of their deviation from the mean with itself.
+    `mean` is float64 [D]. `scatter`, float64 [D, D], sums the outer products of deviations from it.
     """
 
     count: int
@@ -139,15 +128,11 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
 
     The formula is |m_a - m_b|² + tr(C_a) + tr(C_b) - 2 tr((C_a C_b)^½) (Dowson and Landau 1982).
     Heusel et al., "GANs Trained by a Two Time-Scale Update Rule" (2017), equation 6, use it as a
-    distance of image sets. The last trace is computed from the eigenvalues of C_a^½ C_b C_a^½.
-    This matrix is symmetric, so its eigenvalues are real. With fewer than D + 1 vectors many
-    eigenvalues are zero; their rounding errors are set to zero.
+    distance of image sets. The last trace is computed from the eigenvalues of C_a^½ C_b C_a^½,
+    which is symmetric. Rounding errors of eigenvalues that are zero are removed.
 
     Args:
-        a, b: statistics of at least two vectors each, with the same number of features.
-
-    Raises:
-        ValueError: a set has fewer than two vectors, and so no covariance.
+        a, b: statistics of at least two vectors each; fewer raise a ValueError.
     """
     if min(a.count, b.count) < 2:
         raise ValueError("a Fréchet distance needs at least two vectors on each side")

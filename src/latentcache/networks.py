@@ -1,8 +1,7 @@
 """Load the published networks that some metrics need, after a check of their SHA-256.
 
-None of them is part of this package. Two are TorchScript, and loading TorchScript runs a program.
-So every file is configured together with its SHA-256. The hash is compared with exactly the bytes
-that are loaded, before any other code reads them.
+Two of them are TorchScript, and loading TorchScript runs a program. So every file is configured
+together with its SHA-256, which is compared with exactly the bytes that are loaded.
 """
 
 from __future__ import annotations
@@ -49,15 +48,11 @@ _IMAGENET_MEAN_STD = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 def load_inception(
     url: str, sha256: str, options: StorageOptions = StorageOptions(), device: Device = "cpu"
 ) -> Features:
-    """Load the Inception network of the Fréchet distance, `inception-2015-12-05.pt`.
-
-    It is the TorchScript file that StyleGAN2-ADA published and its successors use. It holds the
-    weights of the original FID, and resizes images itself.
+    """Load StyleGAN2-ADA's TorchScript file with the weights of the original FID.
 
     Args:
-        url: path or URL of the file.
-        sha256: SHA-256 of the file, lower-case hex.
-        options, device: options of the store, and the device of the network.
+        url, options: path or URL of `inception-2015-12-05.pt`, and how to reach its store.
+        sha256, device: SHA-256 of the file, lower-case hex; and the device of the network.
 
     Raises:
         ConfigError: there is no such file, its hash differs, or it is not such a network.
@@ -77,10 +72,7 @@ def load_lpips(
 ) -> Distance:
     """Load LPIPS (Zhang et al. 2018, on VGG16) as StyleGAN2-ADA published it: `vgg16.pt`.
 
-    The TorchScript file returns features whose summed squared difference is the distance.
-
-    Args:
-        url, sha256, options, device: as for `load_inception`, which raises the same errors.
+    Its features have the distance as the sum of squared differences. Args: see `load_inception`.
     """
     arguments = {"resize_images": False, "return_lpips": True}
     network, shape = _load_script(url, sha256, options, device, _PROBE.float(), **arguments)
@@ -99,14 +91,11 @@ def load_vgg16(
 ) -> Distance:
     """Load a plain VGG16 and return PSIM, an unweighted perceptual distance.
 
-    PSIM is LPIPS without its learned weights (the baseline of Zhang et al. 2018, equation 1 with
-    w = 1). The activations after relu1_2, 2_2, 3_3, 4_3 and 5_3 are divided by their length over
-    the channels. Their squared difference is summed over the channels, averaged over space, and
-    summed over the layers. The file is a state dict as PyTorch saves it, with torchvision's names
-    (`features.0.weight`, …); its classifier is not used.
-
-    Args:
-        url, sha256, options, device: as for `load_inception`, which raises the same errors.
+    PSIM is LPIPS without its learned weights (the baseline of Zhang et al. 2018, equation 1 with w
+    = 1). The activations after relu1_2, 2_2, 3_3, 4_3 and 5_3 are divided by their length over the
+    channels. Their squared difference is summed over the channels, averaged over space, and summed
+    over the layers. The file is a state dict with torchvision's names (`features.0.weight`, …); its
+    classifier is not used. Args: see `load_inception`, also for the errors.
     """
     weights = {name: tensor.to(device) for name, tensor in _load_vgg16(url, sha256, options)}
 
@@ -151,8 +140,7 @@ def _load_script(
 ) -> tuple[Features, torch.Size]:
     """Return a function that calls a TorchScript network, and the shape of its output for `probe`.
 
-    The function converts images to the dtype of `probe`. A wrong network fails for `probe`, before
-    hours of work.
+    The function converts images to the dtype of `probe`.
     """
     file = _read(url, sha256, options)
     with warnings.catch_warnings():

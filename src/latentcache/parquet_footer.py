@@ -1,7 +1,7 @@
 """Check the footer and the page headers of a Parquet file before pyarrow reads them.
 
-pyarrow aborts the process when it reads a column of a damaged footer, and allocates any size that a
-page header claims. The layout is `parquet.thrift` of apache/parquet-format (compact protocol).
+pyarrow aborts the process on damaged columns in a footer, and allocates any size that a page header
+claims. The layout is `parquet.thrift` of apache/parquet-format (compact protocol).
 """
 
 from __future__ import annotations
@@ -91,13 +91,10 @@ class PageHeader:
 
 
 def footer_size(tail: bytes, file_size: int) -> int:
-    """Return the size of a footer in bytes.
+    """Return the size of a footer in bytes; raise `DamagedFooter` if it is impossible.
 
     Args:
         tail, file_size: the last eight bytes of the file, and its size in bytes.
-
-    Raises:
-        DamagedFooter: `tail` is not the end of a Parquet file, or has an impossible size.
     """
     if len(tail) != 8 or tail[4:] != _MAGIC:
         raise DamagedFooter("the file does not end like a Parquet file")
@@ -108,14 +105,10 @@ def footer_size(tail: bytes, file_size: int) -> int:
 
 
 def read_footer(data: bytes, file_size: int) -> Footer:
-    """Parse and check a footer.
+    """Parse and check a footer; raise `DamagedFooter` with the reason if it is damaged.
 
     Args:
-        data: the footer without the eight bytes that end the file.
-        file_size: the size of the whole file in bytes.
-
-    Raises:
-        DamagedFooter: the footer is damaged; the message says how.
+        data, file_size: the footer without the eight bytes that end the file, and the file's size.
     """
     tree = _Compact(data).struct()
     schema = [_of(dict, element) for element in _of(list, tree.get(2))]

@@ -54,14 +54,11 @@ def write_demo_data(
     """Write shards `demo-000000.tar`, … of pictures with captions (`txt`) and metadata (`json`).
 
     Sizes and aspect ratios vary. The images are JPEG, PNG and WebP. Some are rotated by EXIF, gray,
-    CMYK, 16-bit, or have a palette or transparency. The same arguments give the same bytes. A shard
-    depends only on the seed and its own number.
+    CMYK, 16-bit, or have a palette or transparency. A shard depends only on seed and number.
 
     Args:
-        folder: the output folder; created if it does not exist.
-        num_shards, samples_per_shard, seed: how much to draw, from which seed.
-        broken: whether the last sample of each shard is broken, with a fault that changes from
-            shard to shard. A shard of one sample has no broken sample.
+        folder, num_shards, samples_per_shard, seed: where, how much and from which seed to draw.
+        broken: whether the last sample of each shard, unless it is the only one, has a fault.
     """
     folder.mkdir(parents=True, exist_ok=True)
     faults = [_FAULTS[i % len(_FAULTS)] for i in range(num_shards)]

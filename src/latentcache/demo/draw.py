@@ -1,10 +1,9 @@
 """Synthetic pictures with the statistics of photographs, drawn from a seed.
 
-The demo VAE is trained on them, and `latentcache demo-data` fills its shards with them, so neither
-needs photographs. The pictures share these properties with photographs: occlusion of objects whose
-sizes follow a power law (the dead-leaves model: Lee, Mumford and Huang, "Occlusion models for
-natural images", 2001), 1/f spectra, smooth shading, and colours that vary most in luminance, less
-from warm to cool, and least from green to magenta (Ruderman et al., 1998).
+They share with photographs: occlusion of objects whose sizes follow a power law (the dead-leaves
+model: Lee, Mumford and Huang, "Occlusion models for natural images", 2001), 1/f spectra, smooth
+shading, and colours that vary most in luminance, less from warm to cool, and least from green to
+magenta (Ruderman et al., 1998).
 """
 
 from __future__ import annotations
@@ -61,8 +60,7 @@ def _draw_scene(rng: np.random.Generator, width: int, height: int) -> Layer:
 def _leaves(rng: np.random.Generator, width: int, height: int) -> Layer:
     """Draw dead leaves: overlapping shapes whose sizes follow a power law.
 
-    Shapes are painted as numbers into an index map of twice the size. Tables map these numbers to
-    colour, shading and stripes. Halving the map smooths the edges.
+    Shapes are painted as numbers into an index map of twice the size. Halving it smooths the edges.
     """
     num_leaves = int(np.exp(rng.uniform(np.log(30), np.log(700))))
     index, kind = _index_map(rng, 2 * width, 2 * height, num_leaves)

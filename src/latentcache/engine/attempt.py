@@ -43,7 +43,6 @@ from latentcache.errors import (
     StorageError,
     one_line,
 )
-from latentcache.images.samples import ReserveSample
 from latentcache.images.source import NotGrouped, RejectedSample, Sample, read_samples
 from latentcache.storage import Store
 
@@ -198,7 +197,7 @@ class Attempt:
         raise NotImplementedError
 
     def read_samples(
-        self, reserve: ReserveSample = lambda num_bytes: None
+        self, reserve: Callable[[int], None] = lambda num_bytes: None
     ) -> Iterator[Sample | RejectedSample]:
         """Yield the samples of the source in order, and count them; see `images.source`."""
         samples = read_samples(

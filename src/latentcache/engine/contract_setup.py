@@ -22,8 +22,7 @@ from latentcache.errors import ConfigError, ContractMismatch
 from latentcache.images.source import source_contract
 from latentcache.images.transform import ratio_buckets
 from latentcache.storage import Store
-from latentcache.vae.architecture import FAMILY
-from latentcache.vae.scaling import resolve_scaling
+from latentcache.vae.architecture import FAMILY, resolve_scaling
 from latentcache.vae.weights import absolute_url, encoder_fingerprint, load_vae
 
 
@@ -36,9 +35,7 @@ def requested_contract(config: Config) -> Contract:
     """
     vae = load_vae(config.vae.checkpoint, decoder=False, options=config.vae.storage)
     arch, transform, latents = vae.architecture, config.transform, config.latents
-    scaling_factor, shift_factor = resolve_scaling(
-        arch, config.vae.scaling_factor, config.vae.shift_factor, config.vae.checkpoint
-    )
+    scaling_factor, shift_factor = resolve_scaling(arch, config.vae)
     buckets = _buckets(config)
     for bucket in buckets:
         if bucket.width_px % arch.downsample_factor or bucket.height_px % arch.downsample_factor:

@@ -269,7 +269,7 @@ def _find_duplicate_sources(
                 break
     if not pairs:
         return None
-    root = moved_of(source).now or root_of(source, source.storage)
+    root = moved_of(source).now or root_of(source)
     return DuplicateSources(len(pairs), len(new), *pairs[0], old_folder(pairs, root))
 
 

@@ -24,9 +24,8 @@ from latentcache.images.source import RejectedSample, SourceShard, read_images, 
 from latentcache.images.transform import TransformSpec, load_image
 from latentcache.metrics import MAX_DB, MIN_DB, FeatureStatistics, psnr_db, ssim
 from latentcache.networks import Distance, Features, load_inception, load_lpips, load_vgg16
-from latentcache.vae.compatibility import require_agreement, require_family
 from latentcache.vae.encoder import prepare_device
-from latentcache.vae.model import KLAutoencoder, to_uint8
+from latentcache.vae.model import KLAutoencoder, require_agreement, require_family, to_uint8
 from latentcache.vae.weights import encoder_fingerprint, load_vae
 
 # The number of images on which a model's own encoder is compared with the encoder in use.

@@ -42,10 +42,10 @@ _RATIOS = ((1, 1), (12, 10), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))
 
 
 def without(data: bytes, ranges: list[tuple[int, int]]) -> bytes:
-    """Return `data` without some of its bytes; `data` itself if it keeps all.
+    """Return `data` without some ranges of its bytes; `data` itself if there are none.
 
     Args:
-        data, ranges: the bytes, and start and end of each range to drop, in order.
+        data, ranges: the bytes, and start and end of each range, in order.
     """
     if not ranges:
         return data
@@ -58,8 +58,8 @@ def strip_png(data: bytes) -> tuple[bytes, bytes | None]:
     """Drop the ancillary chunks that are damaged, are large, or belong to an animation.
 
     Returns:
-        The file without these chunks, which is `data` itself if nothing is dropped; and the colour
-        profile of a dropped iCCP chunk, if it is intact and at most 4 MiB.
+        The file without them, which is `data` itself if nothing is dropped; and the colour profile
+        of a dropped iCCP chunk, if it is intact and at most 4 MiB.
     """
     dropped, profile = list[tuple[int, int]](), None
     position, other_bytes, has_pixels = 8, 0, False
@@ -149,7 +149,7 @@ def strip_webp(data: bytes) -> bytes:
 def read_webp_size(data: bytes) -> tuple[int, int] | None:
     """Return width and height from the first chunk (RFC 9649, 2.5 to 2.7); None if it has none.
 
-    libwebp allocates buffers for the whole canvas when it opens a file, so this comes before.
+    libwebp allocates buffers for the whole canvas when it opens a file.
     """
     kind, content = data[12:16], data[20:30]
     if len(content) < 10:
@@ -184,7 +184,7 @@ def iso_boxes(data: bytes) -> Iterator[tuple[bytes, int, int]]:
 def read_jxl_size(data: bytes) -> tuple[int, int]:
     """Return width and height of a JPEG XL before the orientation is applied.
 
-    The Pillow plugin decodes a file when it is opened, so the size must be known before.
+    The Pillow plugin decodes a file when it is opened.
     """
     start = 0
     if not data.startswith(JXL_CODESTREAM):

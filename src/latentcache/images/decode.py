@@ -51,10 +51,10 @@ def decode_image(
 ) -> NDArray[np.uint8]:
     """Decode an image to sRGB. The content determines the format, not the name.
 
-    The EXIF orientation and the ICC profile are applied, unless they are unusable. CMYK without a
-    profile is converted by complement. Transparency is composited over white. 16-bit gray is scaled
-    by 1/257. For 16-bit colour, Pillow keeps the high byte, which is within one level of that. Only
-    the first frame of an animation and the first page of a document are used.
+    The EXIF orientation and the ICC profile are applied if they are usable. CMYK without a profile
+    is converted by complement. Transparency is composited over white. 16-bit gray is scaled by
+    1/257. For 16-bit colour, Pillow keeps the high byte, which is within one level of that. Only
+    the first frame or page is used.
 
     Args:
         data, max_pixels: the whole file, and the limit above which its header is a reject.
@@ -76,13 +76,11 @@ def decode_image(
 def decode_scaled(
     data: bytes, choose: ChooseScale, *, max_pixels: int, reserve: Reserve | None = None
 ) -> Scaled:
-    """Decode as `decode_image` does, but a JPEG at a fraction of its size.
-
-    libjpeg computes a smaller image from each block's low frequencies, without decoding the rest.
+    """Decode as `decode_image` does, but a JPEG at a fraction of its size (its low frequencies).
 
     Args:
-        choose: chooses the fraction for a JPEG. Images that Pillow decodes keep their size.
         data, max_pixels, reserve: see `decode_image`, also for the errors.
+        choose: chooses the fraction for a JPEG. Images that Pillow decodes keep their size.
     """
     image_format = format_of(data)
     try:

@@ -50,8 +50,7 @@ def slots_of(url: str, num_units: int | None, known: Collection[str]) -> int:
     """Return the number of slots of a folder, which never changes for one output.
 
     Args:
-        url, num_units: the canonical URL of the folder, and the number that the config sets.
-        known: the sources of the output's units.
+        url, num_units, known: the folder, the config's number, and the output's sources.
     """
     matches = (_SLOT.fullmatch(source) for source in known if source.startswith(f"{url}#"))
     existing = {int(match["num_slots"]) for match in matches if match and match["folder"] == url}
@@ -65,14 +64,10 @@ def slots_of(url: str, num_units: int | None, known: Collection[str]) -> int:
 
 
 def list_folder(url: str, num_slots: int, options: StorageOptions) -> list[SourceShard]:
-    """List the slots of a folder that have files, in order, with one recursive listing.
+    """List the slots of a folder that have files, in order; raise `SourceError` if none has.
 
     Args:
-        url, num_slots: the folder, and the number of its slots.
-        options: how to reach the store.
-
-    Raises:
-        SourceError: the folder has no file that can belong to a sample.
+        url, num_slots, options: the folder, the number of its slots, and how to reach the store.
     """
     store = Store(url, options)
     slots: dict[int, list[tuple[str, str, ObjectInfo]]] = {}
@@ -117,11 +112,10 @@ def list_slot(source: str, options: StorageOptions) -> SourceShard:
 def read_slot(request: ReadRequest) -> Iterator[Sample | RejectedSample]:
     """Stream the samples of a folder's slot, sorted by key; see `images.source.read_shard`.
 
-    If a sample has several images, the first in order of preference is used, and each other one is
-    a reject `duplicate_key`. An image that is a link to a missing file is a reject `broken_link`.
+    Of several images, the first in order of preference is used, and each other one is a reject
+    `duplicate_key`. An image that is a link to a missing file is a reject `broken_link`.
 
-    Threads fetch files ahead. A sample that is larger than `_MAX_BYTES` is fetched while no other
-    sample is in memory.
+    Threads fetch files ahead. A larger sample than `_MAX_BYTES` is fetched alone.
     """
     fetching: deque[tuple[Group, dict[str, Future[bytes]], list[RejectedSample]]] = deque()
     num_files = num_bytes = 0

@@ -48,9 +48,8 @@ _NOT_READ = {b"\0\0\0\x0cjP  ": "JPEG 2000", b"%PDF": "PDF", b"8BPS": "PSD", b"q
 class Format:
     """One image format: its name, and what `open` does with Pillow: read the header or all.
 
-    `is_cut` returns whether the end of a file is missing. `read_size` returns width and height if
-    they are needed before `open`. `open` allocates `open_bytes` per pixel, and loading at least
-    `load_bytes`.
+    `read_size` returns width and height if they are needed before `open`. `open` allocates
+    `open_bytes` per pixel, and loading at least `load_bytes`.
     """
 
     name: str

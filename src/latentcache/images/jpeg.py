@@ -44,8 +44,8 @@ _MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")
 def read_plain_size(data: bytes) -> tuple[int, int] | None:
     """Return width and height if the header has no other information that decoding needs.
 
-    Return None for a file that is progressive, CMYK or unusual, has several scans, or has segments
-    APP1 or APP2, which hold EXIF, XMP and ICC profiles.
+    Return None for a file that is progressive, CMYK or unusual, has several scans, or has EXIF, XMP
+    or an ICC profile (APP1 or APP2).
     """
     try:
         if not _is_single_scan(data, _PLAIN):
@@ -77,8 +77,7 @@ def strip_jpeg(data: bytes, keep: tuple[bytes, ...]) -> bytes:
     """Drop metadata except Adobe's colour marker; return `data` itself if nothing is dropped.
 
     Args:
-        data: the whole file.
-        keep: segments are kept, up to 4 MiB, if their content begins with one of these.
+        data, keep: the file, and the starts of the segments to keep, up to 4 MiB.
     """
     num_bytes, dropped = 0, []
     for marker, start, end in _segments(data):
@@ -139,9 +138,8 @@ def decode_jpeg(
     Return None if simplejpeg refuses the file, so that Pillow must decode it.
 
     Args:
-        data, size: the whole file, and the width and height that it should have.
-        colorspace: the colour space of the result, `RGB` or `GRAY`.
-        denominator: 1, 2, 4 or 8.
+        data, size: the whole file, and the (width, height) that it should have.
+        colorspace, denominator: of the result, `RGB` or `GRAY`; and 1, 2, 4 or 8.
     """
     width, height = size
     # simplejpeg uses the smallest fraction of libjpeg (in eighths) that is at least this.

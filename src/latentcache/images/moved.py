@@ -14,7 +14,6 @@ from itertools import takewhile
 from latentcache.config_source import Images, Source
 from latentcache.images.braces import named_urls
 from latentcache.storage import Store
-from latentcache.storage_options import StorageOptions
 
 _SLOT = re.compile(r"#\d+/\d+$")
 
@@ -48,15 +47,12 @@ def moved_of(source: Images) -> Moved:
     before = source.moved_from if isinstance(source, Source) else None
     if before is None:
         return NOT_MOVED
-    return Moved(Store(before, source.storage).url, root_of(source, source.storage))
+    return Moved(Store(before, source.storage).url, root_of(source))
 
 
-def root_of(source: Images, options: StorageOptions) -> str:
-    """Return the URL of the common folder of all files of a source.
-
-    Args:
-        source, options: the section of the config, and how to reach the store.
-    """
+def root_of(source: Images) -> str:
+    """Return the URL of the common folder of all files of a source."""
+    options = source.storage
     if source.folder is not None:
         return Store(source.folder, options).url
     assert source.shards is not None
@@ -70,8 +66,7 @@ def old_folder(pairs: Iterable[tuple[str, str]], root: str) -> str | None:
     """Return the folder from which sources moved; None if they did not move together.
 
     Args:
-        pairs: (present URL, recorded URL) of sources that look the same.
-        root: the present common folder of all sources.
+        pairs, root: (present URL, recorded URL) of equal sources; and their present common folder.
     """
     folders = set()
     for now, before in pairs:

@@ -13,7 +13,6 @@ from latentcache.errors import StorageError, first_line
 from latentcache.images.samples import ReadRequest
 from latentcache.parquet_footer import (
     MAX_PAGE_HEADER_BYTES,
-    ColumnChunk,
     DamagedFooter,
     PageHeader,
     footer_size,
@@ -80,13 +79,14 @@ class ParquetFile:
         """Yield the rows of a row group in batches of bounded size. Call it in `reading`.
 
         Args:
-            number, columns: the index of the row group, and the names or paths of columns.
-            most: the maximum number of rows of a batch.
+            number, columns, most: the row group, names or paths of columns, and the maximum rows.
         """
         group, self._damage = self.row_groups[number], None
-        chunks = [chunk for chunk in group.columns if _is_selected(chunk, columns)]
         fitting = min(most, _BATCH_BYTES * group.num_rows // max(1, group.total_byte_size))
-        for chunk in chunks:
+        for chunk in group.columns:
+            path = ".".join(chunk.path)
+            if not any(f"{path}.".startswith(f"{column}.") for column in columns):
+                continue  # Arrow does not read it
             self._next_page.setdefault((chunk.start, chunk.end), chunk.start)
             # Every row may repeat one value that is as large as the dictionary or the page.
             repeated = chunk.total_uncompressed_size if chunk.may_expand else 1
@@ -156,11 +156,7 @@ class ParquetFile:
         raise DamagedFooter("a page has no header")
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        """Set the position.
-
-        Args:
-            offset, whence: see `io.IOBase.seek`.
-        """
+        """Set the position. Args: see `io.IOBase.seek`."""
         self._position = (0, self._position, self._size_bytes)[whence] + offset
         return self._position
 
@@ -170,9 +166,3 @@ class ParquetFile:
 
     def close(self) -> None:
         """Do nothing, because the owner of the file closes it."""
-
-
-def _is_selected(chunk: ColumnChunk, columns: Sequence[str]) -> bool:
-    """Return whether Arrow reads a column chunk for these columns."""
-    path = ".".join(chunk.path) + "."
-    return any(path.startswith(f"{column}.") for column in columns)

@@ -50,7 +50,7 @@ def is_parquet(url: str) -> bool:
 
 
 def split_file(shard: SourceShard) -> list[SourceShard]:
-    """Return the parts of a large Parquet file that are units; any other file is one unit."""
+    """Return the parts of a large Parquet file; any other file is one unit."""
     num_parts = round(shard.size_bytes / PART_BYTES) if is_parquet(shard.url) else 1
     if num_parts <= 1:
         return [shard]
@@ -60,14 +60,13 @@ def split_file(shard: SourceShard) -> list[SourceShard]:
 def read_parquet(request: ReadRequest) -> SampleStream:
     """Stream the rows of a part of a Parquet file, in order; see `images.source.read_shard`.
 
-    If `selection.key` is given, the key is the value of that column. Otherwise the key is the
-    image's `path` without its extension, if the paths of all rows of the file exist, are unique and
-    are safe as keys. If they are not, the key is the row's number in the file, with 9 digits.
+    The key is the value of the column `selection.key`, if given. Otherwise it is the image's `path`
+    without its extension, if the paths of all rows of the file exist, are unique and are safe as
+    keys. If they are not, the key is the row's number in the file, with 9 digits.
 
-    Parquet files have these reject reasons in addition to those of all sources. With a key:
-    `no_key` (the column `selection.key` is null or empty; the row's number is used in its place).
-    Without a key: `not_parquet` (no readable footer) and `corrupt_shard` (damage in row groups, or
-    a page above `max_sample_bytes`; the message has the row groups and the numbers of lost rows).
+    Further reject reasons with a key: `no_key` (the column `selection.key` is null or empty; the
+    key is the row's number). Without a key: `not_parquet` (no readable footer) and `corrupt_shard`
+    (damage in row groups, or a page above `max_sample_bytes`).
 
     `on_read` is called with the bytes of each row's fields, and `reserve` with those of each page.
 
@@ -107,10 +106,7 @@ def read_parquet(request: ReadRequest) -> SampleStream:
 
 
 def _row_groups(file: ParquetFile, shard: SourceShard) -> Iterator[tuple[int, int, int]]:
-    """Yield index, first row in the file and number of rows of each row group of the shard.
-
-    Every row group belongs to exactly one part.
-    """
+    """Yield index, first row in the file and number of rows of each row group of the shard."""
     part, _, num_parts = (shard.range or "0/1").partition("/")
     first_row = 0
     for number, group in enumerate(file.row_groups):
@@ -262,8 +258,7 @@ def _paths(images: pa.Array) -> list[bytes | None]:
 def _texts(column: pa.Array, list_index: int = 0) -> list[bytes | None]:
     """Return the values of a column as text; of a list, its element at `list_index` if it has one.
 
-    Strings and binary are returned as stored. Integers, floats, decimals and booleans have the form
-    of JSON, dates and times that of ISO 8601.
+    Strings and binary stay as stored. Other scalars have the form of JSON, or ISO 8601 for times.
     """
     array = _plain(column)
     if _is_any(array.type, *_LISTS):

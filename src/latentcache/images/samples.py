@@ -1,4 +1,4 @@
-"""Shards, samples, and what tars, Parquet files and folders share: WebDataset's keys, rejects."""
+"""Shards and samples, and what all kinds of sources share: WebDataset's keys, and rejects."""
 
 from __future__ import annotations
 
@@ -17,24 +17,18 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _NOT_UTF8 = re.compile("[\ud800-\udfff]")
 _METADATA = re.compile(r"__[^/]*__($|/)")  # as in webdataset.tariterators.tar_file_iterator
 
-# A file or a field with one of these extensions counts as an image, even if `source.image` does not
-# name it.
-_IMAGE_ENDINGS = frozenset(
-    [
-        *("avif", "bmp", "gif", "heic", "heif", "jfif", "j2k", "jp2", "jpe", "jpeg", "jpg"),
-        *("apng", "dib", "jxl", "pbm", "pgm", "png", "pnm", "ppm", "tga", "tif", "tiff", "webp"),
-    ]
-)
-
-ReserveSample = Callable[[int], None]
-"""Called before a field is read, with the bytes that the sample under construction then holds."""
+# A file or field with one of these extensions counts as an image, even without `source.image`.
+_IMAGE_ENDINGS = {
+    "apng", "avif", "bmp", "dib", "gif", "heic", "heif", "j2k", "jfif", "jp2", "jpe", "jpeg", "jpg",
+    "jxl", "pbm", "pgm", "png", "pnm", "ppm", "tga", "tif", "tiff", "webp",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class SourceShard:
-    """The listed source of one unit: canonical absolute URL, size, and ETag or equivalent.
+    """The listed source of one unit: canonical URL, size, and ETag or equivalent.
 
-    `range` is `k/n` for the k-th of n parts of a Parquet file. `files` are the files of a folder's
+    `range` is `k/n` for the k-th of n parts of a Parquet file. `files` are those of a folder's
     slot, sorted by key. `identity` is the URL that the dataset records, if it differs.
     """
 
@@ -53,11 +47,10 @@ class SourceShard:
 
 @dataclass(frozen=True, slots=True)
 class FieldSelection:
-    """The fields to read of a sample: the first field of `image` that it has, and `keep`.
+    """The fields to read of a sample: the first of `image` that it has, and `keep`.
 
-    `image` is in order of preference; tars and folders need lower case. A sample whose fields
-    together hold more than `max_sample_bytes` is a reject. For Parquet, `key` is the column that
-    holds the key (None derives it), and `caption_index` the element to use of a list of texts.
+    Tars and folders need lower case. Samples above `max_sample_bytes` are rejects. For Parquet,
+    `key` is the column of the key (None derives it), and `caption_index` selects from lists.
     """
 
     image: Sequence[str]
@@ -67,7 +60,7 @@ class FieldSelection:
     caption_index: int = 0
 
     def is_image(self, name: str) -> bool:
-        """Return whether a field holds an image, also one that `image` does not name."""
+        """Return whether a field holds an image, named in `image` or not."""
         return name in self.image or name.rpartition(".")[2] in _IMAGE_ENDINGS
 
     def is_relevant(self, name: str) -> bool:
@@ -79,8 +72,8 @@ class FieldSelection:
 class Sample:
     """One sample: its image, and those of the kept fields that it has.
 
-    `extra_images` are the names of further image fields, such as masks, which are not read. `names`
-    are the names of all fields of the sample; for a row of a Parquet file, the file's columns.
+    `extra_images` names further image fields, such as masks, which are not read. `names` are all
+    fields of the sample; for a row of a Parquet file, the file's columns.
     """
 
     key: str
@@ -102,10 +95,9 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class RejectedSample:
-    """A rejected sample (stage `read`), or, without a key, a problem of the whole shard.
+    """A rejected sample, or, without a key, a problem of the whole shard.
 
-    It stands for `num_images` image files or members, of which all but the first count as extra
-    images. `names` is as in `Sample`.
+    It stands for `num_images` image files or members. `names` is as in `Sample`.
     """
 
     key: str | None
@@ -131,7 +123,7 @@ class ReadRequest:
     name: str
     selection: FieldSelection
     on_read: Callable[[int], None]
-    reserve: ReserveSample
+    reserve: Callable[[int], None]
     gather: bool
 
 
@@ -152,7 +144,7 @@ def require_version(store: Store, listed: ObjectInfo) -> None:
 
 @dataclass(slots=True)
 class Group:
-    """The fields of one sample while it is read; `names` are the names of all its fields."""
+    """The fields of one sample while it is read; `names` are those of all its fields."""
 
     key: str
     names: set[str] = field(default_factory=set)
@@ -219,10 +211,10 @@ def sample_of(
 
 
 def key_and_field(path: str) -> tuple[str | None, str]:
-    """Split a path at the first dot of the file name into key and field, as WebDataset does.
+    """Split a path at the file name's first dot into key and lower-case field, as WebDataset does.
 
-    The field is in lower case. The key is None for files that belong to no sample: names without a
-    dot, hidden files and folders at any depth, and `__metadata__`.
+    The key is None for files that belong to no sample: names without a dot, hidden files and
+    folders at any depth, and `__metadata__`.
     """
     if _is_of_no_sample(path):
         return None, ""
@@ -234,10 +226,7 @@ def key_and_field(path: str) -> tuple[str | None, str]:
 
 
 def file_key_and_field(path: str) -> tuple[str | None, str]:
-    """Split the path of a file as `key_and_field` does, but at the last dot of the file name.
-
-    Names with further dots, such as `Screenshot 10.30.15.jpg`, are common among files.
-    """
+    """Split a path at the last dot: names such as `Screenshot 10.30.15.jpg` are common."""
     stem, dot, ending = path.rpartition(".")
     if not dot or "/" in ending or _is_of_no_sample(path):
         return None, ""

@@ -1,8 +1,8 @@
 """List image shards in any store, and stream their samples: tars, Parquet files and folders.
 
-A problem of the content becomes a `RejectedSample`: the other samples are kept, and every loss is
-recorded. A problem of the transport, or a source that is not the listed version, raises an
-exception. All data that was read before must then be discarded.
+A problem of the content becomes a `RejectedSample`, and the other samples are kept. A problem of
+the transport, or a source that is not the listed version, raises an exception. All data that was
+read before must then be discarded.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _TAR_ENDINGS = (".tar", ".tar.gz", ".tgz")
 
 
 def source_contract(source: Images) -> SourceContract:
-    """Return the contract for reading samples that a config's `source` section describes."""
+    """Return the contract for reading samples in a config's `source` section."""
     return SourceContract(
         tuple(source.image), source.key, source.max_sample_bytes, source.caption_index
     )
@@ -119,8 +119,7 @@ def relist_source(
     """List the current shards of one source; raise `SourceError` if it no longer exists.
 
     Args:
-        source, options: the URL of a file or a folder's slot, and how to reach the store.
-        moved: the move of the source, if it moved.
+        source, options, moved: the URL of a file or a slot, its store's options, and its move.
     """
     url = moved.location(source)
     if is_slot(url):
@@ -134,14 +133,10 @@ def relist_source(
 
 
 def shard_of(unit: Unit, options: StorageOptions, moved: Moved = NOT_MOVED) -> SourceShard:
-    """Return the shard that a unit was made from. A folder's slot is listed again.
+    """Return the shard that a unit was made from; raise `SourceError` if its slot has other files.
 
     Args:
-        unit, options, moved: the unit, how to reach the store, and the move if the source moved.
-
-    Raises:
-        SourceChanged: the slot now has other files.
-        SourceError: the slot has no files.
+        unit, options, moved: the unit, the options of its source's store, and the source's move.
     """
     url = moved.location(unit.source)
     if not is_slot(url):
@@ -156,15 +151,15 @@ def list_shards(shards: str | Sequence[str], options: StorageOptions) -> list[So
     """List tars and Parquet files, each once, sorted by URL; split large Parquet files into parts.
 
     The last part of a URL may have a glob (`*`, `?`, `[...]`), which costs one listing of its
-    folder, as do many URLs in one folder. A few URLs cost one request each. If a file's name equals
-    the pattern itself, that file is used, and its glob or braces are not expanded.
+    folder, as do many URLs in one folder. If a file has exactly the name of the pattern, globs and
+    braces are not expanded.
 
     Args:
         shards, options: one URL or several, and how to reach the stores.
 
     Raises:
-        ConfigError: a URL is not accepted (see `expand_urls`), a glob is in a folder's name, or the
-            extension of a file is not that of a tar or a Parquet file.
+        ConfigError: a URL is not accepted (see `expand_urls`), a glob is in a folder's name, or a
+            file has another extension than that of a tar or a Parquet file.
         SourceError: a shard is missing, or a glob matches nothing.
     """
     by_folder: dict[str, list[str]] = {}
@@ -264,15 +259,13 @@ def read_shard(
 
     Args:
         shard, options: the listed shard, and how to reach the store.
-        image, keep, key, max_sample_bytes, caption_index: see `FieldSelection`. Tars and folders
-            compare fields without case.
+        image, keep, key, max_sample_bytes, caption_index: see `FieldSelection`; in any letter case.
         gather: read a tar whose samples are scattered, or that holds links.
         on_read: called with the bytes of each read of a tar, or of each sample's fields.
         reserve: called before a field is read, with the bytes that its sample then holds.
 
     Raises:
-        NotGrouped: the tar needs `gather`. Like the other errors, it may be raised after samples
-            were yielded: discard all of them.
+        NotGrouped: the tar needs `gather`. All of these may be raised after samples were yielded.
         SourceChanged: the shard is no longer the listed version.
         StorageError: the store cannot be read, or cut the connection.
         SourceError: the compression of the shard is not supported, or it lacks a column.
@@ -318,8 +311,7 @@ def read_samples(
     """Stream a shard's samples as `read_shard` does, with the settings of a contract.
 
     Args:
-        shard, source: the listed shard, and the contract for reading samples.
-        settings: the other arguments of `read_shard`.
+        shard, source, settings: the shard, the contract, and the other arguments of `read_shard`.
     """
     return read_shard(
         shard,

@@ -46,17 +46,16 @@ _OTHER_COMPRESSION = {
 def read_tar(request: ReadRequest) -> SampleStream:
     """Stream a tar's samples; see `images.source.read_shard`.
 
-    Members are grouped as in WebDataset: adjacent members with the same path up to the first dot of
-    the file name are one sample, and the rest of the name in lower case is the field. Directories,
-    devices, `__metadata__` files, hidden files and files without a dot belong to no sample.
+    As in WebDataset, adjacent members with the same path up to the first dot of the file name are
+    one sample, and the rest of the name in lower case is the field. Directories, devices,
+    `__metadata__` files, hidden files and files without a dot belong to no sample.
 
     A tar that holds links, or whose samples are scattered, raises `NotGrouped` as soon as this is
-    detected. With `gather` it is read in three passes, and samples have the order of their images.
+    detected. With `gather`, samples have the order of their images.
 
-    Tars have these reject reasons in addition to those of all sources. With a key: `not_a_file`,
-    `sparse_member`; with `gather` also `link_target` (the target of a link is not a readable
-    member) and `not_grouped` (the kept fields do not fit into `WINDOW_BYTES` with those of the
-    other samples). Without a key: those of `tarstream`, and `not_grouped` (too many members).
+    Further reject reasons with a key: `not_a_file`, `sparse_member`; with `gather` also
+    `link_target` (the target of a link is not a readable member) and `not_grouped` (its fields do
+    not fit into `WINDOW_BYTES`). Without a key: those of `TarStream`, and `not_grouped`.
 
     If a shard ends too soon, its last sample keeps its complete members. If the cut is within a
     member of that sample, the sample is lost and counted in the keyless reject, which names it.
@@ -166,6 +165,9 @@ class _Sample(Group):
     members: dict[str, int] = field(default_factory=dict)  # field -> number of its member
     image: str | None = None  # the field that becomes the row
     duplicates: list[str] = field(default_factory=list)  # paths of further images of one field
+
+
+_Use = tuple[_Sample, str]  # and the name of the field
 
 
 def _gather_samples(request: ReadRequest) -> SampleStream:
@@ -317,6 +319,3 @@ class _Index:
                         yield users[number], tar.read_member(member)
             except Reject:
                 return  # the first pass reported it
-
-
-_Use = tuple[_Sample, str]

@@ -24,12 +24,11 @@ _CHUNK_BYTES = 2**20
 class TarStream:
     """The members of a tar, plain or gzipped. To tarfile it is the file that tarfile reads.
 
-    The `read` of the archive returns no bytes only at the end. Its exceptions are not caught.
+    The exceptions of the archive's `read` are not caught.
 
     Raises:
-        Reject: from all methods; `not_a_tar`, `truncated_shard` (the bytes end too soon),
-            `corrupt_shard` (a damaged header or gzip stream: the rest cannot be read), or
-            `trailing_data` (bytes after the end mark, such as a second tar).
+        Reject: `not_a_tar`, `truncated_shard` (the bytes end too soon), `corrupt_shard` (a damaged
+            header or gzip stream), or `trailing_data` (bytes after the end mark).
     """
 
     def __init__(self, file: Any, *, is_gzip: bool) -> None:
@@ -75,7 +74,7 @@ class TarStream:
 
     @property
     def is_in_member(self) -> bool:
-        """Whether reading stopped within the member that was yielded last or its padding."""
+        """Whether reading stopped within the last member or its padding."""
         return self._position < self._next_header
 
     def _cut(self) -> Reject:
@@ -126,8 +125,7 @@ class TarStream:
 class _Header(tarfile.TarInfo):
     """A member's header, whose damage is not mistaken for the archive's end.
 
-    The maps of sparse members are skipped and not parsed: such members are rejected
-    (`sparse_member`), and a small map can claim any number of entries and any size.
+    Sparse members are rejected. Their maps, which can claim any size, are skipped, not parsed.
     """
 
     @classmethod

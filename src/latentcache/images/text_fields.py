@@ -25,7 +25,7 @@ def read_columns(
         notes: counts the fields that a fallback decoded: `text_as_utf16` and `text_as_cp1252`.
 
     Raises:
-        Reject: stage `read`, `bad_field`: a field is not text, or `cls` is not an int64.
+        Reject: `bad_field`: a field is not text, or `cls` is not an int64.
     """
     values: dict[str, str | int | None] = {}
     notes = Counter() if notes is None else notes

@@ -30,10 +30,7 @@ _DCT_HEADROOM = 2
 
 @dataclass(frozen=True, slots=True)
 class TransformSpec:
-    """The parameters of the transform; see `config.Transform`. None for a limit accepts all images.
-
-    `dct_scaling` is whether `load_image` decodes large JPEGs at a fraction of their size.
-    """
+    """The parameters of the transform; see `config.Transform`. Limits of None accept all images."""
 
     buckets: tuple[Bucket, ...]
     min_side_px: int | None
@@ -44,10 +41,10 @@ class TransformSpec:
 
 @dataclass(frozen=True, slots=True)
 class Transformed:
-    """An image resized and cropped to its bucket.
+    """An image resized and cropped to its bucket; `pixels` is uint8 [3, H, W], RGB, channels-last.
 
-    `pixels` is uint8 [3, height_px, width_px], RGB, channels-last. SDXL's micro-conditioning needs
-    the upright size of the original and the crop's start in the resized image (Podell et al. 2023).
+    SDXL's micro-conditioning needs the upright size of the original and the crop's start in the
+    resized image (Podell et al. 2023).
     """
 
     pixels: torch.Tensor
@@ -59,18 +56,14 @@ class Transformed:
 
 
 def ratio_buckets(resolution_px: int, max_ratio: float, step_px: int) -> tuple[Bucket, ...]:
-    """Return sizes of about `resolution_px**2` pixels, sorted by width.
+    """Return sizes of about `resolution_px**2` pixels, in both orientations, sorted by width.
 
     For every long side that is a multiple of `step_px`, from `resolution_px` upwards, the short
-    side is the multiple of `step_px` nearest to `resolution_px**2 / long`. Sizes are included in
-    both orientations.
+    side is the multiple of `step_px` nearest to `resolution_px**2 / long`.
 
     Args:
-        resolution_px, step_px: the side of the square size, and the divisor of all sides.
+        resolution_px, step_px: the side of the square size, a multiple of the divisor of all sides.
         max_ratio: the maximum of long over short.
-
-    Raises:
-        ConfigError: `resolution_px` is not a multiple of `step_px`, so there is no square size.
     """
     if resolution_px % step_px:
         raise ConfigError(
@@ -96,9 +89,7 @@ def transform_spec(contract: Contract) -> TransformSpec:
 
 
 def choose_bucket(width_px: int, height_px: int, buckets: Sequence[Bucket]) -> Bucket:
-    """Return the bucket with the nearest aspect ratio; ratios are compared as logarithms.
-
-    Of equally near buckets, the one with the most pixels is chosen, then the widest one.
+    """Return the bucket with the nearest logarithmic ratio; of equal ones the largest, then widest.
 
     Args:
         width_px, height_px, buckets: the size of the image, and the buckets in any order.
@@ -113,15 +104,7 @@ def choose_bucket(width_px: int, height_px: int, buckets: Sequence[Bucket]) -> B
 
 
 def load_image(data: bytes, spec: TransformSpec, reserve: Reserve | None = None) -> Transformed:
-    """Decode the bytes of an image, and resize and crop it to its bucket.
-
-    Args:
-        data, spec: the whole file, and the parameters.
-        reserve: see `decode_image`.
-
-    Raises:
-        Reject: stage `decode` (see `decode_image`) or `transform` (see `transform`).
-    """
+    """Decode an image, and resize and crop it. Args: see `decode_image`, `transform`."""
 
     def choose(width: int, height: int) -> int:
         if not spec.dct_scaling:
@@ -141,8 +124,8 @@ def load_image(data: bytes, spec: TransformSpec, reserve: Reserve | None = None)
 def transform(image: NDArray[np.uint8], spec: TransformSpec) -> Transformed:
     """Resize an image to cover its bucket, and crop the centre.
 
-    The resize is antialiased bicubic at the smallest scale that covers the bucket. The side that
-    does not fit exactly is rounded to the nearest pixel, half up, so it is never below the bucket.
+    The resize is antialiased bicubic at the smallest scale that covers the bucket. The other side
+    is rounded to the nearest pixel, half up, so it is never below the bucket.
 
     Args:
         image, spec: uint8 [height, width, 3], writable, and the parameters.
@@ -283,8 +266,7 @@ def _bicubic(
 ) -> torch.Tensor:
     """Run the kernel on [height, width, 3] for the first `size` outputs at the given scales."""
     channels_last = pixels.unsqueeze(0).permute(0, 3, 1, 2)
-    # F.interpolate(…, mode="bicubic", antialias=True) calls this kernel too, but derives the scales
-    # from the sizes.
+    # F.interpolate also calls this kernel, but derives the scales from the sizes.
     kernel = torch.ops.aten._upsample_bicubic2d_aa
     if out is None:
         resized: torch.Tensor = kernel(channels_last, size, False, *scales)

@@ -24,9 +24,8 @@ from latentcache.metrics import MAX_DB, MIN_DB, psnr_db, ssim
 from latentcache.networks import Distance, load_lpips
 from latentcache.qa.qa_files import QaRow
 from latentcache.storage_options import StorageOptions
-from latentcache.vae.compatibility import require_agreement, require_family
 from latentcache.vae.encoder import draw_latents
-from latentcache.vae.model import KLAutoencoder, to_uint8
+from latentcache.vae.model import KLAutoencoder, require_agreement, require_family, to_uint8
 from latentcache.vae.weights import encoder_fingerprint, load_vae
 
 # Decoding takes several times the memory of encoding, so a batch has few images.

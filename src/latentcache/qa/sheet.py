@@ -15,8 +15,7 @@ from latentcache.errors import CheckpointError, ConfigError, DatasetError, Stora
 from latentcache.qa.access import find_checkpoint
 from latentcache.storage.failures import named_local
 from latentcache.storage_options import StorageOptions
-from latentcache.vae.compatibility import require_family
-from latentcache.vae.model import KLAutoencoder, to_uint8
+from latentcache.vae.model import KLAutoencoder, require_family, to_uint8
 from latentcache.vae.weights import encoder_fingerprint, load_vae
 
 _WIDTH_PX = 1440

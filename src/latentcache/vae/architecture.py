@@ -1,4 +1,4 @@
-"""The architecture of a KL autoencoder, read from a config.json and validated."""
+"""The architecture of a KL autoencoder, read from a config.json, and its scaling factor."""
 
 from __future__ import annotations
 
@@ -7,13 +7,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from latentcache.errors import CheckpointError
+from latentcache.config import Vae
+from latentcache.errors import CheckpointError, ConfigError
 
 FAMILY = "AutoencoderKL"
 
-# Far above any published autoencoder. Without limits, a config or a file could request a model of
-# any size.
+# Far above any published autoencoder. A config could otherwise request a model of any size.
 _MAX_BLOCKS, _MAX_LAYERS, _MAX_CHANNELS = 8, 32, 2**14
+
+_USUAL = (
+    "0.18215 for Stable Diffusion 1 and 2 and sd-vae-ft-*; 0.13025 for SDXL; 1.5305 with "
+    "vae.shift_factor 0.0609 for SD3; 0.3611 with vae.shift_factor 0.1159 for FLUX.1"
+)
 
 _ENCODER_FIELDS = (
     "block_out_channels",
@@ -30,9 +35,8 @@ class Architecture:
     """The fields of a diffusers `config.json` of an `AutoencoderKL`, with diffusers' defaults.
 
     `force_upcast` is only the publisher's hint that float16 overflows. Latents are stored unscaled.
-    Diffusion models expect `scaling_factor` and `shift_factor` (`(z - shift) * scale`) or the
-    per-channel `latents_mean` and `latents_std` to be applied to them. `scaling_factor` is None if
-    a file without a config does not determine it.
+    Diffusion models expect `(z - shift_factor) * scaling_factor`, or the per-channel `latents_mean`
+    and `latents_std`. `scaling_factor` is None if a file without a config does not determine it.
     """
 
     block_out_channels: tuple[int, ...] = (64,)
@@ -61,13 +65,10 @@ class Architecture:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], name: str = "config.json") -> Architecture:
-        """Read a diffusers config.
+        """Read a diffusers config; raise `CheckpointError` if it is not usable.
 
         Args:
             config, name: the content of the config, and its name in errors.
-
-        Raises:
-            CheckpointError: the autoencoder is of another family, or a field has an unusable value.
         """
 
         def require(field: str, is_valid: bool, problem: str) -> None:
@@ -145,3 +146,28 @@ _READERS: tuple[tuple[tuple[str, ...], Callable[[Any], Any], str], ...] = (
         "is not a list of finite numbers",
     ),
 )
+
+
+def resolve_scaling(architecture: Architecture, vae: Vae) -> tuple[float, float]:
+    """Return the scaling factor and the shift factor; raise `ConfigError` unless they are clear.
+
+    Args:
+        architecture, vae: of the checkpoint, and the section `vae` of the config.
+    """
+    known = architecture.scaling_factor
+    if known is None:
+        if vae.scaling_factor is None:
+            raise ConfigError(
+                f"{vae.checkpoint} has no scaling factor: set vae.scaling_factor ({_USUAL}), or "
+                "put the config.json of its diffusers version beside it"
+            )
+        return vae.scaling_factor, vae.shift_factor or 0.0
+    factors = {"scaling_factor": known, "shift_factor": architecture.shift_factor or 0.0}
+    for field, actual in factors.items():
+        given = getattr(vae, field)
+        if given is not None and given != actual:
+            raise ConfigError(
+                f"vae.{field} is {given:g}, but that of {vae.checkpoint} is {actual:g}: leave "
+                "vae.scaling_factor and vae.shift_factor out, or correct its config.json"
+            )
+    return known, factors["shift_factor"]

@@ -1,20 +1,21 @@
 """Find the batch size of a GPU: measured once for each image size, and then cached.
 
-The rate rises with the batch size until the GPU is fully used. A larger batch gains nothing and
-costs memory that QA needs. So the smallest batch size with about the best rate is used.
+The rate rises until the GPU is fully used. A larger batch only costs memory that QA needs.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import math
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+from latentcache.storage.local_files import replace_file
 
 _MAX_IMAGES = 128
 
@@ -30,8 +31,7 @@ def find_batch_size(measure: Callable[[int], float], most: int) -> int:
     """Return the smallest power of two whose rate is within 3% of the best; 1 if none fits.
 
     Args:
-        measure: returns images/s at a batch size, or raises `torch.OutOfMemoryError`.
-        most: the largest size to try.
+        measure: returns images/s at a size up to `most`, or raises `torch.OutOfMemoryError`.
     """
     rates: dict[int, float] = {}
     best, num_idle, size = 0.0, 0, 1
@@ -51,15 +51,12 @@ def remembered_batch_size(
 ) -> int:
     """Return the cached batch size of an encoder and a bucket, or find it and cache it.
 
-    The cache is `$XDG_CACHE_HOME/latentcache/batch_sizes.json`, or below `~/.cache`. If the file is
-    damaged or cannot be written, the only consequence is another search. Buckets of about the same
-    area share an entry, because their shape hardly affects the rate, and a run may have forty.
+    The cache is `$XDG_CACHE_HOME/latentcache/batch_sizes.json`, or below `~/.cache`. It is
+    optional. Buckets of about the same area share an entry, because shape hardly matters.
 
     Args:
-        encoder: a description of everything else that affects the rate: device, software,
-            precision, and the sizes of the network.
-        width_px, height_px: the size of the images.
-        measure: see `find_batch_size`.
+        encoder: all else that affects the rate: device, software, precision, and network.
+        width_px, height_px, measure: the size of the images; see `find_batch_size`.
     """
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
     path = home / "latentcache" / "batch_sizes.json"
@@ -70,7 +67,8 @@ def remembered_batch_size(
         most = max(1, min(_MAX_IMAGES, _MAX_PIXELS // num_pixels))
         size = find_batch_size(measure, most)
         with contextlib.suppress(OSError):
-            _write(path, {**_read(path), key: size})
+            sizes = json.dumps({**_read(path), key: size}, indent=1, sort_keys=True)
+            replace_file(str(path), io.BytesIO(sizes.encode() + b"\n"))
     return size
 
 
@@ -80,11 +78,3 @@ def _read(path: Path) -> dict[str, object]:
     except (OSError, ValueError):
         return {}
     return sizes if isinstance(sizes, dict) else {}
-
-
-def _write(path: Path, sizes: dict[str, object]) -> None:
-    """Replace the file atomically, because other processes of this machine use it too."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        file.write(json.dumps(sizes, indent=1, sort_keys=True) + "\n")
-    Path(file.name).replace(path)

@@ -26,8 +26,7 @@ _Part = Callable[[], tuple[Tensor, float]]  # waits for moments and the device's
 
 PRECISION_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
-# Storing latents in float16 has a drift of about 70 dB. An encode with this drift from fp32 has no
-# effect on training.
+# A drift from fp32 without effect on training. Storing latents in float16 has about 70 dB.
 MIN_DRIFT_DB = 55.0
 
 # The pixels that a CPU thread encodes at once with `batch_size: auto`: one image of 256 px, because
@@ -44,19 +43,12 @@ _MAX_IN_FLIGHT = 3
 
 
 def require_fp32() -> None:
-    """Disable TF32 for float32 convolutions in this process.
-
-    TF32 has ten bits of mantissa, like float16, so it is no reference or fallback for float16.
-    """
+    """Disable TF32 for float32 convolutions, because it has ten bits of mantissa, like float16."""
     torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
 
 
 def prepare_device(device: str) -> None:
-    """Check that a worker can use its device, and disable TF32 there.
-
-    Raises:
-        ClusterError: the device is a GPU that torch cannot use.
-    """
+    """Disable TF32; raise `ClusterError` if the device is a GPU that torch cannot use."""
     if device == "cuda" and not torch.cuda.is_available():
         raise ClusterError(
             f"a worker has a GPU, but its torch {torch.__version__} cannot use it: install a CUDA "
@@ -69,9 +61,8 @@ def prepare_device(device: str) -> None:
 class Encoded:
     """The moments of one batch: float32 [B, 2C, H, W] on the CPU, mean then log-variance.
 
-    `num_in_fp32` latents were not finite and were encoded again in fp32. The latents with indices
-    in `bad` are still not finite. `busy_s` is the time of the device, and `start_s` is the time of
-    `start`. They are equal on a CPU.
+    `num_in_fp32` latents were encoded again in fp32. Those in `bad` (indices) are still not finite.
+    `busy_s` is the time of the device, and `start_s` that of `start`.
     """
 
     moments: Tensor
@@ -85,12 +76,11 @@ class LatentEncoder:
     """An encoder of batches on one device.
 
     On a GPU, one thread starts batches and another collects them. `start` waits only for the batch
-    before the last two, and the collecting thread for its batch. On a CPU, several threads may
-    start batches at once, and each thread encodes the batch that it starts.
+    before the last two. On a CPU, several threads may start batches at once, and each thread
+    encodes the batch that it starts.
 
     Args:
-        vae: the VAE in fp32 on its device; its decoder is not used.
-        precision: `fp32`, `fp16` or `bf16`.
+        vae, precision: the VAE in fp32 on its device; `fp32`, `fp16` or `bf16`.
         batch_size: the images of a batch; None chooses by bucket and device.
         encode: encodes a batch on the device in `precision`; None uses `fastest_encode`.
     """
@@ -120,8 +110,7 @@ class LatentEncoder:
     def num_threads(self, num_pixels: int) -> int:
         """Return how many threads should start batches of images of up to `num_pixels` at once.
 
-        On a CPU this is torch's number of threads, if memory suffices. The caller should then
-        divide torch's own number of threads by it (`torch.set_num_threads`).
+        The caller should divide torch's own number of threads by it (`torch.set_num_threads`).
         """
         if self._gpu:
             return 1
@@ -149,10 +138,8 @@ class LatentEncoder:
     def start(self, images: Tensor) -> Callable[[], Encoded]:
         """Start to encode uint8 [B, 3, H, W] from the CPU. The images must not change afterwards.
 
-        If the device runs out of memory, the batch size of this bucket is halved permanently.
-
-        Returns:
-            A function that waits for the moments and returns them. Any thread may call it, once.
+        The result is a function that any thread may call, once, to wait for the moments. If the
+        device runs out of memory, the batch size of this bucket is halved permanently.
 
         Raises:
             torch.OutOfMemoryError: a single image does not fit.
@@ -243,8 +230,7 @@ class _Gpu:
         stream and on those that it was recorded on.
 
         Args:
-            encode, images: encodes a batch on the device; and uint8 [B, 3, H, W] on the CPU.
-            full: the number of images to which the batch is padded, at least B.
+            encode, images, full: uint8 [B, 3, H, W] on the CPU, which are padded to `full` images.
         """
         num_images = len(images)
         with self._lock, torch.cuda.device(self._device), _autotuned():
@@ -285,12 +271,7 @@ class _Gpu:
 
     @torch.inference_mode()
     def measure(self, encode: Encode, width_px: int, height_px: int, batch_size: int) -> float:
-        """Return the rate in images/s of encoding noise; the first rounds only select kernels.
-
-        Args:
-            encode: encodes a batch on the device.
-            width_px, height_px, batch_size: the sizes of the batch.
-        """
+        """Return the rate of encoding noise in images/s. Args: see `find_batch_size`, `start`."""
         shape = (batch_size, 3, height_px, width_px)
         with self._lock, torch.cuda.device(self._device), _autotuned():
             self.finish()
@@ -331,14 +312,12 @@ def _autotuned() -> Iterator[None]:
 def draw_latents(
     moments: torch.Tensor, posterior: str, unit_id: str, keys: Sequence[str]
 ) -> torch.Tensor:
-    """Return the latents to store, computed from moments: float32 [B, C, H, W].
+    """Return the latents to store, float32 [B, C, H, W].
 
     Args:
-        moments: float32 [B, 2C, H, W], mean then log-variance.
+        moments, unit_id, keys: float32 [B, 2C, H, W], mean then log-variance, of B rows.
         posterior: `mean` returns the first half of the channels, `moments` all of them. `sample`
-            draws from N(mean, exp(logvar)) with Philox noise. The noise depends only on (unit, key)
-            through their SHA-256, so every attempt draws the same latents.
-        unit_id, keys: the unit's id, and the keys of the B rows.
+            draws from N(mean, exp(logvar)) with Philox noise from the SHA-256 of (unit, key).
     """
     if posterior == "moments":
         return moments
@@ -361,8 +340,7 @@ def resolve_precision(vae: KLAutoencoder, images: Sequence[Tensor]) -> str:
     On a CPU the result is always fp32: float16 is slower there, and bfloat16 never reaches 55 dB.
 
     Args:
-        vae: the VAE in fp32 on its device.
-        images: uint8 [3, H, W] each; without images the result is fp32.
+        vae, images: the VAE in fp32 on its device; uint8 [3, H, W] each; if empty, fp32.
     """
     if vae.device.type != "cuda" or not images:
         return "fp32"

@@ -1,8 +1,8 @@
 """The encoder of `model.py`, optimised for the device: the same function with fused operations.
 
-Maps are [B, H, W, C]. Weights are converted once: `quant_conv` is multiplied into `conv_out`, the
-scale of attention into `to_q`, and the bias of `to_v` is added after `to_out`, because the weights
-of attention sum to one. `kernels.py` on a GPU and `plain.py` on a CPU have the other operations.
+Maps are [B, H, W, C]. `quant_conv` is multiplied into `conv_out`, the scale of attention into
+`to_q`, and the bias of `to_v` is added after `to_out`, because the weights of attention sum to one.
+`kernels.py` on a GPU and `plain.py` on a CPU have the other operations.
 """
 
 from __future__ import annotations
@@ -90,8 +90,7 @@ class FastEncoder:
     """A VAE's encoder and `quant_conv`, with the interface of `KLAutoencoder.encode`.
 
     Args:
-        vae: the VAE in fp32; its weights are converted once, on construction.
-        dtype, kernels: the dtype of the computation; and the module `kernels` or `plain`.
+        vae, dtype, kernels: the VAE in fp32, the computation's dtype, and `kernels` or `plain`.
     """
 
     @torch.no_grad()
@@ -105,7 +104,11 @@ class FastEncoder:
         self._conv_in = _Conv(F.pad(weight, (0, 0, 0, 0, 0, num_zeros)), bias, target)
         self._layers: list[_Resnet | _Attention] = []
         deferred_bias = self._conv_in.deferred_bias
-        layers = _layers(parts["down_blocks"], parts["mid_block"])
+        middle, kinds = parts["mid_block"], ResnetBlock | Downsample
+        assert isinstance(middle, MidBlock)
+        layers: list[nn.Module] = []
+        layers += (layer for layer in parts["down_blocks"].modules() if isinstance(layer, kinds))
+        layers += [middle.resnets[0], *middle.attentions, middle.resnets[1]]
         for layer, following in zip(layers, [*layers[1:], None], strict=True):
             if isinstance(layer, ResnetBlock):
                 halve = following if isinstance(following, Downsample) else None
@@ -138,20 +141,7 @@ class FastEncoder:
         return moments.contiguous()
 
 
-def _layers(down_blocks: nn.Module, middle: nn.Module) -> list[nn.Module]:
-    """Return the layers between the first convolution and the last norm, in their order."""
-    assert isinstance(middle, MidBlock)
-    down = [
-        layer
-        for block in down_blocks.children()
-        for part in block.children()
-        for layer in part.children()
-    ]
-    return [*down, middle.resnets[0], *middle.attentions, middle.resnets[1]]
-
-
 def _weights(layer: nn.Module) -> tuple[Tensor, Tensor]:
-    """Return the weight and the bias of a layer."""
     assert isinstance(layer.weight, Tensor)
     assert isinstance(layer.bias, Tensor)
     return layer.weight, layer.bias

@@ -75,8 +75,7 @@ def group_norm(
         x: [B, H, W, C] in any float dtype, as is the result.
         bias: float32 [C], not added to x yet; None means zero.
         statistics: the statistics of x + bias from `add`; None computes them here.
-        weight, shift, num_groups, eps: as in `torch.nn.GroupNorm`; float32 [C].
-        silu: whether SiLU follows.
+        weight, shift, num_groups, eps, silu: as in `torch.nn.GroupNorm`; and whether SiLU follows.
     """
     if statistics is None:
         statistics = _sum(x, None, bias, None, num_groups)
@@ -92,9 +91,7 @@ def add(x: Tensor, h: Tensor, bias: Tensor | None, num_groups: int) -> tuple[Ten
     """Add two maps and a bias, and compute the statistics of the sum by group.
 
     Args:
-        x, h: two maps [B, H, W, C].
-        bias: float32 [C]; None means zero.
-        num_groups: a divisor of C.
+        x, h, bias, num_groups: maps [B, H, W, C]; float32 [C] or None for zero; a divisor of C.
 
     Returns:
         The sum, with x's shape and dtype, and its statistics: float32 [B, chunks, 2, groups].
@@ -104,14 +101,7 @@ def add(x: Tensor, h: Tensor, bias: Tensor | None, num_groups: int) -> tuple[Ten
 
 
 def add_padded(x: Tensor, h: Tensor | None, bias: Tensor | None) -> Tensor:
-    """Sum like `add`, and pad with a row of zeros at the bottom and a column at the right.
-
-    Args:
-        x, h, bias: as for `add`; None means zero.
-
-    Returns:
-        [B, H + 1, W + 1, C], the input of a stride-2 convolution of the encoder.
-    """
+    """Sum, and pad with zeros at the bottom and right to [B, H + 1, W + 1, C]. Args: see `add`."""
     batch, height, width, channels = x.shape
     out = x.new_empty((batch, height + 1, width + 1, channels))
     lanes = triton.next_power_of_2(channels)
@@ -125,13 +115,11 @@ def add_padded(x: Tensor, h: Tensor | None, bias: Tensor | None) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Return softmax(q kᵀ) v, of at most `MAX_SCORES` scores at once.
+    """Return softmax(q kᵀ) v of scaled queries, keys and values, [B, n, C].
 
-    One head of 512 channels exceeds the limit of flash attention (256). Two matrix products with
-    float32 scores between them move more bytes, but are still limited by arithmetic.
-
-    Args:
-        q, k, v: the scaled queries, the keys and the values, [B, n, C].
+    Flash attention has a limit of 256 channels, below one head of 512. Two matrix products with
+    float32 scores, at most `MAX_SCORES` at once, move more bytes, but are still limited by
+    arithmetic. Args: see `scaled_dot_product_attention`.
     """
     batch, length, _ = q.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format)

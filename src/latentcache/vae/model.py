@@ -1,25 +1,31 @@
 # ruff: noqa: D102  (the docstring of a class describes its `forward`)
+# mypy: disable-error-code="no-any-return"
 """The KL autoencoder of Stable Diffusion, SDXL, SD3 and FLUX (Rombach et al., 2022, appendix G).
 
 This is the eager reference, with which every faster implementation is compared. Parameters have the
-names of diffusers' current `AutoencoderKL`. `weights.py` maps every checkpoint to these canonical
-names, and the encoder's fingerprint is computed over them.
+names of diffusers' current `AutoencoderKL`, over which the encoder's fingerprint is computed.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from latentcache.dataset.contract import VaeContract
 from latentcache.errors import ConfigError
+from latentcache.metrics import drift_db
 from latentcache.vae.architecture import Architecture
 
 LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0  # diffusers' DiagonalGaussianDistribution clamps to these
+
+# Copies of one encoder in other precisions agree at least this well, such as those of the three
+# decoders on the `sd-vae-ft-mse` model card. Separately trained autoencoders do not.
+MIN_AGREEMENT_DB = 50.0
 
 
 def _norm(num_groups: int, channels: int) -> nn.GroupNorm:
@@ -41,8 +47,7 @@ class ResnetBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        out: Tensor = self.conv_shortcut(x) + h
-        return out
+        return self.conv_shortcut(x) + h
 
 
 class Attention(nn.Module):
@@ -59,8 +64,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.group_norm(x).flatten(2).transpose(1, 2).unsqueeze(1)  # [B, 1, H*W, C]
         h = F.scaled_dot_product_attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
-        out: Tensor = x + self.to_out(h).squeeze(1).transpose(1, 2).reshape(x.shape)
-        return out
+        return x + self.to_out(h).squeeze(1).transpose(1, 2).reshape(x.shape)
 
 
 class MidBlock(nn.Module):
@@ -72,8 +76,7 @@ class MidBlock(nn.Module):
         self.attentions = nn.Sequential(*[Attention(channels, num_groups)] if attention else [])
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.resnets[1](self.attentions(self.resnets[0](x)))
-        return out
+        return self.resnets[1](self.attentions(self.resnets[0](x)))
 
 
 class Downsample(nn.Module):
@@ -84,24 +87,21 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)))
-        return out
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
-class Upsample(nn.Module):
-    """Nearest-neighbour upsampling that doubles the sides, then a convolution."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        return out
+def _upsample(channels: int) -> nn.Module:
+    """Return nearest-neighbour upsampling that doubles the sides, then a convolution."""
+    conv = nn.Conv2d(channels, channels, 3, padding=1)
+    return nn.Sequential(OrderedDict(enlarge=nn.Upsample(scale_factor=2.0), conv=conv))
 
 
 def _blocks(
-    widths: Sequence[int], num_layers: int, num_groups: int, name: str, resample: type[nn.Module]
+    widths: Sequence[int],
+    num_layers: int,
+    num_groups: int,
+    name: str,
+    resample: Callable[[int], nn.Module],
 ) -> nn.Sequential:
     """Return residual blocks at each width; all except the last end with a layer `<name>.0`."""
     blocks = nn.Sequential()
@@ -134,7 +134,7 @@ def _decoder(arch: Architecture) -> nn.Sequential:
     layers = OrderedDict[str, nn.Module](
         conv_in=nn.Conv2d(arch.latent_channels, widths[0], 3, padding=1),
         mid_block=MidBlock(widths[0], groups, arch.mid_block_add_attention),
-        up_blocks=_blocks(widths, arch.layers_per_block + 1, groups, "upsamplers", Upsample),
+        up_blocks=_blocks(widths, arch.layers_per_block + 1, groups, "upsamplers", _upsample),
         conv_norm_out=_norm(groups, widths[-1]),
         conv_act=nn.SiLU(),
         conv_out=nn.Conv2d(widths[-1], 3, 3, padding=1),
@@ -168,16 +168,14 @@ class KLAutoencoder(nn.Module):
         return next(self.encoder.parameters()).device
 
     def encode(self, images: Tensor) -> Tensor:
-        """Encode RGB images to the posterior's moments.
-
-        Args:
-            images: uint8 [B, 3, H, W]; H and W multiples of `downsample_factor`.
+        """Encode images, uint8 [B, 3, H, W], to the posterior's moments.
 
         Returns:
             float32 [B, 2C, H/f, W/f]: the unscaled mean, then the log-variance in [-30, 20].
 
         Raises:
-            ConfigError: `images` has another dtype or shape.
+            ConfigError: another dtype or shape, or sides that are no multiples of
+                `downsample_factor`.
         """
         require_images(images, self.architecture.downsample_factor)
         x = (images.float() / 127.5 - 1.0).to(self.dtype)
@@ -186,10 +184,7 @@ class KLAutoencoder(nn.Module):
         return torch.cat([mean, logvar.clamp(LOGVAR_MIN, LOGVAR_MAX)], dim=1)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Decode unscaled latents to images.
-
-        Args:
-            latents: [B, C, h, w] as from `encode`, neither scaled nor shifted.
+        """Decode latents [B, C, h, w] as from `encode`, neither scaled nor shifted.
 
         Returns:
             float32 [B, 3, f*h, f*w] in [-1, 1]; `to_uint8` converts it to pixels.
@@ -203,18 +198,14 @@ class KLAutoencoder(nn.Module):
         if latents.ndim != 4 or latents.shape[1] != channels:
             raise ConfigError(f"decode needs [B, {channels}, h, w], not {list(latents.shape)}")
         x = self.decoder(self.post_quant_conv(latents.to(self.dtype)))
-        out: Tensor = x.float().clamp(-1.0, 1.0)
-        return out
+        return x.float().clamp(-1.0, 1.0)
 
 
 def require_images(images: Tensor, factor: int) -> None:
-    """Raise an error if a tensor is not a batch of images that an encoder accepts.
+    """Raise `ConfigError` unless a tensor is a batch of images that an encoder accepts.
 
     Args:
-        images, factor: the tensor, uint8 [B, 3, H, W]; and the required divisor of H and W.
-
-    Raises:
-        ConfigError: the tensor has another dtype or shape.
+        images, factor: uint8 [B, 3, H, W]; and the required divisor of H and W.
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         shape = list(images.shape)
@@ -229,3 +220,34 @@ def require_images(images: Tensor, factor: int) -> None:
 def to_uint8(images: Tensor) -> Tensor:
     """Convert [-1, 1] to uint8 pixels, rounded to the nearest level, on the same device."""
     return ((images.float() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def require_family(vae: KLAutoencoder, name: str, other: Architecture | VaeContract) -> None:
+    """Raise `ConfigError` if the latents of a VAE have another shape than the latents to decode.
+
+    Args:
+        vae, name, other: the VAE, its name in errors, and the VAE of the latents to decode.
+    """
+    for field in ("latent_channels", "downsample_factor"):
+        given, value = getattr(vae.architecture, field), getattr(other, field)
+        if given != value:
+            raise ConfigError(
+                f"{name} is of another family: its {field} is {given}, that of the latents is "
+                f"{value}: name a decoder of the same VAE"
+            )
+
+
+def require_agreement(own: Tensor, latents: Tensor, name: str) -> float:
+    """Return the agreement in dB of two encoders; raise `ConfigError` below `MIN_AGREEMENT_DB`.
+
+    Args:
+        own, latents, name: both latents of some images, [B, C, h, w], and the VAE's name in errors.
+    """
+    agreement_db = drift_db(own, latents)
+    if agreement_db < MIN_AGREEMENT_DB:
+        raise ConfigError(
+            f"{name} belongs to another encoder: on the first images the two agree to "
+            f"{agreement_db:.1f} dB, and {MIN_AGREEMENT_DB:g} dB are required: name a decoder of "
+            "the same VAE"
+        )
+    return agreement_db

@@ -1,8 +1,7 @@
 """The functions of `kernels.py` with torch's own operations, for CPUs.
 
-Convolutions on CPUs add their bias themselves. Maps are [B, H, W, C] as in `kernels.py`. torch's
-GroupNorm keeps this order on a CPU, and computes the statistics. SiLU and `add` work in place,
-because new memory is the largest cost there.
+Convolutions on CPUs add their bias themselves. torch's GroupNorm keeps the order [B, H, W, C] on a
+CPU. SiLU and `add` work in place, because new memory is the largest cost there.
 """
 
 from __future__ import annotations

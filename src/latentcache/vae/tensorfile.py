@@ -57,28 +57,17 @@ _IS_ENCRYPTED, _HAS_DESCRIPTOR, _IS_UTF_8 = 0x0001, 0x0008, 0x0800
 
 # The exceptions of the libraries for a file that is damaged, or accepted by one but not by another.
 _REFUSED = (
-    Malformed,
-    SafetensorError,
-    zipfile.BadZipFile,
-    struct.error,
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    MemoryError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
+    Malformed, SafetensorError, zipfile.BadZipFile, struct.error, ArithmeticError, AttributeError,
+    LookupError, MemoryError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
 
 
 def read_tensors(path: Path, name: str, *, is_inner: bool = False) -> dict[str, Tensor]:
     """Return every named tensor of a checkpoint file. Most are mapped from disk and not read yet.
 
     Args:
-        path: the file. Its content determines the container, unless its name ends with
-            `.safetensors`.
-        name: the name of the file in errors.
-        is_inner: whether the file was itself in a zip file.
+        path: the file. Its content determines the container, unless it is a `.safetensors`.
+        name, is_inner: its name in errors, and whether it was itself in a zip file.
 
     Raises:
         CheckpointError: the file is not a checkpoint, is damaged, or has no tensors.
@@ -302,7 +291,7 @@ def _view_tensors(
     """Return the tensors of a state dict, or of a trainer's checkpoint around one.
 
     Tensors may share a storage, but all of them together may take at most twice the size of the
-    file. The memory of their copies is then bounded by the size of the file.
+    file, which bounds the memory of their copies.
     """
     if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
         loaded = loaded["state_dict"]

@@ -63,14 +63,10 @@ class StoredTensor:
 
 
 def load_pickle(file: BinaryIO, storages: dict[str, StoredStorage]) -> object:
-    """Read one pickle. Its value may contain itself.
+    """Read one pickle; raise `Malformed` if it is cut off, too large, or not a pickle.
 
     Args:
-        file: positioned at the start of the pickle; it moves to its end.
-        storages: receives the storages that the pickle names, by key.
-
-    Raises:
-        Malformed: the pickle is cut off, too large, or not a pickle.
+        file, storages: moves to the end of the pickle; receives the storages that it names, by key.
     """
     try:
         return _interpret(file, storages)
@@ -199,20 +195,14 @@ def _rebuild_tensor(
     return StoredTensor(storage, offset, size, stride)
 
 
-def _rebuild_parameter(tensor: object = None, *_: object) -> StoredTensor | None:
-    return tensor if isinstance(tensor, StoredTensor) else None
-
-
-def _new_dict(*arguments: object) -> dict[str, object] | None:
-    return None if arguments else {}
-
-
 # Module and name of a global, and what replaces it. All other globals become None.
 _GLOBALS: dict[Any, Callable[..., object] | torch.dtype] = {
-    "collections OrderedDict": _new_dict,
+    "collections OrderedDict": lambda *arguments: None if arguments else {},
     "torch._utils _rebuild_tensor": _rebuild_tensor,
     "torch._utils _rebuild_tensor_v2": _rebuild_tensor,
-    "torch._utils _rebuild_parameter": _rebuild_parameter,
+    "torch._utils _rebuild_parameter": lambda tensor=None, *_: (
+        tensor if isinstance(tensor, StoredTensor) else None
+    ),
     "torch UntypedStorage": torch.uint8,
     "torch.storage UntypedStorage": torch.uint8,
     "torch BFloat16Storage": torch.bfloat16,

@@ -25,12 +25,10 @@ import triton.language as tl
 
 @triton.jit
 def to_input_kernel(images, out, num_pixels, OUT: tl.constexpr, BLOCK: tl.constexpr):
-    """Convert uint8 NCHW to [-1, 1] in NHWC; channels after the third are zero.
+    """Convert uint8 [B, 3, num_pixels] to [-1, 1] in [B, num_pixels, OUT]; other channels are zero.
 
     Args:
-        images, out: uint8 [B, 3, num_pixels]; and [B, num_pixels, OUT] in any float dtype.
-        num_pixels, BLOCK: the pixels of an image; and those of a program.
-        OUT: the number of output channels.
+        images, out, num_pixels, OUT, BLOCK: a program converts BLOCK pixels to OUT channels.
     """
     image = tl.program_id(1).to(tl.int64)
     pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -223,10 +221,8 @@ def pad_kernel(
     """Add the bias and another map, and pad with zeros at the bottom and at the right.
 
     Args:
-        x, h: [B, height, width, C] in any float dtype; h is added if HAS_H.
-        bias: float32 [C], added if HAS_BIAS.
-        out: [B, height + 1, width + 1, C].
-        LANES: C, rounded up to a power of two. Others: see the module.
+        x, h, bias: [B, height, width, C] in any float dtype; h is added if HAS_H, bias if HAS_BIAS.
+        out, LANES: [B, height + 1, width + 1, C]; and C, rounded up to a power of two.
     """
     image = tl.program_id(1).to(tl.int64)
     num_padded = (height + 1) * (width + 1)
@@ -250,13 +246,11 @@ def pad_kernel(
 
 @triton.jit
 def exponentials_kernel(scores, out, sums, length, BLOCK: tl.constexpr):
-    """Write exp(s - max) for a row of scores, and the sum of these exponentials.
+    """Write exp(s - max) for a row of scores, and the sum of the rounded exponentials.
 
     Args:
-        scores, length: float32 [rows, length].
-        out: [rows, length] in any float dtype, for the exponentials.
-        sums: float32 [rows], for the sums of the rounded exponentials.
-        BLOCK: the elements that a program reads at once.
+        scores, out, sums: float32 [rows, length]; any float dtype [rows, length]; float32 [rows].
+        length, BLOCK: the elements of a row, and those that a program reads at once.
     """
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)

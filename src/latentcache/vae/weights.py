@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.resources
 import json
+import math
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -26,7 +27,6 @@ from latentcache.storage import Store, split_url
 from latentcache.storage_options import StorageOptions
 from latentcache.vae.architecture import FAMILY, Architecture
 from latentcache.vae.model import KLAutoencoder
-from latentcache.vae.scaling import recognised_factor
 from latentcache.vae.tensorfile import SUFFIXES, read_tensors
 
 DEMO = "demo"
@@ -36,6 +36,9 @@ _CONFIG = "config.json"
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 
 _FIRST_STAGE = "first_stage_model."  # the prefix of the VAE in a whole Stable Diffusion checkpoint
+_SD_LATENT_CHANNELS = 4
+# The configs of CompVis's Stable Diffusion 1 and 2, and of Stability's SDXL.
+_SD, _SDXL = 0.18215, 0.13025
 _NOT_WEIGHTS = ("loss.", "model_ema.")  # CompVis's trainer saves these beside the weights
 _DECODER = ("decoder.", "post_quant_conv.")
 
@@ -45,13 +48,9 @@ _COMPVIS_NUM_GROUPS = 32
 _MAX_CONFIG_BYTES = 2**20
 
 _FLOAT_DTYPES = (
-    torch.float64,
-    torch.float32,
-    torch.float16,
-    torch.bfloat16,
-    torch.float8_e4m3fn,
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn,
     torch.float8_e5m2,
-)
+)  # fmt: skip
 
 _COMPVIS_RENAMES = (
     (r"\.(down|up)\.(\d+)\.block\.(\d+)\.", r".\1_blocks.\2.resnets.\3."),
@@ -68,6 +67,7 @@ _DIFFUSERS_RENAMES = (  # the names of attention in diffusers before 0.17
     (r"\.attentions\.0\.(?:(q)uery|(k)ey|(v)alue)\.", r".attentions.0.to_\1\2\3."),
     (r"\.attentions\.0\.proj_attn\.", ".attentions.0.to_out.0."),
 )
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]*[A-Za-z0-9]", re.ASCII)  # organisation/model
 _UP_BLOCK = re.compile(r"^decoder\.up_blocks\.(\d+)\.")
 _ATTENTION_MATRIX = re.compile(r"\.attentions\.0\.to_(q|k|v|out\.0)\.weight$")
 
@@ -87,7 +87,7 @@ def load_vae(
             `s3://…`) of a diffusers folder, a pipeline folder with `vae/`, or one checkpoint file
             (`.safetensors`, `.bin`, `.ckpt`, `.pt`, `.pth`, or a `.zip` of one); or `demo`. A
             `config.json` beside a file determines its architecture. A CompVis file needs no config,
-            but then `architecture.scaling_factor` may be None; see `scaling.py`.
+            but then `architecture.scaling_factor` may be None; see `_recognise_factor`.
         device, dtype: of the modules; weights of any float dtype are accepted.
         decoder: whether to load the decoder; without it the VAE needs less memory.
         options: how to reach the store.
@@ -107,10 +107,6 @@ def load_vae(
         tensors = {n: t for n, t in tensors.items() if not n.startswith(_DECODER)}
     vae.load_state_dict(_fit(tensors, vae.state_dict(), name), assign=True)
     return vae.to(device=device, dtype=dtype).eval().requires_grad_(False)
-
-
-# `organisation/model`, the form of the names of models on the Hugging Face Hub.
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]*[A-Za-z0-9]", re.ASCII)
 
 
 def absolute_url(url: str) -> str:
@@ -213,7 +209,7 @@ def _recognise(
     config: Mapping[str, Any] | None, tensors: dict[str, Tensor], name: str
 ) -> tuple[Architecture, dict[str, Tensor]]:
     """Detect the layout by the names; return the architecture and the canonically named tensors."""
-    scaling_factor = recognised_factor(tensors)
+    scaling_factor = _recognise_factor(tensors)
     inner = {
         key.removeprefix(_FIRST_STAGE): tensor
         for key, tensor in tensors.items()
@@ -240,6 +236,26 @@ def _recognise(
         return Architecture.from_config(config, name=f"the config.json beside {name}"), tensors
     architecture = _infer_architecture(tensors, name)
     return replace(architecture, scaling_factor=scaling_factor), tensors
+
+
+def _recognise_factor(tensors: Mapping[str, Tensor]) -> float | None:
+    """Return the scaling factor that the tensors of a CompVis checkpoint determine, or None.
+
+    CompVis's `ddpm.py` stores a measured factor as the buffer `scale_factor`. Otherwise
+    `conditioner` means SDXL, unless `edm_mean` shows that it is Playground's, which scales by
+    channel. A U-Net alone means Stable Diffusion 1 or 2.
+    """
+    if (buffer := tensors.get("scale_factor")) is not None and buffer.numel() == 1:
+        factor = float(buffer)
+        return factor if math.isfinite(factor) and factor > 0 else None
+    last = tensors.get(f"{_FIRST_STAGE}encoder.conv_out.weight")
+    if last is None or not last.ndim or last.shape[0] != 2 * _SD_LATENT_CHANNELS:
+        return None
+    if "edm_mean" in tensors:
+        return None
+    if any(key.startswith("conditioner.") for key in tensors):
+        return _SDXL
+    return _SD if any(key.startswith("model.diffusion_model.") for key in tensors) else None
 
 
 def _rename(tensors: Mapping[str, Tensor], renames: Iterable[tuple[str, str]]) -> dict[str, Tensor]:
