@@ -51,12 +51,35 @@ _MODULES = {
 }
 
 __all__ = [
-    "Batch", "Config", "Dataset", "Join", "KLAutoencoder", "LatentCacheError", "LatentDataset",
-    "LatentLoader", "ManifestDiff", "Plan", "Published", "RejectedRow", "Row", "RunSummary",
-    "StorageOptions", "Unreferenced", "Verification", "collect_unreferenced", "diff_manifests",
-    "load_config", "load_vae", "make_plan", "open_dataset", "parse_config", "publish", "run",
-    "to_uint8", "verify",
-]  # fmt: skip
+    "Batch",
+    "Config",
+    "Dataset",
+    "Join",
+    "KLAutoencoder",
+    "LatentCacheError",
+    "LatentDataset",
+    "LatentLoader",
+    "ManifestDiff",
+    "Plan",
+    "Published",
+    "RejectedRow",
+    "Row",
+    "RunSummary",
+    "StorageOptions",
+    "Unreferenced",
+    "Verification",
+    "collect_unreferenced",
+    "diff_manifests",
+    "load_config",
+    "load_vae",
+    "make_plan",
+    "open_dataset",
+    "parse_config",
+    "publish",
+    "run",
+    "to_uint8",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> object:

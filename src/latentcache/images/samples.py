@@ -19,9 +19,30 @@ _METADATA = re.compile(r"__[^/]*__($|/)")  # as in webdataset.tariterators.tar_f
 
 # A file or field with one of these extensions counts as an image, even without `source.image`.
 _IMAGE_ENDINGS = {
-    "apng", "avif", "bmp", "dib", "gif", "heic", "heif", "j2k", "jfif", "jp2", "jpe", "jpeg", "jpg",
-    "jxl", "pbm", "pgm", "png", "pnm", "ppm", "tga", "tif", "tiff", "webp",
-}  # fmt: skip
+    "apng",
+    "avif",
+    "bmp",
+    "dib",
+    "gif",
+    "heic",
+    "heif",
+    "j2k",
+    "jfif",
+    "jp2",
+    "jpe",
+    "jpeg",
+    "jpg",
+    "jxl",
+    "pbm",
+    "pgm",
+    "png",
+    "pnm",
+    "ppm",
+    "tga",
+    "tif",
+    "tiff",
+    "webp",
+}
 
 
 @dataclass(frozen=True, slots=True)

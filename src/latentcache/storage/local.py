@@ -19,10 +19,20 @@ from latentcache.storage.failures import FinalStorageError, named_local
 
 # The error numbers of local and mounted disks that a retry cannot fix.
 _FINAL = {
-    errno.EEXIST, errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.EMLINK, errno.ENAMETOOLONG,
-    errno.ENODEV, errno.ENOTEMPTY, errno.ENOTSUP, errno.ENXIO, errno.EOPNOTSUPP, errno.EROFS,
+    errno.EEXIST,
+    errno.EINVAL,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.EMLINK,
+    errno.ENAMETOOLONG,
+    errno.ENODEV,
+    errno.ENOTEMPTY,
+    errno.ENOTSUP,
+    errno.ENXIO,
+    errno.EOPNOTSUPP,
+    errno.EROFS,
     errno.EXDEV,
-}  # fmt: skip
+}
 
 
 class _LocalFiles(LocalFileSystem):  # type: ignore[misc]

@@ -20,9 +20,16 @@ TEMP_PREFIX = ".tmp-"
 # The error numbers of link(2) and renameat2(2) if the file system or the kernel does not support
 # them: exFAT, FUSE mounts (gcsfuse, Drive, s3fs), 9p, SMB, and file systems that limit links.
 _UNSUPPORTED = {
-    errno.EACCES, errno.EINVAL, errno.EMLINK, errno.ENOSYS, errno.ENOTSUP, errno.ENOTTY,
-    errno.EOPNOTSUPP, errno.EPERM, errno.EXDEV,
-}  # fmt: skip
+    errno.EACCES,
+    errno.EINVAL,
+    errno.EMLINK,
+    errno.ENOSYS,
+    errno.ENOTSUP,
+    errno.ENOTTY,
+    errno.EOPNOTSUPP,
+    errno.EPERM,
+    errno.EXDEV,
+}
 
 # renameat2(2), linux/fs.h and linux/fcntl.h.
 _AT_FDCWD = -100

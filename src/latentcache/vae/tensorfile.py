@@ -57,9 +57,18 @@ _IS_ENCRYPTED, _HAS_DESCRIPTOR, _IS_UTF_8 = 0x0001, 0x0008, 0x0800
 
 # The exceptions of the libraries for a file that is damaged, or accepted by one but not by another.
 _REFUSED = (
-    Malformed, SafetensorError, zipfile.BadZipFile, struct.error, ArithmeticError, AttributeError,
-    LookupError, MemoryError, RuntimeError, TypeError, ValueError,
-)  # fmt: skip
+    Malformed,
+    SafetensorError,
+    zipfile.BadZipFile,
+    struct.error,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 def read_tensors(path: Path, name: str, *, is_inner: bool = False) -> dict[str, Tensor]:

@@ -48,9 +48,13 @@ _COMPVIS_NUM_GROUPS = 32
 _MAX_CONFIG_BYTES = 2**20
 
 _FLOAT_DTYPES = (
-    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn,
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float8_e4m3fn,
     torch.float8_e5m2,
-)  # fmt: skip
+)
 
 _COMPVIS_RENAMES = (
     (r"\.(down|up)\.(\d+)\.block\.(\d+)\.", r".\1_blocks.\2.resnets.\3."),
