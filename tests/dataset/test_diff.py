@@ -144,7 +144,7 @@ def test_published_opens_the_published_manifest(world: World) -> None:
         "manifest": 2,
         "published_at": published.published_at,
         "contract": CONTRACT.fingerprint,
-        "format_version": 2,
+        "format_version": 3,
     }
     assert open_dataset(world.url, "published").manifest.number == 2
     assert open_dataset(world.url).manifest.number == 4
@@ -179,7 +179,7 @@ def test_publish_rejects_incomplete_and_missing_manifests(world: World) -> None:
 
 @pytest.mark.parametrize(
     "damage",
-    [b"", b"[]", b"{}", b'{"format_version": 3}', b'{"format_version": 2, "manifest": "x"}'],
+    [b"", b"[]", b"{}", b'{"format_version": 4}', b'{"format_version": 3, "manifest": "x"}'],
 )
 def test_damaged_published_json_is_a_named_error(world: World, damage: bytes) -> None:
     nights(world)

@@ -728,7 +728,7 @@ def test_source_of_several_units_counts_when_all_are_committed(output: Output):
     assert ranges == {unit.id: unit.range for unit in parts}
 
 
-@pytest.mark.parametrize("damage", [b"", b"[]", b"{}", b"\xff", b'{"format_version": 2}'])
+@pytest.mark.parametrize("damage", [b"", b"[]", b"{}", b"\xff", b'{"format_version": 3}'])
 def test_damaged_manifest_or_receipt_is_a_named_error(
     output: Output, tmp_path: Path, damage: bytes
 ):
@@ -901,8 +901,8 @@ def test_edited_contract_is_rejected(tmp_path: Path):
     path.write_text(text.replace("0.18215", "0.13025"))
     with pytest.raises(DatasetError, match="was edited"):
         read_contract(store)
-    path.write_text(text.replace('"format_version": 2', '"format_version": 3'))
-    with pytest.raises(DatasetError, match=r"format version 3.* reads 2"):
+    path.write_text(text.replace('"format_version": 3', '"format_version": 4'))
+    with pytest.raises(DatasetError, match=r"format version 4.* reads 3"):
         read_contract(store)
 
 

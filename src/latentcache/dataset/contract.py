@@ -17,7 +17,7 @@ from latentcache.dataset.parse import Count, Pattern, Range, Sha256, build, chec
 from latentcache.errors import ContractMismatch, DatasetError, ObjectNotFound
 from latentcache.storage import Store
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 CONTRACT_PATH = "contract.json"
 
 _Pixels = Annotated[int, Range(1, 2**16)]
