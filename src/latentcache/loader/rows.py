@@ -147,23 +147,21 @@ class RowReader:
         return latents, sizes, columns
 
     def _open_all(self, files: Ints) -> None:
-        numbers = np.unique(files)
-        if missing := self._open.use(numbers.tolist()):
-            self.prepare(numbers)
+        if missing := self._open.use(files):
+            self.prepare(files)
             for file in missing:
                 opened = self._opening[file].result()
                 self._open.add(file, opened.latents, opened, int(self._files.size_bytes[file]))
                 del self._opening[file]
                 first = self._first_group[file]
                 self._latent_offsets[first : first + len(opened.offsets)] = opened.offsets
-            self._is_requested[self._open.drop(len(numbers))] = False
+            self._is_requested[self._open.drop(len(np.unique(files)))] = False
 
     def _load_groups(self, groups: Ints) -> None:
-        numbers = np.unique(groups).tolist()
-        if missing := self._groups.use(numbers):
+        if missing := self._groups.use(groups):
             for group in missing:
                 self._load_group(group)
-            self._groups.drop(len(numbers))
+            self._groups.drop(len(np.unique(groups)))
 
     def _open_file(self, file: int) -> _Open:
         source, described = self._files.source(file), self._files.latents_file(file)
