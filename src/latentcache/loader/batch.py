@@ -76,16 +76,7 @@ class Plan:
 
 
 class BatchReader:
-    """A reader that plans and reads batches.
-
-    Args:
-        files: the data files.
-        joined: the rows and columns to read.
-        rows: the reader of the files.
-        finish: the conversion of stored latents.
-        device: the device of the batches.
-        seed: seed of draws from the posterior.
-    """
+    """A reader that plans batches, and reads them to a device; `seed` is for posterior draws."""
 
     def __init__(
         self,
@@ -111,8 +102,7 @@ class BatchReader:
     def plan(self, epoch: int, group: Sequence[BatchRows]) -> list[Plan]:
         """Find the rows of batches of one bucket, and read everything but the latents.
 
-        Planning several batches costs hardly more than planning one. One thread at a time may call
-        this.
+        Planning several costs hardly more than one. One thread at a time may call this.
 
         Args:
             epoch, group: number of the epoch, and the rows of each batch.
@@ -177,8 +167,7 @@ def hand_over(batch: Batch, event: torch.cuda.Event) -> None:
     """Make a batch that another CUDA stream computed safe to use on the current stream.
 
     Args:
-        batch: the batch.
-        event: the event from `BatchReader.read`.
+        batch, event: from `BatchReader.read`.
     """
     stream = torch.cuda.current_stream(batch.latents.device)
     stream.wait_event(event)

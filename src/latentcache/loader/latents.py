@@ -123,8 +123,8 @@ def normal(keys: torch.Tensor, count: int) -> torch.Tensor:
     """Return standard normal numbers that depend only on the key: float32 [b, count].
 
     Splitmix64 (Steele, Lea and Flood, 2014) hashes a counter, and the method of Box and Muller
-    turns each hash into two numbers. The hashes are exact integers. Only the last bits of
-    logarithm, square root, sine and cosine differ between devices.
+    turns each hash into two numbers. Only the last bits of logarithm, square root, sine and cosine
+    differ between devices.
 
     Args:
         keys, count: int64 [b] on the result's device, and how many numbers each key gets.

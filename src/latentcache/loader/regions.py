@@ -27,7 +27,7 @@ class Selection:
         """Copy the bytes of rows, and return them.
 
         Args:
-            out, rows: the destination, uint8 [m, row bytes], and which rows to copy.
+            out, rows: uint8 [m, row bytes], and which rows to copy to it.
         """
         return torch.index_select(self.span, 0, self.index[rows], out=out)
 
@@ -69,9 +69,7 @@ class Regions(Generic[V]):
         """Add a region.
 
         Args:
-            number, value: its number and value.
-            region: its memory.
-            num_bytes: the size with which it counts.
+            number, region, value, num_bytes: its memory and value, and the size that counts.
         """
         start = region.data_ptr()
         self._entries[number] = region, value, num_bytes
@@ -106,8 +104,7 @@ class Regions(Generic[V]):
         """Select `size` bytes at offset `offsets[i]` of region `numbers[i]`, for all i.
 
         Args:
-            numbers, offsets: int64 [m].
-            size: number of bytes of a row.
+            numbers, offsets, size: int64 [m] each, and the number of bytes of a row.
 
         Raises:
             DatasetError: a region is not present, or a row does not lie within its region.

@@ -51,12 +51,8 @@ class _Open(NamedTuple):
 class RowReader:
     """A reader of rows of numbered files, for one thread in the process that created it.
 
-    A forked process needs its own reader: threads and locks of the parent do not work in it.
-
-    Args:
-        files: the files.
-        columns: names of the columns to read, which all datasets have, or `unit` or `key`.
-        cache: the cache for files of remote stores; None if all stores are local.
+    `columns` are names of columns that all datasets have, or `unit` or `key`. A forked process
+    needs its own reader: threads and locks of the parent do not work in it.
     """
 
     def __init__(self, files: Files, columns: Sequence[str], cache: FileCache | None) -> None:
@@ -258,8 +254,7 @@ def open_cache(files: Files, folder: str | Path | None, max_bytes: int | str) ->
     """Return the cache for files of remote stores; None if all stores are local.
 
     Args:
-        files: the files.
-        folder, max_bytes: as `cache_dir` and `cache_bytes` of `LatentLoader`.
+        files, folder, max_bytes: as `cache_dir` and `cache_bytes` of `LatentLoader`.
     """
     limit = parse_bytes(max_bytes)
     if all(source.store.is_local for source in files.sources):
