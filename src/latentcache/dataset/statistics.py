@@ -21,7 +21,6 @@ _NUM_BINS = len(HISTOGRAM_EDGES) + 1
 _ARRAYS = ("mean", "m2", "min", "max", "histogram")  # as JSON names them
 
 Float64 = npt.NDArray[np.float64]
-Int64 = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +38,7 @@ class Statistics:
     m2: Float64
     minimum: Float64
     maximum: Float64
-    histogram: Int64
+    histogram: npt.NDArray[np.int64]
 
     @classmethod
     def empty(cls, num_channels: int) -> Statistics:
