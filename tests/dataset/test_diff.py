@@ -184,7 +184,7 @@ def test_publish_rejects_incomplete_and_missing_manifests(world: World) -> None:
 def test_damaged_published_json_is_a_named_error(world: World, damage: bytes) -> None:
     nights(world)
     (world.folder / "published.json").write_bytes(damage)
-    with pytest.raises(DatasetError, match=r"published\.json (is damaged|has format version 3)"):
+    with pytest.raises(DatasetError, match=r"published\.json (is damaged|has format version 4)"):
         open_dataset(world.url, "published")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import reduce
 from itertools import pairwise
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from latentcache.dataset.statistics import HISTOGRAM_EDGES, Statistics, merge_all
+from latentcache.dataset.statistics import HISTOGRAM_EDGES, Statistics
 
 finite = st.floats(-1e4, 1e4, width=32)
 edges = st.sampled_from([float(edge) for edge in HISTOGRAM_EDGES])
@@ -61,7 +62,7 @@ def test_merged_statistics_equal_numpy_for_any_split_and_order(
         Statistics.of(part) if len(part) else Statistics.empty(3) for part in np.split(values, cuts)
     ]
     shuffled = data.draw(st.permutations(parts))
-    assert_describes(merge_all(shuffled, 3), values)
+    assert_describes(reduce(Statistics.merge, shuffled, Statistics.empty(3)), values)
     # And as a tree: pairs first, then the pairs.
     while len(shuffled) > 1:
         pairs = [shuffled[i : i + 2] for i in range(0, len(shuffled), 2)]
@@ -77,7 +78,7 @@ def test_statistics_round_trip_exactly_through_json(values: npt.NDArray[np.float
 
 
 def test_empty_statistics_merge_and_round_trip():
-    empty = merge_all([Statistics.empty(2), Statistics.empty(2)], 2)
+    empty = Statistics.empty(2).merge(Statistics.empty(2))
     assert empty.count == 0
     np.testing.assert_array_equal(empty.std, [0.0, 0.0])
     text = json.dumps(empty.to_json(), allow_nan=False)
@@ -90,5 +91,5 @@ def test_empty_statistics_merge_and_round_trip():
 def test_merging_keeps_a_small_deviation_around_a_large_mean():
     rng = np.random.default_rng(0)
     values = (1000.0 + 1e-2 * rng.standard_normal((512, 1, 4, 4))).astype(np.float32)
-    merged = merge_all((Statistics.of(values[i : i + 1]) for i in range(512)), 1)
+    merged = reduce(Statistics.merge, (Statistics.of(values[i : i + 1]) for i in range(512)))
     assert merged.std[0] == pytest.approx(values.astype(np.float64).std(), rel=1e-9)

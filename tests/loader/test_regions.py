@@ -83,7 +83,7 @@ def test_the_least_recently_used_regions_are_dropped_but_none_in_use(tmp_path: P
     regions = Regions[None](6, 3 * SIZE, 6)
     for number in range(4):
         add_file(regions, tmp_path, number)
-    assert regions.use([0, 4, 5]) == [4, 5]
+    assert regions.use(np.array([0, 4, 5])) == [4, 5]
     for number in (4, 5):
         add_file(regions, tmp_path, number)
     assert regions.drop(5) == [1]

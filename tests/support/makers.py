@@ -6,6 +6,7 @@ import hashlib
 import io
 import tarfile
 from collections.abc import Iterable, Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from latentcache.dataset.shards import (
     write_rejects,
 )
 from latentcache.dataset.state import State, write_next
-from latentcache.dataset.statistics import Statistics, merge_all
+from latentcache.dataset.statistics import Statistics
 from latentcache.metrics import psnr_db
 from latentcache.qa.qa_files import QaRow, write_qa
 from latentcache.storage import Store
@@ -206,7 +207,7 @@ def commit_unit(
     # Some tests store what is not finite, which a receipt cannot tell.
     values = (to_values(stored, contract.latents) for stored in latents.values())
     parts = [Statistics.of(v.nan_to_num(0, 0, 0).numpy()) for v in values]
-    statistics = merge_all(parts, contract.stored_channels)
+    statistics = reduce(Statistics.merge, parts, Statistics.empty(contract.stored_channels))
     record = UnitRecord(
         unit=unit,
         generation=generation,

@@ -12,7 +12,7 @@ from typing import Annotated, TypeAlias
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One kept column: its `name` in the rows, and the sample `field` that it is read from."""
+    """A kept column: its `name` in the rows, and the sample `field` that it is read from."""
 
     name: str
     field: str
@@ -30,10 +30,7 @@ Columns: TypeAlias = Annotated[tuple[Column, ...], _require_sorted]
 
 
 def columns_of(keep: Iterable[str]) -> Columns:
-    """Return the columns of a config's `source.keep`, which holds field names without duplicates.
-
-    The field `txt` becomes the column `caption`. Other columns have the name of their field.
-    """
+    """Return the columns of distinct fields; `txt` becomes `caption`, others keep their names."""
     columns = (Column("caption" if name == "txt" else name, name) for name in keep)
     return tuple(sorted(columns, key=lambda column: column.name))
 

@@ -1,7 +1,7 @@
 """The contract: the settings that define a dataset's latents, and their fingerprint.
 
-Two runs may write to one output only if all fields of their contracts are equal. The contract
-holds nothing that may differ between two correct runs: no times, no versions, no locations.
+Runs may write to one output only if their contracts are equal. So a contract holds nothing that may
+differ between two correct runs: no times, versions or locations.
 """
 
 from __future__ import annotations
@@ -216,8 +216,7 @@ def contract_diff(
     """Return one line for each field that differs between two contracts.
 
     Args:
-        before, after: the contracts.
-        names: their owners: `transform.crop: dataset has "center", config has "random"`.
+        before, after, names: the contracts, and their owners for `vae.family: dataset has …`.
     """
     old, new = dict(_leaves(before.to_json())), dict(_leaves(after.to_json()))
     paths = old.keys() | new.keys()
@@ -258,8 +257,7 @@ def require_contract(store: Store) -> Contract:
 def read_provenance(store: Store) -> dict[str, Any]:
     """Return the provenance in a dataset's contract file: its name, checkpoint URL and versions.
 
-    The dataset's writer sets these values and nothing verifies them. They are text to show; do not
-    open their URLs.
+    These are the writer's claims, which nothing verifies: show them, but do not open their URLs.
     """
     _, provenance = _parse(store, store.read_bytes(CONTRACT_PATH))
     if not isinstance(provenance, dict):
@@ -281,14 +279,11 @@ def _parse(store: Store, data: bytes) -> tuple[Contract, Any]:
 
 
 def establish_contract(store: Store, contract: Contract, provenance: dict[str, Any]) -> bytes:
-    """Put the contract if the output has none, and check that the output's contract is the same.
+    """Put the contract if the output has none, else compare; return the bytes of contract.json.
 
     Args:
         store, contract: the output, and this run's contract, resolved.
         provenance: information that may differ between runs: checkpoint URL, versions.
-
-    Returns:
-        The bytes of the output's contract file.
     """
     assert contract.is_resolved
     tree = {"contract": contract.to_json(), "fingerprint": contract.fingerprint}

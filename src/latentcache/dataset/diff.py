@@ -43,7 +43,7 @@ class SourceDiff:
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """The number of some units, and of their rows and rejects."""
+    """The counts of some units."""
 
     num_units: int
     num_rows: int
@@ -91,8 +91,6 @@ def diff_manifests(
 ) -> ManifestDiff:
     """Compare two manifests of a dataset.
 
-    A part that both manifests list is read only if their `removed` units differ.
-
     Args:
         url, storage: see `open_dataset`.
         before: a manifest; None takes the last complete one before `after`.
@@ -138,7 +136,10 @@ def _complete_before(store: Store, number: int) -> Manifest:
 
 
 def _differing(store: Store, one: Manifest, other: Manifest) -> dict[str, list[DiffUnit]]:
-    """Return, by source, the units that count in `one` manifest but not in the `other`."""
+    """Return, by source, the units that count in `one` manifest but not in the `other`.
+
+    A part of both is read only if their `removed` units differ.
+    """
     shared, named_by = set(other.parts), f"manifest {one.number}"
     own = [part for part in one.parts if part not in shared]
     both = [part for part in one.parts if part in shared]

@@ -17,12 +17,10 @@ _FIGURES = ("mean", "std", "min", "max")
 
 
 def describe(dataset: Dataset, num_rows: int) -> dict[str, Any]:
-    """Return a summary of a dataset as JSON, with its first `num_rows` rows.
-
-    It also holds the contract, totals, buckets, statistics, and rejects by reason.
+    """Return a summary of a dataset as JSON: contract, totals, buckets, statistics, rejects, rows.
 
     Args:
-        dataset, num_rows: the dataset, and the number of rows to include.
+        dataset, num_rows: the dataset, and how many of its first rows to include.
     """
     manifest, stats = dataset.manifest, dataset.stats
     reasons = Counter(f"{reject.stage}: {reject.reason}" for reject in dataset.rejects())

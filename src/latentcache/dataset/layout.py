@@ -1,8 +1,7 @@
 """Find and check the position of latents in data files without reading the latents.
 
-A loader copies latents from memory-mapped files by address. So everything that an address is
-computed from is checked here first: the footer, the row groups of all files of a bucket, and the
-header of the page that holds the latents of a row group.
+A loader copies latents from memory-mapped files by address. So everything that decides an address
+is checked here first: the footer, the row groups, and the header of each page of latents.
 """
 
 from __future__ import annotations
@@ -28,8 +27,7 @@ ROW_GROUP_ROWS = 1024
 # A page header without statistics is much shorter than this.
 _PAGE_HEADER_BYTES = 256
 
-# A codec, a physical type and encodings of parquet.thrift. The encodings are PLAIN, and RLE for
-# levels.
+# From parquet.thrift: a codec, a physical type, and the encodings PLAIN and RLE (for levels).
 _UNCOMPRESSED, _BYTE_ARRAY = 0, 6
 _PLAIN_ENCODINGS = {0, 3}
 
@@ -109,10 +107,7 @@ def latent_offsets(
 
 
 def _first_latent(file: File, chunk: ColumnChunk, rows: int, size: int, number: int) -> int:
-    """Check that a chunk is one plain page of latents; return the byte offset of the first latent.
-
-    The page header must describe such a page, and must end exactly where lengths and latents begin.
-    """
+    """Check that a chunk is one plain page of latents; return the offset of the first in bytes."""
     file.seek(chunk.data_page_offset)
     try:
         header = read_page_header(file.read(_PAGE_HEADER_BYTES))
@@ -138,7 +133,7 @@ def _first_latent(file: File, chunk: ColumnChunk, rows: int, size: int, number: 
 
 
 def tensor_from_bytes(data: bytes, dtype: str, shape: Sequence[int]) -> torch.Tensor:
-    """Return a tensor with the bytes of one row.
+    """Return the tensor of one row.
 
     Args:
         data, dtype, shape: little-endian bytes, a key of `TORCH_DTYPES`, and the shape.

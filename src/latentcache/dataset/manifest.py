@@ -74,10 +74,10 @@ class Manifest(Totals):
 
     @classmethod
     def from_bytes(cls, data: bytes, url: str) -> Manifest:
-        """Parse the result of `to_bytes`; an error names the manifest by its URL.
+        """Parse the result of `to_bytes`.
 
         Args:
-            data, url: the JSON, and the URL of the manifest for error messages.
+            data, url: the JSON, and the URL for error messages.
         """
         try:
             tree = load_json(data)
@@ -114,7 +114,7 @@ def list_manifests(store: Store) -> list[int]:
 
 
 def read_manifest(store: Store, number: int) -> Manifest:
-    """Return the manifest with a number; raise `DatasetError` if it is missing or damaged.
+    """Return a manifest; raise `DatasetError` if it is missing or damaged.
 
     Args:
         store, number: the output, and the number of the manifest.

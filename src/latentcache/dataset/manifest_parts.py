@@ -1,8 +1,8 @@
 """Manifest parts: immutable Parquet files with one row per committed unit, which manifests list.
 
-They are read column by column. A reader of hundreds of thousands of units holds the columns that it
-needs in Arrow's memory, and creates Python objects only for the units that it accesses. The types
-of the columns, and the checks of their values, follow from the annotations of `UnitRecord`.
+A reader of hundreds of thousands of units holds columns in Arrow's memory, and creates Python
+objects only for the units that it accesses. The annotations of `UnitRecord` decide the types of
+columns and the checks of their values.
 """
 
 from __future__ import annotations
@@ -186,10 +186,7 @@ def read_parts(
 
 
 def _check_part(table: pa.Table, names: Sequence[str]) -> None:
-    """Raise `ValueError` if the columns of a part do not have the form in which a run writes them.
-
-    This takes a second for a few hundred thousand units.
-    """
+    """Raise `ValueError` if columns of a part do not have the form in which a run writes them."""
     for name in names:
         kind = PART_SCHEMA.field(name).type
         if name not in table.column_names or table.schema.field(name).type != kind:
@@ -337,10 +334,7 @@ class UnitRecords(Sequence[UnitRecord]):
         self._table = table.combine_chunks()
 
     def shards(self) -> tuple[Ints, Ints]:
-        """Return the index of the unit and the number of rows of each Parquet file of rows.
-
-        Both are int64 [num_shards], in the order of the units. A bucket of a unit has one file.
-        """
+        """Return the unit's index and the row count of each Parquet file, int64 [num_shards]."""
         lists = self._table["files"].combine_chunks()
         files = pc.list_flatten(lists)
         is_rows = pc.ends_with(pc.struct_field(files, "path"), ".parquet")

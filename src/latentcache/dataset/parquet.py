@@ -1,7 +1,6 @@
 """Read Parquet files of a dataset, after a check of their footers.
 
-The check comes first because pyarrow aborts the process for some damaged footers; see
-`parquet_footer.py`.
+Without it, pyarrow aborts the process for some damaged footers; see `parquet_footer.py`.
 """
 
 from __future__ import annotations

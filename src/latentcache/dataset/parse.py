@@ -1,9 +1,8 @@
 """Parse and check the metadata of a dataset: JSON, paths, hashes and counts.
 
-A dataset may be damaged or malicious, and its hashes may match nevertheless. So every object is
-checked against the annotations of its dataclass before any code uses it. All functions raise
-`ValueError`; the caller raises a `DatasetError` that names the file. Readers of a dataset import
-this module, so it does without Pydantic, which is slow to import.
+A malicious dataset has hashes that match. So every object is checked against the annotations of
+its dataclass before use. Functions raise `ValueError`; the caller raises a `DatasetError` that
+names the file. Readers of a dataset import this module, and Pydantic is slow to import.
 """
 
 from __future__ import annotations
@@ -82,8 +81,8 @@ def load_json(data: bytes | str) -> Any:
 def build(cls: type[T], tree: Any, *, ignore_unknown: bool = False) -> T:
     """Build an instance of a dataclass from parsed JSON, and check it against the annotations.
 
-    Values keep their types: a field annotated as `float` may hold an integer. Lists become tuples
-    where the annotation is a tuple. A class with a method `from_json` parses itself.
+    A field annotated as `float` may hold an integer. A class with a method `from_json` parses
+    itself.
 
     Args:
         cls, tree: a dataclass, and the result of `load_json`.
@@ -120,11 +119,10 @@ def _below(at: str, name: Any) -> str:
 
 
 def check(hint: Any, value: Any, at: str) -> Any:
-    """Check one value against an annotation, and return it with its lists as the annotated types.
+    """Check one value against an annotation; return it with lists as the annotated types.
 
     Args:
-        hint, value: the annotation, and the value as `load_json` returns it.
-        at: name of the value in error messages.
+        hint, value, at: the annotation, the parsed JSON, and its name in error messages.
     """
     origin, args = get_origin(hint), get_args(hint)
     if hint is Any:

@@ -1,7 +1,6 @@
 """`published.json`: a pointer to the manifest that training should read.
 
-It is the only pointer of a dataset that changes. It is replaced as a whole, so that a reader sees
-either the old or the new content.
+It is replaced as a whole, so that a reader sees either the old or the new content.
 """
 
 from __future__ import annotations

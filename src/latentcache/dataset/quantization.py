@@ -28,14 +28,12 @@ _MAX_STEPS = 2**22
 def fit(spec: QuantizationContract, values: torch.Tensor) -> QuantizationContract:
     """Return a quantization whose scales and zero points minimize the squared error over values.
 
-    A wide range has a large step; a narrow range clamps the tails. The mean squared error of
-    rounding is the squared step divided by 12 (Bennett 1948); the error of clamping is computed.
-    Each end of a channel's range is searched on a grid of 101 points, from the median to the
-    smallest or largest value.
+    The mean squared error of rounding is the squared step divided by 12 (Bennett 1948); the error
+    of clamping is computed. Each end of a channel's range is searched on a grid of 101 points, from
+    the median to the smallest or largest value.
 
     Args:
-        spec: the calibration settings that the values were drawn with.
-        values: [C, n], values of the stored channels, n ≥ 1.
+        spec, values: the calibration settings, and [C, n] values of the stored channels, n ≥ 1.
     """
     ranges = np.array([_best_range(channel.double().numpy()) for channel in values])
     low, high = ranges.T
@@ -73,14 +71,12 @@ def zero_and_scale(quantization: QuantizationContract) -> tuple[torch.Tensor, to
 
 
 def to_stored(values: torch.Tensor, terms: LatentContract) -> tuple[torch.Tensor, torch.Tensor]:
-    """Convert latents to the stored dtype; int8 rounds to the nearest value, ties to even.
+    """Return stored latents [N, C, H, W], and how many values of each int8 clamped, int64 [N].
+
+    int8 rounds ties to even. `is_finite` finds values that the stored dtype cannot hold.
 
     Args:
         values, terms: float32 [N, C, H, W], and the `latents` of the contract.
-
-    Returns:
-        The stored latents [N, C, H, W], and int64 [N], how many values of each latent were clamped
-        to int8's range. `is_finite` finds values that the stored dtype cannot hold.
     """
     dtype = TORCH_DTYPES[terms.dtype]
     if terms.quantization is None:

@@ -30,8 +30,7 @@ from latentcache.errors import DatasetError
 from latentcache.storage import Store
 from latentcache.storage_options import StorageOptions
 
-# Row groups are at most 32 MiB. A sequential read needs only the current one, random reads reuse a
-# few.
+# Row groups are at most 32 MiB. A sequential read needs one, random reads reuse a few.
 _CACHED_ROW_GROUPS = 4
 _CACHED_SHARDS = 16
 

@@ -81,8 +81,7 @@ class Unit:
         """Return the unit; its id is a hash (128 bits, hex) of everything that decides its rows.
 
         Args:
-            source, size_bytes, version, range: see the fields.
-            contract_fingerprint: fingerprint of the contract.
+            source, size_bytes, version, contract_fingerprint, range: what decides the rows.
         """
         parts = [source, size_bytes, version, range, contract_fingerprint]
         digest = hashlib.sha256(canonical_json(parts)).hexdigest()
@@ -305,7 +304,7 @@ def list_receipts(store: Store) -> dict[str, ObjectInfo]:
 
 
 def list_receipt_names(store: Store) -> list[str]:
-    """Return the names of all receipts; see `list_receipts`."""
+    """Return the names of `list_receipts`."""
     return list(list_receipts(store))
 
 
@@ -313,7 +312,7 @@ def put_failure(store: Store, unit: Unit, attempt: str, message: str) -> None:
     """Put a hint that an attempt at a unit failed, which the next plan shows.
 
     Args:
-        store, unit, attempt, message: the output, the unit, its attempt's name, and the error.
+        store, unit, attempt, message: the output, and what failed.
     """
     tree = {"unit": asdict(unit), "attempt": attempt, "message": message}
     store.put(f"{FAILURES}/{unit.id}-{attempt}.json", canonical_json(tree))
@@ -336,9 +335,7 @@ class _Hint:
 
 
 def read_failures(store: Store, paths: Iterable[str]) -> dict[str, str]:
-    """Return the message of each unit's last failure hint by unit id.
-
-    A hint that cannot be parsed is left out, with one warning: nothing depends on a hint.
+    """Return the message of each unit's last hint by unit id; warn once of an unreadable hint.
 
     Args:
         store, paths: the output, and the paths of the hints, the latest last.

@@ -21,11 +21,10 @@ _MESSAGE_CHARS = 300
 
 @dataclass(frozen=True, slots=True)
 class RejectReason:
-    """A reason of rejects, and one reject as an example.
+    """A reason of rejects, `stage/reason`, and one reject as an example.
 
-    `reason` is `stage/reason`, and `num_rejects` counts the rejects. `source`, `key` and `message`
-    describe the example. They are None if its file could not be read; `key` is also None if the
-    reject has no key.
+    `source`, `key` and `message` of the example are None if its file could not be read; `key` is
+    also None for a whole shard.
     """
 
     reason: str
@@ -35,7 +34,7 @@ class RejectReason:
     message: str | None = None
 
     def to_text(self) -> str:
-        """Return the reason, its count and the example as one line of text."""
+        """Return one line of text."""
         text = f"{self.num_rejects} x {self.reason}"
         if self.source is None:
             return text
@@ -49,9 +48,7 @@ def count_reasons(rejects: Iterable[RejectRow]) -> dict[str, int]:
 
 
 def most_frequent(store: Store, units: Iterable[UnitSummary]) -> list[RejectReason]:
-    """Return at most `MAX_REASONS` reject reasons of units, the most frequent first.
-
-    For each reason it reads a receipt and a rejects file. If that fails, the reason has no example.
+    """Return the `MAX_REASONS` most frequent reject reasons, the most frequent first.
 
     Args:
         store, units: the output, and the units whose rejects are counted.
@@ -67,7 +64,7 @@ def most_frequent(store: Store, units: Iterable[UnitSummary]) -> list[RejectReas
 
 
 def _with_example(store: Store, reason: str, number: int, unit: UnitSummary) -> RejectReason:
-    """Return a reason with the first reject of a unit that has it."""
+    """Return a reason with the first such reject of a unit, if its files can be read."""
     try:
         (receipt,) = read_receipts(store, [unit.name])
         if receipt.record.rejects:

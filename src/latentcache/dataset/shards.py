@@ -1,8 +1,7 @@
 """Write and read the data files of a unit: the rows of one bucket.
 
 They are one Parquet file, or a safetensors file of latents and a Parquet file of the rest. A file
-is written to local disk, closed, opened again and checked before it is uploaded. So every file that
-a receipt lists has been read back once.
+is written to local disk, closed, and read back before it is uploaded.
 """
 
 from __future__ import annotations
@@ -214,13 +213,13 @@ class BucketWriter:
             self._tensor_file.close()
 
     def abandon(self) -> None:
-        """Close the files without finishing them; they are never uploaded."""
+        """Close the files unfinished."""
         self._parquet.is_open = False  # closing would write, and the disk may be full
         if self._tensor_file:
             self._tensor_file.close()
 
     def check(self) -> None:
-        """Open the closed files again; raise `DatasetError` if the disk lost or changed bytes."""
+        """Read the closed files back; raise `DatasetError` if the disk lost or changed bytes."""
         with open_parquet(self.paths[-1]) as file:
             is_same = file.schema_arrow.equals(self._schema)
             if file.metadata.num_rows != self.num_rows or not is_same:
@@ -281,8 +280,7 @@ def iterate_latents(
     """Yield (key, latent [C, H, W] in the stored dtype) of rows of one bucket, in order.
 
     Args:
-        files: the Parquet file, or the safetensors file and its Parquet file of rows.
-        keys: keys of the rows; None yields all.
+        files, keys: the Parquet file, after a safetensors file if any; None yields all rows.
     """
     fields = ["latent", "latent_dtype", "latent_shape"]
     try:

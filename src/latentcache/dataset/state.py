@@ -1,7 +1,7 @@
 """Compute the next manifest from the newest one, a source snapshot and receipts.
 
 A run does so after every thousand of its hundreds of thousands of units. So a `State` keeps little
-of each unit, and only the sources that may have changed are checked.
+of each unit, and only sources that may have changed are checked.
 """
 
 from __future__ import annotations
@@ -70,9 +70,8 @@ class Selection:
 class State:
     """The state of an output: its newest manifest, and the receipts that no part contains yet.
 
-    It keeps a summary of each unit, and a whole receipt until a part contains it. `live` holds,
-    by source, the units that count in the newest manifest. `outside` holds, by unit id, the
-    receipt of the highest generation if no part contains it. A unit in the manifest's `removed`
+    `live` holds, by source, summaries of the units that count in the newest manifest. `outside`
+    holds, by unit id, the receipt of the highest generation if no part contains it. A removed unit
     never counts again: if its source is listed again, the unit gets a new generation. `receipts`
     are names of receipts, if the caller has listed them.
     """
@@ -135,7 +134,7 @@ class State:
         return None if unit is None or unit.name in self.removed else unit
 
     def num_stored_bytes(self, unit_ids: AbstractSet[str]) -> int:
-        """Return the total size of the current row files of units in bytes; reads parts."""
+        """Return the total size in bytes of the data files of units; this reads parts."""
         outside = unit_ids & self.outside.keys()
         sizes = [file.size_bytes for unit in outside for file in self.outside[unit].record.files]
         if self.manifest and (remaining := unit_ids - outside):
@@ -175,10 +174,9 @@ def _select_units(
 ) -> Selection:
     """Decide which units count in the next manifest, without access to the store.
 
-    If all units of a source at its listed version are committed, exactly those count. If the
-    source changed and some are not committed, its units in the newest manifest still count, and
-    it is `stale`. A unit with other columns counts, but its source is unfinished. The same snapshot
-    again costs only checks of the new receipts.
+    Exactly the units of a source's listed version count once all are committed. Until then, its
+    units in the newest manifest count, and it is `stale`. A unit with other columns counts, but its
+    source is unfinished. For the same snapshot, only sources of new receipts are checked again.
     """
     selection, last = Selection(snapshot, on_missing, columns), state.last
     terms = (on_missing, columns)
@@ -224,8 +222,8 @@ def _put_next(
 ) -> Manifest | None:
     """Put the manifest of a selection, and advance the state to it.
 
-    Return None if another driver used its number, or if putting it took more than a day, so that
-    `gc` may have deleted the new part. The state must then be read again.
+    Return None, after which the state must be read again, if another driver used its number, or if
+    this took more than a day, so that `gc` may have deleted the new part.
     """
     newest, valid_until = state.manifest, clock.boot_time_s() + PUT_WITHIN_S
     changes, parts = selection.changes, newest.parts if newest else ()
@@ -281,16 +279,13 @@ def write_next(
 ) -> tuple[State, Manifest | None]:
     """Write the next manifest if it would differ from the newest one.
 
-    Args:
-        state: the state of the output.
-        contract, num_channels: the contract's fingerprint, and the channels of a stored latent.
-        list_snapshot: returns the source snapshot; called again if another driver was faster.
-        on_missing: `keep` or `drop` the units of sources that are not listed any more.
-        columns: the kept columns that the rows should have.
-        may_complete: False keeps the manifest from being complete, after a check failed.
+    Return the newest manifest, if any, and the state, read again if another driver was faster.
 
-    Returns:
-        The state, read again if another driver was faster, and the newest manifest, if any.
+    Args:
+        state, list_snapshot: the state of the output, and a function that lists the source.
+        contract, num_channels: the contract's fingerprint, and the channels of a stored latent.
+        on_missing: `keep` or `drop` the units of sources that are not listed any more.
+        columns, may_complete: the columns that rows should have; False forbids `complete`.
     """
     while True:
         selection = _select_units(state, list_snapshot(), on_missing, columns)
@@ -309,14 +304,10 @@ def write_next(
 def remove_units(store: Store, names: AbstractSet[str]) -> set[str]:
     """Put an incomplete manifest without some units, so that the next run encodes them again.
 
-    This is safe during a run: if one of the two puts a manifest first, the other reads again.
+    This is safe during a run. Return the names that were removed; without any, no manifest is put.
 
     Args:
-        store: the output.
-        names: `<unit>-<generation>`; names that are not in the newest manifest are ignored.
-
-    Returns:
-        The names that were removed. If there are none, no manifest was put.
+        store, names: the output, and `<unit>-<generation>`; unknown names are ignored.
     """
     for _ in range(_MAX_TRIES):
         state = State(store, receipts=())

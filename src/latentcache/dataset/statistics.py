@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -23,7 +21,6 @@ _NUM_BINS = len(HISTOGRAM_EDGES) + 1
 _ARRAYS = ("mean", "m2", "min", "max", "histogram")  # as JSON names them
 
 Float64 = npt.NDArray[np.float64]
-Int64 = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +38,7 @@ class Statistics:
     m2: Float64
     minimum: Float64
     maximum: Float64
-    histogram: Int64
+    histogram: npt.NDArray[np.int64]
 
     @classmethod
     def empty(cls, num_channels: int) -> Statistics:
@@ -125,12 +122,3 @@ def _array(tree: dict[str, Any], name: str, kinds: str, shape: tuple[int, ...]) 
     if not is_fit or array.dtype.kind not in kinds or not np.isfinite(array).all():
         raise ValueError(f"statistics.{name} is not a list of numbers, one for each channel")
     return array
-
-
-def merge_all(parts: Iterable[Statistics], num_channels: int) -> Statistics:
-    """Return the statistics of all sets of values.
-
-    Args:
-        parts, num_channels: the statistics of each set, and the channels in case of no set.
-    """
-    return reduce(Statistics.merge, parts, Statistics.empty(num_channels))

@@ -47,10 +47,7 @@ class Problem:
 
 @dataclass(slots=True)
 class Verification:
-    """The result of `verify`: counts of what was checked, and the problems.
-
-    `repaired` lists the ids of units that were removed, so that the next run encodes them again.
-    """
+    """The result of `verify`; `repaired` lists the ids of units that were removed."""
 
     ok: bool
     manifest: int

@@ -61,8 +61,8 @@ class Batch:
 class Plan:
     """A batch of which everything but the latents has been read; they are `part` of `latents`.
 
-    By row, int64: `sizes` [b, 4], the index `sources` [b] of the dataset, and the index `numbers`
-    [b] among the rows of all files.
+    By row, int64: `sizes` [b, 6] as in `Batch.time_ids`, the index `sources` [b] of the dataset,
+    and the index `numbers` [b] among the rows of all files.
     """
 
     epoch: int
@@ -76,16 +76,7 @@ class Plan:
 
 
 class BatchReader:
-    """A reader that plans and reads batches.
-
-    Args:
-        files: the data files.
-        joined: the rows and columns to read.
-        rows: the reader of the files.
-        finish: the conversion of stored latents.
-        device: the device of the batches.
-        seed: seed of draws from the posterior.
-    """
+    """A reader that plans batches, and reads them to a device; `seed` is for posterior draws."""
 
     def __init__(
         self,
@@ -111,8 +102,7 @@ class BatchReader:
     def plan(self, epoch: int, group: Sequence[BatchRows]) -> list[Plan]:
         """Find the rows of batches of one bucket, and read everything but the latents.
 
-        Planning several batches costs hardly more than planning one. One thread at a time may call
-        this.
+        Planning several costs hardly more than one. One thread at a time may call this.
 
         Args:
             epoch, group: number of the epoch, and the rows of each batch.
@@ -120,7 +110,10 @@ class BatchReader:
         files = np.concatenate([chosen.files for chosen in group])
         rows, partners = self._joined.find(files, np.concatenate([chosen.rows for chosen in group]))
         sources, numbers = self._files.source_of[files], self._files.first_row[files] + rows
-        latents, sizes, stored = self.rows.select(group[0].bucket, files, rows)
+        bucket = group[0].bucket
+        latents, stored_sizes, stored = self.rows.select(bucket, files, rows)
+        target_size = torch.tensor([[bucket.height_px, bucket.width_px]]).expand(len(files), 2)
+        sizes = torch.cat([stored_sizes, target_size], dim=1)
         plans, end = [], 0
         for chosen in group:
             part = slice(end, end := end + len(chosen.files))
@@ -135,8 +128,8 @@ class BatchReader:
 
     def read(self, plan: Plan) -> tuple[Batch, torch.cuda.Event | None]:
         """Read a planned batch; on a GPU, return an event that is recorded once it is complete."""
-        bucket, sizes = plan.chosen.bucket, plan.sizes
-        shape = (len(sizes), *self._files.contract.latent_shape(bucket))
+        bucket = plan.chosen.bucket
+        shape = (len(plan.sizes), *self._files.contract.latent_shape(bucket))
         stored = self._memory.take(shape, self._finish.stored)
         plan.latents.gather(stored.view(torch.uint8).flatten(1), plan.part)
 
@@ -148,15 +141,15 @@ class BatchReader:
         with torch.cuda.stream(self._stream) if self._stream else nullcontext():
             if self._stream:
                 stored = stored.to(self._device, non_blocking=True)
-            target_size = torch.tensor([[bucket[1], bucket[0]]]).expand(len(sizes), 2)
+            sizes = self._moved(plan.sizes)
             batch = Batch(
                 epoch=plan.epoch,
                 step=plan.chosen.step,
                 bucket=bucket,
                 latents=self._finish(stored, plan.sources, noise, self._empty),
-                original_size=self._moved(sizes[:, :2]),
-                crop_top_left=self._moved(sizes[:, 2:]),
-                target_size=self._moved(target_size),
+                original_size=sizes[:, :2],
+                crop_top_left=sizes[:, 2:4],
+                target_size=sizes[:, 4:],
                 columns={name: self._moved(values) for name, values in plan.columns.items()},
             )
             return batch, self._stream.record_event() if self._stream else None
@@ -174,8 +167,7 @@ def hand_over(batch: Batch, event: torch.cuda.Event) -> None:
     """Make a batch that another CUDA stream computed safe to use on the current stream.
 
     Args:
-        batch: the batch.
-        event: the event from `BatchReader.read`.
+        batch, event: from `BatchReader.read`.
     """
     stream = torch.cuda.current_stream(batch.latents.device)
     stream.wait_event(event)

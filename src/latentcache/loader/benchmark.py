@@ -16,10 +16,9 @@ from latentcache.loader.loader import LatentLoader
 class LoaderSpeed:
     """The speed of a loader, measured by a consumer that does nothing with a batch.
 
-    Rates are per rank and exclude the first batch. `open_s` is the time to read the manifest,
-    `first_batch_s` the time from then to the first batch, and `resume_s` that to create a loader
-    and resume it within an epoch. `step_p50_ms` and `step_p99_ms` are percentiles of the time
-    between batches.
+    Rates are per rank, without the first batch. `open_s` is the time to read the manifest,
+    `first_batch_s` from then to the first batch, and `resume_s` to create and resume a loader.
+    `step_p50_ms` and `step_p99_ms` are percentiles of the time between batches.
     """
 
     num_steps: int

@@ -54,9 +54,8 @@ def parse_bytes(size: int | str) -> int:
 
 
 def default_cache_dir() -> Path:
-    """Create `latentcache-<uid>` in the temporary folder, and return its path.
+    """Create `latentcache-<uid>` in the temporary folder, mostly a local disk; return its path.
 
-    Clusters usually set TMPDIR to a node's local disk, while home folders are often on the network.
     A folder of another user, whose files cannot be trusted, raises `ConfigError`.
     """
     folder = Path(tempfile.gettempdir()) / f"latentcache-{os.getuid()}"
@@ -72,9 +71,8 @@ def default_cache_dir() -> Path:
 class FileCache:
     """A folder of cached files, from which the least recently used files are evicted.
 
-    The files stay within `max_bytes` in total, where a download counts with its full size from its
-    start. Files in use may exceed the limit: a file larger than `max_bytes` is cached as well. The
-    disk space of an evicted file is freed when its last mapping ends.
+    The files stay within `max_bytes` in total; a download counts in full from its start. Files in
+    use may exceed it. The disk space of an evicted file is freed when its last mapping ends.
     """
 
     folder: Path

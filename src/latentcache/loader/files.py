@@ -80,10 +80,7 @@ class Files:
         return len(self.num_rows)
 
     def _check(self) -> None:
-        """Raise `DatasetError` for buckets that no contract has, or files too small for their rows.
-
-        So memory that is allocated per row is bounded by the size of the files.
-        """
+        """Raise `DatasetError` for unknown buckets, and for too many rows, which take memory."""
         for index, source in enumerate(self.sources):
             mine = self.source_of == index
             for number in np.unique(self.bucket_of[mine]).tolist():
@@ -119,11 +116,7 @@ class Files:
         return unit
 
     def streams(self, num_rows: Ints) -> list[Stream]:
-        """Group the files by dataset and bucket, without files of which no row counts.
-
-        Args:
-            num_rows: int64 [F], the number of rows of each file that count.
-        """
+        """Group files by dataset and bucket; `num_rows`, int64 [F], says how many rows count."""
         streams = []
         for index, contract in enumerate(self.contracts):
             for number, bucket in enumerate(self.buckets):
@@ -156,14 +149,11 @@ def open_sources(
     """Open datasets to read them together.
 
     Args:
-        urls: URLs of the datasets.
-        manifests: as for `LatentLoader`.
-        storage: options of all stores.
+        urls, manifests, storage: as for `LatentLoader`.
 
     Raises:
         ConfigError: `manifests` has an unknown URL, or is one number for several datasets.
-        ContractMismatch: the latents of the datasets differ in meaning; the message names each
-            field that differs.
+        ContractMismatch: the latents of the datasets differ in meaning.
         DatasetError: there is no dataset, no such manifest, or no complete manifest.
     """
     if isinstance(manifests, int | str):

@@ -53,15 +53,10 @@ class Join:
 
 
 class Joined:
-    """The rows of the files that count, and their joined columns.
+    """The rows of the files that count, and their joined columns; takes options of `LatentLoader`.
 
     `num_rows` is int64 [F], the number of rows of each file that count. `columns` lists the names
     of the columns to read from the files. `fingerprint` is a hash of the rows that count.
-
-    Args:
-        files: the files of the datasets.
-        join: the join, or its URL; None for no join.
-        columns: names of the datasets' columns to read; None takes those that all datasets have.
 
     Raises:
         ConfigError: a dataset or the join lacks a column.
@@ -112,8 +107,7 @@ class Joined:
         """Return the indices of rows in their files, and of their partners in the join, int64 [m].
 
         Args:
-            files: int64 [m], the file of each row.
-            rows: int64 [m], the index of each row among the rows of its file that count.
+            files, rows: int64 [m], the file, and the index among its rows that count.
         """
         if self._partners is None:
             return rows, rows

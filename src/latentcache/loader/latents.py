@@ -13,12 +13,6 @@ from latentcache.dataset.quantization import zero_and_scale
 from latentcache.errors import ConfigError
 from latentcache.loader.permutation import Ints
 
-Noise = Callable[[int], torch.Tensor]
-"""A function that returns `count` standard normal numbers per row: float32 [b, count]."""
-
-Empty = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]
-"""A function that returns an uninitialized tensor of a shape and dtype."""
-
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 
 
@@ -79,15 +73,19 @@ class LatentFinish:
         return latents.float() / scale + shift
 
     def __call__(
-        self, stored: torch.Tensor, sources: Ints, noise: Noise, empty: Empty
+        self,
+        stored: torch.Tensor,
+        sources: Ints,
+        noise: Callable[[int], torch.Tensor],
+        empty: Callable[[tuple[int, ...], torch.dtype], torch.Tensor],
     ) -> torch.Tensor:
         """Return converted latents [b, C, h, w]; they may use the memory of the stored ones.
 
         Args:
             stored: [b, C, h, w] in the stored dtype, or [b, 2C, h, w] for moments.
             sources: int64 [b], the index of each row's dataset.
-            noise: the source of random numbers for drawing from moments.
-            empty: allocates the result.
+            noise: returns `count` standard normal numbers per row, float32 [b, count].
+            empty: returns an uninitialized tensor of a shape and dtype.
         """
         num, channels, height, width = stored.shape
         if self._is_in_place:
@@ -123,8 +121,8 @@ def normal(keys: torch.Tensor, count: int) -> torch.Tensor:
     """Return standard normal numbers that depend only on the key: float32 [b, count].
 
     Splitmix64 (Steele, Lea and Flood, 2014) hashes a counter, and the method of Box and Muller
-    turns each hash into two numbers. The hashes are exact integers. Only the last bits of
-    logarithm, square root, sine and cosine differ between devices.
+    turns each hash into two numbers. Only the last bits of logarithm, square root, sine and cosine
+    differ between devices.
 
     Args:
         keys, count: int64 [b] on the result's device, and how many numbers each key gets.

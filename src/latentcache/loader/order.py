@@ -286,9 +286,8 @@ class _Shuffled:
 class _Turns:
     """The order in which several participants with fixed quotas take turns.
 
-    The turns are split into equal sections. Each section has its exact share of every quota, where
-    rounding errors do not accumulate. Turns are shuffled within a section. Without shuffling, the
-    participants follow one after the other.
+    The turns are split into equal sections, each with its exact share of every quota, and shuffled
+    within a section. Without shuffling, the participants follow one after the other.
     """
 
     def __init__(self, quotas: Sequence[int], shuffle: bool) -> None:

@@ -49,9 +49,7 @@ def permute(index: Ints, size: int, key: int) -> Ints:
     (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
 
     Args:
-        index: int64 [n], the indices.
-        size: size of the range.
-        key: 64-bit key that selects the permutation.
+        index, size, key: int64 [n], the size of the range, and 64 bits that select the permutation.
     """
     rights = isqrt(max(size, 1) - 1) + 1
     lefts = -(-size // rights)

@@ -39,9 +39,7 @@ def prefetch(
     iterator calls `cancel`, and then closes `plans`.
 
     Args:
-        plans: the generator of plans; one thread at a time advances it.
-        work: computes the result of a plan.
-        depth: maximum number of items to prefetch.
+        plans, work, depth: the plans, which one thread at a time advances; see above.
         cancel: makes work that waits end early.
 
     Raises:

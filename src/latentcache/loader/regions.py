@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections import OrderedDict
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -29,7 +27,7 @@ class Selection:
         """Copy the bytes of rows, and return them.
 
         Args:
-            out, rows: the destination, uint8 [m, row bytes], and which rows to copy.
+            out, rows: uint8 [m, row bytes], and which rows to copy to it.
         """
         return torch.index_select(self.span, 0, self.index[rows], out=out)
 
@@ -47,9 +45,11 @@ class Regions(Generic[V]):
     """
 
     def __init__(self, count: int, max_bytes: int, max_regions: int) -> None:
-        self._entries: OrderedDict[int, tuple[torch.Tensor, V, int]] = OrderedDict()
+        self._entries: dict[int, tuple[torch.Tensor, V, int]] = {}
         self._num_bytes, self._max_bytes, self._max_regions = 0, max_bytes, max_regions
-        self._starts, self._ends = np.zeros(count, np.int64), np.zeros(count, np.int64)
+        # By number: the address, 0 if the region is missing; its length; and when it was last used.
+        self._starts, self._lengths, self._used = np.zeros((3, count), np.int64)
+        self._clock = 0
         self._low, self._high = 2**63, 0
         self._spans: dict[int, torch.Tensor] = {}
         # All present regions; None after a change. To hold only those of the rows would cost more.
@@ -58,29 +58,24 @@ class Regions(Generic[V]):
     def __getitem__(self, number: int) -> V:
         return self._entries[number][1]
 
-    def use(self, numbers: Iterable[int]) -> list[int]:
+    def use(self, numbers: Ints) -> list[int]:
         """Mark regions as used most recently; return the numbers of those that are missing."""
-        missing = []
-        for number in numbers:
-            if number in self._entries:
-                self._entries.move_to_end(number)
-            else:
-                missing.append(number)
-        return missing
+        self._clock += 1
+        self._used[numbers] = self._clock
+        is_missing = self._starts[numbers] == 0
+        return np.unique(numbers[is_missing]).tolist() if is_missing.any() else []
 
     def add(self, number: int, region: torch.Tensor, value: V, num_bytes: int) -> None:
         """Add a region.
 
         Args:
-            number, value: its number and value.
-            region: its memory.
-            num_bytes: the size with which it counts.
+            number, region, value, num_bytes: its memory and value, and the size that counts.
         """
         start = region.data_ptr()
         self._entries[number] = region, value, num_bytes
         self._num_bytes += num_bytes
         self._held = None
-        self._starts[number], self._ends[number] = start, start + region.nbytes
+        self._starts[number], self._lengths[number] = start, region.nbytes
         low, high = min(self._low, start), max(self._high, start + region.nbytes)
         if (low, high) != (self._low, self._high):
             self._low, self._high = low, high
@@ -88,29 +83,33 @@ class Regions(Generic[V]):
 
     def drop(self, num_in_use: int) -> list[int]:
         """Drop regions beyond the limits, but not the last used; return their numbers."""
-        dropped = []
-        while len(self._entries) > num_in_use and (
-            len(self._entries) > self._max_regions or self._num_bytes > self._max_bytes
-        ):
-            number, (_, _, num_bytes) = self._entries.popitem(last=False)
-            self._num_bytes -= num_bytes
+        dropped: list[int] = []
+        if not self._exceeds_limits():
+            return dropped
+        numbers = np.fromiter(self._entries, np.int64)
+        by_age = numbers[np.argsort(self._used[numbers], kind="stable")]
+        for number in by_age[: max(0, len(numbers) - num_in_use)].tolist():
+            if not self._exceeds_limits():
+                break
+            self._num_bytes -= self._entries.pop(number)[2]
             self._held = None
-            self._starts[number] = self._ends[number] = 0
+            self._starts[number] = self._lengths[number] = 0
             dropped.append(number)
         return dropped
+
+    def _exceeds_limits(self) -> bool:
+        return len(self._entries) > self._max_regions or self._num_bytes > self._max_bytes
 
     def select(self, numbers: Ints, offsets: Ints, size: int) -> Selection:
         """Select `size` bytes at offset `offsets[i]` of region `numbers[i]`, for all i.
 
         Args:
-            numbers, offsets: int64 [m].
-            size: number of bytes of a row.
+            numbers, offsets, size: int64 [m] each, and the number of bytes of a row.
 
         Raises:
             DatasetError: a region is not present, or a row does not lie within its region.
         """
-        addresses = self._starts[numbers] + offsets
-        is_inside = (offsets >= 0) & (addresses + size <= self._ends[numbers])
+        is_inside = (offsets >= 0) & (offsets <= self._lengths[numbers] - size)
         if not is_inside.all():
             row = int(np.argmin(is_inside))
             raise DatasetError(
@@ -119,7 +118,9 @@ class Regions(Generic[V]):
             )
         if size not in self._spans:
             self._spans[size] = self._make_span(size)
-        index = torch.from_numpy(addresses - self._low) if len(numbers) else torch.empty(0).long()
+        # Without rows, the lowest address may be too large for int64.
+        low = self._low if len(numbers) else 0
+        index = torch.from_numpy(self._starts[numbers] + offsets - low)
         if self._held is None:
             self._held = tuple(region for region, _, _ in self._entries.values())
         return Selection(self._spans[size], index, self._held)

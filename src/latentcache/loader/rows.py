@@ -51,12 +51,8 @@ class _Open(NamedTuple):
 class RowReader:
     """A reader of rows of numbered files, for one thread in the process that created it.
 
-    A forked process needs its own reader: threads and locks of the parent do not work in it.
-
-    Args:
-        files: the files.
-        columns: names of the columns to read, which all datasets have, or `unit` or `key`.
-        cache: the cache for files of remote stores; None if all stores are local.
+    `columns` are names of columns that all datasets have, or `unit` or `key`. A forked process
+    needs its own reader: threads and locks of the parent do not work in it.
     """
 
     def __init__(self, files: Files, columns: Sequence[str], cache: FileCache | None) -> None:
@@ -147,23 +143,21 @@ class RowReader:
         return latents, sizes, columns
 
     def _open_all(self, files: Ints) -> None:
-        numbers = np.unique(files)
-        if missing := self._open.use(numbers.tolist()):
-            self.prepare(numbers)
+        if missing := self._open.use(files):
+            self.prepare(files)
             for file in missing:
                 opened = self._opening[file].result()
                 self._open.add(file, opened.latents, opened, int(self._files.size_bytes[file]))
                 del self._opening[file]
                 first = self._first_group[file]
                 self._latent_offsets[first : first + len(opened.offsets)] = opened.offsets
-            self._is_requested[self._open.drop(len(numbers))] = False
+            self._is_requested[self._open.drop(len(np.unique(files)))] = False
 
     def _load_groups(self, groups: Ints) -> None:
-        numbers = np.unique(groups).tolist()
-        if missing := self._groups.use(numbers):
+        if missing := self._groups.use(groups):
             for group in missing:
                 self._load_group(group)
-            self._groups.drop(len(numbers))
+            self._groups.drop(len(np.unique(groups)))
 
     def _open_file(self, file: int) -> _Open:
         source, described = self._files.source(file), self._files.latents_file(file)
@@ -260,8 +254,7 @@ def open_cache(files: Files, folder: str | Path | None, max_bytes: int | str) ->
     """Return the cache for files of remote stores; None if all stores are local.
 
     Args:
-        files: the files.
-        folder, max_bytes: as `cache_dir` and `cache_bytes` of `LatentLoader`.
+        files, folder, max_bytes: as `cache_dir` and `cache_bytes` of `LatentLoader`.
     """
     limit = parse_bytes(max_bytes)
     if all(source.store.is_local for source in files.sources):
