@@ -118,6 +118,7 @@ def test_the_command_line_prints_no_credential_of_an_override(tmp_path: Path):
         assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_names_in_a_dataset_cannot_control_a_terminal(tmp_path: Path):
     contract = make_contract()
     latents = {(64, 64): make_latents(contract, (64, 64), 2)}

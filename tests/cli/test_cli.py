@@ -22,6 +22,8 @@ from latentcache.storage import Store
 from makers import config_tree, flip_byte, make_contract, png, tree_digest, write_tar
 from runs import Cli, Result
 
+pytestmark = pytest.mark.slow
+
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
 
 VERBS = (

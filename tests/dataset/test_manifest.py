@@ -389,6 +389,7 @@ Manifests.TestCase.settings = settings(
     max_examples=60, stateful_step_count=25, deadline=None, print_blob=True
 )
 TestManifests = Manifests.TestCase
+TestManifests.pytestmark = [pytest.mark.slow]
 
 
 # The same rules, one by one, where a random walk seldom comes.
@@ -616,6 +617,7 @@ def test_known_snapshot_costs_only_checks_of_new_receipts(output: Output):
     assert shown == [(1, 10, False), (2, 13, False), (3, 14, False), (3, 14, False), (4, 40, True)]
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, print_blob=True)
 @given(data=st.data())
 def test_known_snapshot_gives_the_same_manifests_as_a_new_one(data: st.DataObject):

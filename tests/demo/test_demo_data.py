@@ -18,6 +18,8 @@ from latentcache.images.source import RejectedSample, list_shards, read_shard
 from latentcache.images.transform import TransformSpec, transform
 from latentcache.storage_options import StorageOptions
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = StorageOptions()
 SPEC = TransformSpec((Bucket(64, 64),), min_side_px=32, max_upscale=None, max_pixels=10**6)
 

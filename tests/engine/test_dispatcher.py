@@ -422,6 +422,7 @@ def cost_of_a_run(
     return counting
 
 
+@pytest.mark.slow
 def test_driver_cost_per_unit_does_not_grow_with_the_number_of_units(
     tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ):

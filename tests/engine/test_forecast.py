@@ -11,6 +11,8 @@ import yaml
 from makers import config_tree, png, tree_digest, write_tar
 from runs import Cli
 
+pytestmark = pytest.mark.slow
+
 SAMPLES_PER_SHARD = 30
 
 

@@ -135,6 +135,7 @@ def assert_nobody_can_bring_back_what_is_gone(world: World, missed: frozenset[in
             assert sum(attempt in path for path in files) == 3
 
 
+@pytest.mark.slow
 @settings(max_examples=90, print_blob=True)
 @given(data=st.data())
 def test_gc_deletes_exactly_the_unreferenced_objects_after_any_history(data: st.DataObject) -> None:
@@ -418,6 +419,7 @@ class Killed(BaseException):
     """kill -9."""
 
 
+@pytest.mark.slow
 def test_gc_killed_at_any_change_can_be_run_again(tmp_path: Path) -> None:
     undisturbed = full(World(tmp_path / "undisturbed"))
     undisturbed.gc(keep_last=1)

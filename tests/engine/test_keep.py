@@ -37,6 +37,8 @@ from latentcache.storage_options import StorageOptions
 from makers import config_tree, flip_byte, png, write_tar
 from thread_cluster import ThreadCluster
 
+pytestmark = pytest.mark.slow
+
 KINDS = ["tar", "folder", "parquet"]
 
 

@@ -40,6 +40,8 @@ from runs import Cli, Result
 from servers import FaultyProxy, S3Server, cut_halfway
 from stand_ins import load_script, named, write_inception, write_lpips, write_vgg16
 
+pytestmark = pytest.mark.slow
+
 DEMO = Path(latentcache.__file__).parent / "demo" / "weights"
 SIDE = 64
 NUM_IMAGES = 9  # over three shards, the last of which has a broken one besides

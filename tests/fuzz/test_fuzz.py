@@ -8,6 +8,8 @@ import pytest
 
 from fuzz import all_targets, run_child
 
+pytestmark = pytest.mark.slow
+
 NUM_INPUTS = 500
 
 

@@ -89,6 +89,7 @@ def test_rows_become_samples_in_order(tmp_path: Path):
     ]
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     groups=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 3000)), min_size=1, max_size=8),
@@ -362,6 +363,7 @@ print(json.dumps([results, peak() - before]))
     return results, growth
 
 
+@pytest.mark.slow
 def test_small_files_that_expand_to_gigabytes_use_little_memory(tmp_path: Path):
     path = tmp_path / "x.parquet"
     options = {"compression": "ZSTD", "write_statistics": False, "store_schema": False}

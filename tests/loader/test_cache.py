@@ -51,6 +51,8 @@ from servers import (
     wait_until,
 )
 
+pytestmark = pytest.mark.slow
+
 ALWAYS = 1_000_000
 
 # Ranks are forked from a process that has imported all but started no thread.

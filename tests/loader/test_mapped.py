@@ -19,6 +19,8 @@ from latentcache.errors import ConfigError, DatasetError
 from servers import S3Server
 from synthetic import make_contract, write_dataset
 
+pytestmark = pytest.mark.slow
+
 SMALL, TALL = (64, 64), (64, 96)
 UNITS = [{SMALL: 9, TALL: 5}, {SMALL: 3}, {TALL: 4}]
 

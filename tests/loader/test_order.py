@@ -102,6 +102,7 @@ any_options = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=12)
 @given(st.sampled_from(list(MIXES)), st.sampled_from(WORLD_SIZES[1:]), any_options)
 def test_any_number_of_ranks_makes_the_same_batches(

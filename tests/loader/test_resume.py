@@ -115,6 +115,7 @@ def test_any_step_of_an_epoch_is_resumed(url: str, tail: str):
             assert next(steps_of(again)) == expected[num_steps]
 
 
+@pytest.mark.slow
 @settings(max_examples=15)
 @given(st.data())
 def test_a_run_of_many_resumes_is_one_run(url: str, data: st.DataObject):

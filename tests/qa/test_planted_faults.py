@@ -31,6 +31,8 @@ from latentcache.vae.encoder import Encoded, LatentEncoder
 from makers import config_tree, encode_image, write_tar
 from runs import Cli
 
+pytestmark = pytest.mark.slow
+
 SIDE = 128
 GATES = Gates(min_psnr_db=15, min_drift_db=30)  # the defaults
 

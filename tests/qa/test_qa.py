@@ -33,6 +33,8 @@ from latentcache.qa.evaluator import QaSample
 from makers import config_tree, encode_image, write_tar
 from runs import Cli
 
+pytestmark = pytest.mark.slow
+
 SIZES = ((96, 96), (128, 64), (64, 128))  # as many buckets
 
 

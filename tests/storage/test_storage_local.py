@@ -24,6 +24,8 @@ from makers import config_tree, png, write_tar
 from servers import DEADLINE_S
 from thread_cluster import ThreadCluster
 
+pytestmark = pytest.mark.slow
+
 UNSUPPORTED = ("EPERM", "ENOSYS", "EOPNOTSUPP", "EXDEV", "EMLINK", "EINVAL", "EACCES")
 
 

@@ -13,6 +13,8 @@ from latentcache.demo.draw import draw_image
 from latentcache.metrics import drift_db
 from latentcache.vae.encoder import LatentEncoder
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def images() -> Tensor:

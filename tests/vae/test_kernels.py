@@ -239,6 +239,7 @@ def test_the_fast_encoder_does_not_change_the_vae(images: Tensor):
     assert all(torch.equal(tensor, before[name]) for name, tensor in vae.state_dict().items())
 
 
+@pytest.mark.slow
 def test_kernels_compile_for_gpus_with_wide_accesses_and_without_spills():
     """With wide accesses and nothing spilt; the compiler needs no GPU."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
