@@ -61,11 +61,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that need servers or Ray, and run the long files of tests/system first."""
+    """Mark the tests that need servers or Ray, and spread them over the whole run."""
     for item in items:
         if _is_system(item) or "servers_folder" in getattr(item, "fixturenames", ()):
             item.add_marker("system")
-    items.sort(key=lambda item: not _is_system(item))
+    # Several tests of Ray at once would wait for each other. By name, few of them are neighbours.
+    items.sort(key=lambda item: item.path.name)
 
 
 def _is_system(item: pytest.Item) -> bool:
