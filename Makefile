@@ -25,7 +25,7 @@ demo: .venv/base  ## draw shards, encode them, verify the result
 test: .venv/dev  ## run the tests
 	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
-test-fast: .venv/dev  ## run the tests that take no servers, no Ray cluster and no seconds
+test-fast: .venv/dev  ## run the quick tests that start no server and no Ray cluster
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m 'not system and not slow'
 
 check: .venv/dev  ## lint, format, types, prose

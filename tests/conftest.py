@@ -70,7 +70,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _is_system(item: pytest.Item) -> bool:
-    return item.path.parent.name == "system"
+    parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    return item.path.parent.name == "system" or not {"moto", "rclone"}.isdisjoint(
+        value for value in parameters if isinstance(value, str)
+    )
 
 
 @pytest.fixture
